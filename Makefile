@@ -1,0 +1,62 @@
+# On a fresh clone `make demo` and `make test` need nothing but Python: they build the virtual environment themselves.
+#
+#   make demo ARGS="--json demo.json"    further arguments of `compressm demo`
+#   make test ARGS="-m slow"             further arguments of pytest
+#   make test PYTHON=python3.12 VENV=/tmp/venv312
+
+PYTHON ?= python3
+VENV   ?= .venv
+ARGS   ?=
+
+BIN := $(VENV)/bin
+# The pins of constraints.txt hold for Python 3.11 and later; on 3.10 the ranges of pyproject.toml decide alone.
+PINS = $$($(BIN)/python -c 'import sys; print("constraints.txt" if sys.version_info >= (3, 11) else "/dev/null")')
+INSTALL = $(BIN)/python -m pip install --quiet -c $(PINS)
+
+.PHONY: help demo test lint format types docs snippets clean
+.DEFAULT_GOAL := help
+
+help:  ## list the targets
+	@sed -n 's/^\([a-z]*\):.*  ## \(.*\)/\1\t\2/p' Makefile | expand -t 12
+
+demo: $(VENV)/.installed-train  ## compress a small model while it trains; the picture is demo.png
+	$(BIN)/compressm demo $(ARGS)
+
+test: $(VENV)/.installed-dev  ## run the tests that need neither a GPU nor patience
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(ARGS)
+
+lint: $(VENV)/.installed-dev  ## ruff: rules and format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(VENV)/.installed-dev  ## ruff: mend what can be mended
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+types: $(VENV)/.installed-dev  ## pyright over src/
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+docs: $(VENV)/.installed-dev  ## build the documentation into site/
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+snippets: $(VENV)/.installed-dev  ## run the Python blocks of README and documentation
+	$(BIN)/python scripts/run_snippets.py README.md docs/*.md
+
+clean:  ## remove the virtual environment, caches and build products
+	rm -rf .venv site dist build .pytest_cache .ruff_cache .hypothesis demo.png demo.json
+	find src tests scripts -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# Stamp files: a second call installs nothing unless the pins or pyproject.toml have changed.
+$(VENV)/.torch: constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info; (3, 10) <= v < (3, 14) or sys.exit("compressm needs Python 3.10 to 3.13, and this is %d.%d: call make with PYTHON=python3.11, say" % v[:2])'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(INSTALL) torch
+	@touch $@
+
+$(VENV)/.installed-train: $(VENV)/.torch pyproject.toml
+	$(INSTALL) -e ".[train]"
+	@touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.torch pyproject.toml
+	$(INSTALL) -e ".[dev]"
+	@touch $@ $(VENV)/.installed-train

@@ -1,0 +1,28 @@
+"""compressm: train big, finish small. State space models that shrink while they train."""
+
+from compressm.balancing import balance, truncate
+from compressm.checkpoint import load, save
+from compressm.compressor import Compressor, Event
+from compressm.errors import CompressmError
+from compressm.ranks import RankRule
+from compressm.reduce import Report, compress
+from compressm.spectrum import Spectrum, analyze
+from compressm.systems import DiagonalSystem
+
+__version__ = "0.1.0.dev0"
+
+__all__ = [
+    "CompressmError",
+    "Compressor",
+    "DiagonalSystem",
+    "Event",
+    "RankRule",
+    "Report",
+    "Spectrum",
+    "analyze",
+    "balance",
+    "compress",
+    "load",
+    "save",
+    "truncate",
+]

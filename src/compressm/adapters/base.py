@@ -1,0 +1,133 @@
+"""What an adapter is, what it returns when it writes, and the registry of adapters."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from compressm.balancing import Reduction
+from compressm.errors import UnsupportedModelError
+from compressm.systems import DiagonalSystem
+
+
+@dataclass(frozen=True)
+class ParameterChange:
+    """New values for parameters that share one state axis, and how gradients on the old ones map to the new.
+
+    The parameters ``names`` (for example real and imaginary part) are concatenated along ``axis``, their state axis.
+    Where the old values are, on the kept subspace, ``old = pullback^T new``, a gradient with respect to the new ones is
+    ``pullback @ gradient``: gradients are covectors.
+
+    Attributes:
+        names: parameter names, relative to the layer.
+        values: new values in the same order, of the parameters' dtype and device.
+        axis: the state axis of each parameter.
+        pullback: maps gradient-like optimizer state (momentum, first moments), shape ``(new, old)`` of the
+            concatenation.
+        pullback_squared: maps squared-gradient state (second moments), non-negative, same shape.
+    """
+
+    names: tuple[str, ...]
+    values: tuple[Tensor, ...]
+    axis: int
+    pullback: Tensor
+    pullback_squared: Tensor
+
+
+@dataclass(frozen=True)
+class LayerChange:
+    """Everything that a cut writes into one layer: parameters, and plain attributes such as a stored state
+    dimension."""
+
+    parameters: tuple[ParameterChange, ...]
+    attributes: Mapping[str, Any]
+
+    def values(self) -> dict[str, Tensor]:
+        """New values by parameter name."""
+        return {
+            name: value for change in self.parameters for name, value in zip(change.names, change.values, strict=True)
+        }
+
+
+class Adapter(ABC):
+    """Reads a linear time-invariant system out of one kind of layer, and plans how to write a smaller one back.
+
+    Subclass it, set `layer_type`, implement the four methods, and `register` an instance.
+    """
+
+    layer_type: type[nn.Module]
+
+    @abstractmethod
+    def read(self, values: Mapping[str, Tensor]) -> DiagonalSystem:
+        """The system that a layer with these parameter values computes."""
+
+    @abstractmethod
+    def plan(self, values: Mapping[str, Tensor], reduction: Reduction) -> LayerChange:
+        """What to write so that the layer computes the reduced system. Nothing is written yet."""
+
+    @abstractmethod
+    def state_dim(self, layer: nn.Module) -> int:
+        """Number of complex states of the layer."""
+
+    @abstractmethod
+    def resized(self, values: Mapping[str, Tensor], states: int) -> LayerChange:
+        """Parameters of the right shapes for a state dimension, values to be loaded over them."""
+
+
+_REGISTRY: dict[type[nn.Module], Adapter] = {}
+
+
+def register(adapter: Adapter) -> None:
+    """Make a layer type known to `analyze`, `compress` and `Compressor`. A later adapter for the same type wins."""
+    _REGISTRY[adapter.layer_type] = adapter
+
+
+def find_layers(model: nn.Module) -> dict[str, tuple[nn.Module, Adapter]]:
+    """Every layer of a model that has a reducible state, by its name in the model, with its adapter.
+
+    Raises:
+        UnsupportedModelError: the model has none.
+    """
+    found: dict[str, tuple[nn.Module, Adapter]] = {}
+    for name, module in model.named_modules():
+        for kind in type(module).__mro__:
+            if kind in _REGISTRY:
+                found[name] = (module, _REGISTRY[kind])
+                break
+    if not found:
+        known = ", ".join(sorted(kind.__name__ for kind in _REGISTRY))
+        raise UnsupportedModelError(
+            f"{type(model).__name__} has no state space layer that compressm knows (known: {known}); "
+            "register an adapter for its layer type with compressm.adapters.register"
+        )
+    return found
+
+
+def layer_values(layer: nn.Module) -> dict[str, Tensor]:
+    """The layer's parameters, detached."""
+    return {name: parameter.detach() for name, parameter in layer.named_parameters()}
+
+
+@torch.no_grad()
+def write(layer: nn.Module, change: LayerChange) -> None:
+    """Write a planned change into a layer, keeping every Parameter the object that it was.
+
+    Optimizers, exponential averages and clipping hold on to Parameter objects; one that was replaced would silently
+    never be updated again. Gradients are dropped, since they belong to the old values.
+    """
+    for name, value in change.values().items():
+        parameter = layer.get_parameter(name)
+        if parameter.shape != value.shape:
+            # Setting data of another type first makes autograd drop the parameter's gradient accumulator, which
+            # otherwise lives on with the old shape for as long as anyone holds the last loss.
+            other = torch.float16 if parameter.dtype != torch.float16 else torch.float32
+            parameter.data = torch.empty(0, dtype=other, device=parameter.device)
+        parameter.data = value.to(dtype=value.dtype, device=value.device).contiguous()
+        parameter.grad = None
+    for name, value in change.attributes.items():
+        setattr(layer, name, value)

@@ -1,0 +1,95 @@
+"""The optimizer's state across a change of basis.
+
+Momentum and Adam's first moments are averages of gradients, and gradients are covectors: under ``old = W new`` the
+gradient with respect to the new parameters is ``W^T`` times the old one. Second moments are averages of squared
+entries; without the covariances between entries, the squared magnitudes ``(W^T)^2`` carry them over as if entries
+were uncorrelated.
+
+Two other ways exist for comparison: ``"slice"`` keeps the first r entries as the CompreSSM paper's code does, which
+pairs moments with states that they do not belong to; ``"reset"`` starts from zero.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from compressm.adapters.base import LayerChange, ParameterChange
+from compressm.errors import UnsupportedOptimizerError
+
+Carry = Literal["transform", "slice", "reset"]
+
+# What each state tensor of torch's optimizers is: an average of gradients, or of their squares.
+_GRADIENT_LIKE = {"momentum_buffer", "exp_avg"}
+_SQUARED = {"exp_avg_sq", "max_exp_avg_sq"}
+
+
+def unwrap_optimizer(optimizer: Any) -> Optimizer:
+    """The torch optimizer inside wrappers such as Accelerate's.
+
+    Raises:
+        UnsupportedOptimizerError: not a torch optimizer.
+    """
+    inner = optimizer
+    while not isinstance(inner, Optimizer) or type(inner).__name__ == "AcceleratedOptimizer":
+        inner = getattr(inner, "optimizer", None)
+        if inner is None:
+            raise UnsupportedOptimizerError(
+                "optimizer must be a torch.optim.Optimizer or a wrapper with one in .optimizer; "
+                f"got {type(optimizer).__name__}"
+            )
+    return inner
+
+
+def check_optimizer(optimizer: Optimizer, layers: dict[str, nn.Module]) -> None:
+    """Refuse, before any cut, optimizers whose state for these layers could not be carried over.
+
+    Raises:
+        UnsupportedOptimizerError: a state tensor of a parameter's own shape whose meaning is not known.
+    """
+    for layer_name, layer in layers.items():
+        for name, parameter in layer.named_parameters():
+            for key, value in optimizer.state.get(parameter, {}).items():
+                known = key in _GRADIENT_LIKE or key in _SQUARED or not isinstance(value, Tensor) or value.ndim == 0
+                if not known:
+                    raise UnsupportedOptimizerError(
+                        f"{type(optimizer).__name__} keeps '{key}' for {layer_name}.{name}, and how that "
+                        "changes with the state basis is not known; use SGD, Adam or AdamW, or pass carry='reset'"
+                    )
+
+
+@torch.no_grad()
+def carry_state(optimizer: Optimizer, layer: nn.Module, change: LayerChange, mode: Carry) -> None:
+    """Carry the optimizer's state of one layer's parameters over to the new shapes, in place.
+
+    Call it after the change was written: state keeps the Parameter objects as keys.
+    """
+    for part in change.parameters:
+        parameters = [layer.get_parameter(name) for name in part.names]
+        states: list[dict[str, Any]] = [optimizer.state.get(parameter, {}) for parameter in parameters]
+        for key in sorted({key for state in states for key in state}):
+            old = [state.get(key) for state in states]
+            if not all(isinstance(value, Tensor) and value.ndim > 0 for value in old):
+                continue  # step counters, or a state that exists for one half of a pair only
+            tensors = [value for value in old if isinstance(value, Tensor)]
+            new = _carried(tensors, part, key, mode)
+            for state, value in zip(states, new, strict=True):
+                state[key] = value
+
+
+def _carried(old: list[Tensor], part: ParameterChange, key: str, mode: Carry) -> list[Tensor]:
+    if mode == "reset" or (mode == "transform" and key not in _GRADIENT_LIKE | _SQUARED):
+        return [
+            torch.zeros(value.shape, dtype=o.dtype, device=o.device) for o, value in zip(old, part.values, strict=True)
+        ]
+    if mode == "slice":
+        return [o.narrow(part.axis, 0, v.shape[part.axis]).clone() for o, v in zip(old, part.values, strict=True)]
+    matrix = part.pullback_squared if key in _SQUARED else part.pullback
+    stacked = torch.cat([o.to("cpu", torch.float64) for o in old], part.axis)
+    by_state = stacked.movedim(part.axis, 0)
+    moved = (matrix @ by_state.flatten(1)).view(-1, *by_state.shape[1:]) if by_state.ndim > 1 else matrix @ by_state
+    moved = moved.movedim(0, part.axis)
+    return [part_new.to(o).contiguous() for part_new, o in zip(moved.chunk(len(old), part.axis), old, strict=True)]

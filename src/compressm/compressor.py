@@ -1,0 +1,399 @@
+"""The Compressor: cuts a model while it trains, looks back, and undoes what did harm."""
+
+from __future__ import annotations
+
+import copy
+import math
+import random
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import torch
+from torch import nn
+
+from compressm.adapters import find_layers
+from compressm.balancing import Balancing, Method, balance
+from compressm.carry import Carry, check_optimizer, unwrap_optimizer
+from compressm.errors import CheckpointError, InvalidRankRuleError
+from compressm.ranks import RankRule
+from compressm.reduce import Report, plan_reduction, resize_states, state_dims
+from compressm.spectrum import balance_layers, spectrum_changes
+from compressm.systems import DiagonalSystem
+
+When = Literal["schedule", "settled"]
+OnSetback = Literal["halve", "stop"]
+
+
+class Stateful(Protocol):
+    """Anything with torch's state protocol: a learning rate scheduler, a gradient scaler."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+    def load_state_dict(self, state_dict: dict[str, Any]) -> Any: ...
+
+
+@dataclass(frozen=True)
+class Event:
+    """Something that the compressor did after a training step.
+
+    Attributes:
+        kind: ``"cut"``; ``"unchanged"`` (it looked, and no layer was to be cut); ``"kept"`` (a cut under observation
+            proved harmless); ``"rolled_back"`` (it did not, and everything is as it was before it).
+        step: training steps done when it happened.
+        seconds: time that it took, without evaluations.
+        layers: per layer what was done, with its certificate (see `LayerReport.to_dict`); empty unless it looked.
+        metric, reference: the metric after the cut, and the one that it was held against; None without ``evaluate``.
+        restored_step: the step to which a roll-back went back.
+    """
+
+    kind: str
+    step: int
+    seconds: float = 0.0
+    layers: tuple[dict[str, Any], ...] = ()
+    metric: float | None = None
+    reference: float | None = None
+    restored_step: int | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return {**asdict(self), "layers": [dict(layer) for layer in self.layers]}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Event:
+        """The inverse of `to_dict`."""
+        fields: dict[str, Any] = {**values, "layers": tuple(values["layers"])}
+        return cls(**fields)
+
+
+class Compressor:
+    """Shrinks the state space layers of a model during training.
+
+    Change
+
+        optimizer.step()
+
+    to
+
+        optimizer.step()
+        compressor.step()
+
+    By default it makes 4 equidistant cuts in the first tenth of the training steps, as in the CompreSSM paper. With
+    ``evaluate`` and ``max_drop`` it finds the size by itself: each cut takes half of the states, is held against the
+    best metric seen so far after ``check_after`` steps, and is undone exactly where the metric lost more than
+    ``max_drop``; the next one then takes half as much.
+
+    Args:
+        model: the model, trained by ``optimizer``.
+        optimizer: SGD, Adam, AdamW, or a wrapper with one in ``.optimizer``.
+        total_steps: planned number of optimizer steps.
+        tolerance, max_error: how much each cut may discard; see `RankRule`.
+        states, fraction, total_states: the size to arrive at with the last cut, as `RankRule` states it (``fraction``
+            of the states at the start); the cuts before approach it geometrically. One of these five or ``max_drop``
+            is needed.
+        max_drop: how much of the metric may be lost, in its own units (0.002 is 0.2 points of an accuracy in [0, 1]).
+        evaluate: ``evaluate(model)`` returns the validation metric, higher is better. Needed for ``max_drop``. With
+            another rule and ``max_drop``, that rule proposes and the metric disposes.
+        multiple_of, min_reduction: see `RankRule`.
+        cuts: how many cuts.
+        window: share of ``total_steps`` in which they are made.
+        start: steps to wait before the window.
+        when: ``"schedule"`` cuts at fixed steps; ``"settled"`` probes the spectrum at those steps, and at nine more
+            between each two, and cuts as soon as it holds still (less than 2 % of the Hankel energy moved since the
+            probe before), or at the scheduled step at the latest.
+        method: ``"real"`` or ``"complex"``; see `balancing`.
+        carry: what becomes of the optimizer's state; see `carry`.
+        check_after: steps between a cut and its examination; by default half the distance between cuts.
+        on_setback: after a roll-back ``"halve"`` the next cut, or ``"stop"`` cutting.
+        scheduler, scaler: learning rate scheduler and gradient scaler, rolled back with the rest.
+
+    Raises:
+        InvalidRankRuleError: contradicting or impossible arguments.
+        UnsupportedModelError: nothing in the model can be reduced.
+        UnsupportedOptimizerError: the optimizer's state cannot be carried over.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Any,
+        total_steps: int,
+        *,
+        tolerance: float | None = None,
+        states: int | None = None,
+        fraction: float | None = None,
+        max_error: float | None = None,
+        total_states: int | None = None,
+        max_drop: float | None = None,
+        evaluate: Callable[[nn.Module], float] | None = None,
+        multiple_of: int = 1,
+        min_reduction: float = 0.05,
+        cuts: int = 4,
+        window: float = 0.1,
+        start: int = 0,
+        when: When = "schedule",
+        method: Method = "real",
+        carry: Carry = "transform",
+        check_after: int | None = None,
+        on_setback: OnSetback = "halve",
+        scheduler: Stateful | None = None,
+        scaler: Stateful | None = None,
+    ) -> None:
+        given = [value is not None for value in (tolerance, states, fraction, max_error, total_states)]
+        if max_drop is None and not any(given):
+            raise InvalidRankRuleError(
+                "say how far to cut: tolerance=0.02 for example, or max_drop=0.002 with evaluate="
+            )
+        if max_drop is not None and evaluate is None:
+            raise InvalidRankRuleError(
+                "max_drop needs evaluate: a function of the model that returns the validation metric"
+            )
+        _require("max_drop", max_drop, max_drop is None or (math.isfinite(max_drop) and max_drop >= 0), "at least 0")
+        _require("total_steps", total_steps, total_steps >= 1, "at least 1")
+        _require("cuts", cuts, cuts >= 1, "at least 1")
+        _require("window", window, 0 < window <= 1, "a share in (0, 1]")
+        _require("start", start, start >= 0, "at least 0")
+        _require("check_after", check_after, check_after is None or check_after >= 1, "at least 1")
+        _require("when", when, when in ("schedule", "settled"), "'schedule' or 'settled'")
+        _require("method", method, method in ("real", "complex"), "'real' or 'complex'")
+        _require("carry", carry, carry in ("transform", "slice", "reset"), "'transform', 'slice' or 'reset'")
+        _require("on_setback", on_setback, on_setback in ("halve", "stop"), "'halve' or 'stop'")
+        self.model = model
+        self.optimizer = unwrap_optimizer(optimizer)
+        self.total_steps = total_steps
+        self.max_drop = max_drop
+        self.evaluate = evaluate
+        self.when: When = when
+        self.method: Method = method
+        self.carry: Carry = carry
+        self.on_setback: OnSetback = on_setback
+        self.scheduler, self.scaler = scheduler, scaler
+        self._searches = not any(given)  # max_drop alone: the cushion finds the size
+        self._aggressiveness = 0.5 if self._searches else 1.0
+        self._rule = RankRule(
+            tolerance=tolerance,
+            states=states,
+            fraction=0.5 if self._searches else fraction,
+            max_error=max_error,
+            total_states=total_states,
+            multiple_of=multiple_of,
+            min_reduction=min_reduction,
+        )
+        distance = max(1, round(window * total_steps / cuts))
+        self.cut_steps = tuple(start + distance * (index + 1) for index in range(cuts))
+        if self.cut_steps[-1] > total_steps:
+            raise InvalidRankRuleError(
+                f"the last of {cuts} cuts would come at step {self.cut_steps[-1]}, after total_steps={total_steps}: "
+                "lower start, window or cuts"
+            )
+        self.check_after = check_after if check_after is not None else max(1, distance // 2)
+        self._probe_every = max(1, distance // 10)
+        layers = find_layers(model)
+        if carry != "reset":
+            check_optimizer(self.optimizer, {name: layer for name, (layer, _) in layers.items()})
+        self._initial_dims = state_dims(model)
+        self._steps = 0
+        self._cuts_done = 0
+        self._stopped = False
+        self._best: float | None = None
+        self._observed: dict[str, Any] | None = None  # the snapshot before a cut that is under observation
+        self._probe: dict[str, Balancing] = {}
+        self.history: list[Event] = []
+
+    @property
+    def state_dims(self) -> dict[str, int]:
+        """Present state dimension of every layer, by its name in the model."""
+        return state_dims(self.model)
+
+    @property
+    def done(self) -> bool:
+        """Whether no more cut will be made and none is under observation."""
+        return self._observed is None and (self._stopped or self._cuts_done >= len(self.cut_steps))
+
+    def step(self) -> Event | None:
+        """Count one training step; cut, examine or roll back if it is time. Call it after ``optimizer.step()``.
+
+        Returns:
+            what was done; None at most steps. After ``"rolled_back"`` the weights, optimizer, scheduler, scaler and
+            random state are those of ``event.restored_step``; a loop that counts steps itself should go back to that
+            number.
+        """
+        self._steps += 1
+        event = None
+        if self._observed is not None:
+            if self._steps >= self._observed["step"] + self.check_after:
+                event = self._examine(self._observed)
+        elif not self.done and self._time_to_cut():
+            event = self._cut()
+        if event is not None:
+            self.history.append(event)
+        return event
+
+    def _time_to_cut(self) -> bool:
+        scheduled = self.cut_steps[self._cuts_done]
+        if self._steps >= scheduled or self.when == "schedule":
+            return self._steps >= scheduled
+        if self._steps % self._probe_every:
+            return False
+        before, self._probe = self._probe, balance_layers(self.model, self.method)
+        changes = spectrum_changes(before, self._probe)
+        return bool(changes) and len(changes) == len(self._probe) and all(c.settled(0.02) for c in changes.values())
+
+    def _cut(self) -> Event:
+        self._cuts_done += 1
+        self._probe = {}
+        reference = None
+        if self.max_drop is not None:
+            assert self.evaluate is not None
+            metric = self._evaluate()
+            self._best = reference = metric if self._best is None else max(self._best, metric)
+        plan = plan_reduction(self.model, self._rule_now(), self.method)
+        if not plan.changes:
+            return self._event("unchanged", plan.report, reference)
+        if self.max_drop is not None:
+            self._observed = self._snapshot(reference)
+        return self._event("cut", plan.apply(self.model, self.optimizer, self.carry), reference)
+
+    def _rule_now(self) -> RankRule:
+        """The rule for the cut that is due: sizes are approached geometrically, and setbacks make it milder."""
+        rule, mildness = self._rule, self._aggressiveness
+        if self._searches:
+            return replace(rule, fraction=1 - mildness)
+        if rule.tolerance is not None:
+            return replace(rule, tolerance=rule.tolerance * mildness)
+        if rule.max_error is not None:
+            return replace(rule, max_error=rule.max_error * mildness)
+        if rule.fraction is not None:
+            return replace(rule, fraction=rule.fraction ** (mildness / len(self.cut_steps)))
+        share = mildness / (len(self.cut_steps) - self._cuts_done + 1)  # of what is left of the way
+        dims = self.state_dims.values()
+        if rule.states is not None:
+            return replace(rule, states=_towards(max(dims), rule.states, share))
+        assert rule.total_states is not None
+        return replace(rule, total_states=_towards(sum(dims), rule.total_states, share))
+
+    def _examine(self, snapshot: dict[str, Any]) -> Event:
+        assert self.max_drop is not None
+        metric, reference = self._evaluate(), float(snapshot["reference"])
+        self._observed = None
+        if metric >= reference - self.max_drop:  # NaN is a setback too
+            self._best = max(reference, metric)
+            return Event("kept", self._steps, metric=metric, reference=reference)
+        at = self._steps
+        self._restore(snapshot)
+        self._aggressiveness /= 2
+        if self.on_setback == "stop" or self._aggressiveness < self._rule.min_reduction:
+            self._stopped = True
+        elif self._searches:
+            # The search goes on where it stands: the next cut is due at the next chance, not a whole interval later.
+            self._cuts_done = max(0, self._cuts_done - 1)
+        return Event("rolled_back", at, metric=metric, reference=reference, restored_step=snapshot["step"])
+
+    def _evaluate(self) -> float:
+        """The metric, without touching the training mode or the random state."""
+        assert self.evaluate is not None
+        training, rng = self.model.training, _rng_state()
+        value = float(self.evaluate(self.model))
+        self.model.train(training)
+        _set_rng_state(rng)
+        return value
+
+    def _event(self, kind: str, report: Report, reference: float | None) -> Event:
+        layers = tuple(layer.to_dict() for layer in report.layers)
+        return Event(kind, self._steps, report.seconds, layers, reference=reference)
+
+    def _snapshot(self, reference: float | None) -> dict[str, Any]:
+        """Everything that training needs to go on from here, copied."""
+        return {
+            "step": self._steps,
+            "reference": reference,
+            "state_dims": self.state_dims,
+            "model": copy.deepcopy(self.model.state_dict()),
+            "optimizer": copy.deepcopy(self.optimizer.state_dict()),
+            "scheduler": copy.deepcopy(self.scheduler.state_dict()) if self.scheduler is not None else None,
+            "scaler": copy.deepcopy(self.scaler.state_dict()) if self.scaler is not None else None,
+            "rng": _rng_state(),
+        }
+
+    def _restore(self, snapshot: dict[str, Any]) -> None:
+        resize_states(self.model, snapshot["state_dims"])
+        self.model.load_state_dict(snapshot["model"])
+        self.optimizer.load_state_dict(snapshot["optimizer"])
+        if self.scheduler is not None and snapshot["scheduler"] is not None:
+            self.scheduler.load_state_dict(snapshot["scheduler"])
+        if self.scaler is not None and snapshot["scaler"] is not None:
+            self.scaler.load_state_dict(snapshot["scaler"])
+        _set_rng_state(snapshot["rng"])
+        self._steps = int(snapshot["step"])
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that `load_state_dict` needs to go on in the middle of a schedule or of an observation.
+
+        Nested dicts and lists of tensors, numbers and strings.
+        """
+        return {
+            "format": 1,
+            "steps": self._steps,
+            "cuts_done": self._cuts_done,
+            "stopped": self._stopped,
+            "aggressiveness": self._aggressiveness,
+            "best": self._best,
+            "state_dims": self.state_dims,
+            "observed": self._observed,
+            "probe": {name: [b.system.lam, b.system.B, b.system.C] for name, b in self._probe.items()},
+            "history": [event.to_dict() for event in self.history],
+        }
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Take up where `state_dict` was called.
+
+        The model's layers are given the saved state dimensions first; load the model's and the optimizer's own state
+        dicts after this, when their shapes fit.
+
+        Raises:
+            CheckpointError: of another format, or of another model.
+        """
+        if state_dict.get("format") != 1:
+            raise CheckpointError(
+                f"compressor state of format {state_dict.get('format')!r}; this version reads format 1"
+            )
+        resize_states(self.model, state_dict["state_dims"])
+        self._steps = int(state_dict["steps"])
+        self._cuts_done = int(state_dict["cuts_done"])
+        self._stopped = bool(state_dict["stopped"])
+        self._aggressiveness = float(state_dict["aggressiveness"])
+        self._best = state_dict["best"]
+        self._observed = state_dict["observed"]
+        self._probe = {n: balance(DiagonalSystem(*parts), self.method) for n, parts in state_dict["probe"].items()}
+        self.history = [Event.from_dict(event) for event in state_dict["history"]]
+
+
+def _require(name: str, value: object, valid: bool, expected: str) -> None:
+    if not valid:
+        raise InvalidRankRuleError(f"{name} must be {expected}; got {value!r}")
+
+
+def _towards(present: int, target: int, share: float) -> int:
+    return present if target >= present else max(target, round(present * (target / present) ** share))
+
+
+def _rng_state() -> dict[str, Any]:
+    """State of the random generators of torch (CPU and CUDA), numpy and Python."""
+    version, internal, gauss = random.getstate()
+    kind, keys, position, has_gauss, cached = np.random.get_state(legacy=True)  # type: ignore[misc]  # noqa: NPY002 - the global generator is what users may draw from
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "numpy": [kind, torch.from_numpy(np.asarray(keys).astype(np.int64)), position, has_gauss, cached],
+        "python": [version, list(internal), gauss],
+    }
+
+
+def _set_rng_state(state: Mapping[str, Any]) -> None:
+    torch.set_rng_state(state["torch"])
+    if state["cuda"]:
+        torch.cuda.set_rng_state_all(state["cuda"])
+    kind, keys, position, has_gauss, cached = state["numpy"]
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), position, has_gauss, cached))  # noqa: NPY002
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))

@@ -1,0 +1,6 @@
+"""State space layers as plain modules: they know nothing of compression."""
+
+from compressm.layers.lru import LRU
+from compressm.layers.models import LRUBlock, SequenceClassifier, parameter_groups
+
+__all__ = ["LRU", "LRUBlock", "SequenceClassifier", "parameter_groups"]

@@ -1,0 +1,233 @@
+"""One reduction of one model: first a plan that can be printed, then a write, whole or not at all."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+
+from compressm.adapters import Adapter, LayerChange, find_layers
+from compressm.adapters.base import layer_values, write
+from compressm.balancing import Balancing, Method, truncate
+from compressm.carry import Carry, carry_state, check_optimizer
+from compressm.certificate import Certificate
+from compressm.errors import CheckpointError, InvalidSystemError
+from compressm.ranks import RankRule, choose_ranks, passes_gate
+from compressm.spectrum import balance_layers
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """What a reduction does to one layer.
+
+    Attributes:
+        name: the layer's name in the model.
+        states_before, states_after: state dimension; equal where nothing is cut.
+        outcome: ``"cut"``, ``"kept"`` (the rule asks for no cut worth making) or ``"refused"`` (the certificate
+            failed).
+        reason: why, in words, unless cut.
+        certificate: of the truncation; None where none was computed.
+        hsv: Hankel singular values before the cut, decreasing.
+    """
+
+    name: str
+    states_before: int
+    states_after: int
+    outcome: str
+    reason: str
+    certificate: Certificate | None
+    hsv: tuple[float, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        certificate = None if self.certificate is None else self.certificate.to_dict()
+        return {**self.__dict__, "certificate": certificate, "hsv": [float(f"{value:.6g}") for value in self.hsv]}
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a reduction did to a model, layer by layer, and how long it took in seconds."""
+
+    layers: tuple[LayerReport, ...]
+    seconds: float
+
+    @property
+    def cut(self) -> bool:
+        """Whether any layer was cut."""
+        return any(layer.outcome == "cut" for layer in self.layers)
+
+    @property
+    def state_dims(self) -> dict[str, int]:
+        """State dimension of every layer afterwards."""
+        return {layer.name: layer.states_after for layer in self.layers}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return {"seconds": self.seconds, "layers": [layer.to_dict() for layer in self.layers]}
+
+    def __str__(self) -> str:
+        rows = [f"{'layer':32} {'states':>14} {'H2 error':>9} {'H∞ error':>10} {'bound':>10}  outcome"]
+        for layer in self.layers:
+            dims = f"{layer.states_before} → {layer.states_after}"
+            c = layer.certificate
+            numbers = f"{c.relative_h2_error:9.2e} {c.hinf_error:10.3e} {c.bound:10.3e}" if c else f"{'':31}"
+            rows.append(
+                f"{layer.name:32} {dims:>14} {numbers}  {layer.outcome}{': ' + layer.reason if layer.reason else ''}"
+            )
+        return "\n".join(rows)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A reduction that has been computed and certified, and not yet written."""
+
+    report: Report
+    changes: Mapping[str, LayerChange]
+
+    def apply(self, model: nn.Module, optimizer: Optimizer | None = None, carry: Carry = "transform") -> Report:
+        """Write it into the model that it was planned for, and carry the optimizer's state over.
+
+        Raises:
+            UnsupportedOptimizerError: before anything is written, if the optimizer's state cannot be carried.
+        """
+        started = time.perf_counter()
+        layers = {name: model.get_submodule(name) for name in self.changes}
+        if optimizer is not None and carry != "reset":
+            check_optimizer(optimizer, layers)
+        for name, change in self.changes.items():
+            write(layers[name], change)
+            if optimizer is not None:
+                carry_state(optimizer, layers[name], change, carry)
+        return replace(self.report, seconds=self.report.seconds + time.perf_counter() - started)
+
+
+def plan_reduction(
+    model: nn.Module, rule: RankRule, method: Method = "real", balancings: Mapping[str, Balancing] | None = None
+) -> Plan:
+    """Balance every layer, choose the ranks, truncate, certify. Nothing is written.
+
+    Args:
+        model: the model.
+        rule: what decides the state dimensions.
+        method: real-part aware or complex truncation.
+        balancings: from `balance_layers` on the model as it is now, if at hand.
+    """
+    started = time.perf_counter()
+    layers = find_layers(model)
+    balancings = balance_layers(model, method) if balancings is None else balancings
+    ranks = choose_ranks({name: balancing.energy for name, balancing in balancings.items()}, rule)
+    reports: list[LayerReport] = []
+    changes: dict[str, LayerChange] = {}
+    for name, (layer, adapter) in layers.items():
+        report, change = _plan_layer(name, layer, adapter, balancings[name], ranks[name], rule)
+        reports.append(report)
+        if change is not None:
+            changes[name] = change
+    return Plan(Report(tuple(reports), time.perf_counter() - started), changes)
+
+
+def _plan_layer(
+    name: str, layer: nn.Module, adapter: Adapter, balancing: Balancing, states: int, rule: RankRule
+) -> tuple[LayerReport, LayerChange | None]:
+    present = adapter.state_dim(layer)
+    report = LayerReport(name, present, present, "kept", "", None, tuple(balancing.hsv.reshape(-1).tolist()))
+    gate = f"less than {rule.min_reduction:.0%} of {present} states would go"
+    if not passes_gate(present, states, rule):
+        return replace(report, reason=gate), None
+    exceed = rule.guarantees_error and rule.multiple_of == 1
+    reduction = truncate(balancing, states, exceed=exceed)
+    after = reduction.system.n
+    if not passes_gate(present, after, rule):
+        return replace(report, reason=gate), None
+    certificate = reduction.certificate
+    if not certificate.valid:
+        return replace(report, outcome="refused", reason="; ".join(certificate.failures), certificate=certificate), None
+    values = layer_values(layer)
+    change = adapter.plan(values, reduction)
+    # What the layer will really compute, after rounding to its dtype and parametrisation, must be the certified system.
+    try:
+        written = adapter.read({**values, **change.values()})
+        rounding = float(reduction.system.minus(written).h2_norm().max())
+    except InvalidSystemError as error:
+        return replace(report, outcome="refused", reason=f"after rounding: {error}", certificate=certificate), None
+    certificate = replace(certificate, rounding_error=rounding)
+    if rounding > max(1e-3 * certificate.h2_norm, certificate.h2_error):
+        reason = f"rounding to the layer's dtype adds an H2 error of {rounding:.3g}, more than the truncation's own"
+        return replace(report, outcome="refused", reason=reason, certificate=certificate), None
+    return replace(report, states_after=after, outcome="cut", certificate=certificate), change
+
+
+def compress(
+    model: nn.Module,
+    *,
+    tolerance: float | None = None,
+    states: int | None = None,
+    fraction: float | None = None,
+    max_error: float | None = None,
+    total_states: int | None = None,
+    multiple_of: int = 1,
+    min_reduction: float = 0.0,
+    method: Method = "real",
+    optimizer: Optimizer | None = None,
+    carry: Carry = "transform",
+) -> Report:
+    """Reduce a model once, in place. Exactly one of the first five arguments says how far; see `RankRule`.
+
+    Args:
+        model: any module with layers that compressm knows.
+        tolerance: the share of the Hankel energy that may be discarded in each layer.
+        states: at most this many states in each layer.
+        fraction: at most this fraction of each layer's states.
+        max_error: H-infinity error allowed in each layer, in units of output per input.
+        total_states: budget over all layers together.
+        multiple_of: round state dimensions up to a multiple of this.
+        min_reduction: leave a layer alone unless this share of its states goes.
+        method: ``"real"`` or ``"complex"``.
+        optimizer: if given, its state is carried over to the new parameters.
+        carry: how; see `compressm.carry`.
+
+    Returns:
+        what happened to each layer, with its certificate. A layer whose certificate fails stays as it was.
+
+    Raises:
+        InvalidRankRuleError, UnsupportedModelError, UnsupportedOptimizerError, InvalidSystemError: before anything is
+            written.
+    """
+    rule = RankRule(
+        tolerance=tolerance,
+        states=states,
+        fraction=fraction,
+        max_error=max_error,
+        total_states=total_states,
+        multiple_of=multiple_of,
+        min_reduction=min_reduction,
+    )
+    return plan_reduction(model, rule, method).apply(model, optimizer, carry)
+
+
+def state_dims(model: nn.Module) -> dict[str, int]:
+    """State dimension of every layer that has a reducible state, by layer name."""
+    return {name: adapter.state_dim(layer) for name, (layer, adapter) in find_layers(model).items()}
+
+
+def resize_states(model: nn.Module, dims: Mapping[str, int]) -> None:
+    """Give layers other state dimensions, so that a state dict of a compressed model fits. Values are to be loaded
+    next.
+
+    Raises:
+        CheckpointError: the names are not those of the model's layers.
+    """
+    layers = find_layers(model)
+    if set(dims) != set(layers):
+        raise CheckpointError(
+            f"the checkpoint's layers {sorted(dims)} are not the model's {sorted(layers)}: "
+            "build the model it was saved from"
+        )
+    for name, states in dims.items():
+        layer, adapter = layers[name]
+        if adapter.state_dim(layer) != states:
+            write(layer, adapter.resized(layer_values(layer), states))

@@ -1,0 +1,169 @@
+"""Hankel singular values of a model's layers, and how far two snapshots of them are apart."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from scipy.optimize import linear_sum_assignment
+from scipy.stats import spearmanr
+from torch import Tensor, nn
+
+from compressm.adapters import find_layers
+from compressm.adapters.base import layer_values
+from compressm.balancing import Balancing, Method, balance
+from compressm.ranks import RankRule, choose_ranks
+
+
+@dataclass(frozen=True)
+class LayerSpectrum:
+    """One layer's Hankel singular values.
+
+    Attributes:
+        name: the layer's name in the model.
+        hsv: Hankel singular values, decreasing, float64.
+        energy: Hankel energy per complex state, decreasing, shape ``(n,)`` (see `Balancing.energy`).
+    """
+
+    name: str
+    hsv: Tensor
+    energy: Tensor
+
+    @property
+    def states(self) -> int:
+        """State dimension of the layer."""
+        return self.energy.shape[-1]
+
+    def states_for(self, tolerance: float) -> int:
+        """How many states hold all but this share of the Hankel energy."""
+        return choose_ranks({self.name: self.energy}, RankRule(tolerance=tolerance))[self.name]
+
+
+@dataclass(frozen=True)
+class Spectrum:
+    """Spectra of all layers of a model, in the order in which the model lists them."""
+
+    layers: tuple[LayerSpectrum, ...]
+
+    def __iter__(self) -> Iterator[LayerSpectrum]:
+        return iter(self.layers)
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+    def __getitem__(self, name: str) -> LayerSpectrum:
+        for layer in self.layers:
+            if layer.name == name:
+                return layer
+        raise KeyError(f"no layer {name!r}; there are {[layer.name for layer in self.layers]}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Lists of numbers by layer name, for JSON."""
+        return {layer.name: {"hsv": layer.hsv.tolist(), "energy": layer.energy.tolist()} for layer in self.layers}
+
+    def __str__(self) -> str:
+        rows = [f"{'layer':32} {'states':>6} {'τ=0.1':>6} {'0.01':>6} {'0.001':>6}"]
+        for layer in self.layers:
+            kept = " ".join(f"{layer.states_for(tolerance):6d}" for tolerance in (0.1, 0.01, 0.001))
+            rows.append(f"{layer.name:32} {layer.states:6d} {kept}")
+        return "\n".join(rows)
+
+
+def balance_layers(model: nn.Module, method: Method = "real") -> dict[str, Balancing]:
+    """Balance the system of every layer that has one, by layer name."""
+    return {
+        name: balance(adapter.read(layer_values(layer)), method)
+        for name, (layer, adapter) in find_layers(model).items()
+    }
+
+
+def analyze(model: nn.Module, method: Method = "real") -> Spectrum:
+    """Hankel singular values of every layer of a model that has a state. The model is only read.
+
+    Args:
+        model: any module that contains layers compressm knows.
+        method: ``"real"`` (of the real system that the layer computes) or ``"complex"`` (as in the CompreSSM paper).
+
+    Raises:
+        UnsupportedModelError: the model has no such layer.
+        InvalidSystemError: a layer's parameters are not finite.
+    """
+    return Spectrum(
+        tuple(
+            LayerSpectrum(name, balancing.hsv, balancing.energy)
+            for name, balancing in balance_layers(model, method).items()
+        )
+    )
+
+
+@dataclass(frozen=True)
+class SpectrumChange:
+    """How far a layer's Hankel spectrum moved between two snapshots.
+
+    Attributes:
+        weyl_bound: ``max |eig(H' - H)|`` with ``H = (P^1/2 Q P^1/2)^1/2``; by Weyl's inequality no Hankel singular
+            value moved by more. In units of the largest value of the first snapshot.
+        largest_move: the largest change of a matched value, in the same units.
+        rank_correlation: Spearman's, between the values of the first snapshot and those matched to them.
+        share_moved: total change of matched values over their sum.
+        bottom_share_before, bottom_share_after: energy share of the smallest half.
+    """
+
+    weyl_bound: float
+    largest_move: float
+    rank_correlation: float
+    share_moved: float
+    bottom_share_before: float
+    bottom_share_after: float
+
+    def settled(self, threshold: float) -> bool:
+        """Whether the spectrum held still: little energy moved, and the bottom half's share stayed what it was."""
+        return self.share_moved <= threshold and abs(self.bottom_share_after - self.bottom_share_before) <= threshold
+
+
+def compare(before: Balancing, after: Balancing) -> SpectrumChange:
+    """Compare two snapshots of one layer (no batch), of the same state dimension and method.
+
+    The values are matched to each other by minimal total distance (`scipy.optimize.linear_sum_assignment`).
+
+    Raises:
+        ValueError: snapshots of different order.
+    """
+    a, b = before.hsv, after.hsv
+    if a.shape != b.shape:
+        raise ValueError(f"snapshots of different order: {a.shape[-1]} and {b.shape[-1]} Hankel singular values")
+    scale = float(a[0]) or 1.0
+    difference = _hankel_operator(after) - _hankel_operator(before)
+    rows, columns = linear_sum_assignment((a[:, None] - b[None, :]).abs().numpy())
+    matched = b[torch.from_numpy(columns)]
+    rank_test: Any = spearmanr(a.numpy(), matched.numpy()) if a.shape[0] > 1 else None
+    correlation = 1.0 if rank_test is None else float(rank_test.statistic)
+    half = a.shape[0] // 2
+    return SpectrumChange(
+        weyl_bound=float(torch.linalg.eigvalsh(difference).abs().max()) / scale,
+        largest_move=float((a[torch.from_numpy(rows)] - matched).abs().max()) / scale,
+        rank_correlation=correlation,
+        share_moved=float((a - matched).abs().sum() / a.sum().clamp_min(1e-300)),
+        bottom_share_before=float(a[half:].sum() / a.sum().clamp_min(1e-300)),
+        bottom_share_after=float(b[half:].sum() / b.sum().clamp_min(1e-300)),
+    )
+
+
+def _hankel_operator(balancing: Balancing) -> Tensor:
+    """``(P^1/2 Q P^1/2)^1/2``, whose eigenvalues are the Hankel singular values, in the layer's own coordinates."""
+    values, vectors = torch.linalg.eigh(balancing.factor_P @ balancing.factor_P.mH)
+    root = (vectors * values.clamp_min(0).sqrt()) @ vectors.mH
+    product = root @ balancing.factor_Q
+    left, singular, _ = torch.linalg.svd(product)
+    return (left * singular) @ left.mH
+
+
+def spectrum_changes(before: Mapping[str, Balancing], after: Mapping[str, Balancing]) -> dict[str, SpectrumChange]:
+    """`compare` for every layer present in both snapshots with the same order."""
+    return {
+        name: compare(before[name], now)
+        for name, now in after.items()
+        if name in before and before[name].hsv.shape == now.hsv.shape
+    }
