@@ -182,7 +182,7 @@ def _encode(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
         value = next(k for k in value if not (k is None or isinstance(k, bool | int | float | str)))
         path = f"a key of {path or 'the tree'}"
     raise CheckpointError(
-        f"{path or 'the tree'} is a {type(value).__module__}.{type(value).__qualname__}, and a checkpoint can hold only "
+        f"{path or 'the tree'} is a {type(value).__module__}.{type(value).__qualname__}, and a checkpoint holds only "
         "dicts, lists, tuples, tensors, numeric arrays, numbers, strings, booleans and None"
     )
 

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import copy
 import math
-import random
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, Protocol
 
-import numpy as np
-import torch
 from torch import nn
 
 from compressm.adapters import find_layers
@@ -18,7 +15,8 @@ from compressm.balancing import Balancing, Method, balance
 from compressm.carry import Carry, check_optimizer, unwrap_optimizer
 from compressm.errors import CheckpointError, InvalidRankRuleError
 from compressm.ranks import RankRule
-from compressm.reduce import Report, plan_reduction, resize_states, state_dims
+from compressm.reduce import Report, measure, plan_reduction, resize_states, state_dims
+from compressm.rng import rng_state, set_rng_state
 from compressm.spectrum import balance_layers, spectrum_changes
 from compressm.systems import DiagonalSystem
 
@@ -290,13 +288,8 @@ class Compressor:
         return Event("rolled_back", at, metric=metric, reference=reference, restored_step=snapshot["step"])
 
     def _evaluate(self) -> float:
-        """The metric, without touching the training mode or the random state."""
         assert self.evaluate is not None
-        training, rng = self.model.training, _rng_state()
-        value = float(self.evaluate(self.model))
-        self.model.train(training)
-        _set_rng_state(rng)
-        return value
+        return measure(self.model, self.evaluate)
 
     def _event(self, kind: str, report: Report, reference: float | None) -> Event:
         layers = tuple(layer.to_dict() for layer in report.layers)
@@ -312,7 +305,7 @@ class Compressor:
             "optimizer": copy.deepcopy(self.optimizer.state_dict()),
             "scheduler": copy.deepcopy(self.scheduler.state_dict()) if self.scheduler is not None else None,
             "scaler": copy.deepcopy(self.scaler.state_dict()) if self.scaler is not None else None,
-            "rng": _rng_state(),
+            "rng": rng_state(),
         }
 
     def _restore(self, snapshot: dict[str, Any]) -> None:
@@ -323,7 +316,7 @@ class Compressor:
             self.scheduler.load_state_dict(snapshot["scheduler"])
         if self.scaler is not None and snapshot["scaler"] is not None:
             self.scaler.load_state_dict(snapshot["scaler"])
-        _set_rng_state(snapshot["rng"])
+        set_rng_state(snapshot["rng"])
         self._steps = int(snapshot["step"])
 
     def state_dict(self) -> dict[str, Any]:
@@ -375,25 +368,3 @@ def _require(name: str, value: object, valid: bool, expected: str) -> None:
 
 def _towards(present: int, target: int, share: float) -> int:
     return present if target >= present else max(target, round(present * (target / present) ** share))
-
-
-def _rng_state() -> dict[str, Any]:
-    """State of the random generators of torch (CPU and CUDA), numpy and Python."""
-    version, internal, gauss = random.getstate()
-    kind, keys, position, has_gauss, cached = np.random.get_state(legacy=True)  # type: ignore[misc]  # noqa: NPY002 - the global generator is what users may draw from
-    return {
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-        "numpy": [kind, torch.from_numpy(np.asarray(keys).astype(np.int64)), position, has_gauss, cached],
-        "python": [version, list(internal), gauss],
-    }
-
-
-def _set_rng_state(state: Mapping[str, Any]) -> None:
-    torch.set_rng_state(state["torch"])
-    if state["cuda"]:
-        torch.cuda.set_rng_state_all(state["cuda"])
-    kind, keys, position, has_gauss, cached = state["numpy"]
-    np.random.set_state((kind, keys.numpy().astype(np.uint32), position, has_gauss, cached))  # noqa: NPY002
-    version, internal, gauss = state["python"]
-    random.setstate((version, tuple(internal), gauss))

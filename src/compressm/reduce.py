@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,8 +16,9 @@ from compressm.adapters.base import layer_values, write
 from compressm.balancing import Balancing, Method, truncate
 from compressm.carry import Carry, carry_state, check_optimizer
 from compressm.certificate import Certificate
-from compressm.errors import CheckpointError, InvalidSystemError
+from compressm.errors import CheckpointError, InvalidRankRuleError, InvalidSystemError
 from compressm.ranks import RankRule, choose_ranks, passes_gate
+from compressm.rng import rng_state, set_rng_state
 from compressm.spectrum import balance_layers
 
 
@@ -169,13 +171,15 @@ def compress(
     fraction: float | None = None,
     max_error: float | None = None,
     total_states: int | None = None,
+    max_drop: float | None = None,
+    evaluate: Callable[[nn.Module], float] | None = None,
     multiple_of: int = 1,
     min_reduction: float = 0.0,
     method: Method = "real",
     optimizer: Optimizer | None = None,
     carry: Carry = "transform",
 ) -> Report:
-    """Reduce a model once, in place. Exactly one of the first five arguments says how far; see `RankRule`.
+    """Reduce a model once, in place. Exactly one of the first six arguments says how far; see `RankRule`.
 
     Args:
         model: any module with layers that compressm knows.
@@ -184,6 +188,9 @@ def compress(
         fraction: at most this fraction of each layer's states.
         max_error: H-infinity error allowed in each layer, in units of output per input.
         total_states: budget over all layers together.
+        max_drop: as far as ``evaluate`` loses no more than this, right after the cut; the largest tolerance that does
+            is found by bisection, in about ten evaluations.
+        evaluate: ``evaluate(model)`` returns the metric, higher is better.
         multiple_of: round state dimensions up to a multiple of this.
         min_reduction: leave a layer alone unless this share of its states goes.
         method: ``"real"`` or ``"complex"``.
@@ -197,8 +204,15 @@ def compress(
         InvalidRankRuleError, UnsupportedModelError, UnsupportedOptimizerError, InvalidSystemError: before anything is
             written.
     """
+    if (max_drop is None) != (evaluate is None):
+        raise InvalidRankRuleError(
+            "max_drop and evaluate go together: the loss allowed, and the function that measures it"
+        )
+    searching = max_drop is not None
+    if searching and any(value is not None for value in (tolerance, states, fraction, max_error, total_states)):
+        raise InvalidRankRuleError("give either max_drop or a size or error rule, not both")
     rule = RankRule(
-        tolerance=tolerance,
+        tolerance=0.0 if searching else tolerance,
         states=states,
         fraction=fraction,
         max_error=max_error,
@@ -206,7 +220,41 @@ def compress(
         multiple_of=multiple_of,
         min_reduction=min_reduction,
     )
+    if max_drop is not None and evaluate is not None:
+        return _largest_harmless(model, rule, method, max_drop, evaluate).apply(model, optimizer, carry)
     return plan_reduction(model, rule, method).apply(model, optimizer, carry)
+
+
+def _largest_harmless(
+    model: nn.Module, rule: RankRule, method: Method, max_drop: float, evaluate: Callable[[nn.Module], float]
+) -> Plan:
+    """The plan with the largest tolerance at which the metric loses at most ``max_drop``; the model stays as it was."""
+    balancings = balance_layers(model, method)
+    dims, saved = state_dims(model), copy.deepcopy(model.state_dict())
+    reference = measure(model, evaluate)
+    best = plan_reduction(model, rule, method, balancings)  # tolerance 0: only states that carry nothing
+    low, high = 1e-5, 0.99
+    for _ in range(10):
+        middle = (low * high) ** 0.5
+        plan = plan_reduction(model, replace(rule, tolerance=middle), method, balancings)
+        plan.apply(model)
+        harmless = measure(model, evaluate) >= reference - max_drop
+        resize_states(model, dims)
+        model.load_state_dict(saved)
+        if harmless:
+            low, best = middle, plan
+        else:
+            high = middle
+    return best
+
+
+def measure(model: nn.Module, evaluate: Callable[[nn.Module], float]) -> float:
+    """A metric of the model, leaving its training mode and the random state as they were."""
+    training, rng = model.training, rng_state()
+    value = float(evaluate(model))
+    model.train(training)
+    set_rng_state(rng)
+    return value
 
 
 def state_dims(model: nn.Module) -> dict[str, int]:

@@ -116,7 +116,7 @@ def _description(json_path: Path) -> dict[str, Any]:
     description = cast("dict[str, Any]", description)
     if description.pop("own_sha256", None) != _own_sha256(description):
         raise CheckpointError(
-            f"{json_path}: not what was saved (its own SHA-256 differs); copy the folder again, or use an older checkpoint"
+            f"{json_path}: not what was saved (its own SHA-256 differs); copy the folder again, or use an older one"
         )
     return description
 

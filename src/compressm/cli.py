@@ -1,0 +1,121 @@
+"""The command line. A user's mistake is answered by one line on standard error and exit code 2, not by a traceback."""
+
+# No `from __future__ import annotations`: typer reads the annotations, and it is imported only when it is used.
+
+import json
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from compressm.errors import CompressmError, MissingExtraError
+
+if TYPE_CHECKING:
+    import typer
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command line; by default this process's own.
+
+    Returns:
+        the exit code: 0, or 2 after a user's mistake, or 130 after Ctrl-C.
+    """
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        return _dispatch(given)
+    except CompressmError as error:
+        return _fail(str(error))
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of our output has gone
+        sys.stderr.close()
+        return 1
+
+
+def _dispatch(given: list[str]) -> int:
+    try:
+        import typer
+    except ModuleNotFoundError as error:
+        raise MissingExtraError('the command line needs typer: pip install "compressm[train]"') from error
+    # From some version on typer has its own copy of click: the base of all usage errors is reached through its names.
+    usage_error: type[Exception] = typer.BadParameter.__mro__[1]
+    try:
+        code: Any = _app(shlex.join(["compressm", *given]))(args=given, prog_name="compressm", standalone_mode=False)
+    except usage_error as error:
+        message: str = getattr(error, "format_message")()  # noqa: B009  # not in typer's public types
+        return _fail(f"{message.rstrip('.')}; see compressm --help")
+    except typer.Exit as error:
+        return error.exit_code
+    except typer.Abort:
+        return 130
+    return code if isinstance(code, int) else 0
+
+
+def _fail(message: str) -> int:
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    return 2
+
+
+def _app(command_line: str) -> "typer.Typer":
+    import typer
+
+    app = typer.Typer(
+        help="In-training compression of state space models.",
+        no_args_is_help=True,
+        add_completion=False,
+        pretty_exceptions_enable=False,
+        rich_markup_mode=None,
+    )
+
+    def version(wanted: bool) -> None:
+        if wanted:
+            from compressm import __version__
+
+            print(f"compressm {__version__}")
+            raise typer.Exit
+
+    @app.callback()
+    def common(  # pyright: ignore[reportUnusedFunction]
+        version: Annotated[bool, typer.Option("--version", callback=version, is_eager=True, help="Print it.")] = False,
+    ) -> None:
+        pass
+
+    @app.command()
+    def train(  # pyright: ignore[reportUnusedFunction]
+        config: Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file; see configs/.")],
+        overrides: Annotated[
+            list[str] | None, typer.Argument(metavar="[key=value]...", help="For example optimizer.lr=1e-3.")
+        ] = None,
+        resume: Annotated[bool, typer.Option(help="Go on from the last checkpoint in the run's folder.")] = False,
+        output: Annotated[Path | None, typer.Option(help="The run's folder [runs/CONFIG-seedN].")] = None,
+        json: Annotated[Path | None, typer.Option("--json", help="Write the result to this file; - prints it.")] = None,
+    ) -> None:
+        """Train a model, and compress it meanwhile."""
+        from compressm.training.config import load_config
+        from compressm.training.loop import train as run
+
+        settings = load_config(config, overrides or [])
+        if output is None and settings.run.output is None:
+            output = Path("runs") / f"{config.stem}-seed{settings.run.seed}"
+        result = run(settings, output=output, resume=resume, command=command_line)
+        _write_result(json, result.to_dict())
+
+    return app
+
+
+def _write_result(path: Path | None, result: dict[str, Any]) -> None:
+    """The machine-readable result, to a file, or to standard output for ``-``."""
+    if path is None:
+        return
+    if str(path) == "-":
+        print(json.dumps(result, indent=1))
+        return
+    from compressm.training.result import write_json
+
+    write_json(path, result)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,324 @@
+"""The configuration of a training run: what may stand in a YAML file, and how it is read."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from compressm.errors import ConfigError
+
+SIZE_RULES = ("tolerance", "states", "fraction", "max_error", "total_states")
+
+
+class Section(BaseModel):
+    """Base of all sections: unknown keys are refused, and values are not coerced from other types."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+
+class DataConfig(Section):
+    """Which data, and where they are.
+
+    Attributes:
+        name: ``digits`` (comes with scikit-learn), ``smnist``, ``psmnist`` or ``scifar``.
+        root: the directory with the files, where any are needed; by default that in the environment variable
+            ``COMPRESSM_DATA``.
+        validation: share of the training data that is held out for validation.
+    """
+
+    name: Literal["digits", "smnist", "psmnist", "scifar"]
+    root: str | None = None
+    validation: float = Field(0.1, gt=0, lt=1)
+
+
+class ModelConfig(Section):
+    """Arguments of `compressm.layers.SequenceClassifier`; input width and classes come from the data."""
+
+    d_model: int = Field(ge=1)
+    d_state: int | list[int]
+    n_layers: int = Field(1, ge=1)
+    dropout: float = Field(0.1, ge=0, lt=1)
+    norm: Literal["batch", "layer"] = "batch"
+    r_min: float = Field(0.0, ge=0, lt=1)
+    r_max: float = Field(0.999, gt=0, lt=1)
+    max_phase: float = Field(6.283185307179586, gt=0, le=6.283185307179586)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> ModelConfig:
+        dims = [self.d_state] if isinstance(self.d_state, int) else self.d_state
+        if not dims or min(dims) < 1:
+            raise ValueError("model.d_state|must be at least 1, or a list of such numbers")
+        if isinstance(self.d_state, list) and len(self.d_state) != self.n_layers:
+            raise ValueError(f"model.d_state|must be one number, or n_layers={self.n_layers} of them")
+        if self.r_min >= self.r_max:
+            raise ValueError(f"model.r_min|must be less than r_max={self.r_max}")
+        return self
+
+
+class OptimizerConfig(Section):
+    """The optimizer. ``ssm_lr_factor`` scales the learning rate of the recurrences' parameters, which are not decayed.
+
+    ``momentum`` is that of ``sgd``; ``max_grad_norm`` clips the gradient's norm where given.
+    """
+
+    name: Literal["adam", "adamw", "sgd"] = "adamw"
+    lr: float = Field(1e-3, gt=0)
+    ssm_lr_factor: float = Field(1.0, gt=0)
+    weight_decay: float = Field(0.0, ge=0)
+    momentum: float = Field(0.9, ge=0, lt=1)
+    max_grad_norm: float | None = Field(None, gt=0)
+
+
+class ScheduleConfig(Section):
+    """The learning rate over the steps: ``constant``, or ``cosine``: linear warm-up, then a cosine down to ``lr_min``.
+
+    ``warmup`` is a share of all steps. Every parameter group follows the same curve, scaled to its own rate.
+    """
+
+    name: Literal["constant", "cosine"] = "constant"
+    warmup: float = Field(0.1, ge=0, lt=1)
+    lr_min: float = Field(1e-7, ge=0)
+
+
+class CompressionConfig(Section):
+    """Arguments of `compressm.Compressor`; see there. Unless disabled, needs one size rule or ``max_drop`` or both."""
+
+    enabled: bool = True
+    tolerance: float | None = Field(None, ge=0, lt=1)
+    states: int | None = Field(None, ge=1)
+    fraction: float | None = Field(None, gt=0, le=1)
+    max_error: float | None = Field(None, ge=0)
+    total_states: int | None = Field(None, ge=1)
+    max_drop: float | None = Field(None, ge=0)
+    cuts: int = Field(4, ge=1)
+    window: float = Field(0.1, gt=0, le=1)
+    start: int = Field(0, ge=0)
+    when: Literal["schedule", "settled"] = "schedule"
+    min_reduction: float = Field(0.05, ge=0, lt=1)
+    multiple_of: int = Field(1, ge=1)
+    method: Literal["real", "complex"] = "real"
+    carry: Literal["transform", "slice", "reset"] = "transform"
+    check_after: int | None = Field(None, ge=1)
+    on_setback: Literal["halve", "stop"] = "halve"
+
+    @model_validator(mode="after")
+    def _one_rule(self) -> CompressionConfig:
+        given = [name for name in SIZE_RULES if getattr(self, name) is not None]
+        if self.enabled and (len(given) > 1 or (not given and self.max_drop is None)):
+            raise ValueError(
+                f"compression|needs exactly one of {', '.join(SIZE_RULES)}, or max_drop; got "
+                f"{', '.join(given) or 'none'}; compression.enabled=false trains without"
+            )
+        return self
+
+
+class RunConfig(Section):
+    """How long, how often, and where to.
+
+    Attributes:
+        steps: number of optimizer steps.
+        batch_size: sequences per step, over all processes together.
+        seed: of the initial weights, the order of the data, and dropout.
+        output: the run's folder; by default ``runs/<name>-seed<seed>``.
+        eval_every, checkpoint_every, log_every: in steps; 0 for never (evaluation always happens at the end).
+        eval_batch_size: sequences per batch in evaluation.
+        select: which weights are the result: the ``last``, or the ``best`` on validation since the last cut.
+        threads: CPU threads; null leaves torch's choice.
+        device: ``auto``, ``cpu`` or ``cuda``.
+        tensorboard: write TensorBoard logs.
+    """
+
+    steps: int = Field(ge=1)
+    batch_size: int = Field(50, ge=1)
+    seed: int = Field(0, ge=0)
+    output: str | None = None
+    eval_every: int = Field(1000, ge=0)
+    checkpoint_every: int = Field(1000, ge=0)
+    log_every: int = Field(50, ge=0)
+    eval_batch_size: int = Field(500, ge=1)
+    select: Literal["last", "best"] = "last"
+    threads: int | None = Field(None, ge=1)
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    tensorboard: bool = True
+
+
+class Config(Section):
+    """A whole training run."""
+
+    data: DataConfig
+    model: ModelConfig
+    optimizer: OptimizerConfig = Field(default_factory=lambda: OptimizerConfig.model_validate({}))
+    schedule: ScheduleConfig = Field(default_factory=lambda: ScheduleConfig.model_validate({}))
+    compression: CompressionConfig
+    run: RunConfig
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Config:
+        compression, steps = self.compression, self.run.steps
+        distance = max(1, round(compression.window * steps / compression.cuts))
+        last = compression.start + distance * compression.cuts
+        if compression.enabled and last > steps:
+            raise ValueError(
+                f"compression.cuts|puts the last cut at step {last}, after run.steps={steps}: lower compression.cuts, "
+                "compression.start or compression.window"
+            )
+        if self.schedule.lr_min > self.optimizer.lr:
+            raise ValueError(f"schedule.lr_min|must not exceed optimizer.lr={self.optimizer.lr}")
+        return self
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Read a configuration from a YAML file.
+
+    Args:
+        path: the file.
+        overrides: ``"section.key=value"``, the value in YAML; they win over the file.
+
+    Raises:
+        ConfigError: no such file, not YAML, or an unknown key or unfit value, named by its dotted name with a remedy.
+    """
+    path = Path(path)
+    try:
+        tree = _parse(path.read_text(encoding="utf-8"), str(path))
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such file; check the path of the configuration") from None
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror}); a YAML file was expected") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not a text file in UTF-8; a YAML file was expected") from error
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path}: sections such as 'data:' and 'run:' were expected, not {tree!r}")
+    for override in overrides:
+        _override(cast("dict[str, Any]", tree), override)
+    return parse_config(cast("dict[str, Any]", tree), str(path))
+
+
+def parse_config(tree: Mapping[str, Any], source: str = "config") -> Config:
+    """Check a nested dict and turn it into a `Config`.
+
+    Args:
+        tree: the sections.
+        source: where it comes from, for messages.
+
+    Raises:
+        ConfigError: an unknown key or unfit value, named by its dotted name with a remedy.
+    """
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        # Unknown keys first: a misspelt required key is also missing, and the misspelling says more.
+        errors = sorted(error.errors(include_url=False), key=lambda item: item["type"] != "extra_forbidden")
+        more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
+        raise ConfigError(f"{source}: {_explain(cast('dict[str, Any]', errors[0]), tree)}{more}") from None
+
+
+def _explain(error: Mapping[str, Any], tree: Mapping[str, Any]) -> str:
+    """One line out of a pydantic error: the key's dotted name, its value, what is wrong, what to do."""
+    kind, value = error["type"], error["input"]
+    if kind == "value_error":
+        key, message = error["msg"].removeprefix("Value error, ").split("|", 1)
+        found = _lookup(tree, key)
+        return f"{key}{'' if found is None or isinstance(found, dict) else f' = {found!r}'}: {message}"
+    # Pydantic appends the branch of a union to the location; those are no keys of the configuration.
+    location = [str(part) for part in error["loc"] if part not in ("int", "list[int]")]
+    key = ".".join(location)
+    if kind == "extra_forbidden":
+        shown = "" if isinstance(value, dict) else f" = {value!r}"
+        return f"{key}{shown}: unknown key; {_suggest(location)}"
+    if kind == "missing":
+        needed = [key]
+        if len(location) == 1:
+            section: Any = Config.model_fields[key].annotation
+            needed = [f"{key}.{name}" for name, field in section.model_fields.items() if field.is_required()]
+        values = " ".join(f"{name}=<value>" for name in needed or [f"{key}.<key>"])
+        return f"{key}: missing; add it to the file, or give {values}"
+    if kind in ("model_type", "model_attributes_type"):
+        return f"{key} = {value!r}: must be a section with the keys {', '.join(_fields(location))}"
+    message = re.sub(r"^Input should be ", "must be ", error["msg"])
+    if kind == "literal_error" and isinstance(value, str):
+        message += _did_you_mean(value, re.findall(r"'([^']+)'", error["msg"]))
+    return f"{key} = {value!r}: {message}"
+
+
+def _fields(location: Sequence[str]) -> list[str]:
+    annotation: Any = Config
+    for part in location:
+        annotation = annotation.model_fields[part].annotation
+    return list(annotation.model_fields)
+
+
+def _suggest(location: Sequence[str]) -> str:
+    """A remedy for an unknown key: a similar one in the same section, the same one elsewhere, or the list of all."""
+    *section, name = location
+    siblings = _fields(section)
+    if similar := _did_you_mean(name, siblings):
+        return similar.removeprefix("; ")
+    everywhere = {key: f"{part}.{key}" for part in _fields([]) for key in _fields([part])}
+    if close := difflib.get_close_matches(name, everywhere, 1, 0.8):
+        return f"did you mean {everywhere[close[0]]}?"
+    return f"known here are {', '.join(siblings)}"
+
+
+def _did_you_mean(word: str, possibilities: Sequence[str]) -> str:
+    close = difflib.get_close_matches(word, possibilities, 1, 0.6)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def _lookup(tree: Mapping[str, Any], key: str) -> Any:
+    value: Any = tree
+    for part in key.split("."):
+        value = cast("dict[str, Any]", value).get(part) if isinstance(value, dict) else None
+    return value
+
+
+def _override(tree: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    parts = key.strip().split(".")
+    if not equals or not all(parts):
+        raise ConfigError(f"{override!r}: not an override; write section.key=value, for example optimizer.lr=0.001")
+    section = tree
+    for part in parts[:-1]:
+        inner = section.setdefault(part, {})
+        if not isinstance(inner, dict):
+            raise ConfigError(f"{override!r}: {part} holds {inner!r} and has no keys; set {part} itself")
+        section = cast("dict[str, Any]", inner)
+    section[parts[-1]] = _parse(text, f"override {override!r}")
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML's safe loader that reads ``1e-3`` as a number (YAML 1.2) and refuses a key that is given twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        mapping: dict[Any, Any] = {}
+        for key_node, value_node in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if not isinstance(key, str):
+                raise yaml.constructor.ConstructorError(None, None, f"{key!r} is not a name", key_node.start_mark)
+            if key in mapping:
+                raise yaml.constructor.ConstructorError(None, None, f"{key} is given twice", key_node.start_mark)
+            mapping[key] = self.construct_object(value_node, deep=True)
+        return mapping
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)$"), list("-+0123456789.")
+)
+
+
+def _parse(text: str, source: str) -> Any:
+    try:
+        return yaml.load(text, _Loader)  # a safe loader: nothing but plain values
+    except yaml.MarkedYAMLError as error:
+        line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise ConfigError(f"{source}{line}: not valid YAML ({error.problem}); mend that line") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{source}: not valid YAML ({' '.join(str(error).split())})") from None
+
+
+__all__ = ["Config", "load_config", "parse_config"]

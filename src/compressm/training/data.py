@@ -1,0 +1,299 @@
+"""The data sets as sequences in memory, and the order in which training goes through them.
+
+Sequences stay as the bytes they come in and are normalised when a batch is taken, which costs little and keeps the
+largest set at 180 MB. The constants for that are those of the training data.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import io
+import math
+import os
+import tarfile
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from compressm.errors import ConfigError
+from compressm.training.config import DataConfig
+
+ROOT_VARIABLE = "COMPRESSM_DATA"
+
+_MNIST_FILES = {
+    "train-images-idx3-ubyte.gz": "f68b3c2dcbeaaa9fbdd348bbdeb94873",
+    "train-labels-idx1-ubyte.gz": "d53e105ee54ea40749a09fcbcd1e9432",
+    "t10k-images-idx3-ubyte.gz": "9fb629c4189551a2d022fa330f9573f3",
+    "t10k-labels-idx1-ubyte.gz": "ec29112dd5afa0611ce80d1b7f02629c",
+}
+_CIFAR_BINARY, _CIFAR_BINARY_MD5 = "cifar-10-binary.tar.gz", "c32a1d4ab5d03f1284b67883e8d87530"
+_CIFAR_JPEG = "cifar10_jpg.tar.gz"
+_CIFAR_CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
+
+# Mean and standard deviation per channel, in the units of the bytes, over the training data.
+_DIGITS_SCALE = ((4.90,), (6.03,))
+_MNIST_SCALE = ((33.32,), (78.57,))
+_CIFAR_SCALE = ((125.31, 122.95, 113.87), (62.99, 62.09, 66.70))
+
+
+@dataclass(frozen=True)
+class Split:
+    """Sequences and labels: ``x`` uint8 of shape ``(N, length, channels)``, ``y`` int64 of shape ``(N,)``."""
+
+    x: Tensor
+    y: Tensor
+
+    def __len__(self) -> int:
+        return self.y.shape[0]
+
+
+@dataclass(frozen=True)
+class SequenceData:
+    """A data set, split and ready to train on.
+
+    Attributes:
+        label: what results are to call it.
+        train, validation, test: the splits. The test split is the canonical one where there is one.
+        mean, std: normalisation per channel, shape ``(channels,)``.
+        n_classes: number of classes.
+    """
+
+    label: str
+    train: Split
+    validation: Split
+    test: Split
+    mean: Tensor
+    std: Tensor
+    n_classes: int
+
+    @property
+    def channels(self) -> int:
+        """Channels of a sequence."""
+        return self.train.x.shape[2]
+
+    def batch(self, split: Split, indices: Tensor) -> tuple[Tensor, Tensor]:
+        """Normalised sequences ``(len(indices), length, channels)`` in float32, and their labels."""
+        return (split.x[indices].float() - self.mean) / self.std, split.y[indices]
+
+    def batches(self, split: Split, size: int, rank: int = 0, world: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
+        """All of a split in order, or every ``world``-th sequence of it, in batches of at most ``size``."""
+        for indices in torch.arange(rank, len(split), world, device=split.y.device).split(size):
+            yield self.batch(split, indices)
+
+    def to(self, device: torch.device) -> SequenceData:
+        """The same data on another device."""
+        train, validation, test = (
+            Split(s.x.to(device), s.y.to(device)) for s in (self.train, self.validation, self.test)
+        )
+        return SequenceData(
+            self.label, train, validation, test, self.mean.to(device), self.std.to(device), self.n_classes
+        )
+
+
+class BatchOrder:
+    """Which training sequences step number ``step`` sees: a pure function of seed and step, so a resume needs no state.
+
+    Every epoch is a permutation of the training data drawn from ``(seed, epoch)``; a last partial batch is left out.
+
+    Raises:
+        ConfigError: fewer sequences than a batch.
+    """
+
+    def __init__(self, sequences: int, batch_size: int, seed: int) -> None:
+        if sequences < batch_size:
+            raise ConfigError(
+                f"run.batch_size = {batch_size}: more than the {sequences} training sequences; choose at most that"
+            )
+        self.sequences, self.batch_size, self.seed = sequences, batch_size, seed
+        self.steps_per_epoch = sequences // batch_size
+        self._epoch, self._permutation = -1, torch.empty(0, dtype=torch.int64)
+
+    def indices(self, step: int) -> Tensor:
+        """Indices of the sequences of a step, counted from 0: shape ``(batch_size,)``, on the CPU."""
+        epoch, position = divmod(step, self.steps_per_epoch)
+        if epoch != self._epoch:
+            mixed = np.random.SeedSequence([self.seed, epoch]).generate_state(1, np.uint64)[0]
+            generator = torch.Generator().manual_seed(int(mixed) & (2**63 - 1))
+            self._epoch, self._permutation = epoch, torch.randperm(self.sequences, generator=generator)
+        return self._permutation[position * self.batch_size : (position + 1) * self.batch_size]
+
+
+def load_data(config: DataConfig) -> SequenceData:
+    """Read a data set into memory.
+
+    Raises:
+        ConfigError: files that are missing, damaged, or not the canonical ones.
+    """
+    if config.name == "digits":
+        return _digits(config.validation)
+    root = _root(config)
+    if config.name == "scifar":
+        return _scifar(root, config.validation)
+    return _mnist(root, config.validation, permuted=config.name == "psmnist")
+
+
+def _root(config: DataConfig) -> Path:
+    named = config.root or os.environ.get(ROOT_VARIABLE)
+    key = "data.root" if config.root else ROOT_VARIABLE
+    if not named:
+        raise ConfigError(
+            f"data.root: missing, and {config.name} is read from files; set data.root or the environment variable "
+            f"{ROOT_VARIABLE} to the directory that holds {_expected(config.name)}"
+        )
+    root = Path(named).expanduser()
+    if not root.is_dir():
+        raise ConfigError(f"{key} = {named!r}: no such directory; name the one that holds {_expected(config.name)}")
+    return root
+
+
+def _expected(name: str) -> str:
+    return f"{_CIFAR_BINARY} (or {_CIFAR_JPEG})" if name == "scifar" else ", ".join(_MNIST_FILES)
+
+
+def _find(root: Path, folder: str, name: str) -> Path | None:
+    return next((path for path in (root / name, root / folder / name) if path.is_file()), None)
+
+
+def _checked(path: Path, md5: str) -> bytes:
+    """The content of a file, whose MD5 must be the canonical one."""
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise ConfigError(f"data.root: {path} cannot be read ({error.strerror}); check its permissions") from error
+    found = hashlib.md5(content, usedforsecurity=False).hexdigest()
+    if found != md5:
+        raise ConfigError(f"data.root: {path} has MD5 {found}, the original {md5}; fetch the original file again")
+    return content
+
+
+def _assemble(
+    label: str,
+    train: tuple[Tensor, Tensor],
+    test: tuple[Tensor, Tensor],
+    scale: tuple[tuple[float, ...], tuple[float, ...]],
+    validation: float,
+) -> SequenceData:
+    (x, y), (mean, std) = train, scale
+    held_out = _stratified(y, validation)
+    if held_out.all() or not held_out.any():
+        raise ConfigError(f"data.validation = {validation}: leaves no training or no validation data; 0.1 is usual")
+    return SequenceData(
+        label,
+        Split(x[~held_out], y[~held_out]),
+        Split(x[held_out], y[held_out]),
+        Split(*test),
+        torch.tensor(mean),
+        torch.tensor(std),
+        int(y.max()) + 1,
+    )
+
+
+def _stratified(y: Tensor, share: float) -> Tensor:
+    """A mask that picks the same share of every class, always the same one."""
+    generator, mask = torch.Generator().manual_seed(0), torch.zeros(len(y), dtype=torch.bool)
+    for label in range(int(y.max()) + 1):
+        members = (y == label).nonzero()[:, 0]
+        mask[members[torch.randperm(len(members), generator=generator)[: round(share * len(members))]]] = True
+    return mask
+
+
+def _digits(validation: float) -> SequenceData:
+    from sklearn.datasets import load_digits
+
+    pixels, labels = load_digits(return_X_y=True)
+    x = torch.from_numpy(np.asarray(pixels)).to(torch.uint8)[:, :, None]
+    y = torch.from_numpy(np.asarray(labels)).to(torch.int64)
+    test = _stratified(y, 0.2)
+    return _assemble("digits", (x[~test], y[~test]), (x[test], y[test]), _DIGITS_SCALE, validation)
+
+
+def _mnist(root: Path, validation: float, permuted: bool) -> SequenceData:
+    paths = {name: _find(root, "mnist", name) for name in _MNIST_FILES}
+    if missing := [name for name, path in paths.items() if path is None]:
+        raise ConfigError(
+            f"data.root: {root} (or {root / 'mnist'}) lacks {', '.join(missing)}; put the original MNIST files there"
+        )
+    images, labels, test_images, test_labels = (
+        _read_idx(_checked(cast("Path", paths[name]), md5)) for name, md5 in _MNIST_FILES.items()
+    )
+    order = torch.randperm(784, generator=torch.Generator().manual_seed(0)) if permuted else torch.arange(784)
+    train = images.view(-1, 784, 1)[:, order], labels.to(torch.int64)
+    test = test_images.view(-1, 784, 1)[:, order], test_labels.to(torch.int64)
+    return _assemble("psMNIST" if permuted else "sMNIST", train, test, _MNIST_SCALE, validation)
+
+
+def _read_idx(content: bytes) -> Tensor:
+    """The idx format: two zero bytes, type (8: bytes), number of dimensions, sizes in big endian, then the entries."""
+    raw = gzip.decompress(content)
+    shape = [int.from_bytes(raw[4 + 4 * i : 8 + 4 * i], "big") for i in range(raw[3])]
+    return torch.from_numpy(np.frombuffer(raw, np.uint8, math.prod(shape), 4 + 4 * len(shape)).copy()).view(shape)
+
+
+def _scifar(root: Path, validation: float) -> SequenceData:
+    if path := _find(root, "cifar10", _CIFAR_BINARY):
+        train, test = read_cifar_binary(_checked(path, _CIFAR_BINARY_MD5))
+        return _assemble("CIFAR-10", train, test, _CIFAR_SCALE, validation)
+    if path := _find(root, "cifar10", _CIFAR_JPEG):
+        train, test = read_cifar_jpeg(path)
+        return _assemble("CIFAR-10 (JPEG)", train, test, _CIFAR_SCALE, validation)
+    raise ConfigError(
+        f"data.root: neither {root} nor {root / 'cifar10'} holds {_expected('scifar')}; put the archive there"
+    )
+
+
+def read_cifar_binary(archive: bytes) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """Training and test data of the canonical binary version: per image a label byte, then planes R, G and B."""
+    parts: dict[str, np.ndarray[tuple[int, ...], np.dtype[np.uint8]]] = {}
+    with tarfile.open(fileobj=io.BytesIO(archive), mode="r:gz") as tar:
+        for member in tar:
+            file = tar.extractfile(member) if member.name.endswith(".bin") else None
+            if file is not None:
+                parts[Path(member.name).name] = np.frombuffer(file.read(), np.uint8).reshape(-1, 3073)
+
+    def pair(names: list[str]) -> tuple[Tensor, Tensor]:
+        rows = torch.from_numpy(np.concatenate([parts[name] for name in names]))
+        return rows[:, 1:].reshape(-1, 3, 1024).transpose(1, 2).contiguous(), rows[:, 0].to(torch.int64)
+
+    return pair(sorted(name for name in parts if name.startswith("data_batch"))), pair(["test_batch.bin"])
+
+
+def read_cifar_jpeg(path: Path) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """Training and test data of an archive of JPEG files, ``train/<class>/NNNN.jpg`` and ``test/<class>/NNNN.jpg``.
+
+    Raises:
+        ConfigError: not such an archive.
+    """
+    from PIL import Image
+
+    found: dict[str, list[tuple[int, str, bytes]]] = {"train": [], "test": []}
+    try:
+        with tarfile.open(path, mode="r:gz") as tar:
+            for member in tar:
+                parts = member.name.removeprefix("./").split("/")
+                if len(parts) == 3 and parts[0] in found and parts[1] in _CIFAR_CLASSES and parts[2].endswith(".jpg"):
+                    with Image.open(cast("io.BufferedReader", tar.extractfile(member))) as image:
+                        pixels = image.convert("RGB").tobytes()
+                    found[parts[0]].append((_CIFAR_CLASSES.index(parts[1]), parts[2], pixels))
+    except (OSError, EOFError, tarfile.TarError, zlib.error) as error:
+        raise ConfigError(f"data.root: {path} is damaged ({error}); fetch it again") from error
+    if not all(found.values()) or any(len(pixels) != 3072 for rows in found.values() for _, _, pixels in rows):
+        raise ConfigError(
+            f"data.root: {path} does not hold 32 x 32 images as train/<class>/NNNN.jpg and test/<class>/NNNN.jpg"
+        )
+
+    def pair(rows: list[tuple[int, str, bytes]]) -> tuple[Tensor, Tensor]:
+        rows = sorted(rows)
+        x = np.frombuffer(b"".join(pixels for _, _, pixels in rows), np.uint8).reshape(-1, 1024, 3).copy()
+        return torch.from_numpy(x), torch.tensor([label for label, _, _ in rows])
+
+    return pair(found["train"]), pair(found["test"])
+
+
+__all__ = ["BatchOrder", "SequenceData", "Split", "load_data", "read_cifar_binary", "read_cifar_jpeg"]

@@ -1,0 +1,365 @@
+"""The training loop: every step, cut, evaluation and checkpoint of a run, resumable after a kill at any instant.
+
+A run's folder holds ``checkpoint/`` (everything that training needs to go on), ``tensorboard/``, and at the end
+``model/`` and ``result.json``. A step is a pure function of the checkpointed state and of the step's number, so that a
+resumed run ends with the weights of an unbroken one, on the CPU to the last bit.
+"""
+
+from __future__ import annotations
+
+import math
+import platform
+import random
+import time
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast, gather_object
+from torch import nn
+from torch.nn import functional as F
+
+from compressm import __version__
+from compressm.checkpoint import load, load_tree, save, save_tree
+from compressm.compressor import Event
+from compressm.errors import ConfigError
+from compressm.reduce import state_dims
+from compressm.rng import rng_state, set_rng_state
+from compressm.training.config import Config
+from compressm.training.data import BatchOrder, SequenceData, Split, load_data
+from compressm.training.logs import RunLog
+from compressm.training.models import build_compressor, build_model, build_optimizer, build_scheduler
+from compressm.training.result import RunResult, write_json
+
+# What may differ between a checkpoint's configuration and that of the run which resumes it.
+_FREE_KEYS = {"data.root"} | {
+    f"run.{key}"
+    for key in ("output", "checkpoint_every", "log_every", "eval_batch_size", "threads", "device", "tensorboard")
+}
+
+
+def train(
+    config: Config,
+    *,
+    output: str | Path | None = None,
+    resume: bool = False,
+    command: str | None = None,
+    quiet: bool = False,
+) -> RunResult:
+    """Run a configuration from start to end, or take it up where it stopped.
+
+    Args:
+        config: from `load_config`.
+        output: the run's folder; before ``run.output``, before ``runs/<data>-seed<seed>``.
+        resume: go on from the folder's last checkpoint. Without one, start; after the end, return the result.
+        command: the exact command line, for the record.
+        quiet: nothing on the terminal.
+
+    Raises:
+        ConfigError: unfit data, a folder that holds another run, or training that diverged.
+        CheckpointError: a damaged checkpoint.
+    """
+    folder = Path(output or config.run.output or f"runs/{config.data.name}-seed{config.run.seed}")
+    finished = _prepare(folder, config, resume)
+    if finished is not None:
+        return finished
+    threads = torch.get_num_threads()
+    if config.run.threads is not None:
+        torch.set_num_threads(config.run.threads)
+    try:
+        return _Run(config, folder, resume).run(command, quiet)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _prepare(folder: Path, config: Config, resume: bool) -> RunResult | None:
+    """The result, if the folder holds it already; the folder, created, if it does not."""
+    result, checkpoint = folder / "result.json", folder / "checkpoint" / "state.json"
+    if not resume and (result.exists() or checkpoint.exists()):
+        raise ConfigError(
+            f"run.output: {folder} already holds a run; resume it with --resume, or choose another --output"
+        )
+    if result.exists():
+        content = RunResult.read(result)
+        _same_config(content.config, config, folder)
+        return content
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"run.output: {folder} cannot be created ({error.strerror}); choose another folder with --output"
+        ) from error
+    return None
+
+
+def _same_config(saved: Mapping[str, Any], config: Config, folder: Path) -> None:
+    for section, values in config.model_dump(mode="json").items():
+        for name, value in values.items():
+            key, before = f"{section}.{name}", saved.get(section, {}).get(name)
+            if key not in _FREE_KEYS and before != value:
+                raise ConfigError(
+                    f"{key} = {value!r}: the run in {folder} was started with {before!r}; give that value to resume "
+                    "it, or choose another --output"
+                )
+
+
+class _Run:
+    """One run in one process: everything that changes from step to step, and what changes it."""
+
+    def __init__(self, config: Config, folder: Path, resume: bool) -> None:
+        self.config, self.folder = config, folder
+        run = config.run
+        if run.device == "cuda" and not torch.cuda.is_available():
+            raise ConfigError("run.device = 'cuda': torch sees no CUDA device here; use run.device=auto or cpu")
+        use_cpu = run.device == "cpu" or not torch.cuda.is_available()
+        self.accelerator = Accelerator(cpu=use_cpu)
+        self.world, self.rank = self.accelerator.num_processes, self.accelerator.process_index
+        if run.batch_size % self.world:
+            raise ConfigError(
+                f"run.batch_size = {run.batch_size}: {self.world} processes cannot share it evenly; choose a multiple"
+            )
+        self.data: SequenceData = load_data(config.data).to(self.accelerator.device)
+        self.order = BatchOrder(len(self.data.train), run.batch_size, run.seed)
+        _seed(run.seed)
+        model = build_model(config, self.data.channels, self.data.n_classes)
+        self.model: nn.Module = model.to(self.accelerator.device)
+        _seed(run.seed + 1_000_003 * self.rank)  # the same weights, other dropout
+        self.optimizer = build_optimizer(config.optimizer, self.model)
+        self.scheduler = build_scheduler(config, self.optimizer)
+        self.compressor = build_compressor(
+            config, self.model, self.optimizer, self.scheduler, lambda model: self.accuracy(model, self.data.validation)
+        )
+        self.step = 0
+        self.loss = torch.tensor(math.nan)
+        self.curve: list[dict[str, Any]] = []
+        self.best: float | None = None
+        self.seconds = {"train": 0.0, "reduction": 0.0, "evaluation": 0.0, "checkpoint": 0.0}
+        self._clock, self._since = "", 0.0
+        if resume and (folder / "checkpoint" / "state.json").exists():
+            self._restore()
+        self.wrapped: nn.Module = self.accelerator.prepare_model(self.model)
+
+    def run(self, command: str | None, quiet: bool) -> RunResult:
+        """All remaining steps, the final evaluation, and the result."""
+        run, main = self.config.run, self.accelerator.is_main_process
+        tensorboard = self.folder / "tensorboard" if run.tensorboard and main else None
+        with RunLog(run.steps, tensorboard, self.step, quiet or not main) as log:
+            if self.step:
+                log.message(f"resumed at step {self.step}")
+            with self._timed("train"):
+                while self.step < run.steps:
+                    self._advance(log)
+            result = self._finish(command)
+            log.message(
+                f"done: test accuracy {result.test_accuracy:.4f}, states {result.state_dims}, "
+                f"{result.train_seconds:.1f} s of training and {result.reduction_seconds:.1f} s of cuts, in {self.folder}"
+            )
+        return result
+
+    def _advance(self, log: RunLog) -> None:
+        """One training step and all that is due after it."""
+        run = self.config.run
+        self._train_step()
+        if run.log_every and self.step % run.log_every == 0:
+            loss = float(self.loss)
+            self._check_finite(loss)
+            log.training(self.step, loss, self._rates())
+        event = self._compress()
+        if event is not None:
+            log.message(_describe(event))
+            if event.kind == "rolled_back":
+                return  # to a step after which all was done that was due
+        last = self.step == run.steps
+        if last or (run.eval_every and self.step % run.eval_every == 0):
+            self._evaluate(log)
+        if last or (run.checkpoint_every and self.step % run.checkpoint_every == 0):
+            self._checkpoint()
+
+    def _train_step(self) -> None:
+        indices = self.order.indices(self.step)[self.rank :: self.world].to(self.accelerator.device)
+        u, y = self.data.batch(self.data.train, indices)
+        self.wrapped.train()
+        loss = F.cross_entropy(self.wrapped(u), y)
+        self.accelerator.backward(loss)
+        if self.config.optimizer.max_grad_norm is not None:
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.config.optimizer.max_grad_norm)
+        self.optimizer.step()
+        self.scheduler.step()
+        self.optimizer.zero_grad()
+        self.loss = loss.detach()
+        self.step += 1
+
+    def _compress(self) -> Event | None:
+        if self.compressor is None:
+            return None
+        with self._timed("reduction"):
+            event = self.compressor.step()
+        if event is None or event.kind not in ("cut", "rolled_back"):
+            return event
+        self.best = None  # weights of another size are no candidates for the result
+        if self.world > 1:  # DistributedDataParallel has buckets of the old sizes
+            self.wrapped = self.model
+            self.accelerator.free_memory()
+            self.wrapped = self.accelerator.prepare_model(self.model)
+        if event.restored_step is not None and event.kind == "rolled_back":
+            self.step = event.restored_step
+            self.curve = [point for point in self.curve if point["step"] <= self.step]
+        return event
+
+    def accuracy(self, model: nn.Module, split: Split) -> float:
+        """Share of a split that is classified correctly, the same in all processes."""
+        with self._timed("evaluation"), torch.no_grad():
+            if self.world > 1:  # every process has running statistics of its own share of the data
+                for buffer in model.buffers():
+                    broadcast(buffer)
+            model.eval()
+            correct = torch.zeros((), device=self.accelerator.device)
+            for u, y in self.data.batches(split, self.config.run.eval_batch_size, self.rank, self.world):
+                correct += (model(u).argmax(-1) == y).sum()
+            return float(cast("torch.Tensor", self.accelerator.reduce(correct))) / len(split)
+
+    def _evaluate(self, log: RunLog) -> None:
+        loss = float(self.loss)
+        self._check_finite(loss)
+        accuracy = self.accuracy(self.model, self.data.validation)
+        dims = state_dims(self.model)
+        self.curve.append(
+            {
+                "step": self.step,
+                "loss": loss,
+                "validation_accuracy": accuracy,
+                "lr": self._rates(),
+                "state_dims": list(dims.values()),
+                "train_seconds": self.seconds["train"],
+            }
+        )
+        if self.config.run.select == "best" and (self.best is None or accuracy > self.best):
+            self.best = accuracy
+            if self.accelerator.is_main_process:
+                save(self.model, self.folder / "best")
+        log.evaluation(self.step, accuracy, dims)
+
+    def _rates(self) -> dict[str, float]:
+        return {str(group["name"]): float(group["lr"]) for group in self.optimizer.param_groups}
+
+    def _check_finite(self, loss: float) -> None:
+        # A compressor that examines its cuts goes back to where the loss was finite.
+        if not math.isfinite(loss) and self.config.compression.max_drop is None and self.step:
+            raise ConfigError(
+                f"optimizer.lr = {self.config.optimizer.lr}: training diverged, the loss is {loss} at step "
+                f"{self.step}; lower it"
+            )
+
+    def _checkpoint(self) -> None:
+        random_states = gather_object([rng_state()])
+        if not self.accelerator.is_main_process:
+            return
+        tree = {
+            "config": self.config.model_dump(mode="json"),
+            "step": self.step,
+            "loss": self.loss,
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self.scheduler.state_dict(),
+            "compressor": None if self.compressor is None else self.compressor.state_dict(),
+            "rng": random_states,
+            "curve": self.curve,
+            "best": self.best,
+            "seconds": self.seconds,
+        }
+        with self._timed("checkpoint"):
+            save_tree(self.folder / "checkpoint", tree, metadata={"step": self.step})
+
+    def _restore(self) -> None:
+        tree = load_tree(self.folder / "checkpoint")
+        _same_config(tree["config"], self.config, self.folder)
+        if len(tree["rng"]) != self.world:
+            raise ConfigError(
+                f"--resume: the run in {self.folder} used {len(tree['rng'])} processes, not {self.world}; use as many"
+            )
+        if self.compressor is not None:  # first: it gives the layers the sizes that the others expect
+            self.compressor.load_state_dict(tree["compressor"])
+        self.model.load_state_dict(tree["model"])
+        self.optimizer.load_state_dict(tree["optimizer"])
+        self.scheduler.load_state_dict(tree["scheduler"])
+        self.step, self.loss, self.curve, self.best = tree["step"], tree["loss"], tree["curve"], tree["best"]
+        self.seconds = tree["seconds"]
+        set_rng_state(tree["rng"][self.rank])
+
+    def _finish(self, command: str | None) -> RunResult:
+        model, validation = self.model, float(self.curve[-1]["validation_accuracy"])
+        self.accelerator.wait_for_everyone()
+        if self.best is not None:
+            model = load(self.folder / "best").to(self.accelerator.device)
+            validation = self.accuracy(model, self.data.validation)
+        result = RunResult(
+            data=self.data.label,
+            config=self.config.model_dump(mode="json"),
+            seed=self.config.run.seed,
+            command=command,
+            versions={"compressm": __version__, "torch": torch.__version__, "python": platform.python_version()},
+            processes=self.world,
+            device=_device_name(self.accelerator.device),
+            threads=torch.get_num_threads(),
+            steps=self.step,
+            state_dims=list(state_dims(model).values()),
+            parameters=sum(parameter.numel() for parameter in model.parameters()),
+            test_accuracy=self.accuracy(model, self.data.test),
+            validation_accuracy=validation,
+            train_seconds=self.seconds["train"],
+            reduction_seconds=self.seconds["reduction"],
+            evaluation_seconds=self.seconds["evaluation"],
+            checkpoint_seconds=self.seconds["checkpoint"],
+            history=[] if self.compressor is None else [event.to_dict() for event in self.compressor.history],
+            curve=self.curve,
+        )
+        if self.accelerator.is_main_process:
+            save(model, self.folder / "model")
+            write_json(self.folder / "result.json", result.to_dict())
+        return result
+
+    @contextmanager
+    def _timed(self, clock: str) -> Generator[None]:
+        """Runs one of the clocks, and meanwhile none of the others."""
+        if self.accelerator.device.type == "cuda" and clock != "reduction":
+            torch.cuda.synchronize()  # what was asked for belongs to the clock so far; too dear where it is every step
+        outer = self._clock
+        self._switch(clock)
+        try:
+            yield
+        finally:
+            self._switch(outer)
+
+    def _switch(self, clock: str) -> None:
+        now = time.perf_counter()
+        if self._clock:
+            self.seconds[self._clock] += now - self._since
+        self._clock, self._since = clock, now
+
+
+def _describe(event: Event) -> str:
+    changed = [f"{layer['states_before']} → {layer['states_after']}" for layer in event.layers]
+    what = {
+        "cut": f"cut: states {', '.join(changed)}",
+        "unchanged": "nothing to cut",
+        "kept": f"cut kept: validation {event.metric or 0:.4f} against {event.reference or 0:.4f}",
+        "rolled_back": f"cut undone, back to step {event.restored_step}",
+    }
+    return f"step {event.step}: {what.get(event.kind, event.kind)}"
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def _seed(seed: int) -> None:
+    random.seed(seed)
+    np.random.seed(seed % 2**32)  # noqa: NPY002
+    torch.manual_seed(seed)
+
+
+__all__ = ["RunResult", "train"]

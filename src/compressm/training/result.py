@@ -1,0 +1,100 @@
+"""What a run came to, and how that is written down."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from compressm.errors import CheckpointError, ConfigError
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a run came to; the content of ``result.json``.
+
+    Attributes:
+        data: name of the data set.
+        config, seed, command, versions: what it was made with; ``command`` is None for runs started from Python.
+        processes, device, threads: what it ran on.
+        steps: optimizer steps.
+        state_dims: state dimension of every layer, in the model's order.
+        parameters: number of the model's parameters.
+        test_accuracy: of the final model; the test data are looked at here and nowhere else.
+        validation_accuracy: of the same model.
+        train_seconds: in training steps and their logs, steps that were undone included.
+        reduction_seconds: in the compressor, without its evaluations.
+        evaluation_seconds: in evaluations, the compressor's included.
+        checkpoint_seconds: in writing checkpoints.
+        history: what the compressor did, as `Event.to_dict`.
+        curve: at every evaluation step, training loss, validation accuracy, learning rate and state dimensions.
+    """
+
+    data: str
+    config: dict[str, Any]
+    seed: int
+    command: str | None
+    versions: dict[str, str]
+    processes: int
+    device: str
+    threads: int
+    steps: int
+    state_dims: list[int]
+    parameters: int
+    test_accuracy: float
+    validation_accuracy: float
+    train_seconds: float
+    reduction_seconds: float
+    evaluation_seconds: float
+    checkpoint_seconds: float
+    history: list[dict[str, Any]]
+    curve: list[dict[str, Any]]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON, which has no word for NaN and infinity: null."""
+        return finite(asdict(self))
+
+    @classmethod
+    def read(cls, path: Path) -> RunResult:
+        """A result that was written before.
+
+        Raises:
+            CheckpointError: damaged.
+        """
+        try:
+            return cls(**json.loads(path.read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError) as error:
+            raise CheckpointError(f"{path}: damaged ({error}); delete it and resume the run") from error
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Write a JSON file that is at no instant half written.
+
+    Raises:
+        ConfigError: it cannot be written.
+    """
+    new = path.with_name(f"{path.name}.new")
+    try:
+        with new.open("w", encoding="utf-8") as file:
+            file.write(json.dumps(value, indent=1, allow_nan=False) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(new, path)
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be written ({error.strerror}); choose another place") from error
+
+
+def finite(value: Any) -> Any:
+    """The same value with None for NaN and infinity, and lists for tuples."""
+    if isinstance(value, Mapping):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+__all__ = ["RunResult", "finite", "write_json"]
