@@ -31,7 +31,11 @@ from compressm.reduce import plan_reduction
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
-MODES = {"transform": "carried through the change of basis", "slice": "sliced, as in the paper's code", "reset": "reset"}
+MODES = {
+    "transform": "carried through the change of basis",
+    "slice": "sliced, as in the paper's code",
+    "reset": "reset",
+}
 COLOURS = {"uncut": "#888888", "transform": "#0b6e4f", "slice": "#c8553d", "reset": "#3d5a80"}
 
 
@@ -105,14 +109,20 @@ def main() -> None:
         }
         for mode, curve in curves.items()
     }
-    print("| optimizer state | just after | mean, steps 1-20 | worst, steps 1-20 | mean, last 20 |\n|---|---|---|---|---|")
+    print(
+        "| optimizer state | just after | mean, steps 1-20 | worst, steps 1-20 | mean, last 20 |\n|---|---|---|---|---|"
+    )
     for mode, values in summary.items():
         print(f"| {MODES.get(mode, 'no cut')} | " + " | ".join(f"{value:.4f}" for value in values.values()) + " |")
     if arguments.json:
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
         stored = {
             "command": "python " + shlex.join(sys.argv),
-            "versions": {"python": platform.python_version(), "torch": torch.__version__, "compressm": compressm.__version__},
+            "versions": {
+                "python": platform.python_version(),
+                "torch": torch.__version__,
+                "compressm": compressm.__version__,
+            },
             "seeds": list(range(arguments.seeds)),
             "states": [run["states"] for run in runs],
             "summary": summary,

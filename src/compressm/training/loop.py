@@ -155,8 +155,8 @@ class _Run:
                     self._advance(log)
             result = self._finish(command)
             log.message(
-                f"done: test accuracy {result.test_accuracy:.4f}, states {result.state_dims}, "
-                f"{result.train_seconds:.1f} s of training and {result.reduction_seconds:.1f} s of cuts, in {self.folder}"
+                f"done: test accuracy {result.test_accuracy:.4f}, states {result.state_dims}, training took "
+                f"{result.train_seconds:.1f} s and reductions {result.reduction_seconds:.1f} s; see {self.folder}"
             )
         return result
 

@@ -1,0 +1,72 @@
+"""Builders of systems by property, and independent oracles."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from hypothesis import strategies as st
+
+from compressm.layers import LRU
+from compressm.systems import DiagonalSystem
+
+EPS = torch.finfo(torch.float64).eps
+
+
+def random_system(
+    seed: int, n: int = 8, p: int = 3, q: int = 2, radius: tuple[float, float] = (0.3, 0.98), real_output: bool = True
+) -> DiagonalSystem:
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, dtype=torch.complex128, generator=generator)
+
+    size = radius[0] + (radius[1] - radius[0]) * torch.rand(n, dtype=torch.float64, generator=generator)
+    phase = 2 * torch.pi * torch.rand(n, dtype=torch.float64, generator=generator)
+    return DiagonalSystem(torch.polar(size, phase), normal(n, p), normal(q, n), real_output)
+
+
+def real_matrices(system: DiagonalSystem) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The real system of order 2n that computes Re(C x)."""
+    lam, B, C = (x.numpy() for x in (system.lam, system.B, system.C))
+    A = np.block([[np.diag(lam.real), -np.diag(lam.imag)], [np.diag(lam.imag), np.diag(lam.real)]])
+    return A, np.vstack([B.real, B.imag]), np.hstack([C.real, -C.imag])
+
+
+def lru(seed: int, d_model: int = 8, d_state: int = 64, r_min: float = 0.9, r_max: float = 0.999) -> LRU:
+    torch.manual_seed(seed)
+    return LRU(d_model, d_state, r_min=r_min, r_max=r_max)
+
+
+@st.composite
+def degenerate_systems(draw: st.DrawFn, method: str = "real") -> DiagonalSystem:
+    """Systems of every ordinary and degenerate kind: see the comments."""
+    n, p, q = draw(st.integers(1, 12)), draw(st.integers(1, 3)), draw(st.integers(1, 3))
+    kind = draw(
+        st.sampled_from(["plain", "real", "repeated", "near", "uncontrollable", "unobservable", "scaled", "zero"])
+    )
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    closest = draw(st.floats(0.05, 6.0))  # |lam| up to 1 - 1e-6
+    size = 1 - 10 ** (-closest * torch.rand(n, dtype=torch.float64, generator=generator))
+    phase = 2 * torch.pi * torch.rand(n, dtype=torch.float64, generator=generator)
+    lam = torch.polar(size, phase)
+    B = torch.randn(n, p, dtype=torch.complex128, generator=generator)
+    C = torch.randn(q, n, dtype=torch.complex128, generator=generator)
+    if kind == "real":  # real eigenvalues of both signs: each takes a whole complex state
+        lam = (size * torch.sign(torch.cos(phase))).to(torch.complex128)
+    elif kind == "repeated":
+        lam = lam[:1].expand(n).clone()
+    elif kind == "near":  # almost a Jordan block
+        lam = lam[0] * (1 - 1e-9 * torch.arange(n, dtype=torch.float64))
+    elif kind == "uncontrollable":
+        B[: (n + 1) // 2] = 0
+        if p > 1:
+            B[:, 0] = 0
+    elif kind == "unobservable":
+        C[:, : (n + 1) // 2] = 0
+        if q > 1:
+            C[0] = 0
+    elif kind == "scaled":
+        B, C = B * 1e-9, C * 1e7
+    elif kind == "zero":
+        B = torch.zeros_like(B)
+    return DiagonalSystem(lam, B, C, real_output=method == "real" or draw(st.booleans()))

@@ -1,0 +1,131 @@
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch.nn import functional as F
+from torch.optim import Optimizer
+
+from compressm.adapters import find_layers
+from compressm.adapters.base import layer_values, write
+from compressm.balancing import balance, truncate
+from compressm.carry import carry_state, unwrap_optimizer
+from compressm.errors import UnsupportedOptimizerError
+from compressm.layers import SequenceClassifier, parameter_groups
+from compressm.reduce import compress
+
+OPTIMIZERS: dict[str, Callable[[Any], Optimizer]] = {
+    "sgd": lambda p: torch.optim.SGD(p, lr=1e-2),
+    "sgd-momentum": lambda p: torch.optim.SGD(p, lr=1e-2, momentum=0.9),
+    "sgd-nesterov": lambda p: torch.optim.SGD(p, lr=1e-2, momentum=0.9, nesterov=True),
+    "adam": lambda p: torch.optim.Adam(p, lr=1e-3, foreach=False),
+    "adam-foreach": lambda p: torch.optim.Adam(p, lr=1e-3, foreach=True),
+    "adam-amsgrad": lambda p: torch.optim.Adam(p, lr=1e-3, amsgrad=True),
+    "adamw": lambda p: torch.optim.AdamW(p, lr=1e-3, weight_decay=0.1),
+    "adamw-fused": lambda p: torch.optim.AdamW(p, lr=1e-3, weight_decay=0.1, fused=True),
+}
+
+
+def trained(make: Callable[[Any], Optimizer], steps: int = 3) -> tuple[SequenceClassifier, Optimizer]:
+    torch.manual_seed(0)
+    model = SequenceClassifier(2, 3, d_model=6, d_state=20, n_layers=2, dropout=0.0, norm="layer", r_min=0.9)
+    optimizer = make(parameter_groups(model, 1e-3))
+    for _ in range(steps):
+        step(model, optimizer)
+    return model, optimizer
+
+
+def step(model: SequenceClassifier, optimizer: Optimizer) -> torch.Tensor:
+    optimizer.zero_grad()
+    loss = F.cross_entropy(model(torch.randn(8, 30, 2)), torch.randint(0, 3, (8,)))
+    loss.backward()
+    optimizer.step()
+    return loss
+
+
+@pytest.mark.parametrize("mode", ["transform", "slice", "reset"])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_after_a_cut_the_next_step_moves_every_tensor(name: str, mode: str) -> None:
+    model, optimizer = trained(OPTIMIZERS[name])
+    last = step(model, optimizer)  # held, with its graph, as most training loops do
+    report = compress(model, states=9, optimizer=optimizer, carry=mode)  # type: ignore[arg-type]
+    assert report.cut
+    before = {key: parameter.detach().clone() for key, parameter in model.named_parameters()}
+    for _ in range(2):
+        step(model, optimizer)
+    for key, parameter in model.named_parameters():
+        assert (parameter != before[key]).any(), key
+        assert torch.isfinite(parameter).all()
+        for value in optimizer.state[parameter].values():
+            assert not isinstance(value, torch.Tensor) or value.ndim == 0 or value.shape == parameter.shape
+    assert torch.isfinite(last)
+
+
+def test_momentum_of_one_gradient_is_pulled_back_like_the_gradient() -> None:
+    # After one step of plain momentum the buffer is the gradient. A cut at full order is a pure change of basis, so the
+    # carried buffer must be the gradient of the new parameters at the point where the old gradient was taken.
+    torch.manual_seed(1)
+    model = SequenceClassifier(2, 3, d_model=6, d_state=12, dropout=0.0, norm="layer", r_min=0.9).double()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0, momentum=0.9)  # rate zero: the point stays where it is
+    u, target = torch.randn(4, 25, 2, dtype=torch.float64), torch.tensor([0, 1, 2, 0])
+    F.cross_entropy(model(u), target).backward()
+    optimizer.step()
+    layer = model.get_submodule("blocks.0.ssm")
+    adapter = find_layers(model)["blocks.0.ssm"][1]
+    reduction = truncate(balance(adapter.read(layer_values(layer))), 12, exceed=True)
+    change = adapter.plan(layer_values(layer), reduction)
+    write(layer, change)
+    carry_state(optimizer, layer, change, "transform")
+    carried = {name: optimizer.state[layer.get_parameter(name)]["momentum_buffer"] for name in ("B_re", "C_re")}
+    model.zero_grad()
+    F.cross_entropy(model(u), target).backward()
+    for name, buffer in carried.items():
+        torch.testing.assert_close(buffer, layer.get_parameter(name).grad)
+
+
+def test_second_moments_stay_non_negative_and_slices_are_slices() -> None:
+    model, optimizer = trained(OPTIMIZERS["adam-amsgrad"])
+    layer = model.get_submodule("blocks.0.ssm")
+    old = copy.deepcopy(optimizer.state[layer.get_parameter("B_re")])
+    sliced, sliced_optimizer = copy.deepcopy((model, optimizer))
+    compress(model, states=9, optimizer=optimizer)
+    for parameter in layer.parameters():
+        assert (optimizer.state[parameter]["exp_avg_sq"] >= 0).all()
+        assert (optimizer.state[parameter]["max_exp_avg_sq"] >= 0).all()
+    compress(sliced, states=9, optimizer=sliced_optimizer, carry="slice")
+    new = sliced_optimizer.state[sliced.get_submodule("blocks.0.ssm").get_parameter("B_re")]
+    assert torch.equal(new["exp_avg"], old["exp_avg"][: new["exp_avg"].shape[0]])
+    assert new["step"] == old["step"]
+
+
+def test_reset_starts_from_zero() -> None:
+    model, optimizer = trained(OPTIMIZERS["adamw"])
+    compress(model, states=9, optimizer=optimizer, carry="reset")
+    state = optimizer.state[model.get_submodule("blocks.1.ssm").get_parameter("C_im")]
+    assert state["exp_avg"].abs().sum() == 0
+    assert state["exp_avg_sq"].abs().sum() == 0
+
+
+def test_optimizer_with_unknown_state_is_refused_before_anything_is_written() -> None:
+    model, optimizer = trained(lambda p: torch.optim.Adagrad(p, lr=1e-2))
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(
+        UnsupportedOptimizerError, match=r"Adagrad keeps 'sum' for blocks\.0\.ssm\.nu_log.*carry='reset'"
+    ):
+        compress(model, states=9, optimizer=optimizer)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert compress(model, states=9, optimizer=optimizer, carry="reset").cut
+    step(model, optimizer)
+
+
+def test_wrappers_are_unwrapped_and_others_refused() -> None:
+    model, optimizer = trained(OPTIMIZERS["sgd"])
+    from accelerate import Accelerator
+
+    wrapped = Accelerator(cpu=True).prepare_optimizer(optimizer)
+    assert unwrap_optimizer(wrapped) is optimizer
+    with pytest.raises(UnsupportedOptimizerError, match="got SequenceClassifier"):
+        unwrap_optimizer(model)

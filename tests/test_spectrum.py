@@ -1,0 +1,66 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from compressm.adapters import LRUAdapter
+from compressm.adapters.base import layer_values
+from compressm.balancing import balance
+from compressm.layers import SequenceClassifier
+from compressm.spectrum import analyze, compare, spectrum_changes
+from helpers import lru, random_system
+
+
+def test_analyze_reports_every_layer() -> None:
+    torch.manual_seed(0)
+    model = SequenceClassifier(1, 3, d_model=4, d_state=[20, 12], n_layers=2, r_min=0.9)
+    spectrum = analyze(model)
+    assert [(layer.name, layer.states) for layer in spectrum] == [("blocks.0.ssm", 20), ("blocks.1.ssm", 12)]
+    assert len(spectrum) == 2
+    layer = spectrum["blocks.1.ssm"]
+    assert layer.hsv.shape == (24,)
+    assert layer.states_for(0.1) <= layer.states_for(0.001) <= 12
+    assert "blocks.0.ssm" in str(spectrum)
+    assert json.loads(json.dumps(spectrum.to_dict()))["blocks.0.ssm"]["energy"][0] > 0
+    with pytest.raises(KeyError, match=r"blocks\.0\.ssm"):
+        spectrum["missing"]
+
+
+def test_energy_counts_pairs_of_values_in_the_real_method() -> None:
+    balancing = balance(random_system(0))
+    torch.testing.assert_close(balancing.energy, balancing.hsv[0::2] + balancing.hsv[1::2])
+    complex_balancing = balance(random_system(0), "complex")
+    assert torch.equal(complex_balancing.energy, complex_balancing.hsv)
+
+
+@pytest.mark.parametrize("size", [1e-6, 1e-3, 1e-1])
+def test_no_value_moves_further_than_weyls_bound(size: float) -> None:
+    layer = lru(0, d_state=24)
+    before = balance(LRUAdapter().read(layer_values(layer)))
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter += size * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
+    after = balance(LRUAdapter().read(layer_values(layer)))
+    change = compare(before, after)
+    moves = (after.hsv - before.hsv).abs().max() / before.hsv[0]
+    assert float(moves) <= change.weyl_bound * (1 + 1e-9)
+    assert change.largest_move <= change.weyl_bound * (1 + 1e-9)
+    assert change.settled(1.0)
+
+
+def test_an_unchanged_layer_is_settled_and_a_changed_one_is_not() -> None:
+    a, b = balance(random_system(0)), balance(random_system(1))
+    same = compare(a, a)
+    assert same.weyl_bound == pytest.approx(0, abs=1e-12)
+    assert same.rank_correlation == pytest.approx(1)
+    assert same.settled(1e-9)
+    assert not compare(a, b).settled(1e-3)
+
+
+def test_snapshots_of_different_order_are_not_compared() -> None:
+    a, b = balance(random_system(0, n=4)), balance(random_system(0, n=5))
+    assert spectrum_changes({"x": a, "y": a}, {"x": b, "y": a}).keys() == {"y"}
+    with pytest.raises(ValueError, match="8 and 10"):
+        compare(a, b)
