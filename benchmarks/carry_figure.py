@@ -2,9 +2,9 @@
 
     python benchmarks/carry_figure.py --json results/carry.json --picture docs/images/carry.svg
 
-An LRU classifier is trained on the embedded digits with AdamW, and cut once. From the same cut on it goes on three times, with the
-same batches; only what became of the optimizer's state differs. A fourth run goes on without a cut. The loss is that on
-the whole training set, after every step; mean over seeds.
+An LRU classifier is trained on the embedded digits with AdamW, and cut once. From the same cut on it goes on three
+times, with the same batches; only what became of the optimizer's state differs. A fourth run goes on without a cut. The
+loss is that on the whole training set, after every step; mean over seeds.
 """
 
 from __future__ import annotations

@@ -102,6 +102,18 @@ def _app(command_line: str) -> "typer.Typer":
         result = run(settings, output=output, resume=resume, command=command_line)
         _write_result(json, result.to_dict())
 
+    @app.command()
+    def demo(  # pyright: ignore[reportUnusedFunction]
+        seeds: Annotated[int, typer.Option(min=1, help="How many seeds.")] = 4,
+        steps: Annotated[int | None, typer.Option(min=40, help="Training steps of each run [1500].")] = None,
+        picture: Annotated[Path, typer.Option(help="Where to draw the picture.")] = Path("demo.png"),
+        json: Annotated[Path | None, typer.Option("--json", help="Write the result to this file; - prints it.")] = None,
+    ) -> None:
+        """Train big, shrink, compare: handwritten digits, in about two minutes on two cores."""
+        from compressm.demo import run_demo
+
+        _write_result(json, run_demo(seeds=seeds, steps=steps, picture=picture, command=command_line))
+
     return app
 
 

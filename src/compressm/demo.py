@@ -11,22 +11,18 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
-import platform
-import shlex
 import statistics
-import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-import compressm
+from compressm.errors import ConfigError
 from compressm.training.config import parse_config
 from compressm.training.loop import train
 
@@ -54,41 +50,38 @@ _SHRUNK_STATES = 24
 
 
 def run_demo(
-    seeds: int = 3,
-    json_file: Path | None = None,
-    picture: Path | None = Path("demo.png"),
+    seeds: int = 4,
     steps: int | None = None,
+    picture: Path | None = Path("demo.png"),
     workers: int | None = None,
+    command: str | None = None,
 ) -> dict[str, Any]:
     """Train all runs, print the table, draw the picture.
 
     Args:
         seeds: how many seeds, from 0.
-        json_file: where to store the result.
-        picture: where to draw it; None for no picture.
         steps: training steps of each run; by default as many as the comparison needs.
+        picture: where to draw it; None for no picture.
         workers: processes; by default one per CPU, with one thread each.
+        command: the exact command line, for the record.
 
     Returns:
         ``full``, ``shrunk`` and ``small``, each with ``accuracy_mean``, ``accuracy_std``, ``seeds``, ``state_dims``,
         ``train_seconds``, ``reduction_seconds``; and ``command``, ``versions``, ``config``.
+
+    Raises:
+        ConfigError: the picture's folder does not exist.
     """
-    console = Console(stderr=True)
+    if picture is not None and not picture.absolute().parent.is_dir():
+        raise ConfigError(f"picture: {picture.absolute().parent} is no directory; create it or choose another place")
     with tempfile.TemporaryDirectory(prefix="compressm-demo-") as folder:
-        runs = _train_all(range(seeds), steps, Path(folder), workers or os.cpu_count() or 1, console)
+        runs = _train_all(range(seeds), steps, Path(folder), workers or os.cpu_count() or 1)
     result: dict[str, Any] = {way: _summary([runs[way, seed] for seed in range(seeds)]) for way in WAYS}
-    result["command"] = shlex.join(["compressm", *sys.argv[1:]])
-    result["versions"] = {
-        "python": platform.python_version(),
-        "torch": str(torch.__version__),
-        "compressm": compressm.__version__,
-    }
-    result["config"] = _config("shrunk", 0, steps, Path("runs"), None)
-    if json_file is not None:
-        json_file.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    result |= {"command": command, "versions": runs["full", 0]["versions"], "config": runs["shrunk", 0]["config"]}
+    result["config"]["run"]["output"] = None  # a temporary folder
     Console().print(_table(result))
     if picture is not None:
-        draw(result, [runs["shrunk", seed] for seed in range(seeds)], runs, picture)
+        draw(result, runs, picture)
         Console().print(f"picture: {picture}")
     return result
 
@@ -112,7 +105,7 @@ def _run(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _train_all(
-    seeds: Sequence[int], steps: int | None, folder: Path, workers: int, console: Console
+    seeds: Sequence[int], steps: int | None, folder: Path, workers: int
 ) -> dict[tuple[str, int], dict[str, Any]]:
     runs: dict[tuple[str, int], dict[str, Any]] = {}
     bar = Progress(
@@ -121,7 +114,7 @@ def _train_all(
         MofNCompleteColumn(),
         TextColumn("runs"),
         TimeElapsedColumn(),
-        console=console,
+        console=Console(stderr=True),
     )
     context = multiprocessing.get_context("spawn")
     with bar, ProcessPoolExecutor(workers, mp_context=context) as pool:
@@ -172,12 +165,7 @@ def _table(result: Mapping[str, Any]) -> Table:
     return table
 
 
-def draw(
-    result: Mapping[str, Any],
-    shrunk: Sequence[Mapping[str, Any]],
-    runs: Mapping[tuple[str, int], Mapping[str, Any]],
-    picture: Path,
-) -> None:
+def draw(result: Mapping[str, Any], runs: Mapping[tuple[str, int], Mapping[str, Any]], picture: Path) -> None:
     """The picture: Hankel spectra at the cuts, state dimension and accuracy over the steps, accuracy against time."""
     import matplotlib
 
@@ -185,8 +173,8 @@ def draw(
     from matplotlib import pyplot as plt
 
     figure, axes = plt.subplots(1, 4, figsize=(15, 3.7), layout="constrained")
-    history = [event for event in shrunk[0]["history"] if event["kind"] == "cut"]
-    steps = int(shrunk[0]["steps"])
+    history = [event for event in runs["shrunk", 0]["history"] if event["kind"] == "cut"]
+    steps = int(runs["shrunk", 0]["steps"])
 
     spectrum = axes[0]
     shades = plt.get_cmap("viridis_r")

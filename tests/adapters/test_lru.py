@@ -41,12 +41,13 @@ class TestLRU(AdapterSuite):
             used = expected.abs().amax(1 - part.axis) > 0
             torch.testing.assert_close(after.movedim(part.axis, 0)[used], expected.movedim(part.axis, 0)[used])
 
-    def test_scale_of_the_input_matrix_is_kept(self) -> None:
+    def test_summed_amplitude_of_the_states_is_kept(self) -> None:
         layer = self.layer(8)
-        before = torch.hypot(layer.B_re.norm(), layer.B_im.norm()) / 24**0.5
+        before = torch.hypot(layer.B_re.norm(dim=1), layer.B_im.norm(dim=1)).sum()
         adapter = LRUAdapter()
         write(layer, adapter.plan(layer_values(layer), truncate(balance(adapter.read(layer_values(layer))), 10)))
         rows = torch.hypot(layer.B_re.norm(dim=1), layer.B_im.norm(dim=1))
-        torch.testing.assert_close(rows, before.expand_as(rows))
+        torch.testing.assert_close(rows.sum(), before)
+        torch.testing.assert_close(rows, rows[:1].expand_as(rows))
         squared = (-2 * layer.nu_log.exp()).exp()
         torch.testing.assert_close(layer.gamma_log.exp(), (1 - squared).sqrt(), rtol=1e-3, atol=0)

@@ -17,9 +17,11 @@ from compressm.systems import DiagonalSystem
 class LRUAdapter(Adapter):
     """Reads ``lam``, ``gamma B`` and ``C`` of an `LRU`, and writes the reduced system in the same parametrisation.
 
-    The scale of a mode is free. It is chosen as the layer was initialised and tuned: ``gamma = sqrt(1 - |lam|^2)``
-    gives every state unit variance under white noise, and the rows of ``B`` all get the root mean square norm that
-    they had before; Adam's step is relative to that scale.
+    The scale of a mode is free, and Adam's steps are relative to it. ``gamma = sqrt(1 - |lam|^2)`` gives every state unit
+    variance under white noise, as at initialisation; and the rows of ``B`` all get the same norm, such that the sum of
+    these norms stays what it was. Adam moves every entry of ``C`` by about the same step, and the output then moves in
+    proportion to the sum of the states' amplitudes: with that sum kept, the smaller layer goes on learning at the pace of
+    the larger one. (With the norms themselves kept it slows down as states go; measured in docs/carry.md.)
     """
 
     layer_type = LRU
@@ -43,9 +45,9 @@ class LRUAdapter(Adapter):
         gamma = (-torch.expm1(-2 * nu)).sqrt()
         # A real positive eigenvalue has phase zero, whose logarithm does not exist: 1e-8 rad is zero in float32.
         theta = torch.remainder(lam.angle(), 2 * math.pi).clamp_min(1e-8)
-        usual_norm = old_B.norm(dim=1).square().mean().sqrt()
+        row_norm = old_B.norm(dim=1).sum() / lam.shape[0]
         norm = reduction.system.B.norm(dim=1)
-        scaled = reduction.rescaled(torch.where(norm > 0, usual_norm * gamma / norm, 1.0).clamp_min(1e-300))
+        scaled = reduction.rescaled(torch.where(norm > 0, row_norm * gamma / norm, 1.0).clamp_min(1e-300))
         B, C = scaled.system.B / gamma[:, None], scaled.system.C
 
         # B_old = diag(1/gamma_old) right diag(gamma_new) B_new on the kept subspace, and C_old = C_new left, in the
