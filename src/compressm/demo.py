@@ -210,21 +210,26 @@ def draw(result: Mapping[str, Any], runs: Mapping[tuple[str, int], Mapping[str, 
         at = [point["step"] for point in curves[0]]
         mean = [statistics.fmean(c[i]["validation_accuracy"] for c in curves) * 100 for i in range(len(at))]
         curve.plot(at, mean, color=COLOURS[way], linewidth=2)
-    curve.set(title="Validation accuracy (mean), %", xlabel="training step", ylim=(60, 100))
+    curve.set(title="Validation accuracy (mean), %", xlabel="training step", ylim=(50, 100))
 
-    bars = axes[3]
+    points = axes[3]
     for way in WAYS:
         row = result[way]
-        bars.errorbar(
-            row["train_seconds"], 100 * row["accuracy_mean"], yerr=100 * row["accuracy_std"],
-            fmt="o", markersize=9, capsize=3, color=COLOURS[way],
-        )  # fmt: skip
-        bars.annotate(
-            f"{LABELS[way]}\n{sum(row['state_dims'])} states", (row["train_seconds"], 100 * row["accuracy_mean"]),
-            xytext=(8, -4), textcoords="offset points", fontsize=8, color=COLOURS[way], va="top",
-        )  # fmt: skip
+        points.errorbar(
+            row["train_seconds"],
+            100 * row["accuracy_mean"],
+            yerr=100 * row["accuracy_std"],
+            fmt="o",
+            markersize=9,
+            capsize=3,
+            color=COLOURS[way],
+            label=f"{sum(row['state_dims'])} states, {LABELS[way]}: {row['accuracy_mean']:.1%}",
+        )
     longest = max(result[way]["train_seconds"] for way in WAYS)
-    bars.set(title="Test accuracy, %, against training time", xlabel="seconds of training", xlim=(0, 1.35 * longest))
+    lowest = min(100 * (result[way]["accuracy_mean"] - result[way]["accuracy_std"]) for way in WAYS)
+    points.set(title="Test accuracy, %, against training time", xlabel="seconds of training")
+    points.set(xlim=(0, 1.1 * longest), ylim=(lowest - 0.5 * (100 - lowest), 100))
+    points.legend(frameon=False, fontsize=8, loc="lower left")
     for axis in axes:
         axis.spines[["top", "right"]].set_visible(False)
         axis.title.set_fontsize(10)

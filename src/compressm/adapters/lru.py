@@ -17,11 +17,11 @@ from compressm.systems import DiagonalSystem
 class LRUAdapter(Adapter):
     """Reads ``lam``, ``gamma B`` and ``C`` of an `LRU`, and writes the reduced system in the same parametrisation.
 
-    The scale of a mode is free, and Adam's steps are relative to it. ``gamma = sqrt(1 - |lam|^2)`` gives every state unit
-    variance under white noise, as at initialisation; and the rows of ``B`` all get the same norm, such that the sum of
-    these norms stays what it was. Adam moves every entry of ``C`` by about the same step, and the output then moves in
-    proportion to the sum of the states' amplitudes: with that sum kept, the smaller layer goes on learning at the pace of
-    the larger one. (With the norms themselves kept it slows down as states go; measured in docs/carry.md.)
+    The scale of a mode is free, and Adam's steps are relative to it. ``gamma = sqrt(1 - |lam|^2)`` gives every state
+    unit variance under white noise, as at initialisation; and the rows of ``B`` all get the same norm, such that the
+    sum of these norms stays what it was. Adam moves every entry of ``C`` by about the same step, and the output then
+    moves in proportion to the sum of the states' amplitudes: with that sum kept, the smaller layer goes on learning at
+    the pace of the larger one. With the norms themselves kept it would slow down as states go.
     """
 
     layer_type = LRU
