@@ -85,14 +85,16 @@ class Compressor:
         model: the model, trained by ``optimizer``.
         optimizer: SGD, Adam, AdamW, or a wrapper with one in ``.optimizer``.
         total_steps: planned number of optimizer steps.
-        tolerance, max_error: how much each cut may discard; see `RankRule`.
-        states, fraction, total_states: the size to arrive at with the last cut, as `RankRule` states it (``fraction``
-            of the states at the start); the cuts before approach it geometrically. One of these five or ``max_drop``
-            is needed.
+        tolerance: share of a layer's Hankel energy that each cut may discard (tau in the paper).
+        states: state dimension to arrive at with the last cut; the cuts before approach it geometrically.
+        fraction: the same, as a share of the states at the start.
+        max_error: H-infinity error that each cut may make in a layer, in units of output per input.
+        total_states: the same as ``states``, for all layers together. One of these five or ``max_drop`` is needed.
         max_drop: how much of the metric may be lost, in its own units (0.002 is 0.2 points of an accuracy in [0, 1]).
         evaluate: ``evaluate(model)`` returns the validation metric, higher is better. Needed for ``max_drop``. With
             another rule and ``max_drop``, that rule proposes and the metric disposes.
-        multiple_of, min_reduction: see `RankRule`.
+        multiple_of: round state dimensions up to a multiple of this.
+        min_reduction: cut a layer only where this share of its states goes.
         cuts: how many cuts.
         window: share of ``total_steps`` in which they are made.
         start: steps to wait before the window.
@@ -103,7 +105,8 @@ class Compressor:
         carry: what becomes of the optimizer's state; see `carry`.
         check_after: steps between a cut and its examination; by default half the distance between cuts.
         on_setback: after a roll-back ``"halve"`` the next cut, or ``"stop"`` cutting.
-        scheduler, scaler: learning rate scheduler and gradient scaler, rolled back with the rest.
+        scheduler: learning rate scheduler, rolled back with the rest.
+        scaler: gradient scaler, likewise.
 
     Raises:
         InvalidRankRuleError: contradicting or impossible arguments.
