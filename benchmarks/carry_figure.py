@@ -11,19 +11,16 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
-import platform
-import shlex
 import sys
 from pathlib import Path
 
 import matplotlib
 import torch
 from sklearn.datasets import load_digits
+from stored import store
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-import compressm
 from compressm.layers import SequenceClassifier, parameter_groups
 from compressm.ranks import RankRule
 from compressm.reduce import plan_reduction
@@ -115,20 +112,13 @@ def main() -> None:
     for mode, values in summary.items():
         print(f"| {MODES.get(mode, 'no cut')} | " + " | ".join(f"{value:.4f}" for value in values.values()) + " |")
     if arguments.json:
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        stored = {
-            "command": "python " + shlex.join(sys.argv),
-            "versions": {
-                "python": platform.python_version(),
-                "torch": torch.__version__,
-                "compressm": compressm.__version__,
-            },
-            "seeds": list(range(arguments.seeds)),
-            "states": [run["states"] for run in runs],
-            "summary": summary,
-            "mean_curves": {mode: [round(float(v), 5) for v in curve.mean(0)] for mode, curve in curves.items()},
-        }
-        arguments.json.write_text(json.dumps(stored, indent=1) + "\n")
+        store(
+            arguments.json,
+            seeds=list(range(arguments.seeds)),
+            states=[run["states"] for run in runs],
+            summary=summary,
+            mean_curves={mode: [round(float(v), 5) for v in curve.mean(0)] for mode, curve in curves.items()},
+        )
     if arguments.picture:
         figure, axis = plt.subplots(figsize=(7, 3.6), layout="constrained")
         for mode, curve in curves.items():

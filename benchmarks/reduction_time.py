@@ -8,15 +8,12 @@ Medians of several runs on layers at initialisation (|lam| in [0.9, 0.999]). Pri
 from __future__ import annotations
 
 import argparse
-import json
-import platform
-import shlex
 import statistics
-import sys
 import time
 from pathlib import Path
 
 import torch
+from stored import store
 
 import compressm
 from compressm.layers import LRU
@@ -55,18 +52,11 @@ def main() -> None:
             rows.append({"n": n, "H": width, "rule": rule, "states": [run[1] for run in runs], "seconds": seconds})
             print(f"| {n} | {width} | {name} | {runs[0][1]} | {median:.2f} | {min(seconds):.2f} | {max(seconds):.2f} |")
     if arguments.json:
-        stored = {
-            "command": "python " + shlex.join(sys.argv),
-            "versions": {
-                "python": platform.python_version(),
-                "torch": torch.__version__,
-                "compressm": compressm.__version__,
-            },
-            "threads": torch.get_num_threads(),
-            "rows": rows,
-        }
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(json.dumps(stored, indent=1) + "\n")
+        store(
+            arguments.json,
+            threads=torch.get_num_threads(),
+            rows=rows,
+        )
 
 
 if __name__ == "__main__":

@@ -9,14 +9,11 @@ with `compressm.save`. Prints a Markdown table.
 from __future__ import annotations
 
 import argparse
-import json
-import platform
-import shlex
 import statistics
-import sys
 from pathlib import Path
 
 import torch
+from stored import store
 
 import compressm
 from compressm.adapters import find_layers
@@ -67,18 +64,11 @@ def main() -> None:
         real, complex_ = (statistics.fmean(k[method] for k in kept) for method in ("real", "complex"))
         print(f"| {name} | needed at tolerance 0.02 | {real:.0f} states | {complex_:.0f} states |")
     if arguments.json:
-        stored = {
-            "command": "python " + shlex.join(sys.argv),
-            "versions": {
-                "python": platform.python_version(),
-                "torch": torch.__version__,
-                "compressm": compressm.__version__,
-            },
-            "seeds": list(range(arguments.seeds)),
-            "result": result,
-        }
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(json.dumps(stored, indent=1) + "\n")
+        store(
+            arguments.json,
+            seeds=list(range(arguments.seeds)),
+            result=result,
+        )
 
 
 if __name__ == "__main__":
