@@ -1,5 +1,7 @@
-"""The recurrences under the layers: one function per recurrence, several engines behind it."""
+"""The recurrences under the layers: one function per recurrence."""
 
 from compressm.scans.lti import lti_scan
+from compressm.scans.selective import selective_scan, selective_step
+from compressm.scans.ssd import ssd_scan, ssd_step
 
-__all__ = ["lti_scan"]
+__all__ = ["lti_scan", "selective_scan", "selective_step", "ssd_scan", "ssd_step"]
