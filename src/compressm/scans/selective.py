@@ -4,16 +4,24 @@
 
 per channel, with ``A`` (d, n) negative and ``B_t``, ``C_t`` (n) shared by all channels (Gu, Dao 2023, eq. 2 and
 algorithm 2). What the layer does around it (``D u``, gate, softplus of delta) is the layer's matter.
+
+No engine but the reference ever holds the states of all steps (batch x length x d x n): each keeps the state once per
+chunk of steps, and the backward pass runs every chunk again from there.
 """
 
 from __future__ import annotations
 
-from typing import Literal, overload
+import math
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
-Engine = Literal["auto", "loop"]
+from compressm.scans import native
+
+Engine = Literal["auto", "native", "triton", "torch", "loop"]
 
 
 @overload
@@ -39,24 +47,41 @@ def selective_scan(
     """Run the recurrence over a batch of sequences; differentiable in every tensor argument.
 
     Args:
-        u: input, shape ``(batch, length, d)``.
+        u: input, shape ``(batch, length, d)``; float32, float64 or half precision, whose states are float32.
         delta: step sizes, non-negative, shape ``(batch, length, d)``.
         A: decay rates, negative, shape ``(d, n)``.
         B, C: input and output vectors, shape ``(batch, length, n)``.
         initial_state: ``h_{-1}``, shape ``(batch, d, n)``; zero by default.
         return_state: also return the state after the last step.
-        engine: ``"auto"``, or ``"loop"``: the definition, for reference.
+        engine: ``"native"`` (compiled, CPU), ``"triton"`` (CUDA), ``"torch"`` (plain PyTorch, anywhere), ``"loop"``
+            (the definition, for reference); ``"auto"`` takes the first that there is.
 
     Returns:
         ``y``, shape and dtype of ``u``; with ``return_state`` also ``h`` after the last step, shape ``(batch, d, n)``.
+
+    Raises:
+        ValueError: shapes that do not fit together, or an unknown engine.
     """
-    state = u.new_zeros(u.shape[0], *A.shape) if initial_state is None else initial_state
-    outputs = []
-    for t in range(u.shape[1]):
-        y, state = selective_step(state, u[:, t], delta[:, t], A, B[:, t], C[:, t])
-        outputs.append(y)
-    y = torch.stack(outputs, 1)
-    return (y, state) if return_state else y
+    _check(u, delta, A, B, C, initial_state)
+    tensors = (u, delta, A, B, C, initial_state)
+    if engine == "auto":
+        engine = "native" if native.usable(*tensors) else "triton" if _triton_usable(u) else "torch"
+    dtype = torch.promote_types(torch.promote_types(u.dtype, A.dtype), torch.float32)
+    args = (u.to(dtype), delta.to(dtype), A.to(dtype), B.to(dtype), C.to(dtype))
+    start = u.new_zeros(u.shape[0], *A.shape, dtype=dtype) if initial_state is None else initial_state.to(dtype)
+    if engine == "native":
+        y, state = _native(*args, start)
+    elif engine == "triton":
+        from compressm.scans.triton_selective import selective_scan_triton
+
+        y, state = selective_scan_triton(*args, start)
+    elif engine == "torch":
+        y, state = _chunks(*args, start)
+    elif engine == "loop":
+        y, state = _loop(*args, start)
+    else:
+        raise ValueError(f"engine must be 'auto', 'native', 'triton', 'torch' or 'loop'; got {engine!r}")
+    return (y.to(u.dtype), state) if return_state else y.to(u.dtype)
 
 
 def selective_step(state: Tensor, u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor) -> tuple[Tensor, Tensor]:
@@ -73,3 +98,177 @@ def selective_step(state: Tensor, u: Tensor, delta: Tensor, A: Tensor, B: Tensor
     """
     state = torch.exp(delta[..., None] * A) * state + (delta * u)[..., None] * B[:, None, :]
     return (state * C[:, None, :]).sum(-1).to(u.dtype), state
+
+
+def _check(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, initial_state: Tensor | None) -> None:
+    if u.ndim != 3 or A.ndim != 2 or u.shape[1] == 0:
+        raise ValueError(f"u must be (batch, length >= 1, d) and A (d, n); got {tuple(u.shape)} and {tuple(A.shape)}")
+    (batch, length, d), n = u.shape, A.shape[1]
+    expected = {
+        "delta": (delta, (batch, length, d)),
+        "A": (A, (d, n)),
+        "B": (B, (batch, length, n)),
+        "C": (C, (batch, length, n)),
+    }
+    if initial_state is not None:
+        expected["initial_state"] = (initial_state, (batch, d, n))
+    for name, (tensor, shape) in expected.items():
+        if tuple(tensor.shape) != shape:
+            raise ValueError(
+                f"{name} must have shape {shape} for u of shape {tuple(u.shape)}; got {tuple(tensor.shape)}"
+            )
+
+
+def _loop(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+    outputs = []
+    for t in range(u.shape[1]):
+        y, state = selective_step(state, u[:, t], delta[:, t], A, B[:, t], C[:, t])
+        outputs.append(y)
+    return torch.stack(outputs, 1), state
+
+
+def _chunks(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+    """The loop in chunks of about the root of the length, of which only the state between them is kept."""
+    steps = math.isqrt(u.shape[1] - 1) + 1
+    outputs = []
+    for at in range(0, u.shape[1], steps):
+        now = slice(at, at + steps)
+        y, state = checkpoint(
+            _loop,
+            u[:, now],
+            delta[:, now],
+            A,
+            B[:, now],
+            C[:, now],
+            state,
+            use_reentrant=False,
+            preserve_rng_state=False,
+        )
+        outputs.append(y)
+    return torch.cat(outputs, 1), state
+
+
+def _triton_usable(u: Tensor) -> bool:
+    if u.device.type != "cuda":
+        return False
+    try:
+        import triton  # noqa: F401  # pyright: ignore
+    except ImportError:
+        return False
+    return True
+
+
+def _native(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+    """The kernels want channels last, in whole vectors, in states too, and decay rates to the base 2."""
+    d = u.shape[-1]
+    missing = -d % (64 // u.element_size())
+    states = state.transpose(1, 2)
+    if missing:
+        u, delta, states = (F.pad(tensor, (0, missing)) for tensor in (u, delta, states))
+    rates = F.pad(A, (0, 0, 0, missing)).T
+    keep = torch.is_grad_enabled() and any(t.requires_grad for t in (u, delta, A, B, C, state))
+    y, after, _ = _native_forward(
+        u.contiguous(),
+        delta.contiguous(),
+        rates.contiguous(),
+        B.contiguous(),
+        C.contiguous(),
+        states.contiguous(),
+        keep,
+    )
+    return y[..., :d], after[..., :d].transpose(1, 2)
+
+
+@torch.library.custom_op("compressm::selective_scan", mutates_args=(), device_types="cpu")
+def _native_forward(
+    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor, keep: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    (batch, length, d), n = u.shape, A.shape[0]
+    y, after = torch.empty_like(u), torch.empty_like(state)
+    checkpoints = u.new_empty((batch, -(-length // _chunk()), n, d) if keep else (0,))
+    native.call(
+        "selective_forward",
+        u,
+        batch,
+        length,
+        d,
+        n,
+        u,
+        delta,
+        A * math.log2(math.e),
+        B,
+        C,
+        state,
+        y,
+        checkpoints if keep else None,
+        after,
+    )
+    return y, after, checkpoints
+
+
+@_native_forward.register_fake
+def _(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor, keep: bool) -> Any:
+    (batch, length, d), n = u.shape, A.shape[0]
+    shape = (batch, -(-length // _chunk()), n, d) if keep else (0,)
+    return torch.empty_like(u), torch.empty_like(state), u.new_empty(shape)
+
+
+@torch.library.custom_op("compressm::selective_scan_backward", mutates_args=(), device_types="cpu")
+def _native_backward(
+    grad_y: Tensor, grad_state: Tensor, u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, checkpoints: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    (batch, length, d), n = u.shape, A.shape[0]
+    # Enough groups of channels for every thread; each keeps sums of its own for B and C.
+    groups = max(1, min(d * u.element_size() // 64, -(-torch.get_num_threads() // batch)))
+    grad_u, grad_delta = torch.empty_like(u), torch.empty_like(u)
+    grad_A = u.new_zeros(batch, n, d)
+    grad_B, grad_C = u.new_empty(groups, *B.shape), u.new_empty(groups, *C.shape)
+    carry = grad_state.clone()
+    native.call(
+        "selective_backward",
+        u,
+        batch,
+        length,
+        d,
+        n,
+        u,
+        delta,
+        A * math.log2(math.e),
+        B,
+        C,
+        checkpoints,
+        grad_y,
+        grad_u,
+        grad_delta,
+        grad_A,
+        grad_B,
+        grad_C,
+        carry,
+        groups,
+    )
+    return grad_u, grad_delta, grad_A.sum(0), grad_B.sum(0), grad_C.sum(0), carry
+
+
+@_native_backward.register_fake
+def _(
+    grad_y: Tensor, grad_state: Tensor, u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, checkpoints: Tensor
+) -> Any:
+    return tuple(torch.empty_like(tensor) for tensor in (u, delta, A, B, C, grad_state))
+
+
+def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    ctx.save_for_backward(*inputs[:5], output[2])
+    ctx.set_materialize_grads(True)
+
+
+def _differentiate(ctx: Any, grad_y: Tensor, grad_state: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    gradients = _native_backward(grad_y.contiguous(), grad_state.contiguous(), *ctx.saved_tensors)
+    return (*gradients, None)
+
+
+_native_forward.register_autograd(_differentiate, setup_context=_keep_for_backward)
+
+
+def _chunk() -> int:
+    """Steps between two kept states: the constant ``chunk`` of native.cpp."""
+    return 32

@@ -1,0 +1,53 @@
+"""Building the compiled kernels, and doing without them."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from compressm.scans import native
+
+PROGRAM = """
+import torch
+from compressm.scans import selective_scan
+torch.manual_seed(0)
+u, delta, B, C = torch.randn(2, 9, 3), torch.rand(2, 9, 3), torch.randn(2, 9, 4), torch.randn(2, 9, 4)
+A = -torch.rand(3, 4)
+reference = selective_scan(u, delta, A, B, C, engine="loop")
+for _ in range(2):
+    torch.testing.assert_close(selective_scan(u, delta, A, B, C), reference)
+print("right")
+"""
+
+
+def run(cache: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    settings = {**os.environ, "COMPRESSM_CACHE": str(cache), **environment}
+    return subprocess.run([sys.executable, "-c", PROGRAM], env=settings, capture_output=True, text=True, check=True)
+
+
+@pytest.mark.skipif(native.library() is None, reason="no C++ compiler")
+def test_builds_once_with_a_line_and_is_cached(tmp_path: Path) -> None:
+    first, second = run(tmp_path / "new"), run(tmp_path / "new")
+    assert first.stdout == second.stdout == "right\n"
+    assert first.stderr.count("building the CPU kernels") == 1
+    assert second.stderr == ""
+    assert len(list((tmp_path / "new").iterdir())) == 1
+
+
+@pytest.mark.parametrize("compiler", ["/nonexistent/g++", "false"])
+def test_without_a_compiler_one_warning_and_right_results(tmp_path: Path, compiler: str) -> None:
+    result = run(tmp_path, CXX=compiler)
+    assert result.stdout == "right\n"
+    assert result.stderr.count("NativeKernelWarning") == 1
+    assert "COMPRESSM_NATIVE=0" in result.stderr
+
+
+def test_can_be_switched_off_silently(tmp_path: Path) -> None:
+    result = run(tmp_path, COMPRESSM_NATIVE="0")
+    assert result.stdout == "right\n"
+    assert result.stderr == ""
+    assert not list(tmp_path.iterdir())
