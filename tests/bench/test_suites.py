@@ -42,13 +42,23 @@ def test_sweeps_change_one_size_at_a_time() -> None:
 
 
 ROW = {
-    "name": "lru/row", "ours_ms": 2.0, "ours_quartiles_ms": [1.9, 2.2], "repetitions": 30,
-    "peer": "a | peer", "peer_ms": 250.0, "peer_quartiles_ms": [240.0, 260.0], "peer_repetitions": 10, "ratio": 125.0, "roofline_ms": 1.0, "of_roofline": 2.0,
-    "peak_mb": 20.0, "peer_peak_mb": 300.0, "reason": None,
-}  # fmt: skip
-MISSING = {
-    **ROW, "peer_ms": None, "peer_quartiles_ms": None, "ratio": None, "peer_peak_mb": None, "reason": "peer: not there",
-}  # fmt: skip
+    "name": "lru/row",
+    "ours_ms": 2.0,
+    "ours_quartiles_ms": [1.9, 2.2],
+    "repetitions": 30,
+    "peer": "a | peer",
+    "peer_ms": 250.0,
+    "peer_quartiles_ms": [240.0, 260.0],
+    "peer_repetitions": 10,
+    "ratio": 125.0,
+    "roofline_ms": 1.0,
+    "of_roofline": 2.0,
+    "peak_mb": 20.0,
+    "peer_peak_mb": 300.0,
+    "reason": None,
+}
+NOT_MEASURED = dict.fromkeys(("peer_ms", "peer_quartiles_ms", "ratio", "peer_peak_mb"))
+MISSING = {**ROW, **NOT_MEASURED, "reason": "peer: not there"}
 RESULT = {
     "command": "compressm bench lru",
     "machine": {"cpu": "a processor", "threads": 2},
