@@ -1,0 +1,392 @@
+# pyright: basic
+# (The bodies of kernels are Triton's language in Python's syntax: their arguments have no types that Python knows.)
+"""The selective scan on CUDA devices, forward and backward, in Triton.
+
+A program owns 64 channels of one sequence. It walks through time in tiles of eight steps that lie in registers, and
+through the states in blocks of at most eight: work is in proportion to ``n`` rounded up to a multiple of four. Between
+tiles the states rest in a small buffer that stays in cache. So the only traffic with memory is what the recurrence
+reads and writes; every 64 steps the forward pass also stores the states, from which the backward pass runs through
+the steps between again.
+
+Where batch and channels alone cannot fill the device, time is divided as well, into parts: a first kernel runs every
+part from zero, a second one links the parts by their decays, and then all parts run at once from their true starts.
+This takes the exponentials, which are the bottleneck, twice, and so is done only when it is needed.
+
+Gradients to ``B`` and ``C`` are sums over channels: each block of channels writes its own, which are summed afterwards
+in a fixed order, so that results are the same in every run. That takes ``d / 64`` times the memory of ``B`` and ``C``.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+_TILE = 8  # steps in registers at a time
+_KEEP = 64  # steps between kept states; a multiple of _TILE
+_GROUPS, _LANES = 2, 32  # channels of a program; two per lane halve the cost of sums over channels
+_CHANNELS = _GROUPS * _LANES
+
+
+def selective_scan_triton(
+    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, initial_state: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Run ``h_t = exp(delta_t A) h_{t-1} + delta_t B_t u_t``, ``y_t = C_t . h_t``; differentiable in every argument.
+
+    Args:
+        u, delta: shape ``(batch, length, d)``, ``delta`` non-negative. These and the others may be float16, bfloat16,
+            float32 or float64, in any mixture.
+        A: negative, shape ``(d, n)``.
+        B, C: shape ``(batch, length, n)``.
+        initial_state: shape ``(batch, d, n)``.
+
+    Returns:
+        ``y``, shape and dtype of ``u``, and the state after the last step, shape ``(batch, d, n)``: float32, as all
+        states and sums inside, or float64 if any argument is.
+    """
+    return _SelectiveScan.apply(u, delta, A, B, C, initial_state)  # pyright: ignore[reportReturnType]  (is untyped)
+
+
+class _SelectiveScan(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, initial_state: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        (batch, length, d), n = u.shape, A.shape[1]
+        dtype = torch.float32
+        for tensor in (u, delta, A, B, C, initial_state):
+            dtype = torch.promote_types(dtype, tensor.dtype)
+        u, delta, B, C = (tensor.contiguous() for tensor in (u, delta, B, C))
+        rates = (A.T.to(dtype) * math.log2(math.e)).contiguous()  # exp(delta A) = 2^(delta rate)
+        parts, segment = _parts(u)
+        grid, sizes = (triton.cdiv(d, _CHANNELS), parts, batch), (length, d, n, segment)
+
+        states = u.new_zeros(batch, parts, n, d, dtype=dtype)
+        states[:, 0] = initial_state.mT
+        if parts > 1:
+            _run_parts(states, u, delta, rates, B, sizes, reverse=False)
+        keep = any(ctx.needs_input_grad)
+        kept = u.new_empty((batch, triton.cdiv(length, _KEEP), n, d) if keep else (1,), dtype=dtype)
+        y = torch.empty_like(u)
+        _forward_kernel[grid](u, delta, rates, B, C, y, states, kept, *sizes, KEEP=_KEEP if keep else 0, **_options(n))
+        if keep:
+            ctx.save_for_backward(u, delta, rates, B, C, kept)
+            ctx.dtypes = A.dtype, initial_state.dtype
+        return y, states[:, -1].mT.contiguous()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_y: Tensor, grad_state: Tensor) -> tuple[Tensor, ...]:
+        u, delta, rates, B, C, kept = ctx.saved_tensors
+        (batch, length, d), n, dtype = u.shape, len(rates), rates.dtype
+        grad_y = grad_y.contiguous()
+        parts, segment = _parts(u)
+        grid, sizes = (triton.cdiv(d, _CHANNELS), parts, batch), (length, d, n, segment)
+
+        adjoint = u.new_zeros(batch, parts, n, d, dtype=dtype)
+        adjoint[:, -1] = grad_state.mT
+        if parts > 1:
+            _run_parts(adjoint, grad_y, delta, rates, C, sizes, reverse=True)
+        replay = u.new_empty(batch, parts, _KEEP // _TILE, n, d, dtype=dtype)
+        grad_u, grad_delta = torch.empty_like(u), torch.empty_like(delta)
+        grad_A = torch.zeros_like(adjoint)
+        grad_B, grad_C = (u.new_empty(grid[0], *B.shape, dtype=dtype) for _ in range(2))
+        _backward_kernel[grid](
+            u, delta, rates, B, C, grad_y, kept, replay, adjoint, grad_u, grad_delta, grad_A, grad_B, grad_C,
+            *sizes, KEEP=_KEEP, **_options(n),
+        )  # fmt: skip
+        dtype_A, dtype_state = ctx.dtypes
+        return (
+            grad_u,
+            grad_delta,
+            grad_A.sum((0, 1)).T.to(dtype_A),
+            grad_B.sum(0).to(B.dtype),
+            grad_C.sum(0).to(C.dtype),
+            adjoint[:, 0].mT.to(dtype_state),
+        )
+
+
+def _options(n: int) -> dict[str, Any]:
+    """One warp per state of a block, and as few idle ones as blocks of up to eight allow."""
+    block = n if n <= 2 else 4 if -n % 8 >= 4 else 8
+    sizes = {"TILE": _TILE, "GROUPS": _GROUPS, "BLOCK": block, "LANES": _LANES}
+    return {**sizes, "num_warps": block, "enable_fp_fusion": True}  # fused multiply-add, whatever Triton's default
+
+
+def _parts(u: Tensor) -> tuple[int, int]:
+    """Into how many parts to divide the time, and the steps in each: a multiple of ``_KEEP``."""
+    batch, length, d = u.shape
+    processors = torch.cuda.get_device_properties(u.device).multi_processor_count if u.is_cuda else 4
+    parts = max(1, 2 * processors // (batch * triton.cdiv(d, _CHANNELS)))
+    segment = triton.cdiv(triton.cdiv(length, parts), _KEEP) * _KEEP
+    return triton.cdiv(length, segment), segment
+
+
+def _run_parts(
+    states: Tensor, inputs: Tensor, delta: Tensor, rates: Tensor, vectors: Tensor, sizes: tuple[int, ...], reverse: bool
+) -> None:
+    """From the true start of the first part (the last, in reverse), fill in those of the others."""
+    batch, parts, n, d = states.shape
+    ends, span = torch.zeros_like(states), states.new_empty(batch, parts, d)
+    grid = (triton.cdiv(d, _CHANNELS), parts, batch)
+    _local_kernel[grid](inputs, delta, rates, vectors, ends, span, *sizes, REVERSE=reverse, **_options(n))
+    grid = (triton.cdiv(d, 128), n, batch)
+    _link_kernel[grid](ends, span, rates, states, parts, d, n, REVERSE=reverse, LANES=128, enable_fp_fusion=True)
+
+
+# In the kernels a tile has the axes (step, group of channels, state, channel in the group). Lanes lie along channels
+# and warps along states, so that a thread holds all steps of its states: there `_row` is a register. Three things
+# keep the compiler to that layout, in which nothing but the sums passes between threads: loads are spread over states
+# or channels before they happen; sizes are no constants to it; and states count downwards in a block, or it would see
+# that they are neighbours in B and C. Steps beyond the end load as zero, and a step with delta = 0 and u = 0 changes
+# nothing.
+
+
+@triton.jit
+def _row(tile, rows, s: tl.constexpr):
+    """Row ``s`` of a tile. Adding -0.0, unlike 0.0, changes no number: the compiler drops the sum."""
+    return tl.sum(tl.where(rows == s, tile, -0.0), 0, keep_dims=True)
+
+
+@triton.jit
+def _load_inputs(pointer, at, rows, channels, end, d, like):
+    """Rows from ``at`` of a (length, d) matrix, the same for all states of a block."""
+    pointers = pointer + at * d + rows * d + channels
+    mask = (at + rows < end) & (channels < d)
+    return tl.load(
+        tl.broadcast_to(pointers, like.shape), mask=tl.broadcast_to(mask, like.shape), other=0.0
+    ).to(like.dtype)  # fmt: skip
+
+
+@triton.jit
+def _load_vectors(pointer, at, rows, index, end, n, like):
+    """Rows from ``at`` of a (length, n) matrix, the same for all channels of a group."""
+    pointers = pointer + at * n + rows * n + index
+    mask = (at + rows < end) & (index < n)
+    return tl.load(
+        tl.broadcast_to(pointers, like.shape), mask=tl.broadcast_to(mask, like.shape), other=0.0
+    ).to(like.dtype)  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["length", "d", "n", "segment"])
+def _local_kernel(
+    inputs, delta, rates, vectors, ends, span, length, d, n, segment, REVERSE: tl.constexpr,
+    TILE: tl.constexpr, GROUPS: tl.constexpr, BLOCK: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
+    """Through one part from zero: ``x = a_t x + delta_t u_t B_t``, or ``x = a_t (x + grad_y_t C_t)`` in reverse."""
+    part, batch = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    rows = tl.arange(0, TILE)[:, None, None, None]
+    groups = tl.arange(0, GROUPS)[None, :, None, None]
+    lines = BLOCK - 1 - tl.arange(0, BLOCK)[None, None, :, None]
+    channels = (tl.program_id(0) * GROUPS + groups) * LANES + tl.arange(0, LANES)[None, None, None, :]
+    like = tl.zeros([TILE, GROUPS, BLOCK, LANES], ends.dtype.element_ty)
+    like_vectors = tl.zeros([TILE, 1, BLOCK, LANES], ends.dtype.element_ty)
+    inputs += batch * length * d
+    delta += batch * length * d
+    vectors += batch * length * n
+    ends += (batch * tl.num_programs(1) + part) * n * d
+    span += (batch * tl.num_programs(1) + part) * d
+    begin = part.to(tl.int64) * segment
+    end = tl.minimum(begin + segment, length)
+    tiles = tl.cdiv(end - begin, TILE)
+    time = like
+    for i in range(tiles):
+        at = begin + (tiles - 1 - i if REVERSE else i) * TILE
+        step = _load_inputs(delta, at, rows, channels, end, d, like)
+        value = _load_inputs(inputs, at, rows, channels, end, d, like)
+        time += step
+        if not REVERSE:
+            value *= step
+        for first in range(0, n, BLOCK):
+            index = first + lines
+            here = (index < n) & (channels < d)
+            place = index * d + channels
+            decay = tl.exp2(step * tl.load(rates + place, mask=here, other=0.0))
+            drive = value * _load_vectors(vectors, at, rows, index, end, n, like_vectors)
+            x = tl.load(ends + place, mask=here, other=0.0)
+            for k in tl.static_range(TILE):
+                if REVERSE:
+                    x = _row(decay, rows, TILE - 1 - k) * (x + _row(drive, rows, TILE - 1 - k))
+                else:
+                    x = _row(decay, rows, k) * x + _row(drive, rows, k)
+            tl.store(ends + place, x, mask=here)
+        tl.debug_barrier()  # what is stored here is loaded in the next tile
+    total = tl.sum(time, 0, keep_dims=True)  # the same for all states
+    tl.store(tl.broadcast_to(span + channels, total.shape), total, mask=(lines == 0) & (channels < d))
+
+
+@triton.jit(do_not_specialize=["parts", "d", "n"])
+def _link_kernel(ends, span, rates, starts, parts, d, n, REVERSE: tl.constexpr, LANES: tl.constexpr):
+    """The start of every part: of one, decayed over its span, plus its end from zero, comes the start of the next."""
+    state, batch = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    channels = tl.program_id(0) * LANES + tl.arange(0, LANES)
+    here = channels < d
+    rate = tl.load(rates + state * d + channels, mask=here, other=0.0)
+    first = parts - 1 if REVERSE else 0
+    x = tl.load(starts + ((batch * parts + first) * n + state) * d + channels, mask=here, other=0.0)
+    for i in range(parts - 1):
+        part = batch * parts + (parts - 1 - i if REVERSE else i)
+        time = tl.load(span + part * d + channels, mask=here, other=0.0)
+        x = tl.exp2(rate * time) * x + tl.load(ends + (part * n + state) * d + channels, mask=here, other=0.0)
+        part = part - 1 if REVERSE else part + 1
+        tl.store(starts + (part * n + state) * d + channels, x, mask=here)
+
+
+@triton.jit(do_not_specialize=["length", "d", "n", "segment"])
+def _forward_kernel(
+    u, delta, rates, B, C, y, states, kept, length, d, n, segment, KEEP: tl.constexpr,
+    TILE: tl.constexpr, GROUPS: tl.constexpr, BLOCK: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
+    """Through one part: outputs to ``y``, states at multiples of KEEP to ``kept`` and the last ones to ``states``."""
+    part, batch = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    rows = tl.arange(0, TILE)[:, None, None, None]
+    groups = tl.arange(0, GROUPS)[None, :, None, None]
+    lines = BLOCK - 1 - tl.arange(0, BLOCK)[None, None, :, None]
+    channels = (tl.program_id(0) * GROUPS + groups) * LANES + tl.arange(0, LANES)[None, None, None, :]
+    like = tl.zeros([TILE, GROUPS, BLOCK, LANES], states.dtype.element_ty)
+    like_vectors = tl.zeros([TILE, 1, BLOCK, LANES], states.dtype.element_ty)
+    u += batch * length * d
+    delta += batch * length * d
+    y += batch * length * d
+    B += batch * length * n
+    C += batch * length * n
+    states += (batch * tl.num_programs(1) + part) * n * d
+    if KEEP > 0:
+        kept += batch * tl.cdiv(length, KEEP) * n * d
+    begin = part.to(tl.int64) * segment
+    end = tl.minimum(begin + segment, length)
+    for i in range(tl.cdiv(end - begin, TILE)):
+        at = begin + i * TILE
+        step = _load_inputs(delta, at, rows, channels, end, d, like)
+        value = _load_inputs(u, at, rows, channels, end, d, like) * step
+        output = like
+        for first in range(0, n, BLOCK):
+            index = first + lines
+            here = (index < n) & (channels < d)
+            place = index * d + channels
+            decay = tl.exp2(step * tl.load(rates + place, mask=here, other=0.0))
+            drive = value * _load_vectors(B, at, rows, index, end, n, like_vectors)
+            x = tl.load(states + place, mask=here, other=0.0)
+            if KEEP > 0:
+                if at % KEEP == 0:
+                    tl.store(kept + at // KEEP * n * d + place, x, mask=here)
+            history = like
+            for s in tl.static_range(TILE):
+                x = _row(decay, rows, s) * x + _row(drive, rows, s)
+                history = tl.where(rows == s, x, history)
+            tl.store(states + place, x, mask=here)
+            output += history * _load_vectors(C, at, rows, index, end, n, like_vectors)
+        total = tl.sum(output, 2, keep_dims=True)
+        mask = (at + rows < end) & (channels < d)
+        tl.store(y + at * d + rows * d + channels, total.to(y.dtype.element_ty), mask=mask)
+        tl.debug_barrier()  # what is stored here is loaded in the next tile
+
+
+@triton.jit(do_not_specialize=["length", "d", "n", "segment"])
+def _backward_kernel(
+    u, delta, rates, B, C, grad_y, kept, replay, adjoint, grad_u, grad_delta, grad_A, grad_B, grad_C,
+    length, d, n, segment, KEEP: tl.constexpr,
+    TILE: tl.constexpr, GROUPS: tl.constexpr, BLOCK: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
+    """Back through one part, by ``g_t = grad_y_t C_t + a_{t+1} g_{t+1}``, the gradient to ``h_t``.
+
+    For every stretch of KEEP steps the states before each of its tiles are computed again, into ``replay``.
+    ``adjoint`` holds ``a_t g_t`` of the tile to the right; at the end, the gradient to the state before the part.
+    """
+    block, part, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    rows = tl.arange(0, TILE)[:, None, None, None]
+    groups = tl.arange(0, GROUPS)[None, :, None, None]
+    lines = BLOCK - 1 - tl.arange(0, BLOCK)[None, None, :, None]
+    channels = (block * GROUPS + groups) * LANES + tl.arange(0, LANES)[None, None, None, :]
+    dtype = adjoint.dtype.element_ty
+    like = tl.zeros([TILE, GROUPS, BLOCK, LANES], dtype)
+    like_vectors = tl.zeros([TILE, 1, BLOCK, LANES], dtype)
+    u += batch * length * d
+    delta += batch * length * d
+    grad_y += batch * length * d
+    grad_u += batch * length * d
+    grad_delta += batch * length * d
+    B += batch * length * n
+    C += batch * length * n
+    grad_B += (block * tl.num_programs(2) + batch) * length * n
+    grad_C += (block * tl.num_programs(2) + batch) * length * n
+    kept += batch * tl.cdiv(length, KEEP) * n * d
+    replay += (batch * tl.num_programs(1) + part) * (KEEP // TILE) * n * d
+    adjoint += (batch * tl.num_programs(1) + part) * n * d
+    grad_A += (batch * tl.num_programs(1) + part) * n * d
+    begin = part.to(tl.int64) * segment
+    end = tl.minimum(begin + segment, length)
+    plane = batch * 0 + n * d
+    stretches = tl.cdiv(end - begin, KEEP)
+    for i in range(stretches):
+        stretch = begin // KEEP + stretches - 1 - i
+        start = stretch * KEEP
+        tiles = tl.cdiv(tl.minimum(end - start, KEEP), TILE)
+        for first in range(0, n, BLOCK):
+            index = first + lines
+            here = (index < n) & (channels < d)
+            place = index * d + channels
+            x = tl.load(kept + stretch * n * d + place, mask=here, other=0.0)
+            rate = tl.load(rates + place, mask=here, other=0.0)
+            tl.store(replay + place, x, mask=here)
+            for j in range(1, tiles):
+                at = start + (j - 1) * TILE
+                step = _load_inputs(delta, at, rows, channels, end, d, like)
+                value = _load_inputs(u, at, rows, channels, end, d, like) * step
+                decay = tl.exp2(step * rate)
+                drive = value * _load_vectors(B, at, rows, index, end, n, like_vectors)
+                for s in tl.static_range(TILE):
+                    x = _row(decay, rows, s) * x + _row(drive, rows, s)
+                tl.store(replay + j * plane + place, x, mask=here)
+        tl.debug_barrier()  # what is stored here is loaded below
+        for j in range(tiles):
+            tile = tiles - 1 - j
+            at = start + tile * TILE
+            step = _load_inputs(delta, at, rows, channels, end, d, like)
+            value = _load_inputs(u, at, rows, channels, end, d, like)
+            grad = _load_inputs(grad_y, at, rows, channels, end, d, like)
+            to_rate, to_drive = like, like  # sums over states of g_t a_t h_{t-1} rate and g_t B_t
+            for first in range(0, n, BLOCK):
+                index = first + lines
+                here = (index < n) & (channels < d)
+                place = index * d + channels
+                rate = tl.load(rates + place, mask=here, other=0.0)
+                b = _load_vectors(B, at, rows, index, end, n, like_vectors)
+                c = _load_vectors(C, at, rows, index, end, n, like_vectors)
+                decay = tl.exp2(step * rate)
+                drive = step * value * b
+                x = tl.load(replay + tile * plane + place, mask=here, other=0.0)
+                decayed = like  # a_t h_{t-1}
+                for s in tl.static_range(TILE):
+                    x = _row(decay, rows, s) * x
+                    decayed = tl.where(rows == s, x, decayed)
+                    x += _row(drive, rows, s)
+                x = tl.load(adjoint + place, mask=here, other=0.0)
+                g = like
+                for k in tl.static_range(TILE):
+                    x += _row(grad * c, rows, TILE - 1 - k)
+                    g = tl.where(rows == TILE - 1 - k, x, g)
+                    x = _row(decay, rows, TILE - 1 - k) * x
+                tl.store(adjoint + place, x, mask=here)
+                through = g * decayed
+                to_rate += through * rate
+                to_drive += g * b
+                so_far = tl.load(grad_A + place, mask=here, other=0.0)
+                tl.store(grad_A + place, so_far + tl.sum(through * step, 0, keep_dims=True), mask=here)
+                offsets = at * n + rows * n + index
+                mask = (at + rows < end) & (index < n)
+                to_b = tl.sum(tl.sum(g * step * value, 1, keep_dims=True), 3, keep_dims=True)
+                to_c = tl.sum(tl.sum(grad * (decayed + drive), 1, keep_dims=True), 3, keep_dims=True)
+                tl.store(grad_B + offsets, to_b, mask=mask)
+                tl.store(grad_C + offsets, to_c, mask=mask)
+            to_u = tl.sum(step * to_drive, 2, keep_dims=True)
+            to_delta = tl.sum(0.6931471805599453 * to_rate + value * to_drive, 2, keep_dims=True)  # A is ln 2 rates
+            offsets = at * d + rows * d + channels
+            mask = (at + rows < end) & (channels < d)
+            tl.store(grad_u + offsets, to_u.to(grad_u.dtype.element_ty), mask=mask)
+            tl.store(grad_delta + offsets, to_delta.to(grad_delta.dtype.element_ty), mask=mask)
+            tl.debug_barrier()  # adjoint and grad_A come back in the next tile, replay is used again
