@@ -63,7 +63,7 @@ class _SelectiveScan(torch.autograd.Function):
         u, delta, B, C = (tensor.contiguous() for tensor in (u, delta, B, C))
         rates = (A.T.to(dtype) * math.log2(math.e)).contiguous()  # exp(delta A) = 2^(delta rate)
         parts, segment = _parts(u)
-        grid, sizes = (triton.cdiv(d, _CHANNELS), parts, batch), (length, d, n, segment)
+        grid, sizes = (triton.cdiv(d, _CHANNELS), parts, batch), (length, d, segment, n)
 
         states = u.new_zeros(batch, parts, n, d, dtype=dtype)
         states[:, 0] = initial_state.mT
@@ -85,7 +85,7 @@ class _SelectiveScan(torch.autograd.Function):
         (batch, length, d), n, dtype = u.shape, len(rates), rates.dtype
         grad_y = grad_y.contiguous()
         parts, segment = _parts(u)
-        grid, sizes = (triton.cdiv(d, _CHANNELS), parts, batch), (length, d, n, segment)
+        grid, sizes = (triton.cdiv(d, _CHANNELS), parts, batch), (length, d, segment, n)
 
         adjoint = u.new_zeros(batch, parts, n, d, dtype=dtype)
         adjoint[:, -1] = grad_state.mT
@@ -141,9 +141,24 @@ def _run_parts(
 # In the kernels a tile has the axes (step, group of channels, state, channel in the group). Lanes lie along channels
 # and warps along states, so that a thread holds all steps of its states: there `_row` is a register. Three things
 # keep the compiler to that layout, in which nothing but the sums passes between threads: loads are spread over states
-# or channels before they happen; sizes are no constants to it; and states count downwards in a block, or it would see
-# that they are neighbours in B and C. Steps beyond the end load as zero, and a step with delta = 0 and u = 0 changes
-# nothing.
+# or channels before they happen; d is no constant to it; and states count downwards in a block, or it would see that
+# they are neighbours in B and C. Steps beyond the end load as zero, and a step with delta = 0 and u = 0 changes nothing.
+
+
+@triton.jit
+def _axes(TILE: tl.constexpr, GROUPS: tl.constexpr, BLOCK: tl.constexpr, LANES: tl.constexpr):
+    """Steps of a tile, states of a block, channels of this program. (In 64 bits the compiler sees constant offsets.)"""
+    rows = tl.arange(0, TILE)[:, None, None, None].to(tl.int64)
+    lines = BLOCK - 1 - tl.arange(0, BLOCK)[None, None, :, None].to(tl.int64)
+    lanes = tl.program_id(0) * (GROUPS * LANES) + tl.arange(0, LANES)[None, None, None, :]
+    return rows, lines, lanes.to(tl.int64) + tl.arange(0, GROUPS)[None, :, None, None].to(tl.int64) * LANES
+
+
+@triton.jit
+def _load(pointers, mask, like):
+    """Entries of the shape and dtype of ``like``, zero where masked."""
+    shape: tl.constexpr = like.shape
+    return tl.load(tl.broadcast_to(pointers, shape), tl.broadcast_to(mask, shape), other=0.0).to(like.dtype)
 
 
 @triton.jit
@@ -152,52 +167,28 @@ def _row(tile, rows, s: tl.constexpr):
     return tl.sum(tl.where(rows == s, tile, -0.0), 0, keep_dims=True)
 
 
-@triton.jit
-def _load_inputs(pointer, at, rows, channels, end, d, like):
-    """Rows from ``at`` of a (length, d) matrix, the same for all states of a block."""
-    pointers = pointer + at * d + rows * d + channels
-    mask = (at + rows < end) & (channels < d)
-    return tl.load(
-        tl.broadcast_to(pointers, like.shape), mask=tl.broadcast_to(mask, like.shape), other=0.0
-    ).to(like.dtype)  # fmt: skip
-
-
-@triton.jit
-def _load_vectors(pointer, at, rows, index, end, n, like):
-    """Rows from ``at`` of a (length, n) matrix, the same for all channels of a group."""
-    pointers = pointer + at * n + rows * n + index
-    mask = (at + rows < end) & (index < n)
-    return tl.load(
-        tl.broadcast_to(pointers, like.shape), mask=tl.broadcast_to(mask, like.shape), other=0.0
-    ).to(like.dtype)  # fmt: skip
-
-
-@triton.jit(do_not_specialize=["length", "d", "n", "segment"])
+@triton.jit(do_not_specialize=["length", "d", "segment"])
 def _local_kernel(
-    inputs, delta, rates, vectors, ends, span, length, d, n, segment, REVERSE: tl.constexpr,
+    inputs, delta, rates, vectors, ends, span, length, d, segment, n: tl.constexpr, REVERSE: tl.constexpr,
     TILE: tl.constexpr, GROUPS: tl.constexpr, BLOCK: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """Through one part from zero: ``x = a_t x + delta_t u_t B_t``, or ``x = a_t (x + grad_y_t C_t)`` in reverse."""
     part, batch = tl.program_id(1), tl.program_id(2).to(tl.int64)
-    rows = tl.arange(0, TILE)[:, None, None, None]
-    groups = tl.arange(0, GROUPS)[None, :, None, None]
-    lines = BLOCK - 1 - tl.arange(0, BLOCK)[None, None, :, None]
-    channels = (tl.program_id(0) * GROUPS + groups) * LANES + tl.arange(0, LANES)[None, None, None, :]
+    rows, lines, channels = _axes(TILE, GROUPS, BLOCK, LANES)
     like = tl.zeros([TILE, GROUPS, BLOCK, LANES], ends.dtype.element_ty)
     like_vectors = tl.zeros([TILE, 1, BLOCK, LANES], ends.dtype.element_ty)
-    inputs += batch * length * d
-    delta += batch * length * d
-    vectors += batch * length * n
-    ends += (batch * tl.num_programs(1) + part) * n * d
-    span += (batch * tl.num_programs(1) + part) * d
     begin = part.to(tl.int64) * segment
     end = tl.minimum(begin + segment, length)
-    tiles = tl.cdiv(end - begin, TILE)
+    tiles = tl.cdiv(end - begin, TILE).to(tl.int32)
+    ends += (batch * tl.num_programs(1) + part) * n * d
+    span += (batch * tl.num_programs(1) + part) * d
     time = like
     for i in range(tiles):
         at = begin + (tiles - 1 - i if REVERSE else i) * TILE
-        step = _load_inputs(delta, at, rows, channels, end, d, like)
-        value = _load_inputs(inputs, at, rows, channels, end, d, like)
+        inside = rows < end - at
+        wide = (batch * length + at) * d + (rows * d + channels)
+        step = _load(delta + wide, inside & (channels < d), like)
+        value = _load(inputs + wide, inside & (channels < d), like)
         time += step
         if not REVERSE:
             value *= step
@@ -205,91 +196,83 @@ def _local_kernel(
             index = first + lines
             here = (index < n) & (channels < d)
             place = index * d + channels
-            decay = tl.exp2(step * tl.load(rates + place, mask=here, other=0.0))
-            drive = value * _load_vectors(vectors, at, rows, index, end, n, like_vectors)
-            x = tl.load(ends + place, mask=here, other=0.0)
+            narrow = (batch * length + at) * n + (rows * n + index)
+            decay = tl.exp2(step * tl.load(rates + place, here, other=0.0))
+            drive = value * _load(vectors + narrow, inside & (index < n), like_vectors)
+            x = tl.load(ends + place, here, other=0.0)
             for k in tl.static_range(TILE):
                 if REVERSE:
                     x = _row(decay, rows, TILE - 1 - k) * (x + _row(drive, rows, TILE - 1 - k))
                 else:
                     x = _row(decay, rows, k) * x + _row(drive, rows, k)
-            tl.store(ends + place, x, mask=here)
+            tl.store(ends + place, x, here)
         tl.debug_barrier()  # what is stored here is loaded in the next tile
     total = tl.sum(time, 0, keep_dims=True)  # the same for all states
-    tl.store(tl.broadcast_to(span + channels, total.shape), total, mask=(lines == 0) & (channels < d))
+    tl.store(tl.broadcast_to(span + channels, total.shape), total, (lines == 0) & (channels < d))
 
 
-@triton.jit(do_not_specialize=["parts", "d", "n"])
-def _link_kernel(ends, span, rates, starts, parts, d, n, REVERSE: tl.constexpr, LANES: tl.constexpr):
+@triton.jit(do_not_specialize=["parts", "d"])
+def _link_kernel(ends, span, rates, starts, parts, d, n: tl.constexpr, REVERSE: tl.constexpr, LANES: tl.constexpr):
     """The start of every part: of one, decayed over its span, plus its end from zero, comes the start of the next."""
     state, batch = tl.program_id(1), tl.program_id(2).to(tl.int64)
     channels = tl.program_id(0) * LANES + tl.arange(0, LANES)
     here = channels < d
-    rate = tl.load(rates + state * d + channels, mask=here, other=0.0)
+    rate = tl.load(rates + state * d + channels, here, other=0.0)
     first = parts - 1 if REVERSE else 0
-    x = tl.load(starts + ((batch * parts + first) * n + state) * d + channels, mask=here, other=0.0)
+    x = tl.load(starts + ((batch * parts + first) * n + state) * d + channels, here, other=0.0)
     for i in range(parts - 1):
         part = batch * parts + (parts - 1 - i if REVERSE else i)
-        time = tl.load(span + part * d + channels, mask=here, other=0.0)
-        x = tl.exp2(rate * time) * x + tl.load(ends + (part * n + state) * d + channels, mask=here, other=0.0)
+        time = tl.load(span + part * d + channels, here, other=0.0)
+        x = tl.exp2(rate * time) * x + tl.load(ends + (part * n + state) * d + channels, here, other=0.0)
         part = part - 1 if REVERSE else part + 1
-        tl.store(starts + (part * n + state) * d + channels, x, mask=here)
+        tl.store(starts + (part * n + state) * d + channels, x, here)
 
 
-@triton.jit(do_not_specialize=["length", "d", "n", "segment"])
+@triton.jit(do_not_specialize=["length", "d", "segment"])
 def _forward_kernel(
-    u, delta, rates, B, C, y, states, kept, length, d, n, segment, KEEP: tl.constexpr,
+    u, delta, rates, B, C, y, states, kept, length, d, segment, n: tl.constexpr, KEEP: tl.constexpr,
     TILE: tl.constexpr, GROUPS: tl.constexpr, BLOCK: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """Through one part: outputs to ``y``, states at multiples of KEEP to ``kept`` and the last ones to ``states``."""
     part, batch = tl.program_id(1), tl.program_id(2).to(tl.int64)
-    rows = tl.arange(0, TILE)[:, None, None, None]
-    groups = tl.arange(0, GROUPS)[None, :, None, None]
-    lines = BLOCK - 1 - tl.arange(0, BLOCK)[None, None, :, None]
-    channels = (tl.program_id(0) * GROUPS + groups) * LANES + tl.arange(0, LANES)[None, None, None, :]
+    rows, lines, channels = _axes(TILE, GROUPS, BLOCK, LANES)
     like = tl.zeros([TILE, GROUPS, BLOCK, LANES], states.dtype.element_ty)
     like_vectors = tl.zeros([TILE, 1, BLOCK, LANES], states.dtype.element_ty)
-    u += batch * length * d
-    delta += batch * length * d
-    y += batch * length * d
-    B += batch * length * n
-    C += batch * length * n
-    states += (batch * tl.num_programs(1) + part) * n * d
-    if KEEP > 0:
-        kept += batch * tl.cdiv(length, KEEP) * n * d
     begin = part.to(tl.int64) * segment
     end = tl.minimum(begin + segment, length)
-    for i in range(tl.cdiv(end - begin, TILE)):
+    states += (batch * tl.num_programs(1) + part) * n * d
+    for i in range(tl.cdiv(end - begin, TILE).to(tl.int32)):
         at = begin + i * TILE
-        step = _load_inputs(delta, at, rows, channels, end, d, like)
-        value = _load_inputs(u, at, rows, channels, end, d, like) * step
+        inside = rows < end - at
+        wide = (batch * length + at) * d + (rows * d + channels)
+        step = _load(delta + wide, inside & (channels < d), like)
+        value = _load(u + wide, inside & (channels < d), like) * step
         output = like
         for first in range(0, n, BLOCK):
             index = first + lines
             here = (index < n) & (channels < d)
             place = index * d + channels
-            decay = tl.exp2(step * tl.load(rates + place, mask=here, other=0.0))
-            drive = value * _load_vectors(B, at, rows, index, end, n, like_vectors)
-            x = tl.load(states + place, mask=here, other=0.0)
+            narrow = (batch * length + at) * n + (rows * n + index)
+            decay = tl.exp2(step * tl.load(rates + place, here, other=0.0))
+            drive = value * _load(B + narrow, inside & (index < n), like_vectors)
+            x = tl.load(states + place, here, other=0.0)
             if KEEP > 0:
                 if at % KEEP == 0:
-                    tl.store(kept + at // KEEP * n * d + place, x, mask=here)
+                    tl.store(kept + (batch * tl.cdiv(length, KEEP) + at // KEEP) * n * d + place, x, here)
             history = like
             for s in tl.static_range(TILE):
                 x = _row(decay, rows, s) * x + _row(drive, rows, s)
                 history = tl.where(rows == s, x, history)
-            tl.store(states + place, x, mask=here)
-            output += history * _load_vectors(C, at, rows, index, end, n, like_vectors)
-        total = tl.sum(output, 2, keep_dims=True)
-        mask = (at + rows < end) & (channels < d)
-        tl.store(y + at * d + rows * d + channels, total.to(y.dtype.element_ty), mask=mask)
+            tl.store(states + place, x, here)
+            output += history * _load(C + narrow, inside & (index < n), like_vectors)
+        tl.store(y + wide, tl.sum(output, 2, keep_dims=True).to(y.dtype.element_ty), inside & (channels < d))
         tl.debug_barrier()  # what is stored here is loaded in the next tile
 
 
-@triton.jit(do_not_specialize=["length", "d", "n", "segment"])
+@triton.jit(do_not_specialize=["length", "d", "segment"])
 def _backward_kernel(
     u, delta, rates, B, C, grad_y, kept, replay, adjoint, grad_u, grad_delta, grad_A, grad_B, grad_C,
-    length, d, n, segment, KEEP: tl.constexpr,
+    length, d, segment, n: tl.constexpr, KEEP: tl.constexpr,
     TILE: tl.constexpr, GROUPS: tl.constexpr, BLOCK: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """Back through one part, by ``g_t = grad_y_t C_t + a_{t+1} g_{t+1}``, the gradient to ``h_t``.
@@ -298,95 +281,81 @@ def _backward_kernel(
     ``adjoint`` holds ``a_t g_t`` of the tile to the right; at the end, the gradient to the state before the part.
     """
     block, part, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
-    rows = tl.arange(0, TILE)[:, None, None, None]
-    groups = tl.arange(0, GROUPS)[None, :, None, None]
-    lines = BLOCK - 1 - tl.arange(0, BLOCK)[None, None, :, None]
-    channels = (block * GROUPS + groups) * LANES + tl.arange(0, LANES)[None, None, None, :]
+    rows, lines, channels = _axes(TILE, GROUPS, BLOCK, LANES)
     dtype = adjoint.dtype.element_ty
     like = tl.zeros([TILE, GROUPS, BLOCK, LANES], dtype)
     like_vectors = tl.zeros([TILE, 1, BLOCK, LANES], dtype)
-    u += batch * length * d
-    delta += batch * length * d
-    grad_y += batch * length * d
-    grad_u += batch * length * d
-    grad_delta += batch * length * d
-    B += batch * length * n
-    C += batch * length * n
-    grad_B += (block * tl.num_programs(2) + batch) * length * n
-    grad_C += (block * tl.num_programs(2) + batch) * length * n
-    kept += batch * tl.cdiv(length, KEEP) * n * d
+    grad_B += block * tl.num_programs(2).to(tl.int64) * length * n
+    grad_C += block * tl.num_programs(2).to(tl.int64) * length * n
     replay += (batch * tl.num_programs(1) + part) * (KEEP // TILE) * n * d
     adjoint += (batch * tl.num_programs(1) + part) * n * d
     grad_A += (batch * tl.num_programs(1) + part) * n * d
     begin = part.to(tl.int64) * segment
     end = tl.minimum(begin + segment, length)
-    plane = batch * 0 + n * d
-    stretches = tl.cdiv(end - begin, KEEP)
+    stretches = tl.cdiv(end - begin, KEEP).to(tl.int32)
     for i in range(stretches):
-        stretch = begin // KEEP + stretches - 1 - i
-        start = stretch * KEEP
-        tiles = tl.cdiv(tl.minimum(end - start, KEEP), TILE)
+        start = begin + (stretches - 1 - i) * KEEP
+        tiles = tl.minimum(tl.cdiv(end - start, TILE), KEEP // TILE).to(tl.int32)
         for first in range(0, n, BLOCK):
             index = first + lines
             here = (index < n) & (channels < d)
             place = index * d + channels
-            x = tl.load(kept + stretch * n * d + place, mask=here, other=0.0)
-            rate = tl.load(rates + place, mask=here, other=0.0)
-            tl.store(replay + place, x, mask=here)
-            for j in range(1, tiles):
-                at = start + (j - 1) * TILE
-                step = _load_inputs(delta, at, rows, channels, end, d, like)
-                value = _load_inputs(u, at, rows, channels, end, d, like) * step
+            rate = tl.load(rates + place, here, other=0.0)
+            x = tl.load(kept + (batch * tl.cdiv(length, KEEP) + start // KEEP) * n * d + place, here, other=0.0)
+            tl.store(replay + place, x, here)
+            for j in range(tiles - 1):
+                at = start + j * TILE  # a whole tile: the last one is not run here
+                wide = (batch * length + at) * d + (rows * d + channels)
+                narrow = (batch * length + at) * n + (rows * n + index)
+                step = _load(delta + wide, channels < d, like)
+                value = _load(u + wide, channels < d, like) * step
                 decay = tl.exp2(step * rate)
-                drive = value * _load_vectors(B, at, rows, index, end, n, like_vectors)
+                drive = value * _load(B + narrow, index < n, like_vectors)
                 for s in tl.static_range(TILE):
                     x = _row(decay, rows, s) * x + _row(drive, rows, s)
-                tl.store(replay + j * plane + place, x, mask=here)
+                tl.store(replay + (j + 1) * n * d + place, x, here)
         tl.debug_barrier()  # what is stored here is loaded below
         for j in range(tiles):
-            tile = tiles - 1 - j
-            at = start + tile * TILE
-            step = _load_inputs(delta, at, rows, channels, end, d, like)
-            value = _load_inputs(u, at, rows, channels, end, d, like)
-            grad = _load_inputs(grad_y, at, rows, channels, end, d, like)
-            to_rate, to_drive = like, like  # sums over states of g_t a_t h_{t-1} rate and g_t B_t
+            at = start + (tiles - 1 - j) * TILE
+            inside = rows < end - at
+            wide = (batch * length + at) * d + (rows * d + channels)
+            step = _load(delta + wide, inside & (channels < d), like)
+            value = _load(u + wide, inside & (channels < d), like)
+            grad = _load(grad_y + wide, inside & (channels < d), like)
+            to_rate, to_drive = like, like  # over this thread's states, sums of g_t a_t h_{t-1} rate and of g_t B_t
             for first in range(0, n, BLOCK):
                 index = first + lines
                 here = (index < n) & (channels < d)
                 place = index * d + channels
-                rate = tl.load(rates + place, mask=here, other=0.0)
-                b = _load_vectors(B, at, rows, index, end, n, like_vectors)
-                c = _load_vectors(C, at, rows, index, end, n, like_vectors)
+                narrow = (batch * length + at) * n + (rows * n + index)
+                rate = tl.load(rates + place, here, other=0.0)
                 decay = tl.exp2(step * rate)
+                b = _load(B + narrow, inside & (index < n), like_vectors)
                 drive = step * value * b
-                x = tl.load(replay + tile * plane + place, mask=here, other=0.0)
+                x = tl.load(replay + (tiles - 1 - j) * n * d + place, here, other=0.0)
                 decayed = like  # a_t h_{t-1}
                 for s in tl.static_range(TILE):
                     x = _row(decay, rows, s) * x
                     decayed = tl.where(rows == s, x, decayed)
                     x += _row(drive, rows, s)
-                x = tl.load(adjoint + place, mask=here, other=0.0)
+                to_c = tl.sum(tl.sum(grad * (decayed + drive), 1, keep_dims=True), 3, keep_dims=True)
+                tl.store(grad_C + narrow, to_c, inside & (index < n))
+                source = grad * _load(C + narrow, inside & (index < n), like_vectors)
+                x = tl.load(adjoint + place, here, other=0.0)
                 g = like
                 for k in tl.static_range(TILE):
-                    x += _row(grad * c, rows, TILE - 1 - k)
+                    x += _row(source, rows, TILE - 1 - k)
                     g = tl.where(rows == TILE - 1 - k, x, g)
                     x = _row(decay, rows, TILE - 1 - k) * x
-                tl.store(adjoint + place, x, mask=here)
-                through = g * decayed
-                to_rate += through * rate
-                to_drive += g * b
-                so_far = tl.load(grad_A + place, mask=here, other=0.0)
-                tl.store(grad_A + place, so_far + tl.sum(through * step, 0, keep_dims=True), mask=here)
-                offsets = at * n + rows * n + index
-                mask = (at + rows < end) & (index < n)
+                tl.store(adjoint + place, x, here)
                 to_b = tl.sum(tl.sum(g * step * value, 1, keep_dims=True), 3, keep_dims=True)
-                to_c = tl.sum(tl.sum(grad * (decayed + drive), 1, keep_dims=True), 3, keep_dims=True)
-                tl.store(grad_B + offsets, to_b, mask=mask)
-                tl.store(grad_C + offsets, to_c, mask=mask)
+                tl.store(grad_B + narrow, to_b, inside & (index < n))
+                to_rate += g * decayed * rate
+                to_drive += g * b
+                to_A = tl.load(grad_A + place, here, other=0.0) + tl.sum(g * decayed * step, 0, keep_dims=True)
+                tl.store(grad_A + place, to_A, here)
             to_u = tl.sum(step * to_drive, 2, keep_dims=True)
-            to_delta = tl.sum(0.6931471805599453 * to_rate + value * to_drive, 2, keep_dims=True)  # A is ln 2 rates
-            offsets = at * d + rows * d + channels
-            mask = (at + rows < end) & (channels < d)
-            tl.store(grad_u + offsets, to_u.to(grad_u.dtype.element_ty), mask=mask)
-            tl.store(grad_delta + offsets, to_delta.to(grad_delta.dtype.element_ty), mask=mask)
-            tl.debug_barrier()  # adjoint and grad_A come back in the next tile, replay is used again
+            to_delta = tl.sum(0.6931471805599453 * to_rate + value * to_drive, 2, keep_dims=True)  # A = ln 2 rate
+            tl.store(grad_u + wide, to_u.to(grad_u.dtype.element_ty), inside & (channels < d))
+            tl.store(grad_delta + wide, to_delta.to(grad_delta.dtype.element_ty), inside & (channels < d))
+            tl.debug_barrier()  # adjoint and grad_A are loaded in the next tile, replay is stored in the next stretch
