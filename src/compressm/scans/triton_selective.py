@@ -3,8 +3,8 @@
 """The selective scan on CUDA devices, forward and backward, in Triton.
 
 A program owns 64 channels of one sequence. It walks through time in tiles of eight steps that lie in registers, and
-through the states in blocks of at most eight: work is in proportion to ``n`` rounded up to a multiple of four. Between
-tiles the states rest in a small buffer that stays in cache. So the only traffic with memory is what the recurrence
+through the states in blocks of four: work is in proportion to ``n`` rounded up to a multiple of four. Between tiles the
+states rest in a small buffer that stays in cache. So the only traffic with memory is what the recurrence
 reads and writes; every 64 steps the forward pass also stores the states, from which the backward pass runs through
 the steps between again.
 
@@ -111,10 +111,10 @@ class _SelectiveScan(torch.autograd.Function):
 
 
 def _options(n: int) -> dict[str, Any]:
-    """One warp per state of a block, and as few idle ones as blocks of up to eight allow."""
-    block = n if n <= 2 else 4 if -n % 8 >= 4 else 8
+    """Blocks of up to four states, one for each warp; fused multiply-add, whatever Triton's default."""
+    block = min(triton.next_power_of_2(n), 4)
     sizes = {"TILE": _TILE, "GROUPS": _GROUPS, "BLOCK": block, "LANES": _LANES}
-    return {**sizes, "num_warps": block, "enable_fp_fusion": True}  # fused multiply-add, whatever Triton's default
+    return {**sizes, "num_warps": block, "enable_fp_fusion": True}
 
 
 def _parts(u: Tensor) -> tuple[int, int]:
