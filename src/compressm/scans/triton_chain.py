@@ -1,5 +1,5 @@
-# pyright: basic
-# (The bodies of kernels are Triton's language in Python's syntax: their arguments have no types that Python knows.)
+# pyright: basic, reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
+# (Kernels are Triton's language in Python's syntax: neither their bodies nor their calls mean what Python's types say.)
 """The recurrence of a complex diagonal system on CUDA devices, in Triton: one pass over memory in each direction."""
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ def chain_triton(v: Tensor, lam: Tensor) -> Tensor:
     Returns:
         ``s``, shape ``(batch, m, n, 2)``.
     """
-    return _Chain.apply(v, lam)  # pyright: ignore[reportReturnType]  (apply is untyped)
+    with torch.cuda.device_of(v):  # Triton launches on the current device
+        return _Chain.apply(v, lam)  # pyright: ignore[reportReturnType]  (apply is untyped)
 
 
 class _Chain(torch.autograd.Function):

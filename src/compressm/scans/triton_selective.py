@@ -1,5 +1,5 @@
-# pyright: basic
-# (The bodies of kernels are Triton's language in Python's syntax: their arguments have no types that Python knows.)
+# pyright: basic, reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
+# (Kernels are Triton's language in Python's syntax: neither their bodies nor their calls mean what Python's types say.)
 """The selective scan on CUDA devices, forward and backward, in Triton.
 
 A program owns 64 channels of one sequence. It walks through time in tiles of eight steps that lie in registers, and
@@ -48,13 +48,16 @@ def selective_scan_triton(
         ``y``, shape and dtype of ``u``, and the state after the last step, shape ``(batch, d, n)``: float32, as all
         states and sums inside, or float64 if any argument is.
     """
-    return _SelectiveScan.apply(u, delta, A, B, C, initial_state)  # pyright: ignore[reportReturnType]  (is untyped)
+    tensors = (u, delta, A, B, C, initial_state)
+    keep = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+    with torch.cuda.device_of(u):  # Triton launches on the current device
+        return _SelectiveScan.apply(*tensors, keep)  # pyright: ignore[reportReturnType]  (apply is untyped)
 
 
 class _SelectiveScan(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, initial_state: Tensor
+        ctx: Any, u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, initial_state: Tensor, keep: bool
     ) -> tuple[Tensor, Tensor]:
         (batch, length, d), n = u.shape, A.shape[1]
         dtype = torch.float32
@@ -69,7 +72,6 @@ class _SelectiveScan(torch.autograd.Function):
         states[:, 0] = initial_state.mT
         if parts > 1:
             _run_parts(states, u, delta, rates, B, sizes, reverse=False)
-        keep = any(ctx.needs_input_grad)
         kept = u.new_empty((batch, triton.cdiv(length, _KEEP), n, d) if keep else (1,), dtype=dtype)
         y = torch.empty_like(u)
         _forward_kernel[grid](u, delta, rates, B, C, y, states, kept, *sizes, KEEP=_KEEP if keep else 0, **_options(n))
@@ -80,7 +82,7 @@ class _SelectiveScan(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad_y: Tensor, grad_state: Tensor) -> tuple[Tensor, ...]:
+    def backward(ctx: Any, grad_y: Tensor, grad_state: Tensor) -> tuple[Tensor | None, ...]:
         u, delta, rates, B, C, kept = ctx.saved_tensors
         (batch, length, d), n, dtype = u.shape, len(rates), rates.dtype
         grad_y = grad_y.contiguous()
@@ -107,6 +109,7 @@ class _SelectiveScan(torch.autograd.Function):
             grad_B.sum(0).to(B.dtype),
             grad_C.sum(0).to(C.dtype),
             adjoint[:, 0].mT.to(dtype_state),
+            None,
         )
 
 
@@ -142,7 +145,7 @@ def _run_parts(
 # and warps along states, so that a thread holds all steps of its states: there `_row` is a register. Three things
 # keep the compiler to that layout, in which nothing but the sums passes between threads: loads are spread over states
 # or channels before they happen; d is no constant to it; and states count downwards in a block, or it would see that
-# they are neighbours in B and C. Steps beyond the end load as zero, and a step with delta = 0 and u = 0 changes nothing.
+# they are neighbours in B and C. Steps beyond the end load as zero: one with delta = 0 and u = 0 changes nothing.
 
 
 @triton.jit
@@ -256,7 +259,7 @@ def _forward_kernel(
             decay = tl.exp2(step * tl.load(rates + place, here, other=0.0))
             drive = value * _load(B + narrow, inside & (index < n), like_vectors)
             x = tl.load(states + place, here, other=0.0)
-            if KEEP > 0:
+            if KEEP > 0:  # noqa: SIM102  (that is decided when compiling, the next in every tile)
                 if at % KEEP == 0:
                     tl.store(kept + (batch * tl.cdiv(length, KEEP) + at // KEEP) * n * d + place, x, here)
             history = like
