@@ -4,13 +4,13 @@
 
 A program owns 64 channels of one sequence. It walks through time in tiles of eight steps that lie in registers, and
 through the states in blocks of four: work is in proportion to ``n`` rounded up to a multiple of four. Between tiles the
-states rest in a small buffer that stays in cache. So the only traffic with memory is what the recurrence
-reads and writes; every 64 steps the forward pass also stores the states, from which the backward pass runs through
-the steps between again.
+states rest in a buffer small enough for the cache, so that large traffic is only what the recurrence reads and writes.
+Every 64 steps the forward pass also stores the states, from which the backward pass runs through the steps between
+again.
 
 Where batch and channels alone cannot fill the device, time is divided as well, into parts: a first kernel runs every
 part from zero, a second one links the parts by their decays, and then all parts run at once from their true starts.
-This takes the exponentials, which are the bottleneck, twice, and so is done only when it is needed.
+This computes every exponential twice, and so is done only when it is needed.
 
 Gradients to ``B`` and ``C`` are sums over channels: each block of channels writes its own, which are summed afterwards
 in a fixed order, so that results are the same in every run. That takes ``d / 64`` times the memory of ``B`` and ``C``.
