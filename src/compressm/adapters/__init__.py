@@ -3,9 +3,29 @@
 Only this room knows both layers and systems.
 """
 
-from compressm.adapters.base import Adapter, LayerChange, ParameterChange, find_layers, register
+from compressm.adapters.base import (
+    Adapter,
+    LayerAdapter,
+    LayerChange,
+    ParameterChange,
+    SelectiveAdapter,
+    find_layers,
+    register,
+)
 from compressm.adapters.lru import LRUAdapter
+from compressm.adapters.mamba import MambaAdapter
 
 register(LRUAdapter())
+register(MambaAdapter())
 
-__all__ = ["Adapter", "LRUAdapter", "LayerChange", "ParameterChange", "find_layers", "register"]
+__all__ = [
+    "Adapter",
+    "LRUAdapter",
+    "LayerAdapter",
+    "LayerChange",
+    "MambaAdapter",
+    "ParameterChange",
+    "SelectiveAdapter",
+    "find_layers",
+    "register",
+]

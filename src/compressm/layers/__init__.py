@@ -1,6 +1,7 @@
 """State space layers as plain modules: they know nothing of compression."""
 
 from compressm.layers.lru import LRU
+from compressm.layers.mamba import Mamba
 from compressm.layers.models import LRUBlock, SequenceClassifier, parameter_groups
 
-__all__ = ["LRU", "LRUBlock", "SequenceClassifier", "parameter_groups"]
+__all__ = ["LRU", "LRUBlock", "Mamba", "SequenceClassifier", "parameter_groups"]
