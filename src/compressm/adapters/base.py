@@ -68,7 +68,7 @@ class LayerAdapter(ABC):
 
     @abstractmethod
     def resized(self, layer: nn.Module, states: int) -> LayerChange:
-        """Parameters of the right shapes for a state dimension, values to be loaded over them. Nothing is written yet."""
+        """Parameters of the right shapes for a state dimension, values to be loaded over them; nothing is written."""
 
 
 class Adapter(LayerAdapter):
