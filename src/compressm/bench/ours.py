@@ -63,14 +63,15 @@ def lru_training_step(
 
 
 def forward_backward(function: Callable[..., Tensor], tensors: Sequence[Tensor]) -> Step:
-    """One forward and one backward pass through a function, with the gradients of all its tensors."""
+    """One forward and one backward pass through a function; the step returns the gradients of all its tensors."""
     tensors = [tensor.requires_grad_() for tensor in tensors]
     device = tensors[0].device.type
     grad = torch.randn(function(*tensors).shape, generator=torch.Generator().manual_seed(2)).to(device)
 
-    def step() -> None:
-        torch.autograd.grad(function(*tensors), tensors, grad)
+    def step() -> tuple[Tensor, ...]:
+        gradients = torch.autograd.grad(function(*tensors), tensors, grad)
         _finish(device)
+        return gradients
 
     return step
 

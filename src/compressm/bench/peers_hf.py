@@ -26,19 +26,21 @@ def _slow(function: Any) -> Any:
     return getattr(function, "__wrapped__", function)
 
 
+MAMBA_SCAN = _slow(modeling_mamba.mamba_selective_scan)
+MAMBA2_SCAN = _slow(modeling_mamba2.mamba2_chunk_scan)
+
+
 def selective(n: int, d: int, batch: int, length: int, device: str = "cpu") -> Step:
     """MambaMixer's scan: time last, everything of size (batch, d, length, n) held."""
-    slow = _slow(modeling_mamba.mamba_selective_scan)
     u, delta, A, B, C = selective_tensors(n, d, batch, length, device)
     transposed = [u.mT.contiguous(), delta.mT.contiguous(), A, B.mT.contiguous(), C.mT.contiguous()]
-    return forward_backward(slow, transposed)
+    return forward_backward(MAMBA_SCAN, transposed)
 
 
 def ssd(n: int, heads: int, p: int, batch: int, length: int, device: str = "cpu") -> Step:
     """Mamba2Mixer's scan, in chunks of 256 as configured there."""
-    slow = _slow(modeling_mamba2.mamba2_chunk_scan)
     return forward_backward(
-        lambda *tensors: slow(*tensors, chunk_size=Mamba2Config().chunk_size),
+        lambda *tensors: MAMBA2_SCAN(*tensors, chunk_size=Mamba2Config().chunk_size),
         ssd_tensors(n, heads, p, batch, length, device),
     )
 
@@ -46,8 +48,9 @@ def ssd(n: int, heads: int, p: int, batch: int, length: int, device: str = "cpu"
 def mamba_mixer(n: int, d: int, batch: int, length: int, scan: str, device: str = "cpu") -> Step:
     """A MambaMixer of inner width ``d``; ``scan`` is ``"theirs"`` or ``"ours"``."""
     module: Any = modeling_mamba
-    module.mamba_selective_scan = _slow(module.mamba_selective_scan) if scan == "theirs" else _our_mamba_scan
+    module.mamba_selective_scan = MAMBA_SCAN if scan == "theirs" else _our_mamba_scan
     module.mamba_inner_fn = _slow(module.mamba_inner_fn)
+    torch.manual_seed(0)
     config = MambaConfig(hidden_size=d // 2, expand=2, state_size=n, num_hidden_layers=1, vocab_size=16)
     return _mixer_step(module.MambaMixer(config, layer_idx=0), d // 2, batch, length, device)
 
@@ -55,9 +58,10 @@ def mamba_mixer(n: int, d: int, batch: int, length: int, scan: str, device: str 
 def mamba2_mixer(n: int, heads: int, p: int, batch: int, length: int, scan: str, device: str = "cpu") -> Step:
     """A Mamba2Mixer of ``heads`` heads of width ``p``; ``scan`` is ``"theirs"`` or ``"ours"``."""
     module: Any = modeling_mamba2
-    module.mamba2_chunk_scan = _slow(module.mamba2_chunk_scan) if scan == "theirs" else _our_mamba2_scan
+    module.mamba2_chunk_scan = MAMBA2_SCAN if scan == "theirs" else _our_mamba2_scan
     module.mamba2_split_conv1d_scan_combined = _slow(module.mamba2_split_conv1d_scan_combined)
     width = heads * p // 2
+    torch.manual_seed(0)
     config = Mamba2Config(
         hidden_size=width, expand=2, num_heads=heads, head_dim=p, state_size=n, n_groups=1, num_hidden_layers=1,
         vocab_size=16,
