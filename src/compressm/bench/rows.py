@@ -91,7 +91,7 @@ class Effort:
 
 QUICK = Effort(repetitions=3, fewest=1, seconds=3.0)
 
-_TURN_SECONDS, _TURN_STEPS = 0.1, 10
+_TURN_SECONDS, _TURN_STEPS = 0.5, 10
 
 
 def measure(case: Case, rates: Rates, effort: Effort, threads: int, cpus: Sequence[int] | None) -> Row:
@@ -171,12 +171,18 @@ class Process:
         self._process.wait()
 
     def turn(self) -> None:
-        """One step; or, if steps are fast, a few."""
-        spent = 0.0
-        for _ in range(_TURN_STEPS):
+        """A few steps one after the other, as in training; or one, if steps are slow.
+
+        The first of several is not counted: after the other side's turn it finds the caches cold and the processor's
+        threads asleep, which no step but the first of a training does.
+        """
+        spent, fast = 0.0, bool(self.times_ms) and self.times_ms[-1] < 1e3 * _TURN_SECONDS
+        for index in range(_TURN_STEPS):
             answer = self._ask("step")
             if self.unavailable is not None:
                 return
+            if fast and index == 0:
+                continue
             self.times_ms.append(float(answer["ms"]))
             spent += self.times_ms[-1] / 1e3
             if spent >= _TURN_SECONDS:
