@@ -84,9 +84,9 @@ class Effort:
     """How long a row is measured: until each side has run ``repetitions`` steps, or, once it has run ``fewest``, for
     ``seconds`` in all."""
 
-    repetitions: int = 30
+    repetitions: int = 20
     fewest: int = 2
-    seconds: float = 30.0
+    seconds: float = 8.0
 
 
 QUICK = Effort(repetitions=3, fewest=1, seconds=3.0)
