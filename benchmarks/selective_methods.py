@@ -56,9 +56,6 @@ def main() -> None:
         before = evaluate(model, validation)
         trained = copy.deepcopy(model), copy.deepcopy(optimizer.state_dict())
         learn(model, optimizer, train, arguments.after, 100 + seed)
-        print(
-            f"seed {seed}: trained, loss {before[0]:.4f}; {arguments.after} steps on {evaluate(model, validation)[0]:.4f}"
-        )
         rows.append(row(seed, "none", 64, before, evaluate(model, validation)))
         inputs = train[0][:32]
         moments = gather(trained[0], inputs.split(8), 8)
