@@ -92,8 +92,10 @@ class SelectiveAdapter(LayerAdapter):
     Subclass it, set `layer_type`, implement the four methods, and `register` an instance.
 
     Attributes:
-        folds_into, folds_out: whether a linear map of B, of C, can be folded into the layer's parameters. Where a
-            non-linearity stands between projection and recurrence it cannot, and states are only selected there.
+        folds_into: whether any linear map of B can be folded into the layer's parameters, and all states decay alike.
+            Where not, states are selected.
+        folds_out: whether any linear map of C can be folded in. Where a non-linearity stands between projection and
+            recurrence it cannot, and C is selected like B.
     """
 
     folds_into: bool = False
@@ -110,7 +112,8 @@ class SelectiveAdapter(LayerAdapter):
 
     @abstractmethod
     def plan(self, values: Mapping[str, Tensor], reduction: SelectiveReduction) -> LayerChange:
-        """What to write so that the recurrence gets ``into B``, ``out C`` and the new rates. Nothing is written yet."""
+        """What to write so that the recurrence gets ``into B`` and ``out C``, and the kept states' rates. Nothing is
+        written yet."""
 
 
 _REGISTRY: dict[type[nn.Module], LayerAdapter] = {}

@@ -17,7 +17,7 @@ class MambaAdapter(SelectiveAdapter):
     """Folds a reduction of an S6 layer into the rows of ``x_proj`` and the columns of ``A_log``."""
 
     layer_type = Mamba
-    folds_into = folds_out = True
+    folds_out = True
 
     def signals(self, layer: nn.Module, hidden: Tensor) -> Signals:
         assert isinstance(layer, Mamba)
@@ -28,11 +28,12 @@ class MambaAdapter(SelectiveAdapter):
         return Signals(delta * u, delta, layer.A_log.exp(), B[:, :, None], C[:, :, None], gain)
 
     def plan(self, values: Mapping[str, Tensor], reduction: SelectiveReduction) -> LayerChange:
+        assert reduction.kept is not None
         rows = values["x_proj.weight"].shape[0] + 2 * (reduction.states - values["A_log"].shape[1])
         return LayerChange(
             (
                 projection_change("x_proj.weight", values["x_proj.weight"], reduction),
-                rates_change("A_log", values["A_log"], reduction),
+                selection_change("A_log", values["A_log"], 1, reduction.kept[0]),
             ),
             {
                 "x_proj.out_features": values["x_proj.weight"].shape[0]
@@ -45,8 +46,7 @@ class MambaAdapter(SelectiveAdapter):
         return layer.d_state
 
     def resized(self, values: Mapping[str, Tensor], states: int) -> LayerChange:
-        A_log = values["A_log"]
-        return self.plan(values, first_states(A_log.exp(), 1, A_log.shape[1], states))
+        return self.plan(values, first_states(values["A_log"].shape[1], states))
 
 
 def projection_change(name: str, weight: Tensor, reduction: SelectiveReduction) -> ParameterChange:
@@ -68,9 +68,16 @@ def projection_change(name: str, weight: Tensor, reduction: SelectiveReduction) 
     return ParameterChange((name,), (new.to(weight),), 0, pullback, pullback.square())
 
 
-def rates_change(name: str, A_log: Tensor, reduction: SelectiveReduction) -> ParameterChange:
-    """What becomes of the logarithms of the decay rates, shape ``(d, n)``."""
-    # A new rate answers for the old states in proportion to their share of the new state.
-    share = reduction.into[0].abs() * (1.0 if reduction.kept is not None else reduction.out[0].abs())
-    share = share / share.sum(1, keepdim=True).clamp_min(1e-300)
-    return ParameterChange((name,), (reduction.rates.log().to(A_log),), 1, share, share)
+def selection_change(name: str, value: Tensor, axis: int, kept: Tensor) -> ParameterChange:
+    """What becomes of a parameter whose entries along an axis go or stay with their state.
+
+    Args:
+        name: the parameter's name.
+        value: the parameter.
+        axis: the axis.
+        kept: the indices that stay, shape ``(kept,)``.
+    """
+    pullback = torch.eye(value.shape[axis], dtype=torch.float64)[kept]
+    return ParameterChange(
+        (name,), (value.detach().index_select(axis, kept.to(value.device)),), axis, pullback, pullback
+    )
