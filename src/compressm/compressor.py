@@ -11,13 +11,16 @@ from typing import Any, Literal, Protocol
 from torch import nn
 
 from compressm.adapters import find_layers
-from compressm.balancing import Balancing, Method, balance
+from compressm.balancing import Method, balance
 from compressm.carry import Carry, check_optimizer, unwrap_optimizer
 from compressm.errors import CheckpointError, InvalidRankRuleError
 from compressm.ranks import RankRule
 from compressm.reduce import Report, measure, plan_reduction, resize_states, state_dims
 from compressm.rng import rng_state, set_rng_state
-from compressm.spectrum import balance_layers, spectrum_changes
+from compressm.selection import Selection
+from compressm.selective import Moments, SelectiveBalancing, balance_selective
+from compressm.spectrum import AnyBalancing, balance_layers, spectrum_changes
+from compressm.statistics import Statistics
 from compressm.systems import DiagonalSystem
 
 When = Literal["schedule", "settled"]
@@ -102,6 +105,8 @@ class Compressor:
             between each two, and cuts as soon as it holds still (less than 2 % of the Hankel energy moved since the
             probe before), or at the scheduled step at the latest.
         method: ``"real"`` or ``"complex"``; see `balancing`.
+        selection: how states of selective layers are picked; see `compressm.selection`. What those layers do with the
+            data is observed at every eighth step while cuts are pending, on one sequence of the batch.
         carry: what becomes of the optimizer's state; see `carry`.
         check_after: steps between a cut and its examination; by default half the distance between cuts.
         on_setback: after a roll-back ``"halve"`` the next cut, or ``"stop"`` cutting.
@@ -134,6 +139,7 @@ class Compressor:
         start: int = 0,
         when: When = "schedule",
         method: Method = "real",
+        selection: Selection = "least_squares",
         carry: Carry = "transform",
         check_after: int | None = None,
         on_setback: OnSetback = "halve",
@@ -166,6 +172,7 @@ class Compressor:
         self.evaluate = evaluate
         self.when: When = when
         self.method: Method = method
+        self.selection: Selection = selection
         self.carry: Carry = carry
         self.on_setback: OnSetback = on_setback
         self.scheduler, self.scaler = scheduler, scaler
@@ -198,7 +205,10 @@ class Compressor:
         self._stopped = False
         self._best: float | None = None
         self._observed: dict[str, Any] | None = None  # the snapshot before a cut that is under observation
-        self._probe: dict[str, Balancing] = {}
+        self._probe: dict[str, AnyBalancing] = {}
+        self._statistics = Statistics(model)
+        self._observe_every = min(8, self._probe_every)
+        self._observe()
         self.history: list[Event] = []
 
     @property
@@ -228,7 +238,15 @@ class Compressor:
             event = self._cut()
         if event is not None:
             self.history.append(event)
+        self._observe()
         return event
+
+    def _observe(self) -> None:
+        """Have the selective layers observed in the coming step, if it is time and a cut may still come."""
+        if self._steps % self._observe_every == 0 and not self._stopped and self._cuts_done < len(self.cut_steps):
+            self._statistics.observe_next()
+        else:
+            self._statistics.close()
 
     def _time_to_cut(self) -> bool:
         scheduled = self.cut_steps[self._cuts_done]
@@ -236,7 +254,7 @@ class Compressor:
             return self._steps >= scheduled
         if self._steps % self._probe_every:
             return False
-        before, self._probe = self._probe, balance_layers(self.model, self.method)
+        before, self._probe = self._probe, balance_layers(self.model, self.method, self._statistics.moments())
         changes = spectrum_changes(before, self._probe)
         return bool(changes) and len(changes) == len(self._probe) and all(c.settled(0.02) for c in changes.values())
 
@@ -248,12 +266,16 @@ class Compressor:
             assert self.evaluate is not None
             metric = self._evaluate()
             self._best = reference = metric if self._best is None else max(self._best, metric)
-        plan = plan_reduction(self.model, self._rule_now(), self.method)
+        plan = plan_reduction(
+            self.model, self._rule_now(), self.method, moments=self._statistics.moments(), selection=self.selection
+        )
         if not plan.changes:
             return self._event("unchanged", plan.report, reference)
         if self.max_drop is not None:
             self._observed = self._snapshot(reference)
-        return self._event("cut", plan.apply(self.model, self.optimizer, self.carry), reference)
+        report = plan.apply(self.model, self.optimizer, self.carry)
+        self._statistics.reset()
+        return self._event("cut", report, reference)
 
     def _rule_now(self) -> RankRule:
         """The rule for the cut that is due: sizes are approached geometrically, and setbacks make it milder."""
@@ -313,6 +335,7 @@ class Compressor:
 
     def _restore(self, snapshot: dict[str, Any]) -> None:
         resize_states(self.model, snapshot["state_dims"])
+        self._statistics.reset()
         self.model.load_state_dict(snapshot["model"])
         self.optimizer.load_state_dict(snapshot["optimizer"])
         if self.scheduler is not None and snapshot["scheduler"] is not None:
@@ -336,7 +359,8 @@ class Compressor:
             "best": self._best,
             "state_dims": self.state_dims,
             "observed": self._observed,
-            "probe": {name: [b.system.lam, b.system.B, b.system.C] for name, b in self._probe.items()},
+            "probe": {name: _balancing_state(balancing) for name, balancing in self._probe.items()},
+            "moments": self._statistics.state_dict(),
             "history": [event.to_dict() for event in self.history],
         }
 
@@ -360,8 +384,21 @@ class Compressor:
         self._aggressiveness = float(state_dict["aggressiveness"])
         self._best = state_dict["best"]
         self._observed = state_dict["observed"]
-        self._probe = {n: balance(DiagonalSystem(*parts), self.method) for n, parts in state_dict["probe"].items()}
+        self._probe = {n: _balancing(state, self.method) for n, state in state_dict["probe"].items()}
+        self._statistics.load_state_dict(state_dict["moments"])
         self.history = [Event.from_dict(event) for event in state_dict["history"]]
+
+
+def _balancing_state(balancing: AnyBalancing) -> Any:
+    if isinstance(balancing, SelectiveBalancing):
+        return balancing.moments.tensors()
+    return [balancing.system.lam, balancing.system.B, balancing.system.C]
+
+
+def _balancing(state: Any, method: Method) -> AnyBalancing:
+    return (
+        balance_selective(Moments(**state)) if isinstance(state, Mapping) else balance(DiagonalSystem(*state), method)
+    )
 
 
 def _require(name: str, value: object, valid: bool, expected: str) -> None:

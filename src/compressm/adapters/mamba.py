@@ -35,10 +35,7 @@ class MambaAdapter(SelectiveAdapter):
                 projection_change("x_proj.weight", values["x_proj.weight"], reduction),
                 selection_change("A_log", values["A_log"], 1, reduction.kept[0]),
             ),
-            {
-                "x_proj.out_features": values["x_proj.weight"].shape[0]
-                + 2 * (reduction.states - values["A_log"].shape[1])
-            },
+            {"x_proj.out_features": rows},
         )
 
     def state_dim(self, layer: nn.Module) -> int:
