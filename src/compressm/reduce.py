@@ -333,4 +333,4 @@ def resize_states(model: nn.Module, dims: Mapping[str, int]) -> None:
     for name, states in dims.items():
         layer, adapter = layers[name]
         if adapter.state_dim(layer) != states:
-            write(layer, adapter.resized(layer_values(layer), states))
+            write(layer, adapter.resized(layer, states))

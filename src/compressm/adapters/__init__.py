@@ -14,15 +14,18 @@ from compressm.adapters.base import (
 )
 from compressm.adapters.lru import LRUAdapter
 from compressm.adapters.mamba import MambaAdapter
+from compressm.adapters.mamba2 import Mamba2Adapter
 
 register(LRUAdapter())
 register(MambaAdapter())
+register(Mamba2Adapter())
 
 __all__ = [
     "Adapter",
     "LRUAdapter",
     "LayerAdapter",
     "LayerChange",
+    "Mamba2Adapter",
     "MambaAdapter",
     "ParameterChange",
     "SelectiveAdapter",

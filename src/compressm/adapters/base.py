@@ -67,8 +67,8 @@ class LayerAdapter(ABC):
         """Number of states of the layer (complex ones, where they are complex)."""
 
     @abstractmethod
-    def resized(self, values: Mapping[str, Tensor], states: int) -> LayerChange:
-        """Parameters of the right shapes for a state dimension, values to be loaded over them."""
+    def resized(self, layer: nn.Module, states: int) -> LayerChange:
+        """Parameters of the right shapes for a state dimension, values to be loaded over them; nothing is written."""
 
 
 class Adapter(LayerAdapter):

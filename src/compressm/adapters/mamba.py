@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from compressm.adapters.base import LayerChange, ParameterChange, SelectiveAdapter
+from compressm.adapters.base import LayerChange, ParameterChange, SelectiveAdapter, layer_values
 from compressm.layers.mamba import Mamba, causal_conv
 from compressm.selective import SelectiveReduction, Signals, first_states
 
@@ -42,8 +42,8 @@ class MambaAdapter(SelectiveAdapter):
         assert isinstance(layer, Mamba)
         return layer.d_state
 
-    def resized(self, values: Mapping[str, Tensor], states: int) -> LayerChange:
-        return self.plan(values, first_states(values["A_log"].shape[1], states))
+    def resized(self, layer: nn.Module, states: int) -> LayerChange:
+        return self.plan(layer_values(layer), first_states(self.state_dim(layer), states))
 
 
 def projection_change(name: str, weight: Tensor, reduction: SelectiveReduction) -> ParameterChange:

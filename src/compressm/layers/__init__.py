@@ -2,6 +2,7 @@
 
 from compressm.layers.lru import LRU
 from compressm.layers.mamba import Mamba
+from compressm.layers.mamba2 import Mamba2
 from compressm.layers.models import LRUBlock, SequenceClassifier, parameter_groups
 
-__all__ = ["LRU", "LRUBlock", "Mamba", "SequenceClassifier", "parameter_groups"]
+__all__ = ["LRU", "LRUBlock", "Mamba", "Mamba2", "SequenceClassifier", "parameter_groups"]

@@ -77,7 +77,7 @@ class LRU(nn.Module):
         y = lti_scan(
             u, -self.nu_log.exp(), self.theta_log.exp(), gamma * self.B_re, gamma * self.B_im, self.C_re, self.C_im
         )
-        return y + self.D * u
+        return torch.addcmul(y, self.D, u)
 
     def initial_state(self, batch: int) -> Tensor:
         """The zero state of `step`: real and imaginary part, shape ``(batch, 2, d_state)``."""

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+from compressm.layers.activations import gelu_dropout, glu_residual
 from compressm.layers.lru import LRU
 
 
@@ -49,8 +49,8 @@ class LRUBlock(nn.Module):
             z = self.norm(u.reshape(-1, u.shape[-1])).view_as(u)
         else:
             z = self.norm(u)
-        z = self.dropout(F.gelu(self.ssm(z), approximate="tanh"))
-        return u + self.dropout(F.glu(self.glu(z), dim=-1))
+        z = gelu_dropout(self.ssm(z), self.dropout.p, self.training)
+        return glu_residual(u, self.glu(z), self.dropout.p, self.training)
 
 
 class SequenceClassifier(nn.Module):

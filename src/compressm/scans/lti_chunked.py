@@ -27,7 +27,8 @@ def scan(
     engine = chain_engine(u)
     T = chunk_length(length, p, q, n, engine) if chunk is None else chunk
     chunks = -(-length // T)
-    inputs = F.pad(u, (0, 0, 0, chunks * T - length)).reshape(batch, chunks, T * p)
+    whole = length == chunks * T  # padding and slicing cost a pass through memory each, forward and backward
+    inputs = (u if whole else F.pad(u, (0, 0, 0, chunks * T - length))).reshape(batch, chunks, T * p)
     power_re, power_im = powers(log_radius, phase, torch.arange(T + 1, device=u.device))
     across = torch.stack([power_re[T], power_im[T]])  # lam^T
 
@@ -58,7 +59,8 @@ def scan(
         added = (inputs[:, :-1] @ into.view(T * p, 2 * n)).view(batch, chunks - 1, 2, n)
         before = chain(added, across, initial, engine)
         carried = torch.cat([carried, before.view(batch, chunks - 1, 2 * n) @ observe], 1)
-    y = (y + carried).view(batch, chunks * T, q)[:, :length]
+    y = (y + carried).view(batch, chunks * T, q)
+    y = y if whole else y[:, :length]
 
     rest = length - (chunks - 1) * T  # steps of the last chunk, which may be a short one
     entered = (inputs[:, -1, : rest * p] @ into[T - rest :].reshape(rest * p, 2 * n)).view(batch, 2, n)
