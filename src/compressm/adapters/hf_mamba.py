@@ -1,10 +1,10 @@
 """S6 layers of Hugging Face transformers: Mamba, and FalconMamba and Jamba, which normalise B and C.
 
-A norm stands between ``x_proj`` and the recurrence in the latter two: ``B = g b / rms(b)``, likewise C. A map M of B is
-folded in before the norm, as ``b' = M_g b`` with ``M_g = diag(1/g) M diag(g)``, and is then exact but for one factor per
-token, ``rms(b) / rms(b')``. With second moments of B and C over the data, the mean square of its inverse is ``mean_i
-diag(M/g E[B B^T] M^T/g)_ii``: the cut divides by it where the layer has a place for a constant, which Jamba has in g and
-FalconMamba, whose norms have no weights, in ``out_proj`` and D. At full rank all of that is the identity.
+In the latter two a norm stands between ``x_proj`` and the recurrence: ``B = g b / rms(b)``, likewise C. A map M of B is
+folded in before the norm, ``b' = diag(1/g') M diag(g) b`` with g' the weights of the kept states. That is exact but for
+one factor per token, ``rms(b) / rms(b')``. The mean square of its inverse over the data is known from ``E[B B^T]``, and
+its root is folded in where the layer has a place for a constant: in g' for Jamba; in ``out_proj`` and, inversely, D for
+FalconMamba, whose norms have no weights. At full rank all of that is the identity.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ class JambaAdapter(HFMambaAdapter):
 
 
 def _norm_factor(reduction: SelectiveReduction, vector: str, g: Tensor) -> float:
-    """What a reduction multiplies ``rms(b)`` by, in the mean over the data; 1 where no data are known.
+    """``rms(b') / rms(b)``, root of its mean square over the data; 1 where there are none.
 
     Args:
         reduction: of one group.
@@ -105,12 +105,13 @@ def _norm_factor(reduction: SelectiveReduction, vector: str, g: Tensor) -> float
     if reduction.moments is None:
         return 1.0
     moments = reduction.moments
-    second = {"B": moments.BB, "C": moments.W}[vector][0] / moments.tokens
+    second = {"B": moments.V, "C": moments.W}[vector][0] / moments.tokens
     maps = {"B": reduction.into, "C": reduction.out}[vector][0]
     assert reduction.kept is not None
+    before = float((second.diagonal() / g**2).mean())  # 1, but for the norm's eps
     mapped = maps / g[reduction.kept[0], None]
-    power = float(torch.einsum("rn,nm,rm->r", mapped, second, mapped).mean())
-    return power**0.5 if power > 0 else 1.0
+    after = float(torch.einsum("rn,nm,rm->r", mapped, second, mapped).mean())
+    return (after / before) ** 0.5 if after > 0 and before > 0 else 1.0
 
 
 def _scaled(name: str, value: Tensor, factor: float) -> ParameterChange:

@@ -20,7 +20,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -61,8 +60,8 @@ def enable_fast_scan(model: nn.Module) -> FastScan:
     names = [name for name, module in model.named_modules() if not global_names(module).isdisjoint(_SCANS)]
     if not names:
         raise UnsupportedModelError(
-            f"{type(model).__name__} has no layer whose forward calls {' or '.join(_SCANS)}: fast_scan is for the Mamba "
-            "family in transformers (tested with 5.23; older versions wrote their scans differently, so upgrade those)"
+            f"{type(model).__name__} has no layer whose forward calls {' or '.join(_SCANS)}: fast_scan is for "
+            "the Mamba family of transformers (tested with 5.23; upgrade one that is much older, it is written otherwise)"
         )
     for name in names:
         if "forward" in model.get_submodule(name).__dict__:
@@ -96,10 +95,10 @@ def _selective(
     delta_bias: Tensor | None = None,
     delta_softplus: bool = False,
     return_last_state: bool = False,
-    **_: Any,
+    **others: Any,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """`selective_scan` with the arguments of transformers' ``mamba_selective_scan``: time is the last axis."""
-    _refuse_packing(_)
+    _refuse_packing(others)
     if delta_bias is not None:
         dt = dt + delta_bias.to(dt.dtype)[..., None]
     if delta_softplus:
@@ -127,10 +126,10 @@ def _ssd(
     dt_softplus: bool = False,
     dt_limit: tuple[float, float] = (0.0, float("inf")),
     return_final_states: bool = False,
-    **_: Any,
+    **others: Any,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """`ssd_scan` with the arguments of transformers' ``mamba2_chunk_scan``, and float32 inside, as there."""
-    _refuse_packing(_)
+    _refuse_packing(others)
     if dt_bias is not None:
         dt = dt + dt_bias.to(dt.dtype)
     if dt_softplus:
@@ -160,4 +159,3 @@ _FUSED: dict[str, Callable[..., Any]] = {
     "mamba_inner_fn": _not_fused,
     "mamba2_split_conv1d_scan_combined": _not_fused,
 }
-
