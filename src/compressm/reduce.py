@@ -159,9 +159,7 @@ def plan_reduction(
             changes[name] = change
     refused = [report.name for report in reports if report.outcome == "refused" and report.name in alike]
     if refused:  # one stays, so all stay
-        reason = (
-            f"{refused[0]} was refused, and the checkpoint has one state dimension for all (or pass per_layer=True)"
-        )
+        reason = f"{refused[0]} was refused, and the layers of this model share one state dimension"
         for index, report in enumerate(reports):
             if changes.keys() & {report.name} & set(alike):
                 del changes[report.name]

@@ -30,7 +30,7 @@ class ParameterChange:
         values: new values in the same order, of the parameters' dtype and device.
         axis: the state axis of each parameter.
         pullback: maps gradient-like optimizer state (momentum, first moments), shape ``(new, old)`` of the
-            concatenation.
+            concatenation; dense or sparse.
         pullback_squared: maps squared-gradient state (second moments), non-negative, same shape.
     """
 

@@ -16,7 +16,7 @@ norms and convolutions stay transformers' own code, and so do weights, state dic
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from typing import Any
 
@@ -61,7 +61,7 @@ def enable_fast_scan(model: nn.Module) -> FastScan:
     if not names:
         raise UnsupportedModelError(
             f"{type(model).__name__} has no layer whose forward calls {' or '.join(_SCANS)}: fast_scan is for "
-            "the Mamba family of transformers (tested with 5.23; upgrade one that is much older, it is written otherwise)"
+            "the Mamba family of transformers (tested with 5.23; upgrade one that is much older)"
         )
     for name in names:
         if "forward" in model.get_submodule(name).__dict__:
@@ -75,7 +75,7 @@ def enable_fast_scan(model: nn.Module) -> FastScan:
 
 
 @contextmanager
-def fast_scan(model: nn.Module) -> Iterator[FastScan]:
+def fast_scan(model: nn.Module) -> Generator[FastScan]:
     """`enable_fast_scan` for the length of a ``with`` block."""
     handle = enable_fast_scan(model)
     try:
