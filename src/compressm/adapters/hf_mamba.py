@@ -1,16 +1,17 @@
 """S6 layers of Hugging Face transformers: Mamba, and FalconMamba and Jamba, which normalise B and C.
 
-In the latter two a norm stands between ``x_proj`` and the recurrence: ``B = g b / rms(b)``, likewise C. A map M of B is
-folded in before the norm, ``b' = diag(1/g') M diag(g) b`` with g' the weights of the kept states. That is exact but for
-one factor per token, ``rms(b) / rms(b')``. The mean square of its inverse over the data is known from ``E[B B^T]``, and
-its root is folded in where the layer has a place for a constant: in g' for Jamba; in ``out_proj`` and, inversely, D for
-FalconMamba, whose norms have no weights. At full rank all of that is the identity.
+In the latter two a norm stands between ``x_proj`` and the recurrence: ``B = g b / rms(b)``, likewise C. A map M of B
+is folded in before the norm, ``b' = diag(1/g') M diag(g) b / f`` with g' the weights of the kept states. The number f
+gives b' the mean square of b over the data, known from ``E[B B^T]``, and is made good where the layer has a place for
+it: in g' for Jamba; in ``out_proj`` and, inversely, D for FalconMamba, whose norms have no weights. What is left is the
+ratio of ``rms(b)`` to ``rms(b')``, one number per token. It is 1 where the removed states get no input, and at full
+rank.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -65,14 +66,19 @@ class FalconMambaAdapter(HFMambaAdapter):
     """``FalconMambaMixer``, whose norms of B and C have no weights; see the module's text."""
 
     def plan(self, values: Mapping[str, Tensor], reduction: SelectiveReduction) -> LayerChange:
-        change = super().plan(values, reduction)
         ones = torch.ones(reduction.into.shape[2], dtype=torch.float64)
-        factor = _norm_factor(reduction, "B", ones) * _norm_factor(reduction, "C", ones)
-        out_proj, D = values["out_proj.weight"], values["D"]
-        changes = (_scaled("out_proj.weight", out_proj, factor), _scaled("D", D, 1 / factor))
+        into, out = _before_norm(reduction, "B", ones), _before_norm(reduction, "C", ones)
+        change = super().plan(values, reduction)
+        _, A_log = change.parameters
+        out_proj, D = (
+            selection_change(name, values[name], 0, torch.arange(values[name].shape[0]))
+            for name in ("out_proj.weight", "D")
+        )
+        factor = into.factor * out.factor
+        parameters = (_x_proj(values, into, out), A_log, _times(out_proj, factor), _times(D, 1 / factor))
         # Buffers that the CUDA kernels take for weights.
-        unused = {f"{name}.weight": out_proj.new_ones(reduction.states) for name in ("b_layernorm", "c_layernorm")}
-        return LayerChange((*change.parameters, *changes), {**change.attributes, **unused})
+        unused = {f"{n}.weight": values["D"].new_ones(reduction.states) for n in ("b_layernorm", "c_layernorm")}
+        return LayerChange(parameters, {**change.attributes, **unused})
 
 
 class JambaAdapter(HFMambaAdapter):
@@ -82,41 +88,54 @@ class JambaAdapter(HFMambaAdapter):
 
     def plan(self, values: Mapping[str, Tensor], reduction: SelectiveReduction) -> LayerChange:
         assert reduction.kept is not None
-        kept, changes, maps = reduction.kept[0], list[ParameterChange](), dict[str, Tensor]()
-        for norm, vector, side in (("b_layernorm.weight", "B", "into"), ("c_layernorm.weight", "C", "out")):
-            weight = values[norm].detach().to("cpu", torch.float64)
-            # A weight of zero shuts its state off: nothing can be folded in before it, nor has to be.
-            g = torch.where(weight.abs() > 1e-6 * weight.abs().max(), weight, 1.0)
-            maps[side] = getattr(reduction, side) / g[kept, None] * g
-            kept_weight = selection_change(norm, values[norm], 0, kept)
-            changes.append(_times(kept_weight, _norm_factor(reduction, vector, g)))
-        change = super().plan(values, replace(reduction, **maps))
-        return LayerChange((*change.parameters, *changes), change.attributes)
+        change = super().plan(values, reduction)
+        _, A_log = change.parameters
+        weights = values["b_layernorm.weight"], values["c_layernorm.weight"]
+        into, out = (_before_norm(reduction, v, w) for v, w in zip("BC", weights, strict=True))
+        b, c = (
+            _times(selection_change(f"{name}_layernorm.weight", weight, 0, reduction.kept[0]), folded.factor)
+            for name, weight, folded in zip("bc", weights, (into, out), strict=True)
+        )
+        return LayerChange((_x_proj(values, into, out), A_log, b, c), change.attributes)
 
 
-def _norm_factor(reduction: SelectiveReduction, vector: str, g: Tensor) -> float:
-    """``rms(b') / rms(b)``, root of its mean square over the data; 1 where there are none.
+@dataclass(frozen=True)
+class _BeforeNorm:
+    """A map folded in before a norm, ``b' = map b``, how its gradients come back, and f."""
+
+    map: Tensor
+    pullback: Tensor
+    factor: float
+
+
+def _before_norm(reduction: SelectiveReduction, vector: str, weight: Tensor) -> _BeforeNorm:
+    """Fold a map of B or C in before its norm; see the module's text.
 
     Args:
         reduction: of one group.
         vector: ``"B"`` or ``"C"``.
-        g: the norm's weights, float64, shape ``(n,)``.
+        weight: the norm's weights g, shape ``(n,)``.
     """
-    if reduction.moments is None:
-        return 1.0
-    moments = reduction.moments
-    second = {"B": moments.V, "C": moments.W}[vector][0] / moments.tokens
-    maps = {"B": reduction.into, "C": reduction.out}[vector][0]
     assert reduction.kept is not None
-    before = float((second.diagonal() / g**2).mean())  # 1, but for the norm's eps
-    mapped = maps / g[reduction.kept[0], None]
-    after = float(torch.einsum("rn,nm,rm->r", mapped, second, mapped).mean())
-    return (after / before) ** 0.5 if after > 0 and before > 0 else 1.0
+    into, out = reduction.into[0], reduction.out[0]
+    after, pullback = (into, out) if vector == "B" else (out, into)
+    g = weight.detach().to("cpu", torch.float64)
+    g = torch.where(g.abs() > 1e-6 * g.abs().max(), g, 1.0)  # a weight of zero shuts its state off anyway
+    mapped = after / g[reduction.kept[0], None]
+    factor = 1.0
+    if reduction.moments is not None:
+        second = (reduction.moments.V if vector == "B" else reduction.moments.W)[0]
+        power = torch.einsum("rn,nm,rm->r", mapped, second, mapped).mean() / (second.diagonal() / g**2).mean()
+        factor = float(power) ** 0.5 if float(power) > 0 else 1.0
+    return _BeforeNorm(mapped * g / factor, pullback * factor, factor)
 
 
-def _scaled(name: str, value: Tensor, factor: float) -> ParameterChange:
-    """A parameter times a number."""
-    return _times(selection_change(name, value, 0, torch.arange(value.shape[0])), factor)
+def _x_proj(values: Mapping[str, Tensor], into: _BeforeNorm, out: _BeforeNorm) -> ParameterChange:
+    weight = values["x_proj.weight"]
+    kept = torch.eye(weight.shape[0] - 2 * into.map.shape[1], dtype=torch.float64)
+    new = torch.block_diag(kept, into.map, out.map) @ weight.detach().to("cpu", torch.float64)
+    pullback = torch.block_diag(kept, into.pullback, out.pullback)
+    return ParameterChange(("x_proj.weight",), (new.to(weight),), 0, pullback, pullback.square())
 
 
 def _times(change: ParameterChange, factor: float) -> ParameterChange:
