@@ -4,9 +4,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 from torch.nn import functional as F
 
-from compressm.layers.activations import gelu_dropout, glu_residual
+from compressm.layers.activations import causal_conv, gated, gelu_dropout, glu_residual
 from compressm.scans import native
 
 pytestmark = pytest.mark.skipif(native.library() is None, reason="no C++ compiler: plain PyTorch is used")
@@ -32,6 +33,37 @@ def test_without_dropout_they_are_pytorchs(rows: int, d: int, seed: int) -> None
         for single, double, truth in zip(*results, strict=True):
             torch.testing.assert_close(double, truth, rtol=1e-12, atol=1e-13)
             torch.testing.assert_close(single.double(), truth, rtol=1e-5, atol=1e-5)
+
+
+@settings(max_examples=30)
+@given(
+    batch=st.integers(1, 3), length=st.integers(1, 40), d=st.integers(1, 40), taps=st.integers(1, 5), bias=st.booleans()
+)
+def test_convolution_and_gate_are_pytorchs(batch: int, length: int, d: int, taps: int, bias: bool) -> None:
+    torch.manual_seed(length)
+    both, y, D = torch.randn(batch, length, 2 * d), torch.randn(batch, length, d), torch.randn(d)
+    weight = torch.randn(batch, length, d, dtype=torch.float64)
+    conv = nn.Conv1d(d, d, taps, groups=d, padding=taps - 1, bias=bias).double()
+
+    def reference(both: torch.Tensor, y: torch.Tensor, D: torch.Tensor) -> torch.Tensor:
+        u, z = both.chunk(2, -1)  # halves of a projection: rows that do not follow each other closely
+        u = F.silu(conv(u.transpose(1, 2))[..., :length]).transpose(1, 2)
+        return (y + D * u) * F.silu(z)
+
+    def ours(both: torch.Tensor, y: torch.Tensor, D: torch.Tensor) -> torch.Tensor:
+        u, z = both.chunk(2, -1)
+        return gated(y, causal_conv(conv, u), D, z)
+
+    results = []
+    for function, dtype in ((reference, torch.float64), (ours, torch.float64), (ours, torch.float32)):
+        conv = conv.to(dtype)
+        leaves = [t.to(dtype, copy=True).requires_grad_() for t in (both, y, D)]
+        out = function(*leaves)
+        gradients = torch.autograd.grad((out * weight.to(dtype)).sum(), [*leaves, *conv.parameters()])
+        results.append([out.detach(), *gradients])
+    for truth, double, single in zip(*results, strict=True):
+        torch.testing.assert_close(double, truth, rtol=1e-11, atol=1e-11)
+        torch.testing.assert_close(single.double(), truth, rtol=1e-4, atol=1e-4)
 
 
 def test_dropout_keeps_the_mean_and_drops_as_many_as_asked() -> None:

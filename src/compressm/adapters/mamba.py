@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from compressm.adapters.base import LayerChange, ParameterChange, SelectiveAdapter, layer_values
-from compressm.layers.mamba import Mamba, causal_conv
+from compressm.layers.activations import causal_conv
+from compressm.layers.mamba import Mamba
 from compressm.selective import SelectiveReduction, Signals, first_states
 
 

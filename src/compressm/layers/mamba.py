@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from compressm.layers.activations import causal_conv, gated
 from compressm.scans import selective_scan, selective_step
 
 
@@ -73,8 +74,8 @@ class Mamba(nn.Module):
         u, z = self.in_proj(v).chunk(2, -1)
         u = causal_conv(self.conv1d, u)
         delta, B, C = self.select(u)
-        y = selective_scan(u, delta, -self.A_log.float().exp(), B, C) + self.D * u
-        return self.out_proj(y * F.silu(z))
+        y = selective_scan(u, delta, -self.A_log.float().exp(), B, C)
+        return self.out_proj(gated(y, u, self.D, z))
 
     def select(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """``delta`` of shape ``(..., d_inner)``, ``B`` and ``C`` of shape ``(..., d_state)``, for ``u`` after the
@@ -98,20 +99,6 @@ class Mamba(nn.Module):
 
     def extra_repr(self) -> str:
         return f"d_model={self.d_model}, d_state={self.d_state}, d_inner={self.d_inner}, dt_rank={self.dt_rank}"
-
-
-def causal_conv(conv: nn.Conv1d, u: Tensor) -> Tensor:
-    """SiLU of a causal depthwise convolution over ``u`` of shape ``(batch, length, channels)``.
-
-    Written as a sum of shifted products: for a handful of taps that is faster on CPUs than a convolution, which would
-    also need two transposed copies, and it reads no more memory on GPUs.
-    """
-    taps, length = conv.weight[:, 0].unbind(-1), u.shape[1]  # taps[-1] belongs to the present input
-    padded = F.pad(u, (0, 0, len(taps) - 1, 0))
-    out = padded[:, :length] * taps[0]
-    for lag, tap in enumerate(taps[1:], 1):
-        out = torch.addcmul(out, padded[:, lag : lag + length], tap)
-    return F.silu(out if conv.bias is None else out + conv.bias)
 
 
 def conv_step(conv: nn.Conv1d, u: Tensor, window: Tensor) -> tuple[Tensor, Tensor]:

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from compressm.layers.mamba import causal_conv, conv_step, inverse_softplus, log_uniform
+from compressm.layers.activations import causal_conv
+from compressm.layers.mamba import conv_step, inverse_softplus, log_uniform
 from compressm.scans import ssd_scan, ssd_step
 
 
