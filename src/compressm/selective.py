@@ -88,9 +88,9 @@ def moments(signals: Signals) -> Moments:
     """Run the recurrence and gather its moments: ``O(batch length d n^2)``, one step of time after the other."""
     x, step, B, C = (value.float() for value in (signals.x, signals.step, signals.B, signals.C))
     (batch, length, d), (groups, n) = x.shape, B.shape[2:]
-    rates = signals.rates.float().expand(d, n).view(groups, -1, n)
-    x, step = x.view(batch, length, groups, -1, 1), step.view(batch, length, groups, -1, 1)
-    gain = torch.ones_like(x) if signals.gain is None else signals.gain.float().view(x.shape)
+    rates = signals.rates.float().expand(d, n).reshape(groups, -1, n)
+    x, step = x.reshape(batch, length, groups, -1, 1), step.reshape(batch, length, groups, -1, 1)
+    gain = torch.ones_like(x) if signals.gain is None else signals.gain.float().reshape(x.shape)
     h, P = torch.zeros_like(x[:, 0] * rates), x.new_zeros(groups, n, n)
     for t in range(length):
         h = torch.exp(-step[:, t] * rates) * h + x[:, t] * B[:, t, :, None]
