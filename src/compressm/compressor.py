@@ -98,6 +98,7 @@ class Compressor:
             another rule and ``max_drop``, that rule proposes and the metric disposes.
         multiple_of: round state dimensions up to a multiple of this.
         min_reduction: cut a layer only where this share of its states goes.
+        per_layer: let the layers of a Hugging Face model differ in their state dimension; see `RankRule`.
         cuts: how many cuts.
         window: share of ``total_steps`` in which they are made.
         start: steps to wait before the window.
@@ -134,6 +135,7 @@ class Compressor:
         evaluate: Callable[[nn.Module], float] | None = None,
         multiple_of: int = 1,
         min_reduction: float = 0.05,
+        per_layer: bool = False,
         cuts: int = 4,
         window: float = 0.1,
         start: int = 0,
@@ -186,6 +188,7 @@ class Compressor:
             total_states=total_states,
             multiple_of=multiple_of,
             min_reduction=min_reduction,
+            per_layer=per_layer,
         )
         distance = max(1, round(window * total_steps / cuts))
         self.cut_steps = tuple(start + distance * (index + 1) for index in range(cuts))
