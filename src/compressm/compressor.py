@@ -2,33 +2,31 @@
 
 from __future__ import annotations
 
-import copy
+import logging
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal, Protocol
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any, Literal
 
 from torch import nn
 
 from compressm.adapters import find_layers
 from compressm.balancing import Balancing, Method, balance
-from compressm.carry import Carry, check_optimizer, unwrap_optimizer
+from compressm.carry import Carry, check_optimizer, follow, unwrap_optimizer
+from compressm.compiled import allow_recompilation, graphs_compiled
+from compressm.distributed import from_first_rank, rebuild_replicas
 from compressm.errors import CheckpointError, InvalidRankRuleError
+from compressm.fitting import fit_any_size
 from compressm.ranks import RankRule
 from compressm.reduce import Report, measure, plan_reduction, resize_states, state_dims
-from compressm.rng import rng_state, set_rng_state
+from compressm.snapshot import Stateful, Training
 from compressm.spectrum import balance_layers, spectrum_changes
 from compressm.systems import DiagonalSystem
 
 When = Literal["schedule", "settled"]
 OnSetback = Literal["halve", "stop"]
 
-
-class Stateful(Protocol):
-    """Anything with torch's state protocol: a learning rate scheduler, a gradient scaler."""
-
-    def state_dict(self) -> dict[str, Any]: ...
-    def load_state_dict(self, state_dict: dict[str, Any]) -> Any: ...
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -43,6 +41,7 @@ class Event:
         layers: per layer what was done, with its certificate (see `LayerReport.to_dict`); empty unless it looked.
         metric, reference: the metric after the cut, and the one that it was held against; None without ``evaluate``.
         restored_step: the step to which a roll-back went back.
+        graphs: how many graphs were recompiled.
     """
 
     kind: str
@@ -52,16 +51,44 @@ class Event:
     metric: float | None = None
     reference: float | None = None
     restored_step: int | None = None
+    graphs: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
         return {**asdict(self), "layers": [dict(layer) for layer in self.layers]}
 
+    def __str__(self) -> str:
+        changed = ", ".join(f"{layer['states_before']} → {layer['states_after']}" for layer in self.layers)
+        what = {
+            "cut": f"cut, states {changed}",
+            "unchanged": "nothing to cut",
+            "kept": f"cut kept, metric {self.metric} against {self.reference}",
+            "rolled_back": f"cut undone, metric {self.metric} against {self.reference}",
+            "recompiled": f"{self.graphs} graphs recompiled",
+        }
+        return f"step {self.step}: {what[self.kind]}"
+
+    def metrics(self) -> dict[str, float]:
+        """Numbers for a logger: after a cut, states and kept share of Hankel energy per layer, and its seconds."""
+        values: dict[str, float] = {}
+        for layer in self.layers:
+            values[f"compressm/states/{layer['name']}"] = float(layer["states_after"])
+            certificate, total = layer["certificate"], sum(layer["hsv"])
+            if self.kind == "cut" and layer["outcome"] == "cut" and certificate is not None and total > 0:
+                # The bound is twice the sum of the discarded Hankel singular values.
+                values[f"compressm/energy_kept/{layer['name']}"] = 1 - certificate["bound"] / (2 * total)
+        if self.kind in ("cut", "rolled_back"):
+            values["compressm/cut_seconds"] = self.seconds
+        if self.kind == "recompiled":
+            values["compressm/graphs_recompiled"] = float(self.graphs)
+        return values
+
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Event:
         """The inverse of `to_dict`."""
-        fields: dict[str, Any] = {**values, "layers": tuple(values["layers"])}
-        return cls(**fields)
+        known = {field.name for field in fields(cls)}
+        values = {name: value for name, value in values.items() if name in known}  # later versions may tell more
+        return cls(**{**values, "layers": tuple(values["layers"])})
 
 
 class Compressor:
@@ -107,6 +134,11 @@ class Compressor:
         on_setback: after a roll-back ``"halve"`` the next cut, or ``"stop"`` cutting.
         scheduler: learning rate scheduler, rolled back with the rest.
         scaler: gradient scaler, likewise.
+        followers: averaged copies of the model (`torch.optim.swa_utils.AveragedModel`); what a cut changes in the
+            model, it sets in them to the model's new values, where averaging starts again.
+        rewind: a roll-back turns back time as well. False where a host counts the steps: then only what was learnt
+            goes back (weights, the optimizer's state, averages), and steps, learning rates, scaler and random state
+            go on.
 
     Raises:
         InvalidRankRuleError: contradicting or impossible arguments.
@@ -139,6 +171,8 @@ class Compressor:
         on_setback: OnSetback = "halve",
         scheduler: Stateful | None = None,
         scaler: Stateful | None = None,
+        followers: Sequence[nn.Module] = (),
+        rewind: bool = True,
     ) -> None:
         given = [value is not None for value in (tolerance, states, fraction, max_error, total_states)]
         if max_drop is None and not any(given):
@@ -168,7 +202,8 @@ class Compressor:
         self.method: Method = method
         self.carry: Carry = carry
         self.on_setback: OnSetback = on_setback
-        self.scheduler, self.scaler = scheduler, scaler
+        self.followers, self.rewind = tuple(followers), rewind
+        self._training = Training(model, self.optimizer, self.followers, scheduler, scaler)
         self._searches = not any(given)  # max_drop alone: the cushion finds the size
         self._aggressiveness = 0.5 if self._searches else 1.0
         self._rule = RankRule(
@@ -199,7 +234,10 @@ class Compressor:
         self._best: float | None = None
         self._observed: dict[str, Any] | None = None  # the snapshot before a cut that is under observation
         self._probe: dict[str, Balancing] = {}
+        self._graphs = 0  # compiled so far, since the first cut
         self.history: list[Event] = []
+        for module in (model, *self.followers):
+            fit_any_size(module)
 
     @property
     def state_dims(self) -> dict[str, int]:
@@ -220,6 +258,7 @@ class Compressor:
             number.
         """
         self._steps += 1
+        self._count_recompilations()
         event = None
         if self._observed is not None:
             if self._steps >= self._observed["step"] + self.check_after:
@@ -228,7 +267,24 @@ class Compressor:
             event = self._cut()
         if event is not None:
             self.history.append(event)
+            log.info("%s", event)
         return event
+
+    def _count_recompilations(self) -> None:
+        """A line in the history if graphs were compiled since the last step, and cuts had been made by then."""
+        new = graphs_compiled() - self._graphs if self._graphs else 0
+        if new > 0:
+            self._graphs += new
+            self.history.append(Event("recompiled", self._steps, graphs=new))
+            log.info("%s", self.history[-1])
+
+    def _shapes_changed(self) -> None:
+        """Tell everyone who holds on to the shapes of parameters."""
+        rebuild_replicas(self.model)
+        self._graphs = graphs_compiled()
+        if self._graphs:
+            allow_recompilation()
+            log.info("the shapes of parameters have changed: compiled graphs are compiled anew at their next use")
 
     def _time_to_cut(self) -> bool:
         scheduled = self.cut_steps[self._cuts_done]
@@ -238,7 +294,8 @@ class Compressor:
             return False
         before, self._probe = self._probe, balance_layers(self.model, self.method)
         changes = spectrum_changes(before, self._probe)
-        return bool(changes) and len(changes) == len(self._probe) and all(c.settled(0.02) for c in changes.values())
+        settled = bool(changes) and len(changes) == len(self._probe) and all(c.settled(0.02) for c in changes.values())
+        return from_first_rank(lambda: settled)
 
     def _cut(self) -> Event:
         self._cuts_done += 1
@@ -248,12 +305,21 @@ class Compressor:
             assert self.evaluate is not None
             metric = self._evaluate()
             self._best = reference = metric if self._best is None else max(self._best, metric)
-        plan = plan_reduction(self.model, self._rule_now(), self.method)
+        plan = from_first_rank(lambda: plan_reduction(self.model, self._rule_now(), self.method).cpu())
         if not plan.changes:
             return self._event("unchanged", plan.report, reference)
         if self.max_drop is not None:
-            self._observed = self._snapshot(reference)
-        return self._event("cut", plan.apply(self.model, self.optimizer, self.carry), reference)
+            self._observed = {
+                "step": self._steps,
+                "reference": reference,
+                "state_dims": self.state_dims,
+                **self._training.snapshot(),
+            }
+        report = plan.apply(self.model, self.optimizer, self.carry)
+        for follower in self.followers:
+            follow(follower, self.model, plan.changes)
+        self._shapes_changed()
+        return self._event("cut", report, reference)
 
     def _rule_now(self) -> RankRule:
         """The rule for the cut that is due: sizes are approached geometrically, and setbacks make it milder."""
@@ -281,7 +347,10 @@ class Compressor:
             self._best = max(reference, metric)
             return Event("kept", self._steps, metric=metric, reference=reference)
         at = self._steps
-        self._restore(snapshot)
+        self._training.restore(snapshot, self.rewind)
+        self._shapes_changed()
+        if self.rewind:
+            self._steps = int(snapshot["step"])
         self._aggressiveness /= 2
         if self.on_setback == "stop" or self._aggressiveness < self._rule.min_reduction:
             self._stopped = True
@@ -292,35 +361,12 @@ class Compressor:
 
     def _evaluate(self) -> float:
         assert self.evaluate is not None
-        return measure(self.model, self.evaluate)
+        metric = measure(self.model, self.evaluate)  # by all ranks, since it may add up their shares
+        return from_first_rank(lambda: metric)
 
     def _event(self, kind: str, report: Report, reference: float | None) -> Event:
         layers = tuple(layer.to_dict() for layer in report.layers)
         return Event(kind, self._steps, report.seconds, layers, reference=reference)
-
-    def _snapshot(self, reference: float | None) -> dict[str, Any]:
-        """Everything that training needs to go on from here, copied."""
-        return {
-            "step": self._steps,
-            "reference": reference,
-            "state_dims": self.state_dims,
-            "model": copy.deepcopy(self.model.state_dict()),
-            "optimizer": copy.deepcopy(self.optimizer.state_dict()),
-            "scheduler": copy.deepcopy(self.scheduler.state_dict()) if self.scheduler is not None else None,
-            "scaler": copy.deepcopy(self.scaler.state_dict()) if self.scaler is not None else None,
-            "rng": rng_state(),
-        }
-
-    def _restore(self, snapshot: dict[str, Any]) -> None:
-        resize_states(self.model, snapshot["state_dims"])
-        self.model.load_state_dict(snapshot["model"])
-        self.optimizer.load_state_dict(snapshot["optimizer"])
-        if self.scheduler is not None and snapshot["scheduler"] is not None:
-            self.scheduler.load_state_dict(snapshot["scheduler"])
-        if self.scaler is not None and snapshot["scaler"] is not None:
-            self.scaler.load_state_dict(snapshot["scaler"])
-        set_rng_state(snapshot["rng"])
-        self._steps = int(snapshot["step"])
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that `load_state_dict` needs to go on in the middle of a schedule or of an observation.
