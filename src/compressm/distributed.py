@@ -83,11 +83,11 @@ def rebuild_replicas(model: nn.Module) -> int:
 def _rebuild(wrapper: DistributedDataParallel) -> None:
     state: dict[str, Any] = {k: v for k, v in vars(wrapper).items() if k not in ("reducer", "logger")}
     state["_has_rebuilt_buckets"] = False
-    hooks: list[Any] = state.pop("_comm_hooks", [])
+    hooks = list(state["_comm_hooks"])
+    state["_comm_hooks"].clear()
     # The old reducer goes first: its end takes its hooks off the parameters that were not cut.
     del wrapper.reducer, wrapper.logger
     wrapper.__setstate__(state)
-    wrapper._comm_hooks = []
     for hook, hook_state in hooks:
         wrapper.register_comm_hook(hook_state, hook)
 

@@ -101,8 +101,9 @@ def _chunked(
         back_re, back_im = power_re[:chunk].flip(0)[:, None, :], power_im[:chunk].flip(0)[:, None, :]
         into = torch.stack([back_re * B_re.T - back_im * B_im.T, back_re * B_im.T + back_im * B_re.T], -1)
         added = (inputs[:, :-1] @ into.reshape(chunk * p, 2 * n)).view(batch, chunks - 1, n, 2)
-        across = torch.complex(power_re[chunk], power_im[chunk])  # lam^T
-        states = torch.view_as_real(_Chain.apply(torch.view_as_complex(added), across))
+        across = torch.stack([power_re[chunk], power_im[chunk]], -1)  # lam^T
+        # Autocast makes the products half precision; states are summed over the whole sequence: as precise as lam.
+        states = _Chain.apply(added.to(across.dtype), across)
         carried = states.reshape(batch, chunks - 1, 2 * n) @ observe[1:].reshape(chunk * q, 2 * n).T
         y = y + F.pad(carried, (0, 0, 1, 0))
     return y.reshape(batch, chunks * chunk, q)[:, :length]
@@ -115,27 +116,31 @@ def _chunk_length(p: int, q: int, n: int, length: int) -> int:
 
 
 class _Chain(torch.autograd.Function):
-    """``s_m = lam s_{m-1} + v_m`` along dim 1 of complex ``v`` (batch, m, n); backward is the same recurrence
-    reversed."""
+    """``s_m = lam s_{m-1} + v_m`` along dim 1 of ``v`` (batch, m, n, 2), with ``lam`` (n, 2); the last dim holds real
+    and imaginary part. Backward is the same recurrence reversed.
+
+    Its arguments are real since Dynamo cannot trace an `autograd.Function` of complex ones."""
 
     @staticmethod
     def forward(ctx: Any, v: Tensor, lam: Tensor) -> Tensor:
-        states = torch.empty_like(v)
-        states[:, 0] = v[:, 0]
-        for m in range(1, v.shape[1]):
-            torch.addcmul(v[:, m], lam, states[:, m - 1], out=states[:, m])
-        ctx.save_for_backward(states, lam)
+        ctx.save_for_backward(states := _chain(v, torch.view_as_complex(lam)), lam)
         return states
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:  # pyright: ignore[reportIncompatibleMethodOverride]
         states, lam = ctx.saved_tensors
-        adjoint, conjugate = torch.empty_like(grad), lam.conj().resolve_conj()
-        adjoint[:, -1] = grad[:, -1]
-        for m in range(grad.shape[1] - 2, -1, -1):
-            torch.addcmul(grad[:, m], conjugate, adjoint[:, m + 1], out=adjoint[:, m])
-        return adjoint, (adjoint[:, 1:] * states[:, :-1].conj()).sum((0, 1))
+        adjoint = _chain(grad.flip(1), torch.view_as_complex(lam).conj().resolve_conj()).flip(1)
+        product = torch.view_as_complex(adjoint[:, 1:]) * torch.view_as_complex(states[:, :-1]).conj()
+        return adjoint, torch.view_as_real(product.sum((0, 1)))
+
+
+def _chain(v: Tensor, lam: Tensor) -> Tensor:
+    inputs = torch.view_as_complex(v.contiguous())
+    states = [inputs[:, 0]]
+    for m in range(1, v.shape[1]):
+        states.append(torch.addcmul(inputs[:, m], lam, states[-1]))
+    return torch.view_as_real(torch.stack(states, 1))
 
 
 def _loop(
