@@ -97,6 +97,21 @@ def _carried(old: list[Tensor], part: ParameterChange, key: str, mode: Carry) ->
     return [part_new.to(o).contiguous() for part_new, o in zip(moved.chunk(len(old), part.axis), old, strict=True)]
 
 
+def paired_layers(follower: nn.Module, model: nn.Module) -> dict[str, nn.Module]:
+    """The layers of a copy of a model, by their names in the model.
+
+    Raises:
+        UnsupportedModelError: it has other layers than the model.
+    """
+    theirs, ours = find_layers(follower), find_layers(model)
+    if [type(layer) for layer, _ in theirs.values()] != [type(layer) for layer, _ in ours.values()]:
+        raise UnsupportedModelError(
+            f"followers: {type(follower).__name__} has {len(theirs)} state space layers and the model has {len(ours)}, "
+            "or of other kinds; pass averaged copies of the same model"
+        )
+    return {name: layer for name, (layer, _) in zip(ours, theirs.values(), strict=True)}
+
+
 def follow(follower: nn.Module, model: nn.Module, changes: Mapping[str, LayerChange]) -> None:
     """Let an averaged copy of a model take part in a cut, in place.
 
@@ -108,16 +123,7 @@ def follow(follower: nn.Module, model: nn.Module, changes: Mapping[str, LayerCha
         follower: a copy of the model, or a wrapper of one, such as `torch.optim.swa_utils.AveragedModel`.
         model: the model.
         changes: what was written into the model's layers, by their names in it.
-
-    Raises:
-        UnsupportedModelError: the follower has other layers than the model.
     """
-    theirs, ours = list(find_layers(follower).values()), list(find_layers(model))
-    if len(theirs) != len(ours):
-        raise UnsupportedModelError(
-            f"followers: {type(follower).__name__} has {len(theirs)} state space layers and the model has {len(ours)}; "
-            "pass averaged copies of the same model"
-        )
-    for name, (layer, _) in zip(ours, theirs, strict=True):
-        if name in changes:
-            write(layer, changes[name])
+    layers = paired_layers(follower, model)
+    for name, change in changes.items():
+        write(layers[name], change)

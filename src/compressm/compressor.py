@@ -12,7 +12,7 @@ from torch import nn
 
 from compressm.adapters import find_layers
 from compressm.balancing import Balancing, Method, balance
-from compressm.carry import Carry, check_optimizer, follow, unwrap_optimizer
+from compressm.carry import Carry, check_optimizer, follow, paired_layers, unwrap_optimizer
 from compressm.compiled import allow_recompilation, graphs_compiled
 from compressm.distributed import from_first_rank, rebuild_replicas
 from compressm.errors import CheckpointError, InvalidRankRuleError
@@ -175,8 +175,9 @@ class Compressor:
         self._probe: dict[str, Balancing] = {}
         self._graphs = 0  # compiled so far, since the first cut
         self.history: list[Event] = []
-        for module in (model, *self.followers):
-            fit_any_size(module)
+        fit_any_size(model)
+        for follower in self.followers:
+            paired_layers(fit_any_size(follower), model)
 
     @property
     def state_dims(self) -> dict[str, int]:
