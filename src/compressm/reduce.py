@@ -95,6 +95,10 @@ class Plan:
     report: Report
     changes: Mapping[str, LayerChange]
 
+    def cpu(self) -> Plan:
+        """The same plan with all tensors on the CPU, to be sent to other processes."""
+        return replace(self, changes={name: change.cpu() for name, change in self.changes.items()})
+
     def apply(self, model: nn.Module, optimizer: Optimizer | None = None, carry: Carry = "transform") -> Report:
         """Write it into the model that it was planned for, and carry the optimizer's state over.
 

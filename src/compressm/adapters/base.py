@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -56,6 +56,11 @@ class LayerChange:
         return {
             name: value for change in self.parameters for name, value in zip(change.names, change.values, strict=True)
         }
+
+    def cpu(self) -> LayerChange:
+        """The same change with all tensors on the CPU."""
+        parameters = (replace(part, values=tuple(value.cpu() for value in part.values)) for part in self.parameters)
+        return replace(self, parameters=tuple(parameters))
 
 
 class LayerAdapter(ABC):
@@ -202,12 +207,14 @@ def write(layer: nn.Module, change: LayerChange) -> None:
     """
     for name, value in change.values().items():
         parameter = layer.get_parameter(name)
+        device = parameter.device
         if parameter.shape != value.shape:
             # Setting data of another type first makes autograd drop the parameter's gradient accumulator, which
             # otherwise lives on with the old shape for as long as anyone holds the last loss.
             other = torch.float16 if parameter.dtype != torch.float16 else torch.float32
-            parameter.data = torch.empty(0, dtype=other, device=parameter.device)
-        parameter.data = value.to(dtype=value.dtype, device=value.device).contiguous()
+            parameter.data = torch.empty(0, dtype=other, device=device)
+        # A copy: the same change may be written into several models, such as averaged copies.
+        parameter.data = value.to(device=device, copy=True, memory_format=torch.contiguous_format)
         parameter.grad = None
     for path, value in change.attributes.items():
         owner, _, name = path.rpartition(".")
