@@ -23,6 +23,7 @@ from torch import Tensor
 
 from compressm.scans import lti_chunked, lti_fft
 from compressm.scans.graph import exporting
+from compressm.scans.precision import without_autocast
 
 Engine = Literal["auto", "chunked", "fft", "loop"]
 
@@ -37,6 +38,7 @@ def lti_scan(
     u: Tensor, log_radius: Tensor, phase: Tensor, B_re: Tensor, B_im: Tensor, C_re: Tensor, C_im: Tensor,
     initial_state: Tensor | None = None, *, return_state: Literal[True], engine: Engine = "auto",
 ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+@without_autocast
 def lti_scan(
     u: Tensor,
     log_radius: Tensor,

@@ -22,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from compressm.scans import native
 from compressm.scans.chain import triton_usable
 from compressm.scans.graph import exporting, graph_scan
+from compressm.scans.precision import without_autocast
 
 Engine = Literal["auto", "native", "triton", "torch", "loop", "graph"]
 
@@ -36,6 +37,7 @@ def selective_scan(
     u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, initial_state: Tensor | None = None,
     *, return_state: Literal[True], engine: Engine = "auto",
 ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+@without_autocast
 def selective_scan(
     u: Tensor,
     delta: Tensor,

@@ -22,6 +22,7 @@ from torch.nn import functional as F
 from compressm.scans.chain import chain, chain_engine
 from compressm.scans.graph import exporting, graph_scan
 from compressm.scans.lti_chunked import powers
+from compressm.scans.precision import without_autocast
 
 Engine = Literal["auto", "chunked", "loop", "graph"]
 
@@ -36,6 +37,7 @@ def siso_scan(
     u: Tensor, log_radius: Tensor, phase: Tensor, c_re: Tensor, c_im: Tensor, initial_state: Tensor | None = None,
     *, return_state: Literal[True], engine: Engine = "auto",
 ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+@without_autocast
 def siso_scan(
     u: Tensor,
     log_radius: Tensor,

@@ -19,6 +19,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from compressm.scans.graph import exporting, graph_scan
+from compressm.scans.precision import without_autocast
 
 Engine = Literal["auto", "chunked", "loop", "graph"]
 
@@ -33,6 +34,7 @@ def ssd_scan(
     x: Tensor, log_decay: Tensor, B: Tensor, C: Tensor, initial_state: Tensor | None = None,
     *, return_state: Literal[True], engine: Engine = "auto",
 ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+@without_autocast
 def ssd_scan(
     x: Tensor,
     log_decay: Tensor,
