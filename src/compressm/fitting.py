@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
-from compressm.adapters import Adapter, find_layers
+from compressm.adapters import LayerAdapter, find_layers
 from compressm.adapters.base import layer_values, write
 from compressm.errors import CheckpointError
 
@@ -75,22 +75,30 @@ def _before_loading(layer: nn.Module, state_dict: Mapping[str, Any], prefix: str
     _fit_layer(layer, adapter, shapes, prefix)
 
 
-def _fit_layer(layer: nn.Module, adapter: Adapter, shapes: Mapping[str, tuple[int, ...]], prefix: str) -> None:
+def _fit_layer(layer: nn.Module, adapter: LayerAdapter, shapes: Mapping[str, tuple[int, ...]], prefix: str) -> None:
     values = layer_values(layer)
     wanted = {name: shapes[prefix + name] for name in values if prefix + name in shapes}
-    differing = [shape for name, shape in wanted.items() if shape != tuple(values[name].shape)]
-    # The state dimension is one of the sizes that occur: try them.
-    for states in sorted({size for shape in differing for size in shape}):
-        change = adapter.resized(values, states)
-        new = {name: tuple(value.shape) for name, value in {**values, **change.values()}.items()}
-        if all(new[name] == shape for name, shape in wanted.items()):
-            write(layer, change)
-            return
-    if differing:
-        raise CheckpointError(
-            f"{prefix.rstrip('.') or type(layer).__name__}: weights of shapes {differing} belong to no state dimension "
-            "of this layer; build the model as it was built when saved"
-        )
+    differing = {name: shape for name, shape in wanted.items() if shape != tuple(values[name].shape)}
+    if not differing:
+        return
+
+    def shapes_at(states: int) -> dict[str, tuple[int, ...]]:
+        return {n: tuple(v.shape) for n, v in {**values, **adapter.resized(layer, states).values()}.items()}
+
+    # Every size is a linear function of the state dimension: two points of it tell which one is wanted.
+    one, two = shapes_at(1), shapes_at(2)
+    name, shape = next(iter(differing.items()))
+    for size, at_one, at_two in zip(shape, one[name], two[name], strict=False):
+        if at_one != at_two:
+            states = 1 + (size - at_one) // (at_two - at_one)
+            if states >= 1 and all(shapes_at(states)[other] == asked for other, asked in wanted.items()):
+                write(layer, adapter.resized(layer, states))
+                return
+            break
+    raise CheckpointError(
+        f"{prefix.rstrip('.') or type(layer).__name__}: weights of shapes {list(differing.values())} belong to no "
+        "state dimension of this layer; build the model as it was built when saved"
+    )
 
 
 __all__ = ["fit", "fit_any_size"]

@@ -10,10 +10,10 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-from torch import nn
-from torch.distributed.checkpoint import FileSystemReader
+from torch import Tensor, nn
+from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -65,7 +65,7 @@ def compress_sharded(
     weights, states = get_state_dict(model, optimizer, options=on_first)  # empty on the other ranks
 
     def cut() -> Report:
-        whole = fit(build(), weights)
+        whole = fit(build(), cast("dict[str, Tensor]", weights))
         whole.load_state_dict(weights)
         its_optimizer = build_optimizer(whole)
         set_optimizer_state_dict(whole, its_optimizer, states)
