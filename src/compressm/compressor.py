@@ -11,17 +11,15 @@ from typing import Any, Literal, Protocol
 from torch import nn
 
 from compressm.adapters import find_layers
-from compressm.balancing import Method, balance
+from compressm.balancing import Method
 from compressm.carry import Carry, check_optimizer, unwrap_optimizer
 from compressm.errors import CheckpointError, InvalidRankRuleError
 from compressm.ranks import RankRule
 from compressm.reduce import Report, measure, plan_reduction, resize_states, state_dims
 from compressm.rng import rng_state, set_rng_state
 from compressm.selection import Selection
-from compressm.selective import Moments, SelectiveBalancing, balance_selective
-from compressm.spectrum import AnyBalancing, balance_layers, spectrum_changes
+from compressm.spectrum import AnyBalancing, balance_layers, snapshot, snapshot_state, spectrum_changes
 from compressm.statistics import Statistics
-from compressm.systems import DiagonalSystem
 
 When = Literal["schedule", "settled"]
 OnSetback = Literal["halve", "stop"]
@@ -359,7 +357,7 @@ class Compressor:
             "best": self._best,
             "state_dims": self.state_dims,
             "observed": self._observed,
-            "probe": {name: _balancing_state(balancing) for name, balancing in self._probe.items()},
+            "probe": {name: snapshot_state(balancing) for name, balancing in self._probe.items()},
             "moments": self._statistics.state_dict(),
             "history": [event.to_dict() for event in self.history],
         }
@@ -384,21 +382,9 @@ class Compressor:
         self._aggressiveness = float(state_dict["aggressiveness"])
         self._best = state_dict["best"]
         self._observed = state_dict["observed"]
-        self._probe = {n: _balancing(state, self.method) for n, state in state_dict["probe"].items()}
+        self._probe = {n: snapshot(state, self.method) for n, state in state_dict["probe"].items()}
         self._statistics.load_state_dict(state_dict["moments"])
         self.history = [Event.from_dict(event) for event in state_dict["history"]]
-
-
-def _balancing_state(balancing: AnyBalancing) -> Any:
-    if isinstance(balancing, SelectiveBalancing):
-        return balancing.moments.tensors()
-    return [balancing.system.lam, balancing.system.B, balancing.system.C]
-
-
-def _balancing(state: Any, method: Method) -> AnyBalancing:
-    return (
-        balance_selective(Moments(**state)) if isinstance(state, Mapping) else balance(DiagonalSystem(*state), method)
-    )
 
 
 def _require(name: str, value: object, valid: bool, expected: str) -> None:
