@@ -141,6 +141,14 @@ def test_settled_spectra_are_recognised() -> None:
     assert [event.kind for event in still.compressor.history][:1] == ["cut"]
 
 
+def test_a_search_goes_on_after_a_setback_with_the_moments_from_before_it() -> None:
+    metrics = iter([0.9, 0.1] + [0.9] * 20)
+    loop = Loop(cuts=1, max_drop=0.1, evaluate=lambda _: next(metrics), check_after=3)
+    loop.run(30)
+    assert [event.kind for event in loop.compressor.history] == ["cut", "rolled_back", "cut", "kept"]
+    assert set(loop.compressor.state_dims.values()) == {12}
+
+
 def test_a_setback_is_undone_and_resizes() -> None:
     metrics = iter([0.9, 0.1])
     loop = Loop(states=2, cuts=1, max_drop=0.1, evaluate=lambda _: next(metrics), check_after=3, on_setback="stop")

@@ -324,6 +324,7 @@ class Compressor:
             "step": self._steps,
             "reference": reference,
             "state_dims": self.state_dims,
+            "moments": self._statistics.state_dict(),
             "model": copy.deepcopy(self.model.state_dict()),
             "optimizer": copy.deepcopy(self.optimizer.state_dict()),
             "scheduler": copy.deepcopy(self.scheduler.state_dict()) if self.scheduler is not None else None,
@@ -333,7 +334,7 @@ class Compressor:
 
     def _restore(self, snapshot: dict[str, Any]) -> None:
         resize_states(self.model, snapshot["state_dims"])
-        self._statistics.reset()
+        self._statistics.load_state_dict(snapshot["moments"])
         self.model.load_state_dict(snapshot["model"])
         self.optimizer.load_state_dict(snapshot["optimizer"])
         if self.scheduler is not None and snapshot["scheduler"] is not None:
@@ -384,6 +385,7 @@ class Compressor:
         self._observed = state_dict["observed"]
         self._probe = {n: snapshot(state, self.method) for n, state in state_dict["probe"].items()}
         self._statistics.load_state_dict(state_dict["moments"])
+        self._observe()
         self.history = [Event.from_dict(event) for event in state_dict["history"]]
 
 

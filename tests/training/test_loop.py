@@ -258,8 +258,8 @@ def test_selective_layers_are_observed_cut_and_resumed(layer: str, children: For
     assert isinstance(rebuilt, SequenceClassifier)
     assert rebuilt.config["d_state"] == [3]
     # Between the cuts, with moments observed and not yet used.
-    exit_code(children, settings, tmp_path / "killed", ("checkpointed", 8))
-    train(settings, output=tmp_path / "killed", resume=True, quiet=True)
+    assert exit_code(children, settings, tmp_path / "killed", (*STEP, 10, "after")) == -signal.SIGKILL
+    assert exit_code(children, settings, tmp_path / "killed", None) == 0
     assert_same_outcome(tmp_path / "killed", tmp_path / "unbroken")
 
 
