@@ -78,7 +78,7 @@ def test_one_shot(layer: str, tmp_path: Path) -> None:
     net, data = model(layer=layer).eval(), batches(4)
     spectrum = compressm.analyze(net, data=data)
     assert [s.states for s in spectrum] == [16, 16]
-    before = net(data[0])
+    before = net(data[0]).detach()
     report = compressm.compress(net, states=8, data=data)
     assert report.cut
     assert set(report.state_dims.values()) == {8}
@@ -95,7 +95,7 @@ def test_one_shot(layer: str, tmp_path: Path) -> None:
 def test_language_models_are_compressed_too() -> None:
     torch.manual_seed(0)
     net, tokens = LanguageModel(11, 8, 12), torch.randint(11, (4, 30))
-    before = net(tokens)
+    before = net(tokens).detach()
     compressm.compress(net, states=6, data=[tokens])
     torch.testing.assert_close(net(tokens), before, rtol=0, atol=0.1 * float(before.abs().max()))
     assert net.generate(tokens[:, :3], 4).shape == (4, 7)
@@ -117,7 +117,7 @@ class Loop:
             self.optimizer.step()
             self.optimizer.zero_grad()
             self.step += 1
-            losses.append(float(loss))
+            losses.append(loss.item())
             self.compressor.step()
         return losses
 
