@@ -11,7 +11,7 @@ from typing import Any, Literal
 from torch import nn
 
 from compressm.adapters import find_layers
-from compressm.balancing import Method, balance
+from compressm.balancing import Method
 from compressm.carry import Carry, check_optimizer, follow, paired_layers, unwrap_optimizer
 from compressm.compiled import allow_recompilation, graphs_compiled
 from compressm.distributed import from_first_rank, rebuild_replicas
@@ -21,11 +21,9 @@ from compressm.history import Event
 from compressm.ranks import RankRule
 from compressm.reduce import Report, measure, plan_reduction, resize_states, state_dims
 from compressm.selection import Selection
-from compressm.selective import Moments, SelectiveBalancing, balance_selective
 from compressm.snapshot import Stateful, Training
-from compressm.spectrum import AnyBalancing, balance_layers, spectrum_changes
+from compressm.spectrum import AnyBalancing, balance_layers, snapshot, snapshot_state, spectrum_changes
 from compressm.statistics import Statistics
-from compressm.systems import DiagonalSystem
 
 When = Literal["schedule", "settled"]
 OnSetback = Literal["halve", "stop"]
@@ -279,6 +277,7 @@ class Compressor:
                 "step": self._steps,
                 "reference": reference,
                 "state_dims": self.state_dims,
+                "moments": self._statistics.state_dict(),
                 **self._training.snapshot(),
             }
         report = plan.apply(self.model, self.optimizer, self.carry)
@@ -306,26 +305,26 @@ class Compressor:
         assert rule.total_states is not None
         return replace(rule, total_states=_towards(sum(dims), rule.total_states, share))
 
-    def _examine(self, snapshot: dict[str, Any]) -> Event:
+    def _examine(self, before: dict[str, Any]) -> Event:
         assert self.max_drop is not None
-        metric, reference = self._evaluate(), float(snapshot["reference"])
+        metric, reference = self._evaluate(), float(before["reference"])
         self._observed = None
         if metric >= reference - self.max_drop:  # NaN is a setback too
             self._best = max(reference, metric)
             return Event("kept", self._steps, metric=metric, reference=reference)
         at = self._steps
-        self._training.restore(snapshot, self.rewind)
-        self._statistics.reset()
+        self._training.restore(before, self.rewind)
+        self._statistics.load_state_dict(before["moments"])
         self._shapes_changed()
         if self.rewind:
-            self._steps = int(snapshot["step"])
+            self._steps = int(before["step"])
         self._aggressiveness /= 2
         if self.on_setback == "stop" or self._aggressiveness < self._rule.min_reduction:
             self._stopped = True
         elif self._searches:
             # The search goes on where it stands: the next cut is due at the next chance, not a whole interval later.
             self._cuts_done = max(0, self._cuts_done - 1)
-        return Event("rolled_back", at, metric=metric, reference=reference, restored_step=snapshot["step"])
+        return Event("rolled_back", at, metric=metric, reference=reference, restored_step=before["step"])
 
     def _evaluate(self) -> float:
         assert self.evaluate is not None
@@ -350,7 +349,7 @@ class Compressor:
             "best": self._best,
             "state_dims": self.state_dims,
             "observed": self._observed,
-            "probe": {name: _balancing_state(balancing) for name, balancing in self._probe.items()},
+            "probe": {name: snapshot_state(balancing) for name, balancing in self._probe.items()},
             "moments": self._statistics.state_dict(),
             "history": [event.to_dict() for event in self.history],
         }
@@ -375,21 +374,10 @@ class Compressor:
         self._aggressiveness = float(state_dict["aggressiveness"])
         self._best = state_dict["best"]
         self._observed = state_dict["observed"]
-        self._probe = {n: _balancing(state, self.method) for n, state in state_dict["probe"].items()}
+        self._probe = {n: snapshot(state, self.method) for n, state in state_dict["probe"].items()}
         self._statistics.load_state_dict(state_dict["moments"])
+        self._observe()
         self.history = [Event.from_dict(event) for event in state_dict["history"]]
-
-
-def _balancing_state(balancing: AnyBalancing) -> Any:
-    if isinstance(balancing, SelectiveBalancing):
-        return balancing.moments.tensors()
-    return [balancing.system.lam, balancing.system.B, balancing.system.C]
-
-
-def _balancing(state: Any, method: Method) -> AnyBalancing:
-    return (
-        balance_selective(Moments(**state)) if isinstance(state, Mapping) else balance(DiagonalSystem(*state), method)
-    )
 
 
 def _require(name: str, value: object, valid: bool, expected: str) -> None:
