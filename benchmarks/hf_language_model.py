@@ -52,7 +52,8 @@ def splits(data: str, root: Path) -> tuple[bytes, bytes, bytes]:
         first, second = len(text) * 90 // 100, len(text) * 95 // 100
         return text[:first], text[first:second], text[second:]
     names = ("train.shuffled-articles", "valid", "test")
-    train, valid, test = (lzma.open(root / f"text/wikitext2/wiki.{name}.tokens.xz").read() for name in names)
+    packed = ((root / f"text/wikitext2/wiki.{name}.tokens.xz").read_bytes() for name in names)
+    train, valid, test = (lzma.decompress(content) for content in packed)
     return train, valid, test
 
 
