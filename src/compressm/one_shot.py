@@ -147,7 +147,7 @@ def compress_checkpoint(
     else:
         save(model, target)
     after = sum(p.numel() for p in model.parameters())
-    return Loss(layers, loss_before, loss_after, before, after, half * _BATCH, batches[0][1].shape[-1])
+    return Loss(layers, loss_before, loss_after, before, after, half * _BATCH, batches[0][0].shape[1])
 
 
 def _discarded(energy: Tensor, states: int) -> float:
