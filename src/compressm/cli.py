@@ -115,6 +115,35 @@ def _app(command_line: str) -> "typer.Typer":
         _write_result(json, run_demo(seeds=seeds, steps=steps, picture=picture, command=command_line))
 
     @app.command()
+    def compress(  # pyright: ignore[reportUnusedFunction]
+        checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="A Hugging Face folder, or our own.")],
+        data: Annotated[Path, typer.Option(help="Text for a language model; .npz with x, y for a classifier.")],
+        output: Annotated[Path, typer.Option(help="Folder for the smaller checkpoint.")],
+        states: Annotated[int | None, typer.Option(help="State dimension to cut every layer to.")] = None,
+        tolerance: Annotated[float | None, typer.Option(help="Share of the Hankel energy to discard.")] = None,
+        fraction: Annotated[float | None, typer.Option(help="Share of the states to keep.")] = None,
+        sequences: Annotated[int, typer.Option(help="Sequences to cut by, and as many to measure the loss on.")] = 32,
+        length: Annotated[int, typer.Option(help="Tokens per sequence.")] = 512,
+        json: Annotated[Path | None, typer.Option("--json", help="Write the result to this file; - prints it.")] = None,
+    ) -> None:
+        """Cut a trained checkpoint once, and show what was lost."""
+        from compressm.one_shot import compress_checkpoint
+
+        loss = compress_checkpoint(
+            checkpoint,
+            output,
+            data,
+            states=states,
+            tolerance=tolerance,
+            fraction=fraction,
+            sequences=sequences,
+            length=length,
+        )
+        if str(json) != "-":
+            print(loss)
+        _write_result(json, {"command": command_line, "output": str(output), **loss.to_dict()})
+
+    @app.command()
     def bench(  # pyright: ignore[reportUnusedFunction]
         suites: Annotated[
             list[str], typer.Argument(metavar="SUITE...", help="lru, selective, ssd, reduction, train; or all.")

@@ -26,14 +26,15 @@ class HuggingFaceAdapter(SelectiveAdapter):
         self.layer_type = layer_type
 
     def written(self, model: nn.Module) -> None:
-        kind = self.layer_type
         for module in model.modules():
             config: Any = getattr(module, "config", None)
-            if hasattr(config, self.config_field):
-                dims = [self.state_dim(m) for m in module.modules() if _path(m) == kind]
-                if dims:
-                    setattr(config, self.config_field, max(dims))
+            if hasattr(config, self.config_field) and (dims := self.dims_in(module)):
+                setattr(config, self.config_field, max(dims))
 
-
-def _path(module: nn.Module) -> str:
-    return f"{type(module).__module__}.{type(module).__qualname__}"
+    def dims_in(self, module: nn.Module) -> list[int]:
+        """State dimensions of the layers of this type in a module."""
+        return [
+            self.state_dim(layer)
+            for layer in module.modules()
+            if self.layer_type in (f"{kind.__module__}.{kind.__qualname__}" for kind in type(layer).__mro__)
+        ]

@@ -62,7 +62,7 @@ class HFMamba2Adapter(HuggingFaceAdapter):
     def plan(self, values: Mapping[str, Tensor], reduction: SelectiveReduction) -> LayerChange:
         assert reduction.kept is not None
         (groups, _, n), heads = reduction.into.shape, values["A_log"].shape[0]
-        d_inner = values["out_proj.weight"].shape[1]
+        d_inner = values["conv1d.weight"].shape[0] - 2 * groups * n
         channels = kept_channels(d_inner, n, reduction.kept)
         in_proj = values["in_proj.weight"]
         before = in_proj.shape[0] - heads - 2 * groups * n - d_inner  # rows of the gate

@@ -57,7 +57,7 @@ def enable_fast_scan(model: nn.Module) -> FastScan:
     Raises:
         UnsupportedModelError: it contains none, or one whose forward was exchanged already.
     """
-    names = [name for name, module in model.named_modules() if not global_names(module).isdisjoint(_SCANS)]
+    names = _slow_layers(model)
     if not names:
         raise UnsupportedModelError(
             f"{type(model).__name__} has no layer whose forward calls {' or '.join(_SCANS)}: fast_scan is for "
@@ -72,6 +72,15 @@ def enable_fast_scan(model: nn.Module) -> FastScan:
         layer = model.get_submodule(name)
         layer.forward = rebound_forward(layer, _SCANS | _FUSED)
     return FastScan(model, names)
+
+
+def can_be_fast(model: nn.Module) -> bool:
+    """Whether `fast_scan` has anything to do in a model."""
+    return bool(_slow_layers(model))
+
+
+def _slow_layers(model: nn.Module) -> list[str]:
+    return [name for name, module in model.named_modules() if not global_names(module).isdisjoint(_SCANS)]
 
 
 @contextmanager
