@@ -13,12 +13,15 @@ import torch
 from torch import Tensor, nn
 
 from compressm.errors import CheckpointError
-from compressm.layers import SequenceClassifier
+from compressm.layers import LanguageModel, SequenceClassifier
 from compressm.reduce import resize_states, state_dims
 from compressm.storage import FORMAT, read_pair, write_pair
 
 # The classes that `load` can build by itself. Nothing else is ever imported or called on a checkpoint's word.
-_OWN_CLASSES: dict[str, type[nn.Module]] = {"SequenceClassifier": SequenceClassifier}
+_OWN_CLASSES: dict[str, type[nn.Module]] = {
+    "SequenceClassifier": SequenceClassifier,
+    "LanguageModel": LanguageModel,
+}
 
 
 def save(model: nn.Module, folder: str | os.PathLike[str]) -> None:

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from torch import nn
 
 from compressm.adapters import find_layers
-from compressm.balancing import Balancing, Method, balance
+from compressm.balancing import Method
 from compressm.carry import Carry, check_optimizer, follow, paired_layers, unwrap_optimizer
 from compressm.compiled import allow_recompilation, graphs_compiled
 from compressm.distributed import from_first_rank, rebuild_replicas
@@ -20,9 +20,10 @@ from compressm.fitting import fit_any_size
 from compressm.history import Event
 from compressm.ranks import RankRule
 from compressm.reduce import Report, measure, plan_reduction, resize_states, state_dims
+from compressm.selection import Selection
 from compressm.snapshot import Stateful, Training
-from compressm.spectrum import balance_layers, spectrum_changes
-from compressm.systems import DiagonalSystem
+from compressm.spectrum import AnyBalancing, balance_layers, snapshot, snapshot_state, spectrum_changes
+from compressm.statistics import Statistics
 
 When = Literal["schedule", "settled"]
 OnSetback = Literal["halve", "stop"]
@@ -68,6 +69,8 @@ class Compressor:
             between each two, and cuts as soon as it holds still (less than 2 % of the Hankel energy moved since the
             probe before), or at the scheduled step at the latest.
         method: ``"real"`` or ``"complex"``; see `balancing`.
+        selection: how states of selective layers are picked; see `compressm.selection`. What those layers do with the
+            data is observed at every eighth step while cuts are pending, on one sequence of the batch.
         carry: what becomes of the optimizer's state; see `carry`.
         check_after: steps between a cut and its examination; by default half the distance between cuts.
         on_setback: after a roll-back ``"halve"`` the next cut, or ``"stop"`` cutting.
@@ -105,6 +108,7 @@ class Compressor:
         start: int = 0,
         when: When = "schedule",
         method: Method = "real",
+        selection: Selection = "least_squares",
         carry: Carry = "transform",
         check_after: int | None = None,
         on_setback: OnSetback = "halve",
@@ -139,6 +143,7 @@ class Compressor:
         self.evaluate = evaluate
         self.when: When = when
         self.method: Method = method
+        self.selection: Selection = selection
         self.carry: Carry = carry
         self.on_setback: OnSetback = on_setback
         self.followers, self.rewind = tuple(followers), rewind
@@ -172,7 +177,10 @@ class Compressor:
         self._stopped = False
         self._best: float | None = None
         self._observed: dict[str, Any] | None = None  # the snapshot before a cut that is under observation
-        self._probe: dict[str, Balancing] = {}
+        self._probe: dict[str, AnyBalancing] = {}
+        self._statistics = Statistics(model)
+        self._observe_every = min(8, self._probe_every)
+        self._observe()
         self._graphs = 0  # compiled so far, since the first cut
         self.history: list[Event] = []
         fit_any_size(model)
@@ -208,7 +216,15 @@ class Compressor:
         if event is not None:
             self.history.append(event)
             log.info("%s", event)
+        self._observe()
         return event
+
+    def _observe(self) -> None:
+        """Have the selective layers observed in the coming step, if it is time and a cut may still come."""
+        if self._steps % self._observe_every == 0 and not self._stopped and self._cuts_done < len(self.cut_steps):
+            self._statistics.observe_next()
+        else:
+            self._statistics.close()
 
     def _count_recompilations(self) -> None:
         """A line in the history if graphs were compiled since the last step, and cuts had been made by then."""
@@ -232,7 +248,7 @@ class Compressor:
             return self._steps >= scheduled
         if self._steps % self._probe_every:
             return False
-        before, self._probe = self._probe, balance_layers(self.model, self.method)
+        before, self._probe = self._probe, balance_layers(self.model, self.method, self._statistics.moments())
         changes = spectrum_changes(before, self._probe)
         settled = bool(changes) and len(changes) == len(self._probe) and all(c.settled(0.02) for c in changes.values())
         return from_first_rank(lambda: settled)
@@ -245,7 +261,12 @@ class Compressor:
             assert self.evaluate is not None
             metric = self._evaluate()
             self._best = reference = metric if self._best is None else max(self._best, metric)
-        plan = from_first_rank(lambda: plan_reduction(self.model, self._rule_now(), self.method).cpu())
+        moments = self._statistics.moments()  # by all ranks, since it adds up their shares
+        plan = from_first_rank(
+            lambda: plan_reduction(
+                self.model, self._rule_now(), self.method, moments=moments, selection=self.selection
+            ).cpu()
+        )
         if not plan.changes:
             return self._event("unchanged", plan.report, reference)
         if self.max_drop is not None:
@@ -253,11 +274,13 @@ class Compressor:
                 "step": self._steps,
                 "reference": reference,
                 "state_dims": self.state_dims,
+                "moments": self._statistics.state_dict(),
                 **self._training.snapshot(),
             }
         report = plan.apply(self.model, self.optimizer, self.carry)
         for follower in self.followers:
             follow(follower, self.model, plan.changes)
+        self._statistics.reset()
         self._shapes_changed()
         return self._event("cut", report, reference)
 
@@ -288,6 +311,7 @@ class Compressor:
             return Event("kept", self._steps, metric=metric, reference=reference)
         at = self._steps
         self._training.restore(snapshot, self.rewind)
+        self._statistics.load_state_dict(snapshot["moments"])
         self._shapes_changed()
         if self.rewind:
             self._steps = int(snapshot["step"])
@@ -322,7 +346,8 @@ class Compressor:
             "best": self._best,
             "state_dims": self.state_dims,
             "observed": self._observed,
-            "probe": {name: [b.system.lam, b.system.B, b.system.C] for name, b in self._probe.items()},
+            "probe": {name: snapshot_state(balancing) for name, balancing in self._probe.items()},
+            "moments": self._statistics.state_dict(),
             "history": [event.to_dict() for event in self.history],
         }
 
@@ -346,7 +371,9 @@ class Compressor:
         self._aggressiveness = float(state_dict["aggressiveness"])
         self._best = state_dict["best"]
         self._observed = state_dict["observed"]
-        self._probe = {n: balance(DiagonalSystem(*parts), self.method) for n, parts in state_dict["probe"].items()}
+        self._probe = {n: snapshot(state, self.method) for n, state in state_dict["probe"].items()}
+        self._statistics.load_state_dict(state_dict["moments"])
+        self._observe()
         self.history = [Event.from_dict(event) for event in state_dict["history"]]
 
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from compressm.adapters import Adapter, LayerChange, find_layers
+from compressm.adapters import Adapter, LayerChange, SelectiveAdapter, find_layers
 from compressm.adapters.base import layer_values, write
 from compressm.balancing import Balancing, Method, truncate
 from compressm.carry import Carry, carry_state, check_optimizer
@@ -19,7 +19,10 @@ from compressm.certificate import Certificate
 from compressm.errors import CheckpointError, InvalidRankRuleError, InvalidSystemError
 from compressm.ranks import RankRule, choose_ranks, passes_gate
 from compressm.rng import rng_state, set_rng_state
-from compressm.spectrum import balance_layers
+from compressm.selection import Selection, reduce_selective
+from compressm.selective import ErrorEstimate, Moments, SelectiveBalancing
+from compressm.spectrum import AnyBalancing, balance_layers
+from compressm.statistics import gather
 
 
 @dataclass(frozen=True)
@@ -32,7 +35,7 @@ class LayerReport:
         outcome: ``"cut"``, ``"kept"`` (the rule asks for no cut worth making) or ``"refused"`` (the certificate
             failed).
         reason: why, in words, unless cut.
-        certificate: of the truncation; None where none was computed.
+        certificate: of the truncation, or for a selective layer the error to expect; None where none was computed.
         hsv: Hankel singular values before the cut, decreasing.
     """
 
@@ -41,7 +44,7 @@ class LayerReport:
     states_after: int
     outcome: str
     reason: str
-    certificate: Certificate | None
+    certificate: Certificate | ErrorEstimate | None
     hsv: tuple[float, ...]
 
     def to_dict(self) -> dict[str, Any]:
@@ -72,11 +75,13 @@ class Report:
         return {"seconds": self.seconds, "layers": [layer.to_dict() for layer in self.layers]}
 
     def __str__(self) -> str:
-        rows = [f"{'layer':32} {'states':>14} {'H2 error':>9} {'H∞ error':>10} {'bound':>10}  outcome"]
+        rows = [f"{'layer':32} {'states':>14} {'error':>9} {'H∞ error':>10} {'bound':>10}  outcome"]
         for layer in self.layers:
-            dims = f"{layer.states_before} → {layer.states_after}"
-            c = layer.certificate
-            numbers = f"{c.relative_h2_error:9.2e} {c.hinf_error:10.3e} {c.bound:10.3e}" if c else f"{'':31}"
+            dims, c = f"{layer.states_before} → {layer.states_after}", layer.certificate
+            if isinstance(c, Certificate):
+                numbers = f"{c.relative_h2_error:9.2e} {c.hinf_error:10.3e} {c.bound:10.3e}"
+            else:
+                numbers = f"{c.relative_error:9.2e} {'':21}" if c else f"{'':31}"
             rows.append(
                 f"{layer.name:32} {dims:>14} {numbers}  {layer.outcome}{': ' + layer.reason if layer.reason else ''}"
             )
@@ -112,47 +117,83 @@ class Plan:
 
 
 def plan_reduction(
-    model: nn.Module, rule: RankRule, method: Method = "real", balancings: Mapping[str, Balancing] | None = None
+    model: nn.Module,
+    rule: RankRule,
+    method: Method = "real",
+    *,
+    moments: Mapping[str, Moments] | None = None,
+    selection: Selection = "least_squares",
+    balancings: Mapping[str, AnyBalancing] | None = None,
 ) -> Plan:
     """Balance every layer, choose the ranks, truncate, certify. Nothing is written.
 
     Args:
         model: the model.
         rule: what decides the state dimensions.
-        method: real-part aware or complex truncation.
-        balancings: from `balance_layers` on the model as it is now, if at hand.
+        method: real-part aware or complex truncation of linear time-invariant layers.
+        moments: of the selective layers.
+        selection: how their states are picked, see `selection`.
+        balancings: from `balance_layers` on the model as it is now, if at hand, instead of ``moments``.
     """
     started = time.perf_counter()
     layers = find_layers(model)
-    balancings = balance_layers(model, method) if balancings is None else balancings
+    balancings = balance_layers(model, method, moments) if balancings is None else balancings
     ranks = choose_ranks({name: balancing.energy for name, balancing in balancings.items()}, rule)
     reports: list[LayerReport] = []
     changes: dict[str, LayerChange] = {}
     for name, (layer, adapter) in layers.items():
-        report, change = _plan_layer(name, layer, adapter, balancings[name], ranks[name], rule)
+        balancing, present = balancings[name], adapter.state_dim(layer)
+        report = LayerReport(name, present, present, "kept", "", None, tuple(balancing.hsv.reshape(-1).tolist()))
+        change = None
+        if not passes_gate(present, ranks[name], rule):
+            report = replace(report, reason=_gate(present, rule))
+        elif isinstance(adapter, Adapter) and isinstance(balancing, Balancing):
+            report, change = _plan_linear(report, layer_values(layer), adapter, balancing, ranks[name], rule)
+        elif isinstance(adapter, SelectiveAdapter) and isinstance(balancing, SelectiveBalancing):
+            report, change = _plan_selective(report, layer_values(layer), adapter, balancing, ranks[name], selection)
         reports.append(report)
         if change is not None:
             changes[name] = change
     return Plan(Report(tuple(reports), time.perf_counter() - started), changes)
 
 
-def _plan_layer(
-    name: str, layer: nn.Module, adapter: Adapter, balancing: Balancing, states: int, rule: RankRule
+def _gate(present: int, rule: RankRule) -> str:
+    return f"less than {rule.min_reduction:.0%} of {present} states would go"
+
+
+def _plan_selective(
+    report: LayerReport,
+    values: Mapping[str, Tensor],
+    adapter: SelectiveAdapter,
+    balancing: SelectiveBalancing,
+    states: int,
+    selection: Selection,
 ) -> tuple[LayerReport, LayerChange | None]:
-    present = adapter.state_dim(layer)
-    report = LayerReport(name, present, present, "kept", "", None, tuple(balancing.hsv.reshape(-1).tolist()))
-    gate = f"less than {rule.min_reduction:.0%} of {present} states would go"
-    if not passes_gate(present, states, rule):
-        return replace(report, reason=gate), None
+    reduction = reduce_selective(balancing, states, adapter.folds_into, adapter.folds_out, selection)
+    estimate = reduction.estimate
+    if not estimate.valid:
+        return replace(report, outcome="refused", reason="; ".join(estimate.failures), certificate=estimate), None
+    change = adapter.plan(values, reduction)
+    return replace(report, states_after=reduction.states, outcome="cut", certificate=estimate), change
+
+
+def _plan_linear(
+    report: LayerReport,
+    values: Mapping[str, Tensor],
+    adapter: Adapter,
+    balancing: Balancing,
+    states: int,
+    rule: RankRule,
+) -> tuple[LayerReport, LayerChange | None]:
+    present = report.states_before
     exceed = rule.guarantees_error and rule.multiple_of == 1
     reduction = truncate(balancing, states, exceed=exceed)
     after = reduction.system.n
     if not passes_gate(present, after, rule):
-        return replace(report, reason=gate), None
+        return replace(report, reason=_gate(present, rule)), None
     certificate = reduction.certificate
     if not certificate.valid:
         return replace(report, outcome="refused", reason="; ".join(certificate.failures), certificate=certificate), None
-    values = layer_values(layer)
     change = adapter.plan(values, reduction)
     # What the layer will really compute, after rounding to its dtype and parametrisation, must be the certified system.
     try:
@@ -180,6 +221,8 @@ def compress(
     multiple_of: int = 1,
     min_reduction: float = 0.0,
     method: Method = "real",
+    selection: Selection = "least_squares",
+    data: Iterable[Any] | None = None,
     optimizer: Optimizer | None = None,
     carry: Carry = "transform",
 ) -> Report:
@@ -197,7 +240,9 @@ def compress(
         evaluate: ``evaluate(model)`` returns the metric, higher is better.
         multiple_of: round state dimensions up to a multiple of this.
         min_reduction: leave a layer alone unless this share of its states goes.
-        method: ``"real"`` or ``"complex"``.
+        method: ``"real"`` or ``"complex"``, for linear time-invariant layers.
+        selection: how the states of selective layers are picked; see `compressm.selection`.
+        data: some batches of the model's inputs, which selective layers need; see `compressm.statistics.gather`.
         optimizer: if given, its state is carried over to the new parameters.
         carry: how; see `compressm.carry`.
 
@@ -224,23 +269,33 @@ def compress(
         multiple_of=multiple_of,
         min_reduction=min_reduction,
     )
+    moments = None if data is None else gather(model, data)
     if max_drop is not None and evaluate is not None:
-        return _largest_harmless(model, rule, method, max_drop, evaluate).apply(model, optimizer, carry)
-    return plan_reduction(model, rule, method).apply(model, optimizer, carry)
+        balancings = balance_layers(model, method, moments)
+        plan = _largest_harmless(model, rule, balancings, selection, max_drop, evaluate)
+    else:
+        plan = plan_reduction(model, rule, method, moments=moments, selection=selection)
+    return plan.apply(model, optimizer, carry)
 
 
 def _largest_harmless(
-    model: nn.Module, rule: RankRule, method: Method, max_drop: float, evaluate: Callable[[nn.Module], float]
+    model: nn.Module,
+    rule: RankRule,
+    balancings: Mapping[str, AnyBalancing],
+    selection: Selection,
+    max_drop: float,
+    evaluate: Callable[[nn.Module], float],
 ) -> Plan:
     """The plan with the largest tolerance at which the metric loses at most ``max_drop``; the model stays as it was."""
-    balancings = balance_layers(model, method)
     dims, saved = state_dims(model), copy.deepcopy(model.state_dict())
     reference = measure(model, evaluate)
-    best = plan_reduction(model, rule, method, balancings)  # tolerance 0: only states that carry nothing
+    best = plan_reduction(
+        model, rule, balancings=balancings, selection=selection
+    )  # tolerance 0: only states that carry nothing
     low, high = 1e-5, 0.99
     for _ in range(10):
         middle = (low * high) ** 0.5
-        plan = plan_reduction(model, replace(rule, tolerance=middle), method, balancings)
+        plan = plan_reduction(model, replace(rule, tolerance=middle), balancings=balancings, selection=selection)
         plan.apply(model)
         harmless = measure(model, evaluate) >= reference - max_drop
         resize_states(model, dims)
@@ -282,4 +337,4 @@ def resize_states(model: nn.Module, dims: Mapping[str, int]) -> None:
     for name, states in dims.items():
         layer, adapter = layers[name]
         if adapter.state_dim(layer) != states:
-            write(layer, adapter.resized(layer_values(layer), states))
+            write(layer, adapter.resized(layer, states))

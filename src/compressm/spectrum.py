@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,10 +11,16 @@ from scipy.optimize import linear_sum_assignment
 from scipy.stats import spearmanr
 from torch import Tensor, nn
 
-from compressm.adapters import find_layers
+from compressm.adapters import Adapter, find_layers
 from compressm.adapters.base import layer_values
 from compressm.balancing import Balancing, Method, balance
+from compressm.errors import UnsupportedModelError
 from compressm.ranks import RankRule, choose_ranks
+from compressm.selective import Moments, SelectiveBalancing, balance_selective, root
+from compressm.statistics import gather
+from compressm.systems import DiagonalSystem
+
+AnyBalancing = Balancing | SelectiveBalancing
 
 
 @dataclass(frozen=True)
@@ -71,31 +77,67 @@ class Spectrum:
         return "\n".join(rows)
 
 
-def balance_layers(model: nn.Module, method: Method = "real") -> dict[str, Balancing]:
-    """Balance the system of every layer that has one, by layer name."""
-    return {
-        name: balance(adapter.read(layer_values(layer)), method)
-        for name, (layer, adapter) in find_layers(model).items()
-    }
+def balance_layers(
+    model: nn.Module, method: Method = "real", moments: Mapping[str, Moments] | None = None
+) -> dict[str, AnyBalancing]:
+    """Balance every layer that has a state, by layer name.
+
+    Args:
+        model: only read.
+        method: for linear time-invariant layers, see `balancing`.
+        moments: of every selective layer, from `statistics`.
+
+    Raises:
+        UnsupportedModelError: no layer, or a selective one without moments.
+        InvalidSystemError: parameters or moments that are not finite.
+    """
+    balancings: dict[str, AnyBalancing] = {}
+    for name, (layer, adapter) in find_layers(model).items():
+        if isinstance(adapter, Adapter):
+            balancings[name] = balance(adapter.read(layer_values(layer)), method)
+        elif moments is not None and name in moments:
+            balancings[name] = balance_selective(moments[name])
+        else:
+            raise UnsupportedModelError(
+                f"{name!r} is a selective layer, and what its states carry depends on the data: pass data=, some "
+                "batches of the model's inputs"
+            )
+    return balancings
 
 
-def analyze(model: nn.Module, method: Method = "real") -> Spectrum:
+def analyze(model: nn.Module, method: Method = "real", data: Iterable[Any] | None = None) -> Spectrum:
     """Hankel singular values of every layer of a model that has a state. The model is only read.
 
     Args:
         model: any module that contains layers compressm knows.
-        method: ``"real"`` (of the real system that the layer computes) or ``"complex"`` (as in the CompreSSM paper).
+        method: for linear time-invariant layers, ``"real"`` (of the real system that the layer computes) or
+            ``"complex"`` (as in the CompreSSM paper).
+        data: some batches of the model's inputs, which selective layers need; see `statistics.gather`.
 
     Raises:
-        UnsupportedModelError: the model has no such layer.
+        UnsupportedModelError: the model has no such layer, or has a selective one and no data were given.
         InvalidSystemError: a layer's parameters are not finite.
     """
     return Spectrum(
         tuple(
             LayerSpectrum(name, balancing.hsv, balancing.energy)
-            for name, balancing in balance_layers(model, method).items()
+            for name, balancing in balance_layers(model, method, None if data is None else gather(model, data)).items()
         )
     )
+
+
+def snapshot_state(balancing: AnyBalancing) -> Any:
+    """What a balanced layer is computed from, as dicts or lists of tensors."""
+    if isinstance(balancing, SelectiveBalancing):
+        return balancing.moments.tensors()
+    return [balancing.system.lam, balancing.system.B, balancing.system.C]
+
+
+def snapshot(state: Any, method: Method) -> AnyBalancing:
+    """The inverse of `snapshot_state`."""
+    if isinstance(state, Mapping):
+        return balance_selective(Moments(**state))
+    return balance(DiagonalSystem(*state), method)
 
 
 @dataclass(frozen=True)
@@ -123,15 +165,15 @@ class SpectrumChange:
         return self.share_moved <= threshold and abs(self.bottom_share_after - self.bottom_share_before) <= threshold
 
 
-def compare(before: Balancing, after: Balancing) -> SpectrumChange:
-    """Compare two snapshots of one layer (no batch), of the same state dimension and method.
+def compare(before: AnyBalancing, after: AnyBalancing) -> SpectrumChange:
+    """Compare two snapshots of one layer, of the same state dimension and method.
 
     The values are matched to each other by minimal total distance (`scipy.optimize.linear_sum_assignment`).
 
     Raises:
         ValueError: snapshots of different order.
     """
-    a, b = before.hsv, after.hsv
+    a, b = (snapshot.hsv.flatten().sort(descending=True).values for snapshot in (before, after))
     if a.shape != b.shape:
         raise ValueError(f"snapshots of different order: {a.shape[-1]} and {b.shape[-1]} Hankel singular values")
     scale = float(a[0]) or 1.0
@@ -151,16 +193,21 @@ def compare(before: Balancing, after: Balancing) -> SpectrumChange:
     )
 
 
-def _hankel_operator(balancing: Balancing) -> Tensor:
+def _hankel_operator(balancing: AnyBalancing) -> Tensor:
     """``(P^1/2 Q P^1/2)^1/2``, whose eigenvalues are the Hankel singular values, in the layer's own coordinates."""
-    values, vectors = torch.linalg.eigh(balancing.factor_P @ balancing.factor_P.mH)
-    root = (vectors * values.clamp_min(0).sqrt()) @ vectors.mH
-    product = root @ balancing.factor_Q
-    left, singular, _ = torch.linalg.svd(product)
-    return (left * singular) @ left.mH
+    if isinstance(balancing, Balancing):
+        P, factor_Q = balancing.factor_P @ balancing.factor_P.mH, balancing.factor_Q
+    else:
+        P, factor_Q = balancing.P, root(balancing.W)
+    values, vectors = torch.linalg.eigh(P)
+    root_P = (vectors * values.clamp_min(0).sqrt()[..., None, :]) @ vectors.mH
+    left, singular, _ = torch.linalg.svd(root_P @ factor_Q)
+    return (left * singular[..., None, :]) @ left.mH
 
 
-def spectrum_changes(before: Mapping[str, Balancing], after: Mapping[str, Balancing]) -> dict[str, SpectrumChange]:
+def spectrum_changes(
+    before: Mapping[str, AnyBalancing], after: Mapping[str, AnyBalancing]
+) -> dict[str, SpectrumChange]:
     """`compare` for every layer present in both snapshots with the same order."""
     return {
         name: compare(before[name], now)

@@ -75,7 +75,7 @@ class AdapterSuite:
         cut, fresh = self.layer(4), self.layer(5)
         adapter = self.adapter_of(cut)
         write(cut, adapter.plan(layer_values(cut), truncate(balance(adapter.read(layer_values(cut))), 7)))
-        write(fresh, adapter.resized(layer_values(fresh), adapter.state_dim(cut)))
+        write(fresh, adapter.resized(fresh, adapter.state_dim(cut)))
         fresh.load_state_dict(cut.state_dict())
         u = self.input(4)
         assert torch.equal(fresh(u), cut(u))

@@ -240,6 +240,29 @@ def test_killed_again_and_again(children: ForkServerContext, tmp_path: Path, unb
     assert_same_outcome(tmp_path, unbroken)
 
 
+MAMBA: dict[str, Any] = {
+    "model": {"layer": "mamba", "d_model": 4, "d_state": 8},
+    "compression": {"states": 3, "cuts": 2, "window": 0.5},
+}
+
+
+@pytest.mark.parametrize("layer", ["mamba", "mamba2"])
+def test_selective_layers_are_observed_cut_and_resumed(layer: str, children: ForkServerContext, tmp_path: Path) -> None:
+    options = {"layer": layer, **({"head_dim": 4, "n_groups": 2} if layer == "mamba2" else {})}
+    settings = config({**MAMBA, "model": {**MAMBA["model"], **options}})
+    result = train(settings, output=tmp_path / "unbroken", quiet=True)
+    assert result.state_dims == [3]
+    assert [event["kind"] for event in result.history] == ["cut", "cut"]
+    assert 0 < result.history[0]["layers"][0]["certificate"]["relative_error"] < 1
+    rebuilt = load(tmp_path / "unbroken" / "model")
+    assert isinstance(rebuilt, SequenceClassifier)
+    assert rebuilt.config["d_state"] == [3]
+    # Between the cuts, with moments observed and not yet used.
+    assert exit_code(children, settings, tmp_path / "killed", (*STEP, 10, "after")) == -signal.SIGKILL
+    assert exit_code(children, settings, tmp_path / "killed", None) == 0
+    assert_same_outcome(tmp_path / "killed", tmp_path / "unbroken")
+
+
 def test_a_finished_run_is_not_run_again(tmp_path: Path) -> None:
     first = train(config(), output=tmp_path, quiet=True)
     before = (tmp_path / "result.json").stat().st_mtime_ns
@@ -269,7 +292,8 @@ def test_best_weights_are_chosen_after_the_last_cut(tmp_path: Path) -> None:
     result = train(
         config({"run": {"select": "best", "eval_every": 2}, "optimizer": {"lr": 0.05}}), output=tmp_path, quiet=True
     )
-    after = [p for p in result.curve if p["step"] > 12]
+    last_cut = max(event["step"] for event in result.history if event["kind"] == "cut")
+    after = [p for p in result.curve if p["step"] >= last_cut]  # a step's evaluation comes after its cut
     assert result.validation_accuracy == max(p["validation_accuracy"] for p in after)
     assert result.state_dims == after[-1]["state_dims"]
     assert list(load(tmp_path / "model").state_dict()) == list(load(tmp_path / "best").state_dict())

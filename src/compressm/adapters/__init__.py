@@ -3,9 +3,32 @@
 Only this room knows both layers and systems.
 """
 
-from compressm.adapters.base import Adapter, LayerChange, ParameterChange, find_layers, register
+from compressm.adapters.base import (
+    Adapter,
+    LayerAdapter,
+    LayerChange,
+    ParameterChange,
+    SelectiveAdapter,
+    find_layers,
+    register,
+)
 from compressm.adapters.lru import LRUAdapter
+from compressm.adapters.mamba import MambaAdapter
+from compressm.adapters.mamba2 import Mamba2Adapter
 
 register(LRUAdapter())
+register(MambaAdapter())
+register(Mamba2Adapter())
 
-__all__ = ["Adapter", "LRUAdapter", "LayerChange", "ParameterChange", "find_layers", "register"]
+__all__ = [
+    "Adapter",
+    "LRUAdapter",
+    "LayerAdapter",
+    "LayerChange",
+    "Mamba2Adapter",
+    "MambaAdapter",
+    "ParameterChange",
+    "SelectiveAdapter",
+    "find_layers",
+    "register",
+]

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from compressm.balancing import Reduction
 from compressm.errors import UnsupportedModelError
+from compressm.selective import SelectiveReduction, Signals
 from compressm.systems import DiagonalSystem
 
 
@@ -41,8 +42,10 @@ class ParameterChange:
 
 @dataclass(frozen=True)
 class LayerChange:
-    """Everything that a cut writes into one layer: parameters, and plain attributes such as a stored state
-    dimension."""
+    """Everything that a cut writes into one layer: parameters, and plain attributes such as a stored state dimension.
+
+    Names are relative to the layer and may reach into its submodules: ``"x_proj.weight"``, ``"x_proj.out_features"``.
+    """
 
     parameters: tuple[ParameterChange, ...]
     attributes: Mapping[str, Any]
@@ -59,13 +62,25 @@ class LayerChange:
         return replace(self, parameters=tuple(parameters))
 
 
-class Adapter(ABC):
+class LayerAdapter(ABC):
+    """What the library needs to know of one kind of layer; use `Adapter` or `SelectiveAdapter`."""
+
+    layer_type: type[nn.Module]
+
+    @abstractmethod
+    def state_dim(self, layer: nn.Module) -> int:
+        """Number of states of the layer (complex ones, where they are complex)."""
+
+    @abstractmethod
+    def resized(self, layer: nn.Module, states: int) -> LayerChange:
+        """Parameters of the right shapes for a state dimension, values to be loaded over them; nothing is written."""
+
+
+class Adapter(LayerAdapter):
     """Reads a linear time-invariant system out of one kind of layer, and plans how to write a smaller one back.
 
     Subclass it, set `layer_type`, implement the four methods, and `register` an instance.
     """
-
-    layer_type: type[nn.Module]
 
     @abstractmethod
     def read(self, values: Mapping[str, Tensor]) -> DiagonalSystem:
@@ -75,30 +90,52 @@ class Adapter(ABC):
     def plan(self, values: Mapping[str, Tensor], reduction: Reduction) -> LayerChange:
         """What to write so that the layer computes the reduced system. Nothing is written yet."""
 
-    @abstractmethod
-    def state_dim(self, layer: nn.Module) -> int:
-        """Number of complex states of the layer."""
+
+class SelectiveAdapter(LayerAdapter):
+    """Shows what goes through a selective layer's recurrence, and plans how to write a smaller one back.
+
+    Subclass it, set `layer_type`, implement the four methods, and `register` an instance.
+
+    Attributes:
+        folds_into: whether any linear map of B can be folded into the layer's parameters, and all states decay alike.
+            Where not, states are selected.
+        folds_out: whether any linear map of C can be folded in. Where a non-linearity stands between projection and
+            recurrence it cannot, and C is selected like B.
+    """
+
+    folds_into: bool = False
+    folds_out: bool = False
 
     @abstractmethod
-    def resized(self, values: Mapping[str, Tensor], states: int) -> LayerChange:
-        """Parameters of the right shapes for a state dimension, values to be loaded over them."""
+    def signals(self, layer: nn.Module, hidden: Tensor) -> Signals:
+        """What goes through the recurrence when the layer reads ``hidden``, its own input.
+
+        Args:
+            layer: the layer, which must not be changed; autograd is off.
+            hidden: some sequences of a batch that the layer was called with, shape ``(batch, length, d_model)``.
+        """
+
+    @abstractmethod
+    def plan(self, values: Mapping[str, Tensor], reduction: SelectiveReduction) -> LayerChange:
+        """What to write so that the recurrence gets ``into B`` and ``out C``, and the kept states' rates. Nothing is
+        written yet."""
 
 
-_REGISTRY: dict[type[nn.Module], Adapter] = {}
+_REGISTRY: dict[type[nn.Module], LayerAdapter] = {}
 
 
-def register(adapter: Adapter) -> None:
+def register(adapter: LayerAdapter) -> None:
     """Make a layer type known to `analyze`, `compress` and `Compressor`. A later adapter for the same type wins."""
     _REGISTRY[adapter.layer_type] = adapter
 
 
-def find_layers(model: nn.Module) -> dict[str, tuple[nn.Module, Adapter]]:
+def find_layers(model: nn.Module) -> dict[str, tuple[nn.Module, LayerAdapter]]:
     """Every layer of a model that has a reducible state, by its name in the model, with its adapter.
 
     Raises:
         UnsupportedModelError: the model has none.
     """
-    found: dict[str, tuple[nn.Module, Adapter]] = {}
+    found: dict[str, tuple[nn.Module, LayerAdapter]] = {}
     for name, module in model.named_modules():
         for kind in type(module).__mro__:
             if kind in _REGISTRY:
@@ -136,5 +173,6 @@ def write(layer: nn.Module, change: LayerChange) -> None:
         # A copy: the same change may be written into several models, such as averaged copies.
         parameter.data = value.to(device=device, copy=True, memory_format=torch.contiguous_format)
         parameter.grad = None
-    for name, value in change.attributes.items():
-        setattr(layer, name, value)
+    for path, value in change.attributes.items():
+        owner, _, name = path.rpartition(".")
+        setattr(layer.get_submodule(owner), name, value)

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from compressm.adapters.base import Adapter, LayerChange, ParameterChange
+from compressm.adapters.base import Adapter, LayerChange, ParameterChange, layer_values
 from compressm.balancing import Reduction
 from compressm.layers.lru import LRU
 from compressm.systems import DiagonalSystem
@@ -83,7 +83,8 @@ class LRUAdapter(Adapter):
         assert isinstance(layer, LRU)
         return layer.d_state
 
-    def resized(self, values: Mapping[str, Tensor], states: int) -> LayerChange:
+    def resized(self, layer: nn.Module, states: int) -> LayerChange:
+        values = layer_values(layer)
         n, changes = values["nu_log"].shape[0], []
         for name, axis in (
             *((k, 0) for k in ("nu_log", "theta_log", "gamma_log", "B_re", "B_im")),

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from compressm.scans.lti import lti_scan
+from compressm.scans import lti_scan, lti_step
 
 
 class LRU(nn.Module):
@@ -77,7 +77,7 @@ class LRU(nn.Module):
         y = lti_scan(
             u, -self.nu_log.exp(), self.theta_log.exp(), gamma * self.B_re, gamma * self.B_im, self.C_re, self.C_im
         )
-        return y + self.D * u
+        return torch.addcmul(y, self.D, u)
 
     def initial_state(self, batch: int) -> Tensor:
         """The zero state of `step`: real and imaginary part, shape ``(batch, 2, d_state)``."""
@@ -85,13 +85,18 @@ class LRU(nn.Module):
 
     def step(self, u: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
         """One time step: ``u`` of shape ``(batch, d_model)`` to ``y`` of the same shape, and the next state."""
-        radius, phase, gamma = (-self.nu_log.exp()).exp(), self.theta_log.exp(), self.gamma_log.exp()
-        lam_re, lam_im = radius * phase.cos(), radius * phase.sin()
-        re, im = state[:, 0], state[:, 1]
-        next_re = lam_re * re - lam_im * im + gamma * (u @ self.B_re.T)
-        next_im = lam_re * im + lam_im * re + gamma * (u @ self.B_im.T)
-        y = next_re @ self.C_re.T - next_im @ self.C_im.T + self.D * u
-        return y, torch.stack([next_re, next_im], 1)
+        gamma = self.gamma_log.exp()[:, None]
+        y, state = lti_step(
+            state,
+            u,
+            -self.nu_log.exp(),
+            self.theta_log.exp(),
+            gamma * self.B_re,
+            gamma * self.B_im,
+            self.C_re,
+            self.C_im,
+        )
+        return y + self.D * u, state
 
     def extra_repr(self) -> str:
         return f"d_model={self.d_model}, d_state={self.d_state}"

@@ -1,15 +1,35 @@
-"""Residual blocks and the sequence classifier built from them."""
+"""Residual blocks, and the sequence classifier and the language model built from them."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from compressm.layers.activations import gelu_dropout, glu_residual
 from compressm.layers.lru import LRU
+from compressm.layers.mamba import Mamba
+from compressm.layers.mamba2 import Mamba2
+
+LAYERS: dict[str, type[LRU] | type[Mamba] | type[Mamba2]] = {"lru": LRU, "mamba": Mamba, "mamba2": Mamba2}
+
+
+class SequenceBatchNorm(nn.BatchNorm1d):
+    """Batch norm of ``(batch, length, channels)``, with statistics over batch and time."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input.reshape(-1, input.shape[-1])).view_as(input)  # rows without a copy
+
+
+def sequence_norm(kind: str, width: int) -> nn.Module:
+    """``"batch"`` (over batch and time, as in the CompreSSM paper's models), ``"layer"`` or ``"rms"``."""
+    kinds = {"batch": SequenceBatchNorm, "layer": nn.LayerNorm, "rms": lambda width: nn.RMSNorm(width, eps=1e-5)}
+    if kind not in kinds:
+        raise ValueError(f"norm must be one of {', '.join(kinds)}; got {kind!r}")
+    return kinds[kind](width)
 
 
 class LRUBlock(nn.Module):
@@ -21,40 +41,75 @@ class LRUBlock(nn.Module):
         d_model: width H.
         d_state: state dimension n.
         dropout: probability of dropping an activation, after the GELU and after the GLU.
-        norm: ``"batch"`` (statistics over batch and time, as the CompreSSM paper's models) or ``"layer"``.
-        r_min, r_max, max_phase: see `LRU`.
+        norm: see `sequence_norm`.
+        options: of `LRU`.
     """
 
-    def __init__(
-        self,
-        d_model: int,
-        d_state: int,
-        dropout: float = 0.1,
-        norm: str = "batch",
-        r_min: float = 0.0,
-        r_max: float = 0.999,
-        max_phase: float = 2 * math.pi,
-    ) -> None:
+    def __init__(self, d_model: int, d_state: int, dropout: float = 0.1, norm: str = "batch", **options: Any) -> None:
         super().__init__()
-        if norm not in ("batch", "layer"):
-            raise ValueError(f"norm must be 'batch' or 'layer'; got {norm!r}")
-        self.norm = nn.BatchNorm1d(d_model) if norm == "batch" else nn.LayerNorm(d_model)
-        self.ssm = LRU(d_model, d_state, r_min, r_max, max_phase)
+        self.norm = sequence_norm(norm, d_model)
+        self.ssm = LRU(d_model, d_state, **options)
         self.glu = nn.Linear(d_model, 2 * d_model)
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, u: Tensor) -> Tensor:
-        if isinstance(self.norm, nn.BatchNorm1d):  # noqa: SIM108
-            # Batch norm's statistics are those of all batch x time positions: flattening gives it rows without a copy.
-            z = self.norm(u.reshape(-1, u.shape[-1])).view_as(u)
-        else:
-            z = self.norm(u)
-        z = self.dropout(F.gelu(self.ssm(z), approximate="tanh"))
-        return u + self.dropout(F.glu(self.glu(z), dim=-1))
+        z = gelu_dropout(self.ssm(self.norm(u)), self.dropout.p, self.training)
+        return glu_residual(u, self.glu(z), self.dropout.p, self.training)
+
+
+class MambaBlock(nn.Module):
+    """Norm and a Mamba layer around a residual connection: ``out = u + dropout(layer(norm(u)))``.
+
+    Args:
+        layer: ``"mamba"`` or ``"mamba2"``.
+        d_model: width.
+        d_state: state dimension n.
+        dropout: probability of dropping an activation.
+        norm: see `sequence_norm`.
+        options: of `Mamba` or `Mamba2`.
+    """
+
+    def __init__(
+        self, layer: str, d_model: int, d_state: int, dropout: float = 0.0, norm: str = "rms", **options: Any
+    ) -> None:
+        super().__init__()
+        self.norm = sequence_norm(norm, d_model)
+        self.ssm = (Mamba2 if layer == "mamba2" else Mamba)(d_model, d_state, **options)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, u: Tensor) -> Tensor:
+        return u + self.dropout(self.ssm(self.norm(u)))
+
+    def initial_state(self, batch: int) -> tuple[Tensor, Tensor]:
+        """The zero state of `step`."""
+        return self.ssm.initial_state(batch)
+
+    def step(self, u: Tensor, state: tuple[Tensor, Tensor]) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """One time step: ``u`` of shape ``(batch, d_model)`` to the output of the same shape, and the next state."""
+        z, state = self.ssm.step(self.norm(u), state)
+        return u + self.dropout(z), state
+
+
+def build_blocks(
+    layer: str, d_model: int, dims: Sequence[int], dropout: float, norm: str | None, options: dict[str, Any]
+) -> nn.ModuleList:
+    """A stack of blocks with state dimensions ``dims``; the layer's own norm where ``norm`` is None."""
+    if layer not in LAYERS:
+        raise ValueError(f"layer must be one of {', '.join(LAYERS)}; got {layer!r}")
+    if layer == "lru":
+        return nn.ModuleList(LRUBlock(d_model, n, dropout, norm or "batch", **options) for n in dims)
+    return nn.ModuleList(MambaBlock(layer, d_model, n, dropout, norm or "rms", **options) for n in dims)
+
+
+def _state_dims(d_state: int | Sequence[int], n_layers: int) -> list[int]:
+    dims = [d_state] * n_layers if isinstance(d_state, int) else list(d_state)
+    if len(dims) != n_layers:
+        raise ValueError(f"d_state lists {len(dims)} state dimensions for n_layers={n_layers} blocks")
+    return dims
 
 
 class SequenceClassifier(nn.Module):
-    """Encoder, a stack of `LRUBlock`, mean over time, linear decoder.
+    """Encoder, a stack of blocks, mean over time, linear decoder; for Mamba with a norm before the decoder.
 
     Args:
         d_input: channels of the input sequence.
@@ -62,7 +117,10 @@ class SequenceClassifier(nn.Module):
         d_model: width H.
         d_state: state dimension n of every block, or one number per block.
         n_layers: number of blocks.
-        dropout, norm, r_min, r_max, max_phase: see `LRUBlock`.
+        dropout: probability of dropping an activation in the blocks.
+        norm: see `sequence_norm`; by default ``"batch"`` for LRU and ``"rms"`` for Mamba.
+        layer: ``"lru"`` (`LRUBlock`), ``"mamba"`` or ``"mamba2"`` (`MambaBlock`).
+        options: of the layer, for example ``r_min`` of `LRU`, ``expand`` of `Mamba`, ``head_dim`` of `Mamba2`.
 
     Shape:
         input ``(batch, length, d_input)``, real; output logits ``(batch, n_classes)``.
@@ -76,28 +134,25 @@ class SequenceClassifier(nn.Module):
         d_state: int | Sequence[int],
         n_layers: int = 1,
         dropout: float = 0.1,
-        norm: str = "batch",
-        r_min: float = 0.0,
-        r_max: float = 0.999,
-        max_phase: float = 2 * math.pi,
+        norm: str | None = None,
+        layer: str = "lru",
+        **options: Any,
     ) -> None:
         super().__init__()
-        dims = [d_state] * n_layers if isinstance(d_state, int) else list(d_state)
-        if len(dims) != n_layers:
-            raise ValueError(f"d_state lists {len(dims)} state dimensions for n_layers={n_layers} blocks")
-        self._arguments = {
+        dims = _state_dims(d_state, n_layers)
+        self._arguments: dict[str, Any] = {
             "d_input": d_input,
             "n_classes": n_classes,
             "d_model": d_model,
             "n_layers": n_layers,
             "dropout": dropout,
             "norm": norm,
-            "r_min": r_min,
-            "r_max": r_max,
-            "max_phase": max_phase,
+            "layer": layer,
+            **options,
         }
         self.encoder = nn.Linear(d_input, d_model)
-        self.blocks = nn.ModuleList(LRUBlock(d_model, n, dropout, norm, r_min, r_max, max_phase) for n in dims)
+        self.blocks = build_blocks(layer, d_model, dims, dropout, norm, options)
+        self.norm = nn.Identity() if layer == "lru" else sequence_norm(norm or "rms", d_model)
         self.decoder = nn.Linear(d_model, n_classes)
 
     @property
@@ -109,7 +164,91 @@ class SequenceClassifier(nn.Module):
         z = self.encoder(u)
         for block in self.blocks:
             z = block(z)
-        return self.decoder(z.mean(1))
+        return self.decoder(self.norm(z).mean(1))
+
+
+class LanguageModel(nn.Module):
+    """Embedding, a stack of Mamba or Mamba-2 blocks, norm, and logits by the embedding's own weights.
+
+    Args:
+        vocabulary: number of tokens.
+        d_model: width.
+        d_state: state dimension n of every block, or one number per block.
+        n_layers: number of blocks.
+        dropout: probability of dropping an activation in the blocks.
+        layer: ``"mamba"`` or ``"mamba2"``.
+        options: of the layer.
+
+    Shape:
+        input tokens ``(batch, length)``, int64; output logits ``(batch, length, vocabulary)``.
+    """
+
+    def __init__(
+        self,
+        vocabulary: int,
+        d_model: int,
+        d_state: int | Sequence[int],
+        n_layers: int = 2,
+        dropout: float = 0.0,
+        layer: str = "mamba",
+        **options: Any,
+    ) -> None:
+        super().__init__()
+        if layer not in ("mamba", "mamba2"):
+            raise ValueError(f"layer must be 'mamba' or 'mamba2'; got {layer!r}")
+        dims = _state_dims(d_state, n_layers)
+        self._arguments: dict[str, Any] = {
+            "vocabulary": vocabulary,
+            "d_model": d_model,
+            "n_layers": n_layers,
+            "dropout": dropout,
+            "layer": layer,
+            **options,
+        }
+        self.embedding = nn.Embedding(vocabulary, d_model)
+        nn.init.normal_(self.embedding.weight, std=0.02)
+        self.blocks = build_blocks(layer, d_model, dims, dropout, "rms", options)
+        self.norm = sequence_norm("rms", d_model)
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The arguments that rebuild this model as it is now, with its present state dimensions."""
+        return {**self._arguments, "d_state": [block.ssm.d_state for block in self.blocks]}  # type: ignore[union-attr]
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        z = self.embedding(tokens)
+        for block in self.blocks:
+            z = block(z)
+        return F.linear(self.norm(z), self.embedding.weight)
+
+    def initial_state(self, batch: int) -> list[tuple[Tensor, Tensor]]:
+        """The zero state of `step`, one entry per block."""
+        return [block.initial_state(batch) for block in self.blocks]  # type: ignore[operator]
+
+    def step(self, tokens: Tensor, state: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+        """One token each: ``(batch,)`` to the logits of the next, ``(batch, vocabulary)``, and the next state."""
+        z, after = self.embedding(tokens), list[tuple[Tensor, Tensor]]()
+        for block, before in zip(self.blocks, state, strict=True):
+            z, new = block.step(z, before)  # type: ignore[operator]
+            after.append(new)
+        return F.linear(self.norm(z), self.embedding.weight), after
+
+    @torch.no_grad()
+    def generate(self, tokens: Tensor, length: int, temperature: float = 1.0) -> Tensor:
+        """Continue sequences: ``(batch, given)`` with ``given >= 1`` to ``(batch, given + length)``, drawn from torch's
+        random state; ``temperature=0`` takes the most likely token."""
+        state, logits = self.initial_state(tokens.shape[0]), torch.empty(0)
+        for token in tokens.unbind(1):
+            logits, state = self.step(token, state)
+        out = [tokens]
+        for _ in range(length):
+            if temperature > 0:
+                token = torch.multinomial((logits / temperature).softmax(-1), 1)[:, 0]
+            else:
+                token = logits.argmax(-1)
+            out.append(token[:, None])
+            logits, state = self.step(token, state)
+        return torch.cat(out, 1)
 
 
 def parameter_groups(
@@ -117,14 +256,15 @@ def parameter_groups(
 ) -> list[dict[str, Any]]:
     """Optimizer groups as SSMs are trained: the recurrence's parameters at a lower rate and without weight decay.
 
-    The parameters ``lam`` (``nu_log``, ``theta_log``), ``B`` and ``gamma`` of every `LRU` form the group ``"ssm"``
-    with learning rate ``lr * ssm_lr_factor`` and no decay; biases and norms are not decayed either; everything else is.
+    The parameters ``lam`` (``nu_log``, ``theta_log``), ``B`` and ``gamma`` of every `LRU`, and ``A_log`` of every
+    `Mamba` and `Mamba2`, form the group ``"ssm"`` with learning rate ``lr * ssm_lr_factor`` and no decay; biases and
+    norms are not decayed either; everything else is.
     """
     ssm, plain, decayed = [], [], []
-    recurrent = {"nu_log", "theta_log", "gamma_log", "B_re", "B_im"}
+    recurrent = {"nu_log", "theta_log", "gamma_log", "B_re", "B_im", "A_log"}
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
-            if isinstance(module, LRU) and name in recurrent:
+            if isinstance(module, LRU | Mamba | Mamba2) and name in recurrent:
                 ssm.append(parameter)
             elif parameter.ndim < 2:
                 plain.append(parameter)
@@ -138,4 +278,4 @@ def parameter_groups(
     return [group for group in groups if group["params"]]
 
 
-__all__ = ["LRUBlock", "SequenceClassifier", "parameter_groups"]
+__all__ = ["LAYERS", "LRUBlock", "LanguageModel", "MambaBlock", "SequenceClassifier", "parameter_groups"]

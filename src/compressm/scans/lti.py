@@ -1,31 +1,41 @@
 """The scan of a diagonal linear time-invariant system with several inputs and outputs.
 
-    x_k = diag(lam) x_{k-1} + B u_k,   y_k = Re(C x_k),   lam = exp(log_radius + i phase),   x_{-1} = 0
+    x_k = diag(lam) x_{k-1} + B u_k,   y_k = Re(C x_k),   lam = exp(log_radius + i phase)
 
-The ``chunked`` engine computes it without ever holding the states (batch x length x n): inside chunks of T steps the
-system is one block-Toeplitz matrix of the impulse response ``K_j = Re(C diag(lam)^j B)``, ``j < T``; chunk-end states
-are chained by a recurrence over length / T steps and return through ``C lam^{t+1}``. Everything large is a real
-matrix product. (Convolution with the whole kernel by FFT was measured too, at
-width 8 and length 784, and was slower.)
+The states (batch x length x n) are never held. Two forms compute the same, and a count of their operations picks the
+cheaper one:
 
-The ``loop`` engine is the definition written down: for tests and as documentation.
+- ``chunked`` (`lti_chunked`): inside chunks of T steps one block-Toeplitz matrix of the impulse response, between them
+  a chain of states. Everything large is a real matrix product; the cost grows with n.
+- ``fft`` (`lti_fft`): convolution with the whole impulse response. The cost for each sequence does not depend on n:
+  best for narrow layers with large states.
 
-Powers of ``lam`` that no longer count are set to exactly zero (see `_powers`): left alone they sink into denormal
+Powers of ``lam`` that no longer count are set to exactly zero (see `powers`): left alone they sink into denormal
 floats, which slow a CPU twentyfold.
 """
 
 from __future__ import annotations
 
-import math
-from typing import Any, Literal
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-Engine = Literal["chunked", "loop"]
+from compressm.scans import lti_chunked, lti_fft
+
+Engine = Literal["auto", "chunked", "fft", "loop"]
 
 
+@overload
+def lti_scan(
+    u: Tensor, log_radius: Tensor, phase: Tensor, B_re: Tensor, B_im: Tensor, C_re: Tensor, C_im: Tensor,
+    initial_state: Tensor | None = None, return_state: Literal[False] = False, engine: Engine = "auto",
+) -> Tensor: ...  # fmt: skip
+@overload
+def lti_scan(
+    u: Tensor, log_radius: Tensor, phase: Tensor, B_re: Tensor, B_im: Tensor, C_re: Tensor, C_im: Tensor,
+    initial_state: Tensor | None = None, *, return_state: Literal[True], engine: Engine = "auto",
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 def lti_scan(
     u: Tensor,
     log_radius: Tensor,
@@ -34,126 +44,112 @@ def lti_scan(
     B_im: Tensor,
     C_re: Tensor,
     C_im: Tensor,
-    engine: Engine = "chunked",
-) -> Tensor:
+    initial_state: Tensor | None = None,
+    return_state: bool = False,
+    engine: Engine = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
     """Run the system over a batch of sequences; differentiable in every tensor argument.
 
     Args:
-        u: real input, shape ``(batch, length, p)``, float32 or float64.
+        u: real input, shape ``(batch, length, p)``; half precision is widened to float32 inside.
         log_radius: ``log |lam|``, negative, shape ``(n,)``.
         phase: ``arg lam`` in radians, shape ``(n,)``.
         B_re, B_im: input matrix, shape ``(n, p)``.
         C_re, C_im: output matrix, shape ``(q, n)``.
-        engine: ``"chunked"`` or, for reference, ``"loop"``.
+        initial_state: ``x_{-1}`` as real and imaginary part, shape ``(batch, 2, n)``; zero by default.
+        return_state: also return the state after the last step.
+        engine: ``"chunked"``, ``"fft"`` (from and to states only by way of ``"chunked"``), or ``"loop"``, the
+            definition, for reference; ``"auto"`` takes the one with the lower count of operations.
 
     Returns:
-        ``y``, real, shape ``(batch, length, q)``, of the dtype of ``u``.
+        ``y``, real, shape ``(batch, length, q)``, of the dtype of ``u``; with ``return_state`` also the last state,
+        shape ``(batch, 2, n)``.
 
     Raises:
-        ValueError: an unknown engine.
+        ValueError: shapes that do not fit together, an unknown engine, or ``"fft"`` with a state.
     """
+    _check(u, log_radius, phase, B_re, B_im, C_re, C_im, initial_state)
+    dtype = torch.promote_types(torch.promote_types(u.dtype, B_re.dtype), torch.float32)
+    poles = (log_radius.to(dtype), phase.to(dtype))
+    system = (*poles, B_re.to(dtype), B_im.to(dtype), C_re.to(dtype), C_im.to(dtype))
+    stateful = initial_state is not None or return_state
+    if engine == "auto":
+        engine = "fft" if not stateful and _fft_is_cheaper(u, C_re.shape[0], C_re.shape[1]) else "chunked"
+    if engine == "fft":
+        if stateful:
+            raise ValueError('engine="fft" knows no states: use "chunked" with initial_state or return_state')
+        return lti_fft.scan(u.to(dtype), *system).to(u.dtype)
+    start = u.new_zeros(u.shape[0], 2, C_re.shape[1], dtype=dtype) if initial_state is None else initial_state.to(dtype)
     if engine == "chunked":
-        return _chunked(u, log_radius, phase, B_re, B_im, C_re, C_im)
-    if engine == "loop":
-        return _loop(u, log_radius, phase, B_re, B_im, C_re, C_im)
-    raise ValueError(f"engine must be 'chunked' or 'loop'; got {engine!r}")
+        y, state = lti_chunked.scan(u.to(dtype), *system, start)
+    elif engine == "loop":
+        y, state = _loop(u.to(dtype), *system, start)
+    else:
+        raise ValueError(f"engine must be 'auto', 'chunked', 'fft' or 'loop'; got {engine!r}")
+    return (y.to(u.dtype), state) if return_state else y.to(u.dtype)
 
 
-def _powers(log_radius: Tensor, phase: Tensor, exponents: Tensor) -> tuple[Tensor, Tensor]:
-    """Real and imaginary part of ``lam^j``, shape ``(len(exponents), n)``, free of denormals.
+def lti_step(
+    state: Tensor, u: Tensor, log_radius: Tensor, phase: Tensor, B_re: Tensor, B_im: Tensor, C_re: Tensor, C_im: Tensor
+) -> tuple[Tensor, Tensor]:
+    """One step, for generation and control.
 
-    Magnitudes below the square of the dtype's precision are exactly zero: relative to the first terms of the same
-    geometric series they are far beyond its last digit. The angle is reduced modulo 2 pi in float64, since ``j *
-    phase`` in float32 would be off by 1e-4 radians after a thousand steps.
+    Args:
+        state: real and imaginary part, shape ``(batch, 2, n)``.
+        u: shape ``(batch, p)``.
+        log_radius, phase, B_re, B_im, C_re, C_im: the system, as for `lti_scan`.
+
+    Returns:
+        ``y`` of shape ``(batch, q)`` and the next state.
     """
-    floor = 2.0 * math.log(torch.finfo(log_radius.dtype).eps)
-    log_magnitude = exponents.to(log_radius.dtype)[:, None] * log_radius
-    magnitude = torch.where(log_magnitude > floor, log_magnitude.clamp_min(floor).exp(), 0.0)
-    angle = exponents.to(torch.float64)[:, None] * phase.to(torch.float64)
-    angle = torch.remainder(angle, 2 * torch.pi).to(phase.dtype)
-    return magnitude * angle.cos(), magnitude * angle.sin()
+    radius = log_radius.exp()
+    lam_re, lam_im = radius * phase.cos(), radius * phase.sin()
+    re, im = state[:, 0], state[:, 1]
+    re, im = lam_re * re - lam_im * im + u @ B_re.T, lam_re * im + lam_im * re + u @ B_im.T
+    return re @ C_re.T - im @ C_im.T, torch.stack([re, im], 1)
 
 
-def _chunked(
-    u: Tensor, log_radius: Tensor, phase: Tensor, B_re: Tensor, B_im: Tensor, C_re: Tensor, C_im: Tensor
-) -> Tensor:
-    (batch, length, p), (q, n) = u.shape, C_re.shape
-    chunk = _chunk_length(p, q, n, length)
-    chunks = -(-length // chunk)
-    inputs = F.pad(u, (0, 0, 0, chunks * chunk - length)).reshape(batch, chunks, chunk * p)
-    power_re, power_im = _powers(log_radius, phase, torch.arange(chunk + 1, device=u.device))
-
-    # C lam^t for t = 0..T as real matrices: times (Re x, Im x) they give the outputs of a state t steps later.
-    ahead_re, ahead_im = power_re[:, None, :], power_im[:, None, :]
-    observe = torch.stack([ahead_re * C_re - ahead_im * C_im, -(ahead_re * C_im + ahead_im * C_re)], -1)
-    observe = observe.reshape(chunk + 1, q, 2 * n)
-
-    # Within a chunk: the block-Toeplitz matrix with K_{t-s} in block (s, t), and zero where t < s.
-    kernel = observe[:chunk].reshape(chunk * q, 2 * n) @ torch.stack([B_re, B_im], 1).reshape(2 * n, p)
-    padded = F.pad(kernel.view(chunk, q, p), (0, 0, 0, 0, chunk - 1, 0))  # index t - s + chunk - 1
-    steps = torch.arange(chunk, device=u.device)
-    toeplitz = padded[(steps[None, :] - steps[:, None] + chunk - 1).reshape(-1)]  # (s t, q, p)
-    toeplitz = toeplitz.view(chunk, chunk, q, p).permute(0, 3, 1, 2).reshape(chunk * p, chunk * q)
-    y = inputs @ toeplitz
-
-    if chunks > 1:
-        # What each chunk adds to the state at its end: sum_s lam^{T-1-s} B u_s.
-        back_re, back_im = power_re[:chunk].flip(0)[:, None, :], power_im[:chunk].flip(0)[:, None, :]
-        into = torch.stack([back_re * B_re.T - back_im * B_im.T, back_re * B_im.T + back_im * B_re.T], -1)
-        added = (inputs[:, :-1] @ into.reshape(chunk * p, 2 * n)).view(batch, chunks - 1, n, 2)
-        across = torch.stack([power_re[chunk], power_im[chunk]], -1)  # lam^T
-        # Autocast makes the products half precision; states are summed over the whole sequence: as precise as lam.
-        states = _Chain.apply(added.to(across.dtype), across)
-        carried = states.reshape(batch, chunks - 1, 2 * n) @ observe[1:].reshape(chunk * q, 2 * n).T
-        y = y + F.pad(carried, (0, 0, 1, 0))
-    return y.reshape(batch, chunks * chunk, q)[:, :length]
+def _check(
+    u: Tensor, log_radius: Tensor, phase: Tensor, B_re: Tensor, B_im: Tensor, C_re: Tensor, C_im: Tensor,
+    initial_state: Tensor | None,
+) -> None:  # fmt: skip
+    if u.ndim != 3 or C_re.ndim != 2 or u.shape[1] == 0:
+        raise ValueError(
+            f"u must be (batch, length >= 1, p) and C_re (q, n); got {tuple(u.shape)} and {tuple(C_re.shape)}"
+        )
+    (batch, _, p), (q, n) = u.shape, C_re.shape
+    expected: dict[str, tuple[Tensor, tuple[int, ...]]] = {
+        "log_radius": (log_radius, (n,)),
+        "phase": (phase, (n,)),
+        "B_re": (B_re, (n, p)),
+        "B_im": (B_im, (n, p)),
+        "C_im": (C_im, (q, n)),
+    }
+    if initial_state is not None:
+        expected["initial_state"] = (initial_state, (batch, 2, n))
+    for name, (tensor, shape) in expected.items():
+        if tuple(tensor.shape) != shape:
+            raise ValueError(
+                f"{name} must have shape {shape} for u of shape {tuple(u.shape)} and C_re of shape {(q, n)}; "
+                f"got {tuple(tensor.shape)}"
+            )
 
 
-def _chunk_length(p: int, q: int, n: int, length: int) -> int:
-    """Balances the Toeplitz product (T p q per step) against going through the states (2 n (p + q) / T per step)."""
-    ideal = 4 * math.sqrt(n * (p + q) / (p * q))
-    return min(length, max(4, min(64, 2 ** round(math.log2(ideal)))))
+def _fft_is_cheaper(u: Tensor, q: int, n: int) -> bool:
+    """Compares the operations of the two forms, each weighted by the rate at which it runs.
 
-
-class _Chain(torch.autograd.Function):
-    """``s_m = lam s_{m-1} + v_m`` along dim 1 of ``v`` (batch, m, n, 2), with ``lam`` (n, 2); the last dim holds real
-    and imaginary part. Backward is the same recurrence reversed.
-
-    Its arguments are real since Dynamo cannot trace an `autograd.Function` of complex ones."""
-
-    @staticmethod
-    def forward(ctx: Any, v: Tensor, lam: Tensor) -> Tensor:
-        ctx.save_for_backward(states := _chain(v, torch.view_as_complex(lam)), lam)
-        return states
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        states, lam = ctx.saved_tensors
-        adjoint = _chain(grad.flip(1), torch.view_as_complex(lam).conj().resolve_conj()).flip(1)
-        product = torch.view_as_complex(adjoint[:, 1:]) * torch.view_as_complex(states[:, :-1]).conj()
-        return adjoint, torch.view_as_real(product.sum((0, 1)))
-
-
-def _chain(v: Tensor, lam: Tensor) -> Tensor:
-    inputs = torch.view_as_complex(v.contiguous())
-    states = [inputs[:, 0]]
-    for m in range(1, v.shape[1]):
-        states.append(torch.addcmul(inputs[:, m], lam, states[-1]))
-    return torch.view_as_real(torch.stack(states, 1))
+    The weights are those of a CPU with vector units, against a large matrix product as 1: small complex products run at
+    about a third, transforms at a tenth. (On a GPU both ratios are worse for the FFT, which then has to win by more.)
+    """
+    batch, length, p = u.shape
+    return lti_fft.cost(batch, length, p, q, n) < lti_chunked.cost(batch, length, p, q, n)
 
 
 def _loop(
-    u: Tensor, log_radius: Tensor, phase: Tensor, B_re: Tensor, B_im: Tensor, C_re: Tensor, C_im: Tensor
-) -> Tensor:
-    radius = log_radius.exp()
-    lam_re, lam_im = radius * phase.cos(), radius * phase.sin()
-    re = im = u.new_zeros(u.shape[0], log_radius.shape[0])
+    u: Tensor, log_radius: Tensor, phase: Tensor, B_re: Tensor, B_im: Tensor, C_re: Tensor, C_im: Tensor, state: Tensor
+) -> tuple[Tensor, Tensor]:
     outputs = []
     for k in range(u.shape[1]):
-        re, im = (
-            lam_re * re - lam_im * im + u[:, k] @ B_re.T,
-            lam_re * im + lam_im * re + u[:, k] @ B_im.T,
-        )
-        outputs.append(re @ C_re.T - im @ C_im.T)
-    return torch.stack(outputs, 1)
+        y, state = lti_step(state, u[:, k], log_radius, phase, B_re, B_im, C_re, C_im)
+        outputs.append(y)
+    return torch.stack(outputs, 1), state

@@ -275,7 +275,297 @@ void selective_backward(Selective<T> s, const T* checkpoints, const T* grad_y, T
     }
 }
 
+// ---------------------------------------------------------------------------------------------------------------------
+// Chain of complex diagonal states: s_m = lam s_{m-1} + v_m. v, states (batch, m, 2, n): real parts, imaginary parts.
+// Memory is read and written once, in order; every task owns a range of the states of one sequence.
+
+template <class T> struct Range {
+    int64_t b, from, to;
+    Range(int64_t task, int64_t groups, int64_t n) : b(task / groups) {
+        const int64_t group = task % groups;
+        from = n * group / groups, to = n * (group + 1) / groups;
+    }
+};
+
+template <class T>
+void chain_forward(int64_t batch, int64_t length, int64_t n, const T* v, const T* lam, const T* initial, T* states,
+                   int64_t groups, int threads) {
+    const T *lam_re = lam, *lam_im = lam + n;
+#pragma omp parallel num_threads(threads)
+    {
+        FlushDenormals guard;
+#pragma omp for schedule(static)
+        for (int64_t task = 0; task < batch * groups; ++task) {
+            const Range<T> own(task, groups, n);
+            const T* before = initial + own.b * 2 * n;
+            for (int64_t m = 0; m < length; ++m) {
+                const T* in = v + (own.b * length + m) * 2 * n;
+                T* __restrict__ out = states + (own.b * length + m) * 2 * n;
+#pragma GCC ivdep
+                for (int64_t i = own.from; i < own.to; ++i) {
+                    const T re = before[i], im = before[n + i];
+                    out[i] = in[i] + lam_re[i] * re - lam_im[i] * im;
+                    out[n + i] = in[n + i] + lam_re[i] * im + lam_im[i] * re;
+                }
+                before = out;
+            }
+        }
+    }
+}
+
+// adjoint_m = grad_m + conj(lam) adjoint_{m+1}; grad_lam (batch, 2, n), to be summed: sum_m adjoint_m conj(s_{m-1}).
+template <class T>
+void chain_backward(int64_t batch, int64_t length, int64_t n, const T* grad, const T* lam, const T* initial,
+                    const T* states, T* adjoint, T* grad_lam, int64_t groups, int threads) {
+    const T *lam_re = lam, *lam_im = lam + n;
+#pragma omp parallel num_threads(threads)
+    {
+        FlushDenormals guard;
+        const std::vector<T> nothing(2 * n, T(0));
+#pragma omp for schedule(static)
+        for (int64_t task = 0; task < batch * groups; ++task) {
+            const Range<T> own(task, groups, n);
+            T* __restrict__ sum = grad_lam + own.b * 2 * n;
+            const T* after = nothing.data();
+            for (int64_t m = length - 1; m >= 0; --m) {
+                const T* in = grad + (own.b * length + m) * 2 * n;
+                const T* state = m ? states + (own.b * length + m - 1) * 2 * n : initial + own.b * 2 * n;
+                T* __restrict__ out = adjoint + (own.b * length + m) * 2 * n;
+#pragma GCC ivdep
+                for (int64_t i = own.from; i < own.to; ++i) {
+                    const T re = in[i] + lam_re[i] * after[i] + lam_im[i] * after[n + i];
+                    const T im = in[n + i] + lam_re[i] * after[n + i] - lam_im[i] * after[i];
+                    out[i] = re;
+                    out[n + i] = im;
+                    sum[i] += re * state[i] + im * state[n + i];
+                    sum[n + i] += im * state[i] - re * state[n + i];
+                }
+                after = out;
+            }
+        }
+    }
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Activations with dropout, in one pass over memory. Whether an element is dropped is a hash of its index and a seed:
+// the backward pass draws the same numbers again, and no mask is stored.
+
+template <class T> inline Vec<T> load_some(const T* p, int64_t count) {
+    if (count >= W<T>) return load(p);
+    Vec<T> v{};
+    std::memcpy(&v, p, size_t(count) * sizeof(T));
+    return v;
+}
+template <class T> inline void store_some(T* p, Vec<T> v, int64_t count) {
+    if (count >= W<T>) return store(p, v);
+    std::memcpy(p, &v, size_t(count) * sizeof(T));
+}
+
+inline uint32_t mixed(uint32_t x) {  // finalizer of MurmurHash3 (A. Appleby, public domain): each bit affects every bit
+    x = (x ^ (x >> 16)) * 0x85ebca6bu;
+    x = (x ^ (x >> 13)) * 0xc2b2ae35u;
+    return x ^ (x >> 16);
+}
+
+struct Dropout {
+    uint64_t seed;
+    double probability;
+    // What to multiply the elements from `index` on with: 0 or 1 / (1 - probability).
+    template <class T> inline Vec<T> factors(int64_t index) const {
+        Vec<T> factor{};
+        if (probability == 0) return factor + T(1);
+        const uint32_t low = uint32_t(seed) + mixed(uint32_t(index >> 32)), high = uint32_t(seed >> 32);
+        const uint32_t threshold = uint32_t(probability * 4294967296.);
+        const T keep = T(1 / (1 - probability));
+        for (int i = 0; i < W<T>; ++i)
+            factor[i] = mixed(mixed(uint32_t(index) + uint32_t(i) + low) ^ high) >= threshold ? keep : T(0);
+        return factor;
+    }
+};
+
+template <class T> inline Vec<T> sigmoid(Vec<T> x) { return T(1) / (T(1) + exp2<T>(x * T(-1.4426950408889634074))); }
+
+// GELU in its tanh form, x sigmoid(2 sqrt(2/pi) (x + 0.044715 x^3)) (Hendrycks, Gimpel 2016), then dropout. With `grad`
+// the result is the gradient.
+template <class T>
+void gelu(int64_t count, const T* x, const T* grad, T* out, Dropout dropout, int threads) {
+    constexpr int w = W<T>;
+    const T slope = T(1.5957691216057307), cubic = T(0.044715);
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (int64_t i = 0; i < (count + w - 1) / w; ++i) {
+        const int64_t at = i * w, some = std::min<int64_t>(w, count - at);
+        const Vec<T> v = load_some(x + at, some), square = v * v;
+        const Vec<T> s = sigmoid<T>(v * (slope + slope * cubic * square));
+        Vec<T> result = grad ? s + v * s * (T(1) - s) * (slope + T(3) * slope * cubic * square) : v * s;
+        if (grad) result *= load_some(grad + at, some);
+        store_some(out + at, result * dropout.factors<T>(at), some);
+    }
+}
+
+// out = u + dropout(a sigmoid(b)), where a row of v is (a, b). With `grad` instead the gradient with respect to v.
+// Rows may be shorter than a vector: the halves of some rows at a time are laid one after the other first.
+template <class T>
+void glu(int64_t rows, int64_t d, const T* u, const T* v, const T* grad, T* out, Dropout dropout, int threads) {
+    constexpr int w = W<T>;
+    const int64_t block = std::max<int64_t>(1, 512 / d), blocks = (rows + block - 1) / block;
+#pragma omp parallel num_threads(threads)
+    {
+        std::vector<T> halves(2 * size_t(block * d + w));
+        T *__restrict__ a = halves.data(), *__restrict__ b = a + block * d + w;
+#pragma omp for schedule(static)
+        for (int64_t task = 0; task < blocks; ++task) {
+            const int64_t first = task * block, here = std::min(block, rows - first), count = here * d;
+            for (int64_t row = 0; row < here; ++row) {
+                const T* __restrict__ from = v + (first + row) * 2 * d;
+                for (int64_t i = 0; i < d; ++i) a[row * d + i] = from[i], b[row * d + i] = from[d + i];
+            }
+            for (int64_t i = 0; i < count; i += w) {
+                const int64_t some = std::min<int64_t>(w, count - i), at = first * d + i;
+                const Vec<T> left = load(a + i), s = sigmoid<T>(load(b + i)), factor = dropout.factors<T>(at);
+                if (grad) {
+                    const Vec<T> g = load_some(grad + at, some) * factor;
+                    store(a + i, g * s);
+                    store(b + i, g * left * s * (T(1) - s));
+                } else {
+                    store_some(out + at, load_some(u + at, some) + left * s * factor, some);
+                }
+            }
+            if (grad)
+                for (int64_t row = 0; row < here; ++row) {
+                    T* __restrict__ to = out + (first + row) * 2 * d;
+                    for (int64_t i = 0; i < d; ++i) to[i] = a[row * d + i], to[d + i] = b[row * d + i];
+                }
+        }
+    }
+}
+
+// silu(bias + sum_k taps_k u_{t-k}) per channel: a causal depthwise convolution. u (batch, length, d) with rows `stride`
+// apart; taps (k, d), the present step's first; bias d.
+template <class T> struct Convolution {
+    int64_t batch, length, d, stride, width;
+    const T *u, *taps, *bias;
+    inline Vec<T> before(int64_t b, int64_t t, int64_t i, int64_t some) const {
+        Vec<T> sum = load_some(bias + i, some);
+        const T* at = u + (b * length + t) * stride + i;
+        for (int64_t k = 0; k < width && k <= t; ++k)
+            sum += load_some(taps + k * d + i, some) * load_some(at - k * stride, some);
+        return sum;
+    }
+};
+
+template <class T> void convolution_forward(Convolution<T> c, T* out, int threads) {
+    constexpr int w = W<T>;
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (int64_t row = 0; row < c.batch * c.length; ++row)
+        for (int64_t i = 0; i < c.d; i += w) {
+            const int64_t some = std::min<int64_t>(w, c.d - i);
+            const Vec<T> v = c.before(row / c.length, row % c.length, i, some);
+            store_some(out + row * c.d + i, v * sigmoid<T>(v), some);
+        }
+}
+
+// grad_u (batch, length, d); grad_taps (batch, width + 1, d), to be summed: the taps, then the bias.
+template <class T>
+void convolution_backward(Convolution<T> c, const T* grad, T* grad_u, T* grad_taps, int threads) {
+    using V = Vec<T>;
+    constexpr int w = W<T>;
+    const int64_t tiles = (c.d + w - 1) / w;
+#pragma omp parallel num_threads(threads)
+    {
+        std::vector<V> scratch(size_t(c.length + c.width + 1));
+        V *inner = scratch.data(), *sums = inner + c.length;
+#pragma omp for schedule(static)
+        for (int64_t task = 0; task < c.batch * tiles; ++task) {
+            const int64_t b = task / tiles, i = task % tiles * w, some = std::min<int64_t>(w, c.d - i);
+            std::fill(sums, sums + c.width + 1, V{});
+            for (int64_t t = 0; t < c.length; ++t) {
+                const V v = c.before(b, t, i, some), s = sigmoid<T>(v);
+                inner[t] = load_some(grad + (b * c.length + t) * c.d + i, some) * (s + v * s * (T(1) - s));
+                sums[c.width] += inner[t];
+                for (int64_t k = 0; k < c.width && k <= t; ++k)
+                    sums[k] += inner[t] * load_some(c.u + (b * c.length + t - k) * c.stride + i, some);
+            }
+            for (int64_t t = 0; t < c.length; ++t) {
+                V sum{};
+                for (int64_t k = 0; k < c.width && t + k < c.length; ++k)
+                    sum += load_some(c.taps + k * c.d + i, some) * inner[t + k];
+                store_some(grad_u + (b * c.length + t) * c.d + i, sum, some);
+            }
+            for (int64_t k = 0; k <= c.width; ++k) store_some(grad_taps + (b * (c.width + 1) + k) * c.d + i, sums[k], some);
+        }
+    }
+}
+
+// out = (y + D u) silu(z). y, u (rows, d); rows of z are `stride` apart.
+template <class T> struct Gate {
+    int64_t rows, d, stride;
+    const T *y, *u, *D, *z;
+};
+
+template <class T> void gate_forward(Gate<T> g, T* out, int threads) {
+    constexpr int w = W<T>;
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (int64_t row = 0; row < g.rows; ++row)
+        for (int64_t i = 0; i < g.d; i += w) {
+            const int64_t some = std::min<int64_t>(w, g.d - i), at = row * g.d + i;
+            const Vec<T> z = load_some(g.z + row * g.stride + i, some);
+            const Vec<T> sum = load_some(g.y + at, some) + load_some(g.D + i, some) * load_some(g.u + at, some);
+            store_some(out + at, sum * z * sigmoid<T>(z), some);
+        }
+}
+
+// grad_y, grad_u, grad_z (rows, d); grad_D (parts, d), to be summed.
+template <class T>
+void gate_backward(Gate<T> g, const T* grad, T* grad_y, T* grad_u, T* grad_z, T* grad_D, int64_t parts, int threads) {
+    constexpr int w = W<T>;
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (int64_t part = 0; part < parts; ++part)
+        for (int64_t row = g.rows * part / parts; row < g.rows * (part + 1) / parts; ++row)
+            for (int64_t i = 0; i < g.d; i += w) {
+                const int64_t some = std::min<int64_t>(w, g.d - i), at = row * g.d + i;
+                const Vec<T> z = load_some(g.z + row * g.stride + i, some), s = sigmoid<T>(z);
+                const Vec<T> u = load_some(g.u + at, some), D = load_some(g.D + i, some), incoming = load_some(grad + at, some);
+                const Vec<T> inner = incoming * z * s;
+                store_some(grad_y + at, inner, some);
+                store_some(grad_u + at, inner * D, some);
+                store_some(grad_z + at, incoming * (load_some(g.y + at, some) + D * u) * (s + z * s * (T(1) - s)), some);
+                T* sum = grad_D + part * g.d + i;
+                store_some(sum, load_some(sum, some) + inner * u, some);
+            }
+}
+
 }  // namespace
+
+#define MAMBA(T, SUFFIX)                                                                                                \
+    extern "C" void convolution_forward_##SUFFIX(int64_t batch, int64_t length, int64_t d, int64_t stride,              \
+                                                 int64_t width, const T* u, const T* taps, const T* bias, T* out,       \
+                                                 int threads) {                                                         \
+        convolution_forward<T>({batch, length, d, stride, width, u, taps, bias}, out, threads);                         \
+    }                                                                                                                   \
+    extern "C" void convolution_backward_##SUFFIX(int64_t batch, int64_t length, int64_t d, int64_t stride,             \
+                                                  int64_t width, const T* u, const T* taps, const T* bias,              \
+                                                  const T* grad, T* grad_u, T* grad_taps, int threads) {                \
+        convolution_backward<T>({batch, length, d, stride, width, u, taps, bias}, grad, grad_u, grad_taps, threads);    \
+    }                                                                                                                   \
+    extern "C" void gate_forward_##SUFFIX(int64_t rows, int64_t d, int64_t stride, const T* y, const T* u, const T* D,  \
+                                          const T* z, T* out, int threads) {                                            \
+        gate_forward<T>({rows, d, stride, y, u, D, z}, out, threads);                                                   \
+    }                                                                                                                   \
+    extern "C" void gate_backward_##SUFFIX(int64_t rows, int64_t d, int64_t stride, const T* y, const T* u, const T* D, \
+                                           const T* z, const T* grad, T* grad_y, T* grad_u, T* grad_z, T* grad_D,       \
+                                           int64_t parts, int threads) {                                                \
+        gate_backward<T>({rows, d, stride, y, u, D, z}, grad, grad_y, grad_u, grad_z, grad_D, parts, threads);          \
+    }
+
+#define ACTIVATIONS(T, SUFFIX)                                                                                          \
+    extern "C" void gelu_##SUFFIX(int64_t count, const T* x, const T* grad, T* out, int64_t seed, double probability,   \
+                                  int threads) {                                                                        \
+        gelu<T>(count, x, grad, out, {uint64_t(seed), probability}, threads);                                           \
+    }                                                                                                                   \
+    extern "C" void glu_##SUFFIX(int64_t rows, int64_t d, const T* u, const T* v, const T* grad, T* out, int64_t seed,  \
+                                 double probability, int threads) {                                                     \
+        glu<T>(rows, d, u, v, grad, out, {uint64_t(seed), probability}, threads);                                       \
+    }
 
 #define SELECTIVE(T, SUFFIX)                                                                                            \
     extern "C" void selective_forward_##SUFFIX(int64_t batch, int64_t length, int64_t d, int64_t n, const T* u,         \
@@ -291,8 +581,22 @@ void selective_backward(Selective<T> s, const T* checkpoints, const T* grad_y, T
                               grad_delta, grad_A, grad_B, grad_C, carry, groups, threads);                              \
     }
 
+#define CHAIN(T, SUFFIX)                                                                                                \
+    extern "C" void chain_forward_##SUFFIX(int64_t batch, int64_t length, int64_t n, const T* v, const T* lam,          \
+                                           const T* initial, T* states, int64_t groups, int threads) {                  \
+        chain_forward<T>(batch, length, n, v, lam, initial, states, groups, threads);                                   \
+    }                                                                                                                   \
+    extern "C" void chain_backward_##SUFFIX(int64_t batch, int64_t length, int64_t n, const T* grad, const T* lam,      \
+                                            const T* initial, const T* states, T* adjoint, T* grad_lam,                 \
+                                            int64_t groups, int threads) {                                              \
+        chain_backward<T>(batch, length, n, grad, lam, initial, states, adjoint, grad_lam, groups, threads);            \
+    }
+
 SELECTIVE(float, f32)
 SELECTIVE(double, f64)
-
-extern "C" int64_t selective_chunk() { return chunk; }
-extern "C" int64_t vector_bytes() { return 64; }
+CHAIN(float, f32)
+CHAIN(double, f64)
+ACTIVATIONS(float, f32)
+ACTIVATIONS(double, f64)
+MAMBA(float, f32)
+MAMBA(double, f64)

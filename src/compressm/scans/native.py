@@ -19,6 +19,7 @@ import tempfile
 import time
 import warnings
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -59,7 +60,7 @@ def library() -> ctypes.CDLL | None:
         return None
 
 
-def call(name: str, like: Tensor, *arguments: Tensor | int | None) -> None:
+def call(name: str, like: Tensor, *arguments: Tensor | int | float | None) -> None:
     """Call ``name_f32`` or ``name_f64``, by the dtype of ``like``. Tensors are handed over as pointers.
 
     Every tensor must be contiguous, on the CPU and of that dtype: the callers see to it.
@@ -67,15 +68,15 @@ def call(name: str, like: Tensor, *arguments: Tensor | int | None) -> None:
     kernels = library()
     assert kernels is not None
     function = getattr(kernels, f"{name}_{'f32' if like.dtype == torch.float32 else 'f64'}")
-    converted = [
-        ctypes.c_void_p(argument.data_ptr())
-        if isinstance(argument, Tensor)
-        else ctypes.c_void_p(None)
-        if argument is None
-        else ctypes.c_int64(argument)
-        for argument in arguments
-    ]
-    function(*converted, ctypes.c_int(torch.get_num_threads()))
+    function(*(_converted(argument) for argument in arguments), ctypes.c_int(torch.get_num_threads()))
+
+
+def _converted(argument: Tensor | int | float | None) -> Any:
+    if isinstance(argument, Tensor):
+        return ctypes.c_void_p(argument.data_ptr())
+    if argument is None:
+        return ctypes.c_void_p(None)
+    return ctypes.c_double(argument) if isinstance(argument, float) else ctypes.c_int64(argument)
 
 
 def usable(*tensors: Tensor | None) -> bool:

@@ -104,7 +104,7 @@ def _check(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, initial_st
     if u.ndim != 3 or A.ndim != 2 or u.shape[1] == 0:
         raise ValueError(f"u must be (batch, length >= 1, d) and A (d, n); got {tuple(u.shape)} and {tuple(A.shape)}")
     (batch, length, d), n = u.shape, A.shape[1]
-    expected = {
+    expected: dict[str, tuple[Tensor, tuple[int, ...]]] = {
         "delta": (delta, (batch, length, d)),
         "A": (A, (d, n)),
         "B": (B, (batch, length, n)),

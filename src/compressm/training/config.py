@@ -37,17 +37,35 @@ class DataConfig(Section):
     validation: float = Field(0.1, gt=0, lt=1)
 
 
+# Which options each layer has; the defaults are the layer's own.
+_LAYER_OPTIONS = {
+    "lru": ("r_min", "r_max", "max_phase"),
+    "mamba": ("expand", "d_conv", "dt_rank"),
+    "mamba2": ("expand", "d_conv", "head_dim", "n_groups"),
+}
+
+
 class ModelConfig(Section):
-    """Arguments of `compressm.layers.SequenceClassifier`; input width and classes come from the data."""
+    """Arguments of `compressm.layers.SequenceClassifier`; input width and classes come from the data.
+
+    ``r_min``, ``r_max`` and ``max_phase`` are options of ``layer: lru``; ``expand`` and ``d_conv`` of ``mamba`` and
+    ``mamba2``, ``dt_rank`` of ``mamba``, ``head_dim`` and ``n_groups`` of ``mamba2``.
+    """
 
     d_model: int = Field(ge=1)
     d_state: int | list[int]
     n_layers: int = Field(1, ge=1)
+    layer: Literal["lru", "mamba", "mamba2"] = "lru"
     dropout: float = Field(0.1, ge=0, lt=1)
-    norm: Literal["batch", "layer"] = "batch"
-    r_min: float = Field(0.0, ge=0, lt=1)
-    r_max: float = Field(0.999, gt=0, lt=1)
-    max_phase: float = Field(6.283185307179586, gt=0, le=6.283185307179586)
+    norm: Literal["batch", "layer", "rms"] | None = None
+    r_min: float | None = Field(None, ge=0, lt=1)
+    r_max: float | None = Field(None, gt=0, lt=1)
+    max_phase: float | None = Field(None, gt=0, le=6.283185307179586)
+    expand: int | None = Field(None, ge=1)
+    d_conv: int | None = Field(None, ge=1)
+    dt_rank: int | None = Field(None, ge=1)
+    head_dim: int | None = Field(None, ge=1)
+    n_groups: int | None = Field(None, ge=1)
 
     @model_validator(mode="after")
     def _consistent(self) -> ModelConfig:
@@ -56,8 +74,20 @@ class ModelConfig(Section):
             raise ValueError("model.d_state|must be at least 1, or a list of such numbers")
         if isinstance(self.d_state, list) and len(self.d_state) != self.n_layers:
             raise ValueError(f"model.d_state|must be one number, or n_layers={self.n_layers} of them")
-        if self.r_min >= self.r_max:
-            raise ValueError(f"model.r_min|must be less than r_max={self.r_max}")
+        known = _LAYER_OPTIONS[self.layer]
+        for name in sorted({option for options in _LAYER_OPTIONS.values() for option in options}.difference(known)):
+            if getattr(self, name) is not None:
+                raise ValueError(f"model.{name}|is no option of layer {self.layer}, which has {', '.join(known)}")
+        r_min, r_max = self.r_min or 0.0, 0.999 if self.r_max is None else self.r_max
+        if r_min >= r_max:
+            raise ValueError(f"model.r_min|must be less than r_max={r_max}")
+        if self.layer == "mamba2":
+            d_inner, head_dim = (self.expand or 2) * self.d_model, self.head_dim or 64
+            if d_inner % head_dim or (d_inner // head_dim) % (self.n_groups or 1):
+                raise ValueError(
+                    f"model.head_dim|must divide expand * d_model = {d_inner} into a multiple of n_groups heads; "
+                    f"it is {head_dim}"
+                )
         return self
 
 
@@ -103,6 +133,7 @@ class CompressionConfig(Section):
     min_reduction: float = Field(0.05, ge=0, lt=1)
     multiple_of: int = Field(1, ge=1)
     method: Literal["real", "complex"] = "real"
+    selection: Literal["least_squares", "gramians", "magnitude", "random", "means"] = "least_squares"
     carry: Literal["transform", "slice", "reset"] = "transform"
     check_after: int | None = Field(None, ge=1)
     on_setback: Literal["halve", "stop"] = "halve"

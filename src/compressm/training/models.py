@@ -19,7 +19,7 @@ from compressm.training.config import Config, OptimizerConfig
 
 def build_model(config: Config, channels: int, n_classes: int) -> SequenceClassifier:
     """A model with weights drawn from torch's present random state."""
-    return SequenceClassifier(channels, n_classes, **config.model.model_dump())
+    return SequenceClassifier(channels, n_classes, **config.model.model_dump(exclude_none=True))
 
 
 def build_optimizer(config: OptimizerConfig, model: nn.Module) -> Optimizer:

@@ -1,0 +1,178 @@
+"""The element-wise parts of a block, each in one pass over memory where the compiled kernels can be had.
+
+On a CPU a block's time goes to its element-wise operations as much as to its matrix products, and most of that to
+dropout, whose random numbers PyTorch draws one by one. Here a seed is drawn from PyTorch's generator, and the rest is a
+hash, computed anew in the backward pass. Elsewhere, and under `torch.compile`, which fuses by itself, these are the
+ordinary PyTorch functions. The two draw different numbers from the same generator state.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from compressm.scans import native
+
+
+def gelu_dropout(x: Tensor, p: float, training: bool) -> Tensor:
+    """``dropout(GELU(x))``, GELU in its tanh form; any shape.
+
+    Args:
+        x: floating point tensor.
+        p: probability of dropping an element, in [0, 1).
+        training: whether to drop at all.
+    """
+    if not _native(x):
+        return F.dropout(F.gelu(x, approximate="tanh"), p, training)
+    return _apply(_Gelu, x.contiguous(), *_seed(p, training))
+
+
+def glu_residual(u: Tensor, v: Tensor, p: float, training: bool) -> Tensor:
+    """``u + dropout(a sigmoid(b))`` with ``v = (a, b)`` along the last dimension.
+
+    Args:
+        u: shape ``(..., d)``.
+        v: shape ``(..., 2 d)``, of the dtype of ``u``.
+        p, training: see `gelu_dropout`.
+    """
+    if not _native(u, v):
+        return u + F.dropout(F.glu(v, dim=-1), p, training)
+    return _apply(_Glu, u.contiguous(), v.contiguous(), *_seed(p, training))
+
+
+def gated(y: Tensor, u: Tensor, D: Tensor, z: Tensor) -> Tensor:
+    """``(y + D u) SiLU(z)``, the gate of a Mamba block.
+
+    Args:
+        y, u, z: shape ``(batch, length, d)``.
+        D: shape ``(d,)``.
+    """
+    if not _native(y, u, D, z):
+        return torch.addcmul(y, D, u) * F.silu(z)
+    return _apply(_Gate, y.contiguous(), u.contiguous(), D.contiguous(), _rows(z))
+
+
+def causal_conv(conv: nn.Conv1d, u: Tensor) -> Tensor:
+    """SiLU of a causal depthwise convolution over time.
+
+    Args:
+        conv: depthwise; its last tap belongs to the present input. Padding is not looked at.
+        u: shape ``(batch, length, channels)``.
+    """
+    weight = conv.weight[:, 0]
+    bias = u.new_zeros(u.shape[2]) if conv.bias is None else conv.bias
+    if _native(u, weight, bias):
+        return _apply(_Convolution, _rows(u), weight.flip(1).T.contiguous(), bias.contiguous())
+    # A sum of shifted products: for a handful of taps faster on CPUs than a convolution, which would also need two
+    # transposed copies.
+    (channels, taps), length = weight.shape, u.shape[1]
+    padded, out = F.pad(u, (0, 0, taps - 1, 0)), bias.expand(1, length, channels)
+    for lag in range(taps):
+        out = torch.addcmul(out, padded[:, lag : lag + length], weight[:, lag])
+    return F.silu(out)
+
+
+def _rows(x: Tensor) -> Tensor:
+    """The same values in rows that need not follow each other closely, as a half of a projection has them."""
+    regular = x.stride(2) == 1 and x.stride(0) == x.shape[1] * x.stride(1)
+    return x if regular else x.contiguous()
+
+
+def _native(*tensors: Tensor) -> bool:
+    whole = tensors[0].dtype in (torch.float32, torch.float64) and all(t.dtype == tensors[0].dtype for t in tensors)
+    return whole and not torch.compiler.is_compiling() and native.usable(*tensors)
+
+
+def _seed(p: float, training: bool) -> tuple[int, float]:
+    if not training or p == 0:
+        return 0, 0.0
+    return int(torch.randint(-(2**63), 2**63 - 1, ())), p
+
+
+def _apply(function: type[torch.autograd.Function], *arguments: Any) -> Tensor:
+    result: Any = function.apply(*arguments)
+    return result
+
+
+class _Gelu(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, seed: int, p: float) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.draw = seed, p
+        out = torch.empty_like(x)
+        native.call("gelu", x, x.numel(), x, None, out, seed, p)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        (x,) = ctx.saved_tensors
+        out = torch.empty_like(x)
+        native.call("gelu", x, x.numel(), x, grad.contiguous(), out, *ctx.draw)
+        return out, None, None
+
+
+class _Glu(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, u: Tensor, v: Tensor, seed: int, p: float) -> Tensor:
+        ctx.save_for_backward(v)
+        ctx.draw = seed, p
+        out, d = torch.empty_like(u), u.shape[-1]
+        native.call("glu", u, u.numel() // d, d, u, v, None, out, seed, p)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        (v,) = ctx.saved_tensors
+        out, d = torch.empty_like(v), grad.shape[-1]
+        native.call("glu", v, grad.numel() // d, d, None, v, grad.contiguous(), out, *ctx.draw)
+        return grad, out, None, None
+
+
+class _Gate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, u: Tensor, D: Tensor, z: Tensor) -> Tensor:
+        ctx.save_for_backward(y, u, D, z)
+        out, d = torch.empty_like(y), y.shape[-1]
+        native.call("gate_forward", y, y.numel() // d, d, z.stride(1), y, u, D, z, out)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        y, u, D, z = ctx.saved_tensors
+        d, parts = y.shape[-1], torch.get_num_threads()
+        grad_y, grad_u, grad_z = torch.empty_like(y), torch.empty_like(y), torch.empty_like(y)
+        grad_D = y.new_zeros(parts, d)
+        native.call(
+            "gate_backward", y, y.numel() // d, d, z.stride(1), y, u, D, z, grad.contiguous(),
+            grad_y, grad_u, grad_z, grad_D, parts,
+        )  # fmt: skip
+        return grad_y, grad_u, grad_D.sum(0), grad_z
+
+
+class _Convolution(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, u: Tensor, taps: Tensor, bias: Tensor) -> Tensor:
+        ctx.save_for_backward(u, taps, bias)
+        (batch, length, d), out = u.shape, u.new_empty(u.shape)
+        native.call("convolution_forward", u, batch, length, d, u.stride(1), taps.shape[0], u, taps, bias, out)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        u, taps, bias = ctx.saved_tensors
+        (batch, length, d), width = u.shape, taps.shape[0]
+        grad_u, sums = u.new_empty(u.shape), u.new_empty(batch, width + 1, d)
+        native.call(
+            "convolution_backward", u, batch, length, d, u.stride(1), width, u, taps, bias, grad.contiguous(),
+            grad_u, sums,
+        )  # fmt: skip
+        to_taps, to_bias = sums.sum(0).split([width, 1])
+        return grad_u, to_taps, to_bias[0]

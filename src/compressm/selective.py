@@ -1,0 +1,202 @@
+"""Selective and matrix-valued recurrences as values: what goes through a layer, its second moments, its reduction.
+
+Mamba (S6), Mamba-2 (SSD), RetNet and linear attention are one recurrence, per channel ``c`` with a state of n entries:
+
+    h_t = exp(-step_{t,c} rates_c) h_{t-1} + x_{t,c} B_t,    y_{t,c} = C_t . h_t
+
+with ``B_t, C_t`` shared by the channels of a group. S6 has ``step = delta``, ``x = delta u`` and ``rates = -A``; with
+one decay per head all rates are 1 and ``step = -log_decay``.
+
+Replacing ``h_t`` by ``out^T into h_t`` makes the output error ``C_t^T (I - out^T into) h_t``. Its power, with the state
+and the output vector uncorrelated beyond their second moments ``P = E[gain^2 h h^T]`` and ``W = E[C C^T]``, is
+
+    tr W (I - out^T into) P (I - out^T into)^T
+
+and a lower bound for r states is ``sum_{i>r} sigma_i^2``, where ``sigma`` are the singular values of ``L_W^T L_P``, ``P
+= L_P L_P^T``, ``W = L_W L_W^T``. With one decay per head, which commutes with every change of basis, the bound is
+attained, and ``sigma`` are the Hankel singular values. P is taken from the states themselves: no assumption is made on
+how the input varies in time.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from compressm.errors import InvalidSystemError
+
+
+@dataclass(frozen=True)
+class Signals:
+    """What goes through one layer's recurrence while it reads some sequences.
+
+    Attributes:
+        x: what enters, shape ``(batch, length, d)``: ``delta u`` in S6; heads and their entries flattened in SSD.
+        step: advance of operational time, non-negative, shape ``(batch, length, d)``.
+        rates: decay rates per unit of operational time, positive, shape ``(d, n)``; ones, shape ``(1, 1)``, for one
+            decay per head.
+        B, C: input and output vectors as the recurrence gets them, shape ``(batch, length, groups, n)``; channel ``c``
+            uses group ``c // (d // groups)``.
+        gain: factor between the recurrence's output and the layer's: the gate, and the norm of the channel's column in
+            the output projection; shape ``(batch, length, d)``, or None for ones.
+    """
+
+    x: Tensor
+    step: Tensor
+    rates: Tensor
+    B: Tensor
+    C: Tensor
+    gain: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Moments of a recurrence under the data: sums over tokens, which add over batches and processes.
+
+    Attributes:
+        tokens: number of tokens, shape ``()``.
+        P: sum of ``gain^2 h h^T`` over tokens and the channels of a group, shape ``(groups, n, n)``.
+        W: sum of ``C C^T`` over tokens, shape ``(groups, n, n)``.
+        B, C: sums over tokens, shape ``(groups, n)``.
+        rates: ``tokens`` times the decay rates averaged over the channels of a group, shape ``(groups, n)``.
+
+    All are float64 on the CPU.
+    """
+
+    tokens: Tensor
+    P: Tensor
+    W: Tensor
+    B: Tensor
+    C: Tensor
+    rates: Tensor
+
+    def plus(self, other: Moments, weight: float = 1.0) -> Moments:
+        """``weight * self + other``."""
+        return Moments(*(weight * getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The sums by name."""
+        return {f.name: getattr(self, f.name) for f in fields(self)}
+
+
+@torch.no_grad()
+def moments(signals: Signals) -> Moments:
+    """Run the recurrence and gather its moments: ``O(batch length d n^2)``, one step of time after the other."""
+    x, step, B, C = (value.float() for value in (signals.x, signals.step, signals.B, signals.C))
+    (batch, length, d), (groups, n) = x.shape, B.shape[2:]
+    rates = signals.rates.float().expand(d, n).reshape(groups, -1, n)
+    x, step = x.reshape(batch, length, groups, -1, 1), step.reshape(batch, length, groups, -1, 1)
+    gain = torch.ones_like(x) if signals.gain is None else signals.gain.float().reshape(x.shape)
+    h, P = torch.zeros_like(x[:, 0] * rates), x.new_zeros(groups, n, n)
+    for t in range(length):
+        h = torch.exp(-step[:, t] * rates) * h + x[:, t] * B[:, t, :, None]
+        seen = (h * gain[:, t]).transpose(0, 1).reshape(groups, -1, n)
+        P = torch.baddbmm(P, seen.mT, seen)
+    tokens = batch * length
+    by_group = C.reshape(tokens, groups, n).transpose(0, 1)
+    sums = (P, by_group.mT @ by_group, B.sum((0, 1)), C.sum((0, 1)), tokens * rates.mean(1))
+    return Moments(torch.tensor(float(tokens), dtype=torch.float64), *(s.to("cpu", torch.float64) for s in sums))
+
+
+@dataclass(frozen=True)
+class SelectiveBalancing:
+    """The moments of a recurrence and its Hankel singular values.
+
+    Attributes:
+        P, W: mean moments of the states and of the output vectors, symmetric, float64, shape ``(groups, n, n)``.
+        hsv: Hankel singular values (see the module's text), decreasing, shape ``(groups, n)``.
+        moments: what they came from.
+    """
+
+    P: Tensor
+    W: Tensor
+    hsv: Tensor
+    moments: Moments
+
+    @property
+    def energy(self) -> Tensor:
+        """Hankel energy per state, decreasing, shape ``(groups, n)``."""
+        return self.hsv
+
+
+def balance_selective(moments: Moments) -> SelectiveBalancing:
+    """Hankel singular values from moments.
+
+    Raises:
+        InvalidSystemError: moments that are not finite.
+    """
+    bad = [name for name, value in moments.tensors().items() if not bool(torch.isfinite(value).all())]
+    if bad:
+        raise InvalidSystemError(
+            f"the moments {', '.join(bad)} of a selective layer are not finite; the layer has diverged: go back to a "
+            "checkpoint from before that, or lower the learning rate"
+        )
+    P, W = moments.P / moments.tokens, moments.W / moments.tokens
+    return SelectiveBalancing(P, W, torch.linalg.svdvals(root(W).mT @ root(P)), moments)
+
+
+def root(matrix: Tensor) -> Tensor:
+    """``L`` with ``L L^T = matrix``, for symmetric positive semidefinite matrices ``(*batch, n, n)``."""
+    values, vectors = torch.linalg.eigh(matrix)
+    return vectors * values.clamp_min(0).sqrt()[..., None, :]
+
+
+@dataclass(frozen=True)
+class ErrorEstimate:
+    """What a cut of a selective layer is expected to do, from second moments of the data.
+
+    Attributes:
+        states_before, states_after: state dimension.
+        relative_error: root of the recurrence's mean squared output error, relative to that of its output. Expected
+            under the moments; inputs that are not like the data can do worse.
+        least_error: the same for the best linear map of the states to as few; no cut to this size can do better.
+        failures: why the cut must not be made; empty if it may.
+    """
+
+    states_before: int
+    states_after: int
+    relative_error: float
+    least_error: float
+    failures: tuple[str, ...] = ()
+
+    @property
+    def valid(self) -> bool:
+        """Whether every check passed."""
+        return not self.failures
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers and strings, for JSON."""
+        return {**asdict(self), "failures": list(self.failures)}
+
+
+@dataclass(frozen=True)
+class SelectiveReduction:
+    """A smaller recurrence: ``h' = into h``, hence ``B' = into B``, and ``C' = out C``.
+
+    Attributes:
+        into, out: float64, shape ``(groups, r, n)``, one map per group of B and C.
+        kept: the states that are kept, ascending, shape ``(groups, r)``, where ``into`` is a selection of rows, as it
+            always is unless all states decay alike; each keeps its decay rates. None where it is not.
+        estimate: what the cut is expected to do.
+    """
+
+    into: Tensor
+    out: Tensor
+    kept: Tensor | None
+    estimate: ErrorEstimate
+
+    @property
+    def states(self) -> int:
+        """State dimension r."""
+        return self.into.shape[-2]
+
+
+def first_states(n: int, states: int, groups: int = 1) -> SelectiveReduction:
+    """The first ``states`` of n states, or all of them and new ones that do nothing: shapes to load weights over, not a
+    reduction to compute with."""
+    keep = torch.eye(states, n, dtype=torch.float64).expand(groups, states, n)
+    kept = torch.arange(states).clamp_max(n - 1).expand(groups, states)
+    return SelectiveReduction(keep, keep, kept, ErrorEstimate(n, states, float("nan"), float("nan")))

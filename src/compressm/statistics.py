@@ -1,0 +1,158 @@
+"""Moments of selective layers, gathered while the model does its ordinary work.
+
+A layer is observed by a hook that fires once, at its next call, and then removes itself: it reads the layer's input for
+a sequence of the batch, and computes from that what the recurrence gets. So it works with every kernel behind the
+layer, fused ones included, and costs nothing between observations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from compressm.adapters import SelectiveAdapter, find_layers
+from compressm.errors import UnsupportedModelError
+from compressm.selective import Moments, moments
+
+# Moments of weights that have changed since are forgotten: the weight of all before, at every observation.
+MEMORY = 0.9
+
+
+class Statistics:
+    """Running moments of a model's selective layers.
+
+    Args:
+        model: any model with layers that compressm knows; only read.
+        sequences: how many sequences of a batch an observation looks at.
+        memory: weight of what was observed before, at every observation; 1 for plain sums.
+    """
+
+    def __init__(self, model: nn.Module, sequences: int = 1, memory: float = MEMORY) -> None:
+        self.sequences, self.memory = sequences, memory
+        found = find_layers(model).items()
+        self._layers = {name: (layer, a) for name, (layer, a) in found if isinstance(a, SelectiveAdapter)}
+        self._moments: dict[str, Moments] = {}
+        self._hooks: dict[str, RemovableHandle] = {}
+
+    @property
+    def layers(self) -> list[str]:
+        """Names of the selective layers."""
+        return list(self._layers)
+
+    def observe_next(self, training_only: bool = True) -> None:
+        """Observe every selective layer at its next call (by default its next call in training mode)."""
+        for name, (layer, adapter) in self._layers.items():
+            if name not in self._hooks:
+                hook = _Hook(self, name, adapter, training_only)
+                self._hooks[name] = layer.register_forward_pre_hook(hook, with_kwargs=True)
+
+    def observe(self, name: str, layer: nn.Module, adapter: SelectiveAdapter, hidden: Tensor) -> None:
+        """Add what a layer does with these inputs, shape ``(batch, length, d_model)``."""
+        with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
+            dtype = next(layer.parameters()).dtype
+            new = moments(adapter.signals(layer, hidden.detach()[: self.sequences].to(dtype)))
+        before = self._moments.get(name)
+        if before is not None and before.P.shape == new.P.shape:
+            new = before.plus(new, self.memory)
+        self._moments[name] = new
+
+    def forget_hook(self, name: str) -> None:
+        """Remove a layer's hook, if there is one."""
+        if name in self._hooks:
+            self._hooks.pop(name).remove()
+
+    def close(self) -> None:
+        """Remove all hooks; the moments stay."""
+        for name in list(self._hooks):
+            self.forget_hook(name)
+
+    def reset(self) -> None:
+        """Forget all moments."""
+        self._moments.clear()
+
+    def moments(self) -> dict[str, Moments]:
+        """The moments by layer name, summed over the processes of `torch.distributed` where it is initialised; then
+        every process must call this at the same time.
+
+        Raises:
+            UnsupportedModelError: a layer was never observed.
+        """
+        unseen = [name for name in self._layers if name not in self._moments]
+        if unseen:
+            raise UnsupportedModelError(
+                f"{unseen[0]!r} is a selective layer, and what its states carry depends on the data, of which none has "
+                "passed through it yet; pass data=, some batches of the model's inputs"
+            )
+        return {name: _summed(self._moments[name]) for name in self._layers}
+
+    def state_dict(self) -> dict[str, Any]:
+        """The moments, as dicts of tensors."""
+        return {name: value.tensors() for name, value in self._moments.items()}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Take up what `state_dict` returned."""
+        self._moments = {name: Moments(**tensors) for name, tensors in state_dict.items()}
+
+
+class _Hook:
+    """A forward pre-hook that observes one call."""
+
+    def __init__(self, statistics: Statistics, name: str, adapter: SelectiveAdapter, training_only: bool) -> None:
+        self.statistics, self.name, self.adapter, self.training_only = statistics, name, adapter, training_only
+
+    def __call__(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self.training_only and not layer.training:
+            return
+        self.statistics.forget_hook(self.name)
+        for value in (*args, *kwargs.values()):
+            if isinstance(value, Tensor) and value.is_floating_point() and value.ndim == 3:
+                self.statistics.observe(self.name, layer, self.adapter, value)
+                return
+
+
+def _summed(moments: Moments) -> Moments:
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return moments
+    device = "cuda" if torch.distributed.get_backend() == "nccl" else "cpu"
+    tensors = {name: value.to(device, copy=True) for name, value in moments.tensors().items()}
+    for value in tensors.values():
+        torch.distributed.all_reduce(value)
+    return Moments(**{name: value.cpu() for name, value in tensors.items()})
+
+
+def gather(model: nn.Module, data: Iterable[Any], sequences: int = 4) -> dict[str, Moments]:
+    """Moments of every selective layer of a model over some data; empty where there is no such layer.
+
+    Args:
+        model: called in evaluation mode; its training mode is restored.
+        data: batches: a tensor, a mapping of keyword arguments, or a list or tuple whose first element is the input
+            (the rest, such as labels, is left out).
+        sequences: how many sequences of each batch are looked at.
+
+    Raises:
+        UnsupportedModelError: no layer that compressm knows, or no data.
+    """
+    statistics = Statistics(model, sequences, memory=1.0)
+    if not statistics.layers:
+        return {}
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            for batch in data:
+                statistics.observe_next(training_only=False)
+                if isinstance(batch, Mapping):
+                    model(**batch)
+                else:
+                    model(batch[0] if isinstance(batch, list | tuple) else batch)
+    finally:
+        model.train(training)
+        statistics.close()
+    return statistics.moments()
+
+
+__all__ = ["Statistics", "gather"]

@@ -1,0 +1,207 @@
+"""The Triton engines: on a CUDA device with ``-m gpu``, and anywhere by Triton's interpreter.
+
+The interpreter must be chosen before Triton is imported, and PyTorch's compiler imports Triton in its own way: the
+interpreted tests run in a process of their own.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from compressm.scans import selective_scan
+
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cpu" if INTERPRETED else "cuda"
+NAMES = ("y", "state", "u", "delta", "A", "B", "C", "initial_state")
+
+
+def on_device(test: Callable[..., None]) -> Any:
+    """As a ``gpu`` test on a CUDA device; under the interpreter, as a plain one."""
+    if INTERPRETED:
+        return test
+    missing = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+    return pytest.mark.gpu(missing(test))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(INTERPRETED, reason="this starts the interpreter")
+def test_engines_under_the_interpreter() -> None:
+    command = [sys.executable, "-m", "pytest", __file__, "-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-2000:]
+
+
+SIZES = {"TILE": 8, "GROUPS": 2, "BLOCK": 4, "LANES": 32, "n": 12}
+KERNELS = [  # constants, all other arguments but sizes being pointers
+    ("triton_selective", "_local_kernel", {**SIZES, "REVERSE": False}),
+    ("triton_selective", "_local_kernel", {**SIZES, "REVERSE": True}),
+    ("triton_selective", "_link_kernel", {"n": 12, "REVERSE": True, "LANES": 128}),
+    ("triton_selective", "_forward_kernel", {**SIZES, "KEEP": 64}),
+    ("triton_selective", "_forward_kernel", {**SIZES, "KEEP": 0}),
+    ("triton_selective", "_backward_kernel", {**SIZES, "KEEP": 64}),
+    ("triton_chain", "_forward_kernel", {"TILE": 16, "LANES": 32}),
+    ("triton_chain", "_backward_kernel", {"TILE": 16, "LANES": 32}),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
+@pytest.mark.parametrize(("module", "name", "constants"), KERNELS)
+def test_kernels_compile_without_a_device(module: str, name: str, constants: dict[str, Any]) -> None:
+    """For Hopper; and steps do not pass between threads, which only sums over states or channels may do."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    kernel = getattr(importlib.import_module(f"compressm.scans.{module}"), name)
+    types = dict.fromkeys(("length", "d", "n", "segment", "parts"), "i32") | dict.fromkeys(constants, "constexpr")
+    narrow = ("inputs", "delta", "vectors", "u", "B", "C", "y", "grad_y", "grad_u", "grad_delta")
+    pointers = {a: "*bf16" if a in narrow else "*fp32" for a in kernel.arg_names if a not in types}
+    signature = {a: {**types, **pointers}[a] for a in kernel.arg_names}
+    aligned = {(i,): [["tt.divisibility", 16]] for i, a in enumerate(kernel.arg_names) if a in pointers}
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
+    warps = constants.get("BLOCK", 1)
+    options = {"num_warps": warps, "enable_fp_fusion": True}
+    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    with_sums = module == "triton_selective" and name in ("_forward_kernel", "_backward_kernel")
+    assert ("shfl" in compiled.asm["ptx"]) == with_sums
+
+
+def arguments(
+    seed: int, batch: int, length: int, d: int, n: int, smallest: float = 1e-2, largest: float = 1.0
+) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    delta = smallest * (largest / smallest) ** torch.rand(batch, length, d, generator=generator)
+    vectors = [normal(batch, length, n) for _ in range(2)]
+    return [normal(batch, length, d), delta, -torch.exp(normal(d, n)) * n**0.5, *vectors, normal(batch, d, n)]
+
+
+def outputs_and_gradients(
+    scan: Callable[..., tuple[Tensor, ...]], values: Sequence[Tensor], device: str = "cpu"
+) -> list[Tensor]:
+    leaves = [value.detach().to(device).requires_grad_() for value in values]
+    outputs = scan(*leaves)
+    generator = torch.Generator().manual_seed(0)
+    weights = [torch.randn(y.shape, generator=generator).to(y) for y in outputs]
+    loss = sum((y * weight).sum() for y, weight in zip(outputs, weights, strict=True))
+    return [t.detach().cpu().double() for t in (*outputs, *torch.autograd.grad(loss, leaves))]  # type: ignore[arg-type]
+
+
+def triton_scan(*tensors: Tensor) -> tuple[Tensor, Tensor]:
+    from compressm.scans.triton_selective import selective_scan_triton
+
+    return selective_scan_triton(*tensors)
+
+
+def reference(values: Sequence[Tensor]) -> list[Tensor]:
+    def scan(*tensors: Tensor) -> tuple[Tensor, Tensor]:
+        return selective_scan(*tensors, return_state=True, engine="loop")
+
+    return outputs_and_gradients(scan, [value.double() for value in values])
+
+
+def assert_close(result: list[Tensor], truth: list[Tensor], values: Sequence[Tensor], tolerance: float) -> None:
+    for name, a, b in zip(NAMES, truth, result, strict=True):
+        limit = tolerance * (1 if name in ("y", "state") else 10)
+        # Gradients to A may cancel over the steps: they are held against the size of their terms instead.
+        floor = float(values[1].max() * truth[2].norm()) if name == "A" else 1e-30
+        assert (b - a).norm() <= limit * max(float(a.norm()), floor), name
+
+
+@on_device
+@pytest.mark.parametrize(
+    ("batch", "length", "d", "n", "smallest", "largest"),
+    [
+        (1, 1, 1, 1, 0.1, 1.0),
+        (2, 7, 20, 5, 1e-2, 1.0),
+        (1, 33, 1, 12, 1e-2, 1.0),
+        (1, 130, 20, 4, 1e-2, 1.0),  # time in parts
+        (5, 65, 3, 2, 1e-7, 1e-4),  # time whole
+        (1, 20, 70, 17, 1.0, 100.0),  # two blocks of channels, the second in part
+    ],
+)
+def test_selective_scan_equals_a_float64_loop(
+    batch: int, length: int, d: int, n: int, smallest: float, largest: float
+) -> None:
+    values = arguments(0, batch, length, d, n, smallest, largest)
+    assert_close(outputs_and_gradients(triton_scan, values, DEVICE), reference(values), values, 1e-5)
+
+
+@on_device
+def test_parts_of_time_make_no_difference(monkeypatch: pytest.MonkeyPatch) -> None:
+    from compressm.scans import triton_selective
+
+    values = [value.double() for value in arguments(1, 1, 130, 3, 2, 1e-2, 0.1)]
+    results = []
+    for segment in (64, 192):
+        monkeypatch.setattr(triton_selective, "_parts", lambda u, segment=segment: (-(-130 // segment), segment))
+        results.append(outputs_and_gradients(triton_scan, values, DEVICE))
+    truth = reference(values)
+    for result in results:
+        assert_close(result, truth, values, 1e-12)
+
+
+@on_device
+def test_half_precision_in_and_out_with_states_in_float32() -> None:
+    values = arguments(2, 1, 66, 5, 3)
+    for i in (0, 1, 3, 4):
+        values[i] = values[i].bfloat16()
+    truth = reference(values)
+    leaves = [value.to(DEVICE) for value in values]
+    y, state = triton_scan(*leaves)
+    assert (y.dtype, state.dtype) == (torch.bfloat16, torch.float32)
+    assert (state.cpu().double() - truth[1]).norm() <= 1e-5 * truth[1].norm()
+    for name, a, b in zip(NAMES, truth, outputs_and_gradients(triton_scan, values, DEVICE), strict=True):
+        # What is stored in bfloat16 has 8 bits; y's rounding error is white, so sums of it stay below this too.
+        assert (b - a).norm() <= 4e-3 * a.norm(), name
+
+
+@on_device
+def test_inference_gives_the_same() -> None:
+    values = arguments(3, 2, 70, 3, 3)
+    truth = reference(values)
+    leaves = [value.to(DEVICE).requires_grad_() for value in values]
+    with torch.no_grad():
+        y, state = triton_scan(*leaves)
+    assert not y.requires_grad
+    assert (y.cpu() - truth[0]).norm() <= 1e-5 * truth[0].norm()
+    assert (state.cpu() - truth[1]).norm() <= 1e-5 * truth[1].norm()
+
+
+@on_device
+@pytest.mark.parametrize(("batch", "length", "n"), [(1, 1, 1), (2, 7, 40), (3, 33, 5)])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-13), (torch.float32, 1e-5)])
+def test_chain_equals_a_complex_loop(batch: int, length: int, n: int, dtype: torch.dtype, tolerance: float) -> None:
+    from compressm.scans.triton_chain import chain_triton
+
+    def loop(v: Tensor, lam: Tensor) -> tuple[Tensor]:
+        state, states = v.new_zeros(v.shape[0], v.shape[2]), []
+        for m in range(v.shape[1]):
+            state = torch.view_as_complex(lam) * state + torch.view_as_complex(v)[:, m]
+            states.append(state)
+        return (torch.view_as_real(torch.stack(states, 1)),)
+
+    generator = torch.Generator().manual_seed(0)
+    angle, radius = 6.28 * torch.rand(n, generator=generator), 0.3 + 0.699 * torch.rand(n, generator=generator)
+    lam = torch.view_as_real(torch.polar(radius, angle))
+    v = torch.randn(batch, length, n, 2, generator=generator)
+    truth = outputs_and_gradients(loop, [v.double(), lam.double()])
+    result = outputs_and_gradients(lambda *x: (chain_triton(*x),), [v.to(dtype), lam.to(dtype)], DEVICE)
+    for a, b in zip(truth, result, strict=True):
+        assert (b - a).norm() <= tolerance * a.norm()
