@@ -13,8 +13,8 @@ from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
-from compressm.adapters import Adapter, find_layers
-from compressm.adapters.base import layer_values, write
+from compressm.adapters import find_layers
+from compressm.adapters.base import LayerAdapter, layer_values, write
 from compressm.errors import CheckpointError
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -75,7 +75,7 @@ def _before_loading(layer: nn.Module, state_dict: Mapping[str, Any], prefix: str
     _fit_layer(layer, adapter, shapes, prefix)
 
 
-def _fit_layer(layer: nn.Module, adapter: Adapter, shapes: Mapping[str, tuple[int, ...]], prefix: str) -> None:
+def _fit_layer(layer: nn.Module, adapter: LayerAdapter, shapes: Mapping[str, tuple[int, ...]], prefix: str) -> None:
     values = layer_values(layer)
     wanted = {name: shapes[prefix + name] for name in values if prefix + name in shapes}
     differing = [shape for name, shape in wanted.items() if shape != tuple(values[name].shape)]
