@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, TypeVar
 
-import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -92,13 +91,4 @@ def _rebuild(wrapper: DistributedDataParallel) -> None:
         wrapper.register_comm_hook(hook_state, hook)
 
 
-def sum_over_ranks(values: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The same tensors summed over all ranks: how statistics gathered from each rank's share of the data are joined."""
-    totals = {name: value.clone() for name, value in values.items()}
-    if world_size() > 1:
-        for value in totals.values():
-            dist.all_reduce(value)
-    return totals
-
-
-__all__ = ["from_first_rank", "gathered", "rank", "rebuild_replicas", "sum_over_ranks", "world_size"]
+__all__ = ["from_first_rank", "gathered", "rank", "rebuild_replicas", "world_size"]

@@ -51,10 +51,10 @@ class Event:
         values: dict[str, float] = {}
         for layer in self.layers:
             values[f"compressm/states/{layer['name']}"] = float(layer["states_after"])
-            certificate, total = layer["certificate"], sum(layer["hsv"])
-            if self.kind == "cut" and layer["outcome"] == "cut" and certificate is not None and total > 0:
+            bound, total = (layer["certificate"] or {}).get("bound"), sum(layer["hsv"])
+            if layer["outcome"] == "cut" and bound is not None and total > 0:
                 # The bound is twice the sum of the discarded Hankel singular values.
-                values[f"compressm/energy_kept/{layer['name']}"] = 1 - certificate["bound"] / (2 * total)
+                values[f"compressm/energy_kept/{layer['name']}"] = 1 - bound / (2 * total)
         if self.kind in ("cut", "rolled_back"):
             values["compressm/cut_seconds"] = self.seconds
         if self.kind == "recompiled":
