@@ -1,11 +1,11 @@
-"""Latency of one time step and size on disk of exported classifiers, before and after compression, with and without int8.
+"""Latency of a time step and size of exported classifiers, before and after compression, with and without int8.
 
     python benchmarks/deploy_latency.py --json results/deploy.json
 
-ONNX Runtime on one CPU thread, one sequence, the state handed from step to step; beside it the same step in PyTorch. Each
-figure is the median over steps, with quartiles. The models are classifiers with two blocks of width 64 at
-initialisation, cut to an eighth of their states: the time of a step depends on the sizes, not on the weights. Each file is
-also held against PyTorch over 1000 steps. Prints a Markdown table.
+ONNX Runtime on one CPU thread, one sequence, the state handed from step to step; beside it the same step in PyTorch.
+Each figure is the median over steps, with quartiles. The models are classifiers with two blocks of width 64 at
+initialisation, cut to an eighth of their states: the time of a step depends on the sizes, not on the weights. Each file
+is also held against PyTorch over 1000 steps. Prints a Markdown table.
 """
 
 from __future__ import annotations
@@ -97,9 +97,10 @@ def main() -> None:
                     "largest_output": report.largest_output,
                 }
                 rows.append(row)
+                low, median, high = (f"{value:.0f}" for value in onnx)
                 print(
-                    f"| {name} | {states} | {row['weights']} | {report.bytes / 1000:.0f} | {onnx[1]:.0f} ({onnx[0]:.0f}–"
-                    f"{onnx[2]:.0f}) | {pytorch[1]:.0f} | {report.max_error:.0e} |",
+                    f"| {name} | {states} | {row['weights']} | {report.bytes / 1000:.0f} | {median} ({low} to {high}) "
+                    f"| {pytorch[1]:.0f} | {report.max_error:.0e} |",
                     flush=True,
                 )
     if arguments.json:

@@ -5,9 +5,9 @@
     python train.py --data free-spoken-digit-dataset/recordings --output digits
     python recognise.py digits/model-step.onnx free-spoken-digit-dataset/recordings/7_theo_0.wav
 
-Free Spoken Digit Dataset, CC BY-SA 4.0: 3000 recordings, 8 kHz, 6 speakers, named DIGIT_SPEAKER_TAKE.wav. One speaker is
-never heard in training and tests how well the model does for a stranger. Of the others, takes 0 to 4 are the official test
-set and takes 5 to 9 the validation set, the only one that any setting here was chosen on.
+Free Spoken Digit Dataset, CC BY-SA 4.0: 3000 recordings, 8 kHz, 6 speakers, named DIGIT_SPEAKER_TAKE.wav. One speaker
+is never heard in training and tests how well the model does for a stranger. Of the others, takes 0 to 4 are the test
+set of the data's authors and takes 5 to 9 the validation set, the only one that any setting here was chosen on.
 """
 
 from __future__ import annotations
@@ -100,7 +100,8 @@ def main() -> None:
     generator = np.random.default_rng(arguments.seed)
     model = SequenceClassifier(BANDS, 10, d_model=32, d_state=arguments.states, n_layers=2, r_min=0.5)
     optimizer = torch.optim.AdamW(parameter_groups(model, 4e-3, weight_decay=0.05, ssm_lr_factor=0.5))
-    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, [g["lr"] for g in optimizer.param_groups], arguments.steps)
+    rates = [group["lr"] for group in optimizer.param_groups]
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, rates, arguments.steps)
     compressor = compressm.Compressor(model, optimizer, arguments.steps, tolerance=arguments.tolerance)
 
     started, step = time.perf_counter(), 0

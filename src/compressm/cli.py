@@ -132,13 +132,11 @@ def _app(command_line: str) -> "typer.Typer":
         model = load(checkpoint)
         name = "model" + "-step" * step + "-int8" * int8 + (".onnx" if format == "onnx" else ".pt2")
         path = output or checkpoint / name
-        report = (
-            to_onnx(model, path, step=step, int8=int8) if format == "onnx" else to_torch(model, path, step=step)
-        )
+        report = to_onnx(model, path, step=step, int8=int8) if format == "onnx" else to_torch(model, path, step=step)
         if str(json) != "-":
             print(
-                f"{report.path}: {report.bytes / 1000:.0f} kB; largest error against PyTorch {report.max_error:.1e} over "
-                f"{report.checked_steps} steps, where outputs reach {report.largest_output:.1e}"
+                f"{report.path}: {report.bytes / 1000:.0f} kB; largest error against PyTorch {report.max_error:.1e} "
+                f"over {report.checked_steps} steps, where outputs reach {report.largest_output:.1e}"
             )
         _write_result(json, {"command": command_line, **report.to_dict()})
 

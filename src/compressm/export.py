@@ -1,13 +1,13 @@
-"""Export for deployment: the model over whole sequences, or one time step of it, as ONNX or as a `torch.export` program.
+"""Export for deployment: a model over whole sequences, or one time step of it, to ONNX or as a `torch.export` program.
 
     from compressm.export import to_onnx
     report = to_onnx(model, "model-step.onnx", step=True)      # needs pip install "compressm[deploy]"
 
 Every file is run and compared with the model before it gets its name: what has been written computes the same.
 
-Names in the graph: the sequence model has ``input`` (batch, length, ...) and ``output``, with batch and length free. The
-step has ``input`` (batch, ...), ``output``, and every tensor of the state twice, as input ``state...`` and as output
-``next_state...``; the state starts as zeros.
+Names in the graph: the sequence model has ``input`` (batch, length, ...) and ``output``, with batch and length free.
+The step has ``input`` (batch, ...), ``output``, and every tensor of the state twice, as input ``state...`` and as
+output ``next_state...``; the state starts as zeros.
 """
 
 from __future__ import annotations
@@ -206,8 +206,8 @@ def _trace(model: nn.Module, example: Tensor | None, step: bool) -> _Traced:
     model = copy.deepcopy(model).cpu().float().eval().requires_grad_(False)
     if step and not (hasattr(model, "step") and hasattr(model, "initial_state")):
         raise ExportError(
-            f"step=True, but {type(model).__name__} has no step(u, state) and initial_state(batch): add them, or export "
-            "the sequence model"
+            f"step=True, but {type(model).__name__} has no step(u, state) and initial_state(batch): add them, or "
+            "export the sequence model"
         )
     example = _random_example(model) if example is None else example.detach().cpu()
     if example.ndim < 2 or 0 in example.shape:

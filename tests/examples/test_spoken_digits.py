@@ -16,9 +16,9 @@ pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "spoken_digits"
-# What may be imported beside it: numpy and onnxruntime. Everything of torch and of this package is out of reach.
-WITHOUT_TORCH = "import runpy, sys; sys.modules.update(torch=None, compressm=None, onnx=None); sys.argv = sys.argv[1:]; "
-RUN = WITHOUT_TORCH + "runpy.run_path(sys.argv[0], run_name='__main__')"
+# Runs a script with torch, onnx and this package out of its reach.
+HIDE = "import runpy, sys; sys.modules.update(torch=None, compressm=None, onnx=None); sys.argv = sys.argv[1:]; "
+WITHOUT_TORCH = HIDE + "runpy.run_path(sys.argv[0], run_name='__main__')"
 
 
 def recording(path: Path, digit: int, generator: np.random.Generator) -> None:
@@ -55,12 +55,13 @@ def test_train_shrink_export_recognise(tmp_path: Path) -> None:
     assert result["model-step-int8.onnx"]["bytes"] < result["model-step.onnx"]["bytes"]
 
     clips = [data / f"{digit}_theo_0.wav" for digit in range(10)]
-    heard = run("-c", RUN, str(EXAMPLE / "recognise.py"), str(output / "model-step.onnx"), *map(str, clips))
+    recognise = ("-c", WITHOUT_TORCH, str(EXAMPLE / "recognise.py"), str(output / "model-step.onnx"))
+    heard = run(*recognise, *map(str, clips))
     assert heard.returncode == 0, heard.stderr
     answers = [line.split()[1] for line in heard.stdout.splitlines()]
     assert sum(answer == str(digit) for digit, answer in enumerate(answers)) >= 9
 
     (tmp_path / "noise.wav").write_bytes(b"not audio")
-    refused = run("-c", RUN, str(EXAMPLE / "recognise.py"), str(output / "model-step.onnx"), str(tmp_path / "noise.wav"))
+    refused = run(*recognise, str(tmp_path / "noise.wav"))
     assert refused.returncode == 2
     assert "noise.wav: not a WAV file" in refused.stderr

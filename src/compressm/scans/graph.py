@@ -1,8 +1,8 @@
 """Recurrences inside an exported graph (`torch.export`, ONNX): one loop node, whatever the length of the sequence.
 
-The engines that training uses are compiled code, or loops that a trace would unroll: neither can leave in a graph. While
-`torch.export` traces, the scans therefore take the engine ``"graph"``: `torch`'s own scan operator around a single step,
-which becomes the ONNX operator Scan.
+The engines that training uses are compiled code, or loops that a trace would unroll: neither can leave in a graph.
+While `torch.export` traces, the scans therefore take the engine ``"graph"``: torch's own scan operator around a single
+step, which becomes the ONNX operator Scan.
 """
 
 from __future__ import annotations
@@ -20,13 +20,11 @@ def exporting() -> bool:
     return flag is not None and flag()
 
 
-def graph_scan(
-    step: Callable[..., tuple[Tensor, Tensor]], state: Tensor, *sequences: Tensor
-) -> tuple[Tensor, Tensor]:
+def graph_scan(step: Callable[..., tuple[Tensor, Tensor]], state: Tensor, *sequences: Tensor) -> tuple[Tensor, Tensor]:
     """Run ``step(state, *now) -> (y, state)`` over dim 1 of the sequences.
 
     Args:
-        step: a pure function of the state and one time step of every sequence; tensors that it closes over are constant.
+        step: a pure function of the state and one time step of every sequence; what it closes over stays the same.
         state: shape ``(batch, ...)``.
         sequences: shape ``(batch, length, ...)``.
 
