@@ -18,7 +18,7 @@ import logging
 import os
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -335,7 +335,7 @@ def _report(traced: _Traced, path: Path, format: str, int8: bool, check: dict[st
 
 
 @contextmanager
-def _scratch(path: Path) -> Iterator[Path]:
+def _scratch(path: Path) -> Generator[Path]:
     """A file in a temporary folder beside ``path``, so that it can be renamed into place."""
     try:
         with tempfile.TemporaryDirectory(prefix=".export-", dir=path.absolute().parent) as folder:
@@ -345,7 +345,7 @@ def _scratch(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def _quiet() -> Generator[None]:
     """Without the exporters' own warnings and log lines, which are about their insides."""
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript", "root")]
     levels = [logger.level for logger in loggers]
