@@ -51,7 +51,7 @@ def chain(v: Tensor, lam: Tensor, initial: Tensor, engine: ChainEngine) -> Tenso
     if engine == "native":
         return _native(v.contiguous(), lam.contiguous(), initial.contiguous())
     if engine == "graph":
-        return graph_scan(lambda state, v: (after := _link(state, v, lam), after), initial, v)[0]
+        return _graph(v, lam, initial)
     if engine == "triton":
         from compressm.scans.triton_chain import chain_triton
 
@@ -66,9 +66,13 @@ def chain(v: Tensor, lam: Tensor, initial: Tensor, engine: ChainEngine) -> Tenso
     return torch.stack([states.real, states.imag], 2)
 
 
-def _link(state: Tensor, v: Tensor, lam: Tensor) -> Tensor:
-    re, im = state.unbind(1)
-    return torch.stack([lam[0] * re - lam[1] * im, lam[0] * im + lam[1] * re], 1) + v
+def _graph(v: Tensor, lam: Tensor, initial: Tensor) -> Tensor:
+    def link(state: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        re, im = state.unbind(1)
+        state = torch.stack([lam[0] * re - lam[1] * im, lam[0] * im + lam[1] * re], 1) + v
+        return state, state
+
+    return graph_scan(link, initial, v)[0]
 
 
 class _Loop(torch.autograd.Function):
