@@ -36,5 +36,5 @@ class HuggingFaceAdapter(SelectiveAdapter):
         return [
             self.state_dim(layer)
             for layer in module.modules()
-            if self.layer_type in (f"{kind.__module__}.{kind.__qualname__}" for kind in type(layer).__mro__)
+            if self.layer_type in [f"{kind.__module__}.{kind.__qualname__}" for kind in type(layer).__mro__]
         ]
