@@ -114,6 +114,34 @@ def _app(command_line: str) -> "typer.Typer":
 
         _write_result(json, run_demo(seeds=seeds, steps=steps, picture=picture, command=command_line))
 
+    @app.command()
+    def bench(  # pyright: ignore[reportUnusedFunction]
+        suites: Annotated[
+            list[str], typer.Argument(metavar="SUITE...", help="lru, selective, ssd, reduction, train; or all.")
+        ],
+        quick: Annotated[bool, typer.Option("--quick", help="Few repetitions.")] = False,
+        only: Annotated[str | None, typer.Option(metavar="NAME", help="Only rows whose name contains this.")] = None,
+        sweep: Annotated[bool, typer.Option("--sweep", help="Time against n, length and batch too.")] = False,
+        device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+        plot: Annotated[Path | None, typer.Option(help="Draw the sweeps into this file.")] = None,
+        markdown: Annotated[Path | None, typer.Option(help="Write the table to this file.")] = None,
+        json: Annotated[Path | None, typer.Option("--json", help="Write the result to this file; - prints it.")] = None,
+    ) -> None:
+        """Measure speed and memory beside other implementations, and beside what the machine could do."""
+        from compressm.bench.run import run_bench
+
+        result = run_bench(
+            suites,
+            quick=quick,
+            only=only,
+            sweeps=sweep,
+            device=device,
+            picture=plot,
+            table=markdown,
+            command=command_line,
+        )
+        _write_result(json, result)
+
     return app
 
 

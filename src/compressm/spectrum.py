@@ -7,8 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from scipy.optimize import linear_sum_assignment
-from scipy.stats import spearmanr
 from torch import Tensor, nn
 
 from compressm.adapters import Adapter, find_layers
@@ -178,6 +176,10 @@ def compare(before: AnyBalancing, after: AnyBalancing) -> SpectrumChange:
         raise ValueError(f"snapshots of different order: {a.shape[-1]} and {b.shape[-1]} Hankel singular values")
     scale = float(a[0]) or 1.0
     difference = _hankel_operator(after) - _hankel_operator(before)
+    # Imported here: they take as long as the rest of the library, and few need them.
+    from scipy.optimize import linear_sum_assignment
+    from scipy.stats import spearmanr
+
     rows, columns = linear_sum_assignment((a[:, None] - b[None, :]).abs().numpy())
     matched = b[torch.from_numpy(columns)]
     rank_test: Any = spearmanr(a.numpy(), matched.numpy()) if a.shape[0] > 1 else None

@@ -50,7 +50,11 @@ def chain(v: Tensor, lam: Tensor, initial: Tensor, engine: ChainEngine) -> Tenso
     if engine == "triton":
         from compressm.scans.triton_chain import chain_triton
 
-        return chain_triton(v, lam, initial)
+        # The kernel starts from zero: the initial state goes in with the first link.
+        re, im = initial[:, 0], initial[:, 1]
+        entering = torch.stack([lam[0] * re - lam[1] * im, lam[0] * im + lam[1] * re], 1)
+        v = torch.cat([v[:, :1] + entering[:, None], v[:, 1:]], 1)
+        return chain_triton(v.transpose(2, 3), lam.T).transpose(2, 3)
     states: Any = _Loop.apply(
         torch.complex(v[:, :, 0], v[:, :, 1]), torch.complex(*lam), torch.complex(*initial.unbind(1))
     )

@@ -85,10 +85,14 @@ def usable(*tensors: Tensor | None) -> bool:
     return all(t is None or (t.device.type == "cpu" and t.dtype in floating) for t in tensors) and available()
 
 
-@torch.compiler.assume_constant_result  # torch.compile asks once, and does not look inside
 def available() -> bool:
     """Whether the kernels exist; builds them if need be."""
     return library() is not None
+
+
+# torch.compile asks once, and does not look inside. torch.compiler.assume_constant_result does just this, but for
+# importing the compiler, which takes longer than PyTorch itself.
+available._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
 
 
 def _built() -> Path:

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from compressm.scans import native
+from compressm.scans.chain import triton_usable
 
 Engine = Literal["auto", "native", "triton", "torch", "loop"]
 
@@ -65,7 +66,7 @@ def selective_scan(
     _check(u, delta, A, B, C, initial_state)
     tensors = (u, delta, A, B, C, initial_state)
     if engine == "auto":
-        engine = "native" if native.usable(*tensors) else "triton" if _triton_usable(u) else "torch"
+        engine = "native" if native.usable(*tensors) else "triton" if triton_usable(u) else "torch"
     dtype = torch.promote_types(torch.promote_types(u.dtype, A.dtype), torch.float32)
     args = (u.to(dtype), delta.to(dtype), A.to(dtype), B.to(dtype), C.to(dtype))
     start = u.new_zeros(u.shape[0], *A.shape, dtype=dtype) if initial_state is None else initial_state.to(dtype)
@@ -74,7 +75,8 @@ def selective_scan(
     elif engine == "triton":
         from compressm.scans.triton_selective import selective_scan_triton
 
-        y, state = selective_scan_triton(*args, start)
+        # As they are: the kernel widens half precision in registers, and reads half the memory.
+        y, state = selective_scan_triton(u, delta, A, B, C, start)
     elif engine == "torch":
         y, state = _chunks(*args, start)
     elif engine == "loop":
@@ -146,16 +148,6 @@ def _chunks(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Te
         )
         outputs.append(y)
     return torch.cat(outputs, 1), state
-
-
-def _triton_usable(u: Tensor) -> bool:
-    if u.device.type != "cuda":
-        return False
-    try:
-        import triton  # noqa: F401  # pyright: ignore
-    except ImportError:
-        return False
-    return True
 
 
 def _native(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
