@@ -76,8 +76,8 @@ def step_seconds(way: str, length: int, repeats: int) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--lengths", type=int, nargs="+", default=[32, 64, 128, 784])
-    parser.add_argument("--slow-up-to", type=int, default=128, help="do not time transformers' own way beyond")
+    parser.add_argument("--lengths", type=int, nargs="+", default=[16, 32, 64, 256, 784])
+    parser.add_argument("--slow-up-to", type=int, default=64, help="lengths for transformers' own way")
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
@@ -86,7 +86,8 @@ def main() -> None:
     print("| length | way | forward, s | backward, s |\n|---|---|---|---|")
     for length in arguments.lengths:
         for way in WAYS:
-            if length > arguments.slow_up_to and way in WAYS[:2]:
+            limit = {"fast_scan": length, "slices by unbind": 4 * arguments.slow_up_to}
+            if length > limit.get(way, arguments.slow_up_to):
                 continue
             seconds = step_seconds(way, length, arguments.repeats)
             rows.append({"length": length, "way": way, **seconds})
