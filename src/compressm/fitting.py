@@ -81,7 +81,7 @@ def _fit_layer(layer: nn.Module, adapter: LayerAdapter, shapes: Mapping[str, tup
     differing = [shape for name, shape in wanted.items() if shape != tuple(values[name].shape)]
     # The state dimension is one of the sizes that occur: try them.
     for states in sorted({size for shape in differing for size in shape}):
-        change = adapter.resized(values, states)
+        change = adapter.resized(layer, states)
         new = {name: tuple(value.shape) for name, value in {**values, **change.values()}.items()}
         if all(new[name] == shape for name, shape in wanted.items()):
             write(layer, change)
