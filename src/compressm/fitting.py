@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 from torch import Tensor, nn
 
 from compressm.adapters import find_layers
-from compressm.adapters.base import LayerAdapter, layer_values, write
+from compressm.adapters.base import LayerAdapter, LayerChange, layer_values, write
 from compressm.errors import CheckpointError
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -76,21 +76,30 @@ def _before_loading(layer: nn.Module, state_dict: Mapping[str, Any], prefix: str
 
 
 def _fit_layer(layer: nn.Module, adapter: LayerAdapter, shapes: Mapping[str, tuple[int, ...]], prefix: str) -> None:
-    values = layer_values(layer)
-    wanted = {name: shapes[prefix + name] for name in values if prefix + name in shapes}
-    differing = [shape for name, shape in wanted.items() if shape != tuple(values[name].shape)]
-    # The state dimension is one of the sizes that occur: try them.
-    for states in sorted({size for shape in differing for size in shape}):
+    present = {name: tuple(value.shape) for name, value in layer_values(layer).items()}
+    wanted = {name: shapes[prefix + name] for name in present if prefix + name in shapes}
+    differing = [name for name, shape in wanted.items() if shape != present[name]]
+    if not differing:
+        return
+
+    def resized(states: int) -> tuple[LayerChange, dict[str, tuple[int, ...]]]:
         change = adapter.resized(layer, states)
-        new = {name: tuple(value.shape) for name, value in {**values, **change.values()}.items()}
+        return change, {**present, **{name: tuple(value.shape) for name, value in change.values().items()}}
+
+    # Sizes grow in proportion to the state dimension: one state more tells by how much.
+    name, now = differing[0], adapter.state_dim(layer)
+    growth = sum(resized(now + 1)[1][name]) - sum(present[name])
+    states = now + (sum(wanted[name]) - sum(present[name])) // growth if growth else now
+    if states >= 1:
+        change, new = resized(states)
         if all(new[name] == shape for name, shape in wanted.items()):
             write(layer, change)
             return
-    if differing:
-        raise CheckpointError(
-            f"{prefix.rstrip('.') or type(layer).__name__}: weights of shapes {differing} belong to no state dimension "
-            "of this layer; build the model as it was built when saved"
-        )
+    found = ", ".join(f"{name} {wanted[name]}" for name in differing)
+    raise CheckpointError(
+        f"{prefix.rstrip('.') or type(layer).__name__}: weights of shapes {found} "
+        "belong to no state dimension of this layer; build the model as it was built when saved"
+    )
 
 
 __all__ = ["fit", "fit_any_size"]
