@@ -11,12 +11,12 @@ import argparse
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from plain_pytorch import digits
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 import compressm  # (1)
 from compressm.layers import SequenceClassifier, parameter_groups
+from plain_pytorch import digits
 
 
 def main(quick: bool) -> float:

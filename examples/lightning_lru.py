@@ -10,12 +10,12 @@ import argparse
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-from plain_pytorch import digits
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from compressm.integrations.lightning import CompressionCallback  # (1)
 from compressm.layers import SequenceClassifier, parameter_groups
+from plain_pytorch import digits
 
 
 class Classifier(pl.LightningModule):

@@ -12,16 +12,19 @@ from compressm.fitting import fit, fit_any_size
 from compressm.layers import SequenceClassifier
 from compressm.reduce import state_dims
 
+OPTIONS = {"lru": {"r_min": 0.9}, "mamba": {}, "mamba2": {"head_dim": 4, "n_groups": 2}}
 
-def classifier(d_state: int = 16, d_model: int = 4) -> SequenceClassifier:
+
+def classifier(d_state: int = 16, d_model: int = 4, layer: str = "lru") -> SequenceClassifier:
     torch.manual_seed(0)
-    return SequenceClassifier(1, 3, d_model, d_state, n_layers=2, norm="layer", r_min=0.9).eval()
+    return SequenceClassifier(1, 3, d_model, d_state, n_layers=2, norm="layer", layer=layer, **OPTIONS[layer]).eval()
 
 
-def test_weights_from_before_and_after_a_cut_load_into_the_same_model() -> None:
-    model, u = fit_any_size(classifier()), torch.randn(2, 12, 1)
+@pytest.mark.parametrize("layer", OPTIONS)
+def test_weights_from_before_and_after_a_cut_load_into_the_same_model(layer: str) -> None:
+    model, u = fit_any_size(classifier(layer=layer)), torch.randn(2, 12, 1)
     before, y_before = copy.deepcopy(model.state_dict()), model(u)
-    compress(model, states=5)
+    compress(model, states=5, data=[u])
     after, y_after = copy.deepcopy(model.state_dict()), model(u)
     for weights, y in ((before, y_before), (after, y_after), (before, y_before)):
         model.load_state_dict(weights)
