@@ -112,7 +112,11 @@ def to_torch(
     """Write a model as a `torch.export` program (``.pt2``): it runs without compressm and without the model's code.
 
     Args:
-        model, path, step, example, tolerance: see `to_onnx`.
+        model: see `to_onnx`.
+        path: see `to_onnx`.
+        step: see `to_onnx`.
+        example: see `to_onnx`.
+        tolerance: see `to_onnx`.
 
     Raises:
         ExportError: the model cannot be traced, the file cannot be written, or it computes something else.
