@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -38,6 +39,7 @@ def test_moments_are_those_of_the_recurrence(scalar_decay: bool, groups: int) ->
     P, W = brute_force(signals)
     np.testing.assert_allclose(found.P.numpy(), P, rtol=1e-4, atol=1e-5 * P.max())
     np.testing.assert_allclose(found.W.numpy(), W, rtol=1e-4, atol=1e-5 * W.max())
+    np.testing.assert_allclose(found.V, torch.einsum("blgi,blgj->gij", signals.B, signals.B), rtol=1e-4, atol=1e-4)
     assert found.tokens == signals.x.shape[0] * signals.x.shape[1]
 
 
@@ -61,7 +63,7 @@ def test_hankel_singular_values_of_a_scalar_decay_are_invariant() -> None:
     found = moments(random_signals(2, n=5, scalar_decay=True))
     T = torch.randn(5, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
     inverse = torch.linalg.inv(T)
-    other = Moments(found.tokens, T @ found.P @ T.mT, inverse.mT @ found.W @ inverse, found.B, found.C, found.rates)
+    other = replace(found, P=T @ found.P @ T.mT, W=inverse.mT @ found.W @ inverse)
     torch.testing.assert_close(balance_selective(found).hsv, balance_selective(other).hsv, rtol=1e-6, atol=1e-9)
     product = torch.linalg.eigvals((found.P @ found.W)[0] / found.tokens**2).real
     torch.testing.assert_close(balance_selective(found).hsv[0].square().sort().values, product.sort().values)

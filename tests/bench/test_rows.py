@@ -72,7 +72,7 @@ def test_times_ratio_and_limit(row) -> None:
     assert result.roofline_ms == pytest.approx(2.0)
     assert result.of_roofline == pytest.approx(result.ours_ms / 2.0)
     assert result.repetitions >= 5
-    assert result.peer_repetitions == 5
+    assert result.peer_repetitions >= 5
     first, third = result.ours_quartiles_ms
     assert first <= result.ours_ms <= third
     assert result.reason is None

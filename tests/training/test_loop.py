@@ -207,8 +207,8 @@ POINTS: dict[str, Point] = {
 SETBACK_POINTS: dict[str, Point] = {
     "under observation": (*STEP, 71, "after"),
     "just before the examination": (*STEP, 72, "before"),
-    "in a roll-back": ("compressm.compressor", "Compressor._restore", 1, "before"),
-    "after a roll-back": ("compressm.compressor", "Compressor._restore", 1, "after"),
+    "in a roll-back": ("compressm.snapshot", "Training.restore", 1, "before"),
+    "after a roll-back": ("compressm.snapshot", "Training.restore", 1, "after"),
     "after the steps were made again": (*STEP, 76, "after"),
 }
 

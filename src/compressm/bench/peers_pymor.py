@@ -12,7 +12,7 @@ from pymor.models.iosys import LTIModel
 from pymor.reductors.bt import BTReductor
 
 from compressm.adapters import find_layers
-from compressm.adapters.base import layer_values
+from compressm.adapters.base import Adapter, layer_values
 from compressm.bench.ours import lru_layer
 from compressm.bench.worker import Step
 
@@ -21,6 +21,7 @@ def reduction(n: int, width: int, states: int) -> Step:
     """One LRU layer as a real system of order ``2 n``, cut to order ``2 states``."""
     layer = lru_layer(n, width)
     ((module, adapter),) = find_layers(layer).values()
+    assert isinstance(adapter, Adapter)
     system = adapter.read(layer_values(module))
     lam, B, C = system.lam, system.B, system.C
     A_real = torch.cat(
