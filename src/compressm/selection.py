@@ -44,7 +44,7 @@ def reduce_selective(
         selection: how states are picked. ``"least_squares"`` is described in the module's text; without ``folds_out``
             those states go that together contribute least, ``sum_ij (W * P)_ij`` over the removed. The others are for
             comparison: the largest ``W_jj P_jj`` (``"gramians"``: diagonal empirical ones), the largest ``"magnitude"``
-            of B and C, and ``"random"`` (from torch's random state); they do not map C. ``"means"`` replaces B and C
+            of B and C, and ``"random"``; they do not map C. ``"means"`` replaces B and C
             by their means over the data, as the CompreSSM paper does, and then goes on as ``"least_squares"``.
 
     Raises:
@@ -130,14 +130,12 @@ def _schur(P: Tensor, chosen: list[int]) -> Tensor:
 def compensation(P: Tensor, kept: Tensor) -> Tensor:
     """``P_SS^-1 P_S:``, by which C takes over the work of the states that go; shape ``(r, n)``, the identity on kept
     states."""
-    n = P.shape[0]
     scale = P.diagonal().clamp_min(0).sqrt()
     scale = torch.where(scale > 0, scale, 1.0)
     unit = P / scale[:, None] / scale
     inner = unit[kept][:, kept] + RIDGE * torch.eye(kept.shape[0], dtype=P.dtype)
     out = torch.linalg.solve(inner, unit[kept]) / scale[kept][:, None] * scale
     out[:, kept] = torch.eye(kept.shape[0], dtype=P.dtype)
-    assert out.shape == (kept.shape[0], n)
     return out
 
 
@@ -205,7 +203,9 @@ def _means(balancing: SelectiveBalancing) -> list[tuple[Tensor, Tensor]]:
 
 
 def _random(balancing: SelectiveBalancing) -> Tensor:
-    return torch.rand(balancing.P.shape[:2])
+    # The seed is taken from the moments: all processes have the same, and must draw alike.
+    seed = int(balancing.moments.P.sum().view(torch.int64)) & (2**63 - 1)
+    return torch.rand(balancing.P.shape[:2], generator=torch.Generator().manual_seed(seed))
 
 
 def _by_gramians(balancing: SelectiveBalancing) -> Tensor:
