@@ -10,6 +10,7 @@ from compressm.bench import ours, peers_torch
 from compressm.bench.worker import Step
 
 
+@pytest.mark.slow
 def test_jax_classifier_learns_as_ours() -> None:
     """Same weights, same batch: the same losses over steps of Adam, and the same running statistics."""
     pytest.importorskip("jax")
