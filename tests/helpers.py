@@ -7,6 +7,7 @@ import torch
 from hypothesis import strategies as st
 
 from compressm.layers import LRU
+from compressm.selective import Signals
 from compressm.systems import DiagonalSystem
 
 EPS = torch.finfo(torch.float64).eps
@@ -35,6 +36,20 @@ def real_matrices(system: DiagonalSystem) -> tuple[np.ndarray, np.ndarray, np.nd
 def lru(seed: int, d_model: int = 8, d_state: int = 64, r_min: float = 0.9, r_max: float = 0.999) -> LRU:
     torch.manual_seed(seed)
     return LRU(d_model, d_state, r_min=r_min, r_max=r_max)
+
+
+def random_signals(
+    seed: int, batch: int = 2, length: int = 12, d: int = 4, n: int = 5, groups: int = 1, scalar_decay: bool = False
+) -> Signals:
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    rates = torch.ones(1, 1) if scalar_decay else 0.2 + 3 * torch.rand(d, n, generator=generator)
+    step = 0.3 * torch.rand(batch, length, d, generator=generator)
+    vectors = (normal(batch, length, groups, n) for _ in range(2))
+    return Signals(normal(batch, length, d), step, rates, *vectors, normal(batch, length, d))
 
 
 @st.composite

@@ -11,8 +11,9 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from compressm.compressor import Compressor, Event
+from compressm.compressor import Compressor
 from compressm.errors import CheckpointError, InvalidRankRuleError, UnsupportedModelError
+from compressm.history import Event
 from compressm.layers import SequenceClassifier, parameter_groups
 from compressm.reduce import state_dims
 

@@ -2,8 +2,9 @@
 
 from compressm.balancing import balance, truncate
 from compressm.checkpoint import load, save
-from compressm.compressor import Compressor, Event
+from compressm.compressor import Compressor
 from compressm.errors import CompressmError
+from compressm.history import Event
 from compressm.ranks import RankRule
 from compressm.reduce import Report, compress
 from compressm.spectrum import Spectrum, analyze

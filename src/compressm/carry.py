@@ -11,14 +11,16 @@ pairs moments with states that they do not belong to; ``"reset"`` starts from ze
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from compressm.adapters.base import LayerChange, ParameterChange
-from compressm.errors import UnsupportedOptimizerError
+from compressm.adapters import find_layers
+from compressm.adapters.base import LayerChange, ParameterChange, write
+from compressm.errors import UnsupportedModelError, UnsupportedOptimizerError
 
 Carry = Literal["transform", "slice", "reset"]
 
@@ -93,3 +95,35 @@ def _carried(old: list[Tensor], part: ParameterChange, key: str, mode: Carry) ->
     moved = (matrix @ by_state.flatten(1)).view(-1, *by_state.shape[1:]) if by_state.ndim > 1 else matrix @ by_state
     moved = moved.movedim(0, part.axis)
     return [part_new.to(o).contiguous() for part_new, o in zip(moved.chunk(len(old), part.axis), old, strict=True)]
+
+
+def paired_layers(follower: nn.Module, model: nn.Module) -> dict[str, nn.Module]:
+    """The layers of a copy of a model, by their names in the model.
+
+    Raises:
+        UnsupportedModelError: it has other layers than the model.
+    """
+    theirs, ours = find_layers(follower), find_layers(model)
+    if [type(layer) for layer, _ in theirs.values()] != [type(layer) for layer, _ in ours.values()]:
+        raise UnsupportedModelError(
+            f"followers: {type(follower).__name__} has {len(theirs)} state space layers and the model has {len(ours)}, "
+            "or of other kinds; pass averaged copies of the same model"
+        )
+    return {name: layer for name, (layer, _) in zip(ours, theirs.values(), strict=True)}
+
+
+def follow(follower: nn.Module, model: nn.Module, changes: Mapping[str, LayerChange]) -> None:
+    """Let an averaged copy of a model take part in a cut, in place.
+
+    An average of parameters has a meaning only where they mean the same at all times, and after a cut state i is not
+    what it was. What the cut changed in the model is set to the model's new values, where averaging starts again;
+    everything else keeps its average.
+
+    Args:
+        follower: a copy of the model, or a wrapper of one, such as `torch.optim.swa_utils.AveragedModel`.
+        model: the model.
+        changes: what was written into the model's layers, by their names in it.
+    """
+    layers = paired_layers(follower, model)
+    for name, change in changes.items():
+        write(layers[name], change)

@@ -7,9 +7,9 @@ import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from compressm.errors import CompressmError, MissingExtraError
+from compressm.errors import CompressmError, ConfigError, MissingExtraError
 
 if TYPE_CHECKING:
     import typer
@@ -115,6 +115,35 @@ def _app(command_line: str) -> "typer.Typer":
         _write_result(json, run_demo(seeds=seeds, steps=steps, picture=picture, command=command_line))
 
     @app.command()
+    def compress(  # pyright: ignore[reportUnusedFunction]
+        checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="A Hugging Face folder, or our own.")],
+        data: Annotated[Path, typer.Option(help="Text for a language model; .npz with x, y for a classifier.")],
+        output: Annotated[Path, typer.Option(help="Folder for the smaller checkpoint.")],
+        states: Annotated[int | None, typer.Option(help="State dimension to cut every layer to.")] = None,
+        tolerance: Annotated[float | None, typer.Option(help="Share of the Hankel energy to discard.")] = None,
+        fraction: Annotated[float | None, typer.Option(help="Share of the states to keep.")] = None,
+        sequences: Annotated[int, typer.Option(help="Sequences to cut by, and as many to measure the loss on.")] = 32,
+        length: Annotated[int, typer.Option(help="Tokens per sequence.")] = 512,
+        json: Annotated[Path | None, typer.Option("--json", help="Write the result to this file; - prints it.")] = None,
+    ) -> None:
+        """Cut a trained checkpoint once, and show what was lost."""
+        from compressm.one_shot import compress_checkpoint
+
+        loss = compress_checkpoint(
+            checkpoint,
+            output,
+            data,
+            states=states,
+            tolerance=tolerance,
+            fraction=fraction,
+            sequences=sequences,
+            length=length,
+        )
+        if str(json) != "-":
+            print(loss)
+        _write_result(json, {"command": command_line, "output": str(output), **loss.to_dict()})
+
+    @app.command()
     def bench(  # pyright: ignore[reportUnusedFunction]
         suites: Annotated[
             list[str], typer.Argument(metavar="SUITE...", help="lru, selective, ssd, reduction, train; or all.")
@@ -141,6 +170,32 @@ def _app(command_line: str) -> "typer.Typer":
             command=command_line,
         )
         _write_result(json, result)
+
+    @app.command()
+    def export(  # pyright: ignore[reportUnusedFunction]
+        checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="Folder that compressm.save wrote.")],
+        format: Annotated[Literal["onnx", "torch"], typer.Option(help="ONNX, or a torch.export program.")] = "onnx",
+        step: Annotated[bool, typer.Option("--step", help="One time step, its state as inputs and outputs.")] = False,
+        int8: Annotated[bool, typer.Option("--int8", help="Weights as 8-bit integers; ONNX only.")] = False,
+        output: Annotated[Path | None, typer.Option(help="The file [CHECKPOINT/model-step-int8.onnx].")] = None,
+        json: Annotated[Path | None, typer.Option("--json", help="Write the result to this file; - prints it.")] = None,
+    ) -> None:
+        """Export a model for deployment, and check that it computes the same."""
+        from compressm.checkpoint import load
+        from compressm.export import to_onnx, to_torch
+
+        if int8 and format == "torch":
+            raise ConfigError("--int8 is for --format onnx; leave it out, or export to ONNX")
+        model = load(checkpoint)
+        name = "model" + "-step" * step + "-int8" * int8 + (".onnx" if format == "onnx" else ".pt2")
+        path = output or checkpoint / name
+        report = to_onnx(model, path, step=step, int8=int8) if format == "onnx" else to_torch(model, path, step=step)
+        if str(json) != "-":
+            print(
+                f"{report.path}: {report.bytes / 1000:.0f} kB; largest error against PyTorch {report.max_error:.1e} "
+                f"over {report.checked_steps} steps, where outputs reach {report.largest_output:.1e}"
+            )
+        _write_result(json, {"command": command_line, **report.to_dict()})
 
     return app
 

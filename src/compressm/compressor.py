@@ -2,69 +2,33 @@
 
 from __future__ import annotations
 
-import copy
+import logging
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal, Protocol
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Literal
 
 from torch import nn
 
 from compressm.adapters import find_layers
-from compressm.balancing import Method, balance
-from compressm.carry import Carry, check_optimizer, unwrap_optimizer
+from compressm.balancing import Method
+from compressm.carry import Carry, check_optimizer, follow, paired_layers, unwrap_optimizer
+from compressm.compiled import allow_recompilation, graphs_compiled
+from compressm.distributed import from_first_rank, rebuild_replicas
 from compressm.errors import CheckpointError, InvalidRankRuleError
+from compressm.fitting import fit_any_size
+from compressm.history import Event
 from compressm.ranks import RankRule
 from compressm.reduce import Report, measure, plan_reduction, resize_states, state_dims
-from compressm.rng import rng_state, set_rng_state
 from compressm.selection import Selection
-from compressm.selective import Moments, SelectiveBalancing, balance_selective
-from compressm.spectrum import AnyBalancing, balance_layers, spectrum_changes
+from compressm.snapshot import Stateful, Training
+from compressm.spectrum import AnyBalancing, balance_layers, snapshot, snapshot_state, spectrum_changes
 from compressm.statistics import Statistics
-from compressm.systems import DiagonalSystem
 
 When = Literal["schedule", "settled"]
 OnSetback = Literal["halve", "stop"]
 
-
-class Stateful(Protocol):
-    """Anything with torch's state protocol: a learning rate scheduler, a gradient scaler."""
-
-    def state_dict(self) -> dict[str, Any]: ...
-    def load_state_dict(self, state_dict: dict[str, Any]) -> Any: ...
-
-
-@dataclass(frozen=True)
-class Event:
-    """Something that the compressor did after a training step.
-
-    Attributes:
-        kind: ``"cut"``; ``"unchanged"`` (it looked, and no layer was to be cut); ``"kept"`` (a cut under observation
-            proved harmless); ``"rolled_back"`` (it did not, and everything is as it was before it).
-        step: training steps done when it happened.
-        seconds: time that it took, without evaluations.
-        layers: per layer what was done, with its certificate (see `LayerReport.to_dict`); empty unless it looked.
-        metric, reference: the metric after the cut, and the one that it was held against; None without ``evaluate``.
-        restored_step: the step to which a roll-back went back.
-    """
-
-    kind: str
-    step: int
-    seconds: float = 0.0
-    layers: tuple[dict[str, Any], ...] = ()
-    metric: float | None = None
-    reference: float | None = None
-    restored_step: int | None = None
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
-        return {**asdict(self), "layers": [dict(layer) for layer in self.layers]}
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Event:
-        """The inverse of `to_dict`."""
-        fields: dict[str, Any] = {**values, "layers": tuple(values["layers"])}
-        return cls(**fields)
+log = logging.getLogger(__name__)
 
 
 class Compressor:
@@ -98,6 +62,7 @@ class Compressor:
             another rule and ``max_drop``, that rule proposes and the metric disposes.
         multiple_of: round state dimensions up to a multiple of this.
         min_reduction: cut a layer only where this share of its states goes.
+        per_layer: let the layers of a Hugging Face model differ in their state dimension; see `RankRule`.
         cuts: how many cuts.
         window: share of ``total_steps`` in which they are made.
         start: steps to wait before the window.
@@ -112,6 +77,11 @@ class Compressor:
         on_setback: after a roll-back ``"halve"`` the next cut, or ``"stop"`` cutting.
         scheduler: learning rate scheduler, rolled back with the rest.
         scaler: gradient scaler, likewise.
+        followers: averaged copies of the model (`torch.optim.swa_utils.AveragedModel`); what a cut changes in the
+            model, it sets in them to the model's new values, where averaging starts again.
+        rewind: a roll-back turns back time as well. False where a host counts the steps: then only what was learnt
+            goes back (weights, the optimizer's state, averages), and steps, learning rates, scaler and random state
+            go on.
 
     Raises:
         InvalidRankRuleError: contradicting or impossible arguments.
@@ -134,6 +104,7 @@ class Compressor:
         evaluate: Callable[[nn.Module], float] | None = None,
         multiple_of: int = 1,
         min_reduction: float = 0.05,
+        per_layer: bool = False,
         cuts: int = 4,
         window: float = 0.1,
         start: int = 0,
@@ -145,6 +116,8 @@ class Compressor:
         on_setback: OnSetback = "halve",
         scheduler: Stateful | None = None,
         scaler: Stateful | None = None,
+        followers: Sequence[nn.Module] = (),
+        rewind: bool = True,
     ) -> None:
         given = [value is not None for value in (tolerance, states, fraction, max_error, total_states)]
         if max_drop is None and not any(given):
@@ -175,7 +148,8 @@ class Compressor:
         self.selection: Selection = selection
         self.carry: Carry = carry
         self.on_setback: OnSetback = on_setback
-        self.scheduler, self.scaler = scheduler, scaler
+        self.followers, self.rewind = tuple(followers), rewind
+        self._training = Training(model, self.optimizer, self.followers, scheduler, scaler)
         self._searches = not any(given)  # max_drop alone: the cushion finds the size
         self._aggressiveness = 0.5 if self._searches else 1.0
         self._rule = RankRule(
@@ -186,6 +160,7 @@ class Compressor:
             total_states=total_states,
             multiple_of=multiple_of,
             min_reduction=min_reduction,
+            per_layer=per_layer,
         )
         distance = max(1, round(window * total_steps / cuts))
         self.cut_steps = tuple(start + distance * (index + 1) for index in range(cuts))
@@ -209,7 +184,11 @@ class Compressor:
         self._statistics = Statistics(model)
         self._observe_every = min(8, self._probe_every)
         self._observe()
+        self._graphs = 0  # compiled so far, since the first cut
         self.history: list[Event] = []
+        fit_any_size(model)
+        for follower in self.followers:
+            paired_layers(fit_any_size(follower), model)
 
     @property
     def state_dims(self) -> dict[str, int]:
@@ -230,6 +209,7 @@ class Compressor:
             number.
         """
         self._steps += 1
+        self._count_recompilations()
         event = None
         if self._observed is not None:
             if self._steps >= self._observed["step"] + self.check_after:
@@ -238,6 +218,7 @@ class Compressor:
             event = self._cut()
         if event is not None:
             self.history.append(event)
+            log.info("%s", event)
         self._observe()
         return event
 
@@ -248,6 +229,22 @@ class Compressor:
         else:
             self._statistics.close()
 
+    def _count_recompilations(self) -> None:
+        """A line in the history if graphs were compiled since the last step, and cuts had been made by then."""
+        new = graphs_compiled() - self._graphs if self._graphs else 0
+        if new > 0:
+            self._graphs += new
+            self.history.append(Event("recompiled", self._steps, graphs=new))
+            log.info("%s", self.history[-1])
+
+    def _shapes_changed(self) -> None:
+        """Tell everyone who holds on to the shapes of parameters."""
+        rebuild_replicas(self.model)
+        self._graphs = graphs_compiled()
+        if self._graphs:
+            allow_recompilation()
+            log.info("the shapes of parameters have changed: compiled graphs are compiled anew at their next use")
+
     def _time_to_cut(self) -> bool:
         scheduled = self.cut_steps[self._cuts_done]
         if self._steps >= scheduled or self.when == "schedule":
@@ -256,7 +253,8 @@ class Compressor:
             return False
         before, self._probe = self._probe, balance_layers(self.model, self.method, self._statistics.moments())
         changes = spectrum_changes(before, self._probe)
-        return bool(changes) and len(changes) == len(self._probe) and all(c.settled(0.02) for c in changes.values())
+        settled = bool(changes) and len(changes) == len(self._probe) and all(c.settled(0.02) for c in changes.values())
+        return from_first_rank(lambda: settled)
 
     def _cut(self) -> Event:
         self._cuts_done += 1
@@ -266,15 +264,27 @@ class Compressor:
             assert self.evaluate is not None
             metric = self._evaluate()
             self._best = reference = metric if self._best is None else max(self._best, metric)
-        plan = plan_reduction(
-            self.model, self._rule_now(), self.method, moments=self._statistics.moments(), selection=self.selection
+        moments = self._statistics.moments()  # sums over all ranks
+        plan = from_first_rank(
+            lambda: plan_reduction(
+                self.model, self._rule_now(), self.method, moments=moments, selection=self.selection
+            ).cpu()
         )
         if not plan.changes:
             return self._event("unchanged", plan.report, reference)
         if self.max_drop is not None:
-            self._observed = self._snapshot(reference)
+            self._observed = {
+                "step": self._steps,
+                "reference": reference,
+                "state_dims": self.state_dims,
+                "moments": self._statistics.state_dict(),
+                **self._training.snapshot(),
+            }
         report = plan.apply(self.model, self.optimizer, self.carry)
+        for follower in self.followers:
+            follow(follower, self.model, plan.changes)
         self._statistics.reset()
+        self._shapes_changed()
         return self._event("cut", report, reference)
 
     def _rule_now(self) -> RankRule:
@@ -295,55 +305,35 @@ class Compressor:
         assert rule.total_states is not None
         return replace(rule, total_states=_towards(sum(dims), rule.total_states, share))
 
-    def _examine(self, snapshot: dict[str, Any]) -> Event:
+    def _examine(self, before: dict[str, Any]) -> Event:
         assert self.max_drop is not None
-        metric, reference = self._evaluate(), float(snapshot["reference"])
+        metric, reference = self._evaluate(), float(before["reference"])
         self._observed = None
         if metric >= reference - self.max_drop:  # NaN is a setback too
             self._best = max(reference, metric)
             return Event("kept", self._steps, metric=metric, reference=reference)
         at = self._steps
-        self._restore(snapshot)
+        self._training.restore(before, self.rewind)
+        self._statistics.load_state_dict(before["moments"])
+        self._shapes_changed()
+        if self.rewind:
+            self._steps = int(before["step"])
         self._aggressiveness /= 2
         if self.on_setback == "stop" or self._aggressiveness < self._rule.min_reduction:
             self._stopped = True
         elif self._searches:
             # The search goes on where it stands: the next cut is due at the next chance, not a whole interval later.
             self._cuts_done = max(0, self._cuts_done - 1)
-        return Event("rolled_back", at, metric=metric, reference=reference, restored_step=snapshot["step"])
+        return Event("rolled_back", at, metric=metric, reference=reference, restored_step=before["step"])
 
     def _evaluate(self) -> float:
         assert self.evaluate is not None
-        return measure(self.model, self.evaluate)
+        metric = measure(self.model, self.evaluate)  # by all ranks, since it may add up their shares
+        return from_first_rank(lambda: metric)
 
     def _event(self, kind: str, report: Report, reference: float | None) -> Event:
         layers = tuple(layer.to_dict() for layer in report.layers)
         return Event(kind, self._steps, report.seconds, layers, reference=reference)
-
-    def _snapshot(self, reference: float | None) -> dict[str, Any]:
-        """Everything that training needs to go on from here, copied."""
-        return {
-            "step": self._steps,
-            "reference": reference,
-            "state_dims": self.state_dims,
-            "model": copy.deepcopy(self.model.state_dict()),
-            "optimizer": copy.deepcopy(self.optimizer.state_dict()),
-            "scheduler": copy.deepcopy(self.scheduler.state_dict()) if self.scheduler is not None else None,
-            "scaler": copy.deepcopy(self.scaler.state_dict()) if self.scaler is not None else None,
-            "rng": rng_state(),
-        }
-
-    def _restore(self, snapshot: dict[str, Any]) -> None:
-        resize_states(self.model, snapshot["state_dims"])
-        self._statistics.reset()
-        self.model.load_state_dict(snapshot["model"])
-        self.optimizer.load_state_dict(snapshot["optimizer"])
-        if self.scheduler is not None and snapshot["scheduler"] is not None:
-            self.scheduler.load_state_dict(snapshot["scheduler"])
-        if self.scaler is not None and snapshot["scaler"] is not None:
-            self.scaler.load_state_dict(snapshot["scaler"])
-        set_rng_state(snapshot["rng"])
-        self._steps = int(snapshot["step"])
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that `load_state_dict` needs to go on in the middle of a schedule or of an observation.
@@ -359,7 +349,7 @@ class Compressor:
             "best": self._best,
             "state_dims": self.state_dims,
             "observed": self._observed,
-            "probe": {name: _balancing_state(balancing) for name, balancing in self._probe.items()},
+            "probe": {name: snapshot_state(balancing) for name, balancing in self._probe.items()},
             "moments": self._statistics.state_dict(),
             "history": [event.to_dict() for event in self.history],
         }
@@ -384,21 +374,10 @@ class Compressor:
         self._aggressiveness = float(state_dict["aggressiveness"])
         self._best = state_dict["best"]
         self._observed = state_dict["observed"]
-        self._probe = {n: _balancing(state, self.method) for n, state in state_dict["probe"].items()}
+        self._probe = {n: snapshot(state, self.method) for n, state in state_dict["probe"].items()}
         self._statistics.load_state_dict(state_dict["moments"])
+        self._observe()
         self.history = [Event.from_dict(event) for event in state_dict["history"]]
-
-
-def _balancing_state(balancing: AnyBalancing) -> Any:
-    if isinstance(balancing, SelectiveBalancing):
-        return balancing.moments.tensors()
-    return [balancing.system.lam, balancing.system.B, balancing.system.C]
-
-
-def _balancing(state: Any, method: Method) -> AnyBalancing:
-    return (
-        balance_selective(Moments(**state)) if isinstance(state, Mapping) else balance(DiagonalSystem(*state), method)
-    )
 
 
 def _require(name: str, value: object, valid: bool, expected: str) -> None:

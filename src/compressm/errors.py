@@ -36,3 +36,7 @@ class CheckpointError(CompressmError, ValueError):
 
 class MissingExtraError(CompressmError, ImportError):
     """An optional dependency is needed; the message names the extra that installs it."""
+
+
+class ExportError(CompressmError, RuntimeError):
+    """A model that cannot be exported, or whose exported form computes something else."""

@@ -33,6 +33,9 @@ class RankRule:
         multiple_of: round the result up to a multiple (what the hardware likes), never above the present dimension.
         min_reduction: cut a layer only if this share of its states goes (0.05: the paper's 0.95 gate).
         min_states: never go below this many states.
+        per_layer: let layers differ in their state dimension even where the model's own checkpoint format has only one
+            for all, as in Hugging Face's; `compressm.save` and `compressm.load` keep such a model. Otherwise these
+            layers all get the largest dimension that the rule gives any of them (under ``total_states``, the mean).
 
     Raises:
         InvalidRankRuleError: none or several of the five rules, or a value out of range.
@@ -46,6 +49,7 @@ class RankRule:
     multiple_of: int = 1
     min_reduction: float = 0.05
     min_states: int = 1
+    per_layer: bool = False
 
     def __post_init__(self) -> None:
         rules = ("tolerance", "states", "fraction", "max_error", "total_states")

@@ -95,6 +95,10 @@ class Plan:
     report: Report
     changes: Mapping[str, LayerChange]
 
+    def cpu(self) -> Plan:
+        """The same plan with all tensors on the CPU, to be sent to other processes."""
+        return replace(self, changes={name: change.cpu() for name, change in self.changes.items()})
+
     def apply(self, model: nn.Module, optimizer: Optimizer | None = None, carry: Carry = "transform") -> Report:
         """Write it into the model that it was planned for, and carry the optimizer's state over.
 
@@ -109,6 +113,7 @@ class Plan:
             write(layers[name], change)
             if optimizer is not None:
                 carry_state(optimizer, layers[name], change, carry)
+        _tell(model)
         return replace(self.report, seconds=self.report.seconds + time.perf_counter() - started)
 
 
@@ -135,6 +140,12 @@ def plan_reduction(
     layers = find_layers(model)
     balancings = balance_layers(model, method, moments) if balancings is None else balancings
     ranks = choose_ranks({name: balancing.energy for name, balancing in balancings.items()}, rule)
+    alike = [] if rule.per_layer else [name for name, (_, adapter) in layers.items() if adapter.uniform]
+    if alike:
+        present = [adapter.state_dim(layer) for layer, adapter in (layers[name] for name in alike)]
+        wanted = [ranks[name] for name in alike]
+        common = max(wanted) if rule.total_states is None else max(1, sum(wanted) // len(wanted))
+        ranks |= dict.fromkeys(alike, min(common, *present))
     reports: list[LayerReport] = []
     changes: dict[str, LayerChange] = {}
     for name, (layer, adapter) in layers.items():
@@ -150,6 +161,13 @@ def plan_reduction(
         reports.append(report)
         if change is not None:
             changes[name] = change
+    refused = [report.name for report in reports if report.outcome == "refused" and report.name in alike]
+    if refused:  # one stays, so all stay
+        reason = f"{refused[0]} was refused, and the layers of this model share one state dimension"
+        for index, report in enumerate(reports):
+            if changes.keys() & {report.name} & set(alike):
+                del changes[report.name]
+                reports[index] = replace(report, states_after=report.states_before, outcome="refused", reason=reason)
     return Plan(Report(tuple(reports), time.perf_counter() - started), changes)
 
 
@@ -216,6 +234,7 @@ def compress(
     evaluate: Callable[[nn.Module], float] | None = None,
     multiple_of: int = 1,
     min_reduction: float = 0.0,
+    per_layer: bool = False,
     method: Method = "real",
     selection: Selection = "least_squares",
     data: Iterable[Any] | None = None,
@@ -236,6 +255,7 @@ def compress(
         evaluate: ``evaluate(model)`` returns the metric, higher is better.
         multiple_of: round state dimensions up to a multiple of this.
         min_reduction: leave a layer alone unless this share of its states goes.
+        per_layer: let the layers of a Hugging Face model differ in their state dimension; see `RankRule`.
         method: ``"real"`` or ``"complex"``, for linear time-invariant layers.
         selection: how the states of selective layers are picked; see `compressm.selection`.
         data: some batches of the model's inputs, which selective layers need; see `compressm.statistics.gather`.
@@ -264,6 +284,7 @@ def compress(
         total_states=total_states,
         multiple_of=multiple_of,
         min_reduction=min_reduction,
+        per_layer=per_layer,
     )
     moments = None if data is None else gather(model, data)
     if max_drop is not None and evaluate is not None:
@@ -334,3 +355,10 @@ def resize_states(model: nn.Module, dims: Mapping[str, int]) -> None:
         layer, adapter = layers[name]
         if adapter.state_dim(layer) != states:
             write(layer, adapter.resized(layer, states))
+    _tell(model)
+
+
+def _tell(model: nn.Module) -> None:
+    """Let every adapter know, once, that layers of the model were written."""
+    for adapter in {id(adapter): adapter for _, adapter in find_layers(model).values()}.values():
+        adapter.written(model)

@@ -185,7 +185,8 @@ def _reduction(balancing: SelectiveBalancing, into: Tensor, out: Tensor, kept: T
     least = float(balancing.hsv[..., into.shape[-2] :].square().sum())
     relative, bound = ((max(value, 0.0) / power) ** 0.5 if power > 0 else 0.0 for value in (lost, least))
     failures = () if bool(torch.isfinite(into).all() and torch.isfinite(out).all()) else ("the maps are not finite",)
-    return SelectiveReduction(into, out, kept, ErrorEstimate(n, into.shape[-2], relative, bound, failures))
+    estimate = ErrorEstimate(n, into.shape[-2], relative, bound, failures)
+    return SelectiveReduction(into, out, kept, estimate, balancing.moments)
 
 
 def _symmetric(P: Tensor, W: Tensor) -> tuple[Tensor, Tensor]:

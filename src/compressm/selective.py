@@ -59,7 +59,7 @@ class Moments:
     Attributes:
         tokens: number of tokens, shape ``()``.
         P: sum of ``gain^2 h h^T`` over tokens and the channels of a group, shape ``(groups, n, n)``.
-        W: sum of ``C C^T`` over tokens, shape ``(groups, n, n)``.
+        W, V: sums of ``C C^T`` and ``B B^T`` over tokens, shape ``(groups, n, n)``.
         B, C: sums over tokens, shape ``(groups, n)``.
         rates: ``tokens`` times the decay rates averaged over the channels of a group, shape ``(groups, n)``.
 
@@ -69,6 +69,7 @@ class Moments:
     tokens: Tensor
     P: Tensor
     W: Tensor
+    V: Tensor
     B: Tensor
     C: Tensor
     rates: Tensor
@@ -87,17 +88,17 @@ def moments(signals: Signals) -> Moments:
     """Run the recurrence and gather its moments: ``O(batch length d n^2)``, one step of time after the other."""
     x, step, B, C = (value.float() for value in (signals.x, signals.step, signals.B, signals.C))
     (batch, length, d), (groups, n) = x.shape, B.shape[2:]
-    rates = signals.rates.float().expand(d, n).view(groups, -1, n)
-    x, step = x.view(batch, length, groups, -1, 1), step.view(batch, length, groups, -1, 1)
-    gain = torch.ones_like(x) if signals.gain is None else signals.gain.float().view(x.shape)
+    rates = signals.rates.float().expand(d, n).reshape(groups, -1, n)
+    x, step = x.reshape(batch, length, groups, -1, 1), step.reshape(batch, length, groups, -1, 1)
+    gain = torch.ones_like(x) if signals.gain is None else signals.gain.float().reshape(x.shape)
     h, P = torch.zeros_like(x[:, 0] * rates), x.new_zeros(groups, n, n)
     for t in range(length):
         h = torch.exp(-step[:, t] * rates) * h + x[:, t] * B[:, t, :, None]
         seen = (h * gain[:, t]).transpose(0, 1).reshape(groups, -1, n)
         P = torch.baddbmm(P, seen.mT, seen)
     tokens = batch * length
-    by_group = C.reshape(tokens, groups, n).transpose(0, 1)
-    sums = (P, by_group.mT @ by_group, B.sum((0, 1)), C.sum((0, 1)), tokens * rates.mean(1))
+    W, V = (vectors.mT @ vectors for vectors in (v.reshape(tokens, groups, n).transpose(0, 1) for v in (C, B)))
+    sums = (P, W, V, B.sum((0, 1)), C.sum((0, 1)), tokens * rates.mean(1))
     return Moments(torch.tensor(float(tokens), dtype=torch.float64), *(s.to("cpu", torch.float64) for s in sums))
 
 
@@ -181,12 +182,14 @@ class SelectiveReduction:
         kept: the states that are kept, ascending, shape ``(groups, r)``, where ``into`` is a selection of rows, as it
             always is unless all states decay alike; each keeps its decay rates. None where it is not.
         estimate: what the cut is expected to do.
+        moments: that it was made from; None where the maps are not to be computed with.
     """
 
     into: Tensor
     out: Tensor
     kept: Tensor | None
     estimate: ErrorEstimate
+    moments: Moments | None = None
 
     @property
     def states(self) -> int:

@@ -16,6 +16,7 @@ from compressm.errors import UnsupportedModelError
 from compressm.ranks import RankRule, choose_ranks
 from compressm.selective import Moments, SelectiveBalancing, balance_selective, root
 from compressm.statistics import gather
+from compressm.systems import DiagonalSystem
 
 AnyBalancing = Balancing | SelectiveBalancing
 
@@ -121,6 +122,20 @@ def analyze(model: nn.Module, method: Method = "real", data: Iterable[Any] | Non
             for name, balancing in balance_layers(model, method, None if data is None else gather(model, data)).items()
         )
     )
+
+
+def snapshot_state(balancing: AnyBalancing) -> Any:
+    """What a balanced layer is computed from, as dicts or lists of tensors."""
+    if isinstance(balancing, SelectiveBalancing):
+        return balancing.moments.tensors()
+    return [balancing.system.lam, balancing.system.B, balancing.system.C]
+
+
+def snapshot(state: Any, method: Method) -> AnyBalancing:
+    """The inverse of `snapshot_state`."""
+    if isinstance(state, Mapping):
+        return balance_selective(Moments(**state))
+    return balance(DiagonalSystem(*state), method)
 
 
 @dataclass(frozen=True)

@@ -142,6 +142,19 @@ def test_half_precision_is_widened_inside(engine: str) -> None:
 
 
 @pytest.mark.parametrize("engine", ["chunked", "fft"])
+def test_autocast_leaves_the_recurrence_in_its_own_precision(engine: str) -> None:
+    values = [value.float().requires_grad_() for value in arguments(1, 2, 100, 4, 4, 8)]
+    plain = lti_scan(*values, engine=engine)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = lti_scan(*values, engine=engine)
+    assert torch.equal(y, plain)
+    for a, b in zip(
+        torch.autograd.grad(y.square().sum(), values), torch.autograd.grad(plain.square().sum(), values), strict=True
+    ):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("engine", ["chunked", "fft"])
 def test_no_state_of_every_step_is_kept(engine: str) -> None:
     batch, length, n = 4, 400, 256
     leaves = [value.float().requires_grad_() for value in arguments(0, batch, length, 2, 2, n)]

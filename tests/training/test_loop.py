@@ -207,8 +207,8 @@ POINTS: dict[str, Point] = {
 SETBACK_POINTS: dict[str, Point] = {
     "under observation": (*STEP, 71, "after"),
     "just before the examination": (*STEP, 72, "before"),
-    "in a roll-back": ("compressm.compressor", "Compressor._restore", 1, "before"),
-    "after a roll-back": ("compressm.compressor", "Compressor._restore", 1, "after"),
+    "in a roll-back": ("compressm.snapshot", "Training.restore", 1, "before"),
+    "after a roll-back": ("compressm.snapshot", "Training.restore", 1, "after"),
     "after the steps were made again": (*STEP, 76, "after"),
 }
 
@@ -238,6 +238,29 @@ def test_killed_again_and_again(children: ForkServerContext, tmp_path: Path, unb
         kills += 1
     assert kills == 5  # each attempt makes 4 steps that last, and 24 are needed
     assert_same_outcome(tmp_path, unbroken)
+
+
+MAMBA: dict[str, Any] = {
+    "model": {"layer": "mamba", "d_model": 4, "d_state": 8},
+    "compression": {"states": 3, "cuts": 2, "window": 0.5},
+}
+
+
+@pytest.mark.parametrize("layer", ["mamba", "mamba2"])
+def test_selective_layers_are_observed_cut_and_resumed(layer: str, children: ForkServerContext, tmp_path: Path) -> None:
+    options = {"layer": layer, **({"head_dim": 4, "n_groups": 2} if layer == "mamba2" else {})}
+    settings = config({**MAMBA, "model": {**MAMBA["model"], **options}})
+    result = train(settings, output=tmp_path / "unbroken", quiet=True)
+    assert result.state_dims == [3]
+    assert [event["kind"] for event in result.history] == ["cut", "cut"]
+    assert 0 < result.history[0]["layers"][0]["certificate"]["relative_error"] < 1
+    rebuilt = load(tmp_path / "unbroken" / "model")
+    assert isinstance(rebuilt, SequenceClassifier)
+    assert rebuilt.config["d_state"] == [3]
+    # Between the cuts, with moments observed and not yet used.
+    assert exit_code(children, settings, tmp_path / "killed", (*STEP, 10, "after")) == -signal.SIGKILL
+    assert exit_code(children, settings, tmp_path / "killed", None) == 0
+    assert_same_outcome(tmp_path / "killed", tmp_path / "unbroken")
 
 
 def test_a_finished_run_is_not_run_again(tmp_path: Path) -> None:

@@ -12,21 +12,44 @@ from compressm.adapters.base import (
     find_layers,
     register,
 )
+from compressm.adapters.hf_mamba import FalconMambaAdapter, HFMambaAdapter, JambaAdapter
+from compressm.adapters.hf_mamba2 import HFMamba2Adapter
 from compressm.adapters.lru import LRUAdapter
 from compressm.adapters.mamba import MambaAdapter
 from compressm.adapters.mamba2 import Mamba2Adapter
+from compressm.adapters.mamba_ssm import MambaSSM2Adapter, MambaSSMAdapter
 
 register(LRUAdapter())
 register(MambaAdapter())
 register(Mamba2Adapter())
 
+# By name, so that the packages are not imported.
+_HUGGING_FACE = "transformers.models.{0}.modeling_{0}.{1}"
+register(HFMambaAdapter(_HUGGING_FACE.format("mamba", "MambaMixer")))
+register(FalconMambaAdapter(_HUGGING_FACE.format("falcon_mamba", "FalconMambaMixer")))
+register(JambaAdapter(_HUGGING_FACE.format("jamba", "JambaMambaMixer")))
+register(HFMamba2Adapter(_HUGGING_FACE.format("mamba2", "Mamba2Mixer")))
+register(HFMamba2Adapter(_HUGGING_FACE.format("bamba", "BambaMixer"), "mamba_d_state"))
+register(HFMamba2Adapter(_HUGGING_FACE.format("falcon_h1", "FalconH1Mixer"), "mamba_d_state"))
+register(HFMamba2Adapter(_HUGGING_FACE.format("granitemoehybrid", "GraniteMoeHybridMambaLayer"), "mamba_d_state"))
+register(HFMamba2Adapter(_HUGGING_FACE.format("nemotron_h", "NemotronHMamba2Mixer"), "ssm_state_size"))
+register(HFMamba2Adapter(_HUGGING_FACE.format("zamba2", "Zamba2MambaMixer"), "mamba_d_state"))
+register(MambaSSMAdapter("mamba_ssm.modules.mamba_simple.Mamba"))
+register(MambaSSM2Adapter("mamba_ssm.modules.mamba2.Mamba2"))
+
 __all__ = [
     "Adapter",
+    "FalconMambaAdapter",
+    "HFMamba2Adapter",
+    "HFMambaAdapter",
+    "JambaAdapter",
     "LRUAdapter",
     "LayerAdapter",
     "LayerChange",
     "Mamba2Adapter",
     "MambaAdapter",
+    "MambaSSM2Adapter",
+    "MambaSSMAdapter",
     "ParameterChange",
     "SelectiveAdapter",
     "find_layers",

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -29,7 +30,7 @@ class ParameterChange:
         values: new values in the same order, of the parameters' dtype and device.
         axis: the state axis of each parameter.
         pullback: maps gradient-like optimizer state (momentum, first moments), shape ``(new, old)`` of the
-            concatenation.
+            concatenation; dense or sparse.
         pullback_squared: maps squared-gradient state (second moments), non-negative, same shape.
     """
 
@@ -56,11 +57,24 @@ class LayerChange:
             name: value for change in self.parameters for name, value in zip(change.names, change.values, strict=True)
         }
 
+    def cpu(self) -> LayerChange:
+        """The same change with all tensors on the CPU."""
+        parameters = (replace(part, values=tuple(value.cpu() for value in part.values)) for part in self.parameters)
+        return replace(self, parameters=tuple(parameters))
+
 
 class LayerAdapter(ABC):
-    """What the library needs to know of one kind of layer; use `Adapter` or `SelectiveAdapter`."""
+    """What the library needs to know of one kind of layer; use `Adapter` or `SelectiveAdapter`.
 
-    layer_type: type[nn.Module]
+    Attributes:
+        layer_type: the layer's class, or its full name, such as ``"package.module.Class"``, where the package is not to
+            be imported.
+        uniform: whether all such layers of a model must have the same state dimension, because its config and
+            checkpoints hold only one.
+    """
+
+    layer_type: type[nn.Module] | str
+    uniform: bool = False
 
     @abstractmethod
     def state_dim(self, layer: nn.Module) -> int:
@@ -69,6 +83,10 @@ class LayerAdapter(ABC):
     @abstractmethod
     def resized(self, layer: nn.Module, states: int) -> LayerChange:
         """Parameters of the right shapes for a state dimension, values to be loaded over them; nothing is written."""
+
+    def written(self, model: nn.Module) -> None:
+        """Called after layers of a model were written: keep true what it stores beside them, such as a config."""
+        del model  # nothing, by default
 
 
 class Adapter(LayerAdapter):
@@ -116,7 +134,14 @@ class SelectiveAdapter(LayerAdapter):
         written yet."""
 
 
-_REGISTRY: dict[type[nn.Module], LayerAdapter] = {}
+_REGISTRY: dict[type[nn.Module] | str, LayerAdapter] = {}
+
+# Parameters by which state space layers are recognised that no adapter is registered for.
+_TELLTALES = ("A_log", "log_A_real", "Lambda_re", "nu_log")
+
+
+class UnknownLayerWarning(UserWarning):
+    """A model has, beside layers that compressm knows, one that looks like a state space layer and is left alone."""
 
 
 def register(adapter: LayerAdapter) -> None:
@@ -127,27 +152,50 @@ def register(adapter: LayerAdapter) -> None:
 def find_layers(model: nn.Module) -> dict[str, tuple[nn.Module, LayerAdapter]]:
     """Every layer of a model that has a reducible state, by its name in the model, with its adapter.
 
+    Layers that look like state space layers and have no adapter are named in an `UnknownLayerWarning`.
+
     Raises:
         UnsupportedModelError: the model has none.
     """
     found: dict[str, tuple[nn.Module, LayerAdapter]] = {}
+    unknown: list[str] = []
     for name, module in model.named_modules():
-        for kind in type(module).__mro__:
-            if kind in _REGISTRY:
-                found[name] = (module, _REGISTRY[kind])
-                break
+        adapter = _adapter(type(module))
+        if adapter is not None:
+            found[name] = (module, adapter)
+        elif any(telltale in module._parameters for telltale in _TELLTALES):  # pyright: ignore[reportPrivateUsage]
+            unknown.append(f"{name or 'the model itself'} ({type(module).__name__})")
+    advice = "register an adapter for its class with compressm.adapters.register; docs/adapters.md shows how"
+    some = f"{', '.join(unknown[:3])}{f' and {len(unknown) - 3} more' if len(unknown) > 3 else ''}"
+    if not found and unknown:
+        raise UnsupportedModelError(f"no adapter is known for {some}, which look like state space layers: {advice}")
     if not found:
-        known = ", ".join(sorted(kind.__name__ for kind in _REGISTRY))
+        known = ", ".join(sorted(_short_name(kind) for kind in _REGISTRY))
         raise UnsupportedModelError(
-            f"{type(model).__name__} has no state space layer that compressm knows (known: {known}); "
-            "register an adapter for its layer type with compressm.adapters.register"
+            f"{type(model).__name__} has no state space layer (known: {known}); if it has one that is not recognised, "
+            + advice
         )
+    if unknown:
+        message = f"no adapter is known for {some}, which look like state space layers and are left as they are: "
+        warnings.warn(message + advice, UnknownLayerWarning, stacklevel=2)
     return found
 
 
+def _adapter(kind: type[nn.Module]) -> LayerAdapter | None:
+    for base in kind.__mro__:
+        for key in (base, f"{base.__module__}.{base.__qualname__}"):
+            if key in _REGISTRY:
+                return _REGISTRY[key]
+    return None
+
+
+def _short_name(kind: type[nn.Module] | str) -> str:
+    return kind.rpartition(".")[2] if isinstance(kind, str) else kind.__name__
+
+
 def layer_values(layer: nn.Module) -> dict[str, Tensor]:
-    """The layer's parameters, detached."""
-    return {name: parameter.detach() for name, parameter in layer.named_parameters()}
+    """The layer's parameters and buffers, detached."""
+    return {name: value.detach() for name, value in (*layer.named_parameters(), *layer.named_buffers())}
 
 
 @torch.no_grad()
@@ -159,12 +207,14 @@ def write(layer: nn.Module, change: LayerChange) -> None:
     """
     for name, value in change.values().items():
         parameter = layer.get_parameter(name)
+        device = parameter.device
         if parameter.shape != value.shape:
             # Setting data of another type first makes autograd drop the parameter's gradient accumulator, which
             # otherwise lives on with the old shape for as long as anyone holds the last loss.
             other = torch.float16 if parameter.dtype != torch.float16 else torch.float32
-            parameter.data = torch.empty(0, dtype=other, device=parameter.device)
-        parameter.data = value.to(dtype=value.dtype, device=value.device).contiguous()
+            parameter.data = torch.empty(0, dtype=other, device=device)
+        # A copy: the same change may be written into several models, such as averaged copies.
+        parameter.data = value.to(device=device, copy=True, memory_format=torch.contiguous_format)
         parameter.grad = None
     for path, value in change.attributes.items():
         owner, _, name = path.rpartition(".")

@@ -75,7 +75,11 @@ def selection_change(name: str, value: Tensor, axis: int, kept: Tensor) -> Param
         axis: the axis.
         kept: the indices that stay, shape ``(kept,)``.
     """
-    pullback = torch.eye(value.shape[axis], dtype=torch.float64)[kept]
+    places = torch.stack([torch.arange(kept.shape[0]), kept])  # sparse: a projection can have 10^4 rows
+    ones = torch.ones(kept.shape[0], dtype=torch.float64)
+    pullback = torch.sparse_coo_tensor(
+        places, ones, (kept.shape[0], value.shape[axis]), is_coalesced=True, check_invariants=False
+    )
     return ParameterChange(
         (name,), (value.detach().index_select(axis, kept.to(value.device)),), axis, pullback, pullback
     )

@@ -182,6 +182,7 @@ class Process:
         for index in range(_TURN_STEPS):
             answer = self._ask("step")
             if self.unavailable is not None:
+                self.times_ms.clear()  # half a measurement is none
                 return
             if fast and index == 0:
                 continue

@@ -12,15 +12,16 @@ from compressm.scans import ssd_scan, ssd_step
 
 
 class GatedRMSNorm(nn.Module):
-    """``weight * y / rms(y)`` with ``y = x * SiLU(z)``, over the last axis."""
+    """``weight * y / rms(y)`` with ``y = x * SiLU(z)``, over each of ``groups`` parts of the last axis."""
 
-    def __init__(self, width: int, eps: float = 1e-5) -> None:
+    def __init__(self, width: int, groups: int = 1, eps: float = 1e-5) -> None:
         super().__init__()
-        self.eps = eps
+        self.groups, self.eps = groups, eps
         self.weight = nn.Parameter(torch.ones(width))
 
     def forward(self, x: Tensor, z: Tensor) -> Tensor:
-        return F.rms_norm(x * F.silu(z), self.weight.shape, self.weight, self.eps)
+        y = (x * F.silu(z)).unflatten(-1, (self.groups, -1))
+        return self.weight * F.rms_norm(y, y.shape[-1:], None, self.eps).flatten(-2)
 
 
 class Mamba2(nn.Module):
@@ -78,7 +79,7 @@ class Mamba2(nn.Module):
         self.dt_bias = nn.Parameter(inverse_softplus(log_uniform(self.n_heads, dt_min, dt_max)))
         self.A_log = nn.Parameter((1 + 15 * torch.rand(self.n_heads)).log())
         self.D = nn.Parameter(torch.ones(self.n_heads))
-        self.norm = GatedRMSNorm(self.d_inner, norm_eps)
+        self.norm = GatedRMSNorm(self.d_inner, n_groups, norm_eps)
         self.out_proj = nn.Linear(self.d_inner, d_model, bias=False)
 
     @property

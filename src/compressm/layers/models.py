@@ -18,9 +18,14 @@ LAYERS: dict[str, type[LRU] | type[Mamba] | type[Mamba2]] = {"lru": LRU, "mamba"
 
 
 class SequenceBatchNorm(nn.BatchNorm1d):
-    """Batch norm of ``(batch, length, channels)``, with statistics over batch and time."""
+    """Batch norm of ``(batch, length, channels)``, with statistics over batch and time.
+
+    Also of one step ``(batch, channels)``, by the running statistics: in evaluation mode only.
+    """
 
     def forward(self, input: Tensor) -> Tensor:
+        if input.ndim == 2 and self.training:
+            raise RuntimeError("a single step has no batch statistics over time: call model.eval() before model.step()")
         return super().forward(input.reshape(-1, input.shape[-1])).view_as(input)  # rows without a copy
 
 
@@ -55,6 +60,16 @@ class LRUBlock(nn.Module):
     def forward(self, u: Tensor) -> Tensor:
         z = gelu_dropout(self.ssm(self.norm(u)), self.dropout.p, self.training)
         return glu_residual(u, self.glu(z), self.dropout.p, self.training)
+
+    def initial_state(self, batch: int) -> Tensor:
+        """The zero state of `step`."""
+        return self.ssm.initial_state(batch)
+
+    def step(self, u: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        """One time step: ``u`` of shape ``(batch, d_model)`` to the output of the same shape, and the next state."""
+        z, state = self.ssm.step(self.norm(u), state)
+        z = gelu_dropout(z, self.dropout.p, self.training)
+        return glu_residual(u, self.glu(z), self.dropout.p, self.training), state
 
 
 class MambaBlock(nn.Module):
@@ -165,6 +180,25 @@ class SequenceClassifier(nn.Module):
         for block in self.blocks:
             z = block(z)
         return self.decoder(self.norm(z).mean(1))
+
+    def initial_state(self, batch: int) -> dict[str, Any]:
+        """The state of `step` before the first input: the blocks' states, and mean and number of the steps so far."""
+        return {
+            "blocks": [block.initial_state(batch) for block in self.blocks],  # type: ignore[operator]
+            "mean": self.encoder.bias.new_zeros(batch, self.encoder.out_features),
+            "steps": self.encoder.bias.new_zeros(batch, 1),
+        }
+
+    def step(self, u: Tensor, state: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
+        """One time step, in evaluation mode: ``u`` of shape ``(batch, d_input)`` to the logits of the sequence so far,
+        shape ``(batch, n_classes)``, and the next state. After the last input they are those of the whole sequence."""
+        z, blocks = self.encoder(u), list[Any]()
+        for block, before in zip(self.blocks, state["blocks"], strict=True):
+            z, after = block.step(z, before)  # type: ignore[operator]
+            blocks.append(after)
+        steps = state["steps"] + 1
+        mean = state["mean"] + (self.norm(z) - state["mean"]) / steps
+        return self.decoder(mean), {"blocks": blocks, "mean": mean, "steps": steps}
 
 
 class LanguageModel(nn.Module):

@@ -14,12 +14,15 @@ import torch
 from torch import Tensor
 
 from compressm.scans import native
+from compressm.scans.graph import exporting, graph_scan
 
-ChainEngine = Literal["native", "triton", "torch"]
+ChainEngine = Literal["native", "triton", "torch", "graph"]
 
 
 def chain_engine(tensor: Tensor) -> ChainEngine:
     """The fastest engine for a tensor: compiled on the CPU, Triton on CUDA, else a PyTorch loop over the chain."""
+    if exporting():
+        return "graph"
     if native.usable(tensor):
         return "native"
     return "triton" if triton_usable(tensor) else "torch"
@@ -47,6 +50,8 @@ def chain(v: Tensor, lam: Tensor, initial: Tensor, engine: ChainEngine) -> Tenso
     """
     if engine == "native":
         return _native(v.contiguous(), lam.contiguous(), initial.contiguous())
+    if engine == "graph":
+        return _graph(v, lam, initial)
     if engine == "triton":
         from compressm.scans.triton_chain import chain_triton
 
@@ -59,6 +64,15 @@ def chain(v: Tensor, lam: Tensor, initial: Tensor, engine: ChainEngine) -> Tenso
         torch.complex(v[:, :, 0], v[:, :, 1]), torch.complex(*lam), torch.complex(*initial.unbind(1))
     )
     return torch.stack([states.real, states.imag], 2)
+
+
+def _graph(v: Tensor, lam: Tensor, initial: Tensor) -> Tensor:
+    def link(state: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        re, im = state.unbind(1)
+        state = torch.stack([lam[0] * re - lam[1] * im, lam[0] * im + lam[1] * re], 1) + v
+        return state, state
+
+    return graph_scan(link, initial, v)[0]
 
 
 class _Loop(torch.autograd.Function):

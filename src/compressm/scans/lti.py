@@ -22,6 +22,8 @@ import torch
 from torch import Tensor
 
 from compressm.scans import lti_chunked, lti_fft
+from compressm.scans.graph import exporting
+from compressm.scans.precision import without_autocast
 
 Engine = Literal["auto", "chunked", "fft", "loop"]
 
@@ -36,6 +38,7 @@ def lti_scan(
     u: Tensor, log_radius: Tensor, phase: Tensor, B_re: Tensor, B_im: Tensor, C_re: Tensor, C_im: Tensor,
     initial_state: Tensor | None = None, *, return_state: Literal[True], engine: Engine = "auto",
 ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+@without_autocast
 def lti_scan(
     u: Tensor,
     log_radius: Tensor,
@@ -74,7 +77,8 @@ def lti_scan(
     system = (*poles, B_re.to(dtype), B_im.to(dtype), C_re.to(dtype), C_im.to(dtype))
     stateful = initial_state is not None or return_state
     if engine == "auto":
-        engine = "fft" if not stateful and _fft_is_cheaper(u, C_re.shape[0], C_re.shape[1]) else "chunked"
+        fft = not stateful and not exporting() and _fft_is_cheaper(u, C_re.shape[0], C_re.shape[1])
+        engine = "fft" if fft else "chunked"
     if engine == "fft":
         if stateful:
             raise ValueError('engine="fft" knows no states: use "chunked" with initial_state or return_state')
@@ -105,8 +109,9 @@ def lti_step(
     radius = log_radius.exp()
     lam_re, lam_im = radius * phase.cos(), radius * phase.sin()
     re, im = state[:, 0], state[:, 1]
-    re, im = lam_re * re - lam_im * im + u @ B_re.T, lam_re * im + lam_im * re + u @ B_im.T
-    return re @ C_re.T - im @ C_im.T, torch.stack([re, im], 1)
+    added = (u @ torch.cat([B_re, B_im]).T).view_as(state)
+    state = torch.stack([lam_re * re - lam_im * im, lam_re * im + lam_im * re], 1) + added
+    return state.flatten(1) @ torch.cat([C_re, -C_im], 1).T, state
 
 
 def _check(

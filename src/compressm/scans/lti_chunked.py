@@ -90,6 +90,8 @@ def chunk_length(length: int, p: int, q: int, n: int, engine: ChainEngine) -> in
     A compiled chain costs the time that 4 numbers per real state and link take through memory, which is worth about
     24 operations each: T = sqrt(96 n / (p q)). A chain of PyTorch calls costs some thousand operations more per link.
     """
+    if engine == "graph":
+        return 1  # the length is not known yet
     ideal = math.sqrt(96 * n / (p * q)) if engine != "torch" else 4 * math.sqrt(n * (p + q) / (p * q))
     shortest = 1 if engine != "torch" else 4
     return min(length, max(shortest, min(64, 2 ** round(math.log2(ideal)))))

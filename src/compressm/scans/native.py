@@ -67,6 +67,7 @@ def call(name: str, like: Tensor, *arguments: Tensor | int | float | None) -> No
     """
     kernels = library()
     assert kernels is not None
+    assert like.dtype in (torch.float32, torch.float64), like.dtype
     function = getattr(kernels, f"{name}_{'f32' if like.dtype == torch.float32 else 'f64'}")
     function(*(_converted(argument) for argument in arguments), ctypes.c_int(torch.get_num_threads()))
 

@@ -21,8 +21,10 @@ from torch.utils.checkpoint import checkpoint
 
 from compressm.scans import native
 from compressm.scans.chain import triton_usable
+from compressm.scans.graph import exporting, graph_scan
+from compressm.scans.precision import without_autocast
 
-Engine = Literal["auto", "native", "triton", "torch", "loop"]
+Engine = Literal["auto", "native", "triton", "torch", "loop", "graph"]
 
 
 @overload
@@ -35,6 +37,7 @@ def selective_scan(
     u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, initial_state: Tensor | None = None,
     *, return_state: Literal[True], engine: Engine = "auto",
 ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+@without_autocast
 def selective_scan(
     u: Tensor,
     delta: Tensor,
@@ -55,7 +58,8 @@ def selective_scan(
         initial_state: ``h_{-1}``, shape ``(batch, d, n)``; zero by default.
         return_state: also return the state after the last step.
         engine: ``"native"`` (compiled, CPU), ``"triton"`` (CUDA), ``"torch"`` (plain PyTorch, anywhere), ``"loop"``
-            (the definition, for reference); ``"auto"`` takes the first that there is.
+            (the definition, for reference); ``"auto"`` takes the first that there is, and ``"graph"`` (one loop node)
+            while `torch.export` traces.
 
     Returns:
         ``y``, shape and dtype of ``u``; with ``return_state`` also ``h`` after the last step, shape ``(batch, d, n)``.
@@ -65,6 +69,8 @@ def selective_scan(
     """
     _check(u, delta, A, B, C, initial_state)
     tensors = (u, delta, A, B, C, initial_state)
+    if engine == "auto" and exporting():
+        engine = "graph"
     if engine == "auto":
         engine = "native" if native.usable(*tensors) else "triton" if triton_usable(u) else "torch"
     dtype = torch.promote_types(torch.promote_types(u.dtype, A.dtype), torch.float32)
@@ -81,8 +87,10 @@ def selective_scan(
         y, state = _chunks(*args, start)
     elif engine == "loop":
         y, state = _loop(*args, start)
+    elif engine == "graph":
+        y, state = _graph(*args, start)
     else:
-        raise ValueError(f"engine must be 'auto', 'native', 'triton', 'torch' or 'loop'; got {engine!r}")
+        raise ValueError(f"engine must be 'auto', 'native', 'triton', 'torch', 'loop' or 'graph'; got {engine!r}")
     return (y.to(u.dtype), state) if return_state else y.to(u.dtype)
 
 
@@ -148,6 +156,10 @@ def _chunks(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Te
         )
         outputs.append(y)
     return torch.cat(outputs, 1), state
+
+
+def _graph(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+    return graph_scan(lambda h, u, delta, B, C: selective_step(h, u, delta, A, B, C), state, u, delta, B, C)
 
 
 def _native(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:

@@ -20,9 +20,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from compressm.scans.chain import chain, chain_engine
+from compressm.scans.graph import exporting, graph_scan
 from compressm.scans.lti_chunked import powers
+from compressm.scans.precision import without_autocast
 
-Engine = Literal["auto", "chunked", "loop"]
+Engine = Literal["auto", "chunked", "loop", "graph"]
 
 
 @overload
@@ -35,6 +37,7 @@ def siso_scan(
     u: Tensor, log_radius: Tensor, phase: Tensor, c_re: Tensor, c_im: Tensor, initial_state: Tensor | None = None,
     *, return_state: Literal[True], engine: Engine = "auto",
 ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+@without_autocast
 def siso_scan(
     u: Tensor,
     log_radius: Tensor,
@@ -54,7 +57,8 @@ def siso_scan(
         c_re, c_im: real and imaginary part of ``c``, shape ``(channels, n)``.
         initial_state: ``x_{-1}`` as real and imaginary part, shape ``(batch, 2, channels, n)``; zero by default.
         return_state: also return the state after the last step.
-        engine: ``"chunked"`` (which is what ``"auto"`` takes), or ``"loop"``, the definition, for reference.
+        engine: ``"chunked"`` (which is what ``"auto"`` takes), ``"loop"``, the definition, for reference, or
+            ``"graph"`` (one loop node), which ``"auto"`` takes while `torch.export` traces.
 
     Returns:
         ``y``, shape and dtype of ``u``; with ``return_state`` also the last state, shape ``(batch, 2, channels, n)``.
@@ -66,12 +70,16 @@ def siso_scan(
     dtype = torch.promote_types(torch.promote_types(u.dtype, c_re.dtype), torch.float32)
     state = u.new_zeros(u.shape[0], 2, *c_re.shape) if initial_state is None else initial_state
     args = (u.to(dtype), log_radius.to(dtype), phase.to(dtype), c_re.to(dtype), c_im.to(dtype), state.to(dtype))
-    if engine in ("auto", "chunked"):
+    if engine == "auto":
+        engine = "graph" if exporting() else "chunked"
+    if engine == "chunked":
         y, state = _chunked(*args)
     elif engine == "loop":
         y, state = _loop(*args)
+    elif engine == "graph":
+        y, state = graph_scan(lambda x, u: siso_step(x, u, *args[1:-1]), args[-1], args[0])
     else:
-        raise ValueError(f"engine must be 'auto', 'chunked' or 'loop'; got {engine!r}")
+        raise ValueError(f"engine must be 'auto', 'chunked', 'loop' or 'graph'; got {engine!r}")
     return (y.to(u.dtype), state) if return_state else y.to(u.dtype)
 
 

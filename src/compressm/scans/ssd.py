@@ -18,7 +18,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-Engine = Literal["auto", "chunked", "loop"]
+from compressm.scans.graph import exporting, graph_scan
+from compressm.scans.precision import without_autocast
+
+Engine = Literal["auto", "chunked", "loop", "graph"]
 
 
 @overload
@@ -31,6 +34,7 @@ def ssd_scan(
     x: Tensor, log_decay: Tensor, B: Tensor, C: Tensor, initial_state: Tensor | None = None,
     *, return_state: Literal[True], engine: Engine = "auto",
 ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+@without_autocast
 def ssd_scan(
     x: Tensor,
     log_decay: Tensor,
@@ -50,7 +54,8 @@ def ssd_scan(
             ``heads``, and head ``h`` uses group ``h // (heads // groups)``.
         initial_state: shape ``(batch, heads, p, n)``; zero by default.
         return_state: also return the state after the last step.
-        engine: ``"chunked"`` (which is what ``"auto"`` takes), or ``"loop"``, the definition, for reference.
+        engine: ``"chunked"`` (which is what ``"auto"`` takes), ``"loop"``, the definition, for reference, or
+            ``"graph"`` (one loop node), which ``"auto"`` takes while `torch.export` traces.
 
     Returns:
         ``y``, shape and dtype of ``x``; with ``return_state`` also the last state, shape ``(batch, heads, p, n)``.
@@ -63,12 +68,16 @@ def ssd_scan(
     dtype = torch.promote_types(x.dtype, torch.float32)
     state = x.new_zeros(x.shape[0], *x.shape[2:], B.shape[-1]) if initial_state is None else initial_state
     args = (x.to(dtype), log_decay.to(dtype), B.to(dtype), C.to(dtype), state.to(dtype))
-    if engine in ("auto", "chunked"):
+    if engine == "auto":
+        engine = "graph" if exporting() else "chunked"
+    if engine == "chunked":
         y, state = _chunked(*args)
     elif engine == "loop":
         y, state = _loop(*args)
+    elif engine == "graph":
+        y, state = graph_scan(ssd_step, args[-1], *args[:-1])
     else:
-        raise ValueError(f"engine must be 'auto', 'chunked' or 'loop'; got {engine!r}")
+        raise ValueError(f"engine must be 'auto', 'chunked', 'loop' or 'graph'; got {engine!r}")
     return (y.to(x.dtype), state) if return_state else y.to(x.dtype)
 
 

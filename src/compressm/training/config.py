@@ -134,6 +134,7 @@ class CompressionConfig(Section):
     multiple_of: int = Field(1, ge=1)
     method: Literal["real", "complex"] = "real"
     selection: Literal["least_squares", "gramians", "magnitude", "random", "means"] = "least_squares"
+    per_layer: bool = False
     carry: Literal["transform", "slice", "reset"] = "transform"
     check_after: int | None = Field(None, ge=1)
     on_setback: Literal["halve", "stop"] = "halve"

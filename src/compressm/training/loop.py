@@ -25,8 +25,8 @@ from torch.nn import functional as F
 
 from compressm import __version__
 from compressm.checkpoint import load, load_tree, save, save_tree
-from compressm.compressor import Event
 from compressm.errors import ConfigError
+from compressm.history import Event
 from compressm.reduce import state_dims
 from compressm.rng import rng_state, set_rng_state
 from compressm.training.config import Config

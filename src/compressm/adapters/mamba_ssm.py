@@ -1,0 +1,87 @@
+"""Layers of the authors' own package, ``mamba_ssm``: `Mamba` and `Mamba2`, known by their classes' names."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from compressm.adapters.base import LayerChange, layer_values
+from compressm.adapters.hf_mamba import HFMambaAdapter
+from compressm.adapters.hf_mamba2 import HFMamba2Adapter
+from compressm.layers.activations import causal_conv
+from compressm.selective import SelectiveReduction, Signals, first_states
+
+
+class MambaSSMAdapter(HFMambaAdapter):
+    """``mamba_ssm.modules.mamba_simple.Mamba``."""
+
+    def signals(self, layer: nn.Module, hidden: Tensor) -> Signals:
+        m: Any = layer
+        u, z = m.in_proj(hidden).chunk(2, -1)
+        u = causal_conv(m.conv1d, u)
+        dt, B, C = m.x_proj(u).split([m.dt_rank, m.d_state, m.d_state], -1)
+        delta = F.softplus(m.dt_proj(dt))
+        gain = F.silu(z) * m.out_proj.weight.norm(dim=0)
+        return Signals(delta * u, delta, m.A_log.float().exp(), B[:, :, None], C[:, :, None], gain)
+
+    def plan(self, values: Mapping[str, Tensor], reduction: SelectiveReduction) -> LayerChange:
+        return _named(super().plan(values, reduction), reduction.states, "x_proj.")
+
+    def written(self, model: nn.Module) -> None:
+        _update_config(self, model)
+
+
+class MambaSSM2Adapter(HFMamba2Adapter):
+    """``mamba_ssm.modules.mamba2.Mamba2``, also where ``d_ssm`` leaves some channels to a gated MLP."""
+
+    def signals(self, layer: nn.Module, hidden: Tensor) -> Signals:
+        m: Any = layer
+        conv, heads = m.conv1d.weight.shape[0], m.nheads
+        projected = m.in_proj(hidden)
+        z, xBC, dt = projected[..., -(m.d_ssm + conv + heads) :].split([m.d_ssm, conv, heads], -1)
+        width = m.ngroups * m.d_state
+        x, B, C = causal_conv(m.conv1d, xBC).split([m.d_ssm, width, width], -1)
+        delta = F.softplus(dt + m.dt_bias).clamp(*m.dt_limit).repeat_interleave(m.headdim, -1)
+        gain = F.silu(z) * m.out_proj.weight[:, -m.d_ssm :].norm(dim=0)
+        if m.rmsnorm:
+            gain = gain * m.norm.weight
+        B, C = (v.unflatten(-1, (m.ngroups, m.d_state)) for v in (B, C))
+        step = delta * m.A_log.float().exp().repeat_interleave(m.headdim)
+        return Signals(x * delta, step, torch.ones(1, 1), B, C, gain)
+
+    def plan(self, values: Mapping[str, Tensor], reduction: SelectiveReduction) -> LayerChange:
+        return _named(super().plan(values, reduction), reduction.states, "in_proj.", "conv1d.")
+
+    def state_dim(self, layer: nn.Module) -> int:
+        m: Any = layer
+        return int(m.d_state)
+
+    def resized(self, layer: nn.Module, states: int) -> LayerChange:
+        m: Any = layer
+        return self.plan(layer_values(layer), first_states(self.state_dim(layer), states, int(m.ngroups)))
+
+    def written(self, model: nn.Module) -> None:
+        _update_config(self, model)
+
+
+def _named(change: LayerChange, states: int, *submodules: str) -> LayerChange:
+    """The layer's own attribute for the state dimension, and those of its submodules."""
+    kept = {name: value for name, value in change.attributes.items() if name.startswith(submodules)}
+    return replace(change, attributes={**kept, "d_state": states})
+
+
+def _update_config(adapter: HFMambaAdapter | HFMamba2Adapter, model: nn.Module) -> None:
+    """Keep true what ``MambaLMHeadModel`` passes to its layers, and saves."""
+    for module in model.modules():
+        config: Any = getattr(module, "config", None)
+        dims = adapter.dims_in(module)
+        if dims and isinstance(getattr(config, "ssm_cfg", None), dict):
+            config.ssm_cfg["d_state"] = max(dims)
+
+
+__all__ = ["MambaSSM2Adapter", "MambaSSMAdapter"]

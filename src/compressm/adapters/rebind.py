@@ -1,0 +1,41 @@
+"""A layer's own forward with some functions of its source file exchanged: for one instance, nothing is patched.
+
+Hugging Face's Mamba layers call their scan as a function of their module. The scan can so be exchanged for a faster
+one, or for one that records what goes through it, and all the rest (masks, caches, norms) stays the layer's own code.
+"""
+
+from __future__ import annotations
+
+import inspect
+import types
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+
+def global_names(layer: nn.Module) -> frozenset[str]:
+    """The names of globals and attributes that a layer's forward refers to."""
+    code = getattr(inspect.unwrap(type(layer).forward), "__code__", None)
+    return frozenset(code.co_names) if code is not None else frozenset()
+
+
+def rebound_forward(layer: nn.Module, functions: dict[str, Callable[..., Any]]) -> types.MethodType:
+    """The layer's forward, bound to it, with other functions under some of its global names.
+
+    Wrappers around the forward (Accelerate's hooks for weights that are offloaded) are not in it.
+
+    Args:
+        layer: a layer with a forward written in Python.
+        functions: what each name is to mean.
+    """
+    forward = inspect.unwrap(type(layer).forward)
+    rebound = types.FunctionType(
+        forward.__code__,
+        {**forward.__globals__, **functions},
+        forward.__name__,
+        forward.__defaults__,
+        forward.__closure__,
+    )
+    rebound.__kwdefaults__ = forward.__kwdefaults__
+    return types.MethodType(rebound, layer)

@@ -1,0 +1,94 @@
+"""Several processes on `torch.distributed`: one decision, the same cut on every rank, and replicas that notice it."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+Value = TypeVar("Value")
+
+
+def world_size() -> int:
+    """Number of processes; 1 where `torch.distributed` is not set up."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """Number of this process, from 0."""
+    return dist.get_rank() if world_size() > 1 else 0
+
+
+def from_first_rank(decide: Callable[[], Value]) -> Value:
+    """What rank 0 decides, on all ranks; the others do not even compute it.
+
+    Equal weights need not give equal decisions: a different CPU or BLAS moves the last digit, and the last digit may
+    decide about a state. An error on rank 0 is raised on all ranks, so that none is left waiting.
+
+    Args:
+        decide: called without arguments, on rank 0 only; returns anything that can be pickled, tensors on the CPU.
+    """
+    if world_size() == 1:
+        return decide()
+    outcome: list[Any] = [None, None]
+    if rank() == 0:
+        try:
+            outcome[0] = decide()
+        except Exception as error:
+            outcome[1] = error
+    dist.broadcast_object_list(outcome, src=0)
+    if outcome[1] is not None:
+        raise outcome[1]
+    return outcome[0]
+
+
+def gathered(value: Value) -> list[Value]:
+    """The values of all ranks, on all ranks, in their order."""
+    if world_size() == 1:
+        return [value]
+    values: list[Any] = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def rebuild_replicas(model: nn.Module) -> int:
+    """Let every `DistributedDataParallel` around a model take notice of its new shapes, in place.
+
+    DDP's reducer holds buckets of the old sizes and hooks on gradient accumulators that a cut has replaced: left
+    alone it would go on averaging the gradients of the other parameters only, and the ranks would drift apart. DDP can
+    be unpickled, and then builds its reducer anew; the same is done here to the object that hosts hold on to. Wrappers
+    are found wherever they are, since Trainer, Lightning and Accelerate keep them to themselves.
+
+    Args:
+        model: the wrapped model, the wrapper, or a model around it.
+
+    Returns:
+        how many wrappers were rebuilt.
+    """
+    if world_size() == 1:
+        return 0
+    parts = {id(module) for module in model.modules()}
+    # type() and not isinstance(): asking some lazy objects for their __class__ has side effects.
+    wrappers = [o for o in gc.get_objects() if issubclass(type(o), DistributedDataParallel) and id(o.module) in parts]
+    for wrapper in wrappers:
+        _rebuild(wrapper)
+    return len(wrappers)
+
+
+def _rebuild(wrapper: DistributedDataParallel) -> None:
+    state: dict[str, Any] = {k: v for k, v in vars(wrapper).items() if k not in ("reducer", "logger")}
+    state["_has_rebuilt_buckets"] = False
+    hooks = list(state["_comm_hooks"])
+    state["_comm_hooks"].clear()
+    # The old reducer goes first: its end takes its hooks off the parameters that were not cut.
+    del wrapper.reducer, wrapper.logger
+    wrapper.__setstate__(state)
+    for hook, hook_state in hooks:
+        wrapper.register_comm_hook(hook_state, hook)
+
+
+__all__ = ["from_first_rank", "gathered", "rank", "rebuild_replicas", "world_size"]

@@ -1,0 +1,377 @@
+"""Export for deployment: a model over whole sequences, or one time step of it, to ONNX or as a `torch.export` program.
+
+    from compressm.export import to_onnx
+    report = to_onnx(model, "model-step.onnx", step=True)      # needs pip install "compressm[deploy]"
+
+Every file is run and compared with the model before it gets its name: what has been written computes the same.
+
+Names in the graph: the sequence model has ``input`` (batch, length, ...) and ``output``, with batch and length free.
+The step has ``input`` (batch, ...), ``output``, and every tensor of the state twice, as input ``state...`` and as
+output ``next_state...``; the state starts as zeros.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+import os
+import tempfile
+import warnings
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from compressm.errors import ExportError, MissingExtraError
+from compressm.reduce import state_dims
+
+StrPath = str | os.PathLike[str]
+Runner = Callable[[Sequence[Tensor]], list[Tensor]]
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """What was written, and how well it agrees with the model.
+
+    Attributes:
+        path: the file.
+        format: ``"onnx"`` or ``"torch"``.
+        step: whether it is one time step instead of the sequence model.
+        int8: whether its weights are 8-bit integers.
+        bytes: size of the file.
+        max_error: largest absolute difference between its outputs and PyTorch's.
+        largest_output: largest absolute output of PyTorch, to hold the error against.
+        checked_steps: length of the sequences that were compared.
+        inputs, outputs: names in the graph, with shapes.
+    """
+
+    path: str
+    format: str
+    step: bool
+    int8: bool
+    bytes: int
+    max_error: float
+    largest_output: float
+    checked_steps: int
+    inputs: dict[str, list[int | str]]
+    outputs: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return {**asdict(self), "outputs": list(self.outputs)}
+
+
+def to_onnx(
+    model: nn.Module,
+    path: StrPath,
+    *,
+    step: bool = False,
+    int8: bool = False,
+    example: Tensor | None = None,
+    tolerance: float = 1e-4,
+) -> ExportReport:
+    """Write a model as one ONNX file, in float32.
+
+    Args:
+        model: any of `compressm.layers`, or a model of your own that `torch.export` can trace; for ``step`` it has
+            ``initial_state(batch)`` and ``step(u, state)``, with nested dicts, lists or tuples of tensors as state.
+        path: the file; its folder exists.
+        step: export `step` instead of the forward pass.
+        int8: store the weights of matrix products as 8-bit integers (ONNX Runtime's dynamic quantisation).
+        example: input sequences to check with, shape ``(batch, length, ...)``; by default two random ones of 1000
+            steps. Models of your own need it.
+        tolerance: largest error allowed, times the largest output where that is above 1; not applied to ``int8``.
+
+    Raises:
+        ExportError: the model cannot be traced, the file cannot be written, or it computes something else.
+        MissingExtraError: the ``deploy`` extra is not installed.
+    """
+    _require_onnx()
+    path = Path(path)
+    traced = _trace(model, example, step)
+    with _scratch(path) as scratch:
+        _write_onnx(traced, scratch)
+        report = _verify(traced, scratch, onnx_runner(scratch), tolerance)  # of the float model, quantised or not
+        if int8:
+            quantised = scratch.with_suffix(".int8")
+            _quantise(scratch, quantised)
+            report = _verify(traced, quantised, onnx_runner(quantised), None)
+            os.replace(quantised, scratch)
+        os.replace(scratch, path)
+    return _report(traced, path, "onnx", int8, report)
+
+
+def to_torch(
+    model: nn.Module, path: StrPath, *, step: bool = False, example: Tensor | None = None, tolerance: float = 1e-4
+) -> ExportReport:
+    """Write a model as a `torch.export` program (``.pt2``): it runs without compressm and without the model's code.
+
+    Args:
+        model, path, step, example, tolerance: see `to_onnx`.
+
+    Raises:
+        ExportError: the model cannot be traced, the file cannot be written, or it computes something else.
+    """
+    path = Path(path)
+    traced = _trace(model, example, step)
+    with _scratch(path) as scratch, _quiet():
+        torch.export.save(traced.program, scratch)
+        program: Any = torch.export.load(scratch).module()
+
+        def run(inputs: Sequence[Tensor]) -> list[Tensor]:
+            outputs = program(*inputs)
+            return [outputs] if isinstance(outputs, Tensor) else list(outputs)
+
+        report = _verify(traced, scratch, run, tolerance)
+        os.replace(scratch, path)
+    return _report(traced, path, "torch", False, report)
+
+
+def onnx_runner(path: StrPath) -> Runner:
+    """A function that runs an ONNX file on one thread of the CPU, from tensors in the order of its inputs to the list
+    of its outputs."""
+    _require_onnx()
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    options.log_severity_level = 3
+    session = onnxruntime.InferenceSession(os.fspath(path), options, providers=["CPUExecutionProvider"])
+    names = [node.name for node in session.get_inputs()]
+
+    def run(inputs: Sequence[Tensor]) -> list[Tensor]:
+        arrays = (tensor.numpy() for tensor in inputs)
+        return [torch.from_numpy(array) for array in session.run(None, dict(zip(names, arrays, strict=True)))]
+
+    return run
+
+
+def flatten_state(state: Any, name: str = "state") -> dict[str, Tensor]:
+    """The tensors of a nested state, in order, by their names in an exported graph: ``state.blocks.0`` and so on."""
+    if isinstance(state, Tensor):
+        return {name: state}
+    items = state.items() if isinstance(state, dict) else enumerate(state)
+    return {path: leaf for key, value in items for path, leaf in flatten_state(value, f"{name}.{key}").items()}
+
+
+def _rebuild(template: Any, leaves: Iterator[Tensor]) -> Any:
+    if isinstance(template, Tensor):
+        return next(leaves)
+    if isinstance(template, dict):
+        return {key: _rebuild(value, leaves) for key, value in template.items()}
+    return type(template)(_rebuild(value, leaves) for value in template)
+
+
+class _Step(nn.Module):
+    """One step of a model as a function of flat tensors."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+        self._template = model.initial_state(1)
+
+    def forward(self, input: Tensor, *state: Tensor) -> tuple[Tensor, ...]:
+        output, after = self.model.step(input, _rebuild(self._template, iter(state)))
+        return (output, *flatten_state(after).values())
+
+
+@dataclass(frozen=True)
+class _Traced:
+    model: nn.Module  # a float32 copy on the CPU, in evaluation mode
+    program: torch.export.ExportedProgram
+    dynamic_shapes: Any
+    example: Tensor
+    state: dict[str, Tensor] | None  # of two sequences; None for the sequence model
+    metadata: dict[str, Any]
+
+    @property
+    def inputs(self) -> dict[str, list[int | str]]:
+        free = 1 if self.state is not None else 2
+        shapes: dict[str, list[int | str]] = {"input": [*("batch", "length")[:free], *self.example.shape[2:]]}
+        return shapes | {name: ["batch", *leaf.shape[1:]] for name, leaf in (self.state or {}).items()}
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        return ("output", *(f"next_{name}" for name in self.state or {}))
+
+
+def _trace(model: nn.Module, example: Tensor | None, step: bool) -> _Traced:
+    from compressm import __version__  # not at the top: the package may import this module
+
+    model = copy.deepcopy(model).cpu().float().eval().requires_grad_(False)
+    if step and not (hasattr(model, "step") and hasattr(model, "initial_state")):
+        raise ExportError(
+            f"step=True, but {type(model).__name__} has no step(u, state) and initial_state(batch): add them, or "
+            "export the sequence model"
+        )
+    example = _random_example(model) if example is None else example.detach().cpu()
+    if example.ndim < 2 or 0 in example.shape:
+        raise ExportError(f"example must be (batch, length, ...), none of them 0; got shape {tuple(example.shape)}")
+    # Traced with 2 sequences of 16 steps: torch takes sizes of 0 and 1 for constants.
+    sequence = example[:1, :1].expand(2, 16, *example.shape[2:]).contiguous()
+    batch, length = torch.export.Dim("batch", min=1), torch.export.Dim("length", min=1)
+    state = flatten_state(getattr(model, "initial_state")(2)) if step else None  # noqa: B009  # not every nn.Module's
+    if state is None:
+        root, arguments, dynamic = model, (sequence,), ({0: batch, 1: length},)
+    else:
+        root, arguments = _Step(model), (sequence[:, 0], *state.values())
+        dynamic = {"input": {0: batch}, "state": tuple({0: batch} for _ in state)}
+    try:
+        with _quiet():
+            program = torch.export.export(root, arguments, dynamic_shapes=dynamic, strict=False)
+        for part in program.graph_module.modules():
+            for node in part.graph.nodes if isinstance(part, torch.fx.GraphModule) else ():
+                node.meta.pop("stack_trace", None)  # paths on this machine
+    except Exception as error:  # torch raises errors of many kinds, about the model's code or about the shapes
+        raise ExportError(f"torch.export cannot trace this {type(model).__name__}: {_first_line(error)}") from error
+    metadata = {
+        "compressm": __version__,
+        "class": type(model).__name__,
+        "kind": "step" if step else "sequence",
+        "state_dims": state_dims(model),
+    }
+    return _Traced(model, program, dynamic, example, state, metadata)
+
+
+def _random_example(model: nn.Module) -> Tensor:
+    generator, shape = torch.Generator().manual_seed(0), (2, 1000)
+    config: dict[str, Any] = getattr(model, "config", {})
+    if "vocabulary" in config:
+        return torch.randint(config["vocabulary"], shape, generator=generator)
+    width = config.get("d_input", getattr(model, "d_model", None))
+    if not isinstance(width, int):
+        raise ExportError(
+            f"compressm does not know the input of a {type(model).__name__}: pass example=, sequences of shape (batch, "
+            "length, ...)"
+        )
+    return torch.randn(*shape, width, generator=generator)
+
+
+def _write_onnx(traced: _Traced, path: Path) -> None:
+    import onnx_ir
+    from onnx_ir.passes import common
+    from onnxscript import optimizer
+
+    try:
+        with _quiet():
+            program: Any = torch.onnx.export(
+                traced.program,
+                dynamo=True,
+                verbose=False,
+                input_names=list(traced.inputs),
+                output_names=list(traced.outputs),
+                dynamic_shapes=traced.dynamic_shapes,
+            )
+            graph = program.model
+            # What depends on parameters only (lam, gamma B) is computed now, whatever its size.
+            optimizer.optimize_ir(graph, input_size_limit=2**40, output_size_limit=2**40)
+            # Names of modules and histories of foldings, larger than many a model.
+            common.ClearMetadataAndDocStringPass()(graph)
+            common.RemoveUnusedNodesPass()(graph)
+            graph.metadata_props["compressm"] = json.dumps(traced.metadata)
+            onnx_ir.save(graph, path)
+    except Exception as error:  # conversion errors, of onnx_ir's and torch's own kinds
+        raise ExportError(f"{type(traced.model).__name__} cannot be written as ONNX: {_first_line(error)}") from error
+
+
+def _quantise(source: Path, target: Path) -> None:
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    with _quiet():
+        quantize_dynamic(source, target, weight_type=QuantType.QInt8, per_channel=True)
+
+
+def _verify(traced: _Traced, path: Path, run: Runner, tolerance: float | None) -> dict[str, Any]:
+    """Compare with the model over the example sequences; in the step's case each side goes on from its own state."""
+    example, model = traced.example, traced.model
+    error = largest = 0.0
+
+    def compare(got: Tensor, expected: Tensor) -> None:
+        nonlocal error, largest
+        if got.shape != expected.shape:
+            raise ExportError(f"the exported model gives shape {tuple(got.shape)}, PyTorch {tuple(expected.shape)}")
+        difference = (got - expected).abs().max().item()
+        error = max(error, difference if difference == difference else float("inf"))
+        largest = max(largest, expected.abs().max().item())
+
+    with torch.no_grad():
+        if traced.state is None:
+            compare(run([example])[0], model(example))
+            compare(run([example[:1, :1]])[0], model(example[:1, :1]))  # the free axes are free
+        else:
+            stepper: Any = model
+            state = stepper.initial_state(len(example))
+            leaves = list(flatten_state(state).values())
+            for now in example.unbind(1):
+                expected, state = stepper.step(now, state)
+                got, *leaves = run([now.contiguous(), *leaves])
+                compare(got, expected)
+    if tolerance is not None and error > tolerance * max(1.0, largest):
+        raise ExportError(
+            f"the exported model differs from PyTorch by {error:.1e} where outputs reach {largest:.1e}, more than the "
+            f"tolerance {tolerance:.0e}; nothing was written"
+        )
+    if tolerance is None and error == float("inf"):
+        raise ExportError("the quantised model gives NaN; export without int8")
+    return {"max_error": error, "largest_output": largest, "checked_steps": example.shape[1]}
+
+
+def _report(traced: _Traced, path: Path, format: str, int8: bool, check: dict[str, Any]) -> ExportReport:
+    return ExportReport(
+        path=str(path),
+        format=format,
+        step=traced.state is not None,
+        int8=int8,
+        bytes=path.stat().st_size,
+        inputs=traced.inputs,
+        outputs=traced.outputs,
+        **check,
+    )
+
+
+@contextmanager
+def _scratch(path: Path) -> Generator[Path]:
+    """A file in a temporary folder beside ``path``, so that it can be renamed into place."""
+    try:
+        with tempfile.TemporaryDirectory(prefix=".export-", dir=path.absolute().parent) as folder:
+            yield Path(folder) / path.name
+    except OSError as error:
+        raise ExportError(f"{path}: cannot be written ({error.strerror or error}); choose another file") from error
+
+
+@contextmanager
+def _quiet() -> Generator[None]:
+    """Without the exporters' own warnings and log lines, which are about their insides."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript", "root")]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+def _require_onnx() -> None:
+    try:
+        import onnx  # noqa: F401  # pyright: ignore[reportUnusedImport]
+        import onnxruntime  # noqa: F401  # pyright: ignore[reportUnusedImport]
+        import onnxscript  # noqa: F401  # pyright: ignore[reportUnusedImport]
+    except ModuleNotFoundError as error:
+        raise MissingExtraError(f'{error.name} is needed to export: pip install "compressm[deploy]"') from error
+
+
+__all__ = ["ExportReport", "flatten_state", "onnx_runner", "to_onnx", "to_torch"]

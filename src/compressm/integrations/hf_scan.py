@@ -1,0 +1,170 @@
+"""Mamba models of Hugging Face transformers with our scans, where their CUDA kernels are not at hand.
+
+Without these kernels transformers runs a Python loop over all steps (Mamba), or one large product per chunk (Mamba-2).
+On a CPU that is what makes training them impossible. Change
+
+    trainer.train()
+
+to
+
+    with fast_scan(model):
+        trainer.train()
+
+Only the layers of this one model are touched, by an attribute of each that the end of the block removes. Masks, caches,
+norms and convolutions stay transformers' own code, and so do weights, state dict and checkpoints.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from compressm.adapters.rebind import global_names, rebound_forward
+from compressm.errors import UnsupportedModelError
+from compressm.scans import selective_scan, ssd_scan
+
+
+class FastScan:
+    """Handle of `enable_fast_scan`.
+
+    Attributes:
+        layers: names of the layers that use our scan.
+    """
+
+    def __init__(self, model: nn.Module, layers: list[str]) -> None:
+        self.layers = tuple(layers)
+        self._modules = [model.get_submodule(name) for name in layers]
+
+    def remove(self) -> None:
+        """Give the layers their own scan back. May be called twice."""
+        for module in self._modules:
+            module.__dict__.pop("forward", None)
+
+
+def enable_fast_scan(model: nn.Module) -> FastScan:
+    """Let the Mamba, Mamba-2 and related layers of a Hugging Face model use our scans, until the handle is removed.
+
+    Outputs, gradients and caches are the same up to rounding.
+
+    Args:
+        model: any model that contains them (Mamba, FalconMamba, Jamba, Zamba; Mamba-2, Bamba, FalconH1,
+            GraniteMoeHybrid, NemotronH, Zamba2).
+
+    Raises:
+        UnsupportedModelError: it contains none, or one whose forward was exchanged already.
+    """
+    names = _slow_layers(model)
+    if not names:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} has no layer whose forward calls {' or '.join(_SCANS)}: fast_scan is for "
+            "the Mamba family of transformers (tested with 5.23; upgrade one that is much older)"
+        )
+    for name in names:
+        if "forward" in model.get_submodule(name).__dict__:
+            raise UnsupportedModelError(
+                f"the forward of {name} was exchanged already, by fast_scan or by offloading: remove that first"
+            )
+    for name in names:
+        layer = model.get_submodule(name)
+        layer.forward = rebound_forward(layer, _SCANS | _FUSED)
+    return FastScan(model, names)
+
+
+def can_be_fast(model: nn.Module) -> bool:
+    """Whether `fast_scan` has anything to do in a model."""
+    return bool(_slow_layers(model))
+
+
+def _slow_layers(model: nn.Module) -> list[str]:
+    return [name for name, module in model.named_modules() if not global_names(module).isdisjoint(_SCANS)]
+
+
+@contextmanager
+def fast_scan(model: nn.Module) -> Generator[FastScan]:
+    """`enable_fast_scan` for the length of a ``with`` block."""
+    handle = enable_fast_scan(model)
+    try:
+        yield handle
+    finally:
+        handle.remove()
+
+
+def _selective(
+    hidden_states: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    delta_bias: Tensor | None = None,
+    delta_softplus: bool = False,
+    return_last_state: bool = False,
+    **others: Any,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """`selective_scan` with the arguments of transformers' ``mamba_selective_scan``: time is the last axis."""
+    _refuse_packing(others)
+    if delta_bias is not None:
+        dt = dt + delta_bias.to(dt.dtype)[..., None]
+    if delta_softplus:
+        dt = F.softplus(dt)
+    u = hidden_states.transpose(1, 2)
+    y, state = selective_scan(u, dt.transpose(1, 2), A, B.transpose(1, 2), C.transpose(1, 2), return_state=True)
+    y = y.transpose(1, 2)
+    if D is not None:
+        y = y + hidden_states * D[:, None]
+    if z is not None:
+        y = y * F.silu(z)
+    return (y, state) if return_last_state else y
+
+
+def _ssd(
+    hidden_states: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    chunk_size: int,
+    D: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    initial_states: Tensor | None = None,
+    dt_softplus: bool = False,
+    dt_limit: tuple[float, float] = (0.0, float("inf")),
+    return_final_states: bool = False,
+    **others: Any,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """`ssd_scan` with the arguments of transformers' ``mamba2_chunk_scan``, and float32 inside, as there."""
+    _refuse_packing(others)
+    if dt_bias is not None:
+        dt = dt + dt_bias.to(dt.dtype)
+    if dt_softplus:
+        dt = F.softplus(dt)
+    dt = dt.clamp(*dt_limit).float()
+    x = hidden_states.float()
+    start = None if initial_states is None else initial_states.float()
+    y, state = ssd_scan(x * dt[..., None], dt * A.float(), B.float(), C.float(), start, return_state=True)
+    if D is not None:
+        y = y + x * D[:, None]
+    return (y, state) if return_final_states else y
+
+
+def _refuse_packing(arguments: dict[str, Any]) -> None:
+    if arguments.get("seq_idx") is not None or arguments.get("cu_seqlens") is not None:
+        raise UnsupportedModelError(
+            "fast_scan does not keep packed sequences apart (seq_idx, cu_seqlens): pad them instead of packing"
+        )
+
+
+def _not_fused(*_: Any, **__: Any) -> None:
+    """What transformers takes for: no kernel that fuses the whole layer is there."""
+
+
+_SCANS: dict[str, Callable[..., Any]] = {"mamba_selective_scan": _selective, "mamba2_chunk_scan": _ssd}
+_FUSED: dict[str, Callable[..., Any]] = {
+    "mamba_inner_fn": _not_fused,
+    "mamba2_split_conv1d_scan_combined": _not_fused,
+}

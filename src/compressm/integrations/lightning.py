@@ -1,0 +1,111 @@
+"""Compression inside Lightning."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from compressm.compressor import Compressor
+from compressm.errors import MissingExtraError, UnsupportedModelError
+from compressm.fitting import fit_any_size
+from compressm.history import Event
+
+try:
+    from lightning.pytorch import Callback, LightningModule, Trainer
+    from lightning.pytorch.callbacks import WeightAveraging
+    from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+except ImportError as error:
+    raise MissingExtraError('this needs Lightning 2.6 or later: pip install "compressm[lightning]"') from error
+
+
+class CompressionCallback(Callback):
+    """Shrinks the state space layers of a `LightningModule` while Lightning's Trainer trains it.
+
+        trainer = Trainer(..., callbacks=[CompressionCallback(tolerance=0.02)])
+
+    Optimizer, scheduler, accumulation, clipping, mixed precision and DDP go on through cuts; so does a
+    `WeightAveraging` callback. Checkpoints of every size are resumed from (``fit(ckpt_path=...)``) and reloaded
+    (``test(ckpt_path="best")``), wherever this callback is among the Trainer's. Each cut is logged by the Trainer's
+    loggers. Lightning goes on counting steps through a roll-back, which takes back what was learnt and not what was
+    read: see ``rewind`` in `Compressor`.
+
+    Args:
+        **arguments: those of `Compressor`, which says what can be asked for; ``tolerance=0.02`` for example. Its
+            ``total_steps`` is the Trainer's estimate of its own length unless it is given here.
+
+    Attributes:
+        compressor: the `Compressor`, once training has begun.
+
+    Raises:
+        UnsupportedModelError: the model has no layer that compressm knows, is sharded, or has several optimizers.
+        InvalidRankRuleError: when training begins, for arguments that `Compressor` refuses.
+    """
+
+    def __init__(self, **arguments: Any) -> None:
+        self.compressor: Compressor | None = None
+        self._arguments = arguments
+        self._loaded: dict[str, Any] | None = None
+        self._global_step = 0
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Before Lightning loads any checkpoint."""
+        if not isinstance(trainer.strategy, SingleDeviceStrategy | DDPStrategy):
+            raise UnsupportedModelError(
+                f"{type(trainer.strategy).__name__} shards the model, and shards cannot be resized in place: use one "
+                "device or strategy='ddp', or compress between trainings with compressm.sharding.compress_sharded"
+            )
+        fit_any_size(pl_module)
+        for average in _averages(trainer):
+            fit_any_size(average)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if len(trainer.optimizers) != 1:
+            raise UnsupportedModelError(
+                f"{type(pl_module).__name__} has {len(trainer.optimizers)} optimizers, and CompressionCallback works "
+                "with one: call a compressm.Compressor from your training_step instead"
+            )
+        arguments: dict[str, Any] = {
+            "total_steps": int(trainer.estimated_stepping_batches),
+            "rewind": False,
+            "followers": _averages(trainer),
+            **self._arguments,
+        }
+        self.compressor = Compressor(pl_module, trainer.optimizers[0], **arguments)
+        self._global_step = trainer.global_step
+        if self._loaded is not None:
+            self.compressor.load_state_dict(self._loaded)
+            self._loaded = None
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        assert self.compressor is not None
+        if trainer.global_step == self._global_step:
+            return  # gradients are being accumulated
+        self._global_step = trainer.global_step
+        seen = len(self.compressor.history)
+        self.compressor.step()
+        for event in self.compressor.history[seen:]:
+            _log(trainer, event)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {} if self.compressor is None else self.compressor.state_dict()
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        self._loaded = dict(state_dict) or None
+
+
+def _averages(trainer: Trainer) -> list[Any]:
+    """The averaged models that WeightAveraging callbacks keep."""
+    callbacks: list[Callback] = vars(trainer)["callbacks"]
+    found = (vars(callback).get("_average_model") for callback in callbacks if isinstance(callback, WeightAveraging))
+    return [average for average in found if average is not None]
+
+
+def _log(trainer: Trainer, event: Event) -> None:
+    if metrics := event.metrics():
+        for logger in trainer.loggers:
+            logger.log_metrics(metrics, step=trainer.global_step)
+
+
+__all__ = ["CompressionCallback"]

@@ -1,0 +1,127 @@
+"""Compression inside Hugging Face's Trainer."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any, cast
+
+from torch import nn
+
+from compressm.checkpoint import load_tree, save_tree
+from compressm.compressor import Compressor
+from compressm.errors import MissingExtraError, UnsupportedModelError
+from compressm.fitting import fit_any_size
+from compressm.history import Event
+
+try:
+    from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+except ImportError as error:
+    raise MissingExtraError('this needs transformers: pip install "compressm[transformers]"') from error
+
+log = logging.getLogger(__name__)
+_RECORD = "compressm"
+
+
+class CompressionCallback(TrainerCallback):
+    """Shrinks the model's state space layers while a `transformers.Trainer` trains it.
+
+    After ``trainer = Trainer(...)`` and before ``trainer.train()`` add
+
+        trainer.add_callback(CompressionCallback(trainer, tolerance=0.02))
+
+    Optimizer, scheduler, accumulation, clipping, mixed precision and DistributedDataParallel go on through cuts.
+    Checkpoints of every size are resumed from and reloaded (``load_best_model_at_end``). Each cut is logged where the
+    Trainer logs.
+
+    With ``max_drop`` and no ``evaluate`` the metric is the Trainer's own: ``metric_for_best_model`` on the
+    ``eval_dataset`` (the loss by default), as larger is better or smaller is. The Trainer goes on counting steps
+    through a roll-back, which takes back what was learnt and not what was read: see ``rewind`` in `Compressor`.
+
+    Args:
+        trainer: the Trainer that the callback is added to.
+        **arguments: those of `Compressor`, which says what can be asked for; ``tolerance=0.02`` for example.
+
+    Attributes:
+        compressor: the `Compressor`, once training has begun.
+
+    Raises:
+        UnsupportedModelError: the model has no layer that compressm knows, or is sharded.
+        InvalidRankRuleError: when training begins, for arguments that `Compressor` refuses.
+    """
+
+    def __init__(self, trainer: Trainer, **arguments: Any) -> None:
+        self.trainer = trainer
+        self.compressor: Compressor | None = None
+        self._arguments = arguments
+        if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
+            raise UnsupportedModelError(
+                "Trainer shards the model with DeepSpeed or FSDP, and shards cannot be resized in place: train with "
+                "DistributedDataParallel, or compress with compressm.sharding.compress_sharded between two trainings"
+            )
+        fit_any_size(self._model)
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        arguments: dict[str, Any] = {"rewind": False, **self._arguments}
+        if arguments.get("max_drop") is not None and arguments.get("evaluate") is None:
+            arguments["evaluate"] = self._evaluate
+        self.compressor = Compressor(self._model, self.trainer.optimizer, state.max_steps, **arguments)
+        if _RECORD in _records(state):
+            self._resume(args, state)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        assert self.compressor is not None
+        seen = len(self.compressor.history)
+        self.compressor.step()
+        for event in self.compressor.history[seen:]:
+            self._log(event)
+        # What a checkpoint of this step is to hold, apart from a snapshot under observation: see on_save.
+        record = self.compressor.state_dict()
+        record.update(observed=None, probe={}, under_observation=record["observed"] is not None)
+        _records(state)[_RECORD] = record
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if state.is_world_process_zero and self.compressor is not None:
+            observed = self.compressor.state_dict()["observed"]
+            if observed is not None and (folder := _checkpoint(args, state)).is_dir():
+                save_tree(folder / _RECORD, observed)
+
+    @property
+    def _model(self) -> nn.Module:
+        return cast("nn.Module", self.trainer.model)
+
+    def _resume(self, args: TrainingArguments, state: TrainerState) -> None:
+        assert self.compressor is not None
+        record = dict(_records(state)[_RECORD])
+        if record["under_observation"]:
+            folder = _checkpoint(args, state) / _RECORD
+            if folder.is_dir():
+                record["observed"] = load_tree(folder)
+            else:
+                log.warning("%s is not there: the last cut can no longer be undone, and is kept", folder)
+        self.compressor.load_state_dict(record)
+
+    def _log(self, event: Event) -> None:
+        if metrics := event.metrics():
+            self.trainer.log(metrics)
+
+    def _evaluate(self, model: nn.Module) -> float:
+        """The Trainer's metric for the best model, as larger is better; no callback hears of it."""
+        args = self.trainer.args
+        name = args.metric_for_best_model or "loss"
+        name = name if name.startswith("eval_") else f"eval_{name}"
+        output = self.trainer.evaluation_loop(self.trainer.get_eval_dataloader(), description="Cut")
+        larger_is_better = not name.endswith("loss") if args.greater_is_better is None else args.greater_is_better
+        return float((output.metrics or {})[name]) * (1 if larger_is_better else -1)
+
+
+def _records(state: TrainerState) -> dict[str, Any]:
+    """What callbacks keep in ``trainer_state.json``, by name."""
+    return cast("dict[str, Any]", state.stateful_callbacks)
+
+
+def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:
+    return Path(args.output_dir or ".") / f"checkpoint-{state.global_step}"
+
+
+__all__ = ["CompressionCallback"]

@@ -1,0 +1,246 @@
+"""`compressm compress`: one cut of a checkpoint on disk, and a table of what was lost."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from compressm.checkpoint import load, save
+from compressm.errors import CheckpointError, ConfigError, MissingExtraError
+from compressm.layers import LanguageModel, SequenceClassifier
+from compressm.ranks import RankRule
+from compressm.reduce import plan_reduction
+from compressm.spectrum import balance_layers
+from compressm.statistics import gather
+
+_BATCH = 4  # sequences
+
+
+@dataclass(frozen=True)
+class LayerLoss:
+    """What a cut took from one layer.
+
+    Attributes:
+        name: the layer's name in the model.
+        states_before, states_after: state dimension.
+        energy_discarded: share of the Hankel energy that the removed states held.
+        outcome, reason: as in `LayerReport`.
+    """
+
+    name: str
+    states_before: int
+    states_after: int
+    energy_discarded: float
+    outcome: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Loss:
+    """What a cut took from a model.
+
+    Attributes:
+        layers: layer by layer.
+        loss_before, loss_after: cross-entropy in nats per token (per sequence for a classifier), on data that the cut
+            was not made from.
+        parameters_before, parameters_after: number of the model's parameters.
+        sequences: how many sequences the cut was made from, and as many the loss was measured on.
+        length: tokens per sequence.
+    """
+
+    layers: tuple[LayerLoss, ...]
+    loss_before: float
+    loss_after: float
+    parameters_before: int
+    parameters_after: int
+    sequences: int
+    length: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return {**asdict(self), "layers": [asdict(layer) for layer in self.layers]}
+
+    def __str__(self) -> str:
+        width = max(len(layer.name) for layer in self.layers)
+        rows = [f"{'layer':{width}}  {'states':>10}  {'energy discarded':>16}"]
+        for layer in self.layers:
+            dims = f"{layer.states_before} → {layer.states_after}"
+            note = f"  {layer.outcome}: {layer.reason}" if layer.reason else ""
+            rows.append(f"{layer.name:{width}}  {dims:>10}  {layer.energy_discarded:16.2%}{note}")
+        rows.append(
+            f"loss {self.loss_before:.4f} → {self.loss_after:.4f} ({self.sequences} sequences of {self.length}), "
+            f"parameters {self.parameters_before:,} → {self.parameters_after:,}"
+        )
+        return "\n".join(rows)
+
+
+def compress_checkpoint(
+    checkpoint: str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    data: str | os.PathLike[str],
+    *,
+    states: int | None = None,
+    tolerance: float | None = None,
+    fraction: float | None = None,
+    sequences: int = 32,
+    length: int = 512,
+) -> Loss:
+    """Cut a checkpoint once, and save the smaller model in the format that it came in.
+
+    Args:
+        checkpoint: a folder written by Hugging Face's ``save_pretrained`` (a causal language model), or by `save`.
+        output: folder to write, new or empty.
+        data: for language models a text file, read with the checkpoint's tokenizer, or as bytes where there is none;
+            for a `SequenceClassifier` an ``.npz`` file with ``x`` of shape ``(N, length, channels)`` and ``y`` of shape
+            ``(N,)``.
+        states, tolerance, fraction: how far, exactly one of them; see `RankRule`.
+        sequences: the cut is made from the first so many sequences of the data, and the loss is measured on the next.
+        length: tokens per sequence.
+
+    Raises:
+        CheckpointError: a checkpoint that cannot be read, or an output folder that is not empty.
+        ConfigError: data that cannot be used.
+        InvalidRankRuleError, UnsupportedModelError: as `compress`.
+    """
+    rule = RankRule(states=states, tolerance=tolerance, fraction=fraction, min_reduction=0.0)
+    folder, target = Path(checkpoint), Path(output)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise CheckpointError(f"output {target} exists and is not an empty folder: choose another")
+    hugging_face = not (folder / "compressm.json").is_file() and (folder / "config.json").is_file()
+    if not hugging_face and not (folder / "compressm.json").is_file():
+        raise CheckpointError(
+            f"{folder} is no checkpoint: expected a folder with config.json (Hugging Face) or compressm.json"
+        )
+    model, tokenizer = _hugging_face(folder) if hugging_face else (load(folder), None)
+    model.eval()
+    batches = _batches(model, tokenizer, Path(data), sequences, length)
+    half = len(batches) // 2
+    before = sum(p.numel() for p in model.parameters())
+    with _fast(model):
+        balancings = balance_layers(model, moments=gather(model, [inputs for inputs, _ in batches[:half]], _BATCH))
+        loss_before = _loss(model, batches[half:])
+        report = plan_reduction(model, rule, balancings=balancings).apply(model)
+        loss_after = _loss(model, batches[half:])
+    layers = tuple(
+        LayerLoss(
+            layer.name,
+            layer.states_before,
+            layer.states_after,
+            _discarded(balancings[layer.name].energy, layer.states_after),
+            layer.outcome,
+            layer.reason,
+        )
+        for layer in report.layers
+    )
+    if hugging_face:
+        cast("Any", model).save_pretrained(target)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(target)
+    else:
+        save(model, target)
+    after = sum(p.numel() for p in model.parameters())
+    return Loss(layers, loss_before, loss_after, before, after, half * _BATCH, batches[0][0].shape[1])
+
+
+def _discarded(energy: Tensor, states: int) -> float:
+    return float(energy[..., states:].sum() / energy.sum().clamp_min(1e-300))
+
+
+def _hugging_face(folder: Path) -> tuple[nn.Module, Any]:
+    try:
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+    except ModuleNotFoundError as error:
+        raise MissingExtraError(
+            'a Hugging Face checkpoint needs transformers: pip install "compressm[transformers]"'
+        ) from error
+    try:
+        model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise CheckpointError(f"{folder} cannot be loaded as a causal language model: {_first_line(error)}") from error
+    if not any(folder.glob("tokenizer*")):
+        return model, None
+    try:
+        return model, AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"the tokenizer in {folder} cannot be loaded: {_first_line(error)}") from error
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0]
+
+
+def _batches(model: nn.Module, tokenizer: Any, path: Path, sequences: int, length: int) -> list[tuple[Any, Tensor]]:
+    """Inputs and what they should lead to: an even number of batches."""
+    if sequences < _BATCH or length < 2:
+        raise ConfigError(f"sequences must be at least {_BATCH} and length at least 2; got {sequences} and {length}")
+    x, y = _arrays(path) if isinstance(model, SequenceClassifier) else _windows(model, tokenizer, path, length)
+    count = 2 * min(sequences // _BATCH, len(x) // (2 * _BATCH))
+    if count == 0:
+        raise ConfigError(
+            f"{path} holds {len(x)} sequences of {length}; {2 * _BATCH} are needed: half for the cut, half to measure "
+            "the loss on; give more data, or a smaller length"
+        )
+    return [(x[i * _BATCH : (i + 1) * _BATCH], y[i * _BATCH : (i + 1) * _BATCH]) for i in range(count)]
+
+
+def _windows(model: nn.Module, tokenizer: Any, path: Path, length: int) -> tuple[Tensor, Tensor]:
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise ConfigError(f"data {path} cannot be read: {error.strerror}") from error
+    vocabulary = cast("Any", model).config["vocabulary"] if isinstance(model, LanguageModel) else _vocabulary(model)
+    if tokenizer is not None:
+        tokens = torch.tensor(tokenizer(content.decode("utf-8", "replace"))["input_ids"])
+    elif vocabulary >= 256:
+        tokens = torch.from_numpy(np.frombuffer(content, np.uint8).astype(np.int64))
+    else:
+        raise ConfigError(
+            f"the checkpoint has no tokenizer and a vocabulary of {vocabulary}, so {path} cannot be read as bytes: "
+            "save the tokenizer in the checkpoint's folder"
+        )
+    count = len(tokens) // length
+    windows = tokens[: count * length].view(count, length)
+    return windows, windows
+
+
+def _vocabulary(model: nn.Module) -> int:
+    return int(cast("Any", model).get_input_embeddings().num_embeddings)
+
+
+def _arrays(path: Path) -> tuple[Tensor, Tensor]:
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            return torch.from_numpy(arrays["x"]).float(), torch.from_numpy(arrays["y"]).long()
+    except (OSError, ValueError, KeyError) as error:
+        raise ConfigError(
+            f"data {path} must be an .npz file with x of shape (N, length, channels) and y of shape (N,): {error}"
+        ) from error
+
+
+@torch.no_grad()
+def _loss(model: nn.Module, batches: list[tuple[Any, Tensor]]) -> float:
+    losses: list[float] = []
+    for inputs, targets in batches:
+        out = model(inputs)
+        logits: Tensor = out if isinstance(out, Tensor) else out.logits
+        if logits.ndim == 3:
+            logits, targets = logits[:, :-1].flatten(0, 1), targets[:, 1:].flatten()
+        losses.append(float(F.cross_entropy(logits.float(), targets)))
+    return sum(losses) / len(losses)
+
+
+def _fast(model: nn.Module) -> contextlib.AbstractContextManager[Any]:
+    from compressm.integrations.hf_scan import can_be_fast, fast_scan
+
+    return fast_scan(model) if can_be_fast(model) else contextlib.nullcontext()
+
+
+__all__ = ["LayerLoss", "Loss", "compress_checkpoint"]

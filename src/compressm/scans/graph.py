@@ -1,0 +1,45 @@
+"""Recurrences inside an exported graph (`torch.export`, ONNX): one loop node, whatever the length of the sequence.
+
+The engines that training uses are compiled code, or loops that a trace would unroll: neither can leave in a graph.
+While `torch.export` traces, the scans therefore take the engine ``"graph"``: `torch`'s own scan operator around a
+single step, which becomes the ONNX operator Scan.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def exporting() -> bool:
+    """Whether `torch.export` is tracing."""
+    flag = getattr(torch.compiler, "is_exporting", None)  # older than torch 2.7: cannot export a scan anyway
+    return flag is not None and flag()
+
+
+def graph_scan(step: Callable[..., tuple[Tensor, Tensor]], state: Tensor, *sequences: Tensor) -> tuple[Tensor, Tensor]:
+    """Run ``step(state, *now) -> (y, state)`` over dim 1 of the sequences.
+
+    Args:
+        step: a pure function of the state and one time step of every sequence; what it closes over is constant.
+        state: shape ``(batch, ...)``.
+        sequences: shape ``(batch, length, ...)``.
+
+    Returns:
+        all ``y``, shape ``(batch, length, ...)``, and the last state.
+    """
+    from torch._higher_order_ops.scan import scan  # a prototype in torch: imported only where an export needs it
+
+    def combine(state: Tensor, now: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+        y, state = step(state, *now)
+        return state, y.clone()  # the operator forbids outputs that share memory
+
+    last, y = _untyped(scan)(combine, state, tuple(sequence.transpose(0, 1) for sequence in sequences))
+    return y.transpose(0, 1), last
+
+
+def _untyped(function: Any) -> Any:
+    return function

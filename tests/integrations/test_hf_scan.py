@@ -1,0 +1,117 @@
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+pytest.importorskip("transformers")
+
+from transformers import AutoModelForCausalLM, BertConfig, BertModel
+
+from compressm.errors import UnsupportedModelError
+from compressm.integrations.hf_scan import enable_fast_scan, fast_scan
+from hf_models import FAMILIES, hf_models, tokens
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@given(data=st.data())
+@settings(max_examples=3)
+def test_outputs_and_gradients_are_those_of_the_slow_path(family: str, data: st.DataObject) -> None:
+    model = data.draw(hf_models(family)).train()
+    x = tokens(2, data.draw(st.sampled_from([1, 8, 21])))
+
+    def run() -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        model.zero_grad()
+        logits = model(input_ids=x, use_cache=False).logits
+        logits.square().mean().backward()
+        return logits.detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+    slow, slow_gradients = run()
+    with fast_scan(model) as handle:
+        fast, fast_gradients = run()
+    assert handle.layers
+    torch.testing.assert_close(fast, slow, rtol=1e-4, atol=1e-5)
+    assert fast_gradients.keys() == slow_gradients.keys()
+    for name, gradient in fast_gradients.items():
+        scale = float(slow_gradients[name].abs().max())
+        torch.testing.assert_close(gradient, slow_gradients[name], rtol=1e-3, atol=1e-4 * scale + 1e-7, msg=name)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@given(data=st.data())
+@settings(max_examples=2)
+def test_generation_and_its_cache_are_those_of_the_slow_path(family: str, data: st.DataObject) -> None:
+    model, x = data.draw(hf_models(family)), tokens()
+    before = model(input_ids=x, use_cache=True)
+    slow = model.generate(x, max_new_tokens=5, do_sample=False)
+    with fast_scan(model):
+        after = model(input_ids=x, use_cache=True)
+        fast = model.generate(x, max_new_tokens=5, do_sample=False)
+    assert torch.equal(fast, slow)
+    for state, expected in zip(_states(after), _states(before), strict=True):
+        torch.testing.assert_close(state, expected, rtol=1e-4, atol=1e-5)
+
+
+def _states(output: Any) -> list[torch.Tensor]:
+    cache = output.get("cache_params", None) or output.past_key_values
+    states = [layer.recurrent_states[0] for layer in cache.layers if hasattr(layer, "recurrent_states")]
+    assert states
+    return states
+
+
+@given(data=st.data())
+@settings(max_examples=1)
+def test_only_this_model_is_touched_and_left_as_it_was(data: st.DataObject, tmp_path_factory: Any) -> None:
+    model, other = data.draw(hf_models("Mamba")), data.draw(hf_models("Mamba"))
+    folder: Path = tmp_path_factory.mktemp("model")
+    state = copy.deepcopy(model.state_dict())
+    handle = enable_fast_scan(model)
+    assert all("forward" in model.get_submodule(name).__dict__ for name in handle.layers)
+    assert not any("forward" in module.__dict__ for module in other.modules())
+    with pytest.raises(UnsupportedModelError, match=r"layers\.0\.mixer was exchanged already"):
+        enable_fast_scan(model)
+    model.save_pretrained(folder)
+    clone = copy.deepcopy(model)
+    assert clone.get_submodule(handle.layers[0]).forward.__self__ is clone.get_submodule(handle.layers[0])
+    handle.remove()
+    handle.remove()
+    assert not any("forward" in module.__dict__ for module in model.modules())
+    loaded = AutoModelForCausalLM.from_pretrained(folder).eval()
+    assert loaded.state_dict().keys() == state.keys() == model.state_dict().keys()
+    assert torch.equal(loaded(input_ids=tokens()).logits, model(input_ids=tokens()).logits)
+
+
+def test_the_block_gives_the_scan_back_after_an_error() -> None:
+    model = _one_mamba()
+    with pytest.raises(KeyError), fast_scan(model):
+        raise KeyError
+    assert not any("forward" in module.__dict__ for module in model.modules())
+
+
+def test_packed_sequences_are_refused() -> None:
+    import transformers
+
+    options = {"vocab_size": 40, "hidden_size": 8, "state_size": 4, "num_hidden_layers": 1, "num_heads": 2}
+    model = transformers.Mamba2ForCausalLM(transformers.Mamba2Config(**options, head_dim=8, n_groups=1))
+    mixer = model.backbone.layers[0].mixer
+    with fast_scan(model), pytest.raises((UnsupportedModelError, ValueError), match="packed sequences"):
+        mixer(torch.randn(1, 6, 8), seq_idx=torch.tensor([[0, 0, 0, 1, 1, 1]]))
+
+
+def test_a_model_without_such_layers_is_refused() -> None:
+    config = BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8, vocab_size=9)
+    with pytest.raises(UnsupportedModelError, match=r"BertModel has no layer whose forward calls"):
+        enable_fast_scan(BertModel(config))
+
+
+def _one_mamba() -> Any:
+    import transformers
+
+    return transformers.MambaForCausalLM(
+        transformers.MambaConfig(vocab_size=40, hidden_size=8, state_size=4, num_hidden_layers=1)
+    )

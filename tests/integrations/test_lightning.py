@@ -1,0 +1,216 @@
+"""Against the real Lightning, on the CPU."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    lightning = pytest.importorskip("lightning.pytorch")
+    from lightning.pytorch.callbacks import EarlyStopping, EMAWeightAveraging, ModelCheckpoint
+    from lightning.pytorch.loggers import CSVLogger
+
+from compressm.errors import UnsupportedModelError
+from compressm.integrations.lightning import CompressionCallback
+from compressm.layers import SequenceClassifier
+from compressm.reduce import state_dims
+
+logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::lightning.fabric.utilities.warnings.PossibleUserWarning"),
+    pytest.mark.filterwarnings("ignore:.*(LeafSpec|isinstance\\(treespec|tree_util|tensorboardX).*"),
+    pytest.mark.filterwarnings(
+        "ignore:(Checkpoint directory|The dirpath has changed|Be aware that when using .ckpt_path):UserWarning"
+    ),
+]
+STEPS = 24  # 4 epochs of 6
+
+
+class Classifier(lightning.LightningModule):
+    def __init__(self, optimizers: int = 1) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.net = SequenceClassifier(1, 2, d_model=4, d_state=16, dropout=0.0, norm="layer", r_min=0.9)
+        self.optimizers_wanted = optimizers
+        self.metric = 0.0
+        self.rates: list[float] = []
+
+    def training_step(self, batch: list[Tensor], index: int) -> Tensor:
+        u, y = batch
+        return F.cross_entropy(self.net(u).float(), y)
+
+    def validation_step(self, batch: list[Tensor], index: int) -> None:
+        u, y = batch
+        self.log("val_loss", F.cross_entropy(self.net(u), y))
+        self.log("score", self.metric)
+
+    test_step = validation_step
+
+    def configure_optimizers(self) -> Any:
+        if self.optimizers_wanted > 1:
+            self.automatic_optimization = False
+            return [torch.optim.SGD(self.parameters(), lr=0.1) for _ in range(self.optimizers_wanted)]
+        optimizer = torch.optim.AdamW(self.parameters(), lr=1e-2)
+        scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=80)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+def data(count: int = 24) -> DataLoader:
+    """Batches of 4 that are all alike: resumed within an epoch, Lightning reads its first batches again."""
+    u = torch.randn(4, 40, 1, generator=torch.Generator().manual_seed(3)).repeat(count // 4, 1, 1)
+    return DataLoader(TensorDataset(u, (u.sum((1, 2)) > 0).long()), batch_size=4)
+
+
+def make_trainer(folder: Path, *callbacks: Any, **arguments: Any) -> lightning.Trainer:
+    return lightning.Trainer(
+        default_root_dir=folder,
+        accelerator="cpu",
+        callbacks=list(callbacks),
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        log_every_n_steps=1,
+        **{"max_steps": STEPS, "logger": False, **arguments},
+    )
+
+
+def compression(**arguments: Any) -> CompressionCallback:
+    return CompressionCallback(**{"states": 4, "window": 0.5, "cuts": 3, **arguments})  # at 4, 8, 12
+
+
+def every_two_steps(folder: Path) -> ModelCheckpoint:
+    return ModelCheckpoint(folder, filename="{step}", every_n_train_steps=2, save_top_k=-1)
+
+
+def dims(model: nn.Module) -> int:
+    return next(iter(state_dims(model).values()))
+
+
+def equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(value, b[name]) for name, value in a.items())
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [{}, {"gradient_clip_val": 0.1}, {"precision": "bf16-mixed"}, {"accumulate_grad_batches": 2, "max_steps": 12}],
+    ids=str,
+)
+def test_trains_through_cuts_and_logs_them(tmp_path: Path, arguments: dict[str, Any]) -> None:
+    callback, model = compression(), Classifier()
+    trainer = make_trainer(tmp_path, callback, logger=CSVLogger(tmp_path), enable_checkpointing=False, **arguments)
+    trainer.fit(model, data())
+    steps = arguments.get("max_steps", STEPS)
+    expected = [round(steps * share) for share in (1 / 6, 2 / 6, 3 / 6)]
+    assert [event.step for event in callback.compressor.history] == expected
+    assert dims(model) <= 4
+    lines = (tmp_path / "lightning_logs" / "version_0" / "metrics.csv").read_text().splitlines()
+    rows = [dict(zip(lines[0].split(","), line.split(","), strict=True)) for line in lines[1:]]
+    cuts = [row for row in rows if row["compressm/cut_seconds"]]
+    assert [int(row["step"]) for row in cuts] == expected
+    assert float(cuts[-1]["compressm/states/net.blocks.0.ssm"]) == dims(model)
+    assert 0 < float(cuts[-1]["compressm/energy_kept/net.blocks.0.ssm"]) < 1
+
+
+@pytest.mark.parametrize("average", [False, True], ids=["plain", "ema"])
+@pytest.mark.parametrize("stop", [4, 6, 16])
+def test_killed_and_resumed_it_ends_as_if_unbroken(tmp_path: Path, stop: int, average: bool) -> None:
+    def run(folder: str, first: bool, **arguments: Any) -> tuple[Classifier, CompressionCallback]:
+        model, callback, ema = Classifier(), compression(), [EMAWeightAveraging(decay=0.8)] if average else []
+        callbacks = [callback, *ema] if first else [*ema, callback]  # their order does not matter
+        make_trainer(tmp_path, *callbacks, every_two_steps(tmp_path / folder)).fit(model, data(), **arguments)
+        return model, callback
+
+    unbroken, callback = run("a", first=True)
+    # Lightning stores no random state, which is why this model has no dropout.
+    resumed, again = run("b", first=False, ckpt_path=tmp_path / "a" / f"step={stop}.ckpt")
+    assert dims(unbroken) <= 4
+    # An average that has just been set to the weights moves by a rounding error if it is updated with them.
+    torch.testing.assert_close(resumed.state_dict(), unbroken.state_dict(), rtol=0, atol=1e-6 if average else 0)
+    assert [event.step for event in again.compressor.history] == [event.step for event in callback.compressor.history]
+
+
+def test_the_best_model_from_before_a_cut_is_reloaded(tmp_path: Path) -> None:
+    model, best = Classifier(), ModelCheckpoint(tmp_path / "best", monitor="score", mode="max")
+    sizes: list[int] = []
+
+    class Score(lightning.Callback):
+        def on_validation_start(self, trainer: Any, pl_module: Classifier) -> None:
+            sizes.append(dims(pl_module))
+            pl_module.metric = [0.2, 0.9, 0.5, 0.5][len(sizes) - 1] if len(sizes) < 5 else 0.1
+
+    stopping = EarlyStopping("score", mode="max", patience=3)
+    trainer = make_trainer(tmp_path, Score(), stopping, compression(), best, max_steps=60)
+    trainer.fit(model, data(), data(8))
+    assert trainer.global_step == 30  # 3 validations without improvement after the second
+    assert dims(model) == 4 < sizes[1]
+    trainer.test(model, data(8), ckpt_path="best", verbose=False)
+    assert dims(model) == sizes[1]
+    saved = torch.load(best.best_model_path, weights_only=False)["state_dict"]
+    assert equal(model.state_dict(), saved)
+    fresh = Classifier()  # in another process, with only this callback
+    make_trainer(tmp_path, compression()).test(fresh, data(8), ckpt_path=best.best_model_path, verbose=False)
+    assert equal(fresh.state_dict(), saved)
+
+
+def test_averaging_goes_on_through_cuts(tmp_path: Path) -> None:
+    ema = EMAWeightAveraging(decay=0.8)
+    model, live = Classifier(), {}
+
+    class Watch(lightning.Callback):
+        def on_train_batch_end(self, trainer: Any, pl_module: Classifier, *_: Any) -> None:
+            live.update({name: value.clone() for name, value in pl_module.state_dict().items()})
+
+    make_trainer(tmp_path, ema, compression(), Watch(), enable_checkpointing=False).fit(model, data())
+    averaged = model.state_dict()  # at the end Lightning puts the average into the model
+    assert dims(model) <= 4
+    for name, value in averaged.items():
+        assert not torch.equal(value, live[name])
+        torch.testing.assert_close(value, live[name], rtol=0.5, atol=0.05)
+
+
+def test_a_harmful_cut_is_undone(tmp_path: Path) -> None:
+    callback = compression(
+        states=None,
+        max_drop=0.1,
+        cuts=1,
+        check_after=3,
+        on_setback="stop",
+        evaluate=lambda model: float(dims(model) == 16),
+    )
+    model = Classifier()
+    trainer = make_trainer(tmp_path, callback, enable_checkpointing=False)
+    trainer.fit(model, data())
+    assert [(event.kind, event.step) for event in callback.compressor.history] == [("cut", 12), ("rolled_back", 15)]
+    assert trainer.global_step == STEPS
+    assert dims(model) == 16
+    assert trainer.optimizers[0].param_groups[0]["lr"] == trainer.lr_scheduler_configs[0].scheduler.get_last_lr()[0]
+
+
+def test_a_cut_under_observation_is_resumed(tmp_path: Path) -> None:
+    def callback() -> CompressionCallback:
+        return compression(
+            states=None, max_drop=0.1, cuts=1, check_after=5, on_setback="stop", evaluate=lambda m: float(dims(m) == 16)
+        )
+
+    make_trainer(tmp_path, callback(), every_two_steps(tmp_path / "a")).fit(Classifier(), data())
+    model, again = Classifier(), callback()
+    shutil.move(tmp_path / "a" / "step=14.ckpt", tmp_path / "elsewhere.ckpt")
+    trainer = make_trainer(tmp_path, again, enable_checkpointing=False)
+    trainer.fit(model, data(), ckpt_path=tmp_path / "elsewhere.ckpt")
+    assert [event.kind for event in again.compressor.history] == ["cut", "rolled_back"]
+    assert dims(model) == 16
+
+
+def test_several_optimizers_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedModelError, match="has 2 optimizers"):
+        make_trainer(tmp_path, compression(), enable_checkpointing=False).fit(Classifier(optimizers=2), data())

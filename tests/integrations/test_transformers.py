@@ -1,0 +1,240 @@
+"""Against the real Trainer, on the CPU, with an LRU classifier that returns its loss."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+transformers = pytest.importorskip("transformers")
+
+from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments  # noqa: E402
+
+from compressm.errors import InvalidRankRuleError, UnsupportedModelError  # noqa: E402
+from compressm.integrations.transformers import CompressionCallback  # noqa: E402
+from compressm.layers import SequenceClassifier  # noqa: E402
+from compressm.reduce import state_dims  # noqa: E402
+
+STEPS = 24
+
+
+class Classifier(nn.Module):
+    """As the Trainer wants it: arguments by name, and the loss among the outputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.net = SequenceClassifier(1, 2, d_model=4, d_state=16, dropout=0.1, norm="layer", r_min=0.9)
+
+    def forward(self, u: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        logits = self.net(u)
+        return {"loss": F.cross_entropy(logits.float(), labels), "logits": logits}
+
+
+def examples(count: int, seed: int = 0) -> list[dict[str, Tensor]]:
+    generator = torch.Generator().manual_seed(seed)
+    u = torch.randn(count, 40, 1, generator=generator)
+    return [{"u": x, "labels": (x.sum() > 0).long()} for x in u]
+
+
+def make_trainer(folder: Path, callbacks: Any = (), **arguments: Any) -> Trainer:
+    defaults: dict[str, Any] = {
+        "max_steps": STEPS,
+        "per_device_train_batch_size": 4,
+        "learning_rate": 1e-2,
+        "warmup_steps": 4,
+        "lr_scheduler_type": "cosine",
+        "save_steps": 4,
+        "logging_steps": 1,
+        "report_to": [],
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "seed": 1,
+        "dataloader_pin_memory": False,
+    }
+    return Trainer(
+        model=Classifier(),
+        args=TrainingArguments(output_dir=str(folder), **{**defaults, **arguments}),
+        train_dataset=examples(64),
+        eval_dataset=examples(16, seed=1),
+        callbacks=list(callbacks),
+    )
+
+
+def compressing(trainer: Trainer, **arguments: Any) -> CompressionCallback:
+    callback = CompressionCallback(trainer, **{"states": 4, "window": 0.5, "cuts": 3, **arguments})  # at 4, 8, 12
+    trainer.add_callback(callback)
+    return callback
+
+
+def dims(model: nn.Module) -> int:
+    return next(iter(state_dims(model).values()))
+
+
+def weights(model: nn.Module) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # Dynamo's own, of itself
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {},
+        {"gradient_accumulation_steps": 2, "max_grad_norm": 0.1},
+        {"bf16": True},
+        {"optim": "adamw_torch_fused"},
+        {"optim": "sgd"},
+        {"torch_compile": True, "torch_compile_backend": "aot_eager"},
+    ],
+    ids=str,
+)
+def test_trains_through_cuts_and_logs_them(tmp_path: Path, arguments: dict[str, Any]) -> None:
+    trainer = make_trainer(tmp_path, save_strategy="no", **arguments)
+    callback = compressing(trainer)
+    before = {name: value.shape for name, value in weights(trainer.model).items()}
+    after_cuts: dict[str, Tensor] = {}
+
+    class Watch(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if state.global_step == 12:
+                after_cuts.update(weights(trainer.model))
+
+    trainer.add_callback(Watch())
+    trainer.train()
+    assert [event.step for event in callback.compressor.history if event.kind == "cut"] == [4, 8, 12]
+    assert dims(trainer.model) <= 4
+    assert before["net.blocks.0.ssm.nu_log"] == (16,)
+    # The optimizer goes on moving every tensor.
+    assert all(not torch.equal(value, after_cuts[name]) for name, value in weights(trainer.model).items())
+    logged = [entry for entry in trainer.state.log_history if "compressm/cut_seconds" in entry]
+    assert [entry["step"] for entry in logged] == [4, 8, 12]
+    assert logged[-1]["compressm/states/net.blocks.0.ssm"] == dims(trainer.model)
+    assert all(0 < entry["compressm/energy_kept/net.blocks.0.ssm"] < 1 for entry in logged)
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert torch.isfinite(torch.tensor(losses)).all()
+
+
+@pytest.mark.parametrize("stop", [4, 8, 16], ids="resumed at {}".format)
+def test_killed_and_resumed_it_ends_as_if_unbroken(tmp_path: Path, stop: int) -> None:
+    unbroken = make_trainer(tmp_path / "unbroken")
+    callback = compressing(unbroken)
+    unbroken.train()
+    shutil.copytree(tmp_path / "unbroken" / f"checkpoint-{stop}", tmp_path / "moved" / f"checkpoint-{stop}")
+    resumed = make_trainer(tmp_path / "resumed")  # a new process would begin like this: first size, other folder
+    again = compressing(resumed)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "moved" / f"checkpoint-{stop}"))
+    assert dims(resumed.model) == dims(unbroken.model) <= 4
+    for name, value in weights(unbroken.model).items():
+        torch.testing.assert_close(weights(resumed.model)[name], value, rtol=0, atol=0)
+    assert [event.step for event in again.compressor.history] == [event.step for event in callback.compressor.history]
+
+
+def test_resumed_from_before_a_cut_in_the_same_process(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path)
+    compressing(trainer)
+    trainer.train()
+    end = weights(trainer.model)
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-8"))  # the model is smaller than this by now
+    assert all(torch.equal(value, end[name]) for name, value in weights(trainer.model).items())
+
+
+def test_the_best_model_from_before_a_cut_is_reloaded(tmp_path: Path) -> None:
+    scores = iter([0.3, 0.9, 0.5, 0.5, 0.5, 0.5, 0.5])
+    trainer = make_trainer(
+        tmp_path,
+        eval_strategy="steps",
+        eval_steps=3,
+        save_steps=3,
+        load_best_model_at_end=True,
+        metric_for_best_model="score",
+        greater_is_better=True,
+    )
+    trainer.compute_metrics = lambda prediction: {"score": next(scores)}
+    compressing(trainer)
+    stopping = EarlyStoppingCallback(early_stopping_patience=4)
+    trainer.add_callback(stopping)
+    trainer.train()
+    assert trainer.state.global_step == 18  # 4 evaluations without improvement after the second
+    assert trainer.state.best_model_checkpoint.endswith("checkpoint-6")
+    saved = safetensors_of(tmp_path / "checkpoint-6")
+    assert 4 < dims(trainer.model) == saved["net.blocks.0.ssm.nu_log"].shape[0] < 16
+    assert all(torch.equal(value, saved[name]) for name, value in weights(trainer.model).items())
+
+
+def safetensors_of(folder: Path) -> dict[str, Tensor]:
+    from safetensors.torch import load_file
+
+    return load_file(folder / "model.safetensors")
+
+
+def test_a_harmful_cut_is_undone_by_the_trainers_own_metric(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, metric_for_best_model="score", greater_is_better=True)
+    trainer.compute_metrics = lambda prediction: {"score": 1.0 if dims(trainer.model) == 16 else 0.0}
+    callback = compressing(trainer, states=None, max_drop=0.1, cuts=1, check_after=3, on_setback="stop")
+    rates: list[float] = []
+
+    class Watch(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            rates.append(trainer.lr_scheduler.get_last_lr()[0])
+            assert trainer.optimizer.param_groups[0]["lr"] == rates[-1]
+
+    trainer.add_callback(Watch())
+    trainer.train()
+    kinds = [(event.kind, event.step) for event in callback.compressor.history]
+    assert kinds == [("cut", 12), ("rolled_back", 15)]
+    assert trainer.state.global_step == STEPS
+    assert dims(trainer.model) == 16
+    assert sorted(rates[4:], reverse=True) == rates[4:]  # the scheduler was not turned back
+
+
+@pytest.mark.parametrize("moved", [False, True])
+def test_a_cut_under_observation_is_resumed(tmp_path: Path, moved: bool) -> None:
+    def harmed(trainer: Trainer) -> CompressionCallback:
+        return compressing(
+            trainer,
+            states=None,
+            max_drop=0.1,
+            cuts=1,
+            check_after=6,
+            on_setback="stop",
+            evaluate=lambda model: float(dims(model) == 16),
+        )
+
+    trainer = make_trainer(tmp_path / "a")
+    harmed(trainer)
+    trainer.train()  # cut at 12, undone at 18
+    assert dims(trainer.model) == 16
+    folder = tmp_path / "b" / "checkpoint-16" if moved else tmp_path / "a" / "checkpoint-16"
+    if moved:
+        shutil.copytree(tmp_path / "a" / "checkpoint-16", folder)
+        shutil.rmtree(tmp_path / "a")
+    again = make_trainer(tmp_path / "a")
+    callback = harmed(again)
+    again.train(resume_from_checkpoint=str(folder))
+    kinds = [event.kind for event in callback.compressor.history]
+    assert kinds == (["cut"] if moved else ["cut", "rolled_back"])  # the snapshot lay elsewhere
+    assert (dims(again.model) == 16) is not moved
+
+
+def test_its_record_is_plain_json(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path)
+    compressing(trainer)
+    trainer.train()
+    state = json.loads((tmp_path / "checkpoint-8" / "trainer_state.json").read_text())
+    assert state["stateful_callbacks"]["compressm"]["state_dims"]["net.blocks.0.ssm"] < 16
+
+
+def test_refusals_come_before_training(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path)
+    trainer.add_callback(CompressionCallback(trainer))
+    with pytest.raises(InvalidRankRuleError, match="say how far to cut"):
+        trainer.train()
+    trainer.model = nn.Linear(1, 1)
+    with pytest.raises(UnsupportedModelError):
+        CompressionCallback(trainer, tolerance=0.1)

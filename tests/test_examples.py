@@ -1,0 +1,55 @@
+"""The examples, as they stand, for a few steps each: they run, cut, and mark their three lines."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+NEEDS = {"lightning_lru.py": "lightning", "accelerate_ddp.py": "accelerate", "hf_trainer_mamba.py": "transformers"}
+IN_LOOPS = ("plain_pytorch.py", "lightning_lru.py", "accelerate_ddp.py")
+
+
+def run(tmp_path: Path, *command: str) -> str:
+    result = subprocess.run(
+        [sys.executable, *command],
+        cwd=tmp_path,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=900,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr[-4000:]
+    return result.stdout
+
+
+@pytest.mark.parametrize("name", IN_LOOPS)
+def test_is_short_and_marks_its_three_lines(name: str) -> None:
+    text = (EXAMPLES / name).read_text(encoding="utf-8")
+    assert text.count("\n") < 80
+    for number in (1, 2, 3):
+        assert len(re.findall(rf"# \({number}\)", text)) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", IN_LOOPS)
+def test_runs_and_cuts(tmp_path: Path, name: str) -> None:
+    pytest.importorskip(NEEDS.get(name, "sklearn"))
+    output = run(tmp_path, str(EXAMPLES / name), "--quick")
+    assert len(re.findall(r"step \d+: cut, states", output)) == 4
+    (final,) = re.findall(r"test accuracy 0\.\d+ with states \[(\d+)\]", output)
+    assert int(final) < 64
+
+
+@pytest.mark.slow
+def test_two_processes_run_and_cut(tmp_path: Path) -> None:
+    pytest.importorskip("accelerate")
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
+    output = run(tmp_path, *launcher, str(EXAMPLES / "accelerate_ddp.py"), "--quick")
+    assert output.count("cut, states") == 4  # said once, not twice
