@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch.nn import functional as F
@@ -10,6 +13,7 @@ from compressm.bench import ours, peers_torch
 from compressm.bench.worker import Step
 
 
+@pytest.mark.slow
 def test_jax_classifier_learns_as_ours() -> None:
     """Same weights, same batch: the same losses over steps of Adam, and the same running statistics."""
     pytest.importorskip("jax")
@@ -43,6 +47,17 @@ def test_loops_equal_ours() -> None:
         (ours.lti, peers_torch.lti_loop, {"n": 3, "width": 4}),
     ):
         same_gradients(mine(**sizes, batch=2, length=20), loop(**sizes, batch=2, length=20))
+
+
+def test_a_step_imports_no_library() -> None:
+    """Memory is counted from after the imports: what the first step imported would count as memory of the step."""
+    code = (
+        "import sys; from compressm.bench import ours; before = set(sys.modules)\n"
+        "ours.lru_training_step(4, 4, 1, 2, 16)(); ours.selective(4, 16, 1, 8)(); ours.ssd(4, 2, 4, 1, 8)()\n"
+        "print(len(set(sys.modules) - before))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 50  # torch.compile, with sympy, would be over 800
 
 
 def test_hugging_faces_scans_equal_ours() -> None:

@@ -66,8 +66,7 @@ def side(name: str, **arguments: object) -> Side:
 
 def test_times_ratio_and_limit(row) -> None:
     result: Row = row(side("sleeping", seconds=0.05), side("sleeping", seconds=0.2), Effort(5, 2, 30.0))
-    assert result.ours_ms == pytest.approx(50, rel=0.4)
-    assert result.peer_ms == pytest.approx(200, rel=0.3)
+    assert 50 <= result.ours_ms < 150 < 200 <= result.peer_ms  # a busy machine sleeps longer, never shorter
     assert result.ratio == pytest.approx(result.peer_ms / result.ours_ms)
     assert result.roofline_ms == pytest.approx(2.0)
     assert result.of_roofline == pytest.approx(result.ours_ms / 2.0)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
+import torch._dynamo  # PyTorch loads it, 150 MB, with the first custom operator: that is no memory of a step
 from torch import Tensor
 from torch.nn import functional as F
 

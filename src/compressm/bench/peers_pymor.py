@@ -11,18 +11,15 @@ from pymor.core.logger import set_log_levels
 from pymor.models.iosys import LTIModel
 from pymor.reductors.bt import BTReductor
 
-from compressm.adapters import find_layers
-from compressm.adapters.base import Adapter, layer_values
+from compressm.adapters import LRUAdapter
+from compressm.adapters.base import layer_values
 from compressm.bench.ours import lru_layer
 from compressm.bench.worker import Step
 
 
 def reduction(n: int, width: int, states: int) -> Step:
     """One LRU layer as a real system of order ``2 n``, cut to order ``2 states``."""
-    layer = lru_layer(n, width)
-    ((module, adapter),) = find_layers(layer).values()
-    assert isinstance(adapter, Adapter)
-    system = adapter.read(layer_values(module))
+    system = LRUAdapter().read(layer_values(lru_layer(n, width)))
     lam, B, C = system.lam, system.B, system.C
     A_real = torch.cat(
         [torch.cat([lam.real.diag(), -lam.imag.diag()], 1), torch.cat([lam.imag.diag(), lam.real.diag()], 1)]

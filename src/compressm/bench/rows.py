@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import statistics
@@ -165,7 +166,8 @@ class Process:
     ) -> None:
         for pipe in (self._process.stdin, self._process.stdout):
             if pipe is not None:
-                pipe.close()
+                with contextlib.suppress(BrokenPipeError):
+                    pipe.close()
         if kind is not None:
             self._process.terminate()
         self._process.wait()
@@ -205,6 +207,8 @@ class Process:
         if not answer:
             answer = {"unavailable": f"its process ended with exit code {self._process.wait()}; short of memory?"}
         self.unavailable = answer.get("unavailable")
+        if self.unavailable is not None:
+            self.times_ms.clear()  # a side that fails half-way has no time
         return answer
 
 
