@@ -18,8 +18,8 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_state_dict,
+    set_model_state_dict,
     set_optimizer_state_dict,
-    set_state_dict,
 )
 from torch.optim import Optimizer
 
@@ -80,13 +80,10 @@ def compress_sharded(
     resize_states(smaller, report.state_dims)
     shard(smaller)
     optimizer = build_optimizer(smaller)
-    set_state_dict(
-        smaller,
-        optimizer,
-        model_state_dict=weights if rank() == 0 else {},
-        optim_state_dict=states if rank() == 0 else {},
-        options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True),
-    )
+    # Not set_state_dict: it takes the empty dict of the other ranks for "no model", and rank 0 would wait for them.
+    from_first = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+    set_model_state_dict(smaller, weights if rank() == 0 else {}, options=from_first)
+    set_optimizer_state_dict(smaller, optimizer, states if rank() == 0 else {}, options=from_first)
     return smaller, optimizer, report
 
 
