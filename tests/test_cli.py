@@ -13,7 +13,7 @@ import pytest
 from compressm import __version__
 from compressm.cli import main
 
-CONFIGS = Path(__file__).parents[1] / "configs"
+CONFIGS = Path(__file__).parents[1] / "src/compressm/configs"
 SHORT = ["run.steps=20", "run.eval_every=10", "run.checkpoint_every=5", "run.tensorboard=false", "run.device=cpu"]
 
 
@@ -47,7 +47,7 @@ def damaged_mnist(tmp_path: Path) -> list[str]:
 
 MISTAKES: dict[str, tuple[Callable[[Path], list[str]], str, str]] = {
     # what is wrong: (arguments, the key, the remedy)
-    "no such file": (lambda tmp: [str(tmp / "digit.yaml")], "digit.yaml", "check the path"),
+    "no such file": (lambda tmp: [str(tmp / "digit.yaml")], "digit.yaml", "check the path, or choose one of digits,"),
     "not YAML": (edited("digits.yaml", "data:", "data: {"), "digits.yaml, line", "mend that line"),
     "misspelt key": (
         edited("digits.yaml", "  lr: 4e-3", "  learning_rte: 1"),

@@ -84,7 +84,12 @@ def _app(command_line: str) -> "typer.Typer":
 
     @app.command()
     def train(  # pyright: ignore[reportUnusedFunction]
-        config: Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file; see configs/.")],
+        config: Annotated[
+            Path,
+            typer.Argument(
+                metavar="CONFIG", help="YAML file, or a built-in one: digits, smnist, psmnist, scifar, smnist-mamba."
+            ),
+        ],
         overrides: Annotated[
             list[str] | None, typer.Argument(metavar="[key=value]...", help="For example optimizer.lr=1e-3.")
         ] = None,

@@ -14,6 +14,7 @@ from compressm.adapters import find_layers
 from compressm.balancing import Method
 from compressm.carry import Carry, check_optimizer, follow, paired_layers, unwrap_optimizer
 from compressm.compiled import allow_recompilation, graphs_compiled
+from compressm.costs import Savings, StepClock, savings
 from compressm.distributed import from_first_rank, rebuild_replicas
 from compressm.errors import CheckpointError, InvalidRankRuleError
 from compressm.fitting import fit_any_size
@@ -82,6 +83,10 @@ class Compressor:
         rewind: a roll-back turns back time as well. False where a host counts the steps: then only what was learnt
             goes back (weights, the optimizer's state, averages), and steps, learning rates, scaler and random state
             go on.
+
+    Attributes:
+        history: what was done, an `Event` each.
+        clock: times of the steps, phase by phase; see `savings`.
 
     Raises:
         InvalidRankRuleError: contradicting or impossible arguments.
@@ -185,6 +190,7 @@ class Compressor:
         self._observe_every = min(8, self._probe_every)
         self._observe()
         self._graphs = 0  # compiled so far, since the first cut
+        self.clock = StepClock(self._initial_dims)
         self.history: list[Event] = []
         fit_any_size(model)
         for follower in self.followers:
@@ -200,6 +206,17 @@ class Compressor:
         """Whether no more cut will be made and none is under observation."""
         return self._observed is None and (self._stopped or self._cuts_done >= len(self.cut_steps))
 
+    def savings(self, cpu: bool = False) -> Savings | None:
+        """What the cuts have saved so far, by the times of the steps before and after them.
+
+        Args:
+            cpu: by computing time instead of the clock, for machines with other work.
+
+        Returns:
+            an estimate, see `Savings`; None before there are times on both sides of a cut.
+        """
+        return savings(self.clock.phases, sum(event.seconds for event in self.history), cpu)
+
     def step(self) -> Event | None:
         """Count one training step; cut, examine or roll back if it is time. Call it after ``optimizer.step()``.
 
@@ -208,6 +225,7 @@ class Compressor:
             random state are those of ``event.restored_step``; a loop that counts steps itself should go back to that
             number.
         """
+        self.clock.end()
         self._steps += 1
         self._count_recompilations()
         event = None
@@ -220,6 +238,7 @@ class Compressor:
             self.history.append(event)
             log.info("%s", event)
         self._observe()
+        self.clock.begin()
         return event
 
     def _observe(self) -> None:
@@ -239,6 +258,7 @@ class Compressor:
 
     def _shapes_changed(self) -> None:
         """Tell everyone who holds on to the shapes of parameters."""
+        self.clock.resize(self.state_dims)
         rebuild_replicas(self.model)
         self._graphs = graphs_compiled()
         if self._graphs:
@@ -352,6 +372,7 @@ class Compressor:
             "probe": {name: snapshot_state(balancing) for name, balancing in self._probe.items()},
             "moments": self._statistics.state_dict(),
             "history": [event.to_dict() for event in self.history],
+            "phases": self.clock.state_dict(),
         }
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -378,6 +399,7 @@ class Compressor:
         self._statistics.load_state_dict(state_dict["moments"])
         self._observe()
         self.history = [Event.from_dict(event) for event in state_dict["history"]]
+        self.clock.load_state_dict(state_dict["phases"])
 
 
 def _require(name: str, value: object, valid: bool, expected: str) -> None:

@@ -9,7 +9,7 @@ from compressm.compressor import Compressor
 from compressm.errors import ConfigError
 from compressm.training.config import CompressionConfig, load_config, parse_config
 
-CONFIGS = Path(__file__).parents[2] / "configs"
+CONFIGS = Path(__file__).parents[2] / "src/compressm/configs"
 
 GOOD = """
 data: {name: digits}
@@ -28,6 +28,7 @@ def written(tmp_path: Path, text: str) -> Path:
 @pytest.mark.parametrize("name", ["digits", "smnist", "psmnist", "scifar"])
 def test_committed_configs_are_valid(name: str) -> None:
     assert load_config(CONFIGS / f"{name}.yaml").data.name == name
+    assert load_config(name) == load_config(CONFIGS / f"{name}.yaml")
 
 
 def test_papers_settings() -> None:
@@ -162,7 +163,7 @@ def test_unfit_files_are_named(tmp_path: Path, text: str, message: str) -> None:
 
 
 def test_unreadable_files(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"nowhere\.yaml: no such file; check the path"):
+    with pytest.raises(ConfigError, match=r"nowhere\.yaml: no such file, nor .*; check the path"):
         load_config(tmp_path / "nowhere.yaml")
     with pytest.raises(ConfigError, match="cannot be read"):
         load_config(tmp_path)

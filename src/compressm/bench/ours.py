@@ -7,7 +7,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-import torch._dynamo  # PyTorch loads it, 150 MB, with the first custom operator: that is no memory of a step
+
+# PyTorch loads it, 150 MB, with the first custom operator: that is no memory of a step.
+import torch._dynamo  # pyright: ignore[reportUnusedImport]
 from torch import Tensor
 from torch.nn import functional as F
 

@@ -205,21 +205,31 @@ class Config(Section):
         return self
 
 
+def builtin_configs() -> dict[str, Path]:
+    """The configurations that come with the package, by name."""
+    return {path.stem: path for path in sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))}
+
+
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Read a configuration from a YAML file.
 
     Args:
-        path: the file.
+        path: the file; or the name of one that comes with the package, ``"smnist"`` for example.
         overrides: ``"section.key=value"``, the value in YAML; they win over the file.
 
     Raises:
         ConfigError: no such file, not YAML, or an unknown key or unfit value, named by its dotted name with a remedy.
     """
+    if str(path) in (built_in := builtin_configs()):
+        path = built_in[str(path)]
     path = Path(path)
     try:
         tree = _parse(path.read_text(encoding="utf-8"), str(path))
     except FileNotFoundError:
-        raise ConfigError(f"{path}: no such file; check the path of the configuration") from None
+        raise ConfigError(
+            f"{path}: no such file, nor one of the built-in configurations; check the path, or choose one of "
+            f"{', '.join(built_in)}"
+        ) from None
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror}); a YAML file was expected") from error
     except UnicodeDecodeError as error:

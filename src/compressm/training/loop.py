@@ -13,6 +13,7 @@ import random
 import time
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
 
@@ -25,6 +26,7 @@ from torch.nn import functional as F
 
 from compressm import __version__
 from compressm.checkpoint import load, load_tree, save, save_tree
+from compressm.costs import StepClock, savings
 from compressm.errors import ConfigError
 from compressm.history import Event
 from compressm.reduce import state_dims
@@ -133,6 +135,7 @@ class _Run:
         self.compressor = build_compressor(
             config, self.model, self.optimizer, self.scheduler, lambda model: self.accuracy(model, self.data.validation)
         )
+        self.clock = StepClock(state_dims(self.model)) if self.compressor is None else self.compressor.clock
         self.step = 0
         self.loss = torch.tensor(math.nan)
         self.curve: list[dict[str, Any]] = []
@@ -181,6 +184,7 @@ class _Run:
 
     def _train_step(self) -> None:
         indices = self.order.indices(self.step)[self.rank :: self.world].to(self.accelerator.device)
+        self.clock.begin()
         u, y = self.data.batch(self.data.train, indices)
         self.wrapped.train()
         loss = F.cross_entropy(self.wrapped(u), y)
@@ -195,6 +199,7 @@ class _Run:
 
     def _compress(self) -> Event | None:
         if self.compressor is None:
+            self.clock.end()
             return None
         with self._timed("reduction"):
             event = self.compressor.step()
@@ -270,6 +275,7 @@ class _Run:
             "curve": self.curve,
             "best": self.best,
             "seconds": self.seconds,
+            "phases": self.clock.state_dict(),
         }
         with self._timed("checkpoint"):
             save_tree(self.folder / "checkpoint", tree, metadata={"step": self.step})
@@ -288,6 +294,7 @@ class _Run:
         self.scheduler.load_state_dict(tree["scheduler"])
         self.step, self.loss, self.curve, self.best = tree["step"], tree["loss"], tree["curve"], tree["best"]
         self.seconds = tree["seconds"]
+        self.clock.load_state_dict(tree["phases"])
         set_rng_state(tree["rng"][self.rank])
 
     def _finish(self, command: str | None) -> RunResult:
@@ -296,6 +303,7 @@ class _Run:
         if self.best is not None:
             model = load(self.folder / "best").to(self.accelerator.device)
             validation = self.accuracy(model, self.data.validation)
+        saved = savings(self.clock.phases, self.seconds["reduction"])
         result = RunResult(
             data=self.data.label,
             config=self.config.model_dump(mode="json"),
@@ -315,6 +323,8 @@ class _Run:
             evaluation_seconds=self.seconds["evaluation"],
             checkpoint_seconds=self.seconds["checkpoint"],
             history=[] if self.compressor is None else [event.to_dict() for event in self.compressor.history],
+            phases=[phase.to_dict() for phase in self.clock.phases],
+            savings=None if saved is None else {**asdict(saved), "speedup": saved.speedup},
             curve=self.curve,
         )
         if self.accelerator.is_main_process:

@@ -31,6 +31,8 @@ class RunResult:
         evaluation_seconds: in evaluations, the compressor's included.
         checkpoint_seconds: in writing checkpoints.
         history: what the compressor did, as `Event.to_dict`.
+        phases: the steps at every size that the model had, with the median times of one; see `costs.Phase`.
+        savings: what the cuts saved, an estimate; see `costs.Savings`. None without cuts.
         curve: at every evaluation step, training loss, validation accuracy, learning rate and state dimensions.
     """
 
@@ -52,6 +54,8 @@ class RunResult:
     evaluation_seconds: float
     checkpoint_seconds: float
     history: list[dict[str, Any]]
+    phases: list[dict[str, Any]]
+    savings: dict[str, Any] | None
     curve: list[dict[str, Any]]
 
     def to_dict(self) -> dict[str, Any]:
