@@ -243,7 +243,8 @@ class Compressor:
 
     def _observe(self) -> None:
         """Have the selective layers observed in the coming step, if it is time and a cut may still come."""
-        if self._steps % self._observe_every == 0 and not self._stopped and self._cuts_done < len(self.cut_steps):
+        due = self._steps % self._observe_every == 0 or bool(self._statistics.unseen)
+        if due and not self._stopped and self._cuts_done < len(self.cut_steps):
             self._statistics.observe_next()
         else:
             self._statistics.close()

@@ -43,6 +43,11 @@ class Statistics:
         """Names of the selective layers."""
         return list(self._layers)
 
+    @property
+    def unseen(self) -> list[str]:
+        """Names of those of them that there are no moments of."""
+        return [name for name in self._layers if name not in self._moments]
+
     def observe_next(self, training_only: bool = True) -> None:
         """Observe every selective layer at its next call (by default its next call in training mode)."""
         for name, (layer, adapter) in self._layers.items():
@@ -81,11 +86,10 @@ class Statistics:
         Raises:
             UnsupportedModelError: a layer was never observed.
         """
-        unseen = [name for name in self._layers if name not in self._moments]
-        if unseen:
+        if self.unseen:
             raise UnsupportedModelError(
-                f"{unseen[0]!r} is a selective layer, and what its states carry depends on the data, of which none has "
-                "passed through it yet; pass data=, some batches of the model's inputs"
+                f"{self.unseen[0]!r} is a selective layer, and what its states carry depends on the data, of which "
+                "none has passed through it yet; pass data=, some batches of the model's inputs"
             )
         return {name: _summed(self._moments[name]) for name in self._layers}
 

@@ -230,6 +230,37 @@ def test_its_record_is_plain_json(tmp_path: Path) -> None:
     assert state["stateful_callbacks"]["compressm"]["state_dims"]["net.blocks.0.ssm"] < 16
 
 
+@pytest.mark.parametrize("lost", [False, True])
+def test_selective_layers_are_saved_and_resumed_while_cuts_are_pending(tmp_path: Path, lost: bool) -> None:
+    tokens = torch.randint(0, 32, (64, 12), generator=torch.Generator().manual_seed(0))
+
+    def make() -> Trainer:
+        torch.manual_seed(0)
+        sizes = {"hidden_size": 8, "state_size": 16, "num_hidden_layers": 2, "vocab_size": 32}
+        trainer = Trainer(
+            transformers.MambaForCausalLM(transformers.MambaConfig(**sizes, use_mambapy=False)),
+            TrainingArguments(
+                output_dir=str(tmp_path), max_steps=16, per_device_train_batch_size=4, save_steps=2, use_cpu=True,
+                report_to="none", disable_tqdm=True, prediction_loss_only=True, lr_scheduler_type="constant",
+            ),
+            train_dataset=[{"input_ids": row, "labels": row} for row in tokens],
+        )  # fmt: skip
+        compressing(trainer)
+        return trainer
+
+    whole = make()
+    whole.train()
+    assert set(state_dims(whole.model).values()) == {4}
+    resumed = make()
+    if lost:  # moments that are not there are gathered anew
+        shutil.rmtree(tmp_path / "checkpoint-2" / "compressm")
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert set(state_dims(resumed.model).values()) == {4}
+    if not lost:
+        before = weights(whole.model)
+        assert all(torch.equal(value, before[name]) for name, value in weights(resumed.model).items())
+
+
 def test_refusals_come_before_training(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path)
     trainer.add_callback(CompressionCallback(trainer))

@@ -21,6 +21,8 @@ except ImportError as error:
 
 log = logging.getLogger(__name__)
 _RECORD = "compressm"
+# What of the compressor's state is tensors, and lies beside the Trainer's own state, which is JSON.
+_TENSORS = ("observed", "probe", "moments")
 
 
 class CompressionCallback(TrainerCallback):
@@ -75,16 +77,17 @@ class CompressionCallback(TrainerCallback):
         self.compressor.step()
         for event in self.compressor.history[seen:]:
             self._log(event)
-        # What a checkpoint of this step is to hold, apart from a snapshot under observation: see on_save.
+        # What a checkpoint of this step is to hold, apart from tensors: see on_save.
         record = self.compressor.state_dict()
-        record.update(observed=None, probe={}, under_observation=record["observed"] is not None)
-        _records(state)[_RECORD] = record
+        _records(state)[_RECORD] = {key: value for key, value in record.items() if key not in _TENSORS}
+        _records(state)[_RECORD]["beside"] = [key for key in _TENSORS if record[key]]
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if state.is_world_process_zero and self.compressor is not None:
-            observed = self.compressor.state_dict()["observed"]
-            if observed is not None and (folder := _checkpoint(args, state)).is_dir():
-                save_tree(folder / _RECORD, observed)
+            record = self.compressor.state_dict()
+            tensors = {key: record[key] for key in _TENSORS if record[key]}
+            if tensors and (folder := _checkpoint(args, state)).is_dir():
+                save_tree(folder / _RECORD, tensors)
 
     @property
     def _model(self) -> nn.Module:
@@ -92,13 +95,12 @@ class CompressionCallback(TrainerCallback):
 
     def _resume(self, args: TrainingArguments, state: TrainerState) -> None:
         assert self.compressor is not None
-        record = dict(_records(state)[_RECORD])
-        if record["under_observation"]:
-            folder = _checkpoint(args, state) / _RECORD
-            if folder.is_dir():
-                record["observed"] = load_tree(folder)
-            else:
-                log.warning("%s is not there: the last cut can no longer be undone, and is kept", folder)
+        record = {"observed": None, "probe": {}, "moments": {}, **_records(state)[_RECORD]}
+        folder = _checkpoint(args, state) / _RECORD
+        if folder.is_dir():
+            record.update(load_tree(folder))
+        elif "observed" in record["beside"]:
+            log.warning("%s is not there: the last cut can no longer be undone, and is kept", folder)
         self.compressor.load_state_dict(record)
 
     def _log(self, event: Event) -> None:
