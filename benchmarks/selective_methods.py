@@ -1,6 +1,6 @@
 """How to choose the states of a selective layer: all methods on the same trained Mamba, right after the cut and later.
 
-    python benchmarks/selective_methods.py --data DIRECTORY [--seeds 2] [--steps 800] [--after 30] [--out FILE]
+    COMPRESSM_DATA=DIRECTORY python benchmarks/selective_methods.py [--seeds 2] [--steps 800] [--after 30] [--out FILE]
 
 A Mamba of two layers (d_model 32, n = 64) learns MNIST as sequences of 196 pixels (2 x 2 pixels averaged); then every
 method cuts a copy of it, which goes on training with the carried optimizer. The loss is that on 500 sequences of
@@ -41,24 +41,22 @@ PLAIN = ("least_squares", "gramians", "magnitude", "random", "means")
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", required=True, help="directory with the MNIST files")
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--steps", type=int, default=800)
     parser.add_argument("--after", type=int, default=30)
     parser.add_argument("--out", type=Path, default=Path("results/benchmarks/selective-methods.json"))
     arguments = parser.parse_args()
     with ProcessPoolExecutor(arguments.seeds, multiprocessing.get_context("spawn")) as pool:
-        given = arguments.data, arguments.steps, arguments.after
-        jobs = [pool.submit(compare, seed, *given) for seed in range(arguments.seeds)]
+        jobs = [pool.submit(compare, seed, arguments.steps, arguments.after) for seed in range(arguments.seeds)]
         rows = [one for job in jobs for one in job.result()]
     store(arguments.out, data="MNIST, 196 pixels", steps=arguments.steps, after=arguments.after, rows=rows)
     print(table(rows))
 
 
-def compare(seed: int, folder: str, steps: int, after: int) -> list[dict]:
+def compare(seed: int, steps: int, after: int) -> list[dict]:
     """All methods and ranks on the model of one seed."""
     torch.set_num_threads(1)
-    data = load_data(DataConfig(name="smnist", root=folder, validation=0.1))
+    data = load_data(DataConfig(name="smnist", validation=0.1))
     train, validation = pooled(data, data.train), pooled(data, data.validation)
     torch.manual_seed(seed)
     model = SequenceClassifier(1, 10, d_model=32, d_state=64, n_layers=2, dropout=0.0, layer="mamba")

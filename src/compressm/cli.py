@@ -120,6 +120,34 @@ def _app(command_line: str) -> "typer.Typer":
         _write_result(json, run_demo(seeds=seeds, steps=steps, picture=picture, command=command_line))
 
     @app.command()
+    def reproduce(  # pyright: ignore[reportUnusedFunction]
+        name: Annotated[str, typer.Argument(metavar="NAME", help="An experiment; without one they are listed.")] = "",
+        seeds: Annotated[int | None, typer.Option(min=1, help="How many seeds, from 0 [the experiment's].")] = None,
+        arms: Annotated[str | None, typer.Option(help="Only these ways of training, by commas.")] = None,
+        steps: Annotated[int | None, typer.Option(min=20, help="Training steps of each run.")] = None,
+        data: Annotated[Path | None, typer.Option(help="Directory with the data [$COMPRESSM_DATA].")] = None,
+        workers: Annotated[int | None, typer.Option(min=1, help="Runs at a time [one per CPU].")] = None,
+        results: Annotated[Path, typer.Option(help="Folder of the results, one JSON file per run.")] = Path("results"),
+        runs: Annotated[Path, typer.Option(help="Folder of unfinished runs.")] = Path("runs"),
+        picture: Annotated[Path | None, typer.Option(help="Draw the comparison into this file.")] = None,
+        markdown: Annotated[Path | None, typer.Option(help="Write the table to this file.")] = None,
+        show: Annotated[bool, typer.Option("--show", help="Train nothing: the table of what is stored.")] = False,
+    ) -> None:
+        """Reproduce a comparison of the paper, or of ours, run by run; after a kill the same command goes on."""
+        from compressm.reproduce import command
+
+        chosen = None if arms is None else [arm.strip() for arm in arms.split(",")]
+        if not name:
+            command.list_experiments()
+            return
+        if not show:
+            command.run_experiment(
+                name, seeds, chosen, results, runs, steps=steps, data=data and str(data), workers=workers,
+                command=command_line,
+            )  # fmt: skip
+        command.show_experiment(name, results, markdown, picture)
+
+    @app.command()
     def compress(  # pyright: ignore[reportUnusedFunction]
         checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="A Hugging Face folder, or our own.")],
         data: Annotated[Path, typer.Option(help="Text for a language model; .npz with x, y for a classifier.")],

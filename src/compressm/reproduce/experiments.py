@@ -1,0 +1,136 @@
+"""The experiments: what each trains, and what the CompreSSM paper (arXiv 2510.02823) says comes out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from compressm.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way of training, run with several seeds.
+
+    Attributes:
+        name: names its files.
+        changes: what differs from the experiment's configuration, by dotted names.
+        same_states_as: another arm, at whose final state dimensions this one starts, seed by seed.
+        paper: the paper's accuracy in percent; None where it has none.
+    """
+
+    name: str
+    changes: Mapping[str, Any]
+    same_states_as: str | None = None
+    paper: float | None = None
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """A grid of arms and seeds over one configuration.
+
+    Attributes:
+        name: names its command and its folder.
+        title: what the table is headed.
+        config: a built-in configuration, by name.
+        arms: in the order of the table; the first is the one that the others are compared with.
+        seeds: how many are run by default.
+        steps: training steps instead of the configuration's.
+    """
+
+    name: str
+    title: str
+    config: str
+    arms: tuple[Arm, ...]
+    seeds: int = 3
+    steps: int | None = None
+
+    def arm(self, name: str) -> Arm:
+        """The arm of that name.
+
+        Raises:
+            ConfigError: there is none.
+        """
+        for arm in self.arms:
+            if arm.name == name:
+                return arm
+        raise ConfigError(f"arms: {name!r} is none of {', '.join(arm.name for arm in self.arms)}")
+
+
+_BIG = {"compression.enabled": False}
+
+
+def _protocol(paper: Mapping[str, float]) -> tuple[Arm, ...]:
+    """The paper's rows for 256 states, the three tolerances, and two models that are small from the start."""
+    return (
+        Arm("full", _BIG, paper=paper.get("full")),
+        *(
+            Arm(f"tau{tau}", {"compression.tolerance": tau, "compression.method": "complex"}, paper=paper.get(str(tau)))
+            for tau in (0.01, 0.02, 0.04)
+        ),
+        *(Arm(f"small{n}", {**_BIG, "model.d_state": n}, paper=paper.get(str(n))) for n in (28, 13)),
+        Arm("real0.02", {"compression.tolerance": 0.02}),
+        Arm("small-real0.02", _BIG, same_states_as="real0.02"),
+        Arm("max-drop", {"compression.tolerance": None, "compression.max_drop": 0.002}),
+    )
+
+
+def _cut_to_32(**changes: Any) -> dict[str, Any]:
+    keys = {f"compression.{key}": value for key, value in changes.items()}
+    return {"compression.tolerance": None, "compression.states": 32, **keys}
+
+
+EXPERIMENTS: dict[str, Experiment] = {
+    experiment.name: experiment
+    for experiment in (
+        Experiment(
+            "smnist",
+            "Sequential MNIST, LRU of 256 states (paper: table 1)",
+            "smnist",
+            _protocol({"full": 97.3, "0.01": 95.9, "0.02": 96.9, "0.04": 96.9, "13": 92.6, "28": 96.0}),
+            seeds=1,
+        ),
+        Experiment("psmnist", "Permuted sequential MNIST, LRU of 256 states", "psmnist", _protocol({}), seeds=1),
+        Experiment(
+            "mamba",
+            "Sequential MNIST, Mamba from 128 states to 12",
+            "smnist-mamba",
+            (
+                Arm("full", _BIG),
+                Arm("shrunk", {}),
+                Arm("small", {**_BIG, "model.d_state": 12}),
+                Arm("random", {"compression.selection": "random"}),
+                Arm("means", {"compression.selection": "means"}),
+            ),
+        ),
+        Experiment(
+            "ablation-count",
+            "Sequential MNIST, LRU from 256 states to 32: how many cuts",
+            "smnist",
+            tuple(Arm(f"cuts{count}", _cut_to_32(cuts=count)) for count in (1, 2, 4, 8, 16)),
+            steps=20_000,
+        ),
+        Experiment(
+            "ablation-window",
+            "Sequential MNIST, LRU from 256 states to 32: when the cuts are made",
+            "smnist",
+            tuple(Arm(f"window{window}", _cut_to_32(window=window)) for window in (0.05, 0.1, 0.2, 0.4, 0.8)),
+            steps=20_000,
+        ),
+    )
+}
+
+
+def experiment(name: str) -> Experiment:
+    """By name.
+
+    Raises:
+        ConfigError: there is no such experiment.
+    """
+    if name not in EXPERIMENTS:
+        raise ConfigError(f"{name!r} is no experiment; there are {', '.join(EXPERIMENTS)}")
+    return EXPERIMENTS[name]
+
+
+__all__ = ["EXPERIMENTS", "Arm", "Experiment", "experiment"]

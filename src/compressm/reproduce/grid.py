@@ -1,0 +1,194 @@
+"""Running a grid: every run a process, in the order of the seeds, resumable run by run and step by step.
+
+A run trains in ``RUNS/NAME/ARM-seedK`` and leaves ``RESULTS/NAME/ARM-seedK.json``, which is small enough to be
+committed. A run whose result is there is not repeated; one that was killed goes on from its last checkpoint.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from compressm.errors import ConfigError
+from compressm.reproduce.experiments import Arm, Experiment
+from compressm.training.config import Config, load_config, parse_config
+from compressm.training.loop import train
+from compressm.training.result import RunResult, write_json
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run of a grid: an arm, a seed, and where its files are."""
+
+    experiment: Experiment
+    arm: Arm
+    seed: int
+    folder: Path
+    result: Path
+
+
+def plan_runs(
+    experiment: Experiment,
+    seeds: Iterable[int],
+    arms: Sequence[str] | None = None,
+    results: Path = Path("results"),
+    runs: Path = Path("runs"),
+) -> list[Run]:
+    """The runs of a grid, seed by seed, so that one that is stopped early has whole comparisons.
+
+    Raises:
+        ConfigError: an arm that the experiment does not have.
+    """
+    chosen = experiment.arms if arms is None else [experiment.arm(name) for name in arms]
+    wanted = {arm.name for arm in chosen} | {arm.same_states_as for arm in chosen}  # those that others build upon
+    return [
+        Run(
+            experiment,
+            arm,
+            seed,
+            runs / experiment.name / f"{arm.name}-seed{seed}",
+            results / experiment.name / f"{arm.name}-seed{seed}.json",
+        )
+        for seed in seeds
+        for arm in experiment.arms
+        if arm.name in wanted
+    ]
+
+
+def configuration(run: Run, steps: int | None = None, data: str | None = None, states: Any = None) -> Config:
+    """What one run is trained with.
+
+    Args:
+        run: which.
+        steps: instead of the experiment's; evaluations and checkpoints move with it.
+        data: the directory with the data.
+        states: state dimension, or one per layer, at which it starts.
+
+    Raises:
+        ConfigError: values that do not fit.
+    """
+    tree: dict[str, Any] = load_config(run.experiment.config).model_dump(mode="json")
+    changes = dict(run.arm.changes)
+    steps = steps or run.experiment.steps
+    if steps is not None:
+        every = max(1, steps // 20)
+        changes |= {"run.steps": steps, "run.eval_every": every, "run.checkpoint_every": every}
+    changes |= {"run.seed": run.seed, "run.threads": 1, "run.tensorboard": False}
+    if data is not None:
+        changes["data.root"] = data
+    if states is not None:
+        changes["model.d_state"] = states
+    for key, value in changes.items():
+        section, name = key.split(".")
+        tree[section][name] = value
+    return parse_config(tree, run.experiment.name)
+
+
+def run_grid(
+    runs: Sequence[Run],
+    *,
+    steps: int | None = None,
+    data: str | None = None,
+    workers: int | None = None,
+    command: str | None = None,
+    executor: Callable[[int], Executor] | None = None,
+) -> dict[tuple[str, int], RunResult]:
+    """Make all runs that are not there yet.
+
+    Args:
+        runs: from `plan_runs`.
+        steps: see `configuration`.
+        data: likewise.
+        workers: runs at a time; by default one per CPU, with one thread each.
+        command: the exact command line, for the record.
+        executor: makes what runs them, given ``workers``; by default processes of this machine.
+
+    Returns:
+        the results, by arm and seed.
+
+    Raises:
+        ConfigError: unfit data or values, a result that was made with others, or training that diverged.
+    """
+    done: dict[tuple[str, int], RunResult] = {}
+    waiting: dict[Future[RunResult], Run] = {}
+    pending = list(runs)
+    for run in pending:
+        configuration(run, steps, data, 1 if run.arm.same_states_as else None)  # mistakes come before any work
+    workers = workers or os.cpu_count() or 1
+    bar = Progress(
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+        console=Console(stderr=True),
+    )  # fmt: skip
+    with bar, (executor or _processes)(workers) as pool:
+        task = bar.add_task("runs", total=len(runs))
+        while pending or waiting:
+            for run in [run for run in pending if _ready(run, done)]:
+                pending.remove(run)
+                before = done.get((run.arm.same_states_as or "", run.seed))
+                config = configuration(run, steps, data, None if before is None else before.state_dims)
+                waiting[pool.submit(_train, run, config, command)] = run
+            finished, _ = wait(waiting, return_when=FIRST_COMPLETED)
+            for future in finished:
+                run = waiting.pop(future)
+                done[run.arm.name, run.seed] = future.result()
+                bar.update(task, advance=1, description=f"{run.arm.name}, seed {run.seed}")
+    return done
+
+
+def _ready(run: Run, done: dict[tuple[str, int], RunResult]) -> bool:
+    return run.arm.same_states_as is None or (run.arm.same_states_as, run.seed) in done
+
+
+def _processes(workers: int) -> Executor:
+    return ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"))
+
+
+def _train(run: Run, config: Config, command: str | None) -> RunResult:
+    """One run, in a process of its own; its result file appears when it is complete."""
+    if run.result.exists():
+        result = RunResult.read(run.result)
+        before, now = (_essence(tree) for tree in (result.config, config.model_dump(mode="json")))
+        if before != now:
+            different = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
+            raise ConfigError(
+                f"{run.result} was made with another {', '.join(different)}; choose another --results, or delete it"
+            )
+        return result
+    result = train(config, output=run.folder, resume=True, command=command, quiet=True)
+    content = result.to_dict()
+    content["config"]["data"]["root"] = content["config"]["run"]["output"] = None  # another machine has others
+    run.result.parent.mkdir(parents=True, exist_ok=True)
+    write_json(run.result, content)
+    return RunResult.read(run.result)
+
+
+def _essence(config: dict[str, Any]) -> dict[str, Any]:
+    """What a result depends on, by dotted names."""
+    free = {"data.root", *(f"run.{key}" for key in ("output", "threads", "device", "tensorboard", "log_every"))}
+    flat = {f"{section}.{key}": value for section, values in config.items() for key, value in values.items()}
+    return {key: value for key, value in flat.items() if key not in free}
+
+
+def read_results(experiment: Experiment, results: Path = Path("results")) -> dict[tuple[str, int], RunResult]:
+    """The results of an experiment that are stored, by arm and seed.
+
+    Raises:
+        CheckpointError: a damaged file.
+    """
+    found: dict[tuple[str, int], RunResult] = {}
+    for arm in experiment.arms:
+        for path in sorted((results / experiment.name).glob(f"{arm.name}-seed*.json")):
+            found[arm.name, json.loads(path.stem.rsplit("-seed", 1)[1])] = RunResult.read(path)
+    return found
+
+
+__all__ = ["Run", "configuration", "plan_runs", "read_results", "run_grid"]

@@ -1,0 +1,173 @@
+"""Tables and figures of an experiment, from its stored results."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.table import Table
+
+from compressm.reproduce.experiments import Arm, Experiment
+from compressm.training.result import RunResult
+
+Results = Mapping[tuple[str, int], RunResult]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One arm over its seeds.
+
+    Attributes:
+        arm: which.
+        runs: its results, in the order of the seeds.
+        step_ms: milliseconds of computing that a step takes at the end, the median over seeds; None unknown.
+        step_speedup: the same of the first arm's runs over it, of those seeds that both have; likewise None.
+        run_speedup: computing time of the first arm's whole training over this one's, likewise.
+    """
+
+    arm: Arm
+    runs: Sequence[RunResult]
+    step_ms: float | None
+    step_speedup: float | None
+    run_speedup: float | None
+
+    @property
+    def accuracies(self) -> list[float]:
+        """Test accuracies in percent."""
+        return [100 * run.test_accuracy for run in self.runs]
+
+    @property
+    def accuracy(self) -> str:
+        """Mean and, with several seeds, sample standard deviation."""
+        mean = f"{statistics.fmean(self.accuracies):.2f}"
+        return f"{mean} ± {statistics.stdev(self.accuracies):.2f}" if len(self.runs) > 1 else mean
+
+    @property
+    def states(self) -> str:
+        """Final state dimensions: the mean over seeds, layer by layer."""
+        means = [statistics.fmean(dims) for dims in zip(*(run.state_dims for run in self.runs), strict=True)]
+        return " + ".join(f"{mean:.0f}" for mean in means)
+
+
+def rows(experiment: Experiment, results: Results) -> list[Row]:
+    """The arms that have results, in the experiment's order."""
+    by_arm = {
+        arm.name: {seed: run for (name, seed), run in results.items() if name == arm.name} for arm in experiment.arms
+    }
+    first = by_arm[experiment.arms[0].name]
+    made = []
+    for arm in experiment.arms:
+        runs = by_arm[arm.name]
+        if not runs:
+            continue
+        both = [(first[seed], run) for seed, run in runs.items() if seed in first]
+        steps = [step for run in runs.values() if (step := _last_step(run)) is not None]
+        made.append(
+            Row(
+                arm,
+                [runs[seed] for seed in sorted(runs)],
+                statistics.median(steps) * 1000 if steps else None,
+                _ratio([(_last_step(one), _last_step(other)) for one, other in both]),
+                _ratio([(_computing(one), _computing(other)) for one, other in both]),
+            )
+        )
+    return made
+
+
+def _last_step(run: RunResult) -> float | None:
+    """Computing seconds of a step at the final size."""
+    return run.phases[-1]["step_cpu_seconds"] if run.phases else None
+
+
+def _computing(run: RunResult) -> float | None:
+    """Computing seconds of all steps, each phase at its median, and of the cuts."""
+    if not run.phases or run.phases[-1]["step_cpu_seconds"] is None:
+        return None
+    typical = next(phase["step_cpu_seconds"] for phase in run.phases if phase["step_cpu_seconds"] is not None)
+    return run.reduction_seconds + sum(phase["steps"] * (phase["step_cpu_seconds"] or typical) for phase in run.phases)
+
+
+def _ratio(pairs: Sequence[tuple[float | None, float | None]]) -> float | None:
+    ratios = [one / other for one, other in pairs if one is not None and other is not None]
+    return statistics.median(ratios) if ratios else None
+
+
+HEADER = ("", "states", "test accuracy, %", "paper", "difference", "step", "faster", "whole run", "seeds")
+
+
+def cells(row: Row) -> tuple[str, ...]:
+    """One line of the table."""
+    paper = row.arm.paper
+    return (
+        row.arm.name,
+        row.states,
+        row.accuracy,
+        "" if paper is None else f"{paper:.1f}",
+        "" if paper is None else f"{statistics.fmean(row.accuracies) - paper:+.1f}",
+        "" if row.step_ms is None else f"{row.step_ms:.0f} ms",
+        "" if row.step_speedup is None else f"{row.step_speedup:.1f}×",
+        "" if row.run_speedup is None else f"{row.run_speedup:.1f}×",
+        str(len(row.runs)),
+    )
+
+
+def table(experiment: Experiment, results: Results) -> Table:
+    """For the terminal."""
+    made = Table(title=experiment.title, title_justify="left")
+    for column in HEADER:
+        made.add_column(column, justify="right" if column else "left")
+    for row in rows(experiment, results):
+        made.add_row(*cells(row))
+    return made
+
+
+def render(experiment: Experiment, results: Results) -> str:
+    """For the documentation: title, table, what the columns are, and the command."""
+    lines = [f"## {experiment.title}", ""]
+    lines += ["| " + " | ".join(HEADER) + " |", "|---|" + "---:|" * (len(HEADER) - 1)]
+    lines += ["| " + " | ".join(cells(row)) + " |" for row in rows(experiment, results)]
+    steps = sorted({run.steps for run in results.values()})
+    lines += [
+        "",
+        f"{' and '.join(f'{count:,}' for count in steps)} steps. *Step* is the computing time of a step at the final "
+        f"size, *faster* how many times less that is than `{experiment.arms[0].name}`'s, *whole run* the same of all "
+        "steps and cuts; medians over seeds. Results of every run: "
+        f"`results/{experiment.name}/`.",
+        "",
+        "```console",
+        f"compressm reproduce {experiment.name} --data DIRECTORY",
+        "```",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def draw(experiment: Experiment, results: Results, picture: Path) -> None:
+    """Validation accuracy over the computing time, and test accuracy against the time of the whole run."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, (curve, points) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    shades = plt.get_cmap("tab10")
+    for index, row in enumerate(rows(experiment, results)):
+        colour = shades(index % 10)
+        for run in row.runs:
+            at = [point["step"] for point in run.curve]
+            values = [100 * point["validation_accuracy"] for point in run.curve]
+            curve.plot(at, values, color=colour, linewidth=1.5, alpha=0.8)
+        seconds = [value for run in row.runs if (value := _computing(run)) is not None]
+        if len(seconds) == len(row.runs):
+            points.scatter(seconds, row.accuracies, color=colour, s=40, label=f"{row.arm.name}: {row.accuracy} %")
+    curve.set(title="Validation accuracy, %", xlabel="training step")
+    points.set(title="Test accuracy, %, against computing time", xlabel="seconds of training", xlim=(0, None))
+    points.legend(frameon=False, fontsize=8)
+    for axis in (curve, points):
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.savefig(picture, dpi=130)
+    plt.close(figure)
+
+
+__all__ = ["Row", "draw", "render", "rows", "table"]

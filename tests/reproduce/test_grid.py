@@ -1,0 +1,149 @@
+"""Grids of real, short runs on the embedded data."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from compressm.cli import main
+from compressm.errors import ConfigError
+from compressm.reproduce import EXPERIMENTS, Arm, Experiment, plan_runs, read_results, run_grid
+from compressm.reproduce.grid import configuration
+from compressm.reproduce.report import draw, render, rows
+from compressm.training.loop import train
+
+OFF = {"compression.enabled": False}
+TINY = Experiment(
+    "tiny",
+    "Digits",
+    "digits",
+    (
+        Arm("full", {**OFF, "model.d_state": 16}, paper=12.0),
+        Arm("small", OFF, same_states_as="shrunk"),
+        Arm("shrunk", {"model.d_state": 16, "compression.states": 5, "compression.tolerance": None}),
+    ),
+    steps=40,
+)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A grid of three ways and two seeds."""
+    folder = tmp_path_factory.mktemp("grid")
+    run_grid(plan_runs(TINY, range(2), results=folder / "results", runs=folder / "runs"), workers=2, command="the way")
+    return folder
+
+
+def test_every_run_leaves_one_file_that_says_everything(folder: Path) -> None:
+    names = {path.name for path in (folder / "results/tiny").iterdir()}
+    assert names == {f"{arm}-seed{seed}.json" for arm in ("full", "shrunk", "small") for seed in (0, 1)}
+    content = json.loads((folder / "results/tiny/shrunk-seed1.json").read_text())
+    assert content["command"] == "the way"
+    assert (content["seed"], content["steps"], content["state_dims"]) == (1, 40, [5])
+    assert content["phases"][0]["state_dims"] == {"blocks.0.ssm": 16}
+    assert content["history"]
+    assert str(folder) not in json.dumps(content)
+
+
+def test_an_arm_can_start_where_another_ended(folder: Path) -> None:
+    results = read_results(TINY, folder / "results")
+    assert results["small", 0].state_dims == results["shrunk", 0].state_dims
+    assert results["small", 0].history == []
+
+
+def test_what_is_there_is_not_repeated_and_the_rest_is(folder: Path) -> None:
+    again = plan_runs(TINY, range(2), results=folder / "results", runs=folder / "runs")
+    times = {run.result: run.result.stat().st_mtime_ns for run in again}
+    expected = json.loads(again[0].result.read_text())
+    again[0].result.unlink()  # as after a kill between the run and its result
+    run_grid(again, workers=1)
+    assert all(run.result.stat().st_mtime_ns == times[run.result] for run in again[1:])
+    assert json.loads(again[0].result.read_text()) == expected
+
+
+def test_a_result_of_other_settings_is_not_taken_for_ours(folder: Path) -> None:
+    runs = plan_runs(TINY, [0], ["full"], folder / "results", folder / "runs")
+    with pytest.raises(ConfigError, match=r"full-seed0\.json was made with another .*run\.steps"):
+        run_grid(runs, steps=60, workers=1)
+
+
+def test_an_interrupted_run_goes_on(tmp_path: Path, folder: Path) -> None:
+    (run,) = plan_runs(TINY, [0], ["full"], tmp_path / "results", tmp_path / "runs")
+
+    class Killed(BaseException):
+        pass
+
+    config = configuration(run)
+    with pytest.MonkeyPatch.context() as patch:
+        from compressm.training.loop import _Run
+
+        step = _Run._train_step
+
+        def interrupted(self: _Run) -> None:
+            if self.step == 20:
+                raise Killed
+            step(self)
+
+        patch.setattr(_Run, "_train_step", interrupted)
+        with pytest.raises(Killed):
+            train(config, output=run.folder, quiet=True)
+    run_grid([run], workers=1)
+    ours, whole = (
+        json.loads((path / "tiny/full-seed0.json").read_text()) for path in (tmp_path / "results", folder / "results")
+    )
+    assert ours["test_accuracy"] == whole["test_accuracy"]
+    assert [point["loss"] for point in ours["curve"]] == [point["loss"] for point in whole["curve"]]
+
+
+def test_the_table_compares_with_the_first_arm_and_the_paper(folder: Path, tmp_path: Path) -> None:
+    results = read_results(TINY, folder / "results")
+    made = {row.arm.name: row for row in rows(TINY, results)}
+    assert list(made) == ["full", "small", "shrunk"]
+    assert made["full"].step_speedup == pytest.approx(1.0)
+    assert made["full"].run_speedup == pytest.approx(1.0)
+    assert made["shrunk"].states == "5"
+    mean = 50 * (results["full", 0].test_accuracy + results["full", 1].test_accuracy)
+    text = render(TINY, results)
+    assert f"| full | 16 | {mean:.2f} ± " in text
+    assert f"| 12.0 | {mean - 12:+.1f} |" in text
+    draw(TINY, results, tmp_path / "tiny.png")
+    assert (tmp_path / "tiny.png").stat().st_size > 10_000
+
+
+def test_arms_bring_those_that_they_build_upon() -> None:
+    assert [run.arm.name for run in plan_runs(TINY, [0], ["small"])] == ["small", "shrunk"]
+    with pytest.raises(ConfigError, match="'big' is none of full, small, shrunk"):
+        plan_runs(TINY, [0], ["big"])
+
+
+def test_mistakes_come_before_any_run(tmp_path: Path) -> None:
+    wrong = replace(TINY, arms=(TINY.arms[0], Arm("wrong", {"model.d_state": 0})))
+    with pytest.raises(ConfigError, match="d_state"):
+        run_grid(plan_runs(wrong, [0], results=tmp_path / "results", runs=tmp_path / "runs"), workers=1)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS.values(), ids=lambda experiment: experiment.name)
+def test_all_experiments_have_valid_configurations(experiment: Experiment) -> None:
+    for run in plan_runs(experiment, [0]):
+        config = configuration(run, states=1 if run.arm.same_states_as else None)
+        assert config.run.threads == 1
+
+
+def test_command_line(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(EXPERIMENTS, "tiny", TINY)
+    assert main(["reproduce"]) == 0
+    assert "ablation-count" in capsys.readouterr().out
+    out = tmp_path / "tiny.md"
+    assert main(["reproduce", "tiny", "--show", "--results", str(folder / "results"), "--markdown", str(out)]) == 0
+    assert "shrunk" in capsys.readouterr().out
+    assert "compressm reproduce tiny" in out.read_text()
+    assert main(["reproduce", "tiny", "--show", "--results", str(tmp_path)]) == 2
+    assert "no results there" in capsys.readouterr().err
+    assert main(["reproduce", "table1"]) == 2
+    assert "smnist" in capsys.readouterr().err
