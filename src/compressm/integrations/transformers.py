@@ -95,7 +95,7 @@ class CompressionCallback(TrainerCallback):
 
     def _resume(self, args: TrainingArguments, state: TrainerState) -> None:
         assert self.compressor is not None
-        record = {"observed": None, "probe": {}, "moments": {}, **_records(state)[_RECORD]}
+        record: dict[str, Any] = {"observed": None, "probe": {}, "moments": {}, **_records(state)[_RECORD]}
         folder = _checkpoint(args, state) / _RECORD
         if folder.is_dir():
             record.update(load_tree(folder))
