@@ -12,7 +12,8 @@ import pytest
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 NEEDS = {"lightning_lru.py": "lightning", "accelerate_ddp.py": "accelerate", "hf_trainer_mamba.py": "transformers"}
-IN_LOOPS = ("plain_pytorch.py", "lightning_lru.py", "accelerate_ddp.py")
+ON_DIGITS = ("plain_pytorch.py", "lightning_lru.py", "accelerate_ddp.py")
+IN_LOOPS = (*ON_DIGITS, "hf_trainer_mamba.py")
 
 
 def run(tmp_path: Path, *command: str) -> str:
@@ -38,13 +39,22 @@ def test_is_short_and_marks_its_three_lines(name: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", IN_LOOPS)
+@pytest.mark.parametrize("name", ON_DIGITS)
 def test_runs_and_cuts(tmp_path: Path, name: str) -> None:
     pytest.importorskip(NEEDS.get(name, "sklearn"))
     output = run(tmp_path, str(EXAMPLES / name), "--quick")
     assert len(re.findall(r"step \d+: cut, states", output)) == 4
     (final,) = re.findall(r"test accuracy 0\.\d+ with states \[(\d+)\]", output)
     assert int(final) < 64
+
+
+@pytest.mark.slow
+def test_a_trainer_cuts_and_plain_transformers_loads_it(tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    output = run(tmp_path, str(EXAMPLES / "hf_trainer_mamba.py"), "--quick")
+    assert len(re.findall(r"step \d+: cut, states", output)) == 4
+    assert re.search(r"test loss \d\.\d+ bits per byte with states \[16, 16\]", output)
+    assert output.count("The ") >= 1
 
 
 @pytest.mark.slow
