@@ -90,8 +90,8 @@ def check_bound(system: DiagonalSystem, method: str, share: float, exceed: bool)
     # The allowance is for rounding only: it must stay out of sight of any error that one could want to bound.
     balancing = balance(system, method)  # type: ignore[arg-type]
     nearness = 1 - float(system.lam.abs().max())
-    per_pole = 1e3 * EPS * certificate.condition / nearness * float(balancing.hsv.sum())
-    assert certificate.rounding_allowance <= per_pole + 2 * float(balancing.resolution)
+    gains = float((balancing.factor_P.norm(dim=1) * balancing.factor_Q.norm(dim=1)).sum())
+    assert certificate.rounding_allowance <= 1e3 * EPS * certificate.condition / nearness * gains
 
 
 @pytest.mark.parametrize("method", ["real", "complex"])

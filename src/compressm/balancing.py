@@ -23,11 +23,11 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
-from scipy.linalg.lapack import get_lapack_funcs
 from torch import Tensor
 
 from compressm.certificate import Certificate, certify
 from compressm.errors import InvalidRankRuleError, InvalidSystemError
+from compressm.factors import factor
 from compressm.systems import DiagonalSystem, stein_solution
 
 Method = Literal["real", "complex"]
@@ -78,7 +78,6 @@ class Balancing:
         hsv: Hankel singular values, decreasing, float64, shape ``(*batch, m)``.
         factor_P, factor_Q: ``L_P`` and ``L_Q``, shape ``(*batch, m, m)``.
         U, V: singular vectors of ``L_Q* L_P``, shape ``(*batch, m, m)``.
-        resolution: size below which HSVs are not resolved, shape ``(*batch,)``; see `_factor`. Zero for most systems.
     """
 
     system: DiagonalSystem
@@ -88,7 +87,6 @@ class Balancing:
     factor_Q: Tensor
     U: Tensor
     V: Tensor
-    resolution: Tensor
 
     @property
     def energy(self) -> Tensor:
@@ -152,52 +150,10 @@ def balance(system: DiagonalSystem, method: Method = "real") -> Balancing:
     if method == "real" and not system.real_output:
         raise InvalidSystemError("method='real' needs a system with real output; use method='complex'")
     P, Q = real_gramians(system) if method == "real" else gramians(system)
-    factor_P, deficient_P = _factor(P)
-    factor_Q, deficient_Q = _factor(Q)
+    factor_P = factor(system.lam, system.B, P, method == "real")
+    factor_Q = factor(system.lam.conj(), system.C.mH, Q, method == "real")
     U, hsv, Vh = torch.linalg.svd(factor_Q.mH @ factor_P)
-    # What a direction of variance n eps, with the units of the states taken out, can contribute at most.
-    gains = (P.diagonal(dim1=-2, dim2=-1).real * Q.diagonal(dim1=-2, dim2=-1).real).clamp_min(0).sqrt().sum(-1)
-    lost = math.sqrt(hsv.shape[-1] * torch.finfo(torch.float64).eps) * gains
-    resolution = torch.where(deficient_P | deficient_Q, lost, 0.0)
-    return Balancing(system, method, hsv, factor_P, factor_Q, U, Vh.mH, resolution)
-
-
-def _factor(gramian: Tensor) -> tuple[Tensor, Tensor]:
-    """``L`` with ``L L* = gramian`` by pivoted Cholesky, columns without a positive pivot zero; same shape.
-
-    The Gramian is scaled to a unit diagonal first: the factor, and with it the HSVs, then do not depend on the units in
-    which the states happen to be measured, and a state is dropped as dependent on others, never for being small. Pivots
-    at machine precision are kept: a direction whose variance is 1e-16 has an amplitude of 1e-8, and dropping it would
-    cost a full-order reduction half of its digits.
-
-    Returns:
-        the factor, and per matrix whether a pivot was at machine precision, so that HSVs below the square root of that
-        are unknown.
-    """
-    size = gramian.shape[-1]
-    scale = gramian.diagonal(dim1=-2, dim2=-1).real.clamp_min(0).sqrt()
-    safe = torch.where(scale > 0, scale, 1.0)
-    scaled = (gramian / safe[..., :, None] / safe[..., None, :]).reshape(-1, size, size)
-    factors = torch.zeros_like(scaled)
-    (pstrf,) = get_lapack_funcs(("pstrf",), (scaled.numpy(),))
-    deficient = torch.zeros(scaled.shape[0], dtype=torch.bool)
-    # Most Gramians are well conditioned, and for them plain Cholesky is as good. It also keeps scipy's own pool of
-    # threads asleep, which would compete with torch's for the cores in the steps that follow.
-    plain, failed = torch.linalg.cholesky_ex(scaled)
-    sound = (failed == 0) & (plain.diagonal(dim1=-2, dim2=-1).real.amin(-1).square() > 1e-8)
-    for index in range(scaled.shape[0]):
-        if sound[index]:
-            factors[index] = plain[index]
-            continue
-        packed, pivots, rank, info = pstrf(scaled[index].numpy(), lower=1, tol=0.0)
-        if info < 0:
-            raise InvalidSystemError("the Gramian could not be factored: it has entries that are not finite")
-        lower = torch.from_numpy(packed).tril()[:, :rank]
-        present = int((scale.reshape(-1, size)[index] > 0).sum())
-        smallest = float(lower.diagonal().real.square().min()) if rank else 0.0
-        deficient[index] = rank < present or smallest < size * torch.finfo(torch.float64).eps
-        factors[index, torch.from_numpy(pivots).long() - 1, :rank] = lower
-    return factors.reshape(gramian.shape) * scale[..., :, None], deficient.reshape(gramian.shape[:-2])
+    return Balancing(system, method, hsv, factor_P, factor_Q, U, Vh.mH)
 
 
 def truncate(balancing: Balancing, states: int, exceed: bool = False) -> Reduction:
@@ -228,18 +184,13 @@ def truncate(balancing: Balancing, states: int, exceed: bool = False) -> Reducti
     flat = [x.reshape(count, *x.shape[len(batch) :]) for x in (system.lam, system.B, system.C)]
     factors = (balancing.hsv, balancing.factor_P, balancing.factor_Q, balancing.U, balancing.V)
     parts = [x.reshape(count, *x.shape[len(batch) :]) for x in factors]
-    resolution: list[float] = balancing.resolution.reshape(-1).tolist()
     singles: list[_Single] = []
     certificates: list[Certificate] = []
     for index in range(count):
         one = DiagonalSystem(flat[0][index], flat[1][index], flat[2][index], system.real_output)
         single = _truncate_one(one, balancing.method, *(x[index] for x in parts), states=states, exceed=exceed)
         singles.append(single)
-        certificates.append(
-            certify(
-                one, single.lam, single.B, single.C, single.bound, single.scale, resolution[index], single.condition
-            )
-        )
+        certificates.append(certify(one, single.lam, single.B, single.C, single.bound, single.scale, single.condition))
     width = max(single.lam.shape[0] for single in singles)
     padded = [single.padded(width) for single in singles]
 
@@ -265,7 +216,7 @@ class _Single:
     left: Tensor  # (2r, 2n)
     right: Tensor  # (2n, 2r)
     bound: float
-    scale: float  # the sum of all HSVs
+    scale: float  # what all states could contribute if none cancelled another, at least the sum of all HSVs
     condition: float
 
     def padded(self, width: int) -> _Single:
@@ -344,7 +295,7 @@ def _truncate_one(
         left[rows] * both[:, None],
         right[:, rows] / both,
         bound=2 * float(hsv[order:].sum()),
-        scale=float(hsv.sum()),
+        scale=float((factor_P.norm(dim=1) * factor_Q.norm(dim=1)).sum()),
         condition=condition,
     )
 

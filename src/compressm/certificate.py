@@ -68,8 +68,7 @@ def certify(
     B: Tensor,
     C: Tensor,
     bound: float,
-    hsv_sum: float,
-    resolution: float,
+    scale: float,
     condition: float,
 ) -> Certificate:
     """Compute what a reduction did to one system and check it.
@@ -79,8 +78,8 @@ def certify(
         lam, B, C: the reduced system, shapes ``(r,)``, ``(r, p)``, ``(q, r)``; not yet a `DiagonalSystem`, since it
             may be unstable.
         bound: twice the sum of the discarded HSVs.
-        hsv_sum: the sum of all HSVs; sets the scale of rounding errors.
-        resolution: size below which HSVs are not known (`Balancing.resolution`).
+        scale: of rounding errors: ``sum_i sqrt(P_ii Q_ii)``, what all states could contribute if none cancelled
+            another; at least the sum of all HSVs.
         condition: condition number of the eigenvectors that diagonalised it.
     """
     finite = all(bool(torch.isfinite(torch.view_as_real(x)).all()) for x in (lam, B, C))
@@ -99,7 +98,7 @@ def certify(
         # system down in doubles costs that much, and the change of basis multiplies it by its condition number.
         margin = 1 - max(radius, float(system.lam.abs().max()))
         eps = torch.finfo(torch.float64).eps
-        allowance = ROUNDINGS_PER_STATE * system.n * eps * max(1.0, condition) / margin * hsv_sum + 2 * resolution
+        allowance = ROUNDINGS_PER_STATE * system.n * eps * max(1.0, condition) / margin * scale
         if hinf > bound + allowance:
             failures.append(
                 f"the H-infinity error {hinf:.6g} is above its bound {bound:.6g} by more than rounding explains"
