@@ -123,7 +123,7 @@ def reduction(device: str) -> Iterator[Case]:
 
 
 def train(device: str) -> Iterator[Case]:
-    """The demo's model, full and compressed: a step before and after the cut, and a whole run."""
+    """A narrow LRU model, full and compressed: a step before and after the cut, and a whole run."""
     sizes: dict[str, int] = {"width": 16, "layers": 1, "batch": 50, "length": 64}
     arguments = {"n": 128, **sizes, "device": device}
     yield Case(
