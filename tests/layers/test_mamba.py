@@ -67,7 +67,7 @@ def test_steps_are_the_sequence(layer: Mamba | Mamba2) -> None:
     torch.testing.assert_close(torch.stack(out, 1), layer(v), rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("kind", ["mamba", "mamba2"])
+@pytest.mark.parametrize("kind", ["mamba", "mamba2", "linear_attention"])
 def test_language_model_generates_what_it_predicts(kind: str) -> None:
     torch.manual_seed(0)
     options = {"head_dim": 8} if kind == "mamba2" else {}
@@ -98,5 +98,5 @@ def test_unfit_arguments_are_named() -> None:
         Mamba2(4, 4, head_dim=3)
     with pytest.raises(ValueError, match="n_groups=3 must divide the number of heads, 4"):
         Mamba2(4, 4, head_dim=2, n_groups=3)
-    with pytest.raises(ValueError, match="layer must be one of lru, mamba, mamba2; got 's4'"):
+    with pytest.raises(ValueError, match="layer must be one of lru, mamba, mamba2, linear_attention; got 's4'"):
         SequenceClassifier(1, 2, 4, 4, layer="s4")

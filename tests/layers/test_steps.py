@@ -9,23 +9,35 @@ import pytest
 import torch
 from torch import nn
 
-from compressm.layers import LRU, LanguageModel, LRUBlock, Mamba, Mamba2, MambaBlock, SequenceClassifier
+from compressm.layers import (
+    LRU,
+    LanguageModel,
+    LinearAttention,
+    LRUBlock,
+    Mamba,
+    Mamba2,
+    ResidualBlock,
+    SequenceClassifier,
+)
 
 WIDTH = 6
 LAYERS: dict[str, Callable[[], Any]] = {
     "LRU": lambda: LRU(WIDTH, 9, r_min=0.8),
     "Mamba": lambda: Mamba(WIDTH, 5),
     "Mamba2": lambda: Mamba2(WIDTH, 5, head_dim=4),
+    "LinearAttention": lambda: LinearAttention(WIDTH, 5, n_heads=2, expand=2),
+    "RetNet": lambda: LinearAttention(WIDTH, 5, n_heads=3, decay="fixed"),
     "LRUBlock, batch norm": lambda: LRUBlock(WIDTH, 9),
     "LRUBlock, layer norm": lambda: LRUBlock(WIDTH, 9, norm="layer"),
-    "MambaBlock": lambda: MambaBlock("mamba", WIDTH, 5, dropout=0.1),
-    "Mamba2Block": lambda: MambaBlock("mamba2", WIDTH, 5, dropout=0.1, head_dim=4),
+    "ResidualBlock": lambda: ResidualBlock("mamba", WIDTH, 5, dropout=0.1),
+    "Mamba2Block": lambda: ResidualBlock("mamba2", WIDTH, 5, dropout=0.1, head_dim=4),
 }
 CLASSIFIERS: dict[str, dict[str, Any]] = {
     "lru": {"d_state": [9, 4], "norm": "batch"},
     "lru, layer norm": {"d_state": [9, 4], "norm": "layer"},
     "mamba": {"layer": "mamba", "d_state": [5, 3]},
     "mamba2": {"layer": "mamba2", "d_state": [5, 3], "head_dim": 4},
+    "linear_attention": {"layer": "linear_attention", "d_state": [5, 3], "n_heads": 2, "decay": "none"},
 }
 
 

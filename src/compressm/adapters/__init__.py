@@ -14,6 +14,7 @@ from compressm.adapters.base import (
 )
 from compressm.adapters.hf_mamba import FalconMambaAdapter, HFMambaAdapter, JambaAdapter
 from compressm.adapters.hf_mamba2 import HFMamba2Adapter
+from compressm.adapters.linear_attention import LinearAttentionAdapter
 from compressm.adapters.lru import LRUAdapter
 from compressm.adapters.mamba import MambaAdapter
 from compressm.adapters.mamba2 import Mamba2Adapter
@@ -22,6 +23,7 @@ from compressm.adapters.mamba_ssm import MambaSSM2Adapter, MambaSSMAdapter
 register(LRUAdapter())
 register(MambaAdapter())
 register(Mamba2Adapter())
+register(LinearAttentionAdapter())
 
 # By name, so that the packages are not imported.
 _HUGGING_FACE = "transformers.models.{0}.modeling_{0}.{1}"
@@ -46,6 +48,7 @@ __all__ = [
     "LRUAdapter",
     "LayerAdapter",
     "LayerChange",
+    "LinearAttentionAdapter",
     "Mamba2Adapter",
     "MambaAdapter",
     "MambaSSM2Adapter",

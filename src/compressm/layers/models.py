@@ -10,11 +10,17 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from compressm.layers.activations import gelu_dropout, glu_residual
+from compressm.layers.linear_attention import LinearAttention
 from compressm.layers.lru import LRU
 from compressm.layers.mamba import Mamba
 from compressm.layers.mamba2 import Mamba2
 
-LAYERS: dict[str, type[LRU] | type[Mamba] | type[Mamba2]] = {"lru": LRU, "mamba": Mamba, "mamba2": Mamba2}
+LAYERS: dict[str, type[LRU] | type[Mamba] | type[Mamba2] | type[LinearAttention]] = {
+    "lru": LRU,
+    "mamba": Mamba,
+    "mamba2": Mamba2,
+    "linear_attention": LinearAttention,
+}
 
 
 class SequenceBatchNorm(nn.BatchNorm1d):
@@ -72,16 +78,16 @@ class LRUBlock(nn.Module):
         return glu_residual(u, self.glu(z), self.dropout.p, self.training), state
 
 
-class MambaBlock(nn.Module):
-    """Norm and a Mamba layer around a residual connection: ``out = u + dropout(layer(norm(u)))``.
+class ResidualBlock(nn.Module):
+    """Norm and a layer around a residual connection: ``out = u + dropout(layer(norm(u)))``.
 
     Args:
-        layer: ``"mamba"`` or ``"mamba2"``.
+        layer: ``"mamba"``, ``"mamba2"`` or ``"linear_attention"``.
         d_model: width.
         d_state: state dimension n.
         dropout: probability of dropping an activation.
         norm: see `sequence_norm`.
-        options: of `Mamba` or `Mamba2`.
+        options: of `Mamba`, `Mamba2` or `LinearAttention`.
     """
 
     def __init__(
@@ -89,17 +95,17 @@ class MambaBlock(nn.Module):
     ) -> None:
         super().__init__()
         self.norm = sequence_norm(norm, d_model)
-        self.ssm = (Mamba2 if layer == "mamba2" else Mamba)(d_model, d_state, **options)
+        self.ssm = LAYERS[layer](d_model, d_state, **options)
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, u: Tensor) -> Tensor:
         return u + self.dropout(self.ssm(self.norm(u)))
 
-    def initial_state(self, batch: int) -> tuple[Tensor, Tensor]:
+    def initial_state(self, batch: int) -> Any:
         """The zero state of `step`."""
         return self.ssm.initial_state(batch)
 
-    def step(self, u: Tensor, state: tuple[Tensor, Tensor]) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    def step(self, u: Tensor, state: Any) -> tuple[Tensor, Any]:
         """One time step: ``u`` of shape ``(batch, d_model)`` to the output of the same shape, and the next state."""
         z, state = self.ssm.step(self.norm(u), state)
         return u + self.dropout(z), state
@@ -113,7 +119,7 @@ def build_blocks(
         raise ValueError(f"layer must be one of {', '.join(LAYERS)}; got {layer!r}")
     if layer == "lru":
         return nn.ModuleList(LRUBlock(d_model, n, dropout, norm or "batch", **options) for n in dims)
-    return nn.ModuleList(MambaBlock(layer, d_model, n, dropout, norm or "rms", **options) for n in dims)
+    return nn.ModuleList(ResidualBlock(layer, d_model, n, dropout, norm or "rms", **options) for n in dims)
 
 
 def _state_dims(d_state: int | Sequence[int], n_layers: int) -> list[int]:
@@ -124,7 +130,7 @@ def _state_dims(d_state: int | Sequence[int], n_layers: int) -> list[int]:
 
 
 class SequenceClassifier(nn.Module):
-    """Encoder, a stack of blocks, mean over time, linear decoder; for Mamba with a norm before the decoder.
+    """Encoder, a stack of blocks, mean over time, linear decoder; but for LRU with a norm before the decoder.
 
     Args:
         d_input: channels of the input sequence.
@@ -133,8 +139,8 @@ class SequenceClassifier(nn.Module):
         d_state: state dimension n of every block, or one number per block.
         n_layers: number of blocks.
         dropout: probability of dropping an activation in the blocks.
-        norm: see `sequence_norm`; by default ``"batch"`` for LRU and ``"rms"`` for Mamba.
-        layer: ``"lru"`` (`LRUBlock`), ``"mamba"`` or ``"mamba2"`` (`MambaBlock`).
+        norm: see `sequence_norm`; by default ``"batch"`` for LRU and ``"rms"`` for the others.
+        layer: ``"lru"`` (`LRUBlock`), ``"mamba"``, ``"mamba2"`` or ``"linear_attention"`` (`ResidualBlock`).
         options: of the layer, for example ``r_min`` of `LRU`, ``expand`` of `Mamba`, ``head_dim`` of `Mamba2`.
 
     Shape:
@@ -202,7 +208,7 @@ class SequenceClassifier(nn.Module):
 
 
 class LanguageModel(nn.Module):
-    """Embedding, a stack of Mamba or Mamba-2 blocks, norm, and logits by the embedding's own weights.
+    """Embedding, a stack of `ResidualBlock`, norm, and logits by the embedding's own weights.
 
     Args:
         vocabulary: number of tokens.
@@ -210,7 +216,7 @@ class LanguageModel(nn.Module):
         d_state: state dimension n of every block, or one number per block.
         n_layers: number of blocks.
         dropout: probability of dropping an activation in the blocks.
-        layer: ``"mamba"`` or ``"mamba2"``.
+        layer: ``"mamba"``, ``"mamba2"`` or ``"linear_attention"``.
         options: of the layer.
 
     Shape:
@@ -228,8 +234,8 @@ class LanguageModel(nn.Module):
         **options: Any,
     ) -> None:
         super().__init__()
-        if layer not in ("mamba", "mamba2"):
-            raise ValueError(f"layer must be 'mamba' or 'mamba2'; got {layer!r}")
+        if layer not in (known := [name for name in LAYERS if name != "lru"]):
+            raise ValueError(f"layer must be one of {', '.join(known)}; got {layer!r}")
         dims = _state_dims(d_state, n_layers)
         self._arguments: dict[str, Any] = {
             "vocabulary": vocabulary,
@@ -255,13 +261,13 @@ class LanguageModel(nn.Module):
             z = block(z)
         return F.linear(self.norm(z), self.embedding.weight)
 
-    def initial_state(self, batch: int) -> list[tuple[Tensor, Tensor]]:
+    def initial_state(self, batch: int) -> list[Any]:
         """The zero state of `step`, one entry per block."""
         return [block.initial_state(batch) for block in self.blocks]  # type: ignore[operator]
 
-    def step(self, tokens: Tensor, state: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+    def step(self, tokens: Tensor, state: list[Any]) -> tuple[Tensor, list[Any]]:
         """One token each: ``(batch,)`` to the logits of the next, ``(batch, vocabulary)``, and the next state."""
-        z, after = self.embedding(tokens), list[tuple[Tensor, Tensor]]()
+        z, after = self.embedding(tokens), list[Any]()
         for block, before in zip(self.blocks, state, strict=True):
             z, new = block.step(z, before)  # type: ignore[operator]
             after.append(new)
@@ -312,4 +318,4 @@ def parameter_groups(
     return [group for group in groups if group["params"]]
 
 
-__all__ = ["LAYERS", "LRUBlock", "LanguageModel", "MambaBlock", "SequenceClassifier", "parameter_groups"]
+__all__ = ["LAYERS", "LRUBlock", "LanguageModel", "ResidualBlock", "SequenceClassifier", "parameter_groups"]

@@ -42,6 +42,7 @@ _LAYER_OPTIONS = {
     "lru": ("r_min", "r_max", "max_phase"),
     "mamba": ("expand", "d_conv", "dt_rank"),
     "mamba2": ("expand", "d_conv", "head_dim", "n_groups"),
+    "linear_attention": ("expand", "n_heads", "decay"),
 }
 
 
@@ -49,13 +50,14 @@ class ModelConfig(Section):
     """Arguments of `compressm.layers.SequenceClassifier`; input width and classes come from the data.
 
     ``r_min``, ``r_max`` and ``max_phase`` are options of ``layer: lru``; ``expand`` and ``d_conv`` of ``mamba`` and
-    ``mamba2``, ``dt_rank`` of ``mamba``, ``head_dim`` and ``n_groups`` of ``mamba2``.
+    ``mamba2``, ``dt_rank`` of ``mamba``, ``head_dim`` and ``n_groups`` of ``mamba2``, ``n_heads``, ``decay`` and
+    ``expand`` of ``linear_attention``.
     """
 
     d_model: int = Field(ge=1)
     d_state: int | list[int]
     n_layers: int = Field(1, ge=1)
-    layer: Literal["lru", "mamba", "mamba2"] = "lru"
+    layer: Literal["lru", "mamba", "mamba2", "linear_attention"] = "lru"
     dropout: float = Field(0.1, ge=0, lt=1)
     norm: Literal["batch", "layer", "rms"] | None = None
     r_min: float | None = Field(None, ge=0, lt=1)
@@ -66,6 +68,8 @@ class ModelConfig(Section):
     dt_rank: int | None = Field(None, ge=1)
     head_dim: int | None = Field(None, ge=1)
     n_groups: int | None = Field(None, ge=1)
+    n_heads: int | None = Field(None, ge=1)
+    decay: Literal["none", "fixed", "gated"] | None = None
 
     @model_validator(mode="after")
     def _consistent(self) -> ModelConfig:
@@ -81,6 +85,11 @@ class ModelConfig(Section):
         r_min, r_max = self.r_min or 0.0, 0.999 if self.r_max is None else self.r_max
         if r_min >= r_max:
             raise ValueError(f"model.r_min|must be less than r_max={r_max}")
+        if self.layer == "linear_attention" and (self.expand or 1) * self.d_model % (self.n_heads or 4):
+            raise ValueError(  # before the data are read
+                f"model.n_heads|must divide expand * d_model = {(self.expand or 1) * self.d_model}; it is "
+                f"{self.n_heads or 4}"
+            )
         if self.layer == "mamba2":
             d_inner, head_dim = (self.expand or 2) * self.d_model, self.head_dim or 64
             if d_inner % head_dim or (d_inner // head_dim) % (self.n_groups or 1):
