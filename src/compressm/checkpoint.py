@@ -12,10 +12,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from compressm.card import model_card
+from compressm.compressor import Compressor
 from compressm.errors import CheckpointError
 from compressm.layers import LanguageModel, SequenceClassifier
 from compressm.reduce import resize_states, state_dims
-from compressm.storage import FORMAT, read_pair, write_pair
+from compressm.storage import FORMAT, finite, read_pair, write_pair
 
 # The classes that `load` can build by itself. Nothing else is ever imported or called on a checkpoint's word.
 _OWN_CLASSES: dict[str, type[nn.Module]] = {
@@ -24,7 +26,9 @@ _OWN_CLASSES: dict[str, type[nn.Module]] = {
 }
 
 
-def save(model: nn.Module, folder: str | os.PathLike[str]) -> None:
+def save(
+    model: nn.Module, folder: str | os.PathLike[str], compressor: Compressor | None = None, card: bool = False
+) -> None:
     """Save a model, compressed or not, as ``model.safetensors`` and ``compressm.json`` in a folder.
 
     The folder is created if needed; a model that is already there is replaced, other files are left alone. A kill at
@@ -33,6 +37,8 @@ def save(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     Args:
         model: any model with a layer that compressm knows.
         folder: where to.
+        compressor: what compressed it; its history is saved too, under ``history`` in ``compressm.json``.
+        card: write a model card, ``README.md``, as well: sizes, history, how to load it.
 
     Raises:
         CheckpointError: the folder cannot be written.
@@ -47,6 +53,7 @@ def save(model: nn.Module, folder: str | os.PathLike[str]) -> None:
         "class": type(model).__name__,
         "config": model.config if own else None,
         "state_dims": state_dims(model),
+        "history": [] if compressor is None else finite([event.to_dict() for event in compressor.history]),
     }
     tensors: dict[str, Tensor] = {}
     for name, value in model.state_dict().items():
@@ -56,6 +63,13 @@ def save(model: nn.Module, folder: str | os.PathLike[str]) -> None:
             )
         tensors[name] = _storable(value, name)
     write_pair(Path(folder), "model.safetensors", "compressm.json", tensors, description)
+    if card:
+        name = Path(folder).name
+        expression = (
+            f'compressm.load("{name}")' if own else f'compressm.load("{name}", model={type(model).__name__}(...))'
+        )
+        history, saved = ([], None) if compressor is None else (compressor.history, compressor.savings())
+        (Path(folder) / "README.md").write_text(model_card(model, history, saved, expression), encoding="utf-8")
 
 
 def load(folder: str | os.PathLike[str], model: nn.Module | None = None) -> nn.Module:

@@ -328,7 +328,7 @@ class _Run:
             curve=self.curve,
         )
         if self.accelerator.is_main_process:
-            save(model, self.folder / "model")
+            save(model, self.folder / "model", self.compressor, card=True)
             write_json(self.folder / "result.json", result.to_dict())
         return result
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from compressm.errors import CheckpointError, ConfigError
+from compressm.storage import finite
 
 
 @dataclass(frozen=True)
@@ -92,13 +92,4 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
         raise ConfigError(f"{path} cannot be written ({error.strerror}); choose another place") from error
 
 
-def finite(value: Any) -> Any:
-    """The same value with None for NaN and infinity, and lists for tuples."""
-    if isinstance(value, Mapping):
-        return {key: finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-__all__ = ["RunResult", "finite", "write_json"]
+__all__ = ["RunResult", "write_json"]
