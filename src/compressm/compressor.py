@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
-from torch import nn
+from torch import Tensor, nn
 
 from compressm.adapters import find_layers
 from compressm.balancing import Method
@@ -19,6 +19,7 @@ from compressm.distributed import from_first_rank, rebuild_replicas
 from compressm.errors import CheckpointError, InvalidRankRuleError
 from compressm.fitting import fit_any_size
 from compressm.history import Event
+from compressm.measure import StepCost, step_cost
 from compressm.ranks import RankRule
 from compressm.reduce import Report, measure, plan_reduction, resize_states, state_dims
 from compressm.selection import Selection
@@ -216,6 +217,18 @@ class Compressor:
             an estimate, see `Savings`; None before there are times on both sides of a cut.
         """
         return savings(self.clock.phases, sum(event.seconds for event in self.history), cpu)
+
+    def measure(self, loss: Callable[[nn.Module], Tensor]) -> StepCost:
+        """Count what a step of the present size takes, on a copy of the model, for `savings` to tell of.
+
+        Call it once before training and again after a cut.
+
+        Args:
+            loss: ``loss(model)`` returns the scalar that is differentiated, on a batch of the training's size.
+        """
+        cost = step_cost(self.model, loss)
+        self.clock.measured(cost)
+        return cost
 
     def step(self) -> Event | None:
         """Count one training step; cut, examine or roll back if it is time. Call it after ``optimizer.step()``.

@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from compressm.measure import StepCost
+
 _SAMPLE = 256  # times kept per phase: enough for a median, few enough for a checkpoint
 
 
@@ -22,12 +24,15 @@ class Phase:
             to its next call. What the host does between steps is in it.
         cpu: seconds that this process computed in the same steps, all threads together; unlike ``wall``, this does not
             count what other programs took.
+        flops, kept_bytes: of one step; see `measure.StepCost`. None where it was not measured.
     """
 
     state_dims: dict[str, int]
     steps: int = 0
     wall: list[float] = field(default_factory=list)
     cpu: list[float] = field(default_factory=list)
+    flops: int | None = None
+    kept_bytes: int | None = None
 
     @property
     def step_seconds(self) -> float | None:
@@ -57,6 +62,8 @@ class Phase:
             "steps": self.steps,
             "step_seconds": self.step_seconds,
             "step_cpu_seconds": self.step_cpu_seconds,
+            "flops": self.flops,
+            "kept_bytes": self.kept_bytes,
         }
 
 
@@ -79,6 +86,10 @@ class StepClock:
         """The model has these state dimensions from now on."""
         if state_dims != self.phases[-1].state_dims:
             self.phases.append(Phase(dict(state_dims)))
+
+    def measured(self, cost: StepCost) -> None:
+        """What a step of the present size takes."""
+        self.phases[-1].flops, self.phases[-1].kept_bytes = cost.flops, cost.kept_bytes
 
     def begin(self) -> None:
         """What comes now belongs to the next step."""
@@ -114,6 +125,8 @@ class Savings:
         seconds_if_big: the estimate for the same steps at the first phase's median.
         cut_seconds: of the cuts alone.
         step_speedup: a step's time in the first phase over that in the last.
+        flops: operations of all steps; None where they were not measured.
+        flops_if_big: the same had the model stayed as big.
         cpu: whether the medians are of computing time and not of the clock.
     """
 
@@ -122,6 +135,8 @@ class Savings:
     seconds_if_big: float
     cut_seconds: float
     step_speedup: float
+    flops: int | None = None
+    flops_if_big: int | None = None
     cpu: bool = False
 
     @property
@@ -130,9 +145,13 @@ class Savings:
         return self.seconds_if_big / self.seconds
 
     def __str__(self) -> str:
+        spared = ""
+        if self.flops is not None and self.flops_if_big is not None:
+            spared = f", {1 - self.flops / self.flops_if_big:.0%} of the operations were spared"
         return (
             f"{self.steps} steps and their cuts took {self.seconds:.0f} s; without cuts an estimated "
             f"{self.seconds_if_big:.0f} s ({self.speedup:.1f} times); a step is {self.step_speedup:.1f} times faster"
+            f"{spared}"
         )
 
 
@@ -151,7 +170,13 @@ def savings(phases: Sequence[Phase], cut_seconds: float, cpu: bool = False) -> S
     # A phase too short to be timed counts as the first one's: at least it is not flattered.
     seconds = sum(phase.steps * (median or first) for phase, median in zip(phases, medians, strict=True)) + cut_seconds
     steps = sum(phase.steps for phase in phases)
-    return Savings(steps, seconds, steps * first, cut_seconds, first / last, cpu)
+    counts = [phase.flops for phase in phases]
+    flops = flops_if_big = None
+    if counts[0] is not None:
+        known = [(phase.steps, count) for phase, count in zip(phases, counts, strict=True) if count is not None]
+        if len(known) == len(phases):
+            flops, flops_if_big = sum(number * count for number, count in known), steps * counts[0]
+    return Savings(steps, seconds, steps * first, cut_seconds, first / last, flops, flops_if_big, cpu)
 
 
 __all__ = ["Phase", "Savings", "StepClock", "savings"]

@@ -21,7 +21,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from compressm.errors import ConfigError
 from compressm.reproduce.experiments import Arm, Experiment
 from compressm.training.config import Config, load_config, parse_config
-from compressm.training.loop import train
+from compressm.training.loop import FREE_KEYS, train
 from compressm.training.result import RunResult, write_json
 
 
@@ -173,9 +173,8 @@ def _train(run: Run, config: Config, command: str | None) -> RunResult:
 
 def _essence(config: dict[str, Any]) -> dict[str, Any]:
     """What a result depends on, by dotted names."""
-    free = {"data.root", *(f"run.{key}" for key in ("output", "threads", "device", "tensorboard", "log_every"))}
     flat = {f"{section}.{key}": value for section, values in config.items() for key, value in values.items()}
-    return {key: value for key, value in flat.items() if key not in free}
+    return {key: value for key, value in flat.items() if key not in FREE_KEYS}
 
 
 def read_results(experiment: Experiment, results: Path = Path("results")) -> dict[tuple[str, int], RunResult]:

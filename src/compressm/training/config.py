@@ -173,6 +173,8 @@ class RunConfig(Section):
         threads: CPU threads; null leaves torch's choice.
         device: ``auto``, ``cpu`` or ``cuda``.
         tensorboard: write TensorBoard logs.
+        energy: three-letter code of a country: let codecarbon estimate what the run takes, offline, and what carbon
+            dioxide that means there; null for no estimate.
     """
 
     steps: int = Field(ge=1)
@@ -187,6 +189,7 @@ class RunConfig(Section):
     threads: int | None = Field(None, ge=1)
     device: Literal["auto", "cpu", "cuda"] = "auto"
     tensorboard: bool = True
+    energy: str | None = Field(None, pattern="^[A-Z]{3}$")
 
 
 class Config(Section):

@@ -29,19 +29,23 @@ from compressm.checkpoint import load, load_tree, save, save_tree
 from compressm.costs import StepClock, savings
 from compressm.errors import ConfigError
 from compressm.history import Event
+from compressm.measure import step_cost
 from compressm.reduce import state_dims
 from compressm.rng import rng_state, set_rng_state
 from compressm.training.config import Config
 from compressm.training.data import BatchOrder, SequenceData, Split, load_data
+from compressm.training.energy import Energy
 from compressm.training.logs import RunLog
 from compressm.training.models import build_compressor, build_model, build_optimizer, build_scheduler
 from compressm.training.result import RunResult, write_json
 
-# What may differ between a checkpoint's configuration and that of the run which resumes it.
-_FREE_KEYS = {"data.root"} | {
+# What does not change a run's result, and may differ between the checkpoint and the run which resumes it.
+FREE_KEYS = {"data.root"} | {
     f"run.{key}"
-    for key in ("output", "checkpoint_every", "log_every", "eval_batch_size", "threads", "device", "tensorboard")
-}
+    for key in (
+        "output", "checkpoint_every", "log_every", "eval_batch_size", "threads", "device", "tensorboard", "energy"
+    )
+}  # fmt: skip
 
 
 def train(
@@ -102,7 +106,7 @@ def _same_config(saved: Mapping[str, Any], config: Config, folder: Path) -> None
     for section, values in config.model_dump(mode="json").items():
         for name, value in values.items():
             key, before = f"{section}.{name}", saved.get(section, {}).get(name)
-            if key not in _FREE_KEYS and before != value:
+            if key not in FREE_KEYS and before != value:
                 raise ConfigError(
                     f"{key} = {value!r}: the run in {folder} was started with {before!r}; give that value to resume "
                     "it, or choose another --output"
@@ -150,13 +154,16 @@ class _Run:
         """All remaining steps, the final evaluation, and the result."""
         run, main = self.config.run, self.accelerator.is_main_process
         tensorboard = self.folder / "tensorboard" if run.tensorboard and main else None
-        with RunLog(run.steps, tensorboard, self.step, quiet or not main) as log:
+        if not self.step:
+            self._measure()
+        with RunLog(run.steps, tensorboard, self.step, quiet or not main) as log, Energy(run.energy) as energy:
             if self.step:
                 log.message(f"resumed at step {self.step}")
+            first = self.step
             with self._timed("train"):
                 while self.step < run.steps:
                     self._advance(log)
-            result = self._finish(command)
+            result = self._finish(command, energy.used(self.step - first))
             log.message(
                 f"done: test accuracy {result.test_accuracy:.4f}, states {result.state_dims}, training took "
                 f"{result.train_seconds:.1f} s and reductions {result.reduction_seconds:.1f} s; see {self.folder}"
@@ -206,6 +213,7 @@ class _Run:
         if event is None or event.kind not in ("cut", "rolled_back"):
             return event
         self.best = None  # weights of another size are no candidates for the result
+        self._measure()
         if self.world > 1:  # DistributedDataParallel has buckets of the old sizes
             self.wrapped = self.model
             self.accelerator.free_memory()
@@ -214,6 +222,13 @@ class _Run:
             self.step = event.restored_step
             self.curve = [point for point in self.curve if point["step"] <= self.step]
         return event
+
+    def _measure(self) -> None:
+        """Count what a step of the present size takes in this process."""
+        with self._timed("evaluation"):
+            indices = self.order.indices(self.step)[self.rank :: self.world].to(self.accelerator.device)
+            u, y = self.data.batch(self.data.train, indices)
+            self.clock.measured(step_cost(self.model, lambda model: F.cross_entropy(model.train()(u), y)))
 
     def accuracy(self, model: nn.Module, split: Split) -> float:
         """Share of a split that is classified correctly, the same in all processes."""
@@ -297,7 +312,7 @@ class _Run:
         self.clock.load_state_dict(tree["phases"])
         set_rng_state(tree["rng"][self.rank])
 
-    def _finish(self, command: str | None) -> RunResult:
+    def _finish(self, command: str | None, energy: dict[str, Any] | None) -> RunResult:
         model, validation = self.model, float(self.curve[-1]["validation_accuracy"])
         self.accelerator.wait_for_everyone()
         if self.best is not None:
@@ -325,6 +340,7 @@ class _Run:
             history=[] if self.compressor is None else [event.to_dict() for event in self.compressor.history],
             phases=[phase.to_dict() for phase in self.clock.phases],
             savings=None if saved is None else {**asdict(saved), "speedup": saved.speedup},
+            energy=energy,
             curve=self.curve,
         )
         if self.accelerator.is_main_process:
@@ -372,4 +388,4 @@ def _seed(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-__all__ = ["RunResult", "train"]
+__all__ = ["FREE_KEYS", "RunResult", "train"]
