@@ -12,7 +12,7 @@ import torch
 
 from compressm.errors import ConfigError
 from compressm.training.config import DataConfig
-from compressm.training.data import BatchOrder, load_data, read_cifar_binary, read_cifar_jpeg
+from compressm.training.data import BatchOrder, _pooled, load_data, read_cifar_binary, read_cifar_jpeg
 
 REAL = os.environ.get("COMPRESSM_DATA")
 needs_mnist = pytest.mark.skipif(not REAL, reason="COMPRESSM_DATA names no directory with MNIST")
@@ -176,3 +176,32 @@ def test_real_mnist() -> None:
     # Rows of an image seen as text: the first test image is a 7, with its bar at the top.
     image = plain.test.x[0, :, 0].view(28, 28)
     assert int((image[7:10] > 0).sum()) > int((image[20:23] > 0).sum())
+
+
+@pytest.mark.parametrize(("pool", "channels"), [(1, 1), (2, 1), (2, 3), (4, 3)])
+def test_pooling_averages_blocks_of_pixels(pool: int, channels: int) -> None:
+    images = torch.randint(256, (5, 8, 8, channels), generator=torch.Generator().manual_seed(0))
+    pooled = _pooled(images.to(torch.uint8).view(5, 64, channels), pool)
+    side = 8 // pool
+    assert pooled.shape == (5, side**2, channels)
+    assert pooled.dtype == torch.uint8
+    for row in range(side):
+        for column in range(side):
+            block = images[:, row * pool : (row + 1) * pool, column * pool : (column + 1) * pool].double()
+            error = pooled[:, row * side + column].double() - block.mean((1, 2))
+            assert error.abs().max() <= 0.5
+
+
+def test_digits_are_not_pooled() -> None:
+    with pytest.raises(ConfigError, match=r"data\.pool = 2: digits has 8 x 8 pixels"):
+        load_data(DataConfig(name="digits", pool=2))
+
+
+@needs_mnist
+def test_real_mnist_in_196_steps() -> None:
+    data, whole = (load_data(DataConfig(name="smnist", pool=pool)) for pool in (2, 1))
+    assert data.label == "sMNIST, 196 steps"
+    assert data.train.x.shape == (len(whole.train), 196, 1)
+    assert torch.equal(data.train.y, whole.train.y)
+    mean = (data.train.x.float().mean() - whole.train.x.float().mean()).abs()
+    assert mean < 0.5

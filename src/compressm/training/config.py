@@ -30,11 +30,13 @@ class DataConfig(Section):
         root: the directory with the files, where any are needed; by default that in the environment variable
             ``COMPRESSM_DATA``.
         validation: share of the training data that is held out for validation.
+        pool: average square blocks of so many pixels a side, for shorter sequences: 2 makes MNIST's 784 steps 196.
     """
 
     name: Literal["digits", "smnist", "psmnist", "scifar"]
     root: str | None = None
     validation: float = Field(0.1, gt=0, lt=1)
+    pool: Literal[1, 2, 4] = 1
 
 
 # Which options each layer has; the defaults are the layer's own.

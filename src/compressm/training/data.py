@@ -132,11 +132,15 @@ def load_data(config: DataConfig) -> SequenceData:
         ConfigError: files that are missing, damaged, or not the canonical ones.
     """
     if config.name == "digits":
+        if config.pool > 1:
+            raise ConfigError(
+                f"data.pool = {config.pool}: digits has 8 x 8 pixels, which are not pooled; leave it at 1"
+            )
         return _digits(config.validation)
     root = _root(config)
     if config.name == "scifar":
-        return _scifar(root, config.validation)
-    return _mnist(root, config.validation, permuted=config.name == "psmnist")
+        return _scifar(root, config.validation, config.pool)
+    return _mnist(root, config.validation, config.pool, permuted=config.name == "psmnist")
 
 
 def _root(config: DataConfig) -> Path:
@@ -214,7 +218,7 @@ def _digits(validation: float) -> SequenceData:
     return _assemble("digits", (x[~test], y[~test]), (x[test], y[test]), _DIGITS_SCALE, validation)
 
 
-def _mnist(root: Path, validation: float, permuted: bool) -> SequenceData:
+def _mnist(root: Path, validation: float, pool: int, permuted: bool) -> SequenceData:
     paths = {name: _find(root, "mnist", name) for name in _MNIST_FILES}
     if missing := [name for name, path in paths.items() if path is None]:
         raise ConfigError(
@@ -223,10 +227,22 @@ def _mnist(root: Path, validation: float, permuted: bool) -> SequenceData:
     images, labels, test_images, test_labels = (
         _read_idx(_checked(cast("Path", paths[name]), md5)) for name, md5 in _MNIST_FILES.items()
     )
-    order = torch.randperm(784, generator=torch.Generator().manual_seed(0)) if permuted else torch.arange(784)
-    train = images.view(-1, 784, 1)[:, order], labels.to(torch.int64)
-    test = test_images.view(-1, 784, 1)[:, order], test_labels.to(torch.int64)
-    return _assemble("psMNIST" if permuted else "sMNIST", train, test, _MNIST_SCALE, validation)
+    length = 784 // pool**2
+    order = torch.randperm(length, generator=torch.Generator().manual_seed(0)) if permuted else torch.arange(length)
+    train = _pooled(images.view(-1, 784, 1), pool)[:, order], labels.to(torch.int64)
+    test = _pooled(test_images.view(-1, 784, 1), pool)[:, order], test_labels.to(torch.int64)
+    label = ("psMNIST" if permuted else "sMNIST") + (f", {length} steps" if pool > 1 else "")
+    return _assemble(label, train, test, _MNIST_SCALE, validation)
+
+
+def _pooled(x: Tensor, pool: int) -> Tensor:
+    """Square images ``(N, side^2, channels)`` with blocks of ``pool x pool`` pixels averaged, again as bytes."""
+    if pool == 1:
+        return x
+    side, channels = math.isqrt(x.shape[1]), x.shape[2]
+    blocks = x.view(-1, side // pool, pool, side // pool, pool, channels)
+    sums = blocks.to(torch.int16).sum((2, 4))
+    return ((sums + pool**2 // 2) // pool**2).to(torch.uint8).view(x.shape[0], -1, channels)
 
 
 def _read_idx(content: bytes) -> Tensor:
@@ -236,16 +252,20 @@ def _read_idx(content: bytes) -> Tensor:
     return torch.from_numpy(np.frombuffer(raw, np.uint8, math.prod(shape), 4 + 4 * len(shape)).copy()).view(shape)
 
 
-def _scifar(root: Path, validation: float) -> SequenceData:
+def _scifar(root: Path, validation: float, pool: int) -> SequenceData:
     if path := _find(root, "cifar10", _CIFAR_BINARY):
         train, test = read_cifar_binary(_checked(path, _CIFAR_BINARY_MD5))
-        return _assemble("CIFAR-10", train, test, _CIFAR_SCALE, validation)
-    if path := _find(root, "cifar10", _CIFAR_JPEG):
+        label = "CIFAR-10"
+    elif path := _find(root, "cifar10", _CIFAR_JPEG):
         train, test = read_cifar_jpeg(path)
-        return _assemble("CIFAR-10 (JPEG)", train, test, _CIFAR_SCALE, validation)
-    raise ConfigError(
-        f"data.root: neither {root} nor {root / 'cifar10'} holds {_expected('scifar')}; put the archive there"
-    )
+        label = "CIFAR-10 (JPEG)"
+    else:
+        raise ConfigError(
+            f"data.root: neither {root} nor {root / 'cifar10'} holds {_expected('scifar')}; put the archive there"
+        )
+    train, test = ((_pooled(x, pool), y) for x, y in (train, test))
+    label += f", {1024 // pool**2} steps" if pool > 1 else ""
+    return _assemble(label, train, test, _CIFAR_SCALE, validation)
 
 
 def read_cifar_binary(archive: bytes) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
