@@ -59,6 +59,7 @@ class Experiment:
 
 
 _BIG = {"compression.enabled": False}
+_LONG = {"data.pool": 1, "run.steps": 1500}
 
 
 def _protocol(paper: Mapping[str, float]) -> tuple[Arm, ...]:
@@ -94,7 +95,7 @@ EXPERIMENTS: dict[str, Experiment] = {
         Experiment("psmnist", "Permuted sequential MNIST, LRU of 256 states", "psmnist", _protocol({}), seeds=1),
         Experiment(
             "mamba",
-            "Sequential MNIST, Mamba from 128 states to 12",
+            "Sequential MNIST in 196 steps, Mamba from 128 states to 12",
             "smnist-mamba",
             (
                 Arm("full", _BIG),
@@ -103,6 +104,17 @@ EXPERIMENTS: dict[str, Experiment] = {
                 Arm("random", {"compression.selection": "random"}),
                 Arm("means", {"compression.selection": "means"}),
             ),
+        ),
+        Experiment(
+            "mamba-784",
+            "Sequential MNIST in 784 steps, Mamba from 128 states to 12, a short training",
+            "smnist-mamba",
+            (
+                Arm("full", {**_LONG, **_BIG}),
+                Arm("shrunk", _LONG),
+                Arm("small", {**_LONG, **_BIG, "model.d_state": 12}),
+            ),
+            seeds=1,
         ),
         Experiment(
             "ablation-count",
