@@ -137,7 +137,7 @@ def _app(command_line: str) -> "typer.Typer":
         from compressm.reproduce import command
 
         chosen = None if arms is None else [arm.strip() for arm in arms.split(",")]
-        if not name:
+        if not name and not show:
             command.list_experiments()
             return
         if not show:
@@ -145,7 +145,7 @@ def _app(command_line: str) -> "typer.Typer":
                 name, seeds, chosen, results, runs, steps=steps, data=data and str(data), workers=workers,
                 command=command_line,
             )  # fmt: skip
-        command.show_experiment(name, results, markdown, picture)
+        command.show_experiments([name] if name else [], results, markdown, picture)
 
     @app.command()
     def compress(  # pyright: ignore[reportUnusedFunction]

@@ -143,6 +143,9 @@ def test_command_line(
     assert main(["reproduce", "tiny", "--show", "--results", str(folder / "results"), "--markdown", str(out)]) == 0
     assert "shrunk" in capsys.readouterr().out
     assert "compressm reproduce tiny" in out.read_text()
+    assert main(["reproduce", "--show", "--results", str(folder / "results"), "--markdown", str(out)]) == 0
+    assert out.read_text().startswith("# Results")
+    assert "## Digits" in out.read_text()
     assert main(["reproduce", "tiny", "--show", "--results", str(tmp_path)]) == 2
     assert "no results there" in capsys.readouterr().err
     assert main(["reproduce", "table1"]) == 2

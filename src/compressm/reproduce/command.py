@@ -14,6 +14,13 @@ from compressm.reproduce.experiments import EXPERIMENTS, experiment
 from compressm.reproduce.grid import plan_runs, read_results, run_grid
 from compressm.reproduce.report import draw, render, table
 
+_PREFACE = """# Results
+
+Made from the stored results of single runs by `compressm reproduce --show --markdown docs/results.md`, and not edited.
+Every run's file holds its configuration, seed, versions, command, the course of training and every cut with its
+certificate. Test data were read once per run, after training. *Paper* is CompreSSM (arXiv 2510.02823).
+"""
+
 
 def list_experiments() -> None:
     """On the terminal: name, title, ways of training, seeds."""
@@ -35,24 +42,40 @@ def run_experiment(
     run_grid(plan_runs(chosen, range(seeds or chosen.seeds), arms, results, runs), **options)
 
 
-def show_experiment(name: str, results: Path, markdown: Path | None = None, picture: Path | None = None) -> None:
-    """Table, Markdown and picture of all stored results of an experiment.
+def show_experiments(
+    names: Sequence[str], results: Path, markdown: Path | None = None, picture: Path | None = None
+) -> None:
+    """Table, Markdown and picture of all stored results of some experiments.
+
+    Args:
+        names: of the experiments; none for all that have results.
+        results: the folder of the results.
+        markdown: file for the tables.
+        picture: file for the comparison of one experiment.
 
     Raises:
         ConfigError: an unknown experiment, nothing to show, or a file that cannot be written.
     """
-    chosen = experiment(name)
-    stored = read_results(chosen, results)
-    if not stored:
-        raise ConfigError(f"{results / name}: no results there; run compressm reproduce {name} without --show")
-    Console().print(table(chosen, stored))
+    found = {name: read_results(experiment(name), results) for name in names or EXPERIMENTS}
+    missing = [name for name, stored in found.items() if not stored]
+    if (names and missing) or len(missing) == len(found):
+        raise ConfigError(
+            f"{results / (missing[0] if names else '')}: no results there; run compressm reproduce NAME without --show"
+        )
+    pages = [_PREFACE]
+    for name, stored in found.items():
+        if stored:
+            Console().print(table(experiment(name), stored))
+            pages.append(render(experiment(name), stored))
     try:
         if markdown is not None:
-            markdown.write_text(render(chosen, stored), encoding="utf-8")
+            markdown.write_text("\n".join(pages), encoding="utf-8")
         if picture is not None:
-            draw(chosen, stored, picture)
+            if len(names) != 1:
+                raise ConfigError("--picture: draws one experiment; name it")
+            draw(experiment(names[0]), found[names[0]], picture)
     except OSError as error:
         raise ConfigError(f"{error.filename}: cannot be written ({error.strerror}); choose another place") from error
 
 
-__all__ = ["list_experiments", "run_experiment", "show_experiment"]
+__all__ = ["list_experiments", "run_experiment", "show_experiments"]
