@@ -113,3 +113,31 @@ def test_mistakes_are_answered_in_one_line(tmp_path: Path, text: Path, capsys: p
         assert error.count("\n") == 1
         assert message in error
     assert not Path(new).exists()
+
+
+@pytest.mark.parametrize("make", [hugging_face, language_model])
+def test_a_checkpoint_is_analysed(
+    make: Callable[[Path], Any], tmp_path: Path, text: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = make(tmp_path / "big")
+    out = tmp_path / "spectra.json"
+    arguments = ["analyze", str(tmp_path / "big"), "--data", str(text), "--sequences", "8", "--length", "32"]
+    assert main([*arguments, "--json", str(out)]) == 0
+    printed = capsys.readouterr().out
+    layers = json.loads(out.read_text())["layers"]
+    assert len(layers) == 2
+    assert all(name in printed for name in layers)
+    # The command looks at as many sequences as are cut by, and as many more: 16 in batches of 4.
+    windows = torch.tensor(list(TEXT.encode()))[: 16 * 32].view(4, 4, 32)
+    expected = compressm.analyze(model.eval(), data=list(windows))
+    for layer in expected:
+        torch.testing.assert_close(torch.tensor(layers[layer.name]["hsv"]).double(), layer.hsv, rtol=1e-3, atol=1e-6)
+
+
+def test_linear_layers_need_no_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    compressm.save(SequenceClassifier(2, 3, d_model=4, d_state=16), tmp_path / "lru")
+    assert main(["analyze", str(tmp_path / "lru")]) == 0
+    assert "blocks.0.ssm" in capsys.readouterr().out
+    language_model(tmp_path / "mamba")
+    assert main(["analyze", str(tmp_path / "mamba")]) == 2
+    assert "depends on the data" in capsys.readouterr().err

@@ -148,6 +148,27 @@ def _app(command_line: str) -> "typer.Typer":
         command.show_experiments([name] if name else [], results, markdown, picture)
 
     @app.command()
+    def analyze(  # pyright: ignore[reportUnusedFunction]
+        checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="A Hugging Face folder, or our own.")],
+        data: Annotated[
+            Path | None, typer.Option(help="As for compress; needed for layers whose states depend on the data.")
+        ] = None,
+        sequences: Annotated[int, typer.Option(help="Sequences to look at.")] = 32,
+        length: Annotated[int, typer.Option(help="Tokens per sequence.")] = 512,
+        json: Annotated[
+            Path | None, typer.Option("--json", help="Write the spectra to this file; - prints them.")
+        ] = None,
+    ) -> None:
+        """Show how many states each layer of a trained model really uses."""
+        from compressm.one_shot import analyze_checkpoint
+
+        spectrum = analyze_checkpoint(checkpoint, data, sequences=sequences, length=length)
+        if str(json) != "-":
+            print(spectrum)
+            print("states that hold all but this share of the Hankel energy: 0.1, 0.01, 0.001")
+        _write_result(json, {"command": command_line, "layers": spectrum.to_dict()})
+
+    @app.command()
     def compress(  # pyright: ignore[reportUnusedFunction]
         checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="A Hugging Face folder, or our own.")],
         data: Annotated[Path, typer.Option(help="Text for a language model; .npz with x, y for a classifier.")],

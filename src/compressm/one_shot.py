@@ -18,7 +18,7 @@ from compressm.errors import CheckpointError, ConfigError, MissingExtraError
 from compressm.layers import LanguageModel, SequenceClassifier
 from compressm.ranks import RankRule
 from compressm.reduce import plan_reduction
-from compressm.spectrum import balance_layers
+from compressm.spectrum import Spectrum, analyze, balance_layers
 from compressm.statistics import gather
 
 _BATCH = 4  # sequences
@@ -114,13 +114,7 @@ def compress_checkpoint(
     folder, target = Path(checkpoint), Path(output)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise CheckpointError(f"output {target} exists and is not an empty folder: choose another")
-    hugging_face = not (folder / "compressm.json").is_file() and (folder / "config.json").is_file()
-    if not hugging_face and not (folder / "compressm.json").is_file():
-        raise CheckpointError(
-            f"{folder} is no checkpoint: expected a folder with config.json (Hugging Face) or compressm.json"
-        )
-    model, tokenizer = _hugging_face(folder) if hugging_face else (load(folder), None)
-    model.eval()
+    model, tokenizer, hugging_face = _read(folder)
     batches = _batches(model, tokenizer, Path(data), sequences, length)
     half = len(batches) // 2
     before = sum(p.numel() for p in model.parameters())
@@ -148,6 +142,42 @@ def compress_checkpoint(
         save(model, target)
     after = sum(p.numel() for p in model.parameters())
     return Loss(layers, loss_before, loss_after, before, after, half * _BATCH, batches[0][0].shape[1])
+
+
+def analyze_checkpoint(
+    checkpoint: str | os.PathLike[str],
+    data: str | os.PathLike[str] | None = None,
+    *,
+    sequences: int = 32,
+    length: int = 512,
+) -> Spectrum:
+    """How many states every layer of a checkpoint really uses; see `compressm.analyze`.
+
+    Args:
+        checkpoint, data: as `compress_checkpoint`; data are needed for selective layers only.
+        sequences: how many sequences of the data are looked at.
+        length: tokens per sequence.
+
+    Raises:
+        CheckpointError, ConfigError, UnsupportedModelError: as `compress_checkpoint`.
+    """
+    model, tokenizer, _ = _read(Path(checkpoint))
+    if data is None:
+        return analyze(model)
+    batches = _batches(model, tokenizer, Path(data), sequences, length)
+    with _fast(model):
+        return analyze(model, data=[inputs for inputs, _ in batches])
+
+
+def _read(folder: Path) -> tuple[nn.Module, Any, bool]:
+    """Model in evaluation mode, tokenizer or None, and whether the checkpoint is one of Hugging Face."""
+    own = (folder / "compressm.json").is_file()
+    if not own and not (folder / "config.json").is_file():
+        raise CheckpointError(
+            f"{folder} is no checkpoint: expected a folder with config.json (Hugging Face) or compressm.json"
+        )
+    model, tokenizer = (load(folder), None) if own else _hugging_face(folder)
+    return model.eval(), tokenizer, not own
 
 
 def _discarded(energy: Tensor, states: int) -> float:
