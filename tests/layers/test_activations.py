@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
 
-from compressm.layers.activations import causal_conv, gated, gelu_dropout, glu_residual
+from compressm.layers.activations import causal_conv, gated, gelu_dropout, glu_residual, step_sizes
 from compressm.scans import native
 
 pytestmark = pytest.mark.skipif(native.library() is None, reason="no C++ compiler: plain PyTorch is used")
@@ -64,6 +64,49 @@ def test_convolution_and_gate_are_pytorchs(batch: int, length: int, d: int, taps
     for truth, double, single in zip(*results, strict=True):
         torch.testing.assert_close(double, truth, rtol=1e-11, atol=1e-11)
         torch.testing.assert_close(single.double(), truth, rtol=1e-4, atol=1e-4)
+
+
+@settings(max_examples=30)
+@given(rows=st.integers(1, 60), d=st.integers(1, 70), rank=st.integers(1, 9), scale=st.sampled_from([1e-3, 1.0, 30.0]))
+def test_step_sizes_are_pytorchs(rows: int, d: int, rank: int, scale: float) -> None:
+    torch.manual_seed(rows)
+    both = torch.randn(2, rows, rank + 5, dtype=torch.float64) * scale
+    weight = torch.randn(2, rows, d, dtype=torch.float64)
+    projection = nn.Linear(rank, d).double()
+
+    def reference(dt: torch.Tensor) -> torch.Tensor:
+        return F.softplus(projection(dt), threshold=700.0)  # PyTorch's own threshold of 20 costs digits
+
+    results = []
+    for function, dtype in (
+        (reference, torch.float64),
+        (lambda dt: step_sizes(projection, dt), torch.float64),
+        (lambda dt: step_sizes(projection, dt), torch.float32),
+    ):
+        projection.to(dtype)
+        leaf = both.to(dtype, copy=True).requires_grad_()
+        out = function(leaf[..., :rank])  # columns of a projection: rows that do not follow each other closely
+        gradients = torch.autograd.grad((out * weight.to(dtype)).sum(), [leaf, *projection.parameters()])
+        results.append([out.detach(), *gradients])
+        projection.double()
+    for truth, double, single in zip(*results, strict=True):
+        torch.testing.assert_close(double, truth, rtol=1e-9 if rank > 8 else 1e-12, atol=1e-11)
+        torch.testing.assert_close(single.double(), truth, rtol=1e-4, atol=1e-4 * max(1.0, scale))
+
+
+def test_step_sizes_at_the_ends() -> None:
+    """Small step sizes keep their digits, and what is not finite stays so."""
+    projection = nn.Linear(1, 1)
+    with torch.no_grad():
+        projection.weight.fill_(1.0)
+        projection.bias.zero_()
+    x = torch.tensor([-80.0, -30.0, -1.0, 0.0, 1.0, 30.0, 1e4, torch.inf, -torch.inf, torch.nan])
+    got = step_sizes(projection, x[None, :, None])[0, :, 0].detach()
+    exact = x.double().exp().log1p()
+    exact[6:8] = x[6:8].double()
+    torch.testing.assert_close(got.double()[:8], exact[:8], rtol=5e-6, atol=0.0)
+    assert 0 <= float(got[8]) < 1e-37
+    assert bool(got[9].isnan())
 
 
 def test_dropout_keeps_the_mean_and_drops_as_many_as_asked() -> None:

@@ -17,6 +17,8 @@ from torch.nn import functional as F
 
 from compressm.scans import native
 
+_FEW = 8  # columns, up to which native.cpp has a product of its own; with more a library's is fast
+
 
 def gelu_dropout(x: Tensor, p: float, training: bool) -> Tensor:
     """``dropout(GELU(x))``, GELU in its tanh form; any shape.
@@ -54,6 +56,19 @@ def gated(y: Tensor, u: Tensor, D: Tensor, z: Tensor) -> Tensor:
     if not _native(y, u, D, z):
         return torch.addcmul(y, D, u) * F.silu(z)
     return _apply(_Gate, y.contiguous(), u.contiguous(), D.contiguous(), _rows(z))
+
+
+def step_sizes(projection: nn.Linear, dt: Tensor) -> Tensor:
+    """``softplus(projection(dt))``, Mamba's step sizes.
+
+    Args:
+        projection: with a bias.
+        dt: shape ``(..., rank)``.
+    """
+    weight, bias = projection.weight, projection.bias
+    if dt.ndim != 3 or not 1 <= dt.shape[-1] <= _FEW or not _native(dt, weight, bias):
+        return F.softplus(projection(dt))
+    return _apply(_StepSizes, _rows(dt), weight.T.contiguous(), bias.contiguous())
 
 
 def causal_conv(conv: nn.Conv1d, u: Tensor) -> Tensor:
@@ -176,3 +191,26 @@ class _Convolution(torch.autograd.Function):
         )  # fmt: skip
         to_taps, to_bias = sums.sum(0).split([width, 1])
         return grad_u, to_taps, to_bias[0]
+
+
+class _StepSizes(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, dt: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        ctx.save_for_backward(dt, weight, bias)
+        columns, d = weight.shape
+        out = dt.new_empty(*dt.shape[:2], d)
+        native.call("step_sizes_forward", dt, out.numel() // d, d, dt.stride(1), columns, dt, weight, bias, out)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        dt, weight, bias = ctx.saved_tensors
+        (columns, d), parts = weight.shape, torch.get_num_threads()
+        grad_dt, sums = dt.new_empty(dt.shape), dt.new_zeros(parts, columns + 1, d)
+        native.call(
+            "step_sizes_backward", dt, grad.numel() // d, d, dt.stride(1), columns, dt, weight, bias, grad.contiguous(),
+            grad_dt, sums, parts,
+        )  # fmt: skip
+        to_weight, to_bias = sums.sum(0).split([columns, 1])
+        return grad_dt, to_weight, to_bias[0]

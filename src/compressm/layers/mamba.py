@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from compressm.layers.activations import causal_conv, gated
+from compressm.layers.activations import causal_conv, gated, step_sizes
 from compressm.scans import selective_scan, selective_step
 
 
@@ -81,7 +81,7 @@ class Mamba(nn.Module):
         """``delta`` of shape ``(..., d_inner)``, ``B`` and ``C`` of shape ``(..., d_state)``, for ``u`` after the
         convolution, shape ``(..., d_inner)``."""
         dt, B, C = self.x_proj(u).split([self.dt_rank, self.d_state, self.d_state], -1)
-        return F.softplus(self.dt_proj(dt)), B, C
+        return step_sizes(self.dt_proj, dt), B, C
 
     def initial_state(self, batch: int) -> tuple[Tensor, Tensor]:
         """The zero state of `step`: the convolution's last inputs, shape ``(batch, d_conv - 1, d_inner)``, and the

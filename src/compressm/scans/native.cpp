@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <cstring>
 #include <algorithm>
+#include <type_traits>
 #include <vector>
 #if defined(__SSE2__)
 #include <immintrin.h>
@@ -534,6 +535,67 @@ void gate_backward(Gate<T> g, const T* grad, T* grad_y, T* grad_u, T* grad_z, T*
             }
 }
 
+// delta = softplus(dt weight + bias) with few columns in dt, for which a library's matrix product is slow: dt is read in
+// rows of a distance, weight is (K, d).
+template <class T> struct StepSizes {
+    int64_t rows, d, stride;
+    const T *dt, *weight, *bias;
+
+    template <int K> Vec<T> before(int64_t row, int64_t i, int64_t some) const {
+        Vec<T> x = load_some(bias + i, some);
+        for (int k = 0; k < K; ++k) x += dt[row * stride + k] * load_some(weight + k * d + i, some);
+        return x;
+    }
+};
+
+// max(x, 0) + log(1 + t), t = exp(-|x|), by log(1 + t) = 2 artanh(t / (2 + t)), whose series keeps small values exact.
+template <class T> inline Vec<T> softplus(Vec<T> x) {
+    constexpr int terms = sizeof(T) == 4 ? 8 : 17;
+    const Vec<T> t = exp2<T>((x < 0 ? x : -x) * T(1.4426950408889634074));
+    const Vec<T> s = t / (T(2) + t), square = s * s;
+    Vec<T> sum = Vec<T>{} + T(1) / T(2 * terms - 1);
+    for (int k = terms - 2; k >= 0; --k) sum = sum * square + T(1) / T(2 * k + 1);
+    return (x < 0 ? Vec<T>{} : x) + T(2) * s * sum;  // NaN is not below 0, and stays
+}
+
+template <class T, int K> void step_sizes_forward(StepSizes<T> s, T* out, int threads) {
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (int64_t row = 0; row < s.rows; ++row)
+        for (int64_t i = 0; i < s.d; i += W<T>) {
+            const int64_t some = std::min<int64_t>(W<T>, s.d - i);
+            store_some(out + row * s.d + i, softplus<T>(s.template before<K>(row, i, some)), some);
+        }
+}
+
+// grad_dt (rows, K); sums (parts, K + 1, d), to be summed: gradients of the weight and, last, of the bias.
+template <class T, int K>
+void step_sizes_backward(StepSizes<T> s, const T* grad, T* grad_dt, T* sums, int64_t parts, int threads) {
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (int64_t part = 0; part < parts; ++part)
+        for (int64_t row = s.rows * part / parts; row < s.rows * (part + 1) / parts; ++row) {
+            Vec<T> to_dt[K] = {};
+            for (int64_t i = 0; i < s.d; i += W<T>) {
+                const int64_t some = std::min<int64_t>(W<T>, s.d - i);
+                const Vec<T> inner = load_some(grad + row * s.d + i, some) * sigmoid<T>(s.template before<K>(row, i, some));
+                T* sum = sums + part * (K + 1) * s.d + i;
+                for (int k = 0; k < K; ++k, sum += s.d) {
+                    to_dt[k] += inner * load_some(s.weight + k * s.d + i, some);
+                    store_some(sum, load_some(sum, some) + inner * s.dt[row * s.stride + k], some);
+                }
+                store_some(sum, load_some(sum, some) + inner, some);
+            }
+            for (int k = 0; k < K; ++k) grad_dt[row * K + k] = sum_lanes<T>(to_dt[k]);
+        }
+}
+
+// Calls back with the number of columns as a constant; the callers keep to 1 to 8.
+template <int K = 1, class Function> void with_columns(int64_t columns, Function function) {
+    if (columns == K)
+        function(std::integral_constant<int, K>());
+    else if constexpr (K < 8)
+        with_columns<K + 1>(columns, function);
+}
+
 }  // namespace
 
 #define MAMBA(T, SUFFIX)                                                                                                \
@@ -555,6 +617,19 @@ void gate_backward(Gate<T> g, const T* grad, T* grad_y, T* grad_u, T* grad_z, T*
                                            const T* z, const T* grad, T* grad_y, T* grad_u, T* grad_z, T* grad_D,       \
                                            int64_t parts, int threads) {                                                \
         gate_backward<T>({rows, d, stride, y, u, D, z}, grad, grad_y, grad_u, grad_z, grad_D, parts, threads);          \
+    }
+
+#define STEP_SIZES(T, SUFFIX)                                                                                           \
+    extern "C" void step_sizes_forward_##SUFFIX(int64_t rows, int64_t d, int64_t stride, int64_t columns, const T* dt,  \
+                                                const T* weight, const T* bias, T* out, int threads) {                  \
+        with_columns(columns, [&](auto k) { step_sizes_forward<T, k>({rows, d, stride, dt, weight, bias}, out, threads); }); \
+    }                                                                                                                   \
+    extern "C" void step_sizes_backward_##SUFFIX(int64_t rows, int64_t d, int64_t stride, int64_t columns, const T* dt, \
+                                                 const T* weight, const T* bias, const T* grad, T* grad_dt, T* sums,    \
+                                                 int64_t parts, int threads) {                                          \
+        with_columns(columns, [&](auto k) {                                                                             \
+            step_sizes_backward<T, k>({rows, d, stride, dt, weight, bias}, grad, grad_dt, sums, parts, threads);        \
+        });                                                                                                             \
     }
 
 #define ACTIVATIONS(T, SUFFIX)                                                                                          \
@@ -600,3 +675,5 @@ ACTIVATIONS(float, f32)
 ACTIVATIONS(double, f64)
 MAMBA(float, f32)
 MAMBA(double, f64)
+STEP_SIZES(float, f32)
+STEP_SIZES(double, f64)
