@@ -36,7 +36,7 @@ from compressm.training.config import DataConfig
 from compressm.training.data import SequenceData, Split, load_data
 
 RANKS = (32, 16, 12, 8)
-PLAIN = ("least_squares", "gramians", "magnitude", "random", "means")
+PLAIN = ("hankel", "least_squares", "gramians", "magnitude", "random", "means")
 
 
 def main() -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import combinations
 
 import numpy as np
@@ -7,9 +8,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy.integrate import quad
 
 from compressm.errors import InvalidRankRuleError
-from compressm.selection import compensation, reduce_selective, select_by_removal, select_with_compensation
+from compressm.selection import _MODELS, compensation, reduce_selective, select_by_removal, select_with_compensation
 from compressm.selective import SelectiveBalancing, balance_selective, moments
 from helpers import random_signals
 
@@ -63,7 +65,7 @@ def test_both_selections_find_the_optimum_most_of_the_time() -> None:
 
 
 @given(seed=st.integers(0, 1000), n=st.integers(1, 8), groups=st.integers(1, 2), selection=st.sampled_from(
-    ["least_squares", "gramians", "magnitude", "random", "means"]), folds_out=st.booleans())  # fmt: skip
+    ["hankel", "least_squares", "gramians", "magnitude", "random", "means"]), folds_out=st.booleans())  # fmt: skip
 def test_every_selection_keeps_as_many_distinct_states_as_asked(
     seed: int, n: int, groups: int, selection: str, folds_out: bool
 ) -> None:
@@ -94,6 +96,32 @@ def test_one_decay_for_all_states_is_cut_exactly() -> None:
         torch.testing.assert_close(found.into @ found.out.mT, eye)
 
 
+def test_outputs_to_come_are_what_the_error_of_a_state_does_to_them_over_time() -> None:
+    balancing = balance_selective(moments(random_signals(3, d=2, n=5)))
+    P, W = _MODELS["hankel"](balancing, 0)
+    rates = (balancing.moments.rates[0] / balancing.moments.tokens).numpy()
+    error = np.random.default_rng(0).standard_normal(5)
+
+    def squared_output(time: float) -> float:  # expected, with output vectors of the second moment W
+        left = np.exp(-rates * time) * error
+        return float(left @ balancing.W[0].numpy() @ left)
+
+    to_come = quad(squared_output, 0, np.inf, epsabs=0, epsrel=1e-10)[0]
+    assert float(error @ W.numpy() @ error) == pytest.approx(to_come, rel=1e-8)
+    torch.testing.assert_close(P, balancing.P[0])
+
+
+def test_of_two_states_that_are_alike_now_the_slower_is_kept() -> None:
+    m = moments(random_signals(0, d=1, n=2))
+    even = replace(m, P=torch.eye(2).double()[None], W=torch.eye(2).double()[None])
+    for fast, slow in ((0, 1), (1, 0)):
+        rates = torch.ones(1, 2, dtype=torch.float64)
+        rates[0, fast] = 3.0
+        kept = reduce_selective(balance_selective(replace(even, rates=rates * m.tokens)), 1).kept
+        assert kept is not None
+        assert kept.tolist() == [[slow]]
+
+
 def test_dead_and_dependent_states_do_no_harm() -> None:
     P, W = random_moment(0, 6, rank=2), random_moment(1, 6)
     P[3], P[:, 3] = 0, 0
@@ -111,5 +139,5 @@ def test_unfit_arguments_are_named() -> None:
     balancing = balance_selective(moments(random_signals(0)))
     with pytest.raises(InvalidRankRuleError, match="states must be at least 1; got 0"):
         reduce_selective(balancing, 0)
-    with pytest.raises(InvalidRankRuleError, match=r"selection must be one of least_squares, .*got 'best'"):
+    with pytest.raises(InvalidRankRuleError, match=r"selection must be one of hankel, .*got 'best'"):
         reduce_selective(balancing, 1, selection="best")  # type: ignore[arg-type]

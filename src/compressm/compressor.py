@@ -116,7 +116,7 @@ class Compressor:
         start: int = 0,
         when: When = "schedule",
         method: Method = "real",
-        selection: Selection = "least_squares",
+        selection: Selection = "hankel",
         carry: Carry = "transform",
         check_after: int | None = None,
         on_setback: OnSetback = "halve",

@@ -123,7 +123,7 @@ def plan_reduction(
     method: Method = "real",
     *,
     moments: Mapping[str, Moments] | None = None,
-    selection: Selection = "least_squares",
+    selection: Selection = "hankel",
     balancings: Mapping[str, AnyBalancing] | None = None,
 ) -> Plan:
     """Balance every layer, choose the ranks, truncate, certify. Nothing is written.
@@ -236,7 +236,7 @@ def compress(
     min_reduction: float = 0.0,
     per_layer: bool = False,
     method: Method = "real",
-    selection: Selection = "least_squares",
+    selection: Selection = "hankel",
     data: Iterable[Any] | None = None,
     optimizer: Optimizer | None = None,
     carry: Carry = "transform",

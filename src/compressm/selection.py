@@ -8,6 +8,11 @@ hence ``out = P_SS^-1 P_S:`` is the least squares solution, and what remains of 
 
 Adding state j lowers it by ``(R W R)_jj / R_jj``: the states are picked greedily by that, and then exchanged one at a
 time while the error falls. It is orthogonal least squares (Chen, Billings, Luo 1989) with a weight.
+
+With ``W = E[C C^T]`` that is the error of the present output. What a Hankel operator weighs are all outputs to come:
+what is left of entries i and j after a time t of operational time is ``exp(-(a_i + a_j) t)`` of their product, so that
+the error in them, summed over time, has ``W_ij / (a_i + a_j)`` in the place of W. States that decay slowly count for
+more.
 """
 
 from __future__ import annotations
@@ -21,7 +26,7 @@ from torch import Tensor
 from compressm.errors import InvalidRankRuleError
 from compressm.selective import ErrorEstimate, SelectiveBalancing, SelectiveReduction, root
 
-Selection = Literal["least_squares", "gramians", "magnitude", "random", "means"]
+Selection = Literal["hankel", "least_squares", "means", "gramians", "magnitude", "random"]
 
 # The moments are gathered in float32: what they cannot resolve must not be extrapolated from.
 RIDGE = 1e-6
@@ -33,7 +38,7 @@ def reduce_selective(
     states: int,
     folds_into: bool = False,
     folds_out: bool = True,
-    selection: Selection = "least_squares",
+    selection: Selection = "hankel",
 ) -> SelectiveReduction:
     """Reduce a selective recurrence to ``states`` states.
 
@@ -41,11 +46,12 @@ def reduce_selective(
         balancing: its moments.
         states: how many to keep, from 1 to n.
         folds_into, folds_out: which maps the layer can take; see `SelectiveAdapter`.
-        selection: how states are picked. ``"least_squares"`` is described in the module's text; without ``folds_out``
-            those states go that together contribute least, ``sum_ij (W * P)_ij`` over the removed. The others are for
-            comparison: the largest ``W_jj P_jj`` (``"gramians"``: diagonal empirical ones), the largest ``"magnitude"``
-            of B and C, and ``"random"``; they do not map C. ``"means"`` replaces B and C
-            by their means over the data, as the CompreSSM paper does, and then goes on as ``"least_squares"``.
+        selection: how states are picked: for the outputs to come (``"hankel"``) or the present one
+            (``"least_squares"``), see the module's text; without ``folds_out`` those states go that together contribute
+            least, ``sum_ij (W * P)_ij`` over the removed. The others are for comparison: the largest ``W_jj P_jj``
+            (``"gramians"``: diagonal empirical ones), the largest ``"magnitude"`` of B and C, and ``"random"``; they do
+            not map C. ``"means"`` replaces B and C by their means over the data, as the CompreSSM paper does, and then
+            goes on as ``"hankel"``.
 
     Raises:
         InvalidRankRuleError: fewer than one state asked for, or an unknown selection.
@@ -53,24 +59,22 @@ def reduce_selective(
     groups, n = balancing.P.shape[:2]
     if states < 1:
         raise InvalidRankRuleError(f"states must be at least 1; got {states}")
-    if selection not in ("least_squares", *_SCORES, "means"):
-        known = ", ".join(("least_squares", *_SCORES, "means"))
-        raise InvalidRankRuleError(f"selection must be one of {known}; got {selection!r}")
+    if selection not in (known := (*_MODELS, *_SCORES)):
+        raise InvalidRankRuleError(f"selection must be one of {', '.join(known)}; got {selection!r}")
     states = min(states, n)
-    if folds_into and selection == "least_squares" and states < n:
+    if folds_into and selection in ("hankel", "least_squares") and states < n:
         into, out = _balanced_maps(balancing, states)
         return _reduction(balancing, into, out, None)
     kept, out = [], []
     for g in range(groups):
-        P, W = _symmetric(balancing.P[g], balancing.W[g])
         if selection in _SCORES:
             chosen = torch.argsort(-_SCORES[selection](balancing)[g], stable=True)[:states]
             kept.append(chosen.sort().values)
             out.append(torch.eye(n, dtype=torch.float64)[kept[-1]])
             continue
-        model = _means(balancing)[g] if selection == "means" else (P, W)
-        kept.append(select_with_compensation(*model, states) if folds_out else select_by_removal(*model, states))
-        out.append(compensation(model[0], kept[-1]) if folds_out else torch.eye(n, dtype=torch.float64)[kept[-1]])
+        P, W = _MODELS[selection](balancing, g)
+        kept.append(select_with_compensation(P, W, states) if folds_out else select_by_removal(P, W, states))
+        out.append(compensation(P, kept[-1]) if folds_out else torch.eye(n, dtype=torch.float64)[kept[-1]])
     chosen = torch.stack(kept)
     return _reduction(balancing, torch.eye(n, dtype=torch.float64)[chosen], torch.stack(out), chosen)
 
@@ -187,19 +191,34 @@ def _reduction(balancing: SelectiveBalancing, into: Tensor, out: Tensor, kept: T
     return SelectiveReduction(into, out, kept, estimate, balancing.moments)
 
 
-def _symmetric(P: Tensor, W: Tensor) -> tuple[Tensor, Tensor]:
+def _present(balancing: SelectiveBalancing, group: int) -> tuple[Tensor, Tensor]:
+    P, W = balancing.P[group], balancing.W[group]
     return (P + P.mT) / 2, (W + W.mT) / 2
 
 
-def _means(balancing: SelectiveBalancing) -> list[tuple[Tensor, Tensor]]:
-    """P and W of the time-invariant recurrence with the means of B and C, driven by white noise in operational time."""
-    m = balancing.moments
-    B, C, rates = m.B / m.tokens, m.C / m.tokens, m.rates / m.tokens
-    pairs = []
-    for b, c, a in zip(B, C, rates, strict=True):
-        observed = torch.outer(c, c) / (a[:, None] + a)
-        pairs.append((torch.outer(b, b) / (a[:, None] + a), observed))
-    return pairs
+def _to_come(balancing: SelectiveBalancing, group: int) -> tuple[Tensor, Tensor]:
+    P, W = _present(balancing, group)
+    return P, W / _rate_sums(balancing, group)
+
+
+def _means(balancing: SelectiveBalancing, group: int) -> tuple[Tensor, Tensor]:
+    """The same of the time-invariant recurrence with the means of B and C, driven by white noise."""
+    m, sums = balancing.moments, _rate_sums(balancing, group)
+    b, c = m.B[group] / m.tokens, m.C[group] / m.tokens
+    return torch.outer(b, b) / sums, torch.outer(c, c) / sums
+
+
+def _rate_sums(balancing: SelectiveBalancing, group: int) -> Tensor:
+    rates = balancing.moments.rates[group] / balancing.moments.tokens
+    return rates[:, None] + rates
+
+
+# P and W of one group, by which states are chosen.
+_MODELS: dict[str, Callable[[SelectiveBalancing, int], tuple[Tensor, Tensor]]] = {
+    "hankel": _to_come,
+    "least_squares": _present,
+    "means": _means,
+}
 
 
 def _random(balancing: SelectiveBalancing) -> Tensor:

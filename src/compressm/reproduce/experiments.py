@@ -103,6 +103,7 @@ EXPERIMENTS: dict[str, Experiment] = {
                 Arm("small", {**_BIG, "model.d_state": 12}),
                 Arm("random", {"compression.selection": "random"}),
                 Arm("means", {"compression.selection": "means"}),
+                Arm("present", {"compression.selection": "least_squares"}),
             ),
         ),
         Experiment(

@@ -144,7 +144,7 @@ class CompressionConfig(Section):
     min_reduction: float = Field(0.05, ge=0, lt=1)
     multiple_of: int = Field(1, ge=1)
     method: Literal["real", "complex"] = "real"
-    selection: Literal["least_squares", "gramians", "magnitude", "random", "means"] = "least_squares"
+    selection: Literal["hankel", "least_squares", "means", "gramians", "magnitude", "random"] = "hankel"
     per_layer: bool = False
     carry: Literal["transform", "slice", "reset"] = "transform"
     check_after: int | None = Field(None, ge=1)
