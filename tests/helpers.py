@@ -1,6 +1,12 @@
-"""Builders of systems by property, and independent oracles."""
+"""Builders of systems by property, independent oracles, and a launcher of several processes."""
 
 from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -85,3 +91,19 @@ def degenerate_systems(draw: st.DrawFn, method: str = "real") -> DiagonalSystem:
     elif kind == "zero":
         B = torch.zeros_like(B)
     return DiagonalSystem(lam, B, C, real_output=method == "real" or draw(st.booleans()))
+
+
+def torchrun(processes: int, script: Path, *arguments: Any, cwd: Path | None = None) -> str:
+    """What the script prints in several processes on gloo; an assertion when one of them fails."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    result = subprocess.run(
+        [*command, str(Path(__file__).parent / "leave_quickly.py"), str(script), *map(str, arguments)],
+        cwd=cwd,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"},
+        capture_output=True,
+        text=True,
+        timeout=900,  # a busy machine takes its time to start processes
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr[-4000:]
+    return result.stdout

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,24 +10,13 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from helpers import torchrun
+
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(not dist.is_available() or sys.platform == "win32", reason="needs torch.distributed on gloo"),
 ]
 SCRIPT = Path(__file__).parent / "distributed_script.py"
-
-
-def torchrun(processes: int, script: Path, *arguments: Any) -> None:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    result = subprocess.run(
-        [*command, str(script), *map(str, arguments)],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"},
-        capture_output=True,
-        text=True,
-        timeout=900,  # a busy machine takes its time to start processes
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr[-4000:]
 
 
 def run(out: Path, processes: int, *arguments: Any) -> list[dict[str, Any]]:

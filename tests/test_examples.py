@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from helpers import torchrun
+
 EXAMPLES = Path(__file__).parent.parent / "examples"
 NEEDS = {"lightning_lru.py": "lightning", "accelerate_ddp.py": "accelerate", "hf_trainer_mamba.py": "transformers"}
 ON_DIGITS = ("plain_pytorch.py", "lightning_lru.py", "accelerate_ddp.py")
@@ -60,6 +62,5 @@ def test_a_trainer_cuts_and_plain_transformers_loads_it(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_two_processes_run_and_cut(tmp_path: Path) -> None:
     pytest.importorskip("accelerate")
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
-    output = run(tmp_path, *launcher, str(EXAMPLES / "accelerate_ddp.py"), "--quick")
+    output = torchrun(2, EXAMPLES / "accelerate_ddp.py", "--quick", cwd=tmp_path)
     assert output.count("cut, states") == 4  # said once, not twice

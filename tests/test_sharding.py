@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from compressm.errors import CheckpointError
 from compressm.layers import SequenceClassifier
-from test_distributed import torchrun
+from helpers import torchrun
 
 pytestmark = pytest.mark.skipif(not dist.is_available() or sys.platform == "win32", reason="needs gloo")
 SCRIPT = Path(__file__).parent / "sharding_script.py"

@@ -1,7 +1,5 @@
 """``python -m compressm``: the command line."""
 
-import sys
+from compressm.cli import leave, main
 
-from compressm.cli import main
-
-sys.exit(main())
+leave(main())

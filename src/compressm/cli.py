@@ -3,16 +3,31 @@
 # No `from __future__ import annotations`: typer reads the annotations, and it is imported only when it is used.
 
 import json
+import os
 import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 from compressm.errors import CompressmError, ConfigError, MissingExtraError
 
 if TYPE_CHECKING:
     import typer
+
+
+def leave(code: int) -> NoReturn:
+    """Exit; after work in several processes without the interpreter's own end.
+
+    gloo's threads outlive a process group that DistributedDataParallel has used (torch 2.13, with or without
+    ``destroy_process_group``), and now and then abort a process that has done all its work.
+    """
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -267,4 +282,4 @@ def _write_result(path: Path | None, result: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())
