@@ -107,3 +107,8 @@ def torchrun(processes: int, script: Path, *arguments: Any, cwd: Path | None = N
     )
     assert result.returncode == 0, result.stderr[-4000:]
     return result.stdout
+
+
+def newest_checkpoint(folder: Path) -> Path:
+    """The folder of a run's newest checkpoint."""
+    return max((folder / "checkpoints").glob("step-*"))

@@ -12,6 +12,7 @@ import pytest
 
 from compressm import __version__
 from compressm.cli import main
+from helpers import newest_checkpoint
 
 CONFIGS = Path(__file__).parents[1] / "src/compressm/configs"
 SHORT = ["run.steps=20", "run.eval_every=10", "run.checkpoint_every=5", "run.tensorboard=false", "run.device=cpu"]
@@ -162,15 +163,20 @@ def test_killed_from_outside_and_resumed(tmp_path: Path) -> None:
     arguments = ["train", str(CONFIGS / "digits.yaml"), *settings, "--output"]
     assert main([*arguments, str(tmp_path / "unbroken")]) == 0
     process = subprocess.Popen(command(*arguments, str(tmp_path / "killed")), stderr=subprocess.DEVNULL)
-    checkpoint = tmp_path / "killed" / "checkpoint" / "state.json"
     deadline = time.monotonic() + 100
-    while not checkpoint.exists() and process.poll() is None and time.monotonic() < deadline:
+    while (
+        not list(tmp_path.glob("killed/checkpoints/*/state.json"))
+        and process.poll() is None
+        and time.monotonic() < deadline
+    ):
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
     assert main([*arguments, str(tmp_path / "killed"), "--resume"]) == 0
-    for name in ("checkpoint/state.safetensors", "model/model.safetensors"):
-        assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "unbroken" / name).read_bytes()
+    killed, unbroken = tmp_path / "killed", tmp_path / "unbroken"
+    checkpoints = [newest_checkpoint(folder) / "state.safetensors" for folder in (killed, unbroken)]
+    assert checkpoints[0].read_bytes() == checkpoints[1].read_bytes()
+    assert (killed / "model/model.safetensors").read_bytes() == (unbroken / "model/model.safetensors").read_bytes()
 
 
 @pytest.mark.parametrize("hidden", ["accelerate", "sklearn", "typer"])

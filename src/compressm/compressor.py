@@ -207,6 +207,11 @@ class Compressor:
         """Whether no more cut will be made and none is under observation."""
         return self._observed is None and (self._stopped or self._cuts_done >= len(self.cut_steps))
 
+    @property
+    def observing(self) -> bool:
+        """Whether a cut is under observation, and may still be rolled back."""
+        return self._observed is not None
+
     def savings(self, cpu: bool = False) -> Savings | None:
         """What the cuts have saved so far, by the times of the steps before and after them.
 

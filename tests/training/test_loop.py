@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any, NoReturn
@@ -17,12 +18,15 @@ import pytest
 import torch
 
 from compressm.checkpoint import load
+from compressm.compressor import Compressor
 from compressm.errors import CheckpointError, ConfigError
+from compressm.history import Event
 from compressm.layers import SequenceClassifier
 from compressm.training.config import Config, parse_config
 from compressm.training.data import BatchOrder, load_data
 from compressm.training.loop import train
 from compressm.training.models import build_model, build_optimizer, learning_rate_factor
+from helpers import newest_checkpoint
 
 # 53 batches an epoch; cuts after steps 6 and 12; checkpoints after every 4 steps.
 TINY: dict[str, Any] = {
@@ -73,7 +77,8 @@ def unbroken_setback(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def state_bytes(folder: Path) -> list[bytes]:
     """Model, optimizer, compressor and random state at the end, and the model that was the result."""
-    return [(folder / name).read_bytes() for name in ("checkpoint/state.safetensors", "model/model.safetensors")]
+    paths = (newest_checkpoint(folder) / "state.safetensors", folder / "model" / "model.safetensors")
+    return [path.read_bytes() for path in paths]
 
 
 def assert_same_outcome(folder: Path, reference: Path) -> None:
@@ -282,9 +287,27 @@ def test_a_finished_run_is_not_run_again(tmp_path: Path) -> None:
         train(config({"model": {"dropout": 0.3}}), output=tmp_path, resume=True, quiet=True)
     assert train(config({"run": {"log_every": 7}}), output=tmp_path, resume=True, quiet=True).steps == 24
     (tmp_path / "result.json").unlink()
-    (tmp_path / "checkpoint" / "state.safetensors").write_bytes(b"")
-    with pytest.raises(CheckpointError, match="SHA-256 differs"):
+    for path in (tmp_path / "checkpoints").glob("*/state.safetensors"):
+        path.write_bytes(b"")
+    with pytest.raises(CheckpointError, match=r"SHA-256 differs.*SHA-256 differs"):
         train(config(), output=tmp_path, resume=True, quiet=True)
+
+
+def test_the_last_checkpoints_are_kept_and_an_older_one_serves(
+    tmp_path: Path, unbroken: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = config({"run": {"keep_checkpoints": 3}})
+    train(settings, output=tmp_path, quiet=True)
+    steps = [path.name for path in sorted((tmp_path / "checkpoints").iterdir())]
+    assert steps == ["step-00000016", "step-00000020", "step-00000024"]
+    newest = newest_checkpoint(tmp_path) / "state.safetensors"
+    newest.write_bytes(newest.read_bytes()[:-1])
+    (tmp_path / "result.json").unlink()
+    train(settings, output=tmp_path, resume=True)
+    said = capsys.readouterr().err
+    assert "state.safetensors is not the file that was saved" in said
+    assert "resumed at step 20" in said
+    assert state_bytes(tmp_path) == state_bytes(unbroken)
 
 
 # ---- choices -------------------------------------------------------------------------------------------------------
@@ -364,6 +387,40 @@ def test_divergence_is_reported(tmp_path: Path) -> None:
         train(config(changes), output=tmp_path, quiet=True)
 
 
+@pytest.mark.parametrize("what", ["loss", "weights"])
+def test_a_checkpoint_of_a_diverged_run_is_never_written(what: str, tmp_path: Path) -> None:
+    """Neither NaN as a loss nor as a weight, which the next loss would show, replaces the last good checkpoint."""
+    real = Compressor.step
+
+    def poisoned(compressor: Compressor) -> Event | None:
+        event = real(compressor)
+        if compressor._steps == 20:
+            parameter = next(compressor.model.parameters())
+            if what == "weights":
+                parameter.data[0] = math.nan
+        return event
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Compressor, "step", poisoned)
+        if what == "loss":
+            patch.setattr("compressm.training.loop.F.cross_entropy", _nan_at(20))
+        with pytest.raises(ConfigError, match=r"training diverged, .* at step 20; the checkpoint of step 16 is from"):
+            train(config({"run": {"log_every": 0, "eval_every": 0}}), output=tmp_path, quiet=True)
+    assert [path.name for path in sorted((tmp_path / "checkpoints").iterdir())] == ["step-00000012", "step-00000016"]
+    train(config({"run": {"log_every": 0, "eval_every": 0}}), output=tmp_path, resume=True, quiet=True)
+
+
+def _nan_at(step: int) -> Callable[..., torch.Tensor]:
+    real, calls = torch.nn.functional.cross_entropy, 0
+
+    def loss(*args: Any) -> torch.Tensor:
+        nonlocal calls
+        calls += torch.is_grad_enabled()
+        return real(*args) * (math.nan if calls == step + 1 else 1)  # the first call measures a step
+
+    return loss
+
+
 def test_unfit_runs_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"run.batch_size = 5000: more than the 1079 training sequences"):
         train(config({"run": {"batch_size": 5000}}), output=tmp_path, quiet=True)
@@ -398,7 +455,7 @@ def test_two_processes_cut_alike_and_resume(tmp_path: Path) -> None:
     assert result["processes"] == 2
     assert result["state_dims"][0] < 16
     pair = launch("killed")
-    while pair.poll() is None and not (tmp_path / "killed" / "checkpoint" / "state.json").exists():
+    while pair.poll() is None and not list(tmp_path.glob("killed/checkpoints/*/state.json")):
         time.sleep(0.01)
     os.killpg(pair.pid, signal.SIGKILL)
     assert pair.wait() == -signal.SIGKILL

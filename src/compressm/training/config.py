@@ -170,6 +170,7 @@ class RunConfig(Section):
         seed: of the initial weights, the order of the data, and dropout.
         output: the run's folder; by default ``runs/<name>-seed<seed>``.
         eval_every, checkpoint_every, log_every: in steps; 0 for never (evaluation always happens at the end).
+        keep_checkpoints: how many of the last ones are kept; where the newest is damaged, an older one serves.
         eval_batch_size: sequences per batch in evaluation.
         select: which weights are the result: the ``last``, or the ``best`` on validation since the last cut.
         threads: CPU threads; null leaves torch's choice.
@@ -185,6 +186,7 @@ class RunConfig(Section):
     output: str | None = None
     eval_every: int = Field(1000, ge=0)
     checkpoint_every: int = Field(1000, ge=0)
+    keep_checkpoints: int = Field(2, ge=1)
     log_every: int = Field(50, ge=0)
     eval_batch_size: int = Field(500, ge=1)
     select: Literal["last", "best"] = "last"

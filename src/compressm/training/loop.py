@@ -1,6 +1,6 @@
 """The training loop: every step, cut, evaluation and checkpoint of a run, resumable after a kill at any instant.
 
-A run's folder holds ``checkpoint/`` (everything that training needs to go on), ``tensorboard/``, and at the end
+A run's folder holds ``checkpoints/`` (everything that training needs to go on), ``tensorboard/``, and at the end
 ``model/`` and ``result.json``. A step is a pure function of the checkpointed state and of the step's number, so that a
 resumed run ends with the weights of an unbroken one, on the CPU to the last bit.
 """
@@ -15,23 +15,25 @@ from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NoReturn, cast
 
 import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast, gather_object
+from accelerate.utils.memory import should_reduce_batch_size
 from torch import nn
 from torch.nn import functional as F
 
 from compressm import __version__
-from compressm.checkpoint import load, load_tree, save, save_tree
+from compressm.checkpoint import load, save
 from compressm.costs import StepClock, savings
 from compressm.errors import ConfigError
 from compressm.history import Event
 from compressm.measure import step_cost
 from compressm.reduce import state_dims
 from compressm.rng import rng_state, set_rng_state
+from compressm.training.checkpoints import Checkpoints
 from compressm.training.config import Config
 from compressm.training.data import BatchOrder, SequenceData, Split, load_data
 from compressm.training.energy import Energy
@@ -43,7 +45,8 @@ from compressm.training.result import RunResult, write_json
 FREE_KEYS = {"data.root"} | {
     f"run.{key}"
     for key in (
-        "output", "checkpoint_every", "log_every", "eval_batch_size", "threads", "device", "tensorboard", "energy"
+        "output", "checkpoint_every", "keep_checkpoints", "log_every", "eval_batch_size", "threads", "device",
+        "tensorboard", "energy",
     )
 }  # fmt: skip
 
@@ -84,8 +87,8 @@ def train(
 
 def _prepare(folder: Path, config: Config, resume: bool) -> RunResult | None:
     """The result, if the folder holds it already; the folder, created, if it does not."""
-    result, checkpoint = folder / "result.json", folder / "checkpoint" / "state.json"
-    if not resume and (result.exists() or checkpoint.exists()):
+    result = folder / "result.json"
+    if not resume and (result.exists() or _checkpoints(folder, config).steps()):
         raise ConfigError(
             f"run.output: {folder} already holds a run; resume it with --resume, or choose another --output"
         )
@@ -100,6 +103,10 @@ def _prepare(folder: Path, config: Config, resume: bool) -> RunResult | None:
             f"run.output: {folder} cannot be created ({error.strerror}); choose another folder with --output"
         ) from error
     return None
+
+
+def _checkpoints(folder: Path, config: Config) -> Checkpoints:
+    return Checkpoints(folder / "checkpoints", config.run.keep_checkpoints)
 
 
 def _same_config(saved: Mapping[str, Any], config: Config, folder: Path) -> None:
@@ -146,7 +153,9 @@ class _Run:
         self.best: float | None = None
         self.seconds = {"train": 0.0, "reduction": 0.0, "evaluation": 0.0, "checkpoint": 0.0}
         self._clock, self._since = "", 0.0
-        if resume and (folder / "checkpoint" / "state.json").exists():
+        self.checkpoints = _checkpoints(folder, config)
+        self.damaged: list[str] = []
+        if resume and self.checkpoints.steps():
             self._restore()
         self.wrapped: nn.Module = self.accelerator.prepare_model(self.model)
 
@@ -158,9 +167,9 @@ class _Run:
             self._measure()
         with RunLog(run.steps, tensorboard, self.step, quiet or not main) as log, Energy(run.energy) as energy:
             if self.step:
-                log.message(f"resumed at step {self.step}")
+                log.message("".join(f"{line}\n" for line in self.damaged) + f"resumed at step {self.step}")
             first = self.step
-            with self._timed("train"):
+            with self._timed("train"), self._memory():
                 while self.step < run.steps:
                     self._advance(log)
             result = self._finish(command, energy.used(self.step - first))
@@ -267,14 +276,40 @@ class _Run:
         return {str(group["name"]): float(group["lr"]) for group in self.optimizer.param_groups}
 
     def _check_finite(self, loss: float) -> None:
-        # A compressor that examines its cuts goes back to where the loss was finite.
-        if not math.isfinite(loss) and self.config.compression.max_drop is None and self.step:
+        if not math.isfinite(loss) and not self._may_go_back:
+            self._diverged(f"the loss is {loss}")
+
+    @property
+    def _may_go_back(self) -> bool:
+        """Whether a cut is under observation, whose roll-back would also undo a divergence."""
+        return self.compressor is not None and self.compressor.observing
+
+    def _diverged(self, what: str) -> NoReturn:
+        steps = self.checkpoints.steps()
+        kept = f"; the checkpoint of step {steps[-1]} is from before that" if steps else ""
+        raise ConfigError(
+            f"optimizer.lr = {self.config.optimizer.lr}: training diverged, {what} at step {self.step}{kept}; lower it"
+        )
+
+    @contextmanager
+    def _memory(self) -> Generator[None]:
+        """Says what to do where memory does not suffice."""
+        try:
+            yield
+        except (MemoryError, RuntimeError) as error:
+            if not should_reduce_batch_size(cast("Exception", error)) and not isinstance(error, MemoryError):
+                raise
             raise ConfigError(
-                f"optimizer.lr = {self.config.optimizer.lr}: training diverged, the loss is {loss} at step "
-                f"{self.step}; lower it"
-            )
+                f"run.batch_size = {self.config.run.batch_size}: out of memory at step {self.step}; lower it, or free "
+                "memory and go on with --resume"
+            ) from error
 
     def _checkpoint(self) -> None:
+        finite = all(bool(value.isfinite().all()) for value in self.model.state_dict().values())
+        if not finite or not math.isfinite(float(self.loss)):
+            if self._may_go_back:
+                return  # the last good one stays until it is known whether this is undone
+            self._diverged("weights or loss are not finite")
         random_states = gather_object([rng_state()])
         if not self.accelerator.is_main_process:
             return
@@ -293,10 +328,10 @@ class _Run:
             "phases": self.clock.state_dict(),
         }
         with self._timed("checkpoint"):
-            save_tree(self.folder / "checkpoint", tree, metadata={"step": self.step})
+            self.checkpoints.write(self.step, tree)
 
     def _restore(self) -> None:
-        tree = load_tree(self.folder / "checkpoint")
+        tree, self.damaged = self.checkpoints.read()
         _same_config(tree["config"], self.config, self.folder)
         if len(tree["rng"]) != self.world:
             raise ConfigError(

@@ -1,0 +1,57 @@
+"""The last checkpoints of a run, each in a folder of its own: where the newest is damaged, an older one serves."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from compressm.checkpoint import load_tree, save_tree
+from compressm.errors import CheckpointError
+
+
+class Checkpoints:
+    """``FOLDER/step-00001000`` and so on; the oldest go.
+
+    Args:
+        folder: created with the first checkpoint.
+        keep: how many to keep, at least 1.
+    """
+
+    def __init__(self, folder: Path, keep: int) -> None:
+        self._folder, self._keep = folder, keep
+
+    def steps(self) -> list[int]:
+        """The steps of the checkpoints that are there, damaged or not, ascending."""
+        names = (path.parent.name.removeprefix("step-") for path in self._folder.glob("step-*/state.json"))
+        return sorted(int(name) for name in names if name.isdecimal())
+
+    def path(self, step: int) -> Path:
+        """The folder of a step's checkpoint."""
+        return self._folder / f"step-{step:08d}"
+
+    def write(self, step: int, tree: Any) -> None:
+        """Save, and then delete what is now too old, or of a time that a roll-back has undone.
+
+        Raises:
+            CheckpointError: the folder cannot be written; what was there before is untouched.
+        """
+        save_tree(self.path(step), tree, metadata={"step": step})
+        steps = self.steps()
+        kept = [other for other in steps if other <= step][-self._keep :]
+        for other in set(steps) - set(kept):
+            shutil.rmtree(self.path(other), ignore_errors=True)
+
+    def read(self) -> tuple[Any, list[str]]:
+        """The newest checkpoint that is whole, and a line for every newer one that is not.
+
+        Raises:
+            CheckpointError: none is whole.
+        """
+        damaged: list[str] = []
+        for step in reversed(self.steps()):
+            try:
+                return load_tree(self.path(step)), damaged
+            except CheckpointError as error:
+                damaged.append(str(error))
+        raise CheckpointError("; ".join(damaged) or f"no checkpoint in {self._folder}")
