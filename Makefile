@@ -7,23 +7,28 @@
 PYTHON ?= python3
 VENV   ?= .venv
 ARGS   ?=
+KILLS  ?= 50
+MINUTES ?= 30
 
 BIN := $(VENV)/bin
 # The pins of constraints.txt hold for Python 3.11 and later; on 3.10 the ranges of pyproject.toml decide alone.
 PINS = $$($(BIN)/python -c 'import sys; print("constraints.txt" if sys.version_info >= (3, 11) else "/dev/null")')
 INSTALL = $(BIN)/python -m pip install --quiet -c $(PINS)
 
-.PHONY: help demo test lint format types docs snippets clean
+.PHONY: help demo test test-faults fuzz lint format types docs snippets clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
-	@sed -n 's/^\([a-z]*\):.*  ## \(.*\)/\1\t\2/p' Makefile | expand -t 12
+	@sed -n 's/^\([a-z-]*\):.*  ## \(.*\)/\1\t\2/p' Makefile | expand -t 12
 
 demo: $(VENV)/.installed-train  ## compress a small model while it trains; the picture is demo.png
 	$(BIN)/compressm demo $(ARGS)
 
 test: $(VENV)/.installed-dev  ## run the tests that need neither a GPU nor patience
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(ARGS)
+
+test-faults: $(VENV)/.installed-dev  ## kill, fill, flip and cut off: KILLS=50 kills; the table goes to results/faults.json
+	KILLS=$(KILLS) FAULTS_JSON=results/faults.json OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/faults -n 2 -m "slow or not slow"
 
 lint: $(VENV)/.installed-dev  ## ruff: rules and format
 	$(BIN)/ruff check .

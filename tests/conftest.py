@@ -8,6 +8,7 @@ from hypothesis import HealthCheck, settings
 sys.path[:0] = [
     str(Path(__file__).parent),
     str(Path(__file__).parent / "adapters"),
+    str(Path(__file__).parent / "faults"),
 ]  # tests share `helpers` and `suite`
 
 # Derandomized: the same examples in every run. No deadline: the first example pays for imports and thread pools.

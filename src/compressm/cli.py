@@ -47,6 +47,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our output has gone
         sys.stderr.close()
         return 1
+    except MemoryError:
+        return _fail("out of memory; free some, or ask for less")
+    except OSError as error:  # a full disk, a folder without permission: what the user can mend, said by the system
+        return _fail(f"{error.filename or 'input or output'}: {error.strerror or error}")
 
 
 def _dispatch(given: list[str]) -> int:

@@ -135,9 +135,19 @@ def plan_reduction(
         moments: of the selective layers.
         selection: how their states are picked, see `selection`.
         balancings: from `balance_layers` on the model as it is now, if at hand, instead of ``moments``.
+
+    Raises:
+        InvalidSystemError: a layer's parameters or moments are not finite.
     """
     started = time.perf_counter()
     layers = find_layers(model)
+    for name, (layer, _) in layers.items():
+        for parameter, value in layer_values(layer).items():
+            if not bool(value.isfinite().all()):
+                raise InvalidSystemError(
+                    f"{name}.{parameter} is not finite, the model has diverged: go back to a checkpoint from before "
+                    "that, or lower the learning rate"
+                )
     balancings = balance_layers(model, method, moments) if balancings is None else balancings
     ranks = choose_ranks({name: balancing.energy for name, balancing in balancings.items()}, rule)
     alike = [] if rule.per_layer else [name for name, (_, adapter) in layers.items() if adapter.uniform]

@@ -16,6 +16,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -59,9 +60,10 @@ def write_pair(
         _flush(folder)
         os.replace(tensors_new, tensors_path)
         _flush(folder)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
         raise CheckpointError(
-            f"cannot write a checkpoint to {folder}: {error.strerror or error}; free space or choose another folder"
+            f"cannot write a checkpoint to {folder}: {reason}; free space or choose another folder"
         ) from error
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"{json_path}: not expressible in JSON ({error}); keep to plain values") from error
@@ -91,6 +93,8 @@ def read_pair(folder: Path, tensors_name: str, json_name: str) -> tuple[dict[str
             raise CheckpointError(
                 f"{path}: cannot be read ({error.strerror or error}); check its permissions"
             ) from error
+        except SafetensorError as error:
+            raise CheckpointError(f"{path}: no safetensors file ({error}); use an older checkpoint") from error
     state = "is not the file that was saved (SHA-256 differs)" if found else "is missing"
     raise CheckpointError(f"{folder / tensors_name} {state}: copy the folder again, or use an older checkpoint")
 

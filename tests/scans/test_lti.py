@@ -201,3 +201,13 @@ def test_bad_arguments_are_named() -> None:
         lti_scan(u, *system[:3], torch.zeros(2, 1), *system[4:])
     with pytest.raises(ValueError, match="initial_state"):
         lti_scan(u, *system, torch.zeros(1, 1))
+
+
+@pytest.mark.parametrize("engine", ["chunked", "fft", "loop"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_not_finite_comes_out(engine: str, value: float) -> None:
+    """A diverging training must be seen: no engine takes a NaN for a pole that has decayed."""
+    for index in range(7):
+        values = arguments(0, batch=1, length=70, p=2, q=2, n=3)
+        values[index].view(-1)[0] = value
+        assert not bool(lti_scan(*values, engine=engine).isfinite().all())  # type: ignore[call-overload]

@@ -78,7 +78,8 @@ def powers(log_radius: Tensor, phase: Tensor, exponents: Tensor, floor: float = 
     """
     lowest = floor * math.log(torch.finfo(log_radius.dtype).eps)
     log_magnitude = exponents.to(log_radius.dtype)[:, None] * log_radius
-    magnitude = torch.where(log_magnitude > lowest, log_magnitude.clamp_min(lowest).exp(), 0.0)
+    # The condition is false for NaN, which must come out as it went in.
+    magnitude = torch.where(log_magnitude <= lowest, 0.0, log_magnitude.clamp_min(lowest).exp())
     angle = exponents.to(torch.float64)[:, None] * phase.to(torch.float64)
     angle = torch.remainder(angle, 2 * torch.pi).to(phase.dtype)
     return magnitude * angle.cos(), magnitude * angle.sin()
