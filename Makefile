@@ -30,6 +30,10 @@ test: $(VENV)/.installed-dev  ## run the tests that need neither a GPU nor patie
 test-faults: $(VENV)/.installed-dev  ## kill, fill, flip and cut off: KILLS=50 kills; the table goes to results/faults.json
 	KILLS=$(KILLS) FAULTS_JSON=results/faults.json OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/faults -n 2 -m "slow or not slow"
 
+fuzz: $(VENV)/.installed-dev  ## fuzz the readers of checkpoints, configurations and arguments: MINUTES=30
+	$(INSTALL) -e .[fuzz]
+	$(BIN)/python tests/fuzz/loaders.py --minutes $(MINUTES) --json results/fuzz.json
+
 lint: $(VENV)/.installed-dev  ## ruff: rules and format
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .

@@ -94,7 +94,7 @@ def load(folder: str | os.PathLike[str], model: nn.Module | None = None) -> nn.M
             f"{folder / 'compressm.json'}: state_dims must map layer names to numbers; save the model again"
         )
     if model is None:
-        model = _build(folder, name, description.get("config"))
+        model = _build(folder, name, description.get("config"), tensors)
     names = set(model.state_dict())
     if names != set(tensors):
         odd = sorted(names.symmetric_difference(tensors))
@@ -111,20 +111,36 @@ def load(folder: str | os.PathLike[str], model: nn.Module | None = None) -> nn.M
     return model
 
 
-def _build(folder: Path, name: str, config: object) -> nn.Module:
+def _build(folder: Path, name: str, config: object, tensors: Mapping[str, Tensor]) -> nn.Module:
+    """A model of one of our own classes, no larger than the tensors that are to be loaded into it.
+
+    What a file claims about sizes is tried on the meta device first, which allocates nothing.
+    """
     own = _OWN_CLASSES.get(name)
     if own is None:
         raise CheckpointError(
             f"{folder} holds a {name}, which compressm cannot build by itself: pass a fresh one, "
             f"load(folder, model={name}(...))"
         )
+    bad = f"{folder / 'compressm.json'}: {name} cannot be built from this config"
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{bad} (an object was expected, not {config!r:.40}); save the model again")
+    config = cast("dict[str, Any]", config)
+    layers = config.get("n_layers", 1)
+    if not isinstance(layers, int) or layers > len(tensors):
+        raise CheckpointError(f"{bad} (n_layers={layers!r:.40} with {len(tensors)} tensors); save the model again")
     try:
         with torch.random.fork_rng(devices=[]):  # loading a model leaves the random state alone
-            return own(**cast("dict[str, Any]", config)).eval()
-    except (TypeError, ValueError) as error:
-        raise CheckpointError(
-            f"{folder / 'compressm.json'}: {name} cannot be built from this config ({error}); save the model again"
-        ) from error
+            with torch.device("meta"):
+                claimed = {key: tuple(value.shape) for key, value in own(**config).state_dict().items()}
+            stored = {key: tuple(value.shape) for key, value in tensors.items()}
+            if claimed != stored:
+                odd = sorted(key for key in {*claimed, *stored} if claimed.get(key) != stored.get(key))[0]
+                raise ValueError(f"{odd} would be {claimed.get(odd)}, and is {stored.get(odd)}")
+            return own(**config).eval()
+    except (TypeError, ValueError, ArithmeticError, RuntimeError) as error:
+        reason = str(error).split("\n")[0]
+        raise CheckpointError(f"{bad} ({reason}); save the model again") from error
 
 
 def save_tree(folder: str | os.PathLike[str], tree: Any, *, metadata: Mapping[str, Any] | None = None) -> None:
@@ -157,7 +173,7 @@ def load_tree(folder: str | os.PathLike[str]) -> Any:
     description, tensors = read_pair(folder, "state.safetensors", "state.json")
     try:
         return _decode(description["structure"], tensors)
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise CheckpointError(
             f"{folder / 'state.json'}: damaged structure ({error!r}); use an older checkpoint"
         ) from error
@@ -222,6 +238,8 @@ def _decode(value: Any, tensors: Mapping[str, Tensor]) -> Any:
         return torch.view_as_complex(tensors[content])
     if tag == "$array":
         key, dtype, shape = content
+        if any(size < 0 for size in shape):
+            raise ValueError(f"array of shape {shape}")
         return np.frombuffer(tensors[key].numpy().tobytes(), dtype).reshape(shape).copy()
     if tag == "$tuple":
         return tuple(_decode(item, tensors) for item in content)

@@ -73,7 +73,9 @@ def _dispatch(given: list[str]) -> int:
 
 
 def _fail(message: str) -> int:
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    # What a file or an argument holds shall not steer the terminal.
+    line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in " ".join(message.split()))
+    print(f"error: {line}", file=sys.stderr)
     return 2
 
 

@@ -23,6 +23,7 @@ from torch import Tensor
 from compressm.errors import CheckpointError
 
 FORMAT = 1
+_LARGEST_JSON = 256 << 20  # bytes; a description of a hundred thousand tensors takes some 10 MB
 
 
 def write_pair(
@@ -101,7 +102,10 @@ def read_pair(folder: Path, tensors_name: str, json_name: str) -> tuple[dict[str
 
 def _description(json_path: Path) -> dict[str, Any]:
     try:
+        if (size := json_path.stat().st_size) > _LARGEST_JSON:
+            raise CheckpointError(f"{json_path}: {size} bytes are too many for a description; use another checkpoint")
         description = json.loads(json_path.read_text(encoding="utf-8"))
+        whole = isinstance(description, dict) and description.pop("own_sha256", None) == _own_sha256(description)
     except (FileNotFoundError, NotADirectoryError):
         raise CheckpointError(
             f"no checkpoint in {json_path.parent}: {json_path.name} is missing; check the path"
@@ -110,7 +114,7 @@ def _description(json_path: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{json_path}: cannot be read ({error.strerror or error}); check its permissions"
         ) from error
-    except ValueError as error:  # not UTF-8, or not JSON
+    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, or nested without end
         raise CheckpointError(
             f"{json_path}: damaged ({error}); copy the folder again, or use an older checkpoint"
         ) from error
@@ -119,7 +123,7 @@ def _description(json_path: Path) -> dict[str, Any]:
             f"{json_path}: an object was expected, not a {type(description).__name__}; use an older checkpoint"
         )
     description = cast("dict[str, Any]", description)
-    if description.pop("own_sha256", None) != _own_sha256(description):
+    if not whole:
         raise CheckpointError(
             f"{json_path}: not what was saved (its own SHA-256 differs); copy the folder again, or use an older one"
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
+import reprlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -13,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from compressm.errors import ConfigError
 
+_LARGEST_FILE = 1 << 20  # bytes
 SIZE_RULES = ("tolerance", "states", "fraction", "max_error", "total_states")
 
 
@@ -240,6 +242,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         path = built_in[str(path)]
     path = Path(path)
     try:
+        if (size := path.stat().st_size) > _LARGEST_FILE:
+            raise ConfigError(f"{path}: {size} bytes are too many for a configuration; check the path")
         tree = _parse(path.read_text(encoding="utf-8"), str(path))
     except FileNotFoundError:
         raise ConfigError(
@@ -251,7 +255,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: not a text file in UTF-8; a YAML file was expected") from error
     if not isinstance(tree, dict):
-        raise ConfigError(f"{path}: sections such as 'data:' and 'run:' were expected, not {tree!r}")
+        raise ConfigError(f"{path}: sections such as 'data:' and 'run:' were expected, not {_shown(tree)}")
     for override in overrides:
         _override(cast("dict[str, Any]", tree), override)
     return parse_config(cast("dict[str, Any]", tree), str(path))
@@ -282,12 +286,12 @@ def _explain(error: Mapping[str, Any], tree: Mapping[str, Any]) -> str:
     if kind == "value_error":
         key, message = error["msg"].removeprefix("Value error, ").split("|", 1)
         found = _lookup(tree, key)
-        return f"{key}{'' if found is None or isinstance(found, dict) else f' = {found!r}'}: {message}"
+        return f"{key}{'' if found is None or isinstance(found, dict) else f' = {_shown(found)}'}: {message}"
     # Pydantic appends the branch of a union to the location; those are no keys of the configuration.
     location = [str(part) for part in error["loc"] if part not in ("int", "list[int]")]
     key = ".".join(location)
     if kind == "extra_forbidden":
-        shown = "" if isinstance(value, dict) else f" = {value!r}"
+        shown = "" if isinstance(value, dict) else f" = {_shown(value)}"
         return f"{key}{shown}: unknown key; {_suggest(location)}"
     if kind == "missing":
         needed = [key]
@@ -297,11 +301,18 @@ def _explain(error: Mapping[str, Any], tree: Mapping[str, Any]) -> str:
         values = " ".join(f"{name}=<value>" for name in needed or [f"{key}.<key>"])
         return f"{key}: missing; add it to the file, or give {values}"
     if kind in ("model_type", "model_attributes_type"):
-        return f"{key} = {value!r}: must be a section with the keys {', '.join(_fields(location))}"
+        return f"{key} = {_shown(value)}: must be a section with the keys {', '.join(_fields(location))}"
     message = re.sub(r"^Input should be ", "must be ", error["msg"])
     if kind == "literal_error" and isinstance(value, str):
         message += _did_you_mean(value, re.findall(r"'([^']+)'", error["msg"]))
-    return f"{key} = {value!r}: {message}"
+    return f"{key} = {_shown(value)}: {message}"
+
+
+def _shown(value: object) -> str:
+    """Like ``repr``, but short: what a file holds may be long and deeply nested."""
+    shown = reprlib.Repr()
+    shown.maxstring = shown.maxother = shown.maxlong = 100
+    return shown.repr(value)
 
 
 def _fields(location: Sequence[str]) -> list[str]:
@@ -344,13 +355,19 @@ def _override(tree: dict[str, Any], override: str) -> None:
     for part in parts[:-1]:
         inner = section.setdefault(part, {})
         if not isinstance(inner, dict):
-            raise ConfigError(f"{override!r}: {part} holds {inner!r} and has no keys; set {part} itself")
+            raise ConfigError(f"{override!r}: {part} holds {_shown(inner)} and has no keys; set {part} itself")
         section = cast("dict[str, Any]", inner)
     section[parts[-1]] = _parse(text, f"override {override!r}")
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML's safe loader that reads ``1e-3`` as a number (YAML 1.2) and refuses a key that is given twice."""
+    """YAML's safe loader that reads ``1e-3`` as a number (YAML 1.2) and refuses a key that is given twice, and aliases:
+    a few of them make a file of gigabytes."""
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.constructor.ConstructorError(None, None, "aliases are not read", self.peek_event().start_mark)
+        return super().compose_node(parent, index)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         mapping: dict[Any, Any] = {}
@@ -375,7 +392,7 @@ def _parse(text: str, source: str) -> Any:
     except yaml.MarkedYAMLError as error:
         line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
         raise ConfigError(f"{source}{line}: not valid YAML ({error.problem}); mend that line") from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, TypeError, LookupError, RecursionError) as error:  # a date 2026-99-99, say
         raise ConfigError(f"{source}: not valid YAML ({' '.join(str(error).split())})") from None
 
 
