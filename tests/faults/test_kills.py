@@ -83,3 +83,9 @@ def test_a_worker_of_two_dies(tmp_path: Path, tried: Record) -> None:
     assert resumed.wait(200) == 0
     assert outcome(tmp_path / "broken") == outcome(tmp_path / "unbroken")
     tried("a worker of two is killed (DDP)")
+
+
+def test_the_same_seed_gives_the_same_bytes(tmp_path: Path, truth: list[bytes]) -> None:
+    again = Training(tmp_path / "again")
+    assert again.end() == 0, again.said()
+    assert outcome(tmp_path / "again") == truth
