@@ -9,6 +9,7 @@ VENV   ?= .venv
 ARGS   ?=
 KILLS  ?= 50
 MINUTES ?= 30
+FUZZ_JSON ?= results/fuzz.json
 
 BIN := $(VENV)/bin
 # The pins of constraints.txt hold for Python 3.11 and later; on 3.10 the ranges of pyproject.toml decide alone.
@@ -32,7 +33,7 @@ test-faults: $(VENV)/.installed-dev  ## kill, fill, flip and cut off: KILLS=50 k
 
 fuzz: $(VENV)/.installed-dev  ## fuzz the readers of checkpoints, configurations and arguments: MINUTES=30
 	$(INSTALL) -e .[fuzz]
-	$(BIN)/python tests/fuzz/loaders.py --minutes $(MINUTES) --json results/fuzz.json
+	$(BIN)/python tests/fuzz/loaders.py --minutes $(MINUTES) $(if $(FUZZ_JSON),--json $(FUZZ_JSON))
 
 lint: $(VENV)/.installed-dev  ## ruff: rules and format
 	$(BIN)/ruff check .

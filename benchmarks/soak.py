@@ -124,14 +124,15 @@ def picture(path: Path, rounds: list[dict[str, Any]]) -> None:
         total += one["cuts"]
         done.append(total)
     axes[0].plot(done, [one["rss_bytes"] / 1e6 for one in rounds], color="#0b6e4f")
-    axes[0].set(title="memory of the process, MB", ylim=(0, None))
+    axes[0].set(title="memory of the process, MB")
     axes[1].plot(done, [one["tensors"] for one in rounds], color="#3d5a80")
-    axes[1].set(title="live tensors", ylim=(0, None))
+    axes[1].set(title="live tensors")
     for name, label, colour in (("full", "before cuts", "#888888"), ("small", "after", "#c8553d")):
         axes[2].plot(done, [1e3 * one[f"{name}_step_seconds"] for one in rounds], color=colour, label=label)
-    axes[2].set(title="a training step, ms", ylim=(0, None))
+    axes[2].set(title="a training step, ms")
     axes[2].legend(frameon=False)
     for axis in axes:
+        axis.set_ylim(0, 1.15 * axis.dataLim.y1)
         axis.set_xlabel("cuts made, half of them undone")
         axis.spines[["top", "right"]].set_visible(False)
     path.parent.mkdir(parents=True, exist_ok=True)
