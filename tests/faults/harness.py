@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import random
+import signal
 import sys
 import tempfile
 import time
@@ -98,6 +99,7 @@ def _run(arguments: list[str], log: Path, sabotage: Sabotage | None, step: Any) 
     from compressm.cli import main
     from compressm.training.loop import _Run
 
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which shells have their background jobs ignore
     torch.set_num_threads(1)
     os.dup2(os.open(log, os.O_WRONLY | os.O_APPEND), 2)
     sys.stderr = os.fdopen(2, "w", buffering=1)

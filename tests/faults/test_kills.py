@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import signal
@@ -58,29 +57,6 @@ def test_asked_to_end(number: int, code: int, tmp_path: Path, truth: list[bytes]
     lost = run.step - finish(folder)
     assert outcome(folder) == truth
     tried("Ctrl-C and SIGTERM", lost=[lost])
-
-
-def swallow_an_interrupt() -> None:
-    from compressm.training.loop import _Run
-
-    real = _Run._train_step
-
-    def pressed(run: _Run) -> None:
-        real(run)
-        if run.step == STEPS // 2:
-            with contextlib.suppress(KeyboardInterrupt):
-                os.kill(os.getpid(), signal.SIGINT)
-
-    _Run._train_step = pressed  # type: ignore[method-assign]
-
-
-def test_an_interrupt_whose_exception_is_swallowed(tmp_path: Path, truth: list[bytes], tried: Record) -> None:
-    """As native code may, that calls back into Python."""
-    run = Training(tmp_path / "run", swallow_an_interrupt)
-    assert run.end() == 130, run.said()
-    finish(tmp_path / "run")
-    assert outcome(tmp_path / "run") == truth
-    tried("Ctrl-C and SIGTERM")
 
 
 @pytest.mark.slow

@@ -37,7 +37,6 @@ from compressm.training.checkpoints import Checkpoints
 from compressm.training.config import Config
 from compressm.training.data import BatchOrder, SequenceData, Split, load_data
 from compressm.training.energy import Energy
-from compressm.training.interrupts import interrupts
 from compressm.training.logs import RunLog
 from compressm.training.models import build_compressor, build_model, build_optimizer, build_scheduler
 from compressm.training.result import RunResult, write_json
@@ -170,11 +169,9 @@ class _Run:
             if self.step:
                 log.message("".join(f"{line}\n" for line in self.damaged) + f"resumed at step {self.step}")
             first = self.step
-            with self._timed("train"), self._memory(), interrupts() as interrupted:
+            with self._timed("train"), self._memory():
                 while self.step < run.steps:
                     self._advance(log)
-                    if interrupted():
-                        raise KeyboardInterrupt
             result = self._finish(command, energy.used(self.step - first))
             log.message(
                 f"done: test accuracy {result.test_accuracy:.4f}, states {result.state_dims}, training took "
