@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Literal
+
 import numpy as np
 import pytest
 import scipy.linalg
@@ -10,7 +12,7 @@ from pymor.models.iosys import LTIModel
 
 from compressm.adapters import LRUAdapter
 from compressm.adapters.base import layer_values, write
-from compressm.balancing import balance, gramians, real_gramians, truncate
+from compressm.balancing import Method, balance, gramians, real_gramians, truncate
 from compressm.errors import InvalidRankRuleError, InvalidSystemError
 from compressm.systems import DiagonalSystem
 from helpers import EPS, degenerate_systems, lru, random_system, real_matrices
@@ -208,3 +210,43 @@ def test_bad_arguments_are_refused() -> None:
         balance(random_system(0, real_output=False), "real")
     with pytest.raises(InvalidRankRuleError, match="at least 1"):
         truncate(balance(random_system(0)), 0)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.integers(0, 10**6),
+    st.integers(1, 7),
+    st.sampled_from(["real", "complex"]),
+    st.sampled_from(["smallest", "random"]),
+)
+def test_any_part_of_a_balanced_system_is_stable_and_obeys_its_bound(
+    seed: int, states: int, method: Method, order: Literal["smallest", "random"]
+) -> None:
+    system = random_system(seed, real_output=method == "real")
+    balancing = balance(system, method)
+    other = balancing.rearranged(order)
+    torch.testing.assert_close(other.hsv.sort(descending=True).values, balancing.hsv, rtol=0, atol=0)
+    best, reduction = truncate(balancing, states), truncate(other, states)
+    certificate = reduction.certificate
+    assert certificate.valid
+    assert certificate.spectral_radius < 1
+    assert certificate.bound >= best.certificate.bound * (1 - 1e-9)
+    if order == "smallest" and method == "complex":  # an isolated real eigenvalue costs the other a dimension
+        missing = balancing.energy[: system.n - states].sum()  # what is kept are the last
+        assert certificate.bound == pytest.approx(2 * float(missing), rel=1e-6)
+
+
+def test_rearranged_batches_and_noise_stays_last() -> None:
+    batch = [random_system(seed, p=1, q=1) for seed in (1, 2)]
+    system = DiagonalSystem(
+        torch.stack([one.lam for one in batch]),
+        torch.stack([one.B * torch.tensor([1.0] * 5 + [0.0] * 3)[:, None] for one in batch]),
+        torch.stack([one.C for one in batch]),
+    )
+    balancing = balance(system)
+    other = balancing.rearranged("smallest")
+    assert bool((other.hsv[:, 10:] < 1e-12).all())
+    assert bool((other.energy[:, :5].diff(dim=-1) >= 0).all())
+    reduction = truncate(other, 2)
+    assert reduction.certificate.valid
+    assert reduction.system.lam.shape == (2, 2)

@@ -133,7 +133,8 @@ def plan_reduction(
         rule: what decides the state dimensions.
         method: real-part aware or complex truncation of linear time-invariant layers.
         moments: of the selective layers.
-        selection: how their states are picked, see `selection`.
+        selection: how their states are picked, see `selection`. In linear time-invariant layers the largest Hankel
+            singular values are kept, but for ``"smallest"`` and ``"random"``, which are there for comparison.
         balancings: from `balance_layers` on the model as it is now, if at hand, instead of ``moments``.
 
     Raises:
@@ -165,7 +166,8 @@ def plan_reduction(
         if not passes_gate(present, ranks[name], rule):
             report = replace(report, reason=_gate(present, rule))
         elif isinstance(adapter, Adapter) and isinstance(balancing, Balancing):
-            report, change = _plan_linear(report, layer_values(layer), adapter, balancing, ranks[name], rule)
+            ordered = balancing.rearranged(selection) if selection in ("smallest", "random") else balancing
+            report, change = _plan_linear(report, layer_values(layer), adapter, ordered, ranks[name], rule)
         elif isinstance(adapter, SelectiveAdapter) and isinstance(balancing, SelectiveBalancing):
             report, change = _plan_selective(report, layer_values(layer), adapter, balancing, ranks[name], selection)
         reports.append(report)

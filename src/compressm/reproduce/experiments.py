@@ -118,6 +118,17 @@ EXPERIMENTS: dict[str, Experiment] = {
             seeds=1,
         ),
         Experiment(
+            "ablation-selection",
+            "Sequential MNIST, LRU from 256 states to 32: which are kept",
+            "smnist",
+            (
+                Arm("largest", _cut_to_32()),
+                Arm("random", _cut_to_32(selection="random")),
+                Arm("smallest", _cut_to_32(selection="smallest")),
+            ),
+            steps=20_000,
+        ),
+        Experiment(
             "ablation-count",
             "Sequential MNIST, LRU from 256 states to 32: how many cuts",
             "smnist",
