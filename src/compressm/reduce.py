@@ -17,6 +17,7 @@ from compressm.balancing import Balancing, Method, truncate
 from compressm.carry import Carry, carry_state, check_optimizer
 from compressm.certificate import Certificate
 from compressm.errors import CheckpointError, InvalidRankRuleError, InvalidSystemError
+from compressm.pruning import prune
 from compressm.ranks import RankRule, choose_ranks, passes_gate
 from compressm.rng import rng_state, set_rng_state
 from compressm.selection import Selection, reduce_selective
@@ -134,7 +135,8 @@ def plan_reduction(
         method: real-part aware or complex truncation of linear time-invariant layers.
         moments: of the selective layers.
         selection: how their states are picked, see `selection`. In linear time-invariant layers the largest Hankel
-            singular values are kept, but for ``"smallest"`` and ``"random"``, which are there for comparison.
+            singular values are kept, but for ``"smallest"`` and ``"random"``; ``"modal"``, ``"hinf"`` and ``"energy"``
+            leave out states as they are, see `pruning`. All of these are there for comparison.
         balancings: from `balance_layers` on the model as it is now, if at hand, instead of ``moments``.
 
     Raises:
@@ -166,8 +168,7 @@ def plan_reduction(
         if not passes_gate(present, ranks[name], rule):
             report = replace(report, reason=_gate(present, rule))
         elif isinstance(adapter, Adapter) and isinstance(balancing, Balancing):
-            ordered = balancing.rearranged(selection) if selection in ("smallest", "random") else balancing
-            report, change = _plan_linear(report, layer_values(layer), adapter, ordered, ranks[name], rule)
+            report, change = _plan_linear(report, layer_values(layer), adapter, balancing, ranks[name], rule, selection)
         elif isinstance(adapter, SelectiveAdapter) and isinstance(balancing, SelectiveBalancing):
             report, change = _plan_selective(report, layer_values(layer), adapter, balancing, ranks[name], selection)
         reports.append(report)
@@ -210,10 +211,14 @@ def _plan_linear(
     balancing: Balancing,
     states: int,
     rule: RankRule,
+    selection: Selection,
 ) -> tuple[LayerReport, LayerChange | None]:
     present = report.states_before
-    exceed = rule.guarantees_error and rule.multiple_of == 1
-    reduction = truncate(balancing, states, exceed=exceed)
+    if selection in ("modal", "hinf", "energy"):
+        reduction = prune(balancing.system, states, selection)
+    else:
+        ordered = balancing.rearranged(selection) if selection in ("smallest", "random") else balancing
+        reduction = truncate(ordered, states, exceed=rule.guarantees_error and rule.multiple_of == 1)
     after = reduction.system.n
     if not passes_gate(present, after, rule):
         return replace(report, reason=_gate(present, rule)), None

@@ -26,7 +26,9 @@ from torch import Tensor
 from compressm.errors import InvalidRankRuleError
 from compressm.selective import ErrorEstimate, SelectiveBalancing, SelectiveReduction, root
 
-Selection = Literal["hankel", "least_squares", "means", "gramians", "magnitude", "random", "smallest"]
+Selection = Literal[
+    "hankel", "least_squares", "means", "gramians", "magnitude", "random", "smallest", "modal", "hinf", "energy"
+]
 
 # The moments are gathered in float32: what they cannot resolve must not be extrapolated from.
 RIDGE = 1e-6

@@ -82,6 +82,22 @@ def _cut_to_32(**changes: Any) -> dict[str, Any]:
     return {"compression.tolerance": None, "compression.states": 32, **keys}
 
 
+def _afterwards(steps: int) -> tuple[Arm, ...]:
+    """A big model, cut to 28 states once, in four ways: after all training, and with a tenth of it left to adapt."""
+    return tuple(
+        Arm(
+            f"{when}-{selection}",
+            {
+                **_cut_to_32(states=28, cuts=1, selection=selection),
+                "compression.start": steps - rest,
+                "compression.window": 1 / steps,
+            },
+        )
+        for when, rest in (("after", 1), ("tuned", steps // 10))
+        for selection in ("hankel", "modal", "hinf", "energy")
+    )
+
+
 EXPERIMENTS: dict[str, Experiment] = {
     experiment.name: experiment
     for experiment in (
@@ -115,6 +131,19 @@ EXPERIMENTS: dict[str, Experiment] = {
                 Arm("shrunk", _LONG),
                 Arm("small", {**_LONG, **_BIG, "model.d_state": 12}),
             ),
+            seeds=1,
+        ),
+        Experiment(
+            "rivals",
+            "Sequential MNIST, LRU from 256 states to 28: cut while training, or afterwards",
+            "smnist",
+            (
+                Arm("full", _BIG),
+                Arm("shrunk", _cut_to_32(states=28)),
+                Arm("small", {**_BIG, "model.d_state": 28}),
+                *_afterwards(20_000),
+            ),
+            steps=20_000,
             seeds=1,
         ),
         Experiment(

@@ -13,6 +13,8 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from compressm.errors import ConfigError
+from compressm.pruning import SCORES
+from compressm.selection import Selection
 
 _LARGEST_FILE = 1 << 20  # bytes
 SIZE_RULES = ("tolerance", "states", "fraction", "max_error", "total_states")
@@ -146,7 +148,7 @@ class CompressionConfig(Section):
     min_reduction: float = Field(0.05, ge=0, lt=1)
     multiple_of: int = Field(1, ge=1)
     method: Literal["real", "complex"] = "real"
-    selection: Literal["hankel", "least_squares", "means", "gramians", "magnitude", "random", "smallest"] = "hankel"
+    selection: Selection = "hankel"
     per_layer: bool = False
     carry: Literal["transform", "slice", "reset"] = "transform"
     check_after: int | None = Field(None, ge=1)
@@ -218,8 +220,8 @@ class Config(Section):
                 f"compression.cuts|puts the last cut at step {last}, after run.steps={steps}: lower compression.cuts, "
                 "compression.start or compression.window"
             )
-        if compression.selection == "smallest" and self.model.layer != "lru":
-            raise ValueError(f"compression.selection|smallest is for layer lru, not {self.model.layer}")
+        if compression.selection in ("smallest", *SCORES) and self.model.layer != "lru":
+            raise ValueError(f"compression.selection|is for layer lru, not {self.model.layer}")
         if self.schedule.lr_min > self.optimizer.lr:
             raise ValueError(f"schedule.lr_min|must not exceed optimizer.lr={self.optimizer.lr}")
         return self
