@@ -17,8 +17,8 @@ from compressm.balancing import Balancing, Method, truncate
 from compressm.carry import Carry, carry_state, check_optimizer
 from compressm.certificate import Certificate
 from compressm.errors import CheckpointError, InvalidRankRuleError, InvalidSystemError
-from compressm.pruning import prune
 from compressm.ranks import RankRule, choose_ranks, passes_gate
+from compressm.rivals.pruning import prune
 from compressm.rng import rng_state, set_rng_state
 from compressm.selection import Selection, reduce_selective
 from compressm.selective import ErrorEstimate, Moments, SelectiveBalancing
@@ -136,7 +136,7 @@ def plan_reduction(
         moments: of the selective layers.
         selection: how their states are picked, see `selection`. In linear time-invariant layers the largest Hankel
             singular values are kept, but for ``"smallest"`` and ``"random"``; ``"modal"``, ``"hinf"`` and ``"energy"``
-            leave out states as they are, see `pruning`. All of these are there for comparison.
+            leave out states as they are, see `rivals.pruning`. All of these are there for comparison.
         balancings: from `balance_layers` on the model as it is now, if at hand, instead of ``moments``.
 
     Raises:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,6 +25,17 @@ TINY = Experiment(
         Arm("full", {**OFF, "model.d_state": 16}, paper=12.0),
         Arm("small", OFF, same_states_as="shrunk"),
         Arm("shrunk", {"model.d_state": 16, "compression.states": 5, "compression.tolerance": None}),
+    ),
+    steps=40,
+)
+TAUGHT = Experiment(
+    "taught",
+    "Digits",
+    "digits",
+    (
+        Arm("distilled", {**OFF, "model.d_state": 4}, teacher="full"),
+        Arm("full", {**OFF, "model.d_state": 16}),
+        Arm("plain", {**OFF, "model.d_state": 4}),
     ),
     steps=40,
 )
@@ -52,6 +64,33 @@ def test_an_arm_can_start_where_another_ended(folder: Path) -> None:
     results = read_results(TINY, folder / "results")
     assert results["small", 0].state_dims == results["shrunk", 0].state_dims
     assert results["small", 0].history == []
+
+
+def test_an_arm_can_learn_from_another(tmp_path: Path) -> None:
+    def made() -> dict[str, float]:
+        runs = plan_runs(TAUGHT, [0], results=tmp_path / "results", runs=tmp_path / "runs")
+        return {arm: result.curve[-1]["loss"] for (arm, _), result in run_grid(runs, workers=2).items()}
+
+    losses = made()
+    assert losses["distilled"] != losses["plain"]  # the same weights, data and dropout
+    stored = json.loads((tmp_path / "results/taught/distilled-seed0.json").read_text())
+    assert stored["config"]["loss"]["teacher"] == "full"
+    assert made() == losses  # all of it from the files
+    (tmp_path / "results/taught/distilled-seed0.json").unlink()
+    shutil.rmtree(tmp_path / "runs")
+    with pytest.raises(ConfigError, match=r"loss.teacher = .*full-seed0/model': no model there"):
+        made()
+
+
+def test_results_from_before_a_key_existed_are_ours(folder: Path) -> None:
+    runs = plan_runs(TINY, [0], ["full"], folder / "results", folder / "runs")
+    content = runs[0].result.read_text()
+    old = json.loads(content)
+    del old["config"]["loss"], old["config"]["compression"]["on_setback"]
+    runs[0].result.write_text(json.dumps(old))
+    run_grid(runs, workers=1)
+    assert json.loads(runs[0].result.read_text()) == old
+    runs[0].result.write_text(content)
 
 
 def test_what_is_there_is_not_repeated_and_the_rest_is(folder: Path) -> None:
@@ -129,7 +168,7 @@ def test_mistakes_come_before_any_run(tmp_path: Path) -> None:
 @pytest.mark.parametrize("experiment", EXPERIMENTS.values(), ids=lambda experiment: experiment.name)
 def test_all_experiments_have_valid_configurations(experiment: Experiment) -> None:
     for run in plan_runs(experiment, [0]):
-        config = configuration(run, states=1 if run.arm.same_states_as else None)
+        config = configuration(run)
         assert config.run.threads == 1
 
 

@@ -403,7 +403,7 @@ def test_a_checkpoint_of_a_diverged_run_is_never_written(what: str, tmp_path: Pa
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Compressor, "step", poisoned)
         if what == "loss":
-            patch.setattr("compressm.training.loop.F.cross_entropy", _nan_at(20))
+            patch.setattr("compressm.training.objective.F.cross_entropy", _nan_at(20))
         with pytest.raises(ConfigError, match=r"training diverged, .* at step 20; the checkpoint of step 16 is from"):
             train(config({"run": {"log_every": 0, "eval_every": 0}}), output=tmp_path, quiet=True)
     assert [path.name for path in sorted((tmp_path / "checkpoints").iterdir())] == ["step-00000012", "step-00000016"]

@@ -17,13 +17,20 @@ class Arm:
         name: names its files.
         changes: what differs from the experiment's configuration, by dotted names.
         same_states_as: another arm, at whose final state dimensions this one starts, seed by seed.
+        teacher: another arm, from whose final model this one learns, seed by seed.
         paper: the paper's accuracy in percent; None where it has none.
     """
 
     name: str
     changes: Mapping[str, Any]
     same_states_as: str | None = None
+    teacher: str | None = None
     paper: float | None = None
+
+    @property
+    def needs(self) -> set[str]:
+        """The arms that must be finished before."""
+        return {name for name in (self.same_states_as, self.teacher) if name is not None}
 
 
 @dataclass(frozen=True)
@@ -85,17 +92,19 @@ def _cut_to_32(**changes: Any) -> dict[str, Any]:
 def _afterwards(steps: int) -> tuple[Arm, ...]:
     """A big model, cut to 28 states once, in four ways: after all training, and with a tenth of it left to adapt."""
     return tuple(
-        Arm(
-            f"{when}-{selection}",
-            {
-                **_cut_to_32(states=28, cuts=1, selection=selection),
-                "compression.start": steps - rest,
-                "compression.window": 1 / steps,
-            },
-        )
+        Arm(f"{when}-{selection}", _after(steps, rest, selection))
         for when, rest in (("after", 1), ("tuned", steps // 10))
         for selection in ("hankel", "modal", "hinf", "energy")
     )
+
+
+def _after(steps: int, rest: int, selection: str = "hankel") -> dict[str, Any]:
+    """One cut to 28 states, with so many steps left."""
+    return {
+        **_cut_to_32(states=28, cuts=1, selection=selection),
+        "compression.start": steps - rest,
+        "compression.window": 1 / steps,
+    }
 
 
 EXPERIMENTS: dict[str, Experiment] = {
@@ -141,7 +150,12 @@ EXPERIMENTS: dict[str, Experiment] = {
                 Arm("full", _BIG),
                 Arm("shrunk", _cut_to_32(states=28)),
                 Arm("small", {**_BIG, "model.d_state": 28}),
+                Arm("distilled", {**_BIG, "model.d_state": 28}, teacher="full"),
                 *_afterwards(20_000),
+                *(
+                    Arm(f"hankel-norm{weight}", {**_after(20_000, 1), "loss.hankel_norm": weight})
+                    for weight in (1e-3, 1e-4, 1e-5)
+                ),
             ),
             steps=20_000,
             seeds=1,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +20,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from compressm.errors import ConfigError
 from compressm.reproduce.experiments import Arm, Experiment
-from compressm.training.config import Config, load_config, parse_config
+from compressm.training.config import Config, load_config, parse_config, present_form
 from compressm.training.loop import FREE_KEYS, train
 from compressm.training.result import RunResult, write_json
 
@@ -49,7 +49,7 @@ def plan_runs(
         ConfigError: an arm that the experiment does not have.
     """
     chosen = experiment.arms if arms is None else [experiment.arm(name) for name in arms]
-    wanted = {arm.name for arm in chosen} | {arm.same_states_as for arm in chosen}  # those that others build upon
+    wanted = {arm.name for arm in chosen}.union(*(arm.needs for arm in chosen))
     return [
         Run(
             experiment,
@@ -64,14 +64,16 @@ def plan_runs(
     ]
 
 
-def configuration(run: Run, steps: int | None = None, data: str | None = None, states: Any = None) -> Config:
+def configuration(
+    run: Run, steps: int | None = None, data: str | None = None, done: Mapping[tuple[str, int], RunResult] | None = None
+) -> Config:
     """What one run is trained with.
 
     Args:
         run: which.
         steps: instead of the experiment's; evaluations and checkpoints move with it.
         data: the directory with the data.
-        states: state dimension, or one per layer, at which it starts.
+        done: the results so far, where the run needs others'; without them it is only checked.
 
     Raises:
         ConfigError: values that do not fit.
@@ -85,8 +87,10 @@ def configuration(run: Run, steps: int | None = None, data: str | None = None, s
     changes |= {"run.seed": run.seed, "run.threads": 1, "run.tensorboard": False}
     if data is not None:
         changes["data.root"] = data
-    if states is not None:
-        changes["model.d_state"] = states
+    if run.arm.same_states_as is not None:
+        changes["model.d_state"] = 1 if done is None else done[run.arm.same_states_as, run.seed].state_dims
+    if run.arm.teacher is not None:
+        changes["loss.teacher"] = str(run.folder.with_name(f"{run.arm.teacher}-seed{run.seed}") / "model")
     for key, value in changes.items():
         section, name = key.split(".")
         tree[section][name] = value
@@ -122,7 +126,7 @@ def run_grid(
     waiting: dict[Future[RunResult], Run] = {}
     pending = list(runs)
     for run in pending:
-        configuration(run, steps, data, 1 if run.arm.same_states_as else None)  # mistakes come before any work
+        configuration(run, steps, data)  # mistakes come before any work
     workers = workers or os.cpu_count() or 1
     bar = Progress(
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
@@ -133,8 +137,7 @@ def run_grid(
         while pending or waiting:
             for run in [run for run in pending if _ready(run, done)]:
                 pending.remove(run)
-                before = done.get((run.arm.same_states_as or "", run.seed))
-                config = configuration(run, steps, data, None if before is None else before.state_dims)
+                config = configuration(run, steps, data, done)
                 waiting[pool.submit(_train, run, config, command)] = run
             finished, _ = wait(waiting, return_when=FIRST_COMPLETED)
             for future in finished:
@@ -145,7 +148,7 @@ def run_grid(
 
 
 def _ready(run: Run, done: dict[tuple[str, int], RunResult]) -> bool:
-    return run.arm.same_states_as is None or (run.arm.same_states_as, run.seed) in done
+    return all((arm, run.seed) in done for arm in run.arm.needs)
 
 
 def _processes(workers: int) -> Executor:
@@ -156,7 +159,7 @@ def _train(run: Run, config: Config, command: str | None) -> RunResult:
     """One run, in a process of its own; its result file appears when it is complete."""
     if run.result.exists():
         result = RunResult.read(run.result)
-        before, now = (_essence(tree) for tree in (result.config, config.model_dump(mode="json")))
+        before, now = (_essence(tree) for tree in (present_form(result.config), config.model_dump(mode="json")))
         if before != now:
             different = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
             raise ConfigError(
@@ -166,6 +169,7 @@ def _train(run: Run, config: Config, command: str | None) -> RunResult:
     result = train(config, output=run.folder, resume=True, command=command, quiet=True)
     content = result.to_dict()
     content["config"]["data"]["root"] = content["config"]["run"]["output"] = None  # another machine has others
+    content["config"]["loss"]["teacher"] = run.arm.teacher
     run.result.parent.mkdir(parents=True, exist_ok=True)
     write_json(run.result, content)
     return RunResult.read(run.result)
@@ -174,7 +178,7 @@ def _train(run: Run, config: Config, command: str | None) -> RunResult:
 def _essence(config: dict[str, Any]) -> dict[str, Any]:
     """What a result depends on, by dotted names."""
     flat = {f"{section}.{key}": value for section, values in config.items() for key, value in values.items()}
-    return {key: value for key, value in flat.items() if key not in FREE_KEYS}
+    return {key: value for key, value in flat.items() if key not in FREE_KEYS | {"loss.teacher"}}
 
 
 def read_results(experiment: Experiment, results: Path = Path("results")) -> dict[tuple[str, int], RunResult]:

@@ -13,7 +13,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from compressm.errors import ConfigError
-from compressm.pruning import SCORES
+from compressm.rivals.pruning import SCORES
 from compressm.selection import Selection
 
 _LARGEST_FILE = 1 << 20  # bytes
@@ -131,6 +131,23 @@ class ScheduleConfig(Section):
     lr_min: float = Field(1e-7, ge=0)
 
 
+class LossConfig(Section):
+    """What is minimised besides cross entropy. Only rivals of compression need this; see `compressm.rivals`.
+
+    Attributes:
+        hankel_norm: weight of the sum of all Hankel singular values of the LRU layers; null for none.
+        hankel_every: add it at every such step, with so many times the weight.
+        teacher: folder of a trained model from which this one learns; null for none.
+        temperature, teacher_weight: of that.
+    """
+
+    hankel_norm: float | None = Field(None, gt=0)
+    hankel_every: int = Field(1, ge=1)
+    teacher: str | None = None
+    temperature: float = Field(2.0, gt=0)
+    teacher_weight: float = Field(0.5, ge=0, le=1)
+
+
 class CompressionConfig(Section):
     """Arguments of `compressm.Compressor`; see there. Unless disabled, needs one size rule or ``max_drop`` or both."""
 
@@ -207,6 +224,7 @@ class Config(Section):
     model: ModelConfig
     optimizer: OptimizerConfig = Field(default_factory=lambda: OptimizerConfig.model_validate({}))
     schedule: ScheduleConfig = Field(default_factory=lambda: ScheduleConfig.model_validate({}))
+    loss: LossConfig = Field(default_factory=lambda: LossConfig.model_validate({}))
     compression: CompressionConfig
     run: RunConfig
 
@@ -222,6 +240,8 @@ class Config(Section):
             )
         if compression.selection in ("smallest", *SCORES) and self.model.layer != "lru":
             raise ValueError(f"compression.selection|is for layer lru, not {self.model.layer}")
+        if self.loss.hankel_norm is not None and self.model.layer != "lru":
+            raise ValueError(f"loss.hankel_norm|is for layer lru, not {self.model.layer}")
         if self.schedule.lr_min > self.optimizer.lr:
             raise ValueError(f"schedule.lr_min|must not exceed optimizer.lr={self.optimizer.lr}")
         return self
@@ -282,6 +302,17 @@ def parse_config(tree: Mapping[str, Any], source: str = "config") -> Config:
         errors = sorted(error.errors(include_url=False), key=lambda item: item["type"] != "extra_forbidden")
         more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
         raise ConfigError(f"{source}: {_explain(cast('dict[str, Any]', errors[0]), tree)}{more}") from None
+
+
+def present_form(saved: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """A stored configuration with the keys that have come since, at the defaults by which it was made."""
+    tree = {section: dict(values) for section, values in saved.items()}
+    for section, field in Config.model_fields.items():
+        keys: Any = field.annotation
+        for key, value in keys.model_fields.items():
+            if not value.is_required():
+                tree.setdefault(section, {}).setdefault(key, value.get_default(call_default_factory=True))
+    return tree
 
 
 def _explain(error: Mapping[str, Any], tree: Mapping[str, Any]) -> str:
@@ -400,4 +431,4 @@ def _parse(text: str, source: str) -> Any:
         raise ConfigError(f"{source}: not valid YAML ({' '.join(str(error).split())})") from None
 
 
-__all__ = ["Config", "load_config", "parse_config"]
+__all__ = ["Config", "LossConfig", "load_config", "parse_config", "present_form"]

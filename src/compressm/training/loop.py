@@ -23,7 +23,6 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast, gather_object
 from accelerate.utils.memory import should_reduce_batch_size
 from torch import nn
-from torch.nn import functional as F
 
 from compressm import __version__
 from compressm.checkpoint import load, save
@@ -34,11 +33,12 @@ from compressm.measure import step_cost
 from compressm.reduce import state_dims
 from compressm.rng import rng_state, set_rng_state
 from compressm.training.checkpoints import Checkpoints
-from compressm.training.config import Config
+from compressm.training.config import Config, present_form
 from compressm.training.data import BatchOrder, SequenceData, Split, load_data
 from compressm.training.energy import Energy
 from compressm.training.logs import RunLog
 from compressm.training.models import build_compressor, build_model, build_optimizer, build_scheduler
+from compressm.training.objective import Objective
 from compressm.training.result import RunResult, write_json
 
 # What does not change a run's result, and may differ between the checkpoint and the run which resumes it.
@@ -110,6 +110,7 @@ def _checkpoints(folder: Path, config: Config) -> Checkpoints:
 
 
 def _same_config(saved: Mapping[str, Any], config: Config, folder: Path) -> None:
+    saved = present_form(saved)
     for section, values in config.model_dump(mode="json").items():
         for name, value in values.items():
             key, before = f"{section}.{name}", saved.get(section, {}).get(name)
@@ -136,6 +137,7 @@ class _Run:
                 f"run.batch_size = {run.batch_size}: {self.world} processes cannot share it evenly; choose a multiple"
             )
         self.data: SequenceData = load_data(config.data).to(self.accelerator.device)
+        self.objective = Objective(config.loss, self.accelerator.device)
         self.order = BatchOrder(len(self.data.train), run.batch_size, run.seed)
         _seed(run.seed)
         model = build_model(config, self.data.channels, self.data.n_classes)
@@ -203,7 +205,7 @@ class _Run:
         self.clock.begin()
         u, y = self.data.batch(self.data.train, indices)
         self.wrapped.train()
-        loss = F.cross_entropy(self.wrapped(u), y)
+        loss = self.objective(self.wrapped, u, y, self.step)
         self.accelerator.backward(loss)
         if self.config.optimizer.max_grad_norm is not None:
             nn.utils.clip_grad_norm_(self.model.parameters(), self.config.optimizer.max_grad_norm)
@@ -237,7 +239,7 @@ class _Run:
         with self._timed("evaluation"):
             indices = self.order.indices(self.step)[self.rank :: self.world].to(self.accelerator.device)
             u, y = self.data.batch(self.data.train, indices)
-            self.clock.measured(step_cost(self.model, lambda model: F.cross_entropy(model.train()(u), y)))
+            self.clock.measured(step_cost(self.model, lambda model: self.objective(model.train(), u, y, 0)))
 
     def accuracy(self, model: nn.Module, split: Split) -> float:
         """Share of a split that is classified correctly, the same in all processes."""
