@@ -245,7 +245,7 @@ def _trace(model: nn.Module, example: Tensor | None, step: bool) -> _Traced:
 def _random_example(model: nn.Module) -> Tensor:
     generator, shape = torch.Generator().manual_seed(0), (2, 1000)
     config: dict[str, Any] = getattr(model, "config", {})
-    if "vocabulary" in config:
+    if config.get("vocabulary") is not None:
         return torch.randint(config["vocabulary"], shape, generator=generator)
     width = config.get("d_input", getattr(model, "d_model", None))
     if not isinstance(width, int):

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from compressm.errors import ConfigError
-from compressm.training.config import DataConfig
+from compressm.training.config import DataConfig, parse_config
 from compressm.training.data import BatchOrder, _pooled, load_data, read_cifar_binary, read_cifar_jpeg
 
 REAL = os.environ.get("COMPRESSM_DATA")
@@ -192,9 +192,31 @@ def test_pooling_averages_blocks_of_pixels(pool: int, channels: int) -> None:
             assert error.abs().max() <= 0.5
 
 
-def test_digits_are_not_pooled() -> None:
-    with pytest.raises(ConfigError, match=r"data\.pool = 2: digits has 8 x 8 pixels"):
-        load_data(DataConfig(name="digits", pool=2))
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ({"name": "digits", "pool": 2}, r"data\.pool = 2: is for images of 28 and 32 pixels a side, not for digits"),
+        ({"name": "smnist", "max_length": 100}, r"data\.max_length = 100: is for imdb and listops, not for smnist"),
+        ({"name": "imdb", "examples": 100}, r"data\.examples = 100: is for listops, not for imdb"),
+    ],
+)
+def test_options_of_other_data(data: dict[str, object], message: str) -> None:
+    tree = {"data": data, "model": {"d_model": 2, "d_state": 2}, "compression": {"states": 1}, "run": {"steps": 10}}
+    with pytest.raises(ConfigError, match=message):
+        parse_config(tree)
+
+
+def test_listops_splits_are_different_and_made_anew_alike() -> None:
+    config = DataConfig.model_validate({"name": "listops", "max_length": 40, "examples": 300})
+    data, again = load_data(config), load_data(config)
+    assert torch.equal(data.train.x, again.train.x)
+    assert (len(data.train), len(data.validation), len(data.test)) == (300, 2000, 2000)
+    rows = [set(map(bytes, split.x[..., 0].numpy())) for split in (data.train, data.validation, data.test)]
+    assert len(rows[0] & rows[2]) < 3
+    assert not torch.equal(data.validation.x, data.test.x)
+    u, _ = data.batch(data.test, torch.arange(5))
+    assert u.dtype == torch.int64
+    assert int(u.max()) < (data.vocabulary or 0)
 
 
 @needs_mnist

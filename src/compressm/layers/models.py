@@ -141,10 +141,12 @@ class SequenceClassifier(nn.Module):
         dropout: probability of dropping an activation in the blocks.
         norm: see `sequence_norm`; by default ``"batch"`` for LRU and ``"rms"`` for the others.
         layer: ``"lru"`` (`LRUBlock`), ``"mamba"``, ``"mamba2"`` or ``"linear_attention"`` (`ResidualBlock`).
+        vocabulary: number of tokens, where the input is tokens; 0 pads sequences at the end, and does not count.
         options: of the layer, for example ``r_min`` of `LRU`, ``expand`` of `Mamba`, ``head_dim`` of `Mamba2`.
 
     Shape:
-        input ``(batch, length, d_input)``, real; output logits ``(batch, n_classes)``.
+        input ``(batch, length, d_input)``, real, or tokens ``(batch, length)``, int64; output logits
+        ``(batch, n_classes)``.
     """
 
     def __init__(
@@ -157,6 +159,7 @@ class SequenceClassifier(nn.Module):
         dropout: float = 0.1,
         norm: str | None = None,
         layer: str = "lru",
+        vocabulary: int | None = None,
         **options: Any,
     ) -> None:
         super().__init__()
@@ -169,9 +172,10 @@ class SequenceClassifier(nn.Module):
             "dropout": dropout,
             "norm": norm,
             "layer": layer,
+            "vocabulary": vocabulary,
             **options,
         }
-        self.encoder = nn.Linear(d_input, d_model)
+        self.encoder = nn.Linear(d_input, d_model) if vocabulary is None else nn.Embedding(vocabulary, d_model)
         self.blocks = build_blocks(layer, d_model, dims, dropout, norm, options)
         self.norm = nn.Identity() if layer == "lru" else sequence_norm(norm or "rms", d_model)
         self.decoder = nn.Linear(d_model, n_classes)
@@ -185,19 +189,26 @@ class SequenceClassifier(nn.Module):
         z = self.encoder(u)
         for block in self.blocks:
             z = block(z)
-        return self.decoder(self.norm(z).mean(1))
+        z = self.norm(z)
+        if self._arguments["vocabulary"] is None:
+            return self.decoder(z.mean(1))
+        present = (u != 0).to(z.dtype)
+        return self.decoder(torch.einsum("blh,bl->bh", z, present) / present.sum(1, keepdim=True).clamp_min(1))
 
     def initial_state(self, batch: int) -> dict[str, Any]:
         """The state of `step` before the first input: the blocks' states, and mean and number of the steps so far."""
         return {
             "blocks": [block.initial_state(batch) for block in self.blocks],  # type: ignore[operator]
-            "mean": self.encoder.bias.new_zeros(batch, self.encoder.out_features),
-            "steps": self.encoder.bias.new_zeros(batch, 1),
+            "mean": self.decoder.bias.new_zeros(batch, self.decoder.in_features),
+            "steps": self.decoder.bias.new_zeros(batch, 1),
         }
 
     def step(self, u: Tensor, state: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
-        """One time step, in evaluation mode: ``u`` of shape ``(batch, d_input)`` to the logits of the sequence so far,
-        shape ``(batch, n_classes)``, and the next state. After the last input they are those of the whole sequence."""
+        """One time step, in evaluation mode.
+
+        ``u`` of shape ``(batch, d_input)``, or tokens ``(batch,)``, to the logits of the sequence so far, shape
+        ``(batch, n_classes)``, and the next state. After the last input they are those of the whole sequence.
+        """
         z, blocks = self.encoder(u), list[Any]()
         for block, before in zip(self.blocks, state["blocks"], strict=True):
             z, after = block.step(z, before)  # type: ignore[operator]

@@ -30,17 +30,33 @@ class DataConfig(Section):
     """Which data, and where they are.
 
     Attributes:
-        name: ``digits`` (comes with scikit-learn), ``smnist``, ``psmnist`` or ``scifar``.
+        name: ``digits`` (comes with scikit-learn), ``smnist``, ``psmnist``, ``scifar``, ``imdb`` or ``listops``
+            (generated).
         root: the directory with the files, where any are needed; by default that in the environment variable
             ``COMPRESSM_DATA``.
         validation: share of the training data that is held out for validation.
         pool: average square blocks of so many pixels a side, for shorter sequences: 2 makes MNIST's 784 steps 196.
+        max_length: of ``imdb`` and ``listops``: longer reviews are cut off (default: 4096); expressions have a quarter
+            to all of so many tokens (2000).
+        examples: of ``listops``: how many for training (96,000); 2000 each are for validation and test.
     """
 
-    name: Literal["digits", "smnist", "psmnist", "scifar"]
+    name: Literal["digits", "smnist", "psmnist", "scifar", "imdb", "listops"]
     root: str | None = None
     validation: float = Field(0.1, gt=0, lt=1)
     pool: Literal[1, 2, 4] = 1
+    max_length: int | None = Field(None, ge=8)
+    examples: int | None = Field(None, ge=1)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> DataConfig:
+        if self.pool > 1 and self.name not in ("smnist", "psmnist", "scifar"):
+            raise ValueError(f"data.pool|is for images of 28 and 32 pixels a side, not for {self.name}; leave it at 1")
+        if self.max_length is not None and self.name not in ("imdb", "listops"):
+            raise ValueError(f"data.max_length|is for imdb and listops, not for {self.name}")
+        if self.examples is not None and self.name != "listops":
+            raise ValueError(f"data.examples|is for listops, not for {self.name}")
+        return self
 
 
 # Which options each layer has; the defaults are the layer's own.

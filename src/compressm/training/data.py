@@ -14,7 +14,7 @@ import os
 import tarfile
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast
 
@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from compressm.errors import ConfigError
+from compressm.training import listops, reviews
 from compressm.training.config import DataConfig
 
 ROOT_VARIABLE = "COMPRESSM_DATA"
@@ -40,12 +41,16 @@ _CIFAR_CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog"
 # Mean and standard deviation per channel, in the units of the bytes, over the training data.
 _DIGITS_SCALE = ((4.90,), (6.03,))
 _MNIST_SCALE = ((33.32,), (78.57,))
+_NO_SCALE = (torch.zeros(1), torch.ones(1))
 _CIFAR_SCALE = ((125.31, 122.95, 113.87), (62.99, 62.09, 66.70))
 
 
 @dataclass(frozen=True)
 class Split:
-    """Sequences and labels: ``x`` uint8 of shape ``(N, length, channels)``, ``y`` int64 of shape ``(N,)``."""
+    """Sequences and labels: ``x`` uint8 of shape ``(N, length, channels)``, ``y`` int64 of shape ``(N,)``.
+
+    Tokens have one channel, and end with zeros where a sequence is shorter than others.
+    """
 
     x: Tensor
     y: Tensor
@@ -63,6 +68,7 @@ class SequenceData:
         train, validation, test: the splits. The test split is the canonical one where there is one.
         mean, std: normalisation per channel, shape ``(channels,)``.
         n_classes: number of classes.
+        vocabulary: number of different tokens, padding included; None where sequences are of numbers.
     """
 
     label: str
@@ -72,6 +78,7 @@ class SequenceData:
     mean: Tensor
     std: Tensor
     n_classes: int
+    vocabulary: int | None = None
 
     @property
     def channels(self) -> int:
@@ -79,7 +86,15 @@ class SequenceData:
         return self.train.x.shape[2]
 
     def batch(self, split: Split, indices: Tensor) -> tuple[Tensor, Tensor]:
-        """Normalised sequences ``(len(indices), length, channels)`` in float32, and their labels."""
+        """Sequences and their labels.
+
+        Numbers are normalised: float32 of shape ``(len(indices), length, channels)``. Tokens are int64 of shape
+        ``(len(indices), length)``, as long as the longest of these sequences.
+        """
+        if self.vocabulary is not None:
+            tokens = split.x[indices][..., 0]
+            length = int((tokens != 0).any(0).sum())
+            return tokens[:, :length].long(), split.y[indices]
         return (split.x[indices].float() - self.mean) / self.std, split.y[indices]
 
     def batches(self, split: Split, size: int, rank: int = 0, world: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
@@ -92,8 +107,8 @@ class SequenceData:
         train, validation, test = (
             Split(s.x.to(device), s.y.to(device)) for s in (self.train, self.validation, self.test)
         )
-        return SequenceData(
-            self.label, train, validation, test, self.mean.to(device), self.std.to(device), self.n_classes
+        return replace(
+            self, train=train, validation=validation, test=test, mean=self.mean.to(device), std=self.std.to(device)
         )
 
 
@@ -132,12 +147,12 @@ def load_data(config: DataConfig) -> SequenceData:
         ConfigError: files that are missing, damaged, or not the canonical ones.
     """
     if config.name == "digits":
-        if config.pool > 1:
-            raise ConfigError(
-                f"data.pool = {config.pool}: digits has 8 x 8 pixels, which are not pooled; leave it at 1"
-            )
         return _digits(config.validation)
+    if config.name == "listops":
+        return _listops(config.max_length or 2000, config.examples or 96_000)
     root = _root(config)
+    if config.name == "imdb":
+        return _imdb(root, config.validation, config.max_length or 4096)
     if config.name == "scifar":
         return _scifar(root, config.validation, config.pool)
     return _mnist(root, config.validation, config.pool, permuted=config.name == "psmnist")
@@ -158,7 +173,11 @@ def _root(config: DataConfig) -> Path:
 
 
 def _expected(name: str) -> str:
-    return f"{_CIFAR_BINARY} (or {_CIFAR_JPEG})" if name == "scifar" else ", ".join(_MNIST_FILES)
+    if name == "scifar":
+        return f"{_CIFAR_BINARY} (or {_CIFAR_JPEG})"
+    if name == "imdb":
+        return f"{reviews.ARCHIVE} (or {' and '.join(reviews.TABLES.values())})"
+    return ", ".join(_MNIST_FILES)
 
 
 def _find(root: Path, folder: str, name: str) -> Path | None:
@@ -177,6 +196,36 @@ def _checked(path: Path, md5: str) -> bytes:
     return content
 
 
+def _listops(longest: int, examples: int) -> SequenceData:
+    def split(count: int, seed: int) -> Split:
+        tokens, values = listops.generate(count, seed, max(2, longest // 4), longest)
+        return Split(tokens[:, :, None], values)
+
+    return SequenceData(
+        f"ListOps, up to {longest} tokens", split(examples, 0), split(2000, 1), split(2000, 2), *_NO_SCALE, 10,
+        len(listops.TOKENS),
+    )  # fmt: skip
+
+
+def _imdb(root: Path, validation: float, longest: int) -> SequenceData:
+    tables = [_find(root, "imdb", name) for name in reviews.TABLES.values()]
+    if path := _find(root, "imdb", reviews.ARCHIVE):
+        _checked(path, reviews.ARCHIVE_MD5)
+        (texts, labels), (test_texts, test_labels) = reviews.read_archive(path)
+    elif tables[0] and tables[1]:
+        (texts, labels), (test_texts, test_labels) = reviews.read_tables(tables[0], tables[1])
+    else:
+        raise ConfigError(f"data.root: neither {root} nor {root / 'imdb'} holds {_expected('imdb')}; put it there")
+    y = torch.tensor(labels)
+    held_out = _held_out(y, validation).tolist()  # its characters are not looked at either
+    characters = reviews.vocabulary([text for text, held in zip(texts, held_out, strict=True) if not held])
+    train, test = (reviews.encode(some, characters, longest)[:, :, None] for some in (texts, test_texts))
+    data = _assemble(
+        f"IMDB, up to {longest} characters", (train, y), (test, torch.tensor(test_labels)), ((0.0,), (1.0,)), validation
+    )
+    return replace(data, vocabulary=2 + len(characters))
+
+
 def _assemble(
     label: str,
     train: tuple[Tensor, Tensor],
@@ -185,9 +234,7 @@ def _assemble(
     validation: float,
 ) -> SequenceData:
     (x, y), (mean, std) = train, scale
-    held_out = _stratified(y, validation)
-    if held_out.all() or not held_out.any():
-        raise ConfigError(f"data.validation = {validation}: leaves no training or no validation data; 0.1 is usual")
+    held_out = _held_out(y, validation)
     return SequenceData(
         label,
         Split(x[~held_out], y[~held_out]),
@@ -197,6 +244,14 @@ def _assemble(
         torch.tensor(std),
         int(y.max()) + 1,
     )
+
+
+def _held_out(y: Tensor, validation: float) -> Tensor:
+    """A mask of the validation data."""
+    mask = _stratified(y, validation)
+    if mask.all() or not mask.any():
+        raise ConfigError(f"data.validation = {validation}: leaves no training or no validation data; 0.1 is usual")
+    return mask
 
 
 def _stratified(y: Tensor, share: float) -> Tensor:

@@ -140,7 +140,7 @@ class _Run:
         self.objective = Objective(config.loss, self.accelerator.device)
         self.order = BatchOrder(len(self.data.train), run.batch_size, run.seed)
         _seed(run.seed)
-        model = build_model(config, self.data.channels, self.data.n_classes)
+        model = build_model(config, self.data.channels, self.data.n_classes, self.data.vocabulary)
         self.model: nn.Module = model.to(self.accelerator.device)
         _seed(run.seed + 1_000_003 * self.rank)  # the same weights, other dropout
         self.optimizer = build_optimizer(config.optimizer, self.model)

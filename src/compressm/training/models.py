@@ -17,9 +17,9 @@ from compressm.layers import SequenceClassifier, parameter_groups
 from compressm.training.config import Config, OptimizerConfig
 
 
-def build_model(config: Config, channels: int, n_classes: int) -> SequenceClassifier:
+def build_model(config: Config, channels: int, n_classes: int, vocabulary: int | None = None) -> SequenceClassifier:
     """A model with weights drawn from torch's present random state."""
-    return SequenceClassifier(channels, n_classes, **config.model.model_dump(exclude_none=True))
+    return SequenceClassifier(channels, n_classes, vocabulary=vocabulary, **config.model.model_dump(exclude_none=True))
 
 
 def build_optimizer(config: OptimizerConfig, model: nn.Module) -> Optimizer:
