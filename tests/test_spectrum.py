@@ -7,9 +7,10 @@ import torch
 
 from compressm.adapters import LRUAdapter
 from compressm.adapters.base import layer_values
-from compressm.balancing import balance
+from compressm.balancing import Balancing, balance
 from compressm.layers import SequenceClassifier
 from compressm.spectrum import analyze, compare, spectrum_changes
+from compressm.systems import DiagonalSystem
 from helpers import lru, random_system
 
 
@@ -64,3 +65,19 @@ def test_snapshots_of_different_order_are_not_compared() -> None:
     assert spectrum_changes({"x": a, "y": a}, {"x": b, "y": a}).keys() == {"y"}
     with pytest.raises(ValueError, match="8 and 10"):
         compare(a, b)
+
+
+def test_directions_that_change_places_are_counted() -> None:
+    # Three states far apart in the unit disc, each an input and an output of its own: the directions are the states.
+    lam = torch.tensor([0.1, 0.5, 0.9], dtype=torch.complex128)
+
+    def gains(*values: float) -> Balancing:
+        gain = torch.tensor(values, dtype=torch.complex128)
+        return balance(DiagonalSystem(lam, torch.eye(3, dtype=torch.complex128), torch.diag(gain), False), "complex")
+
+    start = gains(3.0, 2.0, 0.1)  # Hankel singular values 3.03, 2.67, 0.53
+    assert compare(start, gains(3.3, 2.1, 0.1)).crossings == 0
+    swapped = compare(start, gains(2.0, 3.0, 0.1))
+    assert swapped.crossings == pytest.approx(1 / 3)
+    assert swapped.rank_correlation == pytest.approx(1)  # by their values alone one would not see it
+    assert compare(start, gains(0.1, 1.0, 2.0)).crossings == pytest.approx(1)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -149,6 +149,8 @@ class SpectrumChange:
         rank_correlation: Spearman's, between the values of the first snapshot and those matched to them.
         share_moved: total change of matched values over their sum.
         bottom_share_before, bottom_share_after: energy share of the smallest half.
+        crossings: share of all pairs of state directions that changed places in the order. A direction (an eigenvector
+            of ``H``) is recognised in the second snapshot by the largest total overlap.
     """
 
     weyl_bound: float
@@ -157,6 +159,7 @@ class SpectrumChange:
     share_moved: float
     bottom_share_before: float
     bottom_share_after: float
+    crossings: float
 
     def settled(self, threshold: float) -> bool:
         """Whether the spectrum held still: little energy moved, and the bottom half's share stayed what it was."""
@@ -175,7 +178,8 @@ def compare(before: AnyBalancing, after: AnyBalancing) -> SpectrumChange:
     if a.shape != b.shape:
         raise ValueError(f"snapshots of different order: {a.shape[-1]} and {b.shape[-1]} Hankel singular values")
     scale = float(a[0]) or 1.0
-    difference = _hankel_operator(after) - _hankel_operator(before)
+    old, new = _hankel_operator(before), _hankel_operator(after)
+    difference = new - old
     # Imported here: they take as long as the rest of the library, and few need them.
     from scipy.optimize import linear_sum_assignment
     from scipy.stats import spearmanr
@@ -185,6 +189,8 @@ def compare(before: AnyBalancing, after: AnyBalancing) -> SpectrumChange:
     rank_test: Any = spearmanr(a.numpy(), matched.numpy()) if a.shape[0] > 1 else None
     correlation = 1.0 if rank_test is None else float(rank_test.statistic)
     half = a.shape[0] // 2
+    overlap = (torch.linalg.eigh(old).eigenvectors.mH @ torch.linalg.eigh(new).eigenvectors).abs().square()
+    _, places = linear_sum_assignment(overlap.reshape(-1, *overlap.shape[-2:]).sum(0).numpy(), maximize=True)
     return SpectrumChange(
         weyl_bound=float(torch.linalg.eigvalsh(difference).abs().max()) / scale,
         largest_move=float((a[torch.from_numpy(rows)] - matched).abs().max()) / scale,
@@ -192,7 +198,15 @@ def compare(before: AnyBalancing, after: AnyBalancing) -> SpectrumChange:
         share_moved=float((a - matched).abs().sum() / a.sum().clamp_min(1e-300)),
         bottom_share_before=float(a[half:].sum() / a.sum().clamp_min(1e-300)),
         bottom_share_after=float(b[half:].sum() / b.sum().clamp_min(1e-300)),
+        crossings=_crossings(places.tolist()),
     )
+
+
+def _crossings(places: Sequence[int]) -> float:
+    """Share of the pairs that stand in another order than their places."""
+    order = torch.tensor(places)
+    inverted = (order[:, None] > order[None, :]).triu(1).sum()
+    return float(inverted) / max(1, len(places) * (len(places) - 1) // 2)
 
 
 def _hankel_operator(balancing: AnyBalancing) -> Tensor:

@@ -150,6 +150,21 @@ def test_the_table_compares_with_the_first_arm_and_the_paper(folder: Path, tmp_p
     assert f"| 12.0 | {mean - 12:+.1f} |" in text
     draw(TINY, results, tmp_path / "tiny.png")
     assert (tmp_path / "tiny.png").stat().st_size > 10_000
+    assert "Hankel" not in text
+
+
+def test_spectra_over_training_are_shown(tmp_path: Path) -> None:
+    watched = replace(TINY, arms=(Arm("watched", {**OFF, "model.d_state": 16, "run.spectrum_every": 5}),))
+    runs = plan_runs(watched, [0], results=tmp_path / "results", runs=tmp_path / "runs")
+    results = run_grid(runs, workers=1)
+    text = render(watched, results, "images/x.svg")
+    assert "![Accuracy over the steps, and against computing time](images/x.svg)" in text
+    assert "Hankel singular values over training: `watched`, seed 0, blocks.0.ssm" in text
+    rows = [line for line in text.splitlines() if line.startswith(("| 5 |", "| 10 |", "| 20 |", "| 40 |"))]
+    assert len(rows) == 4
+    assert all(row.count("%") == 3 for row in rows)
+    draw(watched, results, tmp_path / "watched.svg")
+    assert "<svg" in (tmp_path / "watched.svg").read_text()[:1000]
 
 
 def test_arms_bring_those_that_they_build_upon() -> None:
@@ -182,6 +197,7 @@ def test_command_line(
     assert main(["reproduce", "tiny", "--show", "--results", str(folder / "results"), "--markdown", str(out)]) == 0
     assert "shrunk" in capsys.readouterr().out
     assert "compressm reproduce tiny" in out.read_text()
+    assert (tmp_path / "images/results-tiny.svg").exists()
     assert main(["reproduce", "--show", "--results", str(folder / "results"), "--markdown", str(out)]) == 0
     assert out.read_text().startswith("# Results")
     assert "## Digits" in out.read_text()

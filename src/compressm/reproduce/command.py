@@ -50,7 +50,7 @@ def show_experiments(
     Args:
         names: of the experiments; none for all that have results.
         results: the folder of the results.
-        markdown: file for the tables.
+        markdown: file for the tables; their pictures go to ``images/`` beside it.
         picture: file for the comparison of one experiment.
 
     Raises:
@@ -63,11 +63,16 @@ def show_experiments(
             f"{results / (missing[0] if names else '')}: no results there; run compressm reproduce NAME without --show"
         )
     pages = [_PREFACE]
-    for name, stored in found.items():
-        if stored:
-            Console().print(table(experiment(name), stored))
-            pages.append(render(experiment(name), stored))
     try:
+        for name, stored in found.items():
+            if not stored:
+                continue
+            Console().print(table(experiment(name), stored))
+            if markdown is not None:
+                image = f"images/results-{name}.svg"
+                (markdown.parent / "images").mkdir(exist_ok=True)
+                draw(experiment(name), stored, markdown.parent / image)
+                pages.append(render(experiment(name), stored, image))
         if markdown is not None:
             markdown.write_text("\n".join(pages), encoding="utf-8")
         if picture is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from compressm.errors import ConfigError
@@ -44,6 +44,7 @@ class Experiment:
         arms: in the order of the table; the first is the one that the others are compared with.
         seeds: how many are run by default.
         steps: training steps instead of the configuration's.
+        changes: what differs from that configuration in all arms.
     """
 
     name: str
@@ -52,6 +53,7 @@ class Experiment:
     arms: tuple[Arm, ...]
     seeds: int = 3
     steps: int | None = None
+    changes: Mapping[str, Any] = field(default_factory=dict[str, Any])
 
     def arm(self, name: str) -> Arm:
         """The arm of that name.
@@ -107,6 +109,28 @@ def _after(steps: int, rest: int, selection: str = "hankel") -> dict[str, Any]:
     }
 
 
+def _three_ways(*tolerances: float, paper: Mapping[str, tuple[float, float]], full: float | None) -> tuple[Arm, ...]:
+    """Big all the way; shrunk, and small from the start at the same states, for every tolerance."""
+    arms = [Arm("full", _BIG, paper=full)]
+    for tau in tolerances:
+        shrunk, small = paper.get(str(tau), (None, None))
+        arms += [
+            Arm(f"tau{tau}", {"compression.tolerance": tau, "compression.method": "complex"}, paper=shrunk),
+            Arm(f"small{tau}", _BIG, same_states_as=f"tau{tau}", paper=small),
+        ]
+    return tuple(arms)
+
+
+def _scaled_down(config: str) -> dict[str, Any]:
+    """What lets a data set of the paper train on two cores in an afternoon."""
+    small = {"model.n_layers": 2, "model.d_model": 32}
+    return {
+        "scifar": {**small, "data.pool": 2, "model.d_state": 192},
+        "listops": {**small, "model.d_model": 64, "data.max_length": 200, "data.examples": 20_000},
+        "imdb": {**small, "model.n_layers": 1, "data.max_length": 1024, "compression.start": 200},
+    }[config]
+
+
 EXPERIMENTS: dict[str, Experiment] = {
     experiment.name: experiment
     for experiment in (
@@ -118,6 +142,94 @@ EXPERIMENTS: dict[str, Experiment] = {
             seeds=1,
         ),
         Experiment("psmnist", "Permuted sequential MNIST, LRU of 256 states", "psmnist", _protocol({}), seeds=1),
+        Experiment(
+            "scifar",
+            "Sequential CIFAR-10, 6 blocks of LRU, width 512, 384 states (paper: table 1)",
+            "scifar",
+            _three_ways(
+                0.15, 0.1, 0.05, full=86.5, paper={"0.15": (84.4, 78.2), "0.1": (85.7, 81.8), "0.05": (85.8, 84.2)}
+            ),
+            seeds=1,
+        ),
+        Experiment(
+            "listops",
+            "ListOps, 6 blocks of LRU, width 128, 256 states (paper: table 1)",
+            "listops",
+            _three_ways(0.1, full=49.7, paper={"0.1": (51.8, 46.3)}),
+            seeds=1,
+        ),
+        Experiment(
+            "imdb",
+            "IMDB, 6 blocks of LRU, width 256, 192 states (paper: table 1)",
+            "imdb",
+            _three_ways(0.1, full=None, paper={"0.1": (82.8, 83.5)}),
+            seeds=1,
+        ),
+        Experiment(
+            "scifar-small",
+            "Sequential CIFAR-10 in 256 steps, 2 blocks of LRU, width 32, 192 states",
+            "scifar",
+            _three_ways(0.2, 0.1, full=None, paper={}),
+            seeds=1,
+            steps=15_000,
+            changes=_scaled_down("scifar"),
+        ),
+        Experiment(
+            "listops-small",
+            "ListOps of 50 to 200 tokens, 2 blocks of LRU, width 64, 256 states",
+            "listops",
+            _three_ways(0.1, full=None, paper={}),
+            seeds=1,
+            steps=10_000,
+            changes=_scaled_down("listops"),
+        ),
+        Experiment(
+            "imdb-small",
+            "IMDB, the first 1024 characters, 1 block of LRU, width 32, 192 states",
+            "imdb",
+            _three_ways(0.1, full=None, paper={}),
+            seeds=1,
+            steps=8000,
+            changes=_scaled_down("imdb"),
+        ),
+        Experiment(
+            "pragmatic",
+            "Sequential MNIST, LRU of 256 states: a tenth at a time until the first setback",
+            "smnist",
+            (
+                Arm("full", _BIG),
+                Arm(
+                    "pragmatic",
+                    _cut_to_32(
+                        states=None,
+                        fraction=0.9**20,
+                        cuts=20,
+                        window=0.5,
+                        max_drop=0.002,
+                        on_setback="stop",
+                        min_reduction=0.0,
+                    ),
+                ),
+                Arm("max-drop", _cut_to_32(states=None, max_drop=0.002, cuts=8, window=0.5)),
+            ),
+            steps=20_000,
+        ),
+        Experiment(
+            "stability",
+            "Sequential MNIST, LRU of 256 states: Hankel singular values over training",
+            "smnist",
+            (Arm("full", {**_BIG, "run.spectrum_every": 500}),),
+            seeds=1,
+            steps=20_000,
+        ),
+        Experiment(
+            "speed",
+            "Sequential MNIST, LRU: what a step takes at the paper's state dimensions",
+            "smnist",
+            tuple(Arm(f"n{n}", {**_BIG, "model.d_state": n}) for n in (256, 191, 93, 47, 28, 13)),
+            seeds=1,
+            steps=400,
+        ),
         Experiment(
             "mamba",
             "Sequential MNIST in 196 steps, Mamba from 128 states to 12",

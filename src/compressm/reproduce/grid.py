@@ -79,7 +79,7 @@ def configuration(
         ConfigError: values that do not fit.
     """
     tree: dict[str, Any] = load_config(run.experiment.config).model_dump(mode="json")
-    changes = dict(run.arm.changes)
+    changes = {**run.experiment.changes, **run.arm.changes}
     steps = steps or run.experiment.steps
     if steps is not None:
         every = max(1, steps // 20)

@@ -6,11 +6,13 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rich.table import Table
 
 from compressm.reproduce.experiments import Arm, Experiment
 from compressm.training.result import RunResult
+from compressm.training.spectra import settled_at
 
 Results = Mapping[tuple[str, int], RunResult]
 
@@ -123,8 +125,8 @@ def table(experiment: Experiment, results: Results) -> Table:
     return made
 
 
-def render(experiment: Experiment, results: Results) -> str:
-    """For the documentation: title, table, what the columns are, and the command."""
+def render(experiment: Experiment, results: Results, picture: str | None = None) -> str:
+    """For the documentation: title, table, what the columns are, the command, and the picture's address."""
     lines = [f"## {experiment.title}", ""]
     lines += ["| " + " | ".join(HEADER) + " |", "|---|" + "---:|" * (len(HEADER) - 1)]
     lines += ["| " + " | ".join(cells(row)) + " |" for row in rows(experiment, results)]
@@ -140,7 +142,60 @@ def render(experiment: Experiment, results: Results) -> str:
         f"compressm reproduce {experiment.name} --data DIRECTORY",
         "```",
     ]
+    if picture is not None:
+        lines += ["", f"![Accuracy over the steps, and against computing time]({picture})"]
+    for (arm, seed), run in results.items():
+        if run.spectra:
+            lines += ["", *_spectra(f"`{arm}`, seed {seed}", run.spectra)]
     return "\n".join(lines) + "\n"
+
+
+def _spectra(title: str, record: Sequence[Mapping[str, Any]]) -> list[str]:
+    """How the Hankel singular values of every layer moved, at steps that double."""
+    lines: list[str] = []
+    for layer in record[0]["layers"]:
+        settled = settled_at(record, layer)
+        lines += [
+            f"### Hankel singular values over training: {title}, {layer}",
+            "",
+            "Changes since the look before. *Moved* is the total change of the values over their sum; *bound* is "
+            "Weyl's on the change of any of them and *largest change* the true one, both over the largest value; "
+            "*crossings* is the share of pairs of state directions that changed places; *lower half* is the energy share of the "
+            f"smallest half of the values. With a threshold of 2 % the spectrum held still from step "
+            f"{'(never)' if settled is None else f'{settled:,}'} on.",
+            "",
+            "| step | largest value | states at τ = 0.02 | moved | bound | largest change | crossings | lower half |",
+            "|---:|---:|---:|---:|---:|---:|---:|---:|",
+        ]
+        for index in sorted({2**power for power in range(len(record).bit_length())} | {len(record) - 1}):
+            entry = record[index] if index < len(record) else None
+            if entry is None or layer not in entry["layers"]:
+                continue
+            values, change = entry["layers"][layer]["hsv"], entry["layers"][layer]["change"]
+            cells = [f"{entry['step']:,}", f"{values[0]:.3g}", str(_states_at(values, 0.02))]
+            if change is None:
+                cells += [""] * 5
+            else:
+                cells += [
+                    f"{100 * change['share_moved']:.1f} %",
+                    f"{change['weyl_bound']:.3g}",
+                    f"{change['largest_move']:.3g}",
+                    f"{100 * change['crossings']:.1f} %",
+                    f"{100 * change['bottom_share_after']:.2f} %",
+                ]
+            lines.append("| " + " | ".join(cells) + " |")
+    return lines
+
+
+def _states_at(hsv: Sequence[float], tolerance: float) -> int:
+    """States that hold all but this share of the energy; two values of a real system are one state."""
+    energies = [a + b for a, b in zip(hsv[::2], hsv[1::2], strict=True)]
+    kept, total = 0.0, sum(energies)
+    for count, energy in enumerate(energies, 1):
+        kept += energy
+        if kept >= (1 - tolerance) * total:
+            return count
+    return len(energies)
 
 
 def draw(experiment: Experiment, results: Results, picture: Path) -> None:
@@ -150,7 +205,9 @@ def draw(experiment: Experiment, results: Results, picture: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, (curve, points) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    looked = next((run.spectra for run in results.values() if run.spectra), None)
+    figure, axes = plt.subplots(1, 3 if looked else 2, figsize=(15 if looked else 11, 4), layout="constrained")
+    curve, points = axes[0], axes[1]
     shades = plt.get_cmap("tab10")
     for index, row in enumerate(rows(experiment, results)):
         colour = shades(index % 10)
@@ -164,9 +221,20 @@ def draw(experiment: Experiment, results: Results, picture: Path) -> None:
     curve.set(title="Validation accuracy, %", xlabel="training step")
     points.set(title="Test accuracy, %, against computing time", xlabel="seconds of training", xlim=(0, None))
     points.legend(frameon=False, fontsize=8)
-    for axis in (curve, points):
+    if looked:
+        trajectories, layer = axes[2], next(iter(looked[0]["layers"]))
+        steps = [entry["step"] for entry in looked if layer in entry["layers"]]
+        values = [entry["layers"][layer]["hsv"] for entry in looked if layer in entry["layers"]]
+        for index in range(0, len(values[0]), 2):
+            shade = plt.get_cmap("viridis")(index / len(values[0]))
+            line = [max(at[index], 1e-12) if index < len(at) else float("nan") for at in values]
+            trajectories.semilogy(steps, line, color=shade, linewidth=0.6)
+        trajectories.set(title=f"Hankel singular values, {layer}", xlabel="training step")
+    for axis in axes:
         axis.spines[["top", "right"]].set_visible(False)
-    figure.savefig(picture, dpi=130)
+    reproducible = {"Date": None} if picture.suffix == ".svg" else None
+    with matplotlib.rc_context({"svg.hashsalt": experiment.name}):
+        figure.savefig(picture, dpi=130, metadata=reproducible)
     plt.close(figure)
 
 

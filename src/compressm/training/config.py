@@ -209,6 +209,8 @@ class RunConfig(Section):
         eval_every, checkpoint_every, log_every: in steps; 0 for never (evaluation always happens at the end).
         keep_checkpoints: how many of the last ones are kept; where the newest is damaged, an older one serves.
         eval_batch_size: sequences per batch in evaluation.
+        spectrum_every: in steps, how often Hankel singular values are recorded (of linear time-invariant layers); 0 for
+            never.
         select: which weights are the result: the ``last``, or the ``best`` on validation since the last cut.
         threads: CPU threads; null leaves torch's choice.
         device: ``auto``, ``cpu`` or ``cuda``.
@@ -225,6 +227,7 @@ class RunConfig(Section):
     checkpoint_every: int = Field(1000, ge=0)
     keep_checkpoints: int = Field(2, ge=1)
     log_every: int = Field(50, ge=0)
+    spectrum_every: int = Field(0, ge=0)
     eval_batch_size: int = Field(500, ge=1)
     select: Literal["last", "best"] = "last"
     threads: int | None = Field(None, ge=1)

@@ -40,6 +40,7 @@ from compressm.training.logs import RunLog
 from compressm.training.models import build_compressor, build_model, build_optimizer, build_scheduler
 from compressm.training.objective import Objective
 from compressm.training.result import RunResult, write_json
+from compressm.training.spectra import SpectrumLog
 
 # What does not change a run's result, and may differ between the checkpoint and the run which resumes it.
 FREE_KEYS = {"data.root"} | {
@@ -155,6 +156,7 @@ class _Run:
         self.best: float | None = None
         self.seconds = {"train": 0.0, "reduction": 0.0, "evaluation": 0.0, "checkpoint": 0.0}
         self._clock, self._since = "", 0.0
+        self.spectra = SpectrumLog(config.compression.method)
         self.checkpoints = _checkpoints(folder, config)
         self.damaged: list[str] = []
         if resume and self.checkpoints.steps():
@@ -167,6 +169,7 @@ class _Run:
         tensorboard = self.folder / "tensorboard" if run.tensorboard and main else None
         if not self.step:
             self._measure()
+            self._look_at_spectra()
         with RunLog(run.steps, tensorboard, self.step, quiet or not main) as log, Energy(run.energy) as energy:
             if self.step:
                 log.message("".join(f"{line}\n" for line in self.damaged) + f"resumed at step {self.step}")
@@ -195,6 +198,7 @@ class _Run:
             if event.kind == "rolled_back":
                 return  # to a step after which all was done that was due
         last = self.step == run.steps
+        self._look_at_spectra()
         if last or (run.eval_every and self.step % run.eval_every == 0):
             self._evaluate(log)
         if last or (run.checkpoint_every and self.step % run.checkpoint_every == 0):
@@ -232,6 +236,7 @@ class _Run:
         if event.restored_step is not None and event.kind == "rolled_back":
             self.step = event.restored_step
             self.curve = [point for point in self.curve if point["step"] <= self.step]
+            self.spectra.back_to(self.step)
         return event
 
     def _measure(self) -> None:
@@ -240,6 +245,12 @@ class _Run:
             indices = self.order.indices(self.step)[self.rank :: self.world].to(self.accelerator.device)
             u, y = self.data.batch(self.data.train, indices)
             self.clock.measured(step_cost(self.model, lambda model: self.objective(model.train(), u, y, 0)))
+
+    def _look_at_spectra(self) -> None:
+        every = self.config.run.spectrum_every
+        if every and self.step % every == 0:
+            with self._timed("evaluation"):
+                self.spectra.look(self.model, self.step)
 
     def accuracy(self, model: nn.Module, split: Split) -> float:
         """Share of a split that is classified correctly, the same in all processes."""
@@ -325,6 +336,7 @@ class _Run:
             "compressor": None if self.compressor is None else self.compressor.state_dict(),
             "rng": random_states,
             "curve": self.curve,
+            "spectra": self.spectra.state_dict(),
             "best": self.best,
             "seconds": self.seconds,
             "phases": self.clock.state_dict(),
@@ -346,6 +358,7 @@ class _Run:
         self.scheduler.load_state_dict(tree["scheduler"])
         self.step, self.loss, self.curve, self.best = tree["step"], tree["loss"], tree["curve"], tree["best"]
         self.seconds = tree["seconds"]
+        self.spectra.load_state_dict(tree.get("spectra", {"record": [], "previous": {}}))  # absent before version 0.1
         self.clock.load_state_dict(tree["phases"])
         set_rng_state(tree["rng"][self.rank])
 
@@ -379,6 +392,7 @@ class _Run:
             savings=None if saved is None else {**asdict(saved), "speedup": saved.speedup},
             energy=energy,
             curve=self.curve,
+            spectra=self.spectra.record or None,
         )
         if self.accelerator.is_main_process:
             save(model, self.folder / "model", self.compressor, card=True)

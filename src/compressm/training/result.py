@@ -34,6 +34,7 @@ class RunResult:
         phases: the steps at every size that the model had, with the median times of one; see `costs.Phase`.
         savings: what the cuts saved, an estimate; see `costs.Savings`. None without cuts.
         curve: at every evaluation step, training loss, validation accuracy, learning rate and state dimensions.
+        spectra: Hankel singular values over the steps, see `training.spectra`; None if they were not asked for.
         energy: what codecarbon says that the training took, if it was asked; see `training.energy`. An estimate.
     """
 
@@ -59,6 +60,7 @@ class RunResult:
     savings: dict[str, Any] | None
     curve: list[dict[str, Any]]
     energy: dict[str, Any] | None = None
+    spectra: list[dict[str, Any]] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON, which has no word for NaN and infinity: null."""
