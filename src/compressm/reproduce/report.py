@@ -160,8 +160,8 @@ def _spectra(title: str, record: Sequence[Mapping[str, Any]]) -> list[str]:
             "",
             "Changes since the look before. *Moved* is the total change of the values over their sum; *bound* is "
             "Weyl's on the change of any of them and *largest change* the true one, both over the largest value; "
-            "*crossings* is the share of pairs of state directions that changed places; *lower half* is the energy share of the "
-            f"smallest half of the values. With a threshold of 2 % the spectrum held still from step "
+            "*crossings* is the share of pairs of state directions that changed places; *lower half* is the energy "
+            f"share of the smallest half of the values. With a threshold of 2 % the spectrum held still from step "
             f"{'(never)' if settled is None else f'{settled:,}'} on.",
             "",
             "| step | largest value | states at τ = 0.02 | moved | bound | largest change | crossings | lower half |",
