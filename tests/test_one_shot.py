@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import json
 import math
 from collections.abc import Callable
@@ -132,6 +133,45 @@ def test_a_checkpoint_is_analysed(
     expected = compressm.analyze(model.eval(), data=list(windows))
     for layer in expected:
         torch.testing.assert_close(torch.tensor(layers[layer.name]["hsv"]).double(), layer.hsv, rtol=1e-3, atol=1e-6)
+
+
+def test_an_analysis_says_what_a_cut_would_do(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    torch.manual_seed(0)
+    model = SequenceClassifier(2, 3, d_model=4, d_state=16, n_layers=2)
+    compressm.save(model, tmp_path / "model")
+    assert main(["analyze", str(tmp_path / "model"), "--json", str(tmp_path / "a.json")]) == 0
+    printed = capsys.readouterr().out
+    cuts = json.loads((tmp_path / "a.json").read_text())["cuts"]
+    for cut in cuts:
+        report = compressm.compress(copy.deepcopy(model), tolerance=cut["tolerance"], min_reduction=0.0)
+        assert cut["states"] == report.state_dims
+        smaller = copy.deepcopy(model)
+        compressm.compress(smaller, tolerance=cut["tolerance"], min_reduction=0.0)
+        assert cut["parameters"] == sum(parameter.numel() for parameter in smaller.parameters())
+        assert f"{cut['parameters']:,}" in printed
+    assert cuts[0]["parameters"] < cuts[1]["parameters"] <= cuts[2]["parameters"]
+
+
+def test_a_layer_that_would_refuse_is_named_with_the_reason(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    compressm.save(SequenceClassifier(2, 3, d_model=4, d_state=16), tmp_path / "model")
+    monkeypatch.setattr("compressm.certificate.MAX_CONDITION", 1.0)  # no real basis of eigenvectors is orthogonal
+    assert main(["analyze", str(tmp_path / "model"), "--json", str(tmp_path / "a.json")]) == 0
+    printed, cut = capsys.readouterr().out, json.loads((tmp_path / "a.json").read_text())["cuts"][0]
+    assert cut["states"] == {"blocks.0.ssm": 16}
+    assert "condition" in cut["refused"]["blocks.0.ssm"]
+    assert f"blocks.0.ssm refuses τ = 0.1: {cut['refused']['blocks.0.ssm']}" in printed
+
+
+@pytest.mark.parametrize("name", ["a.html", "a.png", "a.svg"])
+def test_an_analysis_can_be_drawn(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    compressm.save(SequenceClassifier(2, 3, d_model=4, d_state=16), tmp_path / "model")
+    assert main(["analyze", str(tmp_path / "model"), "--plot", str(tmp_path / name)]) == 0
+    assert (tmp_path / name).stat().st_size > 5000
+    assert main(["analyze", str(tmp_path / "model"), "--plot", str(tmp_path / "a.docx")]) == 2
+    assert "--plot" in capsys.readouterr().err
 
 
 def test_linear_layers_need_no_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

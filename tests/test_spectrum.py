@@ -9,7 +9,7 @@ from compressm.adapters import LRUAdapter
 from compressm.adapters.base import layer_values
 from compressm.balancing import Balancing, balance
 from compressm.layers import SequenceClassifier
-from compressm.spectrum import analyze, compare, spectrum_changes
+from compressm.spectrum import Spectrum, analyze, compare, spectrum_changes
 from compressm.systems import DiagonalSystem
 from helpers import lru, random_system
 
@@ -81,3 +81,34 @@ def test_directions_that_change_places_are_counted() -> None:
     assert swapped.crossings == pytest.approx(1 / 3)
     assert swapped.rank_correlation == pytest.approx(1)  # by their values alone one would not see it
     assert compare(start, gains(0.1, 1.0, 2.0)).crossings == pytest.approx(1)
+
+
+@pytest.fixture
+def spectrum() -> Spectrum:
+    torch.manual_seed(0)
+    return analyze(SequenceClassifier(1, 3, d_model=4, d_state=[20, 12], n_layers=2, r_min=0.9))
+
+
+def test_a_data_frame_has_a_row_per_state(spectrum: Spectrum) -> None:
+    frame = spectrum.to_dataframe()
+    assert list(frame.columns) == ["layer", "state", "energy", "discarded"]
+    assert len(frame) == 32
+    second = frame[frame.layer == "blocks.1.ssm"]
+    assert list(second.state) == list(range(1, 13))
+    kept = spectrum["blocks.1.ssm"].states_for(0.1)
+    assert second.discarded.iloc[kept - 1] <= 0.1 < second.discarded.iloc[kept - 2]
+    assert second.discarded.iloc[-1] == 0
+    total = float(spectrum["blocks.1.ssm"].energy.sum())
+    assert second.discarded.iloc[0] == pytest.approx(1 - second.energy.iloc[0] / total)
+
+
+def test_plots_by_either_library(spectrum: Spectrum) -> None:
+    plotly = spectrum.plot()
+    assert [trace.name for trace in plotly.data] == ["blocks.0.ssm", "blocks.1.ssm"]
+    assert len(plotly.data[1].x) == 12
+    (axis,) = spectrum.plot("matplotlib").axes
+    lines = [line for line in axis.lines if len(line.get_xdata()) > 2]
+    for line, layer, trace in zip(lines, spectrum, plotly.data, strict=True):
+        assert list(line.get_ydata()) == list(trace.y) == [max(share, 1e-8) for share in layer.discarded()]
+    with pytest.raises(ValueError, match="'plotly' or 'matplotlib'"):
+        spectrum.plot("gnuplot")  # type: ignore[arg-type]

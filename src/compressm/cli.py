@@ -169,6 +169,19 @@ def _app(command_line: str) -> "typer.Typer":
         command.show_experiments([name] if name else [], results, markdown, picture)
 
     @app.command()
+    def report(  # pyright: ignore[reportUnusedFunction]
+        runs: Annotated[
+            list[Path], typer.Argument(metavar="RUN...", help="Folders of runs or of saved models, or result files.")
+        ],
+        output: Annotated[Path, typer.Option(help="The HTML file.")] = Path("report.html"),
+    ) -> None:
+        """One page about one run, or several beside each other; it opens in a browser, offline."""
+        from compressm.report import load_runs, write_report
+
+        write_report(load_runs(runs), output, command_line)
+        print(f"report: {output} ({output.stat().st_size / 1e6:.1f} MB)")
+
+    @app.command()
     def analyze(  # pyright: ignore[reportUnusedFunction]
         checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="A Hugging Face folder, or our own.")],
         data: Annotated[
@@ -176,18 +189,36 @@ def _app(command_line: str) -> "typer.Typer":
         ] = None,
         sequences: Annotated[int, typer.Option(help="Sequences to look at.")] = 32,
         length: Annotated[int, typer.Option(help="Tokens per sequence.")] = 512,
+        plot: Annotated[
+            Path | None, typer.Option(help="Draw the spectra into this file: .html, .png, .svg or .pdf.")
+        ] = None,
         json: Annotated[
             Path | None, typer.Option("--json", help="Write the spectra to this file; - prints them.")
         ] = None,
     ) -> None:
-        """Show how many states each layer of a trained model really uses."""
+        """Show how many states each layer of a trained model really uses, and what a cut would save."""
+        from rich.console import Console
+
         from compressm.one_shot import analyze_checkpoint
 
-        spectrum = analyze_checkpoint(checkpoint, data, sequences=sequences, length=length)
+        if plot is not None and plot.suffix not in (".html", ".png", ".svg", ".pdf"):
+            raise ConfigError(f"--plot {plot}: the name must end with .html, .png, .svg or .pdf")
+        analysis = analyze_checkpoint(checkpoint, data, sequences=sequences, length=length)
         if str(json) != "-":
-            print(spectrum)
-            print("states that hold all but this share of the Hankel energy: 0.1, 0.01, 0.001")
-        _write_result(json, {"command": command_line, "layers": spectrum.to_dict()})
+            Console().print(analysis.table())
+            for line in analysis.refusals:
+                print(line)
+        if plot is not None:
+            try:
+                if plot.suffix == ".html":
+                    analysis.spectrum.plot("plotly").write_html(plot)
+                else:
+                    analysis.spectrum.plot("matplotlib").savefig(plot, dpi=150)
+            except OSError as error:
+                raise ConfigError(
+                    f"--plot {plot}: cannot be written ({error.strerror}); choose another place"
+                ) from error
+        _write_result(json, {"command": command_line, **analysis.to_dict()})
 
     @app.command()
     def compress(  # pyright: ignore[reportUnusedFunction]

@@ -1,12 +1,14 @@
-"""`compressm compress`: one cut of a checkpoint on disk, and a table of what was lost."""
+"""Checkpoints on disk: one cut and a table of what was lost (`compress`), or what cuts would do (`analyze`)."""
 
 from __future__ import annotations
 
 import contextlib
+import copy
 import os
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -18,8 +20,11 @@ from compressm.errors import CheckpointError, ConfigError, MissingExtraError
 from compressm.layers import LanguageModel, SequenceClassifier
 from compressm.ranks import RankRule
 from compressm.reduce import plan_reduction
-from compressm.spectrum import Spectrum, analyze, balance_layers
+from compressm.spectrum import AnyBalancing, LayerSpectrum, Spectrum, balance_layers
 from compressm.statistics import gather
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 _BATCH = 4  # sequences
 
@@ -117,7 +122,7 @@ def compress_checkpoint(
     model, tokenizer, hugging_face = _read(folder)
     batches = _batches(model, tokenizer, Path(data), sequences, length)
     half = len(batches) // 2
-    before = sum(p.numel() for p in model.parameters())
+    before = _parameters(model)
     with _fast(model):
         balancings = balance_layers(model, moments=gather(model, [inputs for inputs, _ in batches[:half]], _BATCH))
         loss_before = _loss(model, batches[half:])
@@ -140,8 +145,69 @@ def compress_checkpoint(
             tokenizer.save_pretrained(target)
     else:
         save(model, target)
-    after = sum(p.numel() for p in model.parameters())
-    return Loss(layers, loss_before, loss_after, before, after, half * _BATCH, batches[0][0].shape[1])
+    return Loss(layers, loss_before, loss_after, before, _parameters(model), half * _BATCH, batches[0][0].shape[1])
+
+
+@dataclass(frozen=True)
+class Prospect:
+    """What a cut of a model would do, without making it.
+
+    Attributes:
+        tolerance: share of the Hankel energy that it would discard in every layer.
+        states: state dimension of every layer afterwards.
+        refused: why, for the layers that may not be cut.
+        parameters: number of the model's parameters afterwards.
+    """
+
+    tolerance: float
+    states: dict[str, int]
+    refused: dict[str, str]
+    parameters: int
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """What a checkpoint's states are good for.
+
+    Attributes:
+        spectrum: Hankel singular values of every layer.
+        parameters: number of the model's parameters.
+        prospects: what cuts would do, for growing care.
+    """
+
+    spectrum: Spectrum
+    parameters: int
+    prospects: tuple[Prospect, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        cuts = [asdict(prospect) for prospect in self.prospects]
+        return {"layers": self.spectrum.to_dict(), "parameters": self.parameters, "cuts": cuts}
+
+    def table(self) -> Table:
+        """For the terminal: how many states each layer needs, and the model in all."""
+        from rich.table import Table
+
+        made = Table(title="States that hold all but a share τ of the Hankel energy", title_justify="left")
+        for column in ("layer", "states", *(f"τ = {one.tolerance:g}" for one in self.prospects)):
+            made.add_column(column, justify="left" if column == "layer" else "right")
+        for layer in self.spectrum:
+            cells = ["refused" if layer.name in one.refused else str(one.states[layer.name]) for one in self.prospects]
+            made.add_row(layer.name, str(layer.states), *cells)
+        made.add_section()
+        total = sum(layer.states for layer in self.spectrum)
+        made.add_row("all", str(total), *(str(sum(one.states.values())) for one in self.prospects))
+        made.add_row("parameters", f"{self.parameters:,}", *(f"{one.parameters:,}" for one in self.prospects))
+        return made
+
+    @property
+    def refusals(self) -> list[str]:
+        """A line for every layer that would refuse a cut, and why."""
+        return [
+            f"{name} refuses τ = {one.tolerance:g}: {reason}"
+            for one in self.prospects
+            for name, reason in one.refused.items()
+        ]
 
 
 def analyze_checkpoint(
@@ -150,23 +216,41 @@ def analyze_checkpoint(
     *,
     sequences: int = 32,
     length: int = 512,
-) -> Spectrum:
-    """How many states every layer of a checkpoint really uses; see `compressm.analyze`.
+    tolerances: Sequence[float] = (0.1, 0.01, 0.001),
+) -> Analysis:
+    """How many states every layer of a checkpoint really uses, and what cuts would save; see `compressm.analyze`.
 
     Args:
         checkpoint, data: as `compress_checkpoint`; data are needed for selective layers only.
         sequences: how many sequences of the data are looked at.
         length: tokens per sequence.
+        tolerances: of the cuts that are tried.
 
     Raises:
         CheckpointError, ConfigError, UnsupportedModelError: as `compress_checkpoint`.
     """
     model, tokenizer, _ = _read(Path(checkpoint))
-    if data is None:
-        return analyze(model)
-    batches = _batches(model, tokenizer, Path(data), sequences, length)
-    with _fast(model):
-        return analyze(model, data=[inputs for inputs, _ in batches])
+    moments = None
+    if data is not None:
+        batches = _batches(model, tokenizer, Path(data), sequences, length)
+        with _fast(model):
+            moments = gather(model, [inputs for inputs, _ in batches])
+    balancings = balance_layers(model, moments=moments)
+    layers = (LayerSpectrum(name, balancing.hsv, balancing.energy) for name, balancing in balancings.items())
+    prospects = tuple(_prospect(model, balancings, tolerance) for tolerance in tolerances)
+    return Analysis(Spectrum(tuple(layers)), _parameters(model), prospects)
+
+
+def _prospect(model: nn.Module, balancings: Mapping[str, AnyBalancing], tolerance: float) -> Prospect:
+    plan = plan_reduction(model, RankRule(tolerance=tolerance, min_reduction=0.0), balancings=balancings)
+    smaller = copy.deepcopy(model)
+    plan.apply(smaller)
+    refused = {layer.name: layer.reason for layer in plan.report.layers if layer.outcome == "refused"}
+    return Prospect(tolerance, plan.report.state_dims, refused, _parameters(smaller))
+
+
+def _parameters(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def _read(folder: Path) -> tuple[nn.Module, Any, bool]:

@@ -38,6 +38,7 @@ class LayerReport:
         reason: why, in words, unless cut.
         certificate: of the truncation, or for a selective layer the error to expect; None where none was computed.
         hsv: Hankel singular values before the cut, decreasing.
+        poles_before, poles_after: eigenvalues of a linear time-invariant layer that was cut; empty otherwise.
     """
 
     name: str
@@ -47,11 +48,23 @@ class LayerReport:
     reason: str
     certificate: Certificate | ErrorEstimate | None
     hsv: tuple[float, ...]
+    poles_before: tuple[complex, ...] = ()
+    poles_after: tuple[complex, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
-        certificate = None if self.certificate is None else self.certificate.to_dict()
-        return {**self.__dict__, "certificate": certificate, "hsv": [float(f"{value:.6g}") for value in self.hsv]}
+        return {
+            **self.__dict__,
+            "certificate": None if self.certificate is None else self.certificate.to_dict(),
+            "hsv": [float(f"{value:.6g}") for value in self.hsv],
+            "poles_before": _pairs(self.poles_before),
+            "poles_after": _pairs(self.poles_after),
+        }
+
+
+def _pairs(values: tuple[complex, ...]) -> list[list[float]]:
+    """Real and imaginary parts, to four places."""
+    return [[round(value.real, 4), round(value.imag, 4)] for value in values]
 
 
 @dataclass(frozen=True)
@@ -236,7 +249,9 @@ def _plan_linear(
     if rounding > max(1e-3 * certificate.h2_norm, certificate.h2_error):
         reason = f"rounding to the layer's dtype adds an H2 error of {rounding:.3g}, more than the truncation's own"
         return replace(report, outcome="refused", reason=reason, certificate=certificate), None
-    return replace(report, states_after=after, outcome="cut", certificate=certificate), change
+    before, reduced = (tuple(system.lam.flatten().tolist()) for system in (balancing.system, reduction.system))
+    report = replace(report, states_after=after, outcome="cut", certificate=certificate)
+    return replace(report, poles_before=before, poles_after=reduced), change
 
 
 def compress(

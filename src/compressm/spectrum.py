@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -12,11 +12,15 @@ from torch import Tensor, nn
 from compressm.adapters import Adapter, find_layers
 from compressm.adapters.base import layer_values
 from compressm.balancing import Balancing, Method, balance
-from compressm.errors import UnsupportedModelError
+from compressm.errors import MissingExtraError, UnsupportedModelError
+from compressm.plots import Backend, plot_spectrum
 from compressm.ranks import RankRule, choose_ranks
 from compressm.selective import Moments, SelectiveBalancing, balance_selective, root
 from compressm.statistics import gather
 from compressm.systems import DiagonalSystem
+
+if TYPE_CHECKING:
+    import pandas
 
 AnyBalancing = Balancing | SelectiveBalancing
 
@@ -44,6 +48,11 @@ class LayerSpectrum:
         """How many states hold all but this share of the Hankel energy."""
         return choose_ranks({self.name: self.energy}, RankRule(tolerance=tolerance))[self.name]
 
+    def discarded(self) -> list[float]:
+        """Share of the Hankel energy that is lost if the first 1, 2, ... states are kept; the last entry is 0."""
+        beyond = self.energy.flip(-1).cumsum(-1).flip(-1)
+        return [*(beyond[1:] / beyond[0].clamp_min(1e-300)).tolist(), 0.0]
+
 
 @dataclass(frozen=True)
 class Spectrum:
@@ -66,6 +75,39 @@ class Spectrum:
     def to_dict(self) -> dict[str, Any]:
         """Lists of numbers by layer name, for JSON."""
         return {layer.name: {"hsv": layer.hsv.tolist(), "energy": layer.energy.tolist()} for layer in self.layers}
+
+    def to_dataframe(self) -> pandas.DataFrame:
+        """A row per layer and state, with the columns ``layer``, ``state`` (from 1), ``energy``, and ``discarded``: the
+        share of the layer's Hankel energy that is lost if the states up to this one are kept.
+
+        Raises:
+            MissingExtraError: pandas is not installed.
+        """
+        try:
+            import pandas
+        except ImportError as error:
+            raise MissingExtraError("a data frame needs pandas: pip install pandas") from error
+        rows = [
+            {"layer": layer.name, "state": state, "energy": energy, "discarded": discarded}
+            for layer in self.layers
+            for state, (energy, discarded) in enumerate(zip(layer.energy.tolist(), layer.discarded(), strict=True), 1)
+        ]
+        return pandas.DataFrame(rows)
+
+    def plot(self, backend: Backend | None = None) -> Any:
+        """What keeping r states of every layer would discard, on a logarithmic axis.
+
+        Args:
+            backend: ``"plotly"`` or ``"matplotlib"``; by default plotly where it is installed.
+
+        Returns:
+            a ``plotly.graph_objects.Figure`` or a ``matplotlib.figure.Figure``, which a notebook shows by itself.
+
+        Raises:
+            MissingExtraError: the backend is not installed.
+            ValueError: another backend.
+        """
+        return plot_spectrum(self, backend)
 
     def __str__(self) -> str:
         rows = [f"{'layer':32} {'states':>6} {'τ=0.1':>6} {'0.01':>6} {'0.001':>6}"]
