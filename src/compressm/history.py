@@ -37,11 +37,12 @@ class Event:
 
     def __str__(self) -> str:
         changed = ", ".join(f"{layer['states_before']} → {layer['states_after']}" for layer in self.layers)
+        metrics = "" if self.metric is None else f"metric {self.metric:.4g} against {self.reference or 0:.4g}"
         what = {
             "cut": f"cut, states {changed}",
             "unchanged": "nothing to cut",
-            "kept": f"cut kept, metric {self.metric} against {self.reference}",
-            "rolled_back": f"cut undone, metric {self.metric} against {self.reference}",
+            "kept": f"cut kept, {metrics}",
+            "rolled_back": f"cut undone, back to step {self.restored_step}, {metrics}",
             "recompiled": f"{self.graphs} graphs recompiled",
         }
         return f"step {self.step}: {what[self.kind]}"

@@ -215,6 +215,7 @@ class RunConfig(Section):
         threads: CPU threads; null leaves torch's choice.
         device: ``auto``, ``cpu`` or ``cuda``.
         tensorboard: write TensorBoard logs.
+        wandb: a project of Weights & Biases to log to; null for none.
         energy: three-letter code of a country: let codecarbon estimate what the run takes, offline, and what carbon
             dioxide that means there; null for no estimate.
     """
@@ -233,6 +234,7 @@ class RunConfig(Section):
     threads: int | None = Field(None, ge=1)
     device: Literal["auto", "cpu", "cuda"] = "auto"
     tensorboard: bool = True
+    wandb: str | None = Field(None, min_length=1)
     energy: str | None = Field(None, pattern="^[A-Z]{3}$")
 
 

@@ -36,7 +36,7 @@ from compressm.training.checkpoints import Checkpoints
 from compressm.training.config import Config, present_form
 from compressm.training.data import BatchOrder, SequenceData, Split, load_data
 from compressm.training.energy import Energy
-from compressm.training.logs import RunLog
+from compressm.training.logs import RunLog, TensorBoard, Tracker, WeightsAndBiases
 from compressm.training.models import build_compressor, build_model, build_optimizer, build_scheduler
 from compressm.training.objective import Objective
 from compressm.training.result import RunResult, write_json
@@ -47,7 +47,7 @@ FREE_KEYS = {"data.root"} | {
     f"run.{key}"
     for key in (
         "output", "checkpoint_every", "keep_checkpoints", "log_every", "eval_batch_size", "threads", "device",
-        "tensorboard", "energy",
+        "tensorboard", "wandb", "energy",
     )
 }  # fmt: skip
 
@@ -166,14 +166,19 @@ class _Run:
     def run(self, command: str | None, quiet: bool) -> RunResult:
         """All remaining steps, the final evaluation, and the result."""
         run, main = self.config.run, self.accelerator.is_main_process
-        tensorboard = self.folder / "tensorboard" if run.tensorboard and main else None
+        trackers: list[Tracker] = []
+        if main and run.tensorboard:
+            trackers.append(TensorBoard(self.folder / "tensorboard", self.step))
+        if main and run.wandb is not None:
+            trackers.append(WeightsAndBiases(run.wandb, self.folder, self.config.model_dump(mode="json")))
         if not self.step:
             self._measure()
-            self._look_at_spectra()
-        with RunLog(run.steps, tensorboard, self.step, quiet or not main) as log, Energy(run.energy) as energy:
+        with RunLog(run.steps, trackers, self.step, quiet or not main) as log, Energy(run.energy) as energy:
             if self.step:
                 log.message("".join(f"{line}\n" for line in self.damaged) + f"resumed at step {self.step}")
             first = self.step
+            if not first:
+                self._look_at_spectra(log)
             with self._timed("train"), self._memory():
                 while self.step < run.steps:
                     self._advance(log)
@@ -194,11 +199,11 @@ class _Run:
             log.training(self.step, loss, self._rates())
         event = self._compress()
         if event is not None:
-            log.message(_describe(event))
+            log.compression(event, state_dims(self.model))
             if event.kind == "rolled_back":
                 return  # to a step after which all was done that was due
         last = self.step == run.steps
-        self._look_at_spectra()
+        self._look_at_spectra(log)
         if last or (run.eval_every and self.step % run.eval_every == 0):
             self._evaluate(log)
         if last or (run.checkpoint_every and self.step % run.checkpoint_every == 0):
@@ -246,11 +251,12 @@ class _Run:
             u, y = self.data.batch(self.data.train, indices)
             self.clock.measured(step_cost(self.model, lambda model: self.objective(model.train(), u, y, 0)))
 
-    def _look_at_spectra(self) -> None:
+    def _look_at_spectra(self, log: RunLog) -> None:
         every = self.config.run.spectrum_every
         if every and self.step % every == 0:
             with self._timed("evaluation"):
                 self.spectra.look(self.model, self.step)
+                log.spectra(self.spectra.record[-1])
 
     def accuracy(self, model: nn.Module, split: Split) -> float:
         """Share of a split that is classified correctly, the same in all processes."""
@@ -416,17 +422,6 @@ class _Run:
         if self._clock:
             self.seconds[self._clock] += now - self._since
         self._clock, self._since = clock, now
-
-
-def _describe(event: Event) -> str:
-    changed = [f"{layer['states_before']} → {layer['states_after']}" for layer in event.layers]
-    what = {
-        "cut": f"cut: states {', '.join(changed)}",
-        "unchanged": "nothing to cut",
-        "kept": f"cut kept: validation {event.metric or 0:.4f} against {event.reference or 0:.4f}",
-        "rolled_back": f"cut undone, back to step {event.restored_step}",
-    }
-    return f"step {event.step}: {what.get(event.kind, event.kind)}"
 
 
 def _device_name(device: torch.device) -> str:
