@@ -168,6 +168,17 @@ def _app(command_line: str) -> "typer.Typer":
             )  # fmt: skip
         command.show_experiments([name] if name else [], results, markdown, picture)
 
+    @app.command("import")
+    def import_(  # pyright: ignore[reportUnusedFunction]
+        config: Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file of the CompreSSM paper's code.")],
+        output: Annotated[Path, typer.Option(help="The YAML file for compressm train.")],
+    ) -> None:
+        """Bring a configuration over from the paper's published code."""
+        from compressm.training.migrate import import_config, write_config
+
+        write_config(import_config(config), output)
+        print(f"{output}: run it with compressm train {output}")
+
     @app.command()
     def report(  # pyright: ignore[reportUnusedFunction]
         runs: Annotated[

@@ -285,7 +285,18 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """
     if str(path) in (built_in := builtin_configs()):
         path = built_in[str(path)]
-    path = Path(path)
+    tree = read_yaml(Path(path))
+    for override in overrides:
+        _override(tree, override)
+    return parse_config(tree, str(path))
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The sections of a YAML file, plain values only.
+
+    Raises:
+        ConfigError: no such file, not YAML, or no sections.
+    """
     try:
         if (size := path.stat().st_size) > _LARGEST_FILE:
             raise ConfigError(f"{path}: {size} bytes are too many for a configuration; check the path")
@@ -293,7 +304,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     except FileNotFoundError:
         raise ConfigError(
             f"{path}: no such file, nor one of the built-in configurations; check the path, or choose one of "
-            f"{', '.join(built_in)}"
+            f"{', '.join(builtin_configs())}"
         ) from None
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror}); a YAML file was expected") from error
@@ -301,9 +312,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         raise ConfigError(f"{path}: not a text file in UTF-8; a YAML file was expected") from error
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: sections such as 'data:' and 'run:' were expected, not {_shown(tree)}")
-    for override in overrides:
-        _override(cast("dict[str, Any]", tree), override)
-    return parse_config(cast("dict[str, Any]", tree), str(path))
+    return cast("dict[str, Any]", tree)
 
 
 def parse_config(tree: Mapping[str, Any], source: str = "config") -> Config:
@@ -452,4 +461,4 @@ def _parse(text: str, source: str) -> Any:
         raise ConfigError(f"{source}: not valid YAML ({' '.join(str(error).split())})") from None
 
 
-__all__ = ["Config", "LossConfig", "load_config", "parse_config", "present_form"]
+__all__ = ["Config", "LossConfig", "load_config", "parse_config", "present_form", "read_yaml"]
