@@ -34,6 +34,7 @@ def test_every_layer_at_every_look(tmp_path: Path) -> None:
     for entry in spectra:
         sizes = [len(layer["hsv"]) for layer in entry["layers"].values()]
         assert sizes == ([20, 20] if entry["step"] < 10 else [8, 8])
+        assert [2 * layer["states"] for layer in entry["layers"].values()] == sizes
         compared = [layer["change"] is not None for layer in entry["layers"].values()]
         assert all(compared) == any(compared) == (entry["step"] not in (0, 12))
     first = spectra[1]["layers"]["blocks.0.ssm"]["change"]

@@ -179,7 +179,8 @@ def spectra(run: Run) -> Chart | None:
                     frames.append((event["step"], _spectrum(event, layer)))
         for entry in (run.result.spectra if run.result else None) or []:
             if name in entry["layers"]:
-                trace = _points(entry["layers"][name]["hsv"], None)
+                states = entry["layers"][name]["states"]
+                trace = _points(entry["layers"][name]["hsv"], states, states)
                 frames.append((entry["step"], Frame(f"step {entry['step']:,}", trace)))
         if frames:
             views[_text(name)] = [frame for _, frame in sorted(frames, key=lambda item: item[0])]
@@ -202,18 +203,17 @@ def _spectrum(event: dict[str, Any], layer: dict[str, Any]) -> Frame:
     if event["kind"] == "rolled_back":
         label += ", undone"
     cut = layer["outcome"] == "cut"
-    return Frame(label, _points(layer["hsv"], after * len(layer["hsv"]) / before if cut else None), first=cut)
+    return Frame(label, _points(layer["hsv"], before, after if cut else before), first=cut)
 
 
-def _points(hsv: Sequence[float], kept: float | None) -> list[Trace]:
+def _points(hsv: Sequence[float], states: int, kept: int) -> list[Trace]:
+    """Values over the states that they belong to: two values to a state where a real system was balanced."""
     floor = 1e-12 * max(hsv[0], 1e-300)
-    values = [max(value, floor) for value in hsv]
-    colours = [AFTER if kept is None or index < kept else BEFORE for index in range(len(values))]
-    x = list(range(1, len(values) + 1))
+    x = [round((index + 1) * states / len(hsv), 3) for index in range(len(hsv))]
     return [
         {
-            "x": x, "y": [float(f"{value:.4g}") for value in values], "mode": "markers", "showlegend": False,
-            "marker": {"color": colours, "size": 5},
+            "x": x, "y": [float(f"{max(value, floor):.4g}") for value in hsv], "mode": "markers", "showlegend": False,
+            "marker": {"color": [AFTER if state <= kept else BEFORE for state in x], "size": 5},
         }
     ]  # fmt: skip
 

@@ -172,7 +172,11 @@ def _spectra(title: str, record: Sequence[Mapping[str, Any]]) -> list[str]:
             if entry is None or layer not in entry["layers"]:
                 continue
             values, change = entry["layers"][layer]["hsv"], entry["layers"][layer]["change"]
-            cells = [f"{entry['step']:,}", f"{values[0]:.3g}", str(_states_at(values, 0.02))]
+            cells = [
+                f"{entry['step']:,}",
+                f"{values[0]:.3g}",
+                str(_states_at(values, entry["layers"][layer]["states"], 0.02)),
+            ]
             if change is None:
                 cells += [""] * 5
             else:
@@ -187,9 +191,10 @@ def _spectra(title: str, record: Sequence[Mapping[str, Any]]) -> list[str]:
     return lines
 
 
-def _states_at(hsv: Sequence[float], tolerance: float) -> int:
-    """States that hold all but this share of the energy; two values of a real system are one state."""
-    energies = [a + b for a, b in zip(hsv[::2], hsv[1::2], strict=True)]
+def _states_at(hsv: Sequence[float], states: int, tolerance: float) -> int:
+    """States that hold all but this share of the energy; two values are one state where a real system was balanced."""
+    each = len(hsv) // states
+    energies = [sum(hsv[each * state : each * (state + 1)]) for state in range(states)]
     kept, total = 0.0, sum(energies)
     for count, energy in enumerate(energies, 1):
         kept += energy

@@ -23,7 +23,7 @@ class SpectrumLog:
         method: see `balancing`.
 
     Attributes:
-        record: for every look ``step``, and by layer name under ``layers``: ``hsv``, decreasing; and ``change``, a
+        record: for every look ``step``, and by layer name under ``layers``: ``states``; ``hsv``, decreasing; and ``change``, a
             `SpectrumChange` since the look before, None where there is none of the same order.
     """
 
@@ -45,6 +45,7 @@ class SpectrumLog:
                 "step": step,
                 "layers": {
                     name: {
+                        "states": balancing.energy.shape[-1],
                         "hsv": [float(f"{value:.{_DIGITS}g}") for value in balancing.hsv.flatten().tolist()],
                         "change": asdict(changes[name]) if name in changes else None,
                     }
