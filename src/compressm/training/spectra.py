@@ -23,8 +23,8 @@ class SpectrumLog:
         method: see `balancing`.
 
     Attributes:
-        record: for every look ``step``, and by layer name under ``layers``: ``states``; ``hsv``, decreasing; and ``change``, a
-            `SpectrumChange` since the look before, None where there is none of the same order.
+        record: for every look ``step``, and by layer name under ``layers``: ``states``; ``hsv``, decreasing; and
+            ``change``, a `SpectrumChange` since the look before, None where there is none of the same order.
     """
 
     def __init__(self, method: Method) -> None:
