@@ -120,7 +120,10 @@ def test_compression_section_is_the_compressors_arguments() -> None:
             ["model.layer=mamba2", "model.d_model=9"],
             "model.head_dim: must divide expand * d_model = 18 into",
         ),
-        (["model.layer=mamba3"], "model.layer = 'mamba3': must be 'lru', 'mamba', 'mamba2' or 'linear_attention'; did"),
+        (
+            ["model.layer=mamba3"],
+            "model.layer = 'mamba3': must be 'lru', 's5', 'mamba', 'mamba2' or",
+        ),
         (["model=5"], "model = 5: must be a section with the keys d_model, d_state"),
         (["compression.states=4"], "compression: needs exactly one of tolerance, states, fraction"),
         (["compression.tolerance=null"], "max_drop; got none; compression.enabled=false trains without"),

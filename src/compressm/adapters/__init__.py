@@ -19,8 +19,10 @@ from compressm.adapters.lru import LRUAdapter
 from compressm.adapters.mamba import MambaAdapter
 from compressm.adapters.mamba2 import Mamba2Adapter
 from compressm.adapters.mamba_ssm import MambaSSM2Adapter, MambaSSMAdapter
+from compressm.adapters.s5 import S5Adapter
 
 register(LRUAdapter())
+register(S5Adapter())
 register(MambaAdapter())
 register(Mamba2Adapter())
 register(LinearAttentionAdapter())
@@ -54,6 +56,7 @@ __all__ = [
     "MambaSSM2Adapter",
     "MambaSSMAdapter",
     "ParameterChange",
+    "S5Adapter",
     "SelectiveAdapter",
     "find_layers",
     "register",

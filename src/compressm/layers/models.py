@@ -14,13 +14,18 @@ from compressm.layers.linear_attention import LinearAttention
 from compressm.layers.lru import LRU
 from compressm.layers.mamba import Mamba
 from compressm.layers.mamba2 import Mamba2
+from compressm.layers.s5 import S5
 
-LAYERS: dict[str, type[LRU] | type[Mamba] | type[Mamba2] | type[LinearAttention]] = {
+LAYERS: dict[str, type[LRU] | type[S5] | type[Mamba] | type[Mamba2] | type[LinearAttention]] = {
     "lru": LRU,
+    "s5": S5,
     "mamba": Mamba,
     "mamba2": Mamba2,
     "linear_attention": LinearAttention,
 }
+
+
+TIME_INVARIANT = ("lru", "s5")
 
 
 class SequenceBatchNorm(nn.BatchNorm1d):
@@ -56,10 +61,12 @@ class LRUBlock(nn.Module):
         options: of `LRU`.
     """
 
+    layer_type: type[LRU] | type[S5] = LRU
+
     def __init__(self, d_model: int, d_state: int, dropout: float = 0.1, norm: str = "batch", **options: Any) -> None:
         super().__init__()
         self.norm = sequence_norm(norm, d_model)
-        self.ssm = LRU(d_model, d_state, **options)
+        self.ssm = self.layer_type(d_model, d_state, **options)
         self.glu = nn.Linear(d_model, 2 * d_model)
         self.dropout = nn.Dropout(dropout)
 
@@ -76,6 +83,12 @@ class LRUBlock(nn.Module):
         z, state = self.ssm.step(self.norm(u), state)
         z = gelu_dropout(z, self.dropout.p, self.training)
         return glu_residual(u, self.glu(z), self.dropout.p, self.training), state
+
+
+class S5Block(LRUBlock):
+    """The same around an `S5`, whose options it takes (Smith et al. 2023, figure 1)."""
+
+    layer_type = S5
 
 
 class ResidualBlock(nn.Module):
@@ -117,8 +130,9 @@ def build_blocks(
     """A stack of blocks with state dimensions ``dims``; the layer's own norm where ``norm`` is None."""
     if layer not in LAYERS:
         raise ValueError(f"layer must be one of {', '.join(LAYERS)}; got {layer!r}")
-    if layer == "lru":
-        return nn.ModuleList(LRUBlock(d_model, n, dropout, norm or "batch", **options) for n in dims)
+    if layer in TIME_INVARIANT:
+        block = LRUBlock if layer == "lru" else S5Block
+        return nn.ModuleList(block(d_model, n, dropout, norm or "batch", **options) for n in dims)
     return nn.ModuleList(ResidualBlock(layer, d_model, n, dropout, norm or "rms", **options) for n in dims)
 
 
@@ -130,7 +144,7 @@ def _state_dims(d_state: int | Sequence[int], n_layers: int) -> list[int]:
 
 
 class SequenceClassifier(nn.Module):
-    """Encoder, a stack of blocks, mean over time, linear decoder; but for LRU with a norm before the decoder.
+    """Encoder, a stack of blocks, mean over time, linear decoder; but for LRU and S5 with a norm before the decoder.
 
     Args:
         d_input: channels of the input sequence.
@@ -139,8 +153,9 @@ class SequenceClassifier(nn.Module):
         d_state: state dimension n of every block, or one number per block.
         n_layers: number of blocks.
         dropout: probability of dropping an activation in the blocks.
-        norm: see `sequence_norm`; by default ``"batch"`` for LRU and ``"rms"`` for the others.
-        layer: ``"lru"`` (`LRUBlock`), ``"mamba"``, ``"mamba2"`` or ``"linear_attention"`` (`ResidualBlock`).
+        norm: see `sequence_norm`; by default ``"batch"`` for LRU and S5 and ``"rms"`` for the others.
+        layer: ``"lru"`` (`LRUBlock`), ``"s5"`` (`S5Block`), ``"mamba"``, ``"mamba2"`` or ``"linear_attention"``
+            (`ResidualBlock`).
         vocabulary: number of tokens, where the input is tokens; 0 pads sequences at the end, and does not count.
         options: of the layer, for example ``r_min`` of `LRU`, ``expand`` of `Mamba`, ``head_dim`` of `Mamba2`.
 
@@ -177,7 +192,7 @@ class SequenceClassifier(nn.Module):
         }
         self.encoder = nn.Linear(d_input, d_model) if vocabulary is None else nn.Embedding(vocabulary, d_model)
         self.blocks = build_blocks(layer, d_model, dims, dropout, norm, options)
-        self.norm = nn.Identity() if layer == "lru" else sequence_norm(norm or "rms", d_model)
+        self.norm = nn.Identity() if layer in TIME_INVARIANT else sequence_norm(norm or "rms", d_model)
         self.decoder = nn.Linear(d_model, n_classes)
 
     @property
@@ -245,7 +260,7 @@ class LanguageModel(nn.Module):
         **options: Any,
     ) -> None:
         super().__init__()
-        if layer not in (known := [name for name in LAYERS if name != "lru"]):
+        if layer not in (known := [name for name in LAYERS if name not in TIME_INVARIANT]):
             raise ValueError(f"layer must be one of {', '.join(known)}; got {layer!r}")
         dims = _state_dims(d_state, n_layers)
         self._arguments: dict[str, Any] = {
@@ -307,15 +322,17 @@ def parameter_groups(
 ) -> list[dict[str, Any]]:
     """Optimizer groups as SSMs are trained: the recurrence's parameters at a lower rate and without weight decay.
 
-    The parameters ``lam`` (``nu_log``, ``theta_log``), ``B`` and ``gamma`` of every `LRU`, and ``A_log`` of every
-    `Mamba` and `Mamba2`, form the group ``"ssm"`` with learning rate ``lr * ssm_lr_factor`` and no decay; biases and
-    norms are not decayed either; everything else is.
+    The parameters ``lam`` (``nu_log``, ``theta_log``), ``B`` and ``gamma`` of every `LRU`, eigenvalues, time steps and
+    ``B`` of every `S5`, and ``A_log`` of every `Mamba` and `Mamba2`, form the group ``"ssm"`` with learning rate ``lr *
+    ssm_lr_factor`` and no decay; biases and norms are not decayed either; everything else is.
     """
     ssm, plain, decayed = [], [], []
-    recurrent = {"nu_log", "theta_log", "gamma_log", "B_re", "B_im", "A_log"}
+    recurrent = {
+        "nu_log", "theta_log", "gamma_log", "log_decay", "frequency", "log_step", "B_re", "B_im", "A_log",
+    }  # fmt: skip
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
-            if isinstance(module, LRU | Mamba | Mamba2) and name in recurrent:
+            if isinstance(module, LRU | S5 | Mamba | Mamba2) and name in recurrent:
                 ssm.append(parameter)
             elif parameter.ndim < 2:
                 plain.append(parameter)
@@ -329,4 +346,13 @@ def parameter_groups(
     return [group for group in groups if group["params"]]
 
 
-__all__ = ["LAYERS", "LRUBlock", "LanguageModel", "ResidualBlock", "SequenceClassifier", "parameter_groups"]
+__all__ = [
+    "LAYERS",
+    "TIME_INVARIANT",
+    "LRUBlock",
+    "LanguageModel",
+    "ResidualBlock",
+    "S5Block",
+    "SequenceClassifier",
+    "parameter_groups",
+]

@@ -62,6 +62,7 @@ class DataConfig(Section):
 # Which options each layer has; the defaults are the layer's own.
 _LAYER_OPTIONS = {
     "lru": ("r_min", "r_max", "max_phase"),
+    "s5": ("dt_min", "dt_max"),
     "mamba": ("expand", "d_conv", "dt_rank"),
     "mamba2": ("expand", "d_conv", "head_dim", "n_groups"),
     "linear_attention": ("expand", "n_heads", "decay"),
@@ -71,20 +72,22 @@ _LAYER_OPTIONS = {
 class ModelConfig(Section):
     """Arguments of `compressm.layers.SequenceClassifier`; input width and classes come from the data.
 
-    ``r_min``, ``r_max`` and ``max_phase`` are options of ``layer: lru``; ``expand`` and ``d_conv`` of ``mamba`` and
-    ``mamba2``, ``dt_rank`` of ``mamba``, ``head_dim`` and ``n_groups`` of ``mamba2``, ``n_heads``, ``decay`` and
-    ``expand`` of ``linear_attention``.
+    ``r_min``, ``r_max`` and ``max_phase`` are options of ``layer: lru``; ``dt_min`` and ``dt_max`` of ``s5``;
+    ``expand`` and ``d_conv`` of ``mamba`` and ``mamba2``, ``dt_rank`` of ``mamba``, ``head_dim`` and ``n_groups`` of
+    ``mamba2``; ``n_heads``, ``decay`` and ``expand`` of ``linear_attention``.
     """
 
     d_model: int = Field(ge=1)
     d_state: int | list[int]
     n_layers: int = Field(1, ge=1)
-    layer: Literal["lru", "mamba", "mamba2", "linear_attention"] = "lru"
+    layer: Literal["lru", "s5", "mamba", "mamba2", "linear_attention"] = "lru"
     dropout: float = Field(0.1, ge=0, lt=1)
     norm: Literal["batch", "layer", "rms"] | None = None
     r_min: float | None = Field(None, ge=0, lt=1)
     r_max: float | None = Field(None, gt=0, lt=1)
     max_phase: float | None = Field(None, gt=0, le=6.283185307179586)
+    dt_min: float | None = Field(None, gt=0)
+    dt_max: float | None = Field(None, gt=0)
     expand: int | None = Field(None, ge=1)
     d_conv: int | None = Field(None, ge=1)
     dt_rank: int | None = Field(None, ge=1)
@@ -259,8 +262,8 @@ class Config(Section):
                 f"compression.cuts|puts the last cut at step {last}, after run.steps={steps}: lower compression.cuts, "
                 "compression.start or compression.window"
             )
-        if compression.selection in ("smallest", *SCORES) and self.model.layer != "lru":
-            raise ValueError(f"compression.selection|is for layer lru, not {self.model.layer}")
+        if compression.selection in ("smallest", *SCORES) and self.model.layer not in ("lru", "s5"):
+            raise ValueError(f"compression.selection|is for layers lru and s5, not {self.model.layer}")
         if self.loss.hankel_norm is not None and self.model.layer != "lru":
             raise ValueError(f"loss.hankel_norm|is for layer lru, not {self.model.layer}")
         if self.schedule.lr_min > self.optimizer.lr:

@@ -1,0 +1,51 @@
+"""S5 layers: exact, since the layer is a linear time-invariant system. It is cut as it runs, in discrete time."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from compressm.adapters.base import LayerChange
+from compressm.adapters.diagonal import DiagonalAdapter, participation, row_norm_kept
+from compressm.balancing import Reduction
+from compressm.layers.s5 import S5, zero_order_hold
+from compressm.systems import DiagonalSystem
+
+
+class S5Adapter(DiagonalAdapter):
+    """Reads the discretised system of an `S5`, and writes the reduced one as a continuous one that discretises to it.
+
+    Eigenvalue and time step of a state enter only as their product, so that the step is free. A new state gets the
+    geometric mean of the steps of the states that it was made of, weighted by their shares in it: its parameters then
+    learn at the rates of its origin.
+    """
+
+    layer_type = S5
+    per_state = ("log_decay", "frequency", "log_step")
+
+    def read(self, values: Mapping[str, Tensor]) -> DiagonalSystem:
+        v = {name: value.detach().to("cpu", torch.float64) for name, value in values.items()}
+        hold, z = _hold(v["log_decay"], v["frequency"], v["log_step"])
+        return DiagonalSystem(
+            z.exp(), hold[:, None] * torch.complex(v["B_re"], v["B_im"]), 2 * torch.complex(v["C_re"], v["C_im"])
+        )
+
+    def plan(self, values: Mapping[str, Tensor], reduction: Reduction) -> LayerChange:
+        v = {name: value.detach().to("cpu", torch.float64) for name, value in values.items()}
+        lam = reduction.system.lam
+        log_step = participation(reduction) @ v["log_step"]
+        decay = -lam.abs().clamp_min(1e-30).log() / log_step.exp()
+        frequency = lam.angle() / log_step.exp()
+        hold, _ = _hold(decay.log(), frequency, log_step)
+        scaled = row_norm_kept(reduction, torch.complex(v["B_re"], v["B_im"]), hold)
+        B, C = scaled.system.B / hold[:, None], scaled.system.C / 2
+        old_hold, _ = _hold(v["log_decay"], v["frequency"], v["log_step"])
+        return self.change(values, scaled, (decay.log(), frequency, log_step), B, C, old_hold, hold)
+
+
+def _hold(log_decay: Tensor, frequency: Tensor, log_step: Tensor) -> tuple[Tensor, Tensor]:
+    """`zero_order_hold`, complex: ``(exp(z) - 1) / Lam`` and ``z``."""
+    hold_re, hold_im, a, b = zero_order_hold(log_decay, frequency, log_step)
+    return torch.complex(hold_re, hold_im), torch.complex(a, b)

@@ -1,0 +1,53 @@
+from __future__ import annotations
+
+import torch
+from suite import AdapterSuite
+from torch import Tensor
+
+from compressm.adapters import S5Adapter
+from compressm.adapters.base import layer_values, write
+from compressm.balancing import balance, truncate
+from compressm.layers import S5
+
+
+def s5(seed: int, d_model: int = 5, d_state: int = 24) -> S5:
+    torch.manual_seed(seed)
+    layer = S5(d_model, d_state, dt_min=1e-2, dt_max=0.3)
+    with torch.no_grad():  # away from the symmetry of the initialisation
+        layer.log_decay += 0.5 * torch.randn(d_state)
+    return layer
+
+
+class TestS5(AdapterSuite):
+    def layer(self, seed: int) -> S5:
+        return s5(seed)
+
+    def input(self, seed: int) -> Tensor:
+        return torch.randn(3, 60, 5, generator=torch.Generator().manual_seed(seed))
+
+    def test_pullback_is_the_chain_rule(self) -> None:
+        layer = self.layer(6).double()
+        u = self.input(6).double()
+        weight = torch.randn(3, 60, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(7))
+        (layer(u) * weight).sum().backward()
+        old = {name: parameter.grad.clone() for name, parameter in layer.named_parameters()}  # type: ignore[union-attr]
+        adapter = S5Adapter()
+        reduction = truncate(balance(adapter.read(layer_values(layer))), 24, exceed=True)
+        change = adapter.plan(layer_values(layer), reduction)
+        write(layer, change)
+        (layer(u) * weight).sum().backward()
+        for part in change.parameters:
+            if part.names[0] not in ("B_re", "C_re"):
+                continue
+            before = torch.cat([old[name] for name in part.names], part.axis)
+            after = torch.cat([layer.get_parameter(name).grad for name in part.names], part.axis)  # type: ignore[misc]
+            expected = torch.tensordot(part.pullback, before, ([1], [part.axis])).movedim(0, part.axis)
+            used = expected.abs().amax(1 - part.axis) > 0
+            torch.testing.assert_close(after.movedim(part.axis, 0)[used], expected.movedim(part.axis, 0)[used])
+
+    def test_new_time_steps_lie_among_the_old_ones(self) -> None:
+        layer = self.layer(8)
+        low, high = layer.log_step.min().item(), layer.log_step.max().item()
+        adapter = S5Adapter()
+        write(layer, adapter.plan(layer_values(layer), truncate(balance(adapter.read(layer_values(layer))), 6)))
+        assert low - 1e-6 <= layer.log_step.min().item() <= layer.log_step.max().item() <= high + 1e-6
