@@ -142,6 +142,24 @@ def _scaled_down(config: str) -> dict[str, Any]:
     }[config]
 
 
+def _family(layer: str, title: str, states: int, **options: Any) -> Experiment:
+    """Big, shrunk, small from the start, and cut to random states: one kind of layer."""
+    model = {"model.layer": layer, **{f"model.{key}": value for key, value in options.items()}}
+    return Experiment(
+        f"family-{layer.replace('_', '-')}",
+        f"Sequential MNIST in 196 steps, {title} from {options['d_state']} states to {states}",
+        "smnist-mamba",
+        (
+            Arm("full", _BIG),
+            Arm("shrunk", {"compression.states": states}),
+            Arm("small", {**_BIG, "model.d_state": states}),
+            Arm("random", {"compression.states": states, "compression.selection": "random"}),
+        ),
+        seeds=1,
+        changes=model,
+    )
+
+
 EXPERIMENTS: dict[str, Experiment] = {
     experiment.name: experiment
     for experiment in (
@@ -254,6 +272,9 @@ EXPERIMENTS: dict[str, Experiment] = {
                 Arm("present", {"compression.selection": "least_squares"}),
             ),
         ),
+        _family("s5", "S5", 12, d_state=128, norm="batch", d_model=16),
+        _family("mamba2", "Mamba-2", 12, d_state=128, head_dim=16),
+        _family("linear_attention", "linear attention with gated decay", 8, d_state=64, n_heads=2, decay="gated"),
         Experiment(
             "mamba-784",
             "Sequential MNIST in 784 steps, Mamba from 128 states to 12, a short training",
