@@ -1,4 +1,4 @@
-"""A hook of mkdocs: formulas become MathML while the site is built. No script and no network are needed to read them."""
+"""A hook of mkdocs: formulas become MathML while the site is built, and need no script and no network to be read."""
 
 from __future__ import annotations
 
