@@ -150,6 +150,12 @@ def _app(command_line: str) -> "typer.Typer":
         workers: Annotated[int | None, typer.Option(min=1, help="Runs at a time [one per CPU].")] = None,
         results: Annotated[Path, typer.Option(help="Folder of the results, one JSON file per run.")] = Path("results"),
         runs: Annotated[Path, typer.Option(help="Folder of unfinished runs.")] = Path("runs"),
+        cluster: Annotated[
+            Literal["slurm", "local"] | None, typer.Option(help="Make every run a job of this scheduler (submitit).")
+        ] = None,
+        cluster_options: Annotated[
+            str | None, typer.Option(help="Of the jobs: timeout_min=600,slurm_partition=gpu and so on.")
+        ] = None,
         picture: Annotated[Path | None, typer.Option(help="Draw the comparison into this file.")] = None,
         markdown: Annotated[Path | None, typer.Option(help="Write the table to this file.")] = None,
         show: Annotated[bool, typer.Option("--show", help="Train nothing: the table of what is stored.")] = False,
@@ -162,9 +168,14 @@ def _app(command_line: str) -> "typer.Typer":
             command.list_experiments()
             return
         if not show:
+            executor = None
+            if cluster is not None:
+                from compressm.reproduce.cluster import on_cluster, parse_options
+
+                executor = on_cluster(cluster, runs / "jobs", parse_options(cluster_options))
             command.run_experiment(
                 name, seeds, chosen, results, runs, steps=steps, data=data and str(data), workers=workers,
-                command=command_line,
+                command=command_line, executor=executor,
             )  # fmt: skip
         command.show_experiments([name] if name else [], results, markdown, picture)
 

@@ -1,0 +1,72 @@
+"""Runs of a grid on other machines, through the scheduler that is there: Slurm, by submitit.
+
+submitit and not Ray: a grid is some dozens of independent runs of hours each, which is what a batch scheduler is for.
+Ray would bring a cluster of its own, to be started, watched and paid for. A run that is cut off goes on from its last
+checkpoint, so the folders of runs and results must be on a file system that all machines share.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Literal
+
+from compressm.errors import ConfigError, MissingExtraError
+
+Cluster = Literal["slurm", "local"]
+
+
+class Submitted(ThreadPoolExecutor):
+    """An executor whose calls run as jobs: a thread here waits for each.
+
+    Args:
+        workers: jobs at a time.
+        cluster: ``"slurm"``; or ``"local"``, processes of this machine, to try things out.
+        folder: where the jobs' logs go.
+        options: of `submitit.AutoExecutor.update_parameters`: ``timeout_min``, ``slurm_partition`` and so on.
+
+    Raises:
+        MissingExtraError: submitit is not installed.
+        ConfigError: no such scheduler here, or an option that it does not know.
+    """
+
+    def __init__(self, workers: int, cluster: Cluster, folder: Path, options: Mapping[str, Any]) -> None:
+        try:
+            import submitit
+        except ImportError as error:
+            raise MissingExtraError("--cluster needs submitit: pip install 'compressm[cluster]'") from error
+        try:
+            self._jobs: Any = submitit.AutoExecutor(folder=folder, cluster=cluster)
+            self._jobs.update_parameters(**{"name": "compressm", "cpus_per_task": 1, "timeout_min": 24 * 60, **options})
+        except (RuntimeError, NameError, TypeError, ValueError) as error:
+            raise ConfigError(f"--cluster {cluster}: {error}") from error
+        super().__init__(workers)
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        """As `concurrent.futures.Executor.submit`."""
+        return super().submit(lambda: self._jobs.submit(fn, *args, **kwargs).result())
+
+
+def on_cluster(cluster: Cluster, folder: Path, options: Mapping[str, Any]) -> Callable[[int], Executor]:
+    """What `run_grid` takes as its executor."""
+    return lambda workers: Submitted(workers, cluster, folder, options)
+
+
+def parse_options(text: str | None) -> dict[str, Any]:
+    """``"timeout_min=60,slurm_partition=gpu"`` to a dict; whole numbers as such.
+
+    Raises:
+        ConfigError: something else.
+    """
+    options: dict[str, Any] = {}
+    for part in (text or "").split(","):
+        key, equals, value = part.strip().partition("=")
+        if part.strip() and not (key.isidentifier() and equals and value):
+            raise ConfigError(f"--cluster-options {part.strip()!r}: write key=value, for example slurm_partition=gpu")
+        if key:
+            options[key] = int(value) if value.isdecimal() else value
+    return options
+
+
+__all__ = ["Cluster", "Submitted", "on_cluster", "parse_options"]
