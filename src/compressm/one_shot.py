@@ -20,7 +20,7 @@ from compressm.errors import CheckpointError, ConfigError, MissingExtraError
 from compressm.layers import LanguageModel, SequenceClassifier
 from compressm.ranks import RankRule
 from compressm.reduce import plan_reduction
-from compressm.spectrum import AnyBalancing, LayerSpectrum, Spectrum, balance_layers
+from compressm.spectrum import AnyBalancing, Spectrum, balance_layers
 from compressm.statistics import gather
 
 if TYPE_CHECKING:
@@ -236,9 +236,8 @@ def analyze_checkpoint(
         with _fast(model):
             moments = gather(model, [inputs for inputs, _ in batches])
     balancings = balance_layers(model, moments=moments)
-    layers = (LayerSpectrum(name, balancing.hsv, balancing.energy) for name, balancing in balancings.items())
     prospects = tuple(_prospect(model, balancings, tolerance) for tolerance in tolerances)
-    return Analysis(Spectrum(tuple(layers)), _parameters(model), prospects)
+    return Analysis(Spectrum.of(balancings), _parameters(model), prospects)
 
 
 def _prospect(model: nn.Module, balancings: Mapping[str, AnyBalancing], tolerance: float) -> Prospect:

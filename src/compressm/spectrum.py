@@ -60,6 +60,11 @@ class Spectrum:
 
     layers: tuple[LayerSpectrum, ...]
 
+    @classmethod
+    def of(cls, balancings: Mapping[str, AnyBalancing]) -> Spectrum:
+        """Of balanced layers by name."""
+        return cls(tuple(LayerSpectrum(name, one.hsv, one.energy) for name, one in balancings.items()))
+
     def __iter__(self) -> Iterator[LayerSpectrum]:
         return iter(self.layers)
 
@@ -158,12 +163,7 @@ def analyze(model: nn.Module, method: Method = "real", data: Iterable[Any] | Non
         UnsupportedModelError: the model has no such layer, or has a selective one and no data were given.
         InvalidSystemError: a layer's parameters are not finite.
     """
-    return Spectrum(
-        tuple(
-            LayerSpectrum(name, balancing.hsv, balancing.energy)
-            for name, balancing in balance_layers(model, method, None if data is None else gather(model, data)).items()
-        )
-    )
+    return Spectrum.of(balance_layers(model, method, None if data is None else gather(model, data)))
 
 
 def snapshot_state(balancing: AnyBalancing) -> Any:

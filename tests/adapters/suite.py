@@ -79,3 +79,26 @@ class AdapterSuite:
         fresh.load_state_dict(cut.state_dict())
         u = self.input(4)
         assert torch.equal(fresh(u), cut(u))
+
+    def test_pullback_is_the_chain_rule(self) -> None:
+        # At full order the cut is a pure change of basis, and the layer's function is the same before and after: the
+        # gradients with respect to B and C must then be exactly the pulled-back ones.
+        layer = self.layer(6).double()
+        u = self.input(6).double()
+        weight = torch.randn(u.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(7))
+        (layer(u) * weight).sum().backward()
+        old = {name: parameter.grad.clone() for name, parameter in layer.named_parameters()}  # type: ignore[union-attr]
+        adapter = self.adapter_of(layer)
+        reduction = truncate(balance(adapter.read(layer_values(layer))), adapter.state_dim(layer), exceed=True)
+        change = adapter.plan(layer_values(layer), reduction)
+        write(layer, change)
+        (layer(u) * weight).sum().backward()
+        for part in change.parameters:
+            if part.names[0] not in ("B_re", "C_re"):
+                continue
+            before = torch.cat([old[name] for name in part.names], part.axis)
+            after = torch.cat([layer.get_parameter(name).grad for name in part.names], part.axis)  # type: ignore[misc]
+            expected = torch.tensordot(part.pullback, before, ([1], [part.axis])).movedim(0, part.axis)
+            # A state read off a real eigenvalue has an imaginary half that no pullback reaches.
+            used = expected.abs().amax(1 - part.axis) > 0
+            torch.testing.assert_close(after.movedim(part.axis, 0)[used], expected.movedim(part.axis, 0)[used])

@@ -50,7 +50,7 @@ class DiagonalAdapter(Adapter):
         """
         # B_old = diag(1/scale_old) right diag(scale_new) B_new on the kept subspace, and C_old = C_new left, in the
         # stacked coordinates (Re, Im) for B and (Re, -Im) for C.
-        for_B = (_stacked(1 / scale_old) @ reduction.right @ _stacked(scale_new)).T
+        for_B = _scaled(scale_new.conj(), _scaled(1 / scale_old, reduction.right).T)
         r, n = reduction.system.n, scale_old.shape[0]
         sign_new, sign_old = torch.ones(2 * r, dtype=torch.float64), torch.ones(2 * n, dtype=torch.float64)
         sign_new[r:], sign_old[n:] = -1, -1
@@ -113,12 +113,10 @@ def row_norm_kept(reduction: Reduction, old_B: Tensor, scale: Tensor) -> Reducti
     return reduction.rescaled(torch.where(norm > 0, wanted / norm, 1.0).clamp_min(1e-300))
 
 
-def _stacked(diagonal: Tensor) -> Tensor:
-    """``diag(d)`` on complex vectors, as a matrix on ``(Re x, Im x)``."""
-    if not diagonal.is_complex():
-        return torch.diag(torch.cat([diagonal, diagonal]))
-    real, imag = torch.diag(diagonal.real), torch.diag(diagonal.imag)
-    return torch.cat([torch.cat([real, -imag], 1), torch.cat([imag, real], 1)])
+def _scaled(diagonal: Tensor, stacked: Tensor) -> Tensor:
+    """``diag(d)``, real or complex, on columns ``(Re x, Im x)``. The transposed map has the conjugate of ``d``."""
+    scaled = diagonal[:, None] * torch.complex(*stacked.chunk(2))
+    return torch.cat([scaled.real, scaled.imag])
 
 
 __all__ = ["DiagonalAdapter", "participation", "row_norm_kept"]
