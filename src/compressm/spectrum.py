@@ -32,7 +32,8 @@ class LayerSpectrum:
     Attributes:
         name: the layer's name in the model.
         hsv: Hankel singular values, decreasing, float64.
-        energy: Hankel energy per complex state, decreasing, shape ``(n,)`` (see `Balancing.energy`).
+        energy: Hankel energy per complex state, decreasing, shape ``(n,)`` (see `Balancing.energy`); ``(*batch, n)``
+            where a layer has several systems, one per channel or head, that keep one common rank.
     """
 
     name: str
@@ -48,10 +49,16 @@ class LayerSpectrum:
         """How many states hold all but this share of the Hankel energy."""
         return choose_ranks({self.name: self.energy}, RankRule(tolerance=tolerance))[self.name]
 
+    def mean_energy(self) -> list[float]:
+        """Energy per state, averaged over the layer's systems."""
+        return self.energy.reshape(-1, self.states).mean(0).tolist()
+
     def discarded(self) -> list[float]:
-        """Share of the Hankel energy that is lost if the first 1, 2, ... states are kept; the last entry is 0."""
+        """Share of the Hankel energy that is lost if the first 1, 2, ... states are kept; the last entry is 0. Where a
+        layer has several systems, that of the one that loses most."""
         beyond = self.energy.flip(-1).cumsum(-1).flip(-1)
-        return [*(beyond[1:] / beyond[0].clamp_min(1e-300)).tolist(), 0.0]
+        share = beyond[..., 1:] / beyond[..., :1].clamp_min(1e-300)
+        return [*share.reshape(-1, share.shape[-1]).amax(0).tolist(), 0.0]
 
 
 @dataclass(frozen=True)
@@ -95,7 +102,7 @@ class Spectrum:
         rows = [
             {"layer": layer.name, "state": state, "energy": energy, "discarded": discarded}
             for layer in self.layers
-            for state, (energy, discarded) in enumerate(zip(layer.energy.tolist(), layer.discarded(), strict=True), 1)
+            for state, (energy, discarded) in enumerate(zip(layer.mean_energy(), layer.discarded(), strict=True), 1)
         ]
         return pandas.DataFrame(rows)
 

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from compressm.layers import LRU, LRUBlock, SequenceClassifier, parameter_groups
+from compressm.layers import LRU, GLUBlock, SequenceClassifier, parameter_groups
 from compressm.scans.lti import lti_scan
 from helpers import lru
 
@@ -75,6 +75,6 @@ def test_bad_arguments_are_refused(arguments: dict[str, float], message: str) ->
 
 def test_bad_model_arguments_are_refused() -> None:
     with pytest.raises(ValueError, match="norm"):
-        LRUBlock(4, 3, norm="group")
+        GLUBlock("lru", 4, 3, norm="group")
     with pytest.raises(ValueError, match="2 state dimensions for n_layers=3"):
         SequenceClassifier(1, 2, 4, [3, 3], n_layers=3)

@@ -11,9 +11,11 @@ from torch import nn
 
 from compressm.layers import (
     LRU,
+    S4D,
+    S5,
+    GLUBlock,
     LanguageModel,
     LinearAttention,
-    LRUBlock,
     Mamba,
     Mamba2,
     ResidualBlock,
@@ -23,18 +25,22 @@ from compressm.layers import (
 WIDTH = 6
 LAYERS: dict[str, Callable[[], Any]] = {
     "LRU": lambda: LRU(WIDTH, 9, r_min=0.8),
+    "S5": lambda: S5(WIDTH, 9),
+    "S4D": lambda: S4D(WIDTH, 9),
     "Mamba": lambda: Mamba(WIDTH, 5),
     "Mamba2": lambda: Mamba2(WIDTH, 5, head_dim=4),
     "LinearAttention": lambda: LinearAttention(WIDTH, 5, n_heads=2, expand=2),
     "RetNet": lambda: LinearAttention(WIDTH, 5, n_heads=3, decay="fixed"),
-    "LRUBlock, batch norm": lambda: LRUBlock(WIDTH, 9),
-    "LRUBlock, layer norm": lambda: LRUBlock(WIDTH, 9, norm="layer"),
+    "GLUBlock, batch norm": lambda: GLUBlock("lru", WIDTH, 9),
+    "GLUBlock, layer norm": lambda: GLUBlock("lru", WIDTH, 9, norm="layer"),
     "ResidualBlock": lambda: ResidualBlock("mamba", WIDTH, 5, dropout=0.1),
     "Mamba2Block": lambda: ResidualBlock("mamba2", WIDTH, 5, dropout=0.1, head_dim=4),
 }
 CLASSIFIERS: dict[str, dict[str, Any]] = {
     "lru": {"d_state": [9, 4], "norm": "batch"},
     "lru, layer norm": {"d_state": [9, 4], "norm": "layer"},
+    "s5": {"layer": "s5", "d_state": [9, 4]},
+    "s4d": {"layer": "s4d", "d_state": [9, 4]},
     "mamba": {"layer": "mamba", "d_state": [5, 3]},
     "mamba2": {"layer": "mamba2", "d_state": [5, 3], "head_dim": 4},
     "linear_attention": {"layer": "linear_attention", "d_state": [5, 3], "n_heads": 2, "decay": "none"},

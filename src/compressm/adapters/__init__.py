@@ -19,10 +19,12 @@ from compressm.adapters.lru import LRUAdapter
 from compressm.adapters.mamba import MambaAdapter
 from compressm.adapters.mamba2 import Mamba2Adapter
 from compressm.adapters.mamba_ssm import MambaSSM2Adapter, MambaSSMAdapter
+from compressm.adapters.s4d import S4DAdapter
 from compressm.adapters.s5 import S5Adapter
 
 register(LRUAdapter())
 register(S5Adapter())
+register(S4DAdapter())
 register(MambaAdapter())
 register(Mamba2Adapter())
 register(LinearAttentionAdapter())
@@ -56,6 +58,7 @@ __all__ = [
     "MambaSSM2Adapter",
     "MambaSSMAdapter",
     "ParameterChange",
+    "S4DAdapter",
     "S5Adapter",
     "SelectiveAdapter",
     "find_layers",

@@ -30,7 +30,8 @@ class ParameterChange:
         values: new values in the same order, of the parameters' dtype and device.
         axis: the state axis of each parameter.
         pullback: maps gradient-like optimizer state (momentum, first moments), shape ``(new, old)`` of the
-            concatenation; dense or sparse.
+            concatenation; dense or sparse. Or ``(*before, new, old)``, one such matrix for each index of the dimensions
+            before ``axis``, where every channel has states of its own.
         pullback_squared: maps squared-gradient state (second moments), non-negative, same shape.
     """
 

@@ -21,12 +21,17 @@ class DiagonalAdapter(Adapter):
 
     Attributes:
         per_state: names of the parameters with one number per state.
-        B_names, C_names: names of real and imaginary part, with the states along axis 0 and 1.
+        B_names, C_names: names of real and imaginary part.
+        axes: the state axis of each of them.
     """
 
     per_state: tuple[str, ...]
-    B_names: tuple[str, str] = ("B_re", "B_im")
-    C_names: tuple[str, str] = ("C_re", "C_im")
+    B_names: tuple[str, ...] = ("B_re", "B_im")
+    C_names: tuple[str, ...] = ("C_re", "C_im")
+
+    @property
+    def axes(self) -> dict[str, int]:
+        return {**dict.fromkeys((*self.per_state, *self.B_names), 0), **dict.fromkeys(self.C_names, 1)}
 
     def change(
         self,
@@ -48,52 +53,64 @@ class DiagonalAdapter(Adapter):
             scale_old, scale_new: by what the layer multiplies the rows of its B before the recurrence, complex or
                 real, of shapes ``(n,)`` and ``(r,)``.
         """
-        # B_old = diag(1/scale_old) right diag(scale_new) B_new on the kept subspace, and C_old = C_new left, in the
-        # stacked coordinates (Re, Im) for B and (Re, -Im) for C.
-        for_B = _scaled(scale_new.conj(), _scaled(1 / scale_old, reduction.right).T)
-        r, n = reduction.system.n, scale_old.shape[0]
-        sign_new, sign_old = torch.ones(2 * r, dtype=torch.float64), torch.ones(2 * n, dtype=torch.float64)
-        sign_new[r:], sign_old[n:] = -1, -1
-        for_C = sign_new[:, None] * reduction.left * sign_old
-        share = participation(reduction)
-
-        def part(names: tuple[str, ...], new: tuple[Tensor, ...], axis: int, pullback: Tensor) -> ParameterChange:
-            squared = pullback if len(names) == 1 else pullback.square()
-            cast = tuple(x.to(values[name]) for name, x in zip(names, new, strict=True))
-            return ParameterChange(names, cast, axis, pullback, squared)
-
+        # B_old = diag(1/scale_old) right diag(scale_new) B_new on the kept subspace.
+        for_B = scaled(scale_new.conj(), scaled(1 / scale_old, reduction.right).mT)
+        share, for_C = participation(reduction), pullback_of_C(reduction)
         return LayerChange(
             (
-                *(part((name,), (new,), 0, share) for name, new in zip(self.per_state, per_state, strict=True)),
-                part(self.B_names, (B.real, B.imag), 0, for_B),
-                part(self.C_names, (C.real, C.imag), 1, for_C),
+                *(
+                    self.part(values, (name,), (new,), share)
+                    for name, new in zip(self.per_state, per_state, strict=True)
+                ),
+                self.part(values, self.B_names, (B.real, B.imag), for_B),
+                self.part(values, self.C_names, (C.real, C.imag), for_C),
             ),
             {},
         )
 
+    def part(
+        self, values: Mapping[str, Tensor], names: tuple[str, ...], new: tuple[Tensor, ...], pullback: Tensor
+    ) -> ParameterChange:
+        """What is written into some parameters. Averages keep their weights for squares; changes of basis are
+        squared."""
+        squared = pullback if len(names) == 1 else pullback.square()
+        cast = tuple(x.to(values[name]) for name, x in zip(names, new, strict=True))
+        return ParameterChange(names, cast, self.axes[names[0]], pullback, squared)
+
     def state_dim(self, layer: nn.Module) -> int:
-        return layer.get_parameter(self.per_state[0]).shape[0]
+        name = self.per_state[0]
+        return layer.get_parameter(name).shape[self.axes[name]]
 
     def resized(self, layer: nn.Module, states: int) -> LayerChange:
         values = layer_values(layer)
-        n, changes = self.state_dim(layer), list[ParameterChange]()
-        for name, axis in (*((k, 0) for k in (*self.per_state, *self.B_names)), *((k, 1) for k in self.C_names)):
+        nothing, changes = torch.zeros(states, self.state_dim(layer), dtype=torch.float64), list[ParameterChange]()
+        for name, axis in self.axes.items():
             shape = list(values[name].shape)
             shape[axis] = states
-            nothing = torch.zeros(states, n, dtype=torch.float64)
             changes.append(ParameterChange((name,), (values[name].new_zeros(shape),), axis, nothing, nothing))
         return LayerChange(tuple(changes), {})
 
 
 def participation(reduction: Reduction) -> Tensor:
-    """Share of every old mode in every new one, shape ``(r, n)``, rows adding up to one.
+    """Share of every old mode in every new one, shape ``(*batch, r, n)``, rows adding up to one.
 
     To first order an eigenvalue moves by ``d lam'_j = sum_i left_ji right_ij d lam_i``: the participation factors of
     Perez-Arriaga, Verghese and Schweppe (1982).
     """
-    r, n = reduction.left.shape[0] // 2, reduction.left.shape[1] // 2
-    share = (reduction.left * reduction.right.T).view(2, r, 2, n).sum((0, 2)).abs()
-    return share / share.sum(1, keepdim=True).clamp_min(1e-300)
+    products = reduction.left * reduction.right.mT
+    r, n = products.shape[-2] // 2, products.shape[-1] // 2
+    share = products.unflatten(-1, (2, n)).unflatten(-3, (2, r)).sum((-4, -2)).abs()
+    return share / share.sum(-1, keepdim=True).clamp_min(1e-300)
+
+
+def pullback_of_C(reduction: Reduction) -> Tensor:
+    """Maps gradients on ``(Re C, Im C)``, shape ``(*batch, 2r, 2n)``: ``C_old = C_new left`` in the stacked coordinates
+    ``(Re, -Im)``."""
+    left = reduction.left.clone()
+    r, n = left.shape[-2] // 2, left.shape[-1] // 2
+    left[..., :r, n:] *= -1
+    left[..., r:, :n] *= -1
+    return left
 
 
 def row_norm_kept(reduction: Reduction, old_B: Tensor, scale: Tensor) -> Reduction:
@@ -113,10 +130,10 @@ def row_norm_kept(reduction: Reduction, old_B: Tensor, scale: Tensor) -> Reducti
     return reduction.rescaled(torch.where(norm > 0, wanted / norm, 1.0).clamp_min(1e-300))
 
 
-def _scaled(diagonal: Tensor, stacked: Tensor) -> Tensor:
+def scaled(diagonal: Tensor, stacked: Tensor) -> Tensor:
     """``diag(d)``, real or complex, on columns ``(Re x, Im x)``. The transposed map has the conjugate of ``d``."""
-    scaled = diagonal[:, None] * torch.complex(*stacked.chunk(2))
-    return torch.cat([scaled.real, scaled.imag])
+    product = diagonal[..., :, None] * torch.complex(*stacked.chunk(2, -2))
+    return torch.cat([product.real, product.imag], -2)
 
 
-__all__ = ["DiagonalAdapter", "participation", "row_norm_kept"]
+__all__ = ["DiagonalAdapter", "participation", "pullback_of_C", "row_norm_kept", "scaled"]

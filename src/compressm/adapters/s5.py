@@ -27,9 +27,9 @@ class S5Adapter(DiagonalAdapter):
 
     def read(self, values: Mapping[str, Tensor]) -> DiagonalSystem:
         v = {name: value.detach().to("cpu", torch.float64) for name, value in values.items()}
-        hold, z = _hold(v["log_decay"], v["frequency"], v["log_step"])
+        gain, z = hold(v["log_decay"], v["frequency"], v["log_step"])
         return DiagonalSystem(
-            z.exp(), hold[:, None] * torch.complex(v["B_re"], v["B_im"]), 2 * torch.complex(v["C_re"], v["C_im"])
+            z.exp(), gain[:, None] * torch.complex(v["B_re"], v["B_im"]), 2 * torch.complex(v["C_re"], v["C_im"])
         )
 
     def plan(self, values: Mapping[str, Tensor], reduction: Reduction) -> LayerChange:
@@ -38,14 +38,14 @@ class S5Adapter(DiagonalAdapter):
         log_step = participation(reduction) @ v["log_step"]
         decay = -lam.abs().clamp_min(1e-30).log() / log_step.exp()
         frequency = lam.angle() / log_step.exp()
-        hold, _ = _hold(decay.log(), frequency, log_step)
-        scaled = row_norm_kept(reduction, torch.complex(v["B_re"], v["B_im"]), hold)
-        B, C = scaled.system.B / hold[:, None], scaled.system.C / 2
-        old_hold, _ = _hold(v["log_decay"], v["frequency"], v["log_step"])
-        return self.change(values, scaled, (decay.log(), frequency, log_step), B, C, old_hold, hold)
+        gain, _ = hold(decay.log(), frequency, log_step)
+        scaled = row_norm_kept(reduction, torch.complex(v["B_re"], v["B_im"]), gain)
+        B, C = scaled.system.B / gain[:, None], scaled.system.C / 2
+        old_gain, _ = hold(v["log_decay"], v["frequency"], v["log_step"])
+        return self.change(values, scaled, (decay.log(), frequency, log_step), B, C, old_gain, gain)
 
 
-def _hold(log_decay: Tensor, frequency: Tensor, log_step: Tensor) -> tuple[Tensor, Tensor]:
+def hold(log_decay: Tensor, frequency: Tensor, log_step: Tensor) -> tuple[Tensor, Tensor]:
     """`zero_order_hold`, complex: ``(exp(z) - 1) / Lam`` and ``z``."""
     hold_re, hold_im, a, b = zero_order_hold(log_decay, frequency, log_step)
     return torch.complex(hold_re, hold_im), torch.complex(a, b)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -14,18 +14,16 @@ from compressm.layers.linear_attention import LinearAttention
 from compressm.layers.lru import LRU
 from compressm.layers.mamba import Mamba
 from compressm.layers.mamba2 import Mamba2
+from compressm.layers.s4d import S4D
 from compressm.layers.s5 import S5
 
-LAYERS: dict[str, type[LRU] | type[S5] | type[Mamba] | type[Mamba2] | type[LinearAttention]] = {
-    "lru": LRU,
-    "s5": S5,
+# Layers without a gate of their own; their block has one.
+TIME_INVARIANT: dict[str, Callable[..., Any]] = {"lru": LRU, "s5": S5, "s4d": S4D}
+GATED: dict[str, Callable[..., Any]] = {
     "mamba": Mamba,
     "mamba2": Mamba2,
     "linear_attention": LinearAttention,
 }
-
-
-TIME_INVARIANT = ("lru", "s5")
 
 
 class SequenceBatchNorm(nn.BatchNorm1d):
@@ -48,25 +46,27 @@ def sequence_norm(kind: str, width: int) -> nn.Module:
     return kinds[kind](width)
 
 
-class LRUBlock(nn.Module):
-    """Norm, LRU, GELU, GLU, with dropout, around a residual connection (Orvieto et al. 2023, figure 1).
+class GLUBlock(nn.Module):
+    """Norm, a time-invariant layer, GELU, GLU, with dropout, around a residual connection (Orvieto et al. 2023, figure
+    1; the blocks of S4D and S5 have the same form).
 
-        z = GELU(LRU(norm(u)));   v = W1 z;   out = u + dropout(v * sigmoid(W2 z))
+        z = GELU(layer(norm(u)));   v = W1 z;   out = u + dropout(v * sigmoid(W2 z))
 
     Args:
+        layer: ``"lru"``, ``"s5"`` or ``"s4d"``.
         d_model: width H.
         d_state: state dimension n.
         dropout: probability of dropping an activation, after the GELU and after the GLU.
         norm: see `sequence_norm`.
-        options: of `LRU`.
+        options: of `LRU`, `S5` or `S4D`.
     """
 
-    layer_type: type[LRU] | type[S5] = LRU
-
-    def __init__(self, d_model: int, d_state: int, dropout: float = 0.1, norm: str = "batch", **options: Any) -> None:
+    def __init__(
+        self, layer: str, d_model: int, d_state: int, dropout: float = 0.1, norm: str = "batch", **options: Any
+    ) -> None:
         super().__init__()
         self.norm = sequence_norm(norm, d_model)
-        self.ssm = self.layer_type(d_model, d_state, **options)
+        self.ssm = TIME_INVARIANT[layer](d_model, d_state, **options)
         self.glu = nn.Linear(d_model, 2 * d_model)
         self.dropout = nn.Dropout(dropout)
 
@@ -83,12 +83,6 @@ class LRUBlock(nn.Module):
         z, state = self.ssm.step(self.norm(u), state)
         z = gelu_dropout(z, self.dropout.p, self.training)
         return glu_residual(u, self.glu(z), self.dropout.p, self.training), state
-
-
-class S5Block(LRUBlock):
-    """The same around an `S5`, whose options it takes (Smith et al. 2023, figure 1)."""
-
-    layer_type = S5
 
 
 class ResidualBlock(nn.Module):
@@ -108,7 +102,7 @@ class ResidualBlock(nn.Module):
     ) -> None:
         super().__init__()
         self.norm = sequence_norm(norm, d_model)
-        self.ssm = LAYERS[layer](d_model, d_state, **options)
+        self.ssm = GATED[layer](d_model, d_state, **options)
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, u: Tensor) -> Tensor:
@@ -128,11 +122,10 @@ def build_blocks(
     layer: str, d_model: int, dims: Sequence[int], dropout: float, norm: str | None, options: dict[str, Any]
 ) -> nn.ModuleList:
     """A stack of blocks with state dimensions ``dims``; the layer's own norm where ``norm`` is None."""
-    if layer not in LAYERS:
-        raise ValueError(f"layer must be one of {', '.join(LAYERS)}; got {layer!r}")
     if layer in TIME_INVARIANT:
-        block = LRUBlock if layer == "lru" else S5Block
-        return nn.ModuleList(block(d_model, n, dropout, norm or "batch", **options) for n in dims)
+        return nn.ModuleList(GLUBlock(layer, d_model, n, dropout, norm or "batch", **options) for n in dims)
+    if layer not in GATED:
+        raise ValueError(f"layer must be one of {', '.join((*TIME_INVARIANT, *GATED))}; got {layer!r}")
     return nn.ModuleList(ResidualBlock(layer, d_model, n, dropout, norm or "rms", **options) for n in dims)
 
 
@@ -144,7 +137,8 @@ def _state_dims(d_state: int | Sequence[int], n_layers: int) -> list[int]:
 
 
 class SequenceClassifier(nn.Module):
-    """Encoder, a stack of blocks, mean over time, linear decoder; but for LRU and S5 with a norm before the decoder.
+    """Encoder, a stack of blocks, mean over time, linear decoder; with a norm before the decoder but for
+    time-invariant layers.
 
     Args:
         d_input: channels of the input sequence.
@@ -153,8 +147,8 @@ class SequenceClassifier(nn.Module):
         d_state: state dimension n of every block, or one number per block.
         n_layers: number of blocks.
         dropout: probability of dropping an activation in the blocks.
-        norm: see `sequence_norm`; by default ``"batch"`` for LRU and S5 and ``"rms"`` for the others.
-        layer: ``"lru"`` (`LRUBlock`), ``"s5"`` (`S5Block`), ``"mamba"``, ``"mamba2"`` or ``"linear_attention"``
+        norm: see `sequence_norm`; by default ``"batch"`` for LRU, S5 and S4D and ``"rms"`` for the others.
+        layer: ``"lru"``, ``"s5"`` or ``"s4d"`` (`GLUBlock`), ``"mamba"``, ``"mamba2"`` or ``"linear_attention"``
             (`ResidualBlock`).
         vocabulary: number of tokens, where the input is tokens; 0 pads sequences at the end, and does not count.
         options: of the layer, for example ``r_min`` of `LRU`, ``expand`` of `Mamba`, ``head_dim`` of `Mamba2`.
@@ -260,8 +254,8 @@ class LanguageModel(nn.Module):
         **options: Any,
     ) -> None:
         super().__init__()
-        if layer not in (known := [name for name in LAYERS if name not in TIME_INVARIANT]):
-            raise ValueError(f"layer must be one of {', '.join(known)}; got {layer!r}")
+        if layer not in GATED:
+            raise ValueError(f"layer must be one of {', '.join(GATED)}; got {layer!r}")
         dims = _state_dims(d_state, n_layers)
         self._arguments: dict[str, Any] = {
             "vocabulary": vocabulary,
@@ -323,8 +317,8 @@ def parameter_groups(
     """Optimizer groups as SSMs are trained: the recurrence's parameters at a lower rate and without weight decay.
 
     The parameters ``lam`` (``nu_log``, ``theta_log``), ``B`` and ``gamma`` of every `LRU`, eigenvalues, time steps and
-    ``B`` of every `S5`, and ``A_log`` of every `Mamba` and `Mamba2`, form the group ``"ssm"`` with learning rate ``lr *
-    ssm_lr_factor`` and no decay; biases and norms are not decayed either; everything else is.
+    ``B`` of every `S5` and `S4D`, and ``A_log`` of every `Mamba` and `Mamba2`, form the group ``"ssm"`` with learning
+    rate ``lr * ssm_lr_factor`` and no decay; biases and norms are not decayed either; everything else is.
     """
     ssm, plain, decayed = [], [], []
     recurrent = {
@@ -332,7 +326,7 @@ def parameter_groups(
     }  # fmt: skip
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
-            if isinstance(module, LRU | S5 | Mamba | Mamba2) and name in recurrent:
+            if isinstance(module, LRU | S5 | S4D | Mamba | Mamba2) and name in recurrent:
                 ssm.append(parameter)
             elif parameter.ndim < 2:
                 plain.append(parameter)
@@ -347,12 +341,11 @@ def parameter_groups(
 
 
 __all__ = [
-    "LAYERS",
+    "GATED",
     "TIME_INVARIANT",
-    "LRUBlock",
+    "GLUBlock",
     "LanguageModel",
     "ResidualBlock",
-    "S5Block",
     "SequenceClassifier",
     "parameter_groups",
 ]

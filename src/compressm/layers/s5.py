@@ -26,6 +26,8 @@ class S5(nn.Module):
         d_model: width H of the sequences.
         d_state: state dimension n, the number of complex states (the paper's latent size is 2n).
         dt_min, dt_max: smallest and largest time step at initialisation.
+        bidirectional: read the sequence backwards too, by the same recurrence, with an output matrix of its own (the
+            last H rows of ``C``), and add both outputs. Both directions are cut together. Such a layer has no `step`.
 
     Shape:
         input and output ``(batch, length, d_model)``.
@@ -40,16 +42,25 @@ class S5(nn.Module):
     C_im: nn.Parameter
     D: nn.Parameter
 
-    def __init__(self, d_model: int, d_state: int, dt_min: float = 1e-3, dt_max: float = 0.1) -> None:
+    def __init__(
+        self,
+        d_model: int,
+        d_state: int,
+        dt_min: float = 1e-3,
+        dt_max: float = 0.1,
+        bidirectional: bool = False,
+    ) -> None:
         super().__init__()
         if d_model < 1 or d_state < 1:
             raise ValueError(f"d_model and d_state must be at least 1; got {d_model} and {d_state}")
         if not 0 < dt_min <= dt_max:
             raise ValueError(f"expected 0 < dt_min <= dt_max; got dt_min={dt_min}, dt_max={dt_max}")
-        self.d_model = d_model
+        self.d_model, self.bidirectional = d_model, bidirectional
         frequency, vectors = hippo(d_state)
         B = vectors.mH @ (torch.randn(2 * d_state, d_model, dtype=torch.float64) / math.sqrt(d_model)).to(vectors)
-        C = (torch.randn(d_model, 2 * d_state, dtype=torch.float64) / math.sqrt(2 * d_state)).to(vectors) @ vectors
+        C = (torch.randn((1 + bidirectional) * d_model, 2 * d_state, dtype=torch.float64) / math.sqrt(2 * d_state)).to(
+            vectors
+        ) @ vectors
         self.log_decay = nn.Parameter(torch.full((d_state,), 0.5).log())
         self.frequency = nn.Parameter(frequency.float())
         low, high = math.log(dt_min), math.log(dt_max)
@@ -64,7 +75,10 @@ class S5(nn.Module):
         return self.log_decay.shape[0]
 
     def forward(self, u: Tensor) -> Tensor:
-        y = lti_scan(u, *self._discrete(), 2 * self.C_re, 2 * self.C_im)
+        discrete, C = self._discrete(), (2 * self.C_re, 2 * self.C_im)
+        y = lti_scan(u, *discrete, *(part[: self.d_model] for part in C))
+        if self.bidirectional:
+            y = y + lti_scan(u.flip(1), *discrete, *(part[self.d_model :] for part in C)).flip(1)
         return torch.addcmul(y, self.D, u)
 
     def initial_state(self, batch: int) -> Tensor:
@@ -72,7 +86,13 @@ class S5(nn.Module):
         return self.log_decay.new_zeros(batch, 2, self.d_state)
 
     def step(self, u: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-        """One time step: ``u`` of shape ``(batch, d_model)`` to ``y`` of the same shape, and the next state."""
+        """One time step: ``u`` of shape ``(batch, d_model)`` to ``y`` of the same shape, and the next state.
+
+        Raises:
+            ValueError: a bidirectional layer, whose output depends on what is still to come.
+        """
+        if self.bidirectional:
+            raise ValueError("a bidirectional S5 has no single steps: its output depends on inputs still to come")
         y, state = lti_step(state, u, *self._discrete(), 2 * self.C_re, 2 * self.C_im)
         return y + self.D * u, state
 

@@ -62,7 +62,8 @@ class DataConfig(Section):
 # Which options each layer has; the defaults are the layer's own.
 _LAYER_OPTIONS = {
     "lru": ("r_min", "r_max", "max_phase"),
-    "s5": ("dt_min", "dt_max"),
+    "s5": ("dt_min", "dt_max", "bidirectional"),
+    "s4d": ("dt_min", "dt_max", "init"),
     "mamba": ("expand", "d_conv", "dt_rank"),
     "mamba2": ("expand", "d_conv", "head_dim", "n_groups"),
     "linear_attention": ("expand", "n_heads", "decay"),
@@ -72,15 +73,16 @@ _LAYER_OPTIONS = {
 class ModelConfig(Section):
     """Arguments of `compressm.layers.SequenceClassifier`; input width and classes come from the data.
 
-    ``r_min``, ``r_max`` and ``max_phase`` are options of ``layer: lru``; ``dt_min`` and ``dt_max`` of ``s5``;
-    ``expand`` and ``d_conv`` of ``mamba`` and ``mamba2``, ``dt_rank`` of ``mamba``, ``head_dim`` and ``n_groups`` of
-    ``mamba2``; ``n_heads``, ``decay`` and ``expand`` of ``linear_attention``.
+    ``r_min``, ``r_max`` and ``max_phase`` are options of ``layer: lru``; ``dt_min`` and ``dt_max`` of ``s5`` and
+    ``s4d``, ``bidirectional`` of ``s5``, ``init`` of ``s4d``; ``expand`` and ``d_conv`` of ``mamba`` and ``mamba2``,
+    ``dt_rank`` of ``mamba``, ``head_dim`` and ``n_groups`` of ``mamba2``; ``n_heads``, ``decay`` and ``expand`` of
+    ``linear_attention``.
     """
 
     d_model: int = Field(ge=1)
     d_state: int | list[int]
     n_layers: int = Field(1, ge=1)
-    layer: Literal["lru", "s5", "mamba", "mamba2", "linear_attention"] = "lru"
+    layer: Literal["lru", "s5", "s4d", "mamba", "mamba2", "linear_attention"] = "lru"
     dropout: float = Field(0.1, ge=0, lt=1)
     norm: Literal["batch", "layer", "rms"] | None = None
     r_min: float | None = Field(None, ge=0, lt=1)
@@ -88,6 +90,8 @@ class ModelConfig(Section):
     max_phase: float | None = Field(None, gt=0, le=6.283185307179586)
     dt_min: float | None = Field(None, gt=0)
     dt_max: float | None = Field(None, gt=0)
+    bidirectional: bool | None = None
+    init: Literal["legs", "lin"] | None = None
     expand: int | None = Field(None, ge=1)
     d_conv: int | None = Field(None, ge=1)
     dt_rank: int | None = Field(None, ge=1)
@@ -110,6 +114,9 @@ class ModelConfig(Section):
         r_min, r_max = self.r_min or 0.0, 0.999 if self.r_max is None else self.r_max
         if r_min >= r_max:
             raise ValueError(f"model.r_min|must be less than r_max={r_max}")
+        dt_min, dt_max = self.dt_min or 1e-3, self.dt_max or 0.1
+        if dt_min > dt_max:
+            raise ValueError(f"model.dt_min|must not exceed dt_max={dt_max}; the layer's own are 0.001 and 0.1")
         if self.layer == "linear_attention" and (self.expand or 1) * self.d_model % (self.n_heads or 4):
             raise ValueError(  # before the data are read
                 f"model.n_heads|must divide expand * d_model = {(self.expand or 1) * self.d_model}; it is "

@@ -1,0 +1,66 @@
+"""S4D layers: one system per channel, exact. They are cut as they run, in discrete time."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from compressm.adapters.base import LayerChange
+from compressm.adapters.diagonal import DiagonalAdapter, participation, pullback_of_C, scaled
+from compressm.adapters.s5 import hold
+from compressm.balancing import Reduction
+from compressm.layers.s4d import S4D
+from compressm.systems import DiagonalSystem
+
+
+class S4DAdapter(DiagonalAdapter):
+    """Reads the discretised system of every channel of an `S4D`, and writes the reduced ones as continuous ones that
+    discretise to them.
+
+    All channels keep one number of states, the largest that any of them needs; a channel with fewer gets states whose
+    output vector is zero. Input vectors are ones, which fixes scale and phase of every mode: all of a mode's weight
+    goes into ``C``. The channels keep their time steps.
+    """
+
+    layer_type = S4D
+    per_state = ("log_decay", "frequency")
+    B_names = ()
+
+    @property
+    def axes(self) -> dict[str, int]:
+        return dict.fromkeys((*self.per_state, *self.C_names), 1)
+
+    def read(self, values: Mapping[str, Tensor]) -> DiagonalSystem:
+        v = {name: value.detach().to("cpu", torch.float64) for name, value in values.items()}
+        gain, z = hold(v["log_decay"], v["frequency"], v["log_step"][:, None])
+        C = 2 * gain * torch.complex(v["C_re"], v["C_im"])
+        return DiagonalSystem(z.exp(), torch.ones_like(z)[..., None], C[:, None])
+
+    def plan(self, values: Mapping[str, Tensor], reduction: Reduction) -> LayerChange:
+        v = {name: value.detach().to("cpu", torch.float64) for name, value in values.items()}
+        log_step, system = v["log_step"][:, None], reduction.system
+        old_gain, z = hold(v["log_decay"], v["frequency"], log_step)
+        b = system.B[..., 0]
+        used = b.abs() > 0
+        b = torch.where(used, b, 1.0)
+        # An added state needs a mode that can be trained, that of the slowest old one: not the zero it is padded with.
+        lam = torch.where(used, system.lam, z.exp().abs().amax(1, keepdim=True).to(b))
+        decay = -lam.abs().clamp_min(1e-30).log() / log_step.exp()
+        frequency = lam.angle() / log_step.exp()
+        gain, _ = hold(decay.log(), frequency, log_step)
+        C = torch.where(used, system.C[:, 0] * b, 0.0) / (2 * gain)
+        # The layer's states are the reduction's with b divided out, and C stands in it without the gain.
+        left = scaled(gain / b, scaled(1 / old_gain.conj(), reduction.left.mT).mT)
+        written = replace(reduction, left=scaled(1 / b, reduction.left), right=scaled(b.conj(), reduction.right.mT).mT)
+        share = participation(written)
+        return LayerChange(
+            (
+                self.part(values, ("log_decay",), (decay.log(),), share),
+                self.part(values, ("frequency",), (frequency,), share),
+                self.part(values, self.C_names, (C.real, C.imag), pullback_of_C(replace(reduction, left=left))),
+            ),
+            {},
+        )
