@@ -157,7 +157,7 @@ def _chunked(x: Tensor, log_decay: Tensor, B: Tensor, C: Tensor, initial: Tensor
     to_end = (elapsed[..., -1:] - elapsed).exp()
     weighted = (values * to_end[..., None]).view(batch, chunks, groups, per_group, Q, p)
     added = (weighted.transpose(-1, -2) @ keys[:, :, :, None]).view(batch, chunks, heads, p, n)
-    states: Any = _Chain.apply(added, elapsed[..., -1].exp(), initial)
+    states: Any = Chain.apply(added, elapsed[..., -1, None, None].exp(), initial)
     before = torch.cat([initial[:, None], states[:, :-1]], 1).view(batch, chunks, groups, per_group, p, n)
     read = (queries[:, :, :, None] @ before.transpose(-1, -2)).view(batch, chunks, heads, Q, p)
     y = y + elapsed.exp()[..., None] * read
@@ -171,14 +171,14 @@ def _chunk_length(length: int, heads: int, groups: int, p: int, n: int) -> int:
     return min(length, max(8, min(128, 2 ** round(math.log2(ideal)))))
 
 
-class _Chain(torch.autograd.Function):
-    """``S_c = decay_c S_{c-1} + added_c`` along dim 1; decay (batch, chunks, heads)."""
+class Chain(torch.autograd.Function):
+    """``S_c = decay_c * S_{c-1} + added_c`` along dim 1; decay (batch, chunks, heads, 1, 1 or n)."""
 
     @staticmethod
     def forward(ctx: Any, added: Tensor, decay: Tensor, initial: Tensor) -> Tensor:
         states, before = torch.empty_like(added), initial
         for c in range(added.shape[1]):
-            before = torch.addcmul(added[:, c], decay[:, c, :, None, None], before, out=states[:, c])
+            before = torch.addcmul(added[:, c], decay[:, c], before, out=states[:, c])
         ctx.save_for_backward(states, decay, initial)
         return states
 
@@ -189,6 +189,6 @@ class _Chain(torch.autograd.Function):
         adjoint, after = torch.empty_like(states), torch.zeros_like(initial)
         for c in range(grad.shape[1] - 1, -1, -1):
             torch.add(grad[:, c], after, out=adjoint[:, c])
-            after = adjoint[:, c] * decay[:, c, :, None, None]
+            after = adjoint[:, c] * decay[:, c]
         before = torch.cat([initial[:, None], states[:, :-1]], 1)
-        return adjoint, (adjoint * before).sum((-1, -2)), after
+        return adjoint, (adjoint * before).sum_to_size(decay.shape), after

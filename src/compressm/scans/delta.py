@@ -1,0 +1,153 @@
+"""The delta rule: a matrix-valued state that forgets what it has stored under a key before it stores anew.
+
+    S_t = exp(log_decay_t) S_{t-1} (I - beta_t k_t k_t^T) + beta_t v_t k_t^T,   y_t = S_t q_t
+
+with ``S`` (p, n) per head: DeltaNet (Schlag, Irie, Schmidhuber 2021) without decay, Gated DeltaNet (Yang, Kautz,
+Hatamizadeh 2025) with one.
+
+The ``chunked`` engine is made of matrix products and a triangular solve (Yang et al., Parallelizing Linear Transformers
+with the Delta Rule, 2024): with ``u_i = beta_i (v_i - exp(log_decay_i) S_{i-1} k_i)``, what is really written,
+``S_i = exp(log_decay_i) S_{i-1} + u_i k_i^T``. Inside a chunk that starts with state S and with ``g_i`` the decay since
+its start, all ``u`` together solve
+
+    u_i + beta_i sum_{j<i} (g_i / g_j) (k_i . k_j) u_j = beta_i (v_i - g_i S k_i)
+"""
+
+from __future__ import annotations
+
+from typing import Literal, overload
+
+import torch
+from torch import Tensor
+
+from compressm.scans.gla import by_chunk, check_shapes
+from compressm.scans.graph import exporting, graph_scan
+from compressm.scans.precision import without_autocast
+
+Engine = Literal["auto", "chunked", "loop", "graph"]
+
+CHUNK = 64
+
+
+@overload
+def delta_scan(
+    v: Tensor, log_decay: Tensor, beta: Tensor, k: Tensor, q: Tensor, initial_state: Tensor | None = None,
+    return_state: Literal[False] = False, engine: Engine = "auto",
+) -> Tensor: ...  # fmt: skip
+@overload
+def delta_scan(
+    v: Tensor, log_decay: Tensor, beta: Tensor, k: Tensor, q: Tensor, initial_state: Tensor | None = None,
+    *, return_state: Literal[True], engine: Engine = "auto",
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+@without_autocast
+def delta_scan(
+    v: Tensor,
+    log_decay: Tensor,
+    beta: Tensor,
+    k: Tensor,
+    q: Tensor,
+    initial_state: Tensor | None = None,
+    return_state: bool = False,
+    engine: Engine = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Run the recurrence over a batch of sequences; differentiable in every tensor argument.
+
+    Args:
+        v: values, shape ``(batch, length, heads, p)``.
+        log_decay: logarithm of the decay, at most 0, shape ``(batch, length, heads)``.
+        beta: how much of what is stored under a key is replaced, in [0, 1], shape ``(batch, length, heads)``.
+        k, q: keys, of norm at most 1, and queries, shape ``(batch, length, heads, n)``. With ``beta |k|^2 > 2`` the
+            recurrence would grow without bound.
+        initial_state: shape ``(batch, heads, p, n)``; zero by default.
+        return_state: also return the state after the last step.
+        engine: ``"chunked"`` (which is what ``"auto"`` takes), ``"loop"``, the definition, for reference, or
+            ``"graph"`` (one loop node), which ``"auto"`` takes while `torch.export` traces.
+
+    Returns:
+        ``y``, shape and dtype of ``v``; with ``return_state`` also the last state, shape ``(batch, heads, p, n)``.
+        Half precision is widened to float32 inside.
+
+    Raises:
+        ValueError: shapes that do not fit together, or an unknown engine.
+    """
+    if v.ndim != 4 or k.ndim != 4 or v.shape[1] == 0:
+        raise ValueError(
+            "v must be (batch, length >= 1, heads, p) and k (batch, length, heads, n); "
+            f"got {tuple(v.shape)} and {tuple(k.shape)}"
+        )
+    numbers, vectors = tuple(v.shape[:3]), (*v.shape[:3], k.shape[3])
+    check_shapes(
+        v,
+        {"log_decay": (log_decay, numbers), "beta": (beta, numbers), "k": (k, vectors), "q": (q, vectors)},
+        initial_state,
+        k.shape[3],
+    )
+    dtype = torch.promote_types(v.dtype, torch.float32)
+    state = v.new_zeros(v.shape[0], *v.shape[2:], k.shape[-1]) if initial_state is None else initial_state
+    args = (v.to(dtype), log_decay.to(dtype), beta.to(dtype), k.to(dtype), q.to(dtype), state.to(dtype))
+    if engine == "auto":
+        engine = "graph" if exporting() else "chunked"
+    if engine == "chunked":
+        y, state = _chunked(*args)
+    elif engine == "loop":
+        y, state = _loop(*args)
+    elif engine == "graph":
+        y, state = graph_scan(delta_step, args[-1], *args[:-1])
+    else:
+        raise ValueError(f"engine must be 'auto', 'chunked', 'loop' or 'graph'; got {engine!r}")
+    return (y.to(v.dtype), state) if return_state else y.to(v.dtype)
+
+
+def delta_step(
+    state: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor, k: Tensor, q: Tensor
+) -> tuple[Tensor, Tensor]:
+    """One step of the recurrence, for generation and control.
+
+    Args:
+        state: shape ``(batch, heads, p, n)``.
+        v: shape ``(batch, heads, p)``.
+        log_decay, beta: shape ``(batch, heads)``.
+        k, q: shape ``(batch, heads, n)``.
+
+    Returns:
+        ``y`` of shape ``(batch, heads, p)`` and the next state.
+    """
+    state = torch.exp(log_decay)[..., None, None] * state
+    stored = (state * k[..., None, :]).sum(-1)
+    state = state + (beta[..., None] * (v - stored))[..., None] * k[..., None, :]
+    return (state * q[..., None, :]).sum(-1).to(v.dtype), state
+
+
+def _loop(v: Tensor, log_decay: Tensor, beta: Tensor, k: Tensor, q: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+    outputs = []
+    for t in range(v.shape[1]):
+        y, state = delta_step(state, v[:, t], log_decay[:, t], beta[:, t], k[:, t], q[:, t])
+        outputs.append(y)
+    return torch.stack(outputs, 1), state
+
+
+def _chunked(v: Tensor, log_decay: Tensor, beta: Tensor, k: Tensor, q: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+    (batch, length, heads, p), n = v.shape, k.shape[3]
+    Q = min(length, CHUNK)
+    values, keys, queries = (by_chunk(tensor, Q) for tensor in (v, k, q))
+    share = by_chunk(beta[..., None], Q)  # (batch, chunks, heads, Q, 1); zero after the end, where nothing changes
+    elapsed = by_chunk(log_decay[..., None], Q).squeeze(-1).cumsum(-1)
+    ones = torch.ones(Q, Q, dtype=torch.bool, device=v.device)
+    decays = (elapsed[..., :, None] - elapsed[..., None, :]).masked_fill(ones.triu(1), -torch.inf).exp()
+    since_start, to_end = elapsed.exp()[..., None], (elapsed[..., -1:] - elapsed).exp()[..., None]
+
+    among = (share * (keys @ keys.transpose(-1, -2)) * decays).masked_fill(ones.triu(), 0.0)
+    # Written, if the chunk started with nothing; and what of it each dimension of the state at the start takes away.
+    right = torch.cat([share * values, share * since_start * keys], -1)
+    alone, taken = torch.linalg.solve_triangular(
+        among + torch.eye(Q, dtype=v.dtype, device=v.device), right, upper=False, unitriangular=True
+    ).split([p, n], -1)
+    mixing = (queries @ keys.transpose(-1, -2)) * decays
+    kept = elapsed[..., -1].exp()[..., None, None]
+    reading, storing, outputs = queries * since_start, keys * to_end, list[Tensor]()
+    for c in range(values.shape[1]):
+        written = alone[:, c] - taken[:, c] @ state.transpose(-1, -2)
+        outputs.append(reading[:, c] @ state.transpose(-1, -2) + mixing[:, c] @ written)
+        state = kept[:, c] * state + written.transpose(-1, -2) @ storing[:, c]
+    y = torch.stack(outputs, 1)
+    return y.transpose(2, 3).reshape(batch, -1, heads, p)[:, :length], state

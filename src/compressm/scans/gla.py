@@ -1,0 +1,168 @@
+"""The scan with a decay for every key dimension and a matrix-valued state: gated linear attention.
+
+    S_t = S_{t-1} diag(exp(log_decay_t)) + x_t B_t^T,   y_t = S_t C_t
+
+with ``S`` (p, n) per head (Yang et al., Gated Linear Attention Transformers with Hardware-Efficient Training, 2024).
+
+The ``chunked`` engine is made of matrix products. Inside a chunk the decay from step j to step i is ``exp(e_i - e_j)``
+per dimension, with ``e`` the running sum of the logarithms: a product of one factor for the query and one for the key,
+each taken relative to half of the chunk's decay, so that both stay in range as long as that is not below exp(-120).
+Chunks in which more is forgotten are halved until it is not.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, overload
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from compressm.scans.graph import exporting, graph_scan
+from compressm.scans.precision import without_autocast
+from compressm.scans.ssd import Chain
+
+Engine = Literal["auto", "chunked", "loop", "graph"]
+
+LONGEST_CHUNK = 64
+# exp(-100) is zero beside anything that is written at the same step, in double precision too.
+STRONGEST = -100.0
+RANGE = 120.0
+
+
+@overload
+def gla_scan(
+    x: Tensor, log_decay: Tensor, B: Tensor, C: Tensor, initial_state: Tensor | None = None,
+    return_state: Literal[False] = False, engine: Engine = "auto",
+) -> Tensor: ...  # fmt: skip
+@overload
+def gla_scan(
+    x: Tensor, log_decay: Tensor, B: Tensor, C: Tensor, initial_state: Tensor | None = None,
+    *, return_state: Literal[True], engine: Engine = "auto",
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+@without_autocast
+def gla_scan(
+    x: Tensor,
+    log_decay: Tensor,
+    B: Tensor,
+    C: Tensor,
+    initial_state: Tensor | None = None,
+    return_state: bool = False,
+    engine: Engine = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Run the recurrence over a batch of sequences; differentiable in every tensor argument.
+
+    Args:
+        x: input (values), shape ``(batch, length, heads, p)``.
+        log_decay: logarithm of the decay, at most 0, shape ``(batch, length, heads, n)``.
+        B, C: input and output vectors (keys and queries), shape ``(batch, length, heads, n)``.
+        initial_state: shape ``(batch, heads, p, n)``; zero by default.
+        return_state: also return the state after the last step.
+        engine: ``"chunked"`` (which is what ``"auto"`` takes), ``"loop"``, the definition, for reference, or
+            ``"graph"`` (one loop node), which ``"auto"`` takes while `torch.export` traces.
+
+    Returns:
+        ``y``, shape and dtype of ``x``; with ``return_state`` also the last state, shape ``(batch, heads, p, n)``.
+        Half precision is widened to float32 inside.
+
+    Raises:
+        ValueError: shapes that do not fit together, or an unknown engine.
+    """
+    if x.ndim != 4 or B.ndim != 4 or x.shape[1] == 0:
+        raise ValueError(
+            "x must be (batch, length >= 1, heads, p) and B (batch, length, heads, n); "
+            f"got {tuple(x.shape)} and {tuple(B.shape)}"
+        )
+    vectors = (*x.shape[:3], B.shape[3])
+    check_shapes(
+        x, {"log_decay": (log_decay, vectors), "B": (B, vectors), "C": (C, vectors)}, initial_state, B.shape[3]
+    )
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    state = x.new_zeros(x.shape[0], *x.shape[2:], B.shape[-1]) if initial_state is None else initial_state
+    args = (x.to(dtype), log_decay.to(dtype), B.to(dtype), C.to(dtype), state.to(dtype))
+    if engine == "auto":
+        engine = "graph" if exporting() else "chunked"
+    if engine == "chunked":
+        y, state = _chunked(*args)
+    elif engine == "loop":
+        y, state = _loop(*args)
+    elif engine == "graph":
+        y, state = graph_scan(gla_step, args[-1], *args[:-1])
+    else:
+        raise ValueError(f"engine must be 'auto', 'chunked', 'loop' or 'graph'; got {engine!r}")
+    return (y.to(x.dtype), state) if return_state else y.to(x.dtype)
+
+
+def gla_step(state: Tensor, x: Tensor, log_decay: Tensor, B: Tensor, C: Tensor) -> tuple[Tensor, Tensor]:
+    """One step of the recurrence, for generation and control.
+
+    Args:
+        state: shape ``(batch, heads, p, n)``.
+        x: shape ``(batch, heads, p)``.
+        log_decay, B, C: shape ``(batch, heads, n)``.
+
+    Returns:
+        ``y`` of shape ``(batch, heads, p)`` and the next state.
+    """
+    state = torch.exp(log_decay)[..., None, :] * state + x[..., None] * B[..., None, :]
+    return (state * C[..., None, :]).sum(-1).to(x.dtype), state
+
+
+def check_shapes(
+    x: Tensor, expected: dict[str, tuple[Tensor, tuple[int, ...]]], initial_state: Tensor | None, n: int
+) -> None:
+    """Hold tensors against the shapes that they must have.
+
+    Raises:
+        ValueError: one has another shape.
+    """
+    if initial_state is not None:
+        expected = {**expected, "initial_state": (initial_state, (x.shape[0], *x.shape[2:], n))}
+    for name, (tensor, shape) in expected.items():
+        if tuple(tensor.shape) != shape:
+            raise ValueError(
+                f"{name} must have shape {shape} for x of shape {tuple(x.shape)}; got {tuple(tensor.shape)}"
+            )
+
+
+def by_chunk(tensor: Tensor, Q: int) -> Tensor:
+    """``(batch, length, heads, m)`` to ``(batch, chunks, heads, Q, m)``; zeros after the end."""
+    batch, length = tensor.shape[:2]
+    chunks = -(-length // Q)
+    missing = chunks * Q - length
+    padded = F.pad(tensor, (0, 0, 0, 0, 0, missing)) if missing else tensor
+    return padded.reshape(batch, chunks, Q, *tensor.shape[2:]).transpose(2, 3)
+
+
+def _loop(x: Tensor, log_decay: Tensor, B: Tensor, C: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+    outputs = []
+    for t in range(x.shape[1]):
+        y, state = gla_step(state, x[:, t], log_decay[:, t], B[:, t], C[:, t])
+        outputs.append(y)
+    return torch.stack(outputs, 1), state
+
+
+def _chunked(x: Tensor, log_decay: Tensor, B: Tensor, C: Tensor, initial: Tensor) -> tuple[Tensor, Tensor]:
+    batch, length, heads, p = x.shape
+    log_decay = log_decay.clamp_min(STRONGEST)
+    Q = min(length, LONGEST_CHUNK)
+    while True:
+        elapsed = by_chunk(log_decay, Q).cumsum(-2)  # from the start of the chunk to each step, that step's included
+        if Q == 1 or float(elapsed[..., -1, :].detach().amin()) > -RANGE:
+            break
+        Q = -(-Q // 2)
+    values, keys, queries = (by_chunk(tensor, Q) for tensor in (x, B, C))
+    total = elapsed[..., -1:, :]
+    half = total.detach() / 2
+
+    # Inside a chunk: step i reads what step j <= i has written, decayed over j+1..i.
+    later = torch.ones(Q, Q, dtype=torch.bool, device=x.device).triu(1)
+    scores = (queries * (elapsed - half).exp()) @ (keys * (half - elapsed).exp()).transpose(-1, -2)
+    y = scores.masked_fill(later, 0.0) @ values
+
+    # What a chunk adds to the state at its end, the chain of states, and what each chunk reads from the one before.
+    added = values.transpose(-1, -2) @ (keys * (total - elapsed).exp())
+    states: Any = Chain.apply(added, total.exp(), initial)
+    before = torch.cat([initial[:, None], states[:, :-1]], 1)
+    y = y + (queries * elapsed.exp()) @ before.transpose(-1, -2)
+    return y.transpose(2, 3).reshape(batch, -1, heads, p)[:, :length], states[:, -1]

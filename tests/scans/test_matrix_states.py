@@ -1,0 +1,153 @@
+"""Gated linear attention and the delta rule, against loops."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.nn import functional as F
+
+from compressm.scans import delta_scan, delta_step, gla_scan, gla_step
+
+SCANS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
+    "gla": (gla_scan, gla_step),
+    "delta": (delta_scan, delta_step),
+}
+
+
+def arguments(kind: str, seed: int, batch: int, length: int, heads: int, p: int, n: int, fastest: float = 1.0) -> Any:
+    """The scan's arguments in order, the initial state last; float64 that float32 can hold."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    def decay(*shape: int) -> Tensor:
+        return -fastest * torch.rand(*shape, generator=generator) ** 3
+
+    k, q, v = normal(batch, length, heads, n), normal(batch, length, heads, n), normal(batch, length, heads, p)
+    start = normal(batch, heads, p, n)
+    if kind == "gla":
+        values = [v, decay(batch, length, heads, n), k, q, start]
+    else:
+        beta = torch.rand(batch, length, heads, generator=generator)
+        values = [v, decay(batch, length, heads), beta, F.normalize(k, dim=-1), q, start]
+    return [value.double() for value in values]
+
+
+def outputs_and_gradients(kind: str, values: list[Tensor], dtype: torch.dtype, engine: str) -> list[Tensor]:
+    leaves = [value.to(dtype, copy=True).requires_grad_() for value in values]
+    y, state = SCANS[kind][0](*leaves, return_state=True, engine=engine)
+    generator = torch.Generator().manual_seed(0)
+    weights = [torch.randn(t.shape, dtype=torch.float64, generator=generator).to(dtype) for t in (y, state)]
+    loss = (y * weights[0]).sum() + (state * weights[1]).sum()
+    return [y.detach(), state.detach(), *torch.autograd.grad(loss, leaves)]
+
+
+@pytest.mark.parametrize("kind", SCANS)
+def test_reference_engine_is_the_definition(kind: str) -> None:
+    values = arguments(kind, 0, 2, 6, 2, 4, 3)
+    v, log_decay, *rest, k, q, start = (value.numpy() for value in values)
+    y = np.zeros_like(v)
+    for b in range(2):
+        for h in range(2):
+            S = start[b, h].copy()
+            for t in range(6):
+                key, share = k[b, t, h], 1.0
+                S = S @ np.diag(np.exp(np.broadcast_to(log_decay[b, t, h], 3)))
+                if kind == "delta":
+                    share = rest[0][b, t, h]
+                    S = S @ (np.eye(3) - share * np.outer(key, key))
+                S = S + share * np.outer(v[b, t, h], key)
+                y[b, t, h] = S @ q[b, t, h]
+    np.testing.assert_allclose(SCANS[kind][0](*values, engine="loop").numpy(), y, rtol=1e-11)
+
+
+@pytest.mark.parametrize("kind", SCANS)
+@settings(max_examples=40)
+@given(
+    seed=st.integers(0, 10**6),
+    batch=st.integers(1, 3),
+    length=st.integers(1, 150),
+    heads=st.integers(1, 3),
+    p=st.integers(1, 9),
+    n=st.integers(1, 20),
+    fastest=st.sampled_from([1e-6, 1.0, 30.0, 500.0]),
+)
+def test_chunked_engine_equals_a_float64_loop(
+    kind: str, seed: int, batch: int, length: int, heads: int, p: int, n: int, fastest: float
+) -> None:
+    values = arguments(kind, seed, batch, length, heads, p, n, fastest)
+    truth = outputs_and_gradients(kind, values, torch.float64, "loop")
+    for dtype, tolerance in ((torch.float64, 1e-11), (torch.float32, 2e-5)):
+        result = outputs_and_gradients(kind, values, dtype, "chunked")
+        names = ("y", "state", "v", "log_decay", *(("beta",) if kind == "delta" else ()), "k", "q", "initial_state")
+        for name, a, b in zip(names, truth, result, strict=True):
+            # A decay's gradient sums terms that cancel; it is held against the largest of them.
+            scale = float(a.norm()) if name != "log_decay" else float(a.norm() + values[0].norm() * values[-2].norm())
+            factor = 1 if name in ("y", "state") else 10
+            assert (b.double() - a).norm() <= factor * tolerance * scale + 1e-37, (name, dtype)  # float32 underflows
+
+
+@pytest.mark.parametrize("kind", SCANS)
+def test_gradients_by_finite_differences(kind: str) -> None:
+    leaves = [value.requires_grad_() for value in arguments(kind, 0, 1, 70, 1, 2, 2)]
+    assert torch.autograd.gradcheck(lambda *x: SCANS[kind][0](*x, return_state=True), leaves, fast_mode=True)
+
+
+@pytest.mark.parametrize("kind", SCANS)
+def test_a_sequence_in_two_parts_or_in_steps_is_the_same(kind: str) -> None:
+    scan, step = SCANS[kind]
+    *sequences, start = arguments(kind, 1, 2, 150, 2, 4, 5)
+    whole, last = scan(*sequences, start, return_state=True)
+    parts, state = [], start
+    for now in (slice(0, 81), slice(81, 150)):
+        y, state = scan(*(s[:, now] for s in sequences), state, return_state=True)
+        parts.append(y)
+    torch.testing.assert_close(torch.cat(parts, 1), whole)
+    torch.testing.assert_close(state, last)
+    outputs = []
+    for t in range(150):
+        y, start = step(start, *(s[:, t] for s in sequences))
+        outputs.append(y)
+    torch.testing.assert_close(torch.stack(outputs, 1), whole)
+
+
+@pytest.mark.parametrize("kind", SCANS)
+def test_half_precision_keeps_float32_states(kind: str) -> None:
+    *sequences, _ = arguments(kind, 2, 2, 200, 2, 8, 4)
+    halves = [value.bfloat16() for value in sequences]
+    y, state = SCANS[kind][0](*halves, return_state=True)
+    assert y.dtype == torch.bfloat16
+    assert state.dtype == torch.float32
+    truth = SCANS[kind][0](*(value.double() for value in halves), engine="loop")
+    assert (y.double() - truth).norm() <= 2**-7 * truth.norm()
+
+
+def test_any_rotation_of_keys_and_queries_leaves_the_delta_rule_as_it_is() -> None:
+    v, log_decay, beta, k, q, start = arguments("delta", 3, 2, 100, 2, 4, 6)
+    rotation = torch.linalg.qr(torch.randn(6, 6, dtype=torch.float64)).Q
+    rotated = delta_scan(v, log_decay, beta, k @ rotation, q @ rotation, start @ rotation)
+    torch.testing.assert_close(rotated, delta_scan(v, log_decay, beta, k, q, start), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", SCANS)
+def test_bad_arguments_are_named(kind: str) -> None:
+    scan = SCANS[kind][0]
+    *sequences, start = arguments(kind, 0, 2, 5, 2, 3, 4)
+    with pytest.raises(ValueError, match="log_decay must have shape"):
+        scan(sequences[0], sequences[1][:, :, :1], *sequences[2:])
+    with pytest.raises(ValueError, match="must have shape"):
+        scan(*sequences[:-1], sequences[-1][..., :2])
+    with pytest.raises(ValueError, match="initial_state"):
+        scan(*sequences, start[:1])
+    with pytest.raises(ValueError, match="engine"):
+        scan(*sequences, engine="native")
+    with pytest.raises(ValueError, match="length >= 1"):
+        scan(*(s[:, :0] for s in sequences))
