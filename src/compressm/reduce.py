@@ -209,7 +209,9 @@ def _plan_selective(
     states: int,
     selection: Selection,
 ) -> tuple[LayerReport, LayerChange | None]:
-    reduction = reduce_selective(balancing, states, adapter.folds_into, adapter.folds_out, selection)
+    reduction = reduce_selective(
+        balancing, states, adapter.folds_into, adapter.folds_out, selection, rotates=adapter.rotates
+    )
     estimate = reduction.estimate
     if not estimate.valid:
         return replace(report, outcome="refused", reason="; ".join(estimate.failures), certificate=estimate), None

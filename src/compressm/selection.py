@@ -33,6 +33,7 @@ Selection = Literal[
 # The moments are gathered in float32: what they cannot resolve must not be extrapolated from.
 RIDGE = 1e-6
 EXCHANGES = 10
+SUBSPACE_STEPS = 20
 
 
 def reduce_selective(
@@ -41,13 +42,15 @@ def reduce_selective(
     folds_into: bool = False,
     folds_out: bool = True,
     selection: Selection = "hankel",
+    *,
+    rotates: bool = False,
 ) -> SelectiveReduction:
     """Reduce a selective recurrence to ``states`` states.
 
     Args:
         balancing: its moments.
         states: how many to keep, from 1 to n.
-        folds_into, folds_out: which maps the layer can take; see `SelectiveAdapter`.
+        folds_into, folds_out, rotates: which maps the layer can take; see `SelectiveAdapter`.
         selection: how states are picked: for the outputs to come (``"hankel"``) or the present one
             (``"least_squares"``), see the module's text; without ``folds_out`` those states go that together contribute
             least, ``sum_ij (W * P)_ij`` over the removed. The others are for comparison: the largest ``W_jj P_jj``
@@ -64,6 +67,9 @@ def reduce_selective(
     if selection not in (known := (*_MODELS, *_SCORES)):
         raise InvalidRankRuleError(f"selection must be one of {', '.join(known)}; got {selection!r}")
     states = min(states, n)
+    if rotates and selection in ("hankel", "least_squares") and states < n:
+        basis = torch.stack([subspace(*_present(balancing, g), states) for g in range(groups)]).mT
+        return _reduction(balancing, basis, basis, None)
     if folds_into and selection in ("hankel", "least_squares") and states < n:
         into, out = _balanced_maps(balancing, states)
         return _reduction(balancing, into, out, None)
@@ -168,6 +174,34 @@ def select_by_removal(P: Tensor, W: Tensor, states: int) -> Tensor:
     stays = torch.ones(n, dtype=torch.bool)
     stays[gone] = False
     return stays.nonzero()[:, 0]
+
+
+def subspace(P: Tensor, W: Tensor, states: int) -> Tensor:
+    """Orthonormal basis of the subspace to which states and output vectors are projected with the least error.
+
+    With the projection Z onto what goes, the error is ``tr W Z P Z``. It is what the matrix ``sym(P Z W)`` has there,
+    so that a minimum is an invariant subspace of that matrix for its smallest eigenvalues. That is iterated, from the
+    eigenvectors of ``P + c W`` and of ``sym(P W)``, and the best basis seen is taken.
+
+    Args:
+        P, W: moments, symmetric positive semidefinite, float64, shape ``(n, n)``.
+        states: how many, at most n.
+
+    Returns:
+        shape ``(n, states)``.
+    """
+    n, best = P.shape[0], (torch.inf, torch.eye(P.shape[0], dtype=P.dtype)[:, :states])
+    balance = P.trace() / W.trace().clamp_min(1e-300)
+    for start in (P @ W, P + balance * W, P, W):
+        matrix = start
+        for _ in range(SUBSPACE_STEPS):
+            vectors = torch.linalg.eigh((matrix + matrix.mT) / 2).eigenvectors
+            rest = vectors[:, : n - states] @ vectors[:, : n - states].mT
+            error = float((W * (rest @ P @ rest)).sum())
+            if error < best[0]:
+                best = (error, vectors[:, n - states :])
+            matrix = P @ rest @ W
+    return best[1].flip(-1)
 
 
 def _balanced_maps(balancing: SelectiveBalancing, states: int) -> tuple[Tensor, Tensor]:

@@ -5,7 +5,9 @@ Mamba (S6), Mamba-2 (SSD), RetNet and linear attention are one recurrence, per c
     h_t = exp(-step_{t,c} rates_c) h_{t-1} + x_{t,c} B_t,    y_{t,c} = C_t . h_t
 
 with ``B_t, C_t`` shared by the channels of a group. S6 has ``step = delta``, ``x = delta u`` and ``rates = -A``; with
-one decay per head all rates are 1 and ``step = -log_decay``.
+one decay per head all rates are 1 and ``step = -log_decay``. Gated linear attention has a decay for every token and
+state, and the delta rule forgets along ``B_t`` what it stored there, ``h_t = decay h_{t-1} (I - erase B_t B_t^T) +
+x_{t,c} B_t``.
 
 Replacing ``h_t`` by ``out^T into h_t`` makes the output error ``C_t^T (I - out^T into) h_t``. Its power, with the state
 and the output vector uncorrelated beyond their second moments ``P = E[gain^2 h h^T]`` and ``W = E[C C^T]``, is
@@ -35,13 +37,16 @@ class Signals:
 
     Attributes:
         x: what enters, shape ``(batch, length, d)``: ``delta u`` in S6; heads and their entries flattened in SSD.
-        step: advance of operational time, non-negative, shape ``(batch, length, d)``.
+        step: advance of operational time, non-negative, shape ``(batch, length, d)``; or ``(batch, length, groups, n)``
+            where every state of a group has a clock of its own, as in gated linear attention.
         rates: decay rates per unit of operational time, positive, shape ``(d, n)``; ones, shape ``(1, 1)``, for one
-            decay per head.
+            decay per head or a clock per state.
         B, C: input and output vectors as the recurrence gets them, shape ``(batch, length, groups, n)``; channel ``c``
             uses group ``c // (d // groups)``.
         gain: factor between the recurrence's output and the layer's: the gate, and the norm of the channel's column in
             the output projection; shape ``(batch, length, d)``, or None for ones.
+        erase: of the delta rule: the share of what is stored along ``B_t`` that is forgotten before ``x_t`` is stored,
+            shape ``(batch, length, groups)``; None for nothing.
     """
 
     x: Tensor
@@ -50,6 +55,7 @@ class Signals:
     B: Tensor
     C: Tensor
     gain: Tensor | None = None
+    erase: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -89,11 +95,21 @@ def moments(signals: Signals) -> Moments:
     x, step, B, C = (value.float() for value in (signals.x, signals.step, signals.B, signals.C))
     (batch, length, d), (groups, n) = x.shape, B.shape[2:]
     rates = signals.rates.float().expand(d, n).reshape(groups, -1, n)
-    x, step = x.reshape(batch, length, groups, -1, 1), step.reshape(batch, length, groups, -1, 1)
+    x = x.reshape(batch, length, groups, -1, 1)
+    if step.ndim == 4:
+        step, rates = step[:, :, :, None], rates * step.mean((0, 1))[:, None]
+        decays = (torch.exp(-now) for now in step.unbind(1))
+    else:
+        step = step.reshape(x.shape)
+        decays = (torch.exp(-now * rates) for now in step.unbind(1))
     gain = torch.ones_like(x) if signals.gain is None else signals.gain.float().reshape(x.shape)
+    erase = None if signals.erase is None else signals.erase.float()[..., None, None]
     h, P = torch.zeros_like(x[:, 0] * rates), x.new_zeros(groups, n, n)
-    for t in range(length):
-        h = torch.exp(-step[:, t] * rates) * h + x[:, t] * B[:, t, :, None]
+    for t, decay in enumerate(decays):
+        h, key = decay * h, B[:, t, :, None]
+        if erase is not None:
+            h = h - erase[:, t] * (h * key).sum(-1, keepdim=True) * key
+        h = h + x[:, t] * key
         seen = (h * gain[:, t]).transpose(0, 1).reshape(groups, -1, n)
         P = torch.baddbmm(P, seen.mT, seen)
     tokens = batch * length

@@ -14,7 +14,7 @@ from compressm.adapters.base import (
 )
 from compressm.adapters.hf_mamba import FalconMambaAdapter, HFMambaAdapter, JambaAdapter
 from compressm.adapters.hf_mamba2 import HFMamba2Adapter
-from compressm.adapters.linear_attention import LinearAttentionAdapter
+from compressm.adapters.linear_attention import DeltaNetAdapter, GatedLinearAttentionAdapter, LinearAttentionAdapter
 from compressm.adapters.lru import LRUAdapter
 from compressm.adapters.mamba import MambaAdapter
 from compressm.adapters.mamba2 import Mamba2Adapter
@@ -28,6 +28,8 @@ register(S4DAdapter())
 register(MambaAdapter())
 register(Mamba2Adapter())
 register(LinearAttentionAdapter())
+register(GatedLinearAttentionAdapter())
+register(DeltaNetAdapter())
 
 # By name, so that the packages are not imported.
 _HUGGING_FACE = "transformers.models.{0}.modeling_{0}.{1}"
@@ -45,7 +47,9 @@ register(MambaSSM2Adapter("mamba_ssm.modules.mamba2.Mamba2"))
 
 __all__ = [
     "Adapter",
+    "DeltaNetAdapter",
     "FalconMambaAdapter",
+    "GatedLinearAttentionAdapter",
     "HFMamba2Adapter",
     "HFMambaAdapter",
     "JambaAdapter",

@@ -115,10 +115,13 @@ class SelectiveAdapter(LayerAdapter):
             Where not, states are selected.
         folds_out: whether any linear map of C can be folded in. Where a non-linearity stands between projection and
             recurrence it cannot, and C is selected like B.
+        rotates: whether the recurrence allows rotations of the states, the same for B and C, and no other change of
+            basis: the delta rule.
     """
 
     folds_into: bool = False
     folds_out: bool = False
+    rotates: bool = False
 
     @abstractmethod
     def signals(self, layer: nn.Module, hidden: Tensor) -> Signals:

@@ -1,4 +1,5 @@
-"""Linear attention with one decay per head: keys and queries are linear in the input, so any map of them folds in."""
+"""Layers with a matrix-valued state: keys and queries are linear in the input, so maps of them fold into their
+projections."""
 
 from __future__ import annotations
 
@@ -9,24 +10,28 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from compressm.adapters.base import LayerChange, ParameterChange, SelectiveAdapter, layer_values
-from compressm.layers.linear_attention import LinearAttention
+from compressm.adapters.mamba import selection_change
+from compressm.layers.linear_attention import DeltaNet, GatedLinearAttention, LinearAttention, MatrixStateLayer
 from compressm.selective import SelectiveReduction, Signals, first_states
 
 
 class LinearAttentionAdapter(SelectiveAdapter):
-    """Folds a reduction, one per head, into the rows of ``k_proj`` and ``q_proj``."""
+    """Folds a reduction, one per head, into the rows of ``k_proj`` and ``q_proj``. All states decay alike, so that it
+    may be any."""
 
     layer_type = LinearAttention
     folds_into = True
     folds_out = True
 
     def signals(self, layer: nn.Module, hidden: Tensor) -> Signals:
-        assert isinstance(layer, LinearAttention)
-        v, log_decay, k, q = layer.recurrence(hidden)
-        step = (-log_decay)[..., None].expand_as(v)
+        assert isinstance(layer, MatrixStateLayer)
+        v, log_decay, *beta, k, q = layer.recurrence(hidden)
+        step = -log_decay if log_decay.ndim == 4 else (-log_decay)[..., None].expand_as(v).flatten(-2)
+        erase = beta[0] if beta else None
+        stored = v if erase is None else erase[..., None] * v
         # The norm divides all channels of a head and token by one number, which is left out here.
         gain = F.silu(layer.gate_proj(hidden)) * layer.norm_weight * layer.out_proj.weight.norm(dim=0)
-        return Signals(v.flatten(-2), step.flatten(-2), v.new_ones(1, 1), k, q, gain)
+        return Signals(stored.flatten(-2), step, v.new_ones(1, 1), k, q, gain, erase)
 
     def plan(self, values: Mapping[str, Tensor], reduction: SelectiveReduction) -> LayerChange:
         rows = reduction.into.shape[0] * reduction.states
@@ -39,12 +44,39 @@ class LinearAttentionAdapter(SelectiveAdapter):
         )
 
     def state_dim(self, layer: nn.Module) -> int:
-        assert isinstance(layer, LinearAttention)
+        assert isinstance(layer, MatrixStateLayer)
         return layer.d_state
 
     def resized(self, layer: nn.Module, states: int) -> LayerChange:
-        assert isinstance(layer, LinearAttention)
+        assert isinstance(layer, MatrixStateLayer)
         return self.plan(layer_values(layer), first_states(layer.d_state, states, layer.n_heads))
+
+
+class GatedLinearAttentionAdapter(LinearAttentionAdapter):
+    """Keeps some key dimensions, each with its decay; queries take over the work of the others."""
+
+    layer_type = GatedLinearAttention
+    folds_into = False
+
+    def plan(self, values: Mapping[str, Tensor], reduction: SelectiveReduction) -> LayerChange:
+        assert reduction.kept is not None
+        heads, n = reduction.into.shape[0], reduction.into.shape[2]
+        kept = (reduction.kept + n * torch.arange(heads)[:, None]).flatten()
+        change = super().plan(values, reduction)
+        gates = (selection_change(name, values[name], 0, kept) for name in ("decay_proj.1.weight", "decay_proj.1.bias"))
+        return LayerChange(
+            (*change.parameters, *gates), {**change.attributes, "decay_proj.1.out_features": kept.shape[0]}
+        )
+
+
+class DeltaNetAdapter(LinearAttentionAdapter):
+    """Rotates keys and queries of a head alike, and keeps the directions that matter. At full rank that is exact. At a
+    smaller one keys are scaled to norm 1 again, by the layer itself, after what was cut from them."""
+
+    layer_type = DeltaNet
+    folds_into = False
+    folds_out = False
+    rotates = True
 
 
 def mapped_rows(name: str, weight: Tensor, into: Tensor, back: Tensor) -> ParameterChange:

@@ -1,7 +1,7 @@
 """State space layers as plain modules: they know nothing of compression."""
 
 from compressm.layers.bidirectional import Bidirectional
-from compressm.layers.linear_attention import LinearAttention
+from compressm.layers.linear_attention import DeltaNet, GatedLinearAttention, LinearAttention
 from compressm.layers.lru import LRU
 from compressm.layers.mamba import Mamba
 from compressm.layers.mamba2 import Mamba2
@@ -20,7 +20,9 @@ __all__ = [
     "S4D",
     "S5",
     "Bidirectional",
+    "DeltaNet",
     "GLUBlock",
+    "GatedLinearAttention",
     "LanguageModel",
     "LinearAttention",
     "Mamba",

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from compressm.layers.activations import gelu_dropout, glu_residual
-from compressm.layers.linear_attention import LinearAttention
+from compressm.layers.linear_attention import DeltaNet, GatedLinearAttention, LinearAttention
 from compressm.layers.lru import LRU
 from compressm.layers.mamba import Mamba
 from compressm.layers.mamba2 import Mamba2
@@ -23,6 +23,8 @@ GATED: dict[str, Callable[..., Any]] = {
     "mamba": Mamba,
     "mamba2": Mamba2,
     "linear_attention": LinearAttention,
+    "gated_linear_attention": GatedLinearAttention,
+    "delta_net": DeltaNet,
 }
 
 
@@ -89,12 +91,12 @@ class ResidualBlock(nn.Module):
     """Norm and a layer around a residual connection: ``out = u + dropout(layer(norm(u)))``.
 
     Args:
-        layer: ``"mamba"``, ``"mamba2"`` or ``"linear_attention"``.
+        layer: a key of `GATED`.
         d_model: width.
         d_state: state dimension n.
         dropout: probability of dropping an activation.
         norm: see `sequence_norm`.
-        options: of `Mamba`, `Mamba2` or `LinearAttention`.
+        options: of that layer.
     """
 
     def __init__(
@@ -236,7 +238,7 @@ class LanguageModel(nn.Module):
         d_state: state dimension n of every block, or one number per block.
         n_layers: number of blocks.
         dropout: probability of dropping an activation in the blocks.
-        layer: ``"mamba"``, ``"mamba2"`` or ``"linear_attention"``.
+        layer: a key of `GATED`.
         options: of the layer.
 
     Shape:

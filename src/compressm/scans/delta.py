@@ -131,10 +131,12 @@ def _chunked(v: Tensor, log_decay: Tensor, beta: Tensor, k: Tensor, q: Tensor, s
     Q = min(length, CHUNK)
     values, keys, queries = (by_chunk(tensor, Q) for tensor in (v, k, q))
     share = by_chunk(beta[..., None], Q)  # (batch, chunks, heads, Q, 1); zero after the end, where nothing changes
-    elapsed = by_chunk(log_decay[..., None], Q).squeeze(-1).cumsum(-1)
+    # Sums of many steps, of which differences are taken: in float32 these would be wrong where much is forgotten.
+    elapsed = by_chunk(log_decay[..., None].double(), Q).squeeze(-1).cumsum(-1)
     ones = torch.ones(Q, Q, dtype=torch.bool, device=v.device)
-    decays = (elapsed[..., :, None] - elapsed[..., None, :]).masked_fill(ones.triu(1), -torch.inf).exp()
-    since_start, to_end = elapsed.exp()[..., None], (elapsed[..., -1:] - elapsed).exp()[..., None]
+    between = (elapsed[..., :, None] - elapsed[..., None, :]).to(v.dtype)
+    decays = between.masked_fill(ones.triu(1), -torch.inf).exp()
+    since_start, to_end = (e.to(v.dtype).exp()[..., None] for e in (elapsed, elapsed[..., -1:] - elapsed))
 
     among = (share * (keys @ keys.transpose(-1, -2)) * decays).masked_fill(ones.triu(), 0.0)
     # Written, if the chunk started with nothing; and what of it each dimension of the state at the start takes away.
@@ -143,7 +145,7 @@ def _chunked(v: Tensor, log_decay: Tensor, beta: Tensor, k: Tensor, q: Tensor, s
         among + torch.eye(Q, dtype=v.dtype, device=v.device), right, upper=False, unitriangular=True
     ).split([p, n], -1)
     mixing = (queries @ keys.transpose(-1, -2)) * decays
-    kept = elapsed[..., -1].exp()[..., None, None]
+    kept = since_start[..., -1:, :]
     reading, storing, outputs = queries * since_start, keys * to_end, list[Tensor]()
     for c in range(values.shape[1]):
         written = alone[:, c] - taken[:, c] @ state.transpose(-1, -2)

@@ -67,6 +67,8 @@ _LAYER_OPTIONS = {
     "mamba": ("expand", "d_conv", "dt_rank"),
     "mamba2": ("expand", "d_conv", "head_dim", "n_groups"),
     "linear_attention": ("expand", "n_heads", "decay"),
+    "gated_linear_attention": ("expand", "n_heads", "gate_rank"),
+    "delta_net": ("expand", "n_heads", "gated"),
 }
 
 
@@ -75,14 +77,17 @@ class ModelConfig(Section):
 
     ``r_min``, ``r_max`` and ``max_phase`` are options of ``layer: lru``; ``dt_min`` and ``dt_max`` of ``s5`` and
     ``s4d``, ``bidirectional`` of ``s5``, ``init`` of ``s4d``; ``expand`` and ``d_conv`` of ``mamba`` and ``mamba2``,
-    ``dt_rank`` of ``mamba``, ``head_dim`` and ``n_groups`` of ``mamba2``; ``n_heads``, ``decay`` and ``expand`` of
-    ``linear_attention``.
+    ``dt_rank`` of ``mamba``, ``head_dim`` and ``n_groups`` of ``mamba2``; ``n_heads`` and ``expand`` of the layers
+    with a matrix-valued state, ``decay`` of ``linear_attention``, ``gate_rank`` of ``gated_linear_attention``,
+    ``gated`` of ``delta_net``.
     """
 
     d_model: int = Field(ge=1)
     d_state: int | list[int]
     n_layers: int = Field(1, ge=1)
-    layer: Literal["lru", "s5", "s4d", "mamba", "mamba2", "linear_attention"] = "lru"
+    layer: Literal["lru", "s5", "s4d", "mamba", "mamba2", "linear_attention", "gated_linear_attention", "delta_net"] = (
+        "lru"
+    )
     dropout: float = Field(0.1, ge=0, lt=1)
     norm: Literal["batch", "layer", "rms"] | None = None
     r_min: float | None = Field(None, ge=0, lt=1)
@@ -99,6 +104,8 @@ class ModelConfig(Section):
     n_groups: int | None = Field(None, ge=1)
     n_heads: int | None = Field(None, ge=1)
     decay: Literal["none", "fixed", "gated"] | None = None
+    gate_rank: int | None = Field(None, ge=1)
+    gated: bool | None = None
 
     @model_validator(mode="after")
     def _consistent(self) -> ModelConfig:
@@ -117,7 +124,8 @@ class ModelConfig(Section):
         dt_min, dt_max = self.dt_min or 1e-3, self.dt_max or 0.1
         if dt_min > dt_max:
             raise ValueError(f"model.dt_min|must not exceed dt_max={dt_max}; the layer's own are 0.001 and 0.1")
-        if self.layer == "linear_attention" and (self.expand or 1) * self.d_model % (self.n_heads or 4):
+        matrix_states = ("linear_attention", "gated_linear_attention", "delta_net")
+        if self.layer in matrix_states and (self.expand or 1) * self.d_model % (self.n_heads or 4):
             raise ValueError(  # before the data are read
                 f"model.n_heads|must divide expand * d_model = {(self.expand or 1) * self.d_model}; it is "
                 f"{self.n_heads or 4}"
