@@ -92,8 +92,9 @@ def _carried(old: list[Tensor], part: ParameterChange, key: str, mode: Carry) ->
     matrix = part.pullback_squared if key in _SQUARED else part.pullback
     stacked = torch.cat([o.to("cpu", torch.float64) for o in old], part.axis)
     if matrix.ndim > 2:  # one change of basis for each index before the state axis
-        moved = (matrix @ stacked[..., None])[..., 0]
-        return [part_new.to(o).contiguous() for part_new, o in zip(moved.chunk(len(old), -1), old, strict=True)]
+        moved = matrix @ stacked.flatten(part.axis + 1) if stacked.ndim > part.axis + 1 else matrix @ stacked[..., None]
+        moved = moved.view(*moved.shape[: part.axis + 1], *stacked.shape[part.axis + 1 :])
+        return [part_new.to(o).contiguous() for part_new, o in zip(moved.chunk(len(old), part.axis), old, strict=True)]
     by_state = stacked.movedim(part.axis, 0)
     moved = (matrix @ by_state.flatten(1)).view(-1, *by_state.shape[1:]) if by_state.ndim > 1 else matrix @ by_state
     moved = moved.movedim(0, part.axis)

@@ -42,9 +42,11 @@ class Signals:
         rates: decay rates per unit of operational time, positive, shape ``(d, n)``; ones, shape ``(1, 1)``, for one
             decay per head or a clock per state.
         B, C: input and output vectors as the recurrence gets them, shape ``(batch, length, groups, n)``; channel ``c``
-            uses group ``c // (d // groups)``.
+            uses group ``c // (d // groups)``. C may be the rows of a matrix that is always the same, shape ``(rows,
+            groups, n)``.
         gain: factor between the recurrence's output and the layer's: the gate, and the norm of the channel's column in
-            the output projection; shape ``(batch, length, d)``, or None for ones.
+            the output projection; shape ``(batch, length, d)``, or ``(batch, length, groups, n)`` where every state has
+            a gate of its own, or None for ones.
         erase: of the delta rule: the share of what is stored along ``B_t`` that is forgotten before ``x_t`` is stored,
             shape ``(batch, length, groups)``; None for nothing.
     """
@@ -102,7 +104,8 @@ def moments(signals: Signals) -> Moments:
     else:
         step = step.reshape(x.shape)
         decays = (torch.exp(-now * rates) for now in step.unbind(1))
-    gain = torch.ones_like(x) if signals.gain is None else signals.gain.float().reshape(x.shape)
+    gain = torch.ones_like(x) if signals.gain is None else signals.gain.float()
+    gain = gain[:, :, :, None] if gain.ndim == 4 else gain.reshape(x.shape)
     erase = None if signals.erase is None else signals.erase.float()[..., None, None]
     h, P = torch.zeros_like(x[:, 0] * rates), x.new_zeros(groups, n, n)
     for t, decay in enumerate(decays):
@@ -113,8 +116,11 @@ def moments(signals: Signals) -> Moments:
         seen = (h * gain[:, t]).transpose(0, 1).reshape(groups, -1, n)
         P = torch.baddbmm(P, seen.mT, seen)
     tokens = batch * length
-    W, V = (vectors.mT @ vectors for vectors in (v.reshape(tokens, groups, n).transpose(0, 1) for v in (C, B)))
-    sums = (P, W, V, B.sum((0, 1)), C.sum((0, 1)), tokens * rates.mean(1))
+    W, V = (vectors.mT @ vectors for vectors in (v.reshape(-1, groups, n).transpose(0, 1) for v in (C, B)))
+    C_sum = C.reshape(-1, groups, n).sum(0)
+    if C.ndim == 3:
+        W, C_sum = tokens * W, tokens * C_sum
+    sums = (P, W, V, B.sum((0, 1)), C_sum, tokens * rates.mean(1))
     return Moments(torch.tensor(float(tokens), dtype=torch.float64), *(s.to("cpu", torch.float64) for s in sums))
 
 

@@ -122,7 +122,7 @@ def test_compression_section_is_the_compressors_arguments() -> None:
         ),
         (
             ["model.layer=mamba3"],
-            "model.layer = 'mamba3': must be 'lru', 's5', 'mamba', 'mamba2' or",
+            "model.layer = 'mamba3': must be 'lru', 's5', 's4d', 'mamba', 'mamba2'",
         ),
         (["model=5"], "model = 5: must be a section with the keys d_model, d_state"),
         (["compression.states=4"], "compression: needs exactly one of tolerance, states, fraction"),

@@ -19,6 +19,7 @@ from compressm.adapters.lru import LRUAdapter
 from compressm.adapters.mamba import MambaAdapter
 from compressm.adapters.mamba2 import Mamba2Adapter
 from compressm.adapters.mamba_ssm import MambaSSM2Adapter, MambaSSMAdapter
+from compressm.adapters.rg_lru import RecurrentBlockAdapter, RecurrentGemmaAdapter
 from compressm.adapters.s4d import S4DAdapter
 from compressm.adapters.s5 import S5Adapter
 
@@ -30,6 +31,7 @@ register(Mamba2Adapter())
 register(LinearAttentionAdapter())
 register(GatedLinearAttentionAdapter())
 register(DeltaNetAdapter())
+register(RecurrentBlockAdapter())
 
 # By name, so that the packages are not imported.
 _HUGGING_FACE = "transformers.models.{0}.modeling_{0}.{1}"
@@ -42,6 +44,7 @@ register(HFMamba2Adapter(_HUGGING_FACE.format("falcon_h1", "FalconH1Mixer"), "ma
 register(HFMamba2Adapter(_HUGGING_FACE.format("granitemoehybrid", "GraniteMoeHybridMambaLayer"), "mamba_d_state"))
 register(HFMamba2Adapter(_HUGGING_FACE.format("nemotron_h", "NemotronHMamba2Mixer"), "ssm_state_size"))
 register(HFMamba2Adapter(_HUGGING_FACE.format("zamba2", "Zamba2MambaMixer"), "mamba_d_state"))
+register(RecurrentGemmaAdapter(_HUGGING_FACE.format("recurrent_gemma", "RecurrentGemmaRecurrentBlock")))
 register(MambaSSMAdapter("mamba_ssm.modules.mamba_simple.Mamba"))
 register(MambaSSM2Adapter("mamba_ssm.modules.mamba2.Mamba2"))
 
@@ -62,6 +65,8 @@ __all__ = [
     "MambaSSM2Adapter",
     "MambaSSMAdapter",
     "ParameterChange",
+    "RecurrentBlockAdapter",
+    "RecurrentGemmaAdapter",
     "S4DAdapter",
     "S5Adapter",
     "SelectiveAdapter",

@@ -12,6 +12,7 @@ from compressm.layers.models import (
     SequenceClassifier,
     parameter_groups,
 )
+from compressm.layers.rg_lru import RecurrentBlock
 from compressm.layers.s4d import S4D
 from compressm.layers.s5 import S5
 
@@ -27,6 +28,7 @@ __all__ = [
     "LinearAttention",
     "Mamba",
     "Mamba2",
+    "RecurrentBlock",
     "ResidualBlock",
     "SequenceClassifier",
     "parameter_groups",

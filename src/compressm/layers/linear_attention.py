@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Callable
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +23,7 @@ class MatrixStateLayer(nn.Module):
         out = out_proj(weight * rms_norm(y) * SiLU(gate))
 
     with ``y`` what the recurrence reads from its state with the queries, and the norm taken head by head. A subclass
-    has a recurrence.
+    has a recurrence: ``scan`` over what `recurrence` returns, and ``scan_step``.
 
     Args:
         d_model: width of the sequences.
@@ -34,6 +35,9 @@ class MatrixStateLayer(nn.Module):
     Shape:
         input and output ``(batch, length, d_model)``.
     """
+
+    scan: Callable[..., Any]
+    scan_step: Callable[..., tuple[Tensor, Tensor]]
 
     def __init__(self, d_model: int, d_state: int, n_heads: int, expand: int, norm_eps: float) -> None:
         super().__init__()
@@ -61,14 +65,6 @@ class MatrixStateLayer(nn.Module):
 
     def forward(self, u: Tensor) -> Tensor:
         return self.read_out(self.scan(*self.recurrence(u)), u)
-
-    def scan(self, *sequences: Tensor) -> Tensor:
-        """The recurrence over what `recurrence` returned."""
-        raise NotImplementedError
-
-    def scan_step(self, state: Tensor, *now: Tensor) -> tuple[Tensor, Tensor]:
-        """One step of it."""
-        raise NotImplementedError
 
     def recurrence(self, u: Tensor) -> tuple[Tensor, ...]:
         """What the recurrence gets for ``u`` of shape ``(..., d_model)``: values ``(..., heads, head_dim)`` first, keys
@@ -119,6 +115,9 @@ class LinearAttention(MatrixStateLayer):
         input and output ``(batch, length, d_model)``.
     """
 
+    scan = staticmethod(ssd_scan)
+    scan_step = staticmethod(ssd_step)
+
     def __init__(
         self,
         d_model: int,
@@ -134,12 +133,6 @@ class LinearAttention(MatrixStateLayer):
         self.decay: Decay = decay
         if decay == "gated":
             self.decay_proj = nn.Linear(d_model, n_heads)
-
-    def scan(self, *sequences: Tensor) -> Tensor:
-        return ssd_scan(*sequences)
-
-    def scan_step(self, state: Tensor, *now: Tensor) -> tuple[Tensor, Tensor]:
-        return ssd_step(state, *now)
 
     def recurrence(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Values, logarithm of the decay ``(..., heads)``, keys and queries; see `MatrixStateLayer.recurrence`."""
@@ -167,6 +160,9 @@ class GatedLinearAttention(MatrixStateLayer):
         input and output ``(batch, length, d_model)``.
     """
 
+    scan = staticmethod(gla_scan)
+    scan_step = staticmethod(gla_step)
+
     def __init__(
         self,
         d_model: int,
@@ -182,12 +178,6 @@ class GatedLinearAttention(MatrixStateLayer):
         self.decay_proj = nn.Sequential(
             nn.Linear(d_model, gate_rank, bias=False), nn.Linear(gate_rank, n_heads * d_state)
         )
-
-    def scan(self, *sequences: Tensor) -> Tensor:
-        return gla_scan(*sequences)
-
-    def scan_step(self, state: Tensor, *now: Tensor) -> tuple[Tensor, Tensor]:
-        return gla_step(state, *now)
 
     def recurrence(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Values, logarithm of the decay ``(..., heads, n)``, keys and queries; see `MatrixStateLayer.recurrence`."""
@@ -212,6 +202,9 @@ class DeltaNet(MatrixStateLayer):
         input and output ``(batch, length, d_model)``.
     """
 
+    scan = staticmethod(delta_scan)
+    scan_step = staticmethod(delta_step)
+
     def __init__(
         self,
         d_model: int,
@@ -226,12 +219,6 @@ class DeltaNet(MatrixStateLayer):
         self.beta_proj = nn.Linear(d_model, n_heads)
         if gated:
             self.decay_proj = nn.Linear(d_model, n_heads)
-
-    def scan(self, *sequences: Tensor) -> Tensor:
-        return delta_scan(*sequences)
-
-    def scan_step(self, state: Tensor, *now: Tensor) -> tuple[Tensor, Tensor]:
-        return delta_step(state, *now)
 
     def recurrence(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """Values, logarithm of the decay and beta ``(..., heads)``, keys and queries; see

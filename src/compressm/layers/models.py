@@ -14,6 +14,7 @@ from compressm.layers.linear_attention import DeltaNet, GatedLinearAttention, Li
 from compressm.layers.lru import LRU
 from compressm.layers.mamba import Mamba
 from compressm.layers.mamba2 import Mamba2
+from compressm.layers.rg_lru import RecurrentBlock
 from compressm.layers.s4d import S4D
 from compressm.layers.s5 import S5
 
@@ -25,6 +26,7 @@ GATED: dict[str, Callable[..., Any]] = {
     "linear_attention": LinearAttention,
     "gated_linear_attention": GatedLinearAttention,
     "delta_net": DeltaNet,
+    "rg_lru": RecurrentBlock,
 }
 
 

@@ -75,10 +75,10 @@ class S5(nn.Module):
         return self.log_decay.shape[0]
 
     def forward(self, u: Tensor) -> Tensor:
-        discrete, C = self._discrete(), (2 * self.C_re, 2 * self.C_im)
-        y = lti_scan(u, *discrete, *(part[: self.d_model] for part in C))
+        discrete, C_re, C_im, H = self._discrete(), 2 * self.C_re, 2 * self.C_im, self.d_model
+        y = lti_scan(u, *discrete, C_re[:H], C_im[:H])
         if self.bidirectional:
-            y = y + lti_scan(u.flip(1), *discrete, *(part[self.d_model :] for part in C)).flip(1)
+            y = y + lti_scan(u.flip(1), *discrete, C_re[H:], C_im[H:]).flip(1)
         return torch.addcmul(y, self.D, u)
 
     def initial_state(self, batch: int) -> Tensor:

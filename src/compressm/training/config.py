@@ -59,6 +59,18 @@ class DataConfig(Section):
         return self
 
 
+Layer = Literal[
+    "lru",
+    "s5",
+    "s4d",
+    "mamba",
+    "mamba2",
+    "linear_attention",
+    "gated_linear_attention",
+    "delta_net",
+    "rg_lru",
+]
+
 # Which options each layer has; the defaults are the layer's own.
 _LAYER_OPTIONS = {
     "lru": ("r_min", "r_max", "max_phase"),
@@ -69,6 +81,7 @@ _LAYER_OPTIONS = {
     "linear_attention": ("expand", "n_heads", "decay"),
     "gated_linear_attention": ("expand", "n_heads", "gate_rank"),
     "delta_net": ("expand", "n_heads", "gated"),
+    "rg_lru": ("n_blocks", "d_conv"),
 }
 
 
@@ -79,15 +92,13 @@ class ModelConfig(Section):
     ``s4d``, ``bidirectional`` of ``s5``, ``init`` of ``s4d``; ``expand`` and ``d_conv`` of ``mamba`` and ``mamba2``,
     ``dt_rank`` of ``mamba``, ``head_dim`` and ``n_groups`` of ``mamba2``; ``n_heads`` and ``expand`` of the layers
     with a matrix-valued state, ``decay`` of ``linear_attention``, ``gate_rank`` of ``gated_linear_attention``,
-    ``gated`` of ``delta_net``.
+    ``gated`` of ``delta_net``, ``n_blocks`` and ``d_conv`` of ``rg_lru``.
     """
 
     d_model: int = Field(ge=1)
     d_state: int | list[int]
     n_layers: int = Field(1, ge=1)
-    layer: Literal["lru", "s5", "s4d", "mamba", "mamba2", "linear_attention", "gated_linear_attention", "delta_net"] = (
-        "lru"
-    )
+    layer: Layer = "lru"
     dropout: float = Field(0.1, ge=0, lt=1)
     norm: Literal["batch", "layer", "rms"] | None = None
     r_min: float | None = Field(None, ge=0, lt=1)
@@ -106,6 +117,7 @@ class ModelConfig(Section):
     decay: Literal["none", "fixed", "gated"] | None = None
     gate_rank: int | None = Field(None, ge=1)
     gated: bool | None = None
+    n_blocks: int | None = Field(None, ge=1)
 
     @model_validator(mode="after")
     def _consistent(self) -> ModelConfig:

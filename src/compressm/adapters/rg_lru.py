@@ -1,0 +1,123 @@
+"""Griffin's recurrent blocks, ours and RecurrentGemma's: states are channels, and a cut takes some of them out of every
+parameter.
+
+Each channel is a system of order one of its own, so that no change of basis makes it smaller. What can be reduced is
+their number. The output projection takes over the work of the channels that go, as far as the others carry the same;
+the gates lose these channels among their inputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from compressm.adapters.base import LayerChange, ParameterChange, SelectiveAdapter, layer_values
+from compressm.adapters.hf_base import HuggingFaceAdapter
+from compressm.adapters.mamba import selection_change
+from compressm.layers.rg_lru import RecurrentBlock, recurrence_terms, short_conv
+from compressm.selective import SelectiveReduction, Signals, first_states
+
+_GATES = ("rg_lru.input_gate_weight", "rg_lru.recurrent_gate_weight")
+
+
+class RecurrentBlockAdapter(SelectiveAdapter):
+    """Keeps the same number of channels in every block of the gates."""
+
+    layer_type = RecurrentBlock
+    folds_out = True
+
+    def signals(self, layer: nn.Module, hidden: Tensor) -> Signals:
+        module: Any = layer
+        x = short_conv(module.conv_1d, module.linear_x(hidden))
+        decay, driven = recurrence_terms(x, dict(module.rg_lru.named_parameters()))
+        blocks = module.rg_lru.input_gate_weight.shape[:2]
+        decay, driven = decay.unflatten(-1, blocks), driven.unflatten(-1, blocks)
+        gate = self.activation(module)(module.linear_y(hidden)).unflatten(-1, blocks)
+        columns = module.linear_out.weight.unflatten(-1, blocks)
+        return Signals(driven.new_ones(driven.shape[:3]), decay, decay.new_ones(1, 1), driven, columns, gate)
+
+    def activation(self, layer: Any) -> Any:
+        """Of the branch that gates."""
+        del layer
+        return lambda y: F.gelu(y, approximate="tanh")
+
+    def plan(self, values: Mapping[str, Tensor], reduction: SelectiveReduction) -> LayerChange:
+        assert reduction.kept is not None
+        kept, (blocks, r, n) = reduction.kept, reduction.into.shape
+        channels = (kept + n * torch.arange(blocks)[:, None]).flatten()
+        one_axis = [
+            "linear_x.weight", "linear_x.bias", "linear_y.weight", "linear_y.bias", "conv_1d.weight", "conv_1d.bias",
+            "rg_lru.recurrent_param",
+        ]  # fmt: skip
+        parts = [selection_change(name, values[name], 0, channels) for name in one_axis if name in values]
+        for name in _GATES:
+            parts += gate_changes(name, values[name], kept)
+            bias = name.replace("weight", "bias")
+            parts.append(per_block(bias, values[bias], kept, values[bias].gather(1, kept.to(values[bias].device))))
+        # gated h = out^T (gated h)', so that the columns become W out^T.
+        weight = values["linear_out.weight"].detach().to("cpu", torch.float64).unflatten(1, (blocks, n))
+        new = torch.einsum("dbn,brn->dbr", weight, reduction.out).flatten(1)
+        pullback = torch.block_diag(*reduction.into)
+        parts.append(
+            ParameterChange(
+                ("linear_out.weight",), (new.to(values["linear_out.weight"]),), 1, pullback, pullback.square()
+            )
+        )
+        width = blocks * r
+        attributes = {f"{name}.out_features": width for name in ("linear_x", "linear_y")}
+        attributes |= {f"conv_1d.{name}": width for name in ("in_channels", "out_channels", "groups")}
+        return LayerChange(tuple(parts), {**attributes, "linear_out.in_features": width})
+
+    def state_dim(self, layer: nn.Module) -> int:
+        return layer.get_parameter(_GATES[0]).shape[1]
+
+    def resized(self, layer: nn.Module, states: int) -> LayerChange:
+        values = layer_values(layer)
+        return self.plan(values, first_states(self.state_dim(layer), states, values[_GATES[0]].shape[0]))
+
+
+class RecurrentGemmaAdapter(HuggingFaceAdapter, RecurrentBlockAdapter):
+    """``RecurrentGemmaRecurrentBlock`` of transformers, whose config has the whole width."""
+
+    config_field = "lru_width"
+
+    def activation(self, layer: Any) -> Any:
+        return layer.act_fn
+
+    def plan(self, values: Mapping[str, Tensor], reduction: SelectiveReduction) -> LayerChange:
+        change = super().plan(values, reduction)
+        blocks, r = reduction.into.shape[:2]
+        return LayerChange(change.parameters, {**change.attributes, "lru_width": blocks * r, "rg_lru.block_width": r})
+
+    def dims_in(self, module: nn.Module) -> list[int]:
+        blocks = getattr(getattr(module, "config", None), "num_attention_heads", 1)
+        return [blocks * states for states in super().dims_in(module)]
+
+
+def gate_changes(name: str, weight: Tensor, kept: Tensor) -> list[ParameterChange]:
+    """Rows and columns that stay of a block diagonal matrix, as one change after the other.
+
+    Args:
+        name: the parameter's name.
+        weight: shape ``(blocks, n, n)``.
+        kept: channels that stay of each block, shape ``(blocks, r)``.
+    """
+    index, (blocks, r), n = kept.to(weight.device), kept.shape, weight.shape[1]
+    rows = weight.detach().gather(1, index[:, :, None].expand(blocks, r, n))
+    both = rows.gather(2, index[:, None, :].expand(blocks, r, r))
+    chosen = torch.eye(n, dtype=torch.float64)[kept]
+    columns = chosen[:, None].expand(blocks, r, r, n)
+    return [
+        ParameterChange((name,), (rows,), 1, chosen, chosen),
+        ParameterChange((name,), (both,), 2, columns, columns),
+    ]
+
+
+def per_block(name: str, value: Tensor, kept: Tensor, new: Tensor) -> ParameterChange:
+    """Entries that stay of a parameter of shape ``(blocks, n)``."""
+    chosen = torch.eye(value.shape[1], dtype=torch.float64)[kept]
+    return ParameterChange((name,), (new.detach(),), 1, chosen, chosen)
