@@ -4,6 +4,7 @@ from compressm.balancing import balance, truncate
 from compressm.checkpoint import load, save
 from compressm.compressor import Compressor
 from compressm.errors import CompressmError
+from compressm.filters import distil
 from compressm.history import Event
 from compressm.ranks import RankRule
 from compressm.reduce import Report, compress
@@ -23,6 +24,7 @@ __all__ = [
     "analyze",
     "balance",
     "compress",
+    "distil",
     "load",
     "save",
     "truncate",

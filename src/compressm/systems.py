@@ -107,7 +107,7 @@ class DiagonalSystem:
             shape ``(*batch, length, q, p)``, float64 for real output and complex128 otherwise.
         """
         steps = torch.arange(length, dtype=torch.float64)
-        powers = self.lam[..., None, :] ** steps[:, None]  # (*batch, length, n)
+        powers = torch.where(steps[:, None] == 0, 1.0, self.lam[..., None, :] ** steps[:, None])  # 0^0 = 1
         kernel = (self.C[..., None, :, :] * powers[..., None, :]) @ self.B[..., None, :, :]
         return kernel.real.clone() if self.real_output else kernel
 

@@ -1,6 +1,7 @@
 """State space layers as plain modules: they know nothing of compression."""
 
 from compressm.layers.bidirectional import Bidirectional
+from compressm.layers.hyena import Hyena, LongConvolution
 from compressm.layers.linear_attention import DeltaNet, GatedLinearAttention, LinearAttention
 from compressm.layers.lru import LRU
 from compressm.layers.mamba import Mamba
@@ -24,8 +25,10 @@ __all__ = [
     "DeltaNet",
     "GLUBlock",
     "GatedLinearAttention",
+    "Hyena",
     "LanguageModel",
     "LinearAttention",
+    "LongConvolution",
     "Mamba",
     "Mamba2",
     "RecurrentBlock",

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from compressm.layers.activations import gelu_dropout, glu_residual
+from compressm.layers.hyena import Hyena
 from compressm.layers.linear_attention import DeltaNet, GatedLinearAttention, LinearAttention
 from compressm.layers.lru import LRU
 from compressm.layers.mamba import Mamba
@@ -27,6 +28,7 @@ GATED: dict[str, Callable[..., Any]] = {
     "gated_linear_attention": GatedLinearAttention,
     "delta_net": DeltaNet,
     "rg_lru": RecurrentBlock,
+    "hyena": Hyena,
 }
 
 

@@ -274,6 +274,10 @@ EXPERIMENTS: dict[str, Experiment] = {
         ),
         _family("s5", "S5", 12, d_state=128, norm="batch", d_model=16),
         _family("mamba2", "Mamba-2", 12, d_state=128, head_dim=16),
+        _family("s4d", "S4D", 8, d_state=32, norm="batch"),
+        _family("gated_linear_attention", "gated linear attention", 8, d_state=64, n_heads=2),
+        _family("delta_net", "Gated DeltaNet", 8, d_state=64, n_heads=2, gated=True),
+        _family("rg_lru", "Griffin's recurrent block", 24, d_state=128),
         _family("linear_attention", "linear attention with gated decay", 8, d_state=64, n_heads=2, decay="gated"),
         Experiment(
             "mamba-784",
