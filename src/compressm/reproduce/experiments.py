@@ -276,7 +276,7 @@ EXPERIMENTS: dict[str, Experiment] = {
         _family("mamba2", "Mamba-2", 12, d_state=128, head_dim=16),
         _family("s4d", "S4D", 8, d_state=32, norm="batch"),
         _family("gated_linear_attention", "gated linear attention", 8, d_state=64, n_heads=2),
-        _family("delta_net", "Gated DeltaNet", 8, d_state=64, n_heads=2, gated=True),
+        _family("delta_net", "Gated DeltaNet", 8, d_state=32, n_heads=2, gated=True),
         _family("rg_lru", "Griffin's recurrent block", 24, d_state=128),
         _family("linear_attention", "linear attention with gated decay", 8, d_state=64, n_heads=2, decay="gated"),
         Experiment(
