@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from compressm.adapters.s5 import hold
+from compressm.certificate import MAX_CONDITION
 from compressm.errors import InvalidRankRuleError, InvalidSystemError, UnsupportedModelError
 from compressm.layers.hyena import LongConvolution
 from compressm.layers.s4d import S4D
@@ -59,7 +60,7 @@ def realize(filters: Tensor, order: int) -> Realization:
 
     Args:
         filters: impulse responses, shape ``(filters, L)``.
-        order: real order: a complex state counts for two, and for one if its eigenvalue is real.
+        order: real order, at most: a complex state counts for two, and for one if its eigenvalue is real.
 
     Raises:
         InvalidRankRuleError: order below 1.
@@ -73,24 +74,28 @@ def realize(filters: Tensor, order: int) -> Realization:
     if not bool(h.isfinite().all()):
         raise InvalidSystemError("filters must be finite; the layer has diverged")
     parts = [_realize_one(response, min(order, h.shape[1])) for response in h]
-    states = max(lam.shape[0] for lam, _, _ in parts)
+    states = max(part[0].shape[0] for part in parts)
 
     def stacked(values: list[Tensor], fill: float) -> Tensor:
         return torch.stack([F.pad(v, (0, states - v.shape[0]), value=fill) for v in values])
 
     # A state that does nothing has an eigenvalue all the same, so that it can be trained.
-    lam, c = stacked([lam for lam, _, _ in parts], 0.5), stacked([c for _, c, _ in parts], 0.0)
-    hsv = torch.stack([part[2] for part in parts])
+    lam, c = stacked([part[0] for part in parts], 0.5), stacked([part[1] for part in parts], 0.0)
+    hsv, bound = torch.stack([part[2] for part in parts]), torch.stack([2 * part[2][part[3] :].sum() for part in parts])
     system = DiagonalSystem(lam, torch.ones_like(lam)[..., None], c[:, None])
     length = h.shape[1]
     within = h - system.kernel(length)[..., 0, 0]
     beyond = DiagonalSystem(lam, system.B, (c * lam**length)[:, None]).h2_norm()
     error = (within.square().sum(1) + beyond.square()).sqrt()
-    return Realization(system, hsv, 2 * hsv[:, order:].sum(1), error, h.norm(dim=1))
+    return Realization(system, hsv, bound, error, h.norm(dim=1))
 
 
-def _realize_one(h: Tensor, order: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Eigenvalues and residues of complex states, and all Hankel singular values, of one filter."""
+def _realize_one(h: Tensor, order: int) -> tuple[Tensor, Tensor, Tensor, int]:
+    """Eigenvalues and residues of complex states, all Hankel singular values, and the order realised, of one filter.
+
+    A delay line itself is not diagonalisable, and a model of nearly its order hardly: the order is lowered until the
+    eigenvectors are good.
+    """
     length = h.shape[0]
     index = torch.arange(length)
     padded = torch.cat([h, h.new_zeros(length)])
@@ -103,7 +108,8 @@ def _realize_one(h: Tensor, order: int) -> tuple[Tensor, Tensor, Tensor]:
         V, half = vectors[:, decreasing[:order]], hsv[:order].sqrt()
         A = half[:, None] * (V[1:].mT @ V[:-1]) / half
         eigenvalues, basis = torch.linalg.eig(A)
-        if bool((eigenvalues.abs() < 1).all()):
+        values = torch.linalg.svdvals(basis)
+        if bool((eigenvalues.abs() < 1).all()) and float(values[0]) < MAX_CONDITION * float(values[-1]):
             residues = ((h @ V) / half).to(basis) @ basis * torch.linalg.solve(basis, (half * V[0]).to(basis))
             upper, real = eigenvalues.imag > 0, eigenvalues.imag == 0
             # y = Re(sum c lam^j): a conjugate pair is one state with twice its residue.
@@ -111,9 +117,10 @@ def _realize_one(h: Tensor, order: int) -> tuple[Tensor, Tensor, Tensor]:
                 torch.cat([eigenvalues[upper], eigenvalues[real]]),
                 torch.cat([2 * residues[upper], residues[real]]),
                 hsv,
+                order,
             )
-        order -= 1  # equal Hankel singular values on both sides of the cut leave a mode on the unit circle
-    return torch.full((1,), 0.5, dtype=torch.complex128), torch.zeros(1, dtype=torch.complex128), hsv
+        order -= 1  # as equal Hankel singular values on both sides of the cut leave a mode on the unit circle, too
+    return torch.full((1,), 0.5, dtype=torch.complex128), torch.zeros(1, dtype=torch.complex128), hsv, 0
 
 
 @dataclass(frozen=True)
@@ -202,15 +209,13 @@ def as_s4d(system: DiagonalSystem, D: Tensor) -> S4D:
     log_decay = decay.log() - log_step
     gain, _ = hold(log_decay, frequency, log_step)
     C = residues / (2 * gain)
-    layer = S4D(*lam.shape)
+    layer = S4D(*lam.shape).to(D.device, D.dtype)
     values = {
         "log_decay": log_decay, "frequency": frequency, "log_step": log_step[:, 0], "C_re": C.real, "C_im": C.imag,
     }  # fmt: skip
     with torch.no_grad():
         for name, value in values.items():
             layer.get_parameter(name).copy_(value)
-    layer = layer.to(D.device, D.dtype)
-    with torch.no_grad():
         layer.D.copy_(D)
     return layer
 

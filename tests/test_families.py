@@ -1,0 +1,201 @@
+"""What is promised of every kind of layer, held against it; docs/families.md is made of what is measured here."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import compressm
+from compressm.adapters import Adapter, find_layers
+from compressm.adapters.base import layer_values, write
+from compressm.balancing import balance, truncate
+from compressm.layers import (
+    LRU,
+    S4D,
+    S5,
+    DeltaNet,
+    GatedLinearAttention,
+    Hyena,
+    LinearAttention,
+    Mamba,
+    Mamba2,
+    RecurrentBlock,
+)
+from compressm.selection import _balanced_maps, reduce_selective
+from compressm.selective import ErrorEstimate, SelectiveReduction, balance_selective
+from compressm.statistics import gather
+
+WIDTH, STATES = 16, 24
+
+
+@dataclass(frozen=True)
+class Family:
+    """A row of the table.
+
+    Attributes:
+        title: for people.
+        make: builds the layer.
+        how: how it is cut, for the table.
+    """
+
+    title: str
+    make: Callable[[], Any]
+    how: str
+
+
+EXACT = "balanced truncation"
+SELECTED = "states selected; the others' work folds into C"
+FAMILIES = {
+    "lru": Family("LRU", lambda: LRU(WIDTH, STATES, r_min=0.9, max_phase=0.5), EXACT),
+    "s5": Family("S5", lambda: S5(WIDTH, STATES, dt_min=1e-2), EXACT),
+    "s5-both": Family("S5, both directions", lambda: S5(WIDTH, STATES, dt_min=1e-2, bidirectional=True), EXACT),
+    "s4d": Family("S4D", lambda: S4D(WIDTH, STATES, dt_min=1e-2), f"{EXACT} per channel, one rank for all"),
+    "hyena": Family("Hyena, distilled", lambda: distilled(), f"Hankel SVD of the filter, then {EXACT}"),
+    "mamba": Family("Mamba (S6)", lambda: Mamba(WIDTH, STATES), SELECTED),
+    "mamba2": Family("Mamba-2 (SSD)", lambda: Mamba2(WIDTH, STATES, head_dim=8), "states selected"),
+    "linear-attention": Family(
+        "linear attention", lambda: LinearAttention(WIDTH, STATES, 2, decay="none"), f"{EXACT} per head"
+    ),
+    "retnet": Family(
+        "RetNet (fixed decay)", lambda: LinearAttention(WIDTH, STATES, 2, decay="fixed"), f"{EXACT} per head"
+    ),
+    "gated": Family(
+        "linear attention, gated decay", lambda: LinearAttention(WIDTH, STATES, 2, decay="gated"), f"{EXACT} per head"
+    ),
+    "gla": Family("gated linear attention", lambda: GatedLinearAttention(WIDTH, STATES, 2), SELECTED + ", per head"),
+    "delta-net": Family("DeltaNet", lambda: DeltaNet(WIDTH, STATES, 2), "one rotation of q and k, per head"),
+    "gated-delta-net": Family(
+        "Gated DeltaNet", lambda: DeltaNet(WIDTH, STATES, 2, gated=True), "one rotation of q and k, per head"
+    ),
+    "rg-lru": Family(
+        "RG-LRU (Griffin)", lambda: RecurrentBlock(WIDTH, STATES, 2), "channels selected; the others' work folds out"
+    ),
+}
+
+
+def distilled() -> Hyena:
+    layer = Hyena(WIDTH, max_length=128)
+    compressm.distil(layer, order=2 * STATES)
+    return layer
+
+
+def build(name: str, dtype: torch.dtype) -> tuple[nn.Module, Tensor]:
+    """A layer, and sequences that vary slowly enough for a state to matter."""
+    torch.manual_seed(0)
+    layer = FAMILIES[name].make().to(dtype)
+    u = torch.randn(4, 100, WIDTH, dtype=dtype).cumsum(1) / 5
+    return layer, u - u.mean(1, keepdim=True)
+
+
+def change_of_basis(layer: nn.Module, u: Tensor) -> None:
+    """A cut that cuts nothing, in place: all states, in other coordinates where the family has any."""
+    (path, (module, adapter)), *_ = find_layers(layer).items()
+    n = adapter.state_dim(module)
+    if isinstance(adapter, Adapter):
+        reduction = truncate(balance(adapter.read(layer_values(module))), n, exceed=True)
+        write(module, adapter.plan(layer_values(module), reduction))
+        return
+    balancing = balance_selective(gather(layer, [u])[path])
+    if adapter.rotates:
+        basis = torch.linalg.qr(torch.randn(balancing.P.shape, dtype=torch.float64))[0]
+        reduction = SelectiveReduction(basis, basis, None, ErrorEstimate(n, n, 0.0, 0.0))
+    elif adapter.folds_into:
+        into, out = _balanced_maps(balancing, n)
+        reduction = SelectiveReduction(into, out, None, ErrorEstimate(n, n, 0.0, 0.0))
+    else:
+        reduction = reduce_selective(balancing, n, False, adapter.folds_out)
+    write(module, adapter.plan(layer_values(module), reduction))
+
+
+def error(layer: nn.Module, u: Tensor, before: Tensor) -> float:
+    with torch.no_grad():
+        return float((layer(u) - before).norm() / before.norm())
+
+
+@pytest.fixture(scope="module")
+def measured(request: pytest.FixtureRequest) -> Iterator[dict[str, dict[str, Any]]]:
+    rows: dict[str, dict[str, Any]] = {name: {"title": f.title, "how": f.how} for name, f in FAMILIES.items()}
+    yield rows
+    target = request.config.getoption("--families")
+    if target:
+        Path(str(target)).write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_at_full_rank_outputs_stay(name: str, measured: dict[str, dict[str, Any]]) -> None:
+    for dtype, tolerance in ((torch.float64, 1e-7), (torch.float32, 2e-5)):
+        layer, u = build(name, dtype)
+        with torch.no_grad():
+            before = layer(u)
+        change_of_basis(layer, u)
+        found = error(layer, u, before)
+        measured[name][f"full_rank_{str(dtype).removeprefix('torch.')}"] = found
+        assert found <= tolerance
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_at_half_rank_the_error_is_what_was_said(name: str, measured: dict[str, dict[str, Any]]) -> None:
+    layer, u = build(name, torch.float32)
+    with torch.no_grad():
+        before = layer(u)
+    at_random = copy.deepcopy(layer)
+    (report,) = compressm.compress(layer, states=STATES // 2, data=[u]).layers
+    compressm.compress(at_random, states=STATES // 2, data=[u], selection="random")
+    found, other = error(layer, u, before), error(at_random, u, before)
+    certificate: Any = report.certificate
+    selective = isinstance(certificate, ErrorEstimate)
+    said = certificate.relative_error if selective else certificate.relative_h2_error
+    measured[name] |= {"states": [report.states_before, report.states_after], "half_rank": found, "random": other}
+    measured[name] |= {"said": said, "kind": "expected" if selective else "H2"}
+    assert report.states_after <= STATES // 2
+    assert certificate.valid
+    assert found < 0.75 * other
+    if name in ("lru", "s5", "s4d"):  # the layer is the system, and D u besides
+        assert found * before.norm() <= certificate.bound * u.norm()
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_after_a_cut_it_trains_on(name: str, measured: dict[str, dict[str, Any]]) -> None:
+    layer, u = build(name, torch.float32)
+    target, optimizer = u.roll(1, 1), torch.optim.Adam(layer.parameters(), lr=3e-3)
+
+    def step() -> float:
+        optimizer.zero_grad()
+        loss = (layer(u) - target).square().mean()
+        loss.backward()
+        optimizer.step()
+        return float(loss.detach())
+
+    losses = [step() for _ in range(10)]
+    compressm.compress(layer, states=STATES // 2, data=[u], optimizer=optimizer)
+    before = {key: value.detach().clone() for key, value in layer.named_parameters()}
+    losses += [step() for _ in range(10)]
+    for key, parameter in layer.named_parameters():
+        assert parameter.grad is not None, key
+        assert parameter.grad.shape == parameter.shape
+        assert bool((parameter != before[key]).any()), key
+    for state in optimizer.state.values():
+        assert all(bool(v.isfinite().all()) for v in state.values() if isinstance(v, Tensor))
+    assert losses[-1] < losses[0]
+    measured[name]["trains"] = True
+
+
+@pytest.mark.parametrize("name", [name for name in FAMILIES if name != "s5-both"])
+def test_after_a_cut_it_generates_step_by_step(name: str, measured: dict[str, dict[str, Any]]) -> None:
+    layer, u = build(name, torch.float64)
+    compressm.compress(layer, states=STATES // 2, data=[u])
+    state, outputs = layer.initial_state(u.shape[0]), []  # type: ignore[operator]
+    with torch.no_grad():
+        for now in u.unbind(1):
+            y, state = layer.step(now, state)  # type: ignore[operator]
+            outputs.append(y)
+        torch.testing.assert_close(torch.stack(outputs, 1), layer(u), atol=1e-8, rtol=1e-8)
+    measured[name]["generates"] = True
