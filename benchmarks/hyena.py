@@ -81,7 +81,7 @@ def main() -> None:
         if order == 16:
             small_states = max(report.states for report in reports)
             row["token_milliseconds"] = token_milliseconds(distilled, lengths)
-            _, later = train(distilled, learnt, a.steps // 20, a.batch, a.length, 3e-4)
+            _, later = train(distilled, learnt, max(20, a.steps // 20), a.batch, a.length, 3e-4)
             row["trained_on_test_bits_per_byte"] = bits_per_byte(distilled, test, a.length)
             row["step_milliseconds"] = 1000 * float(np.median(later))
         print(row, flush=True)

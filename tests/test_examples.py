@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from helpers import torchrun
@@ -64,3 +66,28 @@ def test_two_processes_run_and_cut(tmp_path: Path) -> None:
     pytest.importorskip("accelerate")
     output = torchrun(2, EXAMPLES / "accelerate_ddp.py", "--quick", cwd=tmp_path)
     assert output.count("cut, states") == 4  # said once, not twice
+
+
+@pytest.mark.slow
+def test_system_identification_runs_on_a_record_of_its_form(tmp_path: Path) -> None:
+    # A tank that drains by the square root of its level, in the columns of the cascaded tanks benchmark.
+    rng, level, rows = np.random.default_rng(0), 4.0, list[list[float]]()
+    for _ in range(2048):
+        inflow = float(rng.uniform(0.5, 4))
+        level = max(0.0, level + 0.3 * (inflow - level**0.5))
+        rows.append([inflow, level])
+    table = np.array(rows)
+    folder = tmp_path / "cascaded_tanks"
+    folder.mkdir()
+    columns = [table[:1024, :1], table[1024:, :1], table[:1024, 1:], table[1024:, 1:]]
+    np.savetxt(folder / "dataBenchmark.csv", np.hstack(columns), "%.6g", ",", header="uEst,uVal,yEst,yVal", comments="")
+    result = tmp_path / "result.json"
+    script = str(EXAMPLES / "system_identification.py")
+    run(tmp_path, script, "--data", ".", "--task", "tanks", "--quick", "--json", str(result))
+    found = json.loads(result.read_text())
+    assert found["big"]["states"] == [64, 64]
+    assert max(found["shrunk"]["states"]) <= 8
+    assert 0 < found["linear"]["test"] < 1
+    for arm in ("big", "shrunk", "small", "random"):
+        assert found[arm]["test"] > 0
+        assert found[arm]["step_microseconds"] > 0
