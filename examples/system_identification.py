@@ -82,10 +82,10 @@ def arx(record: dict[str, np.ndarray]) -> dict[str, float]:
     best: tuple[float, int, np.ndarray] | None = None
     train = record["train"]
     for order in range(1, 13):
-        rows = [
+        past = [
             np.concatenate([train[t - order : t, 1], train[t - order : t + 1, 0]]) for t in range(order, len(train))
         ]
-        weights = np.linalg.lstsq(np.array(rows), train[order:, 1], rcond=None)[0]
+        weights = np.linalg.lstsq(np.array(past), train[order:, 1], rcond=None)[0]
         error = rms(simulate(weights, order, record["valid"]), record["valid"], record["scale"])
         if np.isfinite(error) and (best is None or error < best[0]):
             best = (error, order, weights)

@@ -209,7 +209,7 @@ def as_s4d(system: DiagonalSystem, D: Tensor) -> S4D:
     log_decay = decay.log() - log_step
     gain, _ = hold(log_decay, frequency, log_step)
     C = residues / (2 * gain)
-    layer = S4D(*lam.shape).to(D.device, D.dtype)
+    layer = S4D(lam.shape[0], lam.shape[1]).to(D.device, D.dtype)
     values = {
         "log_decay": log_decay, "frequency": frequency, "log_step": log_step[:, 0], "C_re": C.real, "C_im": C.imag,
     }  # fmt: skip

@@ -183,7 +183,7 @@ def plan_reduction(
         elif isinstance(adapter, Adapter) and isinstance(balancing, Balancing):
             report, change = _plan_linear(report, layer_values(layer), adapter, balancing, ranks[name], rule, selection)
         elif isinstance(adapter, SelectiveAdapter) and isinstance(balancing, SelectiveBalancing):
-            report, change = _plan_selective(report, layer_values(layer), adapter, balancing, ranks[name], selection)
+            report, change = _plan_selective(report, layer, adapter, balancing, ranks[name], selection)
         reports.append(report)
         if change is not None:
             changes[name] = change
@@ -203,19 +203,18 @@ def _gate(present: int, rule: RankRule) -> str:
 
 def _plan_selective(
     report: LayerReport,
-    values: Mapping[str, Tensor],
+    layer: nn.Module,
     adapter: SelectiveAdapter,
     balancing: SelectiveBalancing,
     states: int,
     selection: Selection,
 ) -> tuple[LayerReport, LayerChange | None]:
-    reduction = reduce_selective(
-        balancing, states, adapter.folds_into, adapter.folds_out, selection, rotates=adapter.rotates
-    )
+    into, out, rotates = adapter.maps(layer)
+    reduction = reduce_selective(balancing, states, into, out, selection, rotates=rotates)
     estimate = reduction.estimate
     if not estimate.valid:
         return replace(report, outcome="refused", reason="; ".join(estimate.failures), certificate=estimate), None
-    change = adapter.plan(values, reduction)
+    change = adapter.plan(layer_values(layer), reduction)
     return replace(report, states_after=reduction.states, outcome="cut", certificate=estimate), change
 
 

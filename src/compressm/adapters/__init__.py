@@ -12,6 +12,7 @@ from compressm.adapters.base import (
     find_layers,
     register,
 )
+from compressm.adapters.fla import FLADeltaNetAdapter, FLAGatedDeltaNetAdapter, FLAGatedLinearAttentionAdapter
 from compressm.adapters.hf_mamba import FalconMambaAdapter, HFMambaAdapter, JambaAdapter
 from compressm.adapters.hf_mamba2 import HFMamba2Adapter
 from compressm.adapters.linear_attention import DeltaNetAdapter, GatedLinearAttentionAdapter, LinearAttentionAdapter
@@ -45,12 +46,27 @@ register(HFMamba2Adapter(_HUGGING_FACE.format("granitemoehybrid", "GraniteMoeHyb
 register(HFMamba2Adapter(_HUGGING_FACE.format("nemotron_h", "NemotronHMamba2Mixer"), "ssm_state_size"))
 register(HFMamba2Adapter(_HUGGING_FACE.format("zamba2", "Zamba2MambaMixer"), "mamba_d_state"))
 register(RecurrentGemmaAdapter(_HUGGING_FACE.format("recurrent_gemma", "RecurrentGemmaRecurrentBlock")))
+register(
+    FLAGatedLinearAttentionAdapter(
+        "fla.layers.gla.GatedLinearAttention", ("chunk_gla", "fused_recurrent_gla", "fused_chunk_gla")
+    )
+)
+register(FLADeltaNetAdapter("fla.layers.delta_net.DeltaNet", ("chunk_delta_rule", "fused_recurrent_delta_rule")))
+register(
+    FLAGatedDeltaNetAdapter(
+        "fla.layers.gated_deltanet.GatedDeltaNet",
+        ("chunk_gated_delta_rule", "fused_recurrent_gated_delta_rule"),
+    )
+)
 register(MambaSSMAdapter("mamba_ssm.modules.mamba_simple.Mamba"))
 register(MambaSSM2Adapter("mamba_ssm.modules.mamba2.Mamba2"))
 
 __all__ = [
     "Adapter",
     "DeltaNetAdapter",
+    "FLADeltaNetAdapter",
+    "FLAGatedDeltaNetAdapter",
+    "FLAGatedLinearAttentionAdapter",
     "FalconMambaAdapter",
     "GatedLinearAttentionAdapter",
     "HFMamba2Adapter",

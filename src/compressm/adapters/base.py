@@ -123,6 +123,11 @@ class SelectiveAdapter(LayerAdapter):
     folds_out: bool = False
     rotates: bool = False
 
+    def maps(self, layer: nn.Module) -> tuple[bool, bool, bool]:
+        """``folds_into``, ``folds_out`` and ``rotates`` of one layer, where they depend on its options."""
+        del layer
+        return self.folds_into, self.folds_out, self.rotates
+
     @abstractmethod
     def signals(self, layer: nn.Module, hidden: Tensor) -> Signals:
         """What goes through the recurrence when the layer reads ``hidden``, its own input.
