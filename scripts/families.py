@@ -36,6 +36,8 @@ What the families need:
   below, the layer scales what is left of a key to norm 1 again.
 - **RG-LRU** has one state per channel, and a system of order one cannot be reduced. What is cut is the width of the
   recurrent block, and with it every projection, convolution and gate.
+- **S4** is diagonal plus low rank, and its own eigenvectors are too ill-conditioned to diagonalise it by.
+  `compressm.distil` goes by its filters instead, and puts an S4D in its place, which is cut like any other.
 - **Hyena** has no state. `compressm.distil(model, order=16)` replaces every long convolution by a state space model,
   with an error bound, after which it generates in constant time per token and is cut like any other.
 - **Bidirectional** models: `S5(bidirectional=True)` has one recurrence for both directions, which are cut together;

@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from compressm.adapters.s5 import hold
 from compressm.certificate import MAX_CONDITION
 from compressm.errors import InvalidRankRuleError, InvalidSystemError, UnsupportedModelError
-from compressm.layers.hyena import LongConvolution
+from compressm.layers.hyena import Convolution
 from compressm.layers.s4d import S4D
 from compressm.systems import DiagonalSystem
 
@@ -150,13 +150,13 @@ class FilterReport:
 
 
 def distil(model: nn.Module, order: int = 16, length: int | None = None) -> tuple[FilterReport, ...]:
-    """Replace every long convolution of a model by a state space model of real order ``order``, in place.
+    """Replace every long convolution of a model, and every S4, by a diagonal state space model, in place.
 
     What stands there afterwards is an `S4D`: it trains on, is cut further like any other, and generates in constant
     time per token. Build optimizers after this: the convolution's parameters are gone.
 
     Args:
-        model: any module that contains `compressm.layers.LongConvolution`, as `compressm.layers.Hyena` does.
+        model: any module that contains a `compressm.layers.Convolution`: `Hyena` models and `S4`.
         order: real order per channel.
         length: how much of the filters to take, by default all: ``max_length``.
 
@@ -167,10 +167,10 @@ def distil(model: nn.Module, order: int = 16, length: int | None = None) -> tupl
         UnsupportedModelError: the model has no long convolution.
         InvalidRankRuleError, InvalidSystemError: see `realize`. Nothing has been replaced then.
     """
-    found = {name: module for name, module in model.named_modules() if isinstance(module, LongConvolution)}
+    found = {name: module for name, module in model.named_modules() if isinstance(module, Convolution)}
     if not found:
         raise UnsupportedModelError(
-            f"{type(model).__name__} has no long convolution (compressm.layers.LongConvolution) to distil"
+            f"{type(model).__name__} has no long convolution (compressm.layers.Convolution) to distil"
         )
     reports, layers = list[FilterReport](), dict[str, S4D]()
     for name, convolution in found.items():

@@ -98,5 +98,5 @@ def test_unfit_arguments_are_named() -> None:
         Mamba2(4, 4, head_dim=3)
     with pytest.raises(ValueError, match="n_groups=3 must divide the number of heads, 4"):
         Mamba2(4, 4, head_dim=2, n_groups=3)
-    with pytest.raises(ValueError, match=r"layer must be one of lru, s5, s4d, mamba, .*; got 's4'"):
-        SequenceClassifier(1, 2, 4, 4, layer="s4")
+    with pytest.raises(ValueError, match=r"layer must be one of lru, s5, s4, s4d, mamba, .*; got 's6'"):
+        SequenceClassifier(1, 2, 4, 4, layer="s6")

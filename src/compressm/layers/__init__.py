@@ -1,7 +1,7 @@
 """State space layers as plain modules: they know nothing of compression."""
 
 from compressm.layers.bidirectional import Bidirectional
-from compressm.layers.hyena import Hyena, LongConvolution
+from compressm.layers.hyena import Convolution, Hyena, LongConvolution
 from compressm.layers.linear_attention import DeltaNet, GatedLinearAttention, LinearAttention
 from compressm.layers.lru import LRU
 from compressm.layers.mamba import Mamba
@@ -14,14 +14,17 @@ from compressm.layers.models import (
     parameter_groups,
 )
 from compressm.layers.rg_lru import RecurrentBlock
+from compressm.layers.s4 import S4
 from compressm.layers.s4d import S4D
 from compressm.layers.s5 import S5
 
 __all__ = [
     "LRU",
+    "S4",
     "S4D",
     "S5",
     "Bidirectional",
+    "Convolution",
     "DeltaNet",
     "GLUBlock",
     "GatedLinearAttention",

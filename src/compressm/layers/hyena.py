@@ -12,53 +12,36 @@ from compressm.layers.rg_lru import short_conv
 from compressm.layers.s4d import S4D
 
 
-class LongConvolution(nn.Module):
-    """A causal convolution of every channel with a filter as long as the sequence, plus ``D u``.
+class Convolution(nn.Module):
+    """A causal convolution of every channel with a filter as long as the sequence, plus ``D u``, by FFT.
 
-        y_t = sum_{j<=t} h_j u_{t-j} + D u_t,    h_j = exp(-|rate| j) * mlp(features(j / max_length))
+        y_t = sum_{j<=t} h_j u_{t-j} + D u_t
 
-    The filter is implicit: a small network of sines of the time, under an exponential window.
+    A subclass says what the filter is. `compressm.distil` knows all of them.
 
     Args:
         d_model: channels.
-        max_length: longest sequence, by which times are scaled.
-        width: of the network.
-        bands: frequencies among its features.
+        max_length: longest sequence.
 
     Shape:
         input and output ``(batch, length, d_model)`` with ``length <= max_length``.
     """
 
-    def __init__(self, d_model: int, max_length: int = 1024, width: int = 32, bands: int = 8) -> None:
+    def __init__(self, d_model: int, max_length: int) -> None:
         super().__init__()
-        self.d_model, self.max_length, self.bands = d_model, max_length, bands
-        self.inner = nn.ModuleList([nn.Linear(1 + 2 * bands, width), nn.Linear(width, width)])
-        self.outer = nn.Linear(width, d_model, bias=False)
-        self.frequency = nn.Parameter(torch.full((width,), 4.0))
-        # Windows that fall to 1 % between 0.3 of the longest sequence and five of them, as in the paper's code.
-        slow, fast = -math.log(0.01) / (1.5 * max_length), -math.log(0.01) / (0.3 * max_length)
-        self.register_buffer("rates", torch.linspace(slow, fast, d_model))
+        if min(d_model, max_length) < 1:
+            raise ValueError(f"d_model and max_length must be at least 1; got {d_model} and {max_length}")
+        self.d_model, self.max_length = d_model, max_length
         self.D = nn.Parameter(torch.randn(d_model))
 
     def filter(self, length: int) -> Tensor:
-        """The filters' first ``length`` values without D, shape ``(length, d_model)``.
-
-        Raises:
-            ValueError: longer than ``max_length``, for which the network was never trained.
-        """
-        if length > self.max_length:
-            raise ValueError(f"a sequence of {length} steps is longer than max_length={self.max_length} of this layer")
-        rates = self.get_buffer("rates")
-        steps = torch.arange(length, dtype=rates.dtype, device=rates.device)
-        time = steps[:, None] / self.max_length
-        angles = 2 * math.pi * time * torch.arange(1, self.bands + 1, dtype=rates.dtype, device=rates.device)
-        z = torch.cat([time, angles.cos(), angles.sin()], 1)
-        for layer in self.inner:
-            z = torch.sin(self.frequency * layer(z))
-        return self.outer(z) * torch.exp(-rates * steps[:, None])
+        """The filters' first ``length`` values without D, shape ``(length, d_model)``."""
+        raise NotImplementedError
 
     def forward(self, u: Tensor) -> Tensor:
         length = u.shape[1]
+        if length > self.max_length:
+            raise ValueError(f"a sequence of {length} steps is longer than max_length={self.max_length} of this layer")
         size = 2 ** math.ceil(math.log2(2 * length))
         wide = u.float() if u.dtype in (torch.float16, torch.bfloat16) else u
         response = torch.fft.rfft(self.filter(length).to(wide.dtype), n=size, dim=0)
@@ -73,11 +56,50 @@ class LongConvolution(nn.Module):
     def step(self, u: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
         """One time step: ``u`` of shape ``(batch, d_model)`` to ``y`` of the same shape, and the next state."""
         state = torch.cat([state, u[:, None]], 1)
-        response = self.filter(state.shape[1]).flip(0)
+        length = state.shape[1]
+        if length > self.max_length:
+            raise ValueError(f"{length} steps are more than max_length={self.max_length} of this layer")
+        response = self.filter(length).flip(0)
         return (response * state).sum(1) + self.D * u, state
 
     def extra_repr(self) -> str:
         return f"d_model={self.d_model}, max_length={self.max_length}"
+
+
+class LongConvolution(Convolution):
+    """A `Convolution` whose filter is implicit: a small network of sines of the time, under an exponential window.
+
+        h_j = exp(-rate j) * mlp(features(j / max_length))
+
+    Args:
+        d_model: channels.
+        max_length: longest sequence, by which times are scaled.
+        width: of the network.
+        bands: frequencies among its features.
+
+    Shape:
+        input and output ``(batch, length, d_model)`` with ``length <= max_length``.
+    """
+
+    def __init__(self, d_model: int, max_length: int = 1024, width: int = 32, bands: int = 8) -> None:
+        super().__init__(d_model, max_length)
+        self.bands = bands
+        self.inner = nn.ModuleList([nn.Linear(1 + 2 * bands, width), nn.Linear(width, width)])
+        self.outer = nn.Linear(width, d_model, bias=False)
+        self.frequency = nn.Parameter(torch.full((width,), 4.0))
+        # Windows that fall to 1 % between 0.3 of the longest sequence and five of them, as in the paper's code.
+        slow, fast = -math.log(0.01) / (1.5 * max_length), -math.log(0.01) / (0.3 * max_length)
+        self.register_buffer("rates", torch.linspace(slow, fast, d_model))
+
+    def filter(self, length: int) -> Tensor:
+        rates = self.get_buffer("rates")
+        steps = torch.arange(length, dtype=rates.dtype, device=rates.device)
+        time = steps[:, None] / self.max_length
+        angles = 2 * math.pi * time * torch.arange(1, self.bands + 1, dtype=rates.dtype, device=rates.device)
+        z = torch.cat([time, angles.cos(), angles.sin()], 1)
+        for layer in self.inner:
+            z = torch.sin(self.frequency * layer(z))
+        return self.outer(z) * torch.exp(-rates * steps[:, None])
 
 
 class Hyena(nn.Module):
@@ -136,4 +158,4 @@ class Hyena(nn.Module):
         return self.out_proj(q * y), (window[:, 1:], inner)
 
 
-__all__ = ["Hyena", "LongConvolution"]
+__all__ = ["Convolution", "Hyena", "LongConvolution"]

@@ -16,11 +16,12 @@ from compressm.layers.lru import LRU
 from compressm.layers.mamba import Mamba
 from compressm.layers.mamba2 import Mamba2
 from compressm.layers.rg_lru import RecurrentBlock
+from compressm.layers.s4 import S4
 from compressm.layers.s4d import S4D
 from compressm.layers.s5 import S5
 
 # Layers without a gate of their own; their block has one.
-TIME_INVARIANT: dict[str, Callable[..., Any]] = {"lru": LRU, "s5": S5, "s4d": S4D}
+TIME_INVARIANT: dict[str, Callable[..., Any]] = {"lru": LRU, "s5": S5, "s4": S4, "s4d": S4D}
 GATED: dict[str, Callable[..., Any]] = {
     "mamba": Mamba,
     "mamba2": Mamba2,
@@ -328,11 +329,12 @@ def parameter_groups(
     """
     ssm, plain, decayed = [], [], []
     recurrent = {
-        "nu_log", "theta_log", "gamma_log", "log_decay", "frequency", "log_step", "B_re", "B_im", "A_log",
+        "nu_log", "theta_log", "gamma_log", "log_decay", "frequency", "log_step", "B_re", "B_im", "A_log", "P_re",
+        "P_im",
     }  # fmt: skip
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
-            if isinstance(module, LRU | S5 | S4D | Mamba | Mamba2) and name in recurrent:
+            if isinstance(module, LRU | S5 | S4 | S4D | Mamba | Mamba2) and name in recurrent:
                 ssm.append(parameter)
             elif parameter.ndim < 2:
                 plain.append(parameter)
