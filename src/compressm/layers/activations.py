@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from compressm.scans import native
 
-_FEW = 8  # columns, up to which native.cpp has a product of its own; with more a library's is fast
+_FEW = 8  # columns, up to which mamba.h has a product of its own; with more a library's is fast
 
 
 def gelu_dropout(x: Tensor, p: float, training: bool) -> Tensor:

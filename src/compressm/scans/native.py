@@ -1,4 +1,4 @@
-"""Builds and loads the compiled CPU kernels (``native.cpp``).
+"""Builds and loads the compiled CPU kernels (``kernels/``).
 
 They are compiled once, on first use, with the machine's own C++ compiler and for its own processor (a few seconds),
 and kept in ``$COMPRESSM_CACHE``, by default ``~/.cache/compressm``. Where that does not work, one warning says so and
@@ -24,7 +24,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_SOURCE = Path(__file__).with_name("native.cpp")
+_FOLDER = Path(__file__).with_name("kernels")
+_SOURCE = _FOLDER / "kernels.cpp"  # includes all the others
 # No -ffast-math: NaN and Inf must come out as they went in, so that a diverging training is seen.
 _FLAGS = (
     "-O3",
@@ -101,7 +102,8 @@ def _built() -> Path:
     if compiler is None:
         raise OSError("no C++ compiler was found")
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
-    key = hashlib.sha256(_SOURCE.read_bytes() + repr((_FLAGS, version, _processor())).encode()).hexdigest()[:16]
+    source = b"".join(path.read_bytes() for path in sorted(_FOLDER.iterdir()))
+    key = hashlib.sha256(source + repr((_FLAGS, version, _processor())).encode()).hexdigest()[:16]
     folder = Path(os.environ.get("COMPRESSM_CACHE") or Path.home() / ".cache" / "compressm")
     built = folder / f"native-{key}.so"
     if not built.exists():

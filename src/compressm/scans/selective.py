@@ -274,5 +274,5 @@ _native_forward.register_autograd(_differentiate, setup_context=_keep_for_backwa
 
 
 def _chunk() -> int:
-    """Steps between two kept states: the constant ``chunk`` of native.cpp."""
+    """Steps between two kept states: the constant ``chunk`` of selective.h."""
     return 32

@@ -1,0 +1,7 @@
+// The scans' inner loops for CPUs. Built on first use by native.py; a plain C interface, called through ctypes.
+// One translation unit: every header is a room of its own, and all are compiled together.
+
+#include "activations.h"
+#include "chain.h"
+#include "mamba.h"
+#include "selective.h"

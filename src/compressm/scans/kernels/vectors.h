@@ -1,0 +1,110 @@
+#pragma once
+// What all kernels are written in: short vectors.
+//
+// Everything is written on short vectors (64 bytes) of the compiler's vector extension, which GCC and Clang turn into
+// the machine's own instructions. Lanes run over channels or states, never over time.
+
+#include <cstdint>
+#include <cstring>
+#include <algorithm>
+#include <type_traits>
+#include <vector>
+#if defined(__SSE2__)
+#include <immintrin.h>
+#endif
+
+namespace {
+
+// States that nothing feeds decay into denormal numbers, which cost a hundred cycles each: they are taken for zero.
+struct FlushDenormals {
+#if defined(__SSE2__)
+    unsigned saved = _mm_getcsr();
+    FlushDenormals() { _mm_setcsr(saved | 0x8040); }
+    ~FlushDenormals() { _mm_setcsr(saved); }
+#elif defined(__aarch64__)
+    uint64_t saved;
+    FlushDenormals() {
+        asm volatile("mrs %0, fpcr" : "=r"(saved));
+        asm volatile("msr fpcr, %0" ::"r"(saved | (1ull << 24)));
+    }
+    ~FlushDenormals() { asm volatile("msr fpcr, %0" ::"r"(saved)); }
+#endif
+};
+
+template <class T> struct Vectors;
+template <> struct Vectors<float> {
+    typedef float vector __attribute__((vector_size(64)));
+    typedef float unaligned __attribute__((vector_size(64), aligned(4)));
+    typedef int32_t integers __attribute__((vector_size(64)));
+    static constexpr int lanes = 16, mantissa = 23;
+    static constexpr float magic = 12582912.f, limit = 126.f;  // 1.5 * 2^23: adding it rounds to an integer
+};
+template <> struct Vectors<double> {
+    typedef double vector __attribute__((vector_size(64)));
+    typedef double unaligned __attribute__((vector_size(64), aligned(8)));
+    typedef int64_t integers __attribute__((vector_size(64)));
+    static constexpr int lanes = 8, mantissa = 52;
+    static constexpr double magic = 6755399441055744., limit = 1022.;
+};
+
+template <class T> using Vec = typename Vectors<T>::vector;
+template <class T> constexpr int W = Vectors<T>::lanes;
+
+template <class T> inline Vec<T> load(const T* p) { return *reinterpret_cast<const typename Vectors<T>::unaligned*>(p); }
+template <class T> inline void store(T* p, Vec<T> v) { *reinterpret_cast<typename Vectors<T>::unaligned*>(p) = v; }
+
+// 2^f = 1 + f q(f) on [-1/2, 1/2]; q by weighted least squares towards the minimax error: 9e-8 relative in float,
+// 4e-18 in double. With 1 split off, 2^f - 1 is accurate relative to f: slow decays do not drift.
+inline Vec<float> exp2_fraction(Vec<float> f) {
+    Vec<float> q = f * 1.3265039627599396e-3f + 9.6715133543622474e-3f;
+    q = q * f + 5.5507330147671077e-2f;
+    q = q * f + 2.4022242073554509e-1f;
+    q = q * f + 6.9314697788405234e-1f;
+    return q * f + 1.f;
+}
+inline Vec<double> exp2_fraction(Vec<double> f) {
+    Vec<double> q = f * 4.434842248991773178e-10 + 7.073782908814065097e-9;
+    q = q * f + 1.0178199130515271399e-7;
+    q = q * f + 1.3215435284146252039e-6;
+    q = q * f + 1.5252733494110769197e-5;
+    q = q * f + 1.5403530457108721099e-4;
+    q = q * f + 1.3333558146773684165e-3;
+    q = q * f + 9.6181291075941224668e-3;
+    q = q * f + 5.5504108664820086711e-2;
+    q = q * f + 2.4022650695910131255e-1;
+    q = q * f + 6.9314718055994532577e-1;
+    return q * f + 1.;
+}
+
+// 2^x for x within the exponents of normal numbers, clamped to them otherwise.
+template <class T> inline Vec<T> exp2(Vec<T> x) {
+    using V = Vec<T>;
+    const V limit = V{} + Vectors<T>::limit, magic = V{} + Vectors<T>::magic;
+    x = x < -limit ? -limit : x;
+    x = x > limit ? limit : x;
+    const V shifted = x + magic;
+    const V fraction = x - (shifted - magic);
+    const auto exponent = (typename Vectors<T>::integers)shifted << Vectors<T>::mantissa;
+    return (V)((typename Vectors<T>::integers)exp2_fraction(fraction) + exponent);
+}
+
+template <class T> inline T sum_lanes(Vec<T> v) {
+    T total = 0;
+    for (int i = 0; i < W<T>; ++i) total += v[i];
+    return total;
+}
+
+template <class T> inline Vec<T> load_some(const T* p, int64_t count) {
+    if (count >= W<T>) return load(p);
+    Vec<T> v{};
+    std::memcpy(&v, p, size_t(count) * sizeof(T));
+    return v;
+}
+template <class T> inline void store_some(T* p, Vec<T> v, int64_t count) {
+    if (count >= W<T>) return store(p, v);
+    std::memcpy(p, &v, size_t(count) * sizeof(T));
+}
+
+template <class T> inline Vec<T> sigmoid(Vec<T> x) { return T(1) / (T(1) + exp2<T>(x * T(-1.4426950408889634074))); }
+
+}  // namespace
