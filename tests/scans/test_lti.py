@@ -9,8 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from compressm.scans import lti_chunked, lti_fft, lti_scan, lti_step, native
+from compressm.scans import lti_chunked, lti_direct, lti_fft, lti_scan, lti_step, native
 from compressm.scans.lti_chunked import powers
+
+ENGINES = ["chunked", "fft", *(["direct"] if native.library() else [])]
 
 
 def arguments(seed: int, batch: int, length: int, p: int, q: int, n: int, slowest: float = 1e-4) -> list[Tensor]:
@@ -32,7 +34,7 @@ def outputs_and_gradients(values: list[Tensor], dtype: torch.dtype, engine: str,
     return [y.detach(), *torch.autograd.grad((y * weight.to(dtype)).sum(), leaves)]
 
 
-@pytest.mark.parametrize("engine", ["chunked", "fft", "auto"])
+@pytest.mark.parametrize("engine", [*ENGINES, "auto"])
 @settings(max_examples=60)
 @given(
     seed=st.integers(0, 10**6),
@@ -89,10 +91,49 @@ def test_every_chunk_length_and_chain_with_states(seed: int, length: int, chunk:
         torch.testing.assert_close(b, a, rtol=1e-9, atol=1e-10)
 
 
-@pytest.mark.parametrize("engine", ["chunked", "fft"])
+@pytest.mark.parametrize("engine", ENGINES)
 def test_gradients_by_finite_differences(engine: str) -> None:
     leaves = [value.requires_grad_() for value in arguments(0, 2, 13, 3, 2, 4)]
     assert torch.autograd.gradcheck(lambda *tensors: lti_scan(*tensors, engine=engine), leaves)
+
+
+@pytest.mark.skipif(native.library() is None, reason="needs the compiled kernels")
+@settings(max_examples=40)
+@given(seed=st.integers(0, 10**6), batch=st.integers(1, 40), length=st.integers(1, 70), n=st.integers(1, 11))
+def test_direct_with_states_and_feedthrough(seed: int, batch: int, length: int, n: int) -> None:
+    values = arguments(seed, batch, length, 3, 3, n)
+    generator = torch.Generator().manual_seed(seed + 1)
+    start, D, to_y, to_state = (
+        torch.randn(*shape, dtype=torch.float64, generator=generator)
+        for shape in ((batch, 2, n), (3,), (batch, length, 3), (batch, 2, n))
+    )
+
+    def run(engine: Any) -> list[Tensor]:
+        leaves = [value.clone().requires_grad_() for value in (*values, start, D)]
+        y, state = lti_scan(*leaves[:-1], return_state=True, engine=engine, D=leaves[-1])
+        return [y, state, *torch.autograd.grad((y * to_y).sum() + (state * to_state).sum(), leaves)]
+
+    for a, b in zip(run("loop"), run("direct"), strict=True):
+        torch.testing.assert_close(b, a, rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.skipif(native.library() is None, reason="needs the compiled kernels")
+def test_direct_is_the_same_on_several_threads_and_lets_nan_through() -> None:
+    values = [value.float() for value in arguments(5, 70, 40, 4, 4, 9)]
+    weight, threads = torch.ones(70, 40, 4, dtype=torch.float64), torch.get_num_threads()
+    alone = outputs_and_gradients(values, torch.float32, "direct", weight)
+    try:
+        torch.set_num_threads(3)
+        together = outputs_and_gradients(values, torch.float32, "direct", weight)
+    finally:
+        torch.set_num_threads(threads)
+    for a, b in zip(alone, together, strict=True):
+        torch.testing.assert_close(b, a, rtol=1e-4, atol=1e-4 * float(a.abs().max()))  # sums in another order
+    values[0][3, 7, 2] = torch.nan
+    y = lti_scan(*values, engine="direct")
+    assert y[3, 7:].isnan().all()
+    assert y[3, :7].isfinite().all()
+    assert y[[2, 4]].isfinite().all()
 
 
 def test_reference_engine_is_the_definition() -> None:
@@ -123,7 +164,7 @@ def test_a_sequence_in_two_parts_or_in_steps_is_the_same() -> None:
     torch.testing.assert_close(state, last)
 
 
-@pytest.mark.parametrize("engine", ["chunked", "fft"])
+@pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("length", [4999, 5000])
 def test_long_sequence_in_single_precision(engine: str, length: int) -> None:
     values = arguments(1, 1, length, 2, 2, 8)
@@ -132,7 +173,7 @@ def test_long_sequence_in_single_precision(engine: str, length: int) -> None:
     assert (single - truth).norm() <= 1e-5 * truth.norm()
 
 
-@pytest.mark.parametrize("engine", ["chunked", "fft"])
+@pytest.mark.parametrize("engine", ENGINES)
 def test_half_precision_is_widened_inside(engine: str) -> None:
     values = [value.float() for value in arguments(1, 2, 100, 4, 4, 8)]
     y = lti_scan(values[0].bfloat16(), *values[1:], engine=engine)
@@ -141,7 +182,7 @@ def test_half_precision_is_widened_inside(engine: str) -> None:
     assert (y.double() - truth).norm() <= 2**-8 * truth.norm()
 
 
-@pytest.mark.parametrize("engine", ["chunked", "fft"])
+@pytest.mark.parametrize("engine", ENGINES)
 def test_autocast_leaves_the_recurrence_in_its_own_precision(engine: str) -> None:
     values = [value.float().requires_grad_() for value in arguments(1, 2, 100, 4, 4, 8)]
     plain = lti_scan(*values, engine=engine)
@@ -154,9 +195,9 @@ def test_autocast_leaves_the_recurrence_in_its_own_precision(engine: str) -> Non
         assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("engine", ["chunked", "fft"])
+@pytest.mark.parametrize("engine", ENGINES)
 def test_no_state_of_every_step_is_kept(engine: str) -> None:
-    batch, length, n = 4, 400, 256
+    batch, length, n = 16, 400, 256
     leaves = [value.float().requires_grad_() for value in arguments(0, batch, length, 2, 2, n)]
     sizes: list[int] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: (sizes.append(t.numel()), t)[1], lambda t: t):
@@ -165,17 +206,21 @@ def test_no_state_of_every_step_is_kept(engine: str) -> None:
     assert max(sizes) < batch * length * 2 * n / 4 + (engine == "fft") * length * 2 * n  # fft: one table for all
 
 
-def test_the_cheaper_engine_is_taken() -> None:
+def test_the_cheapest_engine_is_taken() -> None:
     narrow, wide = (lti_fft.cost(50, 784, h, h, 256) / lti_chunked.cost(50, 784, h, h, 256) for h in (8, 128))
     assert narrow < 1 < wide
     assert lti_fft.cost(50, 784, 8, 8, 16) > lti_chunked.cost(50, 784, 8, 8, 16)
+    full, alone = (lti_direct.cost(b, 784, 8, 8, 32) / lti_chunked.cost(b, 784, 8, 8, 32) for b in (48, 1))
+    assert full < 1 < alone  # a single sequence fills one lane only
+    assert lti_direct.cost(48, 784, 256, 256, 256) > lti_chunked.cost(48, 784, 256, 256, 256)
 
 
-def test_compiles_without_a_graph_break() -> None:
+@pytest.mark.parametrize("engine", ["chunked", *(["direct"] if native.library() else [])])
+def test_compiles_without_a_graph_break(engine: str) -> None:
     torch.compiler.reset()
     values = [value.float().requires_grad_() for value in arguments(6, 2, 20, 12, 6, 5)]
-    compiled = torch.compile(lambda *x: lti_scan(*x, engine="chunked"), backend="aot_eager", fullgraph=True)
-    expected, got = lti_scan(*values, engine="chunked"), compiled(*values)
+    compiled = torch.compile(lambda *x: lti_scan(*x, engine=engine), backend="aot_eager", fullgraph=True)
+    expected, got = lti_scan(*values, engine=engine), compiled(*values)
     torch.testing.assert_close(got, expected)
     for a, b in zip(torch.autograd.grad(got.sum(), values), torch.autograd.grad(expected.sum(), values), strict=True):
         torch.testing.assert_close(a, b)

@@ -74,10 +74,8 @@ class LRU(nn.Module):
 
     def forward(self, u: Tensor) -> Tensor:
         gamma = self.gamma_log.exp()[:, None]
-        y = lti_scan(
-            u, -self.nu_log.exp(), self.theta_log.exp(), gamma * self.B_re, gamma * self.B_im, self.C_re, self.C_im
-        )
-        return torch.addcmul(y, self.D, u)
+        poles = -self.nu_log.exp(), self.theta_log.exp()
+        return lti_scan(u, *poles, gamma * self.B_re, gamma * self.B_im, self.C_re, self.C_im, D=self.D)
 
     def initial_state(self, batch: int) -> Tensor:
         """The zero state of `step`: real and imaginary part, shape ``(batch, 2, d_state)``."""

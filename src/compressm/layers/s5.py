@@ -76,10 +76,10 @@ class S5(nn.Module):
 
     def forward(self, u: Tensor) -> Tensor:
         discrete, C_re, C_im, H = self._discrete(), 2 * self.C_re, 2 * self.C_im, self.d_model
-        y = lti_scan(u, *discrete, C_re[:H], C_im[:H])
+        y = lti_scan(u, *discrete, C_re[:H], C_im[:H], D=self.D)
         if self.bidirectional:
             y = y + lti_scan(u.flip(1), *discrete, C_re[H:], C_im[H:]).flip(1)
-        return torch.addcmul(y, self.D, u)
+        return y
 
     def initial_state(self, batch: int) -> Tensor:
         """The zero state of `step`: real and imaginary part, shape ``(batch, 2, d_state)``."""

@@ -1,10 +1,12 @@
 """The scan of a diagonal linear time-invariant system with several inputs and outputs.
 
-    x_k = diag(lam) x_{k-1} + B u_k,   y_k = Re(C x_k),   lam = exp(log_radius + i phase)
+    x_k = diag(lam) x_{k-1} + B u_k,   y_k = Re(C x_k) + D u_k,   lam = exp(log_radius + i phase)
 
-The states (batch x length x n) are never held. Two forms compute the same, and a count of their operations picks the
-cheaper one:
+The states (batch x length x n) are never held. Three forms compute the same, and a count of their operations picks the
+cheapest one:
 
+- ``direct`` (`lti_direct`): step by step, in one compiled pass on a CPU, a vector's lanes over the sequences. Best for
+  narrow layers and batches that fill the lanes.
 - ``chunked`` (`lti_chunked`): inside chunks of T steps one block-Toeplitz matrix of the impulse response, between them
   a chain of states. Everything large is a real matrix product; the cost grows with n.
 - ``fft`` (`lti_fft`): convolution with the whole impulse response. The cost for each sequence does not depend on n:
@@ -21,22 +23,24 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
-from compressm.scans import lti_chunked, lti_fft
+from compressm.scans import lti_chunked, lti_direct, lti_fft
 from compressm.scans.graph import exporting
 from compressm.scans.precision import without_autocast
 
-Engine = Literal["auto", "chunked", "fft", "loop"]
+Engine = Literal["auto", "direct", "chunked", "fft", "loop"]
 
 
 @overload
 def lti_scan(
     u: Tensor, log_radius: Tensor, phase: Tensor, B_re: Tensor, B_im: Tensor, C_re: Tensor, C_im: Tensor,
     initial_state: Tensor | None = None, return_state: Literal[False] = False, engine: Engine = "auto",
+    D: Tensor | None = None,
 ) -> Tensor: ...  # fmt: skip
 @overload
 def lti_scan(
     u: Tensor, log_radius: Tensor, phase: Tensor, B_re: Tensor, B_im: Tensor, C_re: Tensor, C_im: Tensor,
     initial_state: Tensor | None = None, *, return_state: Literal[True], engine: Engine = "auto",
+    D: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 @without_autocast
 def lti_scan(
@@ -50,6 +54,7 @@ def lti_scan(
     initial_state: Tensor | None = None,
     return_state: bool = False,
     engine: Engine = "auto",
+    D: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Run the system over a batch of sequences; differentiable in every tensor argument.
 
@@ -61,35 +66,45 @@ def lti_scan(
         C_re, C_im: output matrix, shape ``(q, n)``.
         initial_state: ``x_{-1}`` as real and imaginary part, shape ``(batch, 2, n)``; zero by default.
         return_state: also return the state after the last step.
-        engine: ``"chunked"``, ``"fft"`` (from and to states only by way of ``"chunked"``), or ``"loop"``, the
-            definition, for reference; ``"auto"`` takes the one with the lower count of operations.
+        engine: ``"direct"`` (compiled, on CPUs), ``"chunked"``, ``"fft"`` (without states), or ``"loop"``, the
+            definition, for reference; ``"auto"`` takes the one with the lowest count of operations.
+        D: diagonal feedthrough, shape ``(p,)`` with ``q = p``; none by default.
 
     Returns:
         ``y``, real, shape ``(batch, length, q)``, of the dtype of ``u``; with ``return_state`` also the last state,
         shape ``(batch, 2, n)``.
 
     Raises:
-        ValueError: shapes that do not fit together, an unknown engine, or ``"fft"`` with a state.
+        ValueError: shapes that do not fit together, an unknown engine, ``"fft"`` with a state, or ``"direct"`` where
+            there are no compiled kernels.
     """
-    _check(u, log_radius, phase, B_re, B_im, C_re, C_im, initial_state)
+    _check(u, log_radius, phase, B_re, B_im, C_re, C_im, initial_state, D)
     dtype = torch.promote_types(torch.promote_types(u.dtype, B_re.dtype), torch.float32)
     poles = (log_radius.to(dtype), phase.to(dtype))
     system = (*poles, B_re.to(dtype), B_im.to(dtype), C_re.to(dtype), C_im.to(dtype))
+    feedthrough = None if D is None else D.to(dtype)
     stateful = initial_state is not None or return_state
     if engine == "auto":
-        fft = not stateful and not exporting() and _fft_is_cheaper(u, C_re.shape[0], C_re.shape[1])
-        engine = "fft" if fft else "chunked"
+        engine = _cheapest(u, C_re.shape[0], C_re.shape[1], stateful)
+    wide, start = u.to(dtype), None if initial_state is None else initial_state.to(dtype)
+    if engine == "direct":
+        if not lti_direct.usable(wide):
+            raise ValueError(f'engine="direct" needs the compiled kernels, and a CPU; u is on {u.device}')
+        y, state = lti_direct.scan(wide, *system, feedthrough, start)
+        return (y.to(u.dtype), state) if return_state else y.to(u.dtype)
+    start = u.new_zeros(u.shape[0], 2, C_re.shape[1], dtype=dtype) if start is None else start
     if engine == "fft":
         if stateful:
             raise ValueError('engine="fft" knows no states: use "chunked" with initial_state or return_state')
-        return lti_fft.scan(u.to(dtype), *system).to(u.dtype)
-    start = u.new_zeros(u.shape[0], 2, C_re.shape[1], dtype=dtype) if initial_state is None else initial_state.to(dtype)
-    if engine == "chunked":
-        y, state = lti_chunked.scan(u.to(dtype), *system, start)
+        y, state = lti_fft.scan(wide, *system), start
+    elif engine == "chunked":
+        y, state = lti_chunked.scan(wide, *system, start)
     elif engine == "loop":
-        y, state = _loop(u.to(dtype), *system, start)
+        y, state = _loop(wide, *system, start)
     else:
-        raise ValueError(f"engine must be 'auto', 'chunked', 'fft' or 'loop'; got {engine!r}")
+        raise ValueError(f"engine must be 'auto', 'direct', 'chunked', 'fft' or 'loop'; got {engine!r}")
+    if feedthrough is not None:
+        y = torch.addcmul(y, feedthrough, wide)
     return (y.to(u.dtype), state) if return_state else y.to(u.dtype)
 
 
@@ -116,7 +131,7 @@ def lti_step(
 
 def _check(
     u: Tensor, log_radius: Tensor, phase: Tensor, B_re: Tensor, B_im: Tensor, C_re: Tensor, C_im: Tensor,
-    initial_state: Tensor | None,
+    initial_state: Tensor | None, D: Tensor | None,
 ) -> None:  # fmt: skip
     if u.ndim != 3 or C_re.ndim != 2 or u.shape[1] == 0:
         raise ValueError(
@@ -132,6 +147,10 @@ def _check(
     }
     if initial_state is not None:
         expected["initial_state"] = (initial_state, (batch, 2, n))
+    if D is not None:
+        expected["D"] = (D, (p,))
+        if q != p:
+            raise ValueError(f"D is diagonal: it needs as many outputs as inputs; got q = {q} and p = {p}")
     for name, (tensor, shape) in expected.items():
         if tuple(tensor.shape) != shape:
             raise ValueError(
@@ -140,14 +159,21 @@ def _check(
             )
 
 
-def _fft_is_cheaper(u: Tensor, q: int, n: int) -> bool:
-    """Compares the operations of the two forms, each weighted by the rate at which it runs.
+def _cheapest(u: Tensor, q: int, n: int, stateful: bool) -> Engine:
+    """Compares the operations of the forms, each weighted by the rate at which it runs.
 
     The weights are those of a CPU with vector units, against a large matrix product as 1: small complex products run at
     about a third, transforms at a tenth. (On a GPU both ratios are worse for the FFT, which then has to win by more.)
     """
     batch, length, p = u.shape
-    return lti_fft.cost(batch, length, p, q, n) < lti_chunked.cost(batch, length, p, q, n)
+    if exporting():
+        return "chunked"
+    costs: dict[Engine, float] = {"chunked": lti_chunked.cost(batch, length, p, q, n)}
+    if not stateful:
+        costs["fft"] = lti_fft.cost(batch, length, p, q, n)
+    if lti_direct.usable(u):
+        costs["direct"] = lti_direct.cost(batch, length, p, q, n, u.element_size())
+    return min(costs, key=lambda name: costs[name])
 
 
 def _loop(

@@ -99,6 +99,6 @@ def chunk_length(length: int, p: int, q: int, n: int, engine: ChainEngine) -> in
 
 
 def cost(batch: int, length: int, p: int, q: int, n: int) -> float:
-    """Operations of a forward pass, by the count that `chunk_length` balances."""
+    """Operations of a forward pass, by the count that `chunk_length` balances, and what passes through memory cost."""
     T = chunk_length(length, p, q, n, "native")
-    return batch * length * (4 * n * (p + q) + 2 * T * p * q + 192 * n / T)
+    return batch * length * (4 * n * (p + q) + 2 * T * p * q + 192 * n / T + 50 * (p + q) + 2000)

@@ -3,5 +3,6 @@
 
 #include "activations.h"
 #include "chain.h"
+#include "lti.h"
 #include "mamba.h"
 #include "selective.h"

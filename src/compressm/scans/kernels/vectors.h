@@ -107,4 +107,52 @@ template <class T> inline void store_some(T* p, Vec<T> v, int64_t count) {
 
 template <class T> inline Vec<T> sigmoid(Vec<T> x) { return T(1) / (T(1) + exp2<T>(x * T(-1.4426950408889634074))); }
 
+// Lane i of the result is lane `from[i]` of a, then b, counted on.
+template <class T> inline Vec<T> shuffled(Vec<T> a, Vec<T> b, typename Vectors<T>::integers from) {
+#if defined(__clang__)
+    Vec<T> out;
+    for (int i = 0; i < W<T>; ++i) out[i] = from[i] < W<T> ? a[from[i]] : b[from[i] - W<T>];
+    return out;
+#else
+    return __builtin_shuffle(a, b, from);
+#endif
+}
+
+// A square of lanes, transposed in place: rows become columns.
+template <class T> inline void transpose(Vec<T>* rows) {
+    constexpr int w = W<T>;
+    for (int step = 1; step < w; step *= 2) {
+        typename Vectors<T>::integers first, second;
+        for (int i = 0; i < w; ++i) {
+            first[i] = i & step ? w + i - step : i;
+            second[i] = i & step ? w + i : i + step;
+        }
+        for (int i = 0; i < w; ++i) {
+            if (i & step) continue;
+            const Vec<T> a = rows[i], b = rows[i + step];
+            rows[i] = shuffled<T>(a, b, first);
+            rows[i + step] = shuffled<T>(a, b, second);
+        }
+    }
+}
+
+// `count` numbers of each of `some` sequences, whose beginnings are `stride` apart, to vectors over the sequences, zero
+// where there is no sequence; and back. Writes up to a multiple of the lanes: `out` has room for as many.
+template <class T> inline void to_lanes(const T* in, int64_t stride, int64_t some, int64_t count, Vec<T>* out) {
+    constexpr int w = W<T>;
+    for (int64_t i = 0; i < count; i += w) {
+        for (int64_t b = 0; b < w; ++b) out[i + b] = b < some ? load_some(in + b * stride + i, count - i) : Vec<T>{};
+        transpose<T>(out + i);
+    }
+}
+template <class T> inline void from_lanes(const Vec<T>* in, int64_t count, int64_t some, T* out, int64_t stride) {
+    constexpr int w = W<T>;
+    for (int64_t i = 0; i < count; i += w) {
+        Vec<T> rows[w];
+        std::copy(in + i, in + i + w, rows);
+        transpose<T>(rows);
+        for (int64_t b = 0; b < some; ++b) store_some(out + b * stride + i, rows[b], count - i);
+    }
+}
+
 }  // namespace

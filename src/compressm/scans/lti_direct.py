@@ -1,0 +1,132 @@
+"""The LTI scan step by step, for few inputs and outputs on a CPU: everything in one compiled pass (``kernels/lti.h``).
+
+Lanes run over the sequences of the batch, so that a step costs the operations of its definition, ``n (2 p + 2 q + 4)``
+multiply-adds, and nothing is written to memory but the outputs and, for the backward pass, the states before every
+chunk.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from compressm.scans import native
+
+_CHUNK = 16  # steps between two kept states: the constant ``lti_chunk`` of lti.h
+_VECTOR_BYTES = 64
+
+
+def scan(
+    u: Tensor,
+    log_radius: Tensor,
+    phase: Tensor,
+    B_re: Tensor,
+    B_im: Tensor,
+    C_re: Tensor,
+    C_im: Tensor,
+    D: Tensor | None,
+    initial: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Outputs and last state; see `compressm.scans.lti.lti_scan`. ``initial`` is ``(batch, 2, n)``, or zero."""
+    tensors = (u, log_radius, phase, B_re, B_im, C_re, C_im, D, initial)
+    keep = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+    y, last, _ = _scan(*(None if tensor is None else tensor.contiguous() for tensor in tensors), keep)
+    return y, last
+
+
+def usable(u: Tensor) -> bool:
+    """Whether the compiled pass exists for this input."""
+    return native.usable(u)
+
+
+def cost(batch: int, length: int, p: int, q: int, n: int, itemsize: int = 4) -> float:
+    """Operations of a forward pass, in those of a large matrix product.
+
+    Lanes and threads without a sequence count too; wide inputs and outputs no longer fit in the first-level cache.
+    """
+    lanes, threads = _VECTOR_BYTES // itemsize, torch.get_num_threads()
+    tiles = -(-batch // lanes)
+    idle = -(-tiles // threads) * threads / tiles
+    return max(1.0, (p + q) / 128) * idle * tiles * lanes * length * n * (4 * (p + q) + 8)
+
+
+def _checkpoints(u: Tensor, n: int, keep: bool) -> Tensor:
+    lanes = _VECTOR_BYTES // u.element_size()
+    return u.new_empty(-(-u.shape[0] // lanes), -(-u.shape[1] // _CHUNK) if keep else 0, 2 * n, lanes)
+
+
+@torch.library.custom_op("compressm::lti", mutates_args=(), device_types="cpu")
+def _scan(
+    u: Tensor, log_radius: Tensor, phase: Tensor, B_re: Tensor, B_im: Tensor, C_re: Tensor, C_im: Tensor,
+    D: Tensor | None, initial: Tensor | None, keep: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    (batch, length, p), (q, n) = u.shape, C_re.shape
+    y, last, kept = u.new_empty(batch, length, q), u.new_empty(batch, 2, n), _checkpoints(u, n, keep)
+    native.call(
+        "lti_forward", u, batch, length, p, q, n, u, log_radius, phase, B_re, B_im, C_re, C_im, D, initial, y,
+        kept if keep else None, last,
+    )  # fmt: skip
+    return y, last, kept
+
+
+@_scan.register_fake
+def _(
+    u: Tensor, log_radius: Tensor, phase: Tensor, B_re: Tensor, B_im: Tensor, C_re: Tensor, C_im: Tensor,
+    D: Tensor | None, initial: Tensor | None, keep: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    (batch, length, _), (q, n) = u.shape, C_re.shape
+    return u.new_empty(batch, length, q), u.new_empty(batch, 2, n), _checkpoints(u, n, keep)
+
+
+@torch.library.custom_op("compressm::lti_backward", mutates_args=(), device_types="cpu")
+def _scan_backward(
+    u: Tensor, log_radius: Tensor, phase: Tensor, B_re: Tensor, B_im: Tensor, C_re: Tensor, C_im: Tensor,
+    D: Tensor | None, kept: Tensor, grad: Tensor, grad_last: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    (batch, length, p), (q, n) = u.shape, C_re.shape
+    parts = min(torch.get_num_threads(), kept.shape[0])
+    grad_u, grad_initial = torch.empty_like(u), u.new_empty(batch, 2, n)
+    to_lam, to_B, to_C = u.new_empty(parts, 2, n), u.new_empty(parts, 2, n, p), u.new_empty(parts, 2, q, n)
+    to_D = u.new_empty(parts, p if D is not None else 0)
+    native.call(
+        "lti_backward", u, batch, length, p, q, n, u, log_radius, phase, B_re, B_im, C_re, C_im, D, kept, grad,
+        grad_last, grad_u, grad_initial, to_lam, to_B, to_C, to_D, parts,
+    )  # fmt: skip
+    return grad_u, grad_initial, to_lam.sum(0), to_B.sum(0), to_C.sum(0), to_D.sum(0)
+
+
+@_scan_backward.register_fake
+def _(
+    u: Tensor, log_radius: Tensor, phase: Tensor, B_re: Tensor, B_im: Tensor, C_re: Tensor, C_im: Tensor,
+    D: Tensor | None, kept: Tensor, grad: Tensor, grad_last: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    (batch, _, p), (q, n) = u.shape, C_re.shape
+    to_D = u.new_empty(p if D is not None else 0)
+    return (
+        torch.empty_like(u), u.new_empty(batch, 2, n), u.new_empty(2, n), u.new_empty(2, n, p), u.new_empty(2, q, n),
+        to_D,
+    )  # fmt: skip
+
+
+def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    *system, initial, _ = inputs
+    ctx.has_initial = initial is not None
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*system, output[2])
+
+
+def _differentiate(ctx: Any, grad: Tensor | None, grad_last: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
+    *system, kept = ctx.saved_tensors
+    u, D = system[0], system[-1]
+    grad = u.new_zeros(*u.shape[:2], system[-2].shape[0]) if grad is None else grad.contiguous()
+    grad_last = None if grad_last is None else grad_last.contiguous()
+    to_u, to_initial, to_lam, to_B, to_C, to_D = _scan_backward(*system, kept, grad, grad_last)
+    return (
+        to_u, *to_lam.unbind(0), *to_B.unbind(0), *to_C.unbind(0), None if D is None else to_D,
+        to_initial if ctx.has_initial else None, None,
+    )  # fmt: skip
+
+
+_scan.register_autograd(_differentiate, setup_context=_keep_for_backward)
