@@ -60,12 +60,14 @@ def step_cost(model: nn.Module, loss: Callable[[nn.Module], Tensor]) -> StepCost
 
 def _formulas() -> dict[Any, Callable[..., int]]:
     """Operations of what PyTorch's counter does not know, by operation; they are given shapes."""
-    from compressm.scans import chain, selective  # which define them  # noqa: F401  # pyright: ignore[reportUnusedImport]
+    from compressm.scans import chain, lti_direct, selective  # which define them  # noqa: F401  # pyright: ignore[reportUnusedImport]
 
     ours, aten = torch.ops.compressm, torch.ops.aten
     return {
         ours.selective_scan: _selective_forward,
         ours.selective_scan_backward: _selective_backward,
+        ours.lti: _lti,
+        ours.lti_backward: _lti_backward,
         ours.chain: _chain,
         ours.chain_backward: _chain_backward,
         aten._fft_r2c: _real_transform,
@@ -81,6 +83,20 @@ def _selective_backward(
     grad: Any, state: Any, u: Sequence[int], delta: Any, A: Sequence[int], *_: Any, **__: Any
 ) -> int:
     return _SELECTIVE_BACKWARD * math.prod(u) * A[0]
+
+
+def _lti(
+    u: Sequence[int], log_radius: Any, phase: Any, B: Sequence[int], B_im: Any, C: Sequence[int], *_: Any, **__: Any
+) -> int:
+    (n, p), q = B, C[0]
+    return 2 * u[0] * u[1] * n * (2 * p + 2 * q + 4)
+
+
+def _lti_backward(
+    u: Sequence[int], log_radius: Any, phase: Any, B: Sequence[int], B_im: Any, C: Sequence[int], *_: Any, **__: Any
+) -> int:
+    (n, p), q = B, C[0]
+    return 2 * u[0] * u[1] * n * (6 * p + 4 * q + 12)  # the states are computed anew
 
 
 def _chain(v: Sequence[int], *_: Any, **__: Any) -> int:

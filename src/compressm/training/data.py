@@ -92,10 +92,10 @@ class SequenceData:
         ``(len(indices), length)``, as long as the longest of these sequences.
         """
         if self.vocabulary is not None:
-            tokens = split.x[indices][..., 0]
+            tokens = split.x.index_select(0, indices)[..., 0]
             length = int((tokens != 0).any(0).sum())
             return tokens[:, :length].long(), split.y[indices]
-        return (split.x[indices].float() - self.mean) / self.std, split.y[indices]
+        return (split.x.index_select(0, indices).float() - self.mean) / self.std, split.y[indices]
 
     def batches(self, split: Split, size: int, rank: int = 0, world: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
         """All of a split in order, or every ``world``-th sequence of it, in batches of at most ``size``."""
