@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from compressm import Compressor
 from compressm.layers import LRU, SequenceClassifier
 from compressm.measure import step_cost
-from compressm.scans import native
+from compressm.scans import lti_scan, native
 from compressm.scans.selective import selective_scan
 
 needs_compiler = pytest.mark.skipif(not native.available(), reason="no C++ compiler")
@@ -42,6 +42,27 @@ def test_selective_scans_count_in_proportion_to_their_states() -> None:
     small, large = (step_cost(Scan(n), lambda model: model(u).sum()) for n in (4, 12))
     assert small.flops == (7 + 20) * u.numel() * 4
     assert large.flops == 3 * small.flops
+
+
+@needs_compiler
+def test_compiled_convolutions_are_counted() -> None:
+    batch, length, h = 3, 20, 4
+
+    class Convolution(nn.Module):
+        def __init__(self, n: int) -> None:
+            super().__init__()
+            tensors = (-torch.rand(n), torch.rand(n), *(torch.rand(n, h) for _ in range(2)))
+            self.system = nn.ParameterList([*tensors, *(torch.rand(h, n) for _ in range(2))])
+
+        def forward(self, u: Tensor) -> Tensor:
+            return lti_scan(u, *self.system, engine="fft")
+
+    u = torch.randn(batch, length, h)
+    small, large = (step_cost(Convolution(n), lambda model: model(u).sum()).flops for n in (8, 16))
+    impulse = large - small  # in proportion to n, and the rest does not depend on it
+    assert small - impulse == pytest.approx(
+        24 * batch * length * h * h + 5 * length * math.log2(length) * (5 * batch * h + 2 * h * h), abs=4
+    )
 
 
 def test_a_real_fourier_transform() -> None:

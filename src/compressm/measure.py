@@ -60,7 +60,7 @@ def step_cost(model: nn.Module, loss: Callable[[nn.Module], Tensor]) -> StepCost
 
 def _formulas() -> dict[Any, Callable[..., int]]:
     """Operations of what PyTorch's counter does not know, by operation; they are given shapes."""
-    from compressm.scans import chain, lti_direct, selective  # which define them  # noqa: F401  # pyright: ignore[reportUnusedImport]
+    from compressm.scans import chain, lti_direct, lti_fft, selective  # which define them  # noqa: F401  # pyright: ignore[reportUnusedImport]
 
     ours, aten = torch.ops.compressm, torch.ops.aten
     return {
@@ -70,6 +70,8 @@ def _formulas() -> dict[Any, Callable[..., int]]:
         ours.lti_backward: _lti_backward,
         ours.chain: _chain,
         ours.chain_backward: _chain_backward,
+        ours.convolution: _convolution,
+        ours.convolution_backward: _convolution_backward,
         aten._fft_r2c: _real_transform,
         aten._fft_c2r: _real_inverse_transform,
     }
@@ -105,6 +107,20 @@ def _chain(v: Sequence[int], *_: Any, **__: Any) -> int:
 
 def _chain_backward(grad: Sequence[int], *_: Any, **__: Any) -> int:
     return 16 * math.prod(grad) // 2
+
+
+def _convolution(u: Sequence[int], impulse: Sequence[int], *_: Any, **__: Any) -> int:
+    (batch, length, p), q = u, impulse[1]
+    return _transforms(batch * (p + q) + p * q, length) + 8 * batch * length * p * q
+
+
+def _convolution_backward(grad: Sequence[int], u: Sequence[int], *_: Any, **__: Any) -> int:
+    (batch, length, p), q = u, grad[2]
+    return _transforms(batch * (2 * p + q) + p * q, length) + 16 * batch * length * p * q
+
+
+def _transforms(count: int, length: int) -> int:
+    return round(count * 5 * length * math.log2(max(2, length)))
 
 
 def _real_transform(shape: Sequence[int], axes: Sequence[int], *_: Any, **__: Any) -> int:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
 
+from compressm.scans import native
+from compressm.scans.graph import exporting
 from compressm.scans.lti_chunked import powers
 
 
@@ -16,14 +20,8 @@ def scan(
     u: Tensor, log_radius: Tensor, phase: Tensor, B_re: Tensor, B_im: Tensor, C_re: Tensor, C_im: Tensor
 ) -> Tensor:
     """Outputs from zero state; see `compressm.scans.lti.lti_scan`."""
-    (q, n), (length, p) = C_re.shape, u.shape[1:]
-    # Re(c lam^j b) = Re(c b) Re(lam^j) - Im(c b) Im(lam^j)
-    residue_re = C_re[:, None, :] * B_re.T - C_im[:, None, :] * B_im.T
-    residue_im = C_re[:, None, :] * B_im.T + C_im[:, None, :] * B_re.T
-    residues = torch.cat([residue_re, -residue_im], -1).view(q * p, 2 * n)
-    impulse: Any = _ImpulseResponse.apply(residues, log_radius, phase, length)
-    y: Any = _Convolution.apply(u, impulse.view(length, q, p))
-    return y
+    impulse: Any = _ImpulseResponse.apply(log_radius, phase, B_re, B_im, C_re, C_im, u.shape[1])
+    return _convolution(u, impulse)
 
 
 def cost(batch: int, length: int, p: int, q: int, n: int) -> float:
@@ -41,36 +39,174 @@ def _fft_size(length: int) -> int:
 
 
 class _ImpulseResponse(torch.autograd.Function):
-    """``K_j = residues . (Re lam^j; Im lam^j)`` for j < length, shape ``(length, outputs)``: one matrix product."""
+    """``K_j = Re(C lam^j B)`` for j < length, shape ``(length, q, p)``: one matrix product.
+
+    With ``j = a m + b`` it is that of ``C lam^(a m)``, all a, with ``lam^b B``, all b: two short tables instead of one
+    long one, and no operation more. Products of two powers above the floor 1 are above the floor 2.
+    """
 
     @staticmethod
-    def forward(ctx: Any, residues: Tensor, log_radius: Tensor, phase: Tensor, length: int) -> Tensor:
-        # lam^(a m + b) = lam^(a m) lam^b: two short tables instead of one long one. Products of two powers above the
-        # floor 1 are above the floor 2.
+    def forward(
+        ctx: Any, log_radius: Tensor, phase: Tensor, B_re: Tensor, B_im: Tensor, C_re: Tensor, C_im: Tensor, length: int
+    ) -> Tensor:
         m = math.isqrt(length - 1) + 1
-        steps = torch.arange(m, device=residues.device)
-        coarse_re, coarse_im = powers(log_radius, phase, m * steps[: -(-length // m)], floor=1.0)
-        fine_re, fine_im = powers(log_radius, phase, steps, floor=1.0)
-        re = coarse_re[:, None] * fine_re - coarse_im[:, None] * fine_im
-        im = coarse_re[:, None] * fine_im + coarse_im[:, None] * fine_re
-        table = torch.cat([re, im], -1).view(-1, residues.shape[1])[:length]
-        ctx.save_for_backward(residues, table)
-        return table @ residues.T
+        fine_steps = torch.arange(m, device=phase.device)
+        coarse_steps = m * fine_steps[: -(-length // m)]
+        coarse = powers(log_radius, phase, coarse_steps, floor=1.0)
+        fine = powers(log_radius, phase, fine_steps, floor=1.0)
+        # Re(x y) = (Re x; -Im x) . (Re y; Im y)
+        re, im = _times(C_re, C_im, *(power[:, None] for power in coarse))
+        observe = torch.cat([re, -im], -1).flatten(0, 1)  # (a q, 2n)
+        reach = torch.cat(_times(B_re.T, B_im.T, *(power[:, None] for power in fine)), -1).flatten(0, 1)  # (m p, 2n)
+        ctx.save_for_backward(B_re, B_im, C_re, C_im, coarse_steps, fine_steps, *coarse, *fine, observe, reach)
+        impulse = (observe @ reach.T).view(len(coarse_steps), len(C_re), m, -1).transpose(1, 2)
+        return impulse.reshape(-1, *impulse.shape[2:])[:length]
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        residues, table = ctx.saved_tensors
-        to_re, to_im = (grad @ residues).chunk(2, 1)
-        re, im = table.chunk(2, 1)
-        steps = torch.arange(table.shape[0], dtype=table.dtype, device=table.device)
-        # d lam^j = j lam^j (d log_radius + i d phase)
-        to_log_radius = steps @ (to_re * re + to_im * im)
-        to_phase = steps @ (to_im * re - to_re * im)
-        return grad.T @ table, to_log_radius, to_phase, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        B_re, B_im, C_re, C_im, coarse_steps, fine_steps, *lam, observe, reach = ctx.saved_tensors
+        m, (length, q, p) = len(fine_steps), grad.shape
+        missing = len(coarse_steps) * m - length
+        padded = F.pad(grad, (0, 0, 0, 0, 0, missing)) if missing else grad
+        by_step = padded.reshape(-1, m, q, p).transpose(1, 2).reshape(-1, m * p)  # (a q, m p)
+        re, minus_im = (by_step @ reach).view(-1, q, observe.shape[1]).chunk(2, -1)
+        C = _factors(re, -minus_im, C_re, C_im, lam[0], lam[1], coarse_steps)
+        re, im = (by_step.T @ observe).view(m, p, -1).chunk(2, -1)
+        B = _factors(re, im, B_re.T, B_im.T, lam[2], lam[3], fine_steps)
+        return C[2] + B[2], C[3] + B[3], B[0].T, B[1].T, C[0], C[1], None
 
 
-class _Convolution(torch.autograd.Function):
+def _times(x_re: Tensor, x_im: Tensor, y_re: Tensor, y_im: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.addcmul(x_re * y_re, x_im, y_im, value=-1), torch.addcmul(x_re * y_im, x_im, y_re)
+
+
+def _factors(
+    re: Tensor, im: Tensor, x_re: Tensor, x_im: Tensor, power_re: Tensor, power_im: Tensor, steps: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of ``x`` and of ``log_radius`` and ``phase`` from that of ``x lam^j``, shape ``(steps, rows, n)``."""
+    # The gradient times conj(lam^j): summed over the steps it is that of x, and times j conj(x) that of the poles,
+    # since d lam^j = j lam^j (d log_radius + i d phase).
+    re, im = _times(re, im, power_re[:, None], -power_im[:, None])
+    moments = torch.stack([torch.ones_like(steps), steps]).to(re.dtype)
+    (to_re, first_re), (to_im, first_im) = ((moments @ part.flatten(1)).view(2, *x_re.shape) for part in (re, im))
+    to_log_radius, to_phase = _times(first_re, first_im, x_re, -x_im)
+    return to_re, to_im, to_log_radius.sum(0), to_phase.sum(0)
+
+
+def _convolution(u: Tensor, impulse: Tensor) -> Tensor:
+    """``y_k = sum_j K_j u_{k-j}``, ``K`` of shape ``(length, q, p)``, ``u`` of shape ``(batch, length, p)``."""
+    compiled = native.usable(u, impulse) and not exporting()
+    y: Any = (_NativeConvolution if compiled else _TorchConvolution).apply(u, impulse)
+    return y
+
+
+class _NativeConvolution(torch.autograd.Function):
+    """Compiled, with sequences of the batch in vector lanes; see ``kernels/fft.h`` and ``kernels/convolution.h``."""
+
+    @staticmethod
+    def forward(ctx: Any, u: Tensor, impulse: Tensor) -> Tensor:
+        u = u.contiguous()
+        y, transfer = _native(u, impulse.contiguous())
+        ctx.save_for_backward(u, transfer)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return _native_backward(grad.contiguous(), *ctx.saved_tensors)
+
+
+@torch.library.custom_op("compressm::convolution", mutates_args=(), device_types="cpu")
+def _native(u: Tensor, impulse: Tensor) -> tuple[Tensor, Tensor]:
+    """Outputs, and what `_native_backward` wants: the transform of ``impulse``, ``(size, 2, q, p)``."""
+    (batch, length, p), q = u.shape, impulse.shape[1]
+    shape, tables = _plan(length, u.dtype)
+    y, transfer = u.new_empty(batch, length, q), u.new_empty(transform_size(length), 2, q, p)
+    native.call("impulse_to_transfer", u, length, q * p, shape, tables, impulse, transfer)
+    native.call("convolve", u, batch, length, p, q, shape, tables, u, transfer, y)
+    return y, transfer
+
+
+@_native.register_fake
+def _(u: Tensor, impulse: Tensor) -> tuple[Tensor, Tensor]:
+    (batch, length, p), q = u.shape, impulse.shape[1]
+    return u.new_empty(batch, length, q), u.new_empty(transform_size(length), 2, q, p)
+
+
+@torch.library.custom_op("compressm::convolution_backward", mutates_args=(), device_types="cpu")
+def _native_backward(grad: Tensor, u: Tensor, transfer: Tensor) -> tuple[Tensor, Tensor]:
+    (batch, length, p), q = u.shape, grad.shape[2]
+    shape, tables = _plan(length, u.dtype)
+    to_u, to_transfer, to_impulse = torch.empty_like(u), torch.zeros_like(transfer), u.new_empty(length, q, p)
+    native.call("convolve_backward", u, batch, length, p, q, shape, tables, u, transfer, grad, to_u, to_transfer)
+    native.call("transfer_to_impulse", u, length, q * p, shape, tables, to_impulse, to_transfer)
+    return to_u, to_impulse
+
+
+@_native_backward.register_fake
+def _(grad: Tensor, u: Tensor, transfer: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(u), u.new_empty(u.shape[1], grad.shape[2], u.shape[2])
+
+
+def transform_size(length: int) -> int:
+    """How many points the compiled transforms of a sequence have."""
+    n1, n2 = _rectangle(length)
+    return n1 * n2
+
+
+@functools.lru_cache(maxsize=32)
+def _plan(length: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """How the compiled transforms of a length are done: see `Plan` in ``kernels/fft.h``."""
+    n1, n2 = _rectangle(length)
+    size, both = n1 * n2, (_radices(n1), _radices(n2))
+    k1, t2 = (torch.arange(n, dtype=torch.float64) for n in (n1, n2))
+    turns = [k1 / (4 * n1), torch.outer(k1 + 0.25, t2) / size]
+    for n, radices in zip((n1, n2), both, strict=True):
+        for index in range(len(radices) - 1):
+            rest = n // math.prod(radices[:index])
+            groups, factors = torch.arange(rest // radices[index]), torch.arange(1, radices[index])
+            turns.append(torch.outer(groups, factors).double() / rest)
+    start, *others = (torch.polar(torch.ones_like(turn), -2 * torch.pi * turn) for turn in turns)
+    tables = torch.cat([table.flatten() for table in (start, start / size, *others)])
+    shape = torch.tensor([n1, n2, *(number for radices in both for number in (len(radices), *radices))])
+    return shape, torch.view_as_real(tables).to(dtype)
+
+
+@functools.lru_cache(maxsize=256)
+def _rectangle(length: int) -> tuple[int, int]:
+    """``n1 <= n2`` as equal as can be, with the smallest product of at least ``length``; factors 2, 3 and 5."""
+    size = max(length, 4)
+    while True:
+        n1 = next((n for n in range(math.isqrt(size), 1, -1) if size % n == 0), 1)
+        if n1 > 1 and _smooth(size):
+            return n1, size // n1
+        size += 1
+
+
+def _smooth(number: int) -> bool:
+    for factor in (2, 3, 5):
+        while number % factor == 0:
+            number //= factor
+    return number == 1
+
+
+def _radices(number: int) -> list[int]:
+    """At least two, of 1, 2, 3, 4, 5 and 8."""
+    radices: list[int] = []
+    twos = number & -number
+    while twos > 1:
+        radices.append(twos if twos in (2, 4) else 4 if twos == 16 else 8)
+        twos //= radices[-1]
+    rest = number // math.prod(radices)
+    for factor in (5, 3):
+        while rest % factor == 0:
+            radices.append(factor)
+            rest //= factor
+    return radices if len(radices) > 1 else [1, *radices]
+
+
+class _TorchConvolution(torch.autograd.Function):
     """``y_k = sum_j K_j u_{k-j}``, ``K`` of shape ``(length, q, p)``.
 
     Per frequency the complex (q, p) matrix is applied as a real (2q, 2p) one: real matrix products are the fastest that

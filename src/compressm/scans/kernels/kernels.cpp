@@ -3,6 +3,7 @@
 
 #include "activations.h"
 #include "chain.h"
+#include "convolution.h"
 #include "lti.h"
 #include "mamba.h"
 #include "selective.h"

@@ -107,32 +107,38 @@ template <class T> inline void store_some(T* p, Vec<T> v, int64_t count) {
 
 template <class T> inline Vec<T> sigmoid(Vec<T> x) { return T(1) / (T(1) + exp2<T>(x * T(-1.4426950408889634074))); }
 
-// Lane i of the result is lane `from[i]` of a, then b, counted on.
-template <class T> inline Vec<T> shuffled(Vec<T> a, Vec<T> b, typename Vectors<T>::integers from) {
 #if defined(__clang__)
-    Vec<T> out;
-    for (int i = 0; i < W<T>; ++i) out[i] = from[i] < W<T> ? a[from[i]] : b[from[i] - W<T>];
-    return out;
+#define SHUFFLE(a, b, T, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
 #else
-    return __builtin_shuffle(a, b, from);
+#define SHUFFLE(a, b, T, ...) __builtin_shuffle(a, b, Vectors<T>::integers{__VA_ARGS__})
 #endif
+// The lower (upper) halves of two vectors, element by element in turn.
+inline Vec<float> zip_low(Vec<float> a, Vec<float> b) {
+    return SHUFFLE(a, b, float, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
 }
+inline Vec<float> zip_high(Vec<float> a, Vec<float> b) {
+    return SHUFFLE(a, b, float, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+}
+inline Vec<double> zip_low(Vec<double> a, Vec<double> b) { return SHUFFLE(a, b, double, 0, 8, 1, 9, 2, 10, 3, 11); }
+inline Vec<double> zip_high(Vec<double> a, Vec<double> b) { return SHUFFLE(a, b, double, 4, 12, 5, 13, 6, 14, 7, 15); }
+inline Vec<float> swap_halves(Vec<float> a) {
+    return SHUFFLE(a, a, float, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7);
+}
+inline Vec<double> swap_halves(Vec<double> a) { return SHUFFLE(a, a, double, 4, 5, 6, 7, 0, 1, 2, 3); }
+#undef SHUFFLE
 
-// A square of lanes, transposed in place: rows become columns.
-template <class T> inline void transpose(Vec<T>* rows) {
-    constexpr int w = W<T>;
-    for (int step = 1; step < w; step *= 2) {
-        typename Vectors<T>::integers first, second;
-        for (int i = 0; i < w; ++i) {
-            first[i] = i & step ? w + i - step : i;
-            second[i] = i & step ? w + i : i + step;
+// A square of lanes, transposed in place. Each round moves one bit of the row's number to the lane's and back.
+template <class T> inline __attribute__((always_inline)) void transpose(Vec<T>* rows) {
+#pragma GCC unroll 4
+    for (int round = 1; round < W<T>; round *= 2) {
+        Vec<T> next[W<T>];
+#pragma GCC unroll 8
+        for (int i = 0; i < W<T> / 2; ++i) {
+            next[2 * i] = zip_low(rows[i], rows[i + W<T> / 2]);
+            next[2 * i + 1] = zip_high(rows[i], rows[i + W<T> / 2]);
         }
-        for (int i = 0; i < w; ++i) {
-            if (i & step) continue;
-            const Vec<T> a = rows[i], b = rows[i + step];
-            rows[i] = shuffled<T>(a, b, first);
-            rows[i + step] = shuffled<T>(a, b, second);
-        }
+#pragma GCC unroll 16
+        for (int i = 0; i < W<T>; ++i) rows[i] = next[i];
     }
 }
 
