@@ -6,41 +6,69 @@ namespace {
 // Activations with dropout, in one pass over memory. Whether an element is dropped is a hash of its index and a seed:
 // the backward pass draws the same numbers again, and no mask is stored.
 
-inline uint32_t mixed(uint32_t x) {  // finalizer of MurmurHash3 (A. Appleby, public domain): each bit affects every bit
+// The finalizer of MurmurHash3 (A. Appleby, public domain), after which each bit has affected every bit; `key` enters
+// in the middle, for without it two seeds would give the same sequence, shifted.
+template <class Words> inline Words mixed(Words x, uint32_t key) {
     x = (x ^ (x >> 16)) * 0x85ebca6bu;
-    x = (x ^ (x >> 13)) * 0xc2b2ae35u;
+    x = (x ^ (x >> 13) ^ key) * 0xc2b2ae35u;
     return x ^ (x >> 16);
 }
 
 struct Dropout {
-    uint64_t seed;
-    double probability;
+    uint32_t offset, key, threshold;
+    double keep;
+
+    Dropout(int64_t seed, double probability)
+        : threshold(uint32_t(probability * 4294967296.)), keep(1 / (1 - probability)) {
+        uint64_t x = uint64_t(seed) + 0x9e3779b97f4a7c15u;  // SplitMix64 (S. Vigna, public domain): seeds may be close
+        x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9u;
+        x = (x ^ (x >> 27)) * 0x94d049bb133111ebu;
+        x ^= x >> 31;
+        offset = uint32_t(x), key = uint32_t(x >> 32);
+    }
+
+    template <class T> inline typename Vectors<T>::words words(int64_t index) const {
+        const uint32_t first = uint32_t(index) + offset;
+        return mixed(Vectors<T>::count() + first, key + mixed(uint32_t(index >> 32), 0));
+    }
+    template <class T> inline Vec<T> kept(typename Vectors<T>::words words) const {
+        const auto whether = __builtin_convertvector(words >= threshold, typename Vectors<T>::integers);
+        return whether ? Vec<T>{} + T(keep) : Vec<T>{};
+    }
+
     // What to multiply the elements from `index` on with: 0 or 1 / (1 - probability).
     template <class T> inline Vec<T> factors(int64_t index) const {
-        Vec<T> factor{};
-        if (probability == 0) return factor + T(1);
-        const uint32_t low = uint32_t(seed) + mixed(uint32_t(index >> 32)), high = uint32_t(seed >> 32);
-        const uint32_t threshold = uint32_t(probability * 4294967296.);
-        const T keep = T(1 / (1 - probability));
-        for (int i = 0; i < W<T>; ++i)
-            factor[i] = mixed(mixed(uint32_t(index) + uint32_t(i) + low) ^ high) >= threshold ? keep : T(0);
-        return factor;
+        return threshold ? kept<T>(words<T>(index)) : Vec<T>{} + T(1);
+    }
+    // Two of them by one hash: whatever interval the hash lies in, its multiples by an odd number near the golden
+    // section of 2^32 are spread evenly.
+    template <class T> inline void pair(int64_t index, Vec<T>& first, Vec<T>& second) const {
+        first = second = Vec<T>{} + T(1);
+        if (!threshold) return;
+        const auto hash = words<T>(index);
+        first = kept<T>(hash);
+        second = kept<T>(hash * 0x9e3779b1u);
     }
 };
 
-// GELU in its tanh form, x sigmoid(2 sqrt(2/pi) (x + 0.044715 x^3)) (Hendrycks, Gimpel 2016), then dropout. With `grad`
-// the result is the gradient.
+// GELU in its tanh form, x sigmoid(2 sqrt(2/pi) (x + 0.044715 x^3)) (Hendrycks, Gimpel 2016).
+template <class T> struct Gelu {
+    static constexpr T linear = T(1.5957691216057307), cubic = T(1.5957691216057307 * 0.044715);
+    Vec<T> x, square, s;
+    inline explicit Gelu(Vec<T> x) : x(x), square(x * x), s(sigmoid<T>(x * (linear + cubic * square))) {}
+    inline Vec<T> value() const { return x * s; }
+    inline Vec<T> slope() const { return s + x * s * (T(1) - s) * (linear + T(3) * cubic * square); }
+};
+
+// GELU, then dropout. With `grad` the result is the gradient.
 template <class T>
 void gelu(int64_t count, const T* x, const T* grad, T* out, Dropout dropout, int threads) {
     constexpr int w = W<T>;
-    const T slope = T(1.5957691216057307), cubic = T(0.044715);
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (int64_t i = 0; i < (count + w - 1) / w; ++i) {
         const int64_t at = i * w, some = std::min<int64_t>(w, count - at);
-        const Vec<T> v = load_some(x + at, some), square = v * v;
-        const Vec<T> s = sigmoid<T>(v * (slope + slope * cubic * square));
-        Vec<T> result = grad ? s + v * s * (T(1) - s) * (slope + T(3) * slope * cubic * square) : v * s;
-        if (grad) result *= load_some(grad + at, some);
+        const Gelu<T> gelu(load_some(x + at, some));
+        const Vec<T> result = grad ? gelu.slope() * load_some(grad + at, some) : gelu.value();
         store_some(out + at, result * dropout.factors<T>(at), some);
     }
 }
@@ -87,11 +115,11 @@ void glu(int64_t rows, int64_t d, const T* u, const T* v, const T* grad, T* out,
 #define ACTIVATIONS(T, SUFFIX)                                                                                          \
     extern "C" void gelu_##SUFFIX(int64_t count, const T* x, const T* grad, T* out, int64_t seed, double probability,   \
                                   int threads) {                                                                        \
-        gelu<T>(count, x, grad, out, {uint64_t(seed), probability}, threads);                                           \
+        gelu<T>(count, x, grad, out, {seed, probability}, threads);                                           \
     }                                                                                                                   \
     extern "C" void glu_##SUFFIX(int64_t rows, int64_t d, const T* u, const T* v, const T* grad, T* out, int64_t seed,  \
                                  double probability, int threads) {                                                     \
-        glu<T>(rows, d, u, v, grad, out, {uint64_t(seed), probability}, threads);                                       \
+        glu<T>(rows, d, u, v, grad, out, {seed, probability}, threads);                                       \
     }
 ACTIVATIONS(float, f32)
 ACTIVATIONS(double, f64)
