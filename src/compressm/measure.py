@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from compressm.scans import native
+
 # An exponential counts as one operation, a complex multiplication and addition as eight.
 _SELECTIVE_FORWARD, _SELECTIVE_BACKWARD = 7, 20
 
@@ -50,12 +52,28 @@ def step_cost(model: nn.Module, loss: Callable[[nn.Module], Tensor]) -> StepCost
             kept[storage.data_ptr(), storage.nbytes()] = storage.nbytes()
         return tensor
 
+    compiled = list[int]()
+
+    def watch(name: str, arguments: tuple[Any, ...]) -> None:
+        if name in _KERNELS:
+            compiled.append(_KERNELS[name](arguments))
+
     devices = sorted({parameter.device.index for parameter in copied.parameters() if parameter.is_cuda})
-    with torch.random.fork_rng(devices=devices), FlopCounterMode(display=False, custom_mapping=_formulas()) as counter:
+    counter = FlopCounterMode(display=False, custom_mapping=_formulas())
+    with torch.random.fork_rng(devices=devices), native.watched(watch), counter:
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             value = loss(copied)
         value.backward()
-    return StepCost(counter.get_total_flops(), sum(kept.values()))
+    return StepCost(counter.get_total_flops() + sum(compiled), sum(kept.values()))
+
+
+# Matrix products in kernels that are no operations of PyTorch's, by the arguments of `native.call`.
+_KERNELS: dict[str, Callable[[tuple[Any, ...]], int]] = {
+    "linear_forward": lambda given: 2 * math.prod(given[:3]),
+    "linear_backward": lambda given: 2 * math.prod(given[:3]) * (1 if given[6] is None else 2),
+    "tail_forward": lambda given: 2 * given[0] * 2 * given[1] ** 2,
+    "tail_backward": lambda given: 3 * 2 * given[0] * 2 * given[1] ** 2,  # the forward one anew, and two gradients
+}
 
 
 def _formulas() -> dict[Any, Callable[..., int]]:

@@ -28,9 +28,9 @@ def gelu_dropout(x: Tensor, p: float, training: bool) -> Tensor:
         p: probability of dropping an element, in [0, 1).
         training: whether to drop at all.
     """
-    if not _native(x):
+    if not takes(x):
         return F.dropout(F.gelu(x, approximate="tanh"), p, training)
-    return _apply(_Gelu, x.contiguous(), *_seed(p, training))
+    return applied(_Gelu, x.contiguous(), *drawn(p, training))
 
 
 def glu_residual(u: Tensor, v: Tensor, p: float, training: bool) -> Tensor:
@@ -41,9 +41,9 @@ def glu_residual(u: Tensor, v: Tensor, p: float, training: bool) -> Tensor:
         v: shape ``(..., 2 d)``, of the dtype of ``u``.
         p, training: see `gelu_dropout`.
     """
-    if not _native(u, v):
+    if not takes(u, v):
         return u + F.dropout(F.glu(v, dim=-1), p, training)
-    return _apply(_Glu, u.contiguous(), v.contiguous(), *_seed(p, training))
+    return applied(_Glu, u.contiguous(), v.contiguous(), *drawn(p, training))
 
 
 def gated(y: Tensor, u: Tensor, D: Tensor, z: Tensor) -> Tensor:
@@ -53,9 +53,9 @@ def gated(y: Tensor, u: Tensor, D: Tensor, z: Tensor) -> Tensor:
         y, u, z: shape ``(batch, length, d)``.
         D: shape ``(d,)``.
     """
-    if not _native(y, u, D, z):
+    if not takes(y, u, D, z):
         return torch.addcmul(y, D, u) * F.silu(z)
-    return _apply(_Gate, y.contiguous(), u.contiguous(), D.contiguous(), _rows(z))
+    return applied(_Gate, y.contiguous(), u.contiguous(), D.contiguous(), _rows(z))
 
 
 def step_sizes(projection: nn.Linear, dt: Tensor) -> Tensor:
@@ -66,9 +66,9 @@ def step_sizes(projection: nn.Linear, dt: Tensor) -> Tensor:
         dt: shape ``(..., rank)``.
     """
     weight, bias = projection.weight, projection.bias
-    if dt.ndim != 3 or not 1 <= dt.shape[-1] <= _FEW or not _native(dt, weight, bias):
+    if dt.ndim != 3 or not 1 <= dt.shape[-1] <= _FEW or not takes(dt, weight, bias):
         return F.softplus(projection(dt))
-    return _apply(_StepSizes, _rows(dt), weight.T.contiguous(), bias.contiguous())
+    return applied(_StepSizes, _rows(dt), weight.T.contiguous(), bias.contiguous())
 
 
 def causal_conv(conv: nn.Conv1d, u: Tensor) -> Tensor:
@@ -80,8 +80,8 @@ def causal_conv(conv: nn.Conv1d, u: Tensor) -> Tensor:
     """
     weight = conv.weight[:, 0]
     bias = u.new_zeros(u.shape[2]) if conv.bias is None else conv.bias
-    if _native(u, weight, bias):
-        return _apply(_Convolution, _rows(u), weight.flip(1).T.contiguous(), bias.contiguous())
+    if takes(u, weight, bias):
+        return applied(_Convolution, _rows(u), weight.flip(1).T.contiguous(), bias.contiguous())
     # A sum of shifted products: for a handful of taps faster on CPUs than a convolution, which would also need two
     # transposed copies.
     (channels, taps), length = weight.shape, u.shape[1]
@@ -97,18 +97,18 @@ def _rows(x: Tensor) -> Tensor:
     return x if regular else x.contiguous()
 
 
-def _native(*tensors: Tensor) -> bool:
+def takes(*tensors: Tensor) -> bool:
     whole = tensors[0].dtype in (torch.float32, torch.float64) and all(t.dtype == tensors[0].dtype for t in tensors)
     return whole and not torch.compiler.is_compiling() and native.usable(*tensors)
 
 
-def _seed(p: float, training: bool) -> tuple[int, float]:
+def drawn(p: float, training: bool) -> tuple[int, float]:
     if not training or p == 0:
         return 0, 0.0
     return int(torch.randint(-(2**63), 2**63 - 1, ())), p
 
 
-def _apply(function: type[torch.autograd.Function], *arguments: Any) -> Tensor:
+def applied(function: type[torch.autograd.Function], *arguments: Any) -> Tensor:
     result: Any = function.apply(*arguments)
     return result
 

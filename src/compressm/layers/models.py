@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from compressm.layers.activations import gelu_dropout, glu_residual
 from compressm.layers.hyena import Hyena
 from compressm.layers.linear_attention import DeltaNet, GatedLinearAttention, LinearAttention
 from compressm.layers.lru import LRU
 from compressm.layers.mamba import Mamba
 from compressm.layers.mamba2 import Mamba2
+from compressm.layers.narrow import batch_norm, gated_residual, linear
 from compressm.layers.rg_lru import RecurrentBlock
 from compressm.layers.s4 import S4
 from compressm.layers.s4d import S4D
@@ -40,9 +40,13 @@ class SequenceBatchNorm(nn.BatchNorm1d):
     """
 
     def forward(self, input: Tensor) -> Tensor:
+        return self.with_input(input)[0]
+
+    def with_input(self, input: Tensor) -> tuple[Tensor, Tensor]:
+        """The result, and the input for a residual connection: see `batch_norm`."""
         if input.ndim == 2 and self.training:
             raise RuntimeError("a single step has no batch statistics over time: call model.eval() before model.step()")
-        return super().forward(input.reshape(-1, input.shape[-1])).view_as(input)  # rows without a copy
+        return batch_norm(self, input)
 
 
 def sequence_norm(kind: str, width: int) -> nn.Module:
@@ -78,8 +82,8 @@ class GLUBlock(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, u: Tensor) -> Tensor:
-        z = gelu_dropout(self.ssm(self.norm(u)), self.dropout.p, self.training)
-        return glu_residual(u, self.glu(z), self.dropout.p, self.training)
+        z, u = self.norm.with_input(u) if isinstance(self.norm, SequenceBatchNorm) else (self.norm(u), u)
+        return gated_residual(u, self.ssm(z), self.glu, self.dropout.p, self.training)
 
     def initial_state(self, batch: int) -> Tensor:
         """The zero state of `step`."""
@@ -88,8 +92,7 @@ class GLUBlock(nn.Module):
     def step(self, u: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
         """One time step: ``u`` of shape ``(batch, d_model)`` to the output of the same shape, and the next state."""
         z, state = self.ssm.step(self.norm(u), state)
-        z = gelu_dropout(z, self.dropout.p, self.training)
-        return glu_residual(u, self.glu(z), self.dropout.p, self.training), state
+        return gated_residual(u, z, self.glu, self.dropout.p, self.training), state
 
 
 class ResidualBlock(nn.Module):
@@ -202,12 +205,12 @@ class SequenceClassifier(nn.Module):
         return {**self._arguments, "d_state": [block.ssm.d_state for block in self.blocks]}  # type: ignore[union-attr]
 
     def forward(self, u: Tensor) -> Tensor:
-        z = self.encoder(u)
+        z = linear(self.encoder, u)
         for block in self.blocks:
             z = block(z)
         z = self.norm(z)
         if self._arguments["vocabulary"] is None:
-            return self.decoder(z.mean(1))
+            return self.decoder(z.sum(1) / z.shape[1])  # the gradient of a sum is no tensor of that size; a mean's is
         present = (u != 0).to(z.dtype)
         return self.decoder(torch.einsum("blh,bl->bh", z, present) / present.sum(1, keepdim=True).clamp_min(1))
 

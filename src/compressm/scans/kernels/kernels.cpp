@@ -2,8 +2,10 @@
 // One translation unit: every header is a room of its own, and all are compiled together.
 
 #include "activations.h"
+#include "batch_norm.h"
 #include "chain.h"
 #include "convolution.h"
 #include "lti.h"
 #include "mamba.h"
+#include "narrow.h"
 #include "selective.h"
