@@ -51,47 +51,50 @@ class _ImpulseResponse(torch.autograd.Function):
     ) -> Tensor:
         m = math.isqrt(length - 1) + 1
         fine_steps = torch.arange(m, device=phase.device)
-        coarse_steps = m * fine_steps[: -(-length // m)]
-        coarse = powers(log_radius, phase, coarse_steps, floor=1.0)
-        fine = powers(log_radius, phase, fine_steps, floor=1.0)
-        # Re(x y) = (Re x; -Im x) . (Re y; Im y)
-        re, im = _times(C_re, C_im, *(power[:, None] for power in coarse))
-        observe = torch.cat([re, -im], -1).flatten(0, 1)  # (a q, 2n)
-        reach = torch.cat(_times(B_re.T, B_im.T, *(power[:, None] for power in fine)), -1).flatten(0, 1)  # (m p, 2n)
-        ctx.save_for_backward(B_re, B_im, C_re, C_im, coarse_steps, fine_steps, *coarse, *fine, observe, reach)
-        impulse = (observe @ reach.T).view(len(coarse_steps), len(C_re), m, -1).transpose(1, 2)
+        coarse = torch.complex(*powers(log_radius, phase, m * fine_steps[: -(-length // m)], floor=1.0))
+        fine = torch.complex(*powers(log_radius, phase, fine_steps, floor=1.0))
+        B, C = torch.complex(B_re.T, B_im.T), torch.complex(C_re, C_im)
+        # Re(x y) is the product of conj(x) and y as vectors of real and imaginary parts.
+        observe = _real(coarse.conj()[:, None] * C.conj())  # (a q, 2n)
+        reach = _real(fine[:, None] * B)  # (m p, 2n)
+        ctx.save_for_backward(B, C, coarse, fine, observe, reach)
+        impulse = (observe @ reach.T).view(len(coarse), len(C), m, -1).transpose(1, 2)
         return impulse.reshape(-1, *impulse.shape[2:])[:length]
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        B_re, B_im, C_re, C_im, coarse_steps, fine_steps, *lam, observe, reach = ctx.saved_tensors
-        m, (length, q, p) = len(fine_steps), grad.shape
-        missing = len(coarse_steps) * m - length
+        B, C, coarse, fine, observe, reach = ctx.saved_tensors
+        m, (length, q, p) = len(fine), grad.shape
+        missing = len(coarse) * m - length
         padded = F.pad(grad, (0, 0, 0, 0, 0, missing)) if missing else grad
         by_step = padded.reshape(-1, m, q, p).transpose(1, 2).reshape(-1, m * p)  # (a q, m p)
-        re, minus_im = (by_step @ reach).view(-1, q, observe.shape[1]).chunk(2, -1)
-        C = _factors(re, -minus_im, C_re, C_im, lam[0], lam[1], coarse_steps)
-        re, im = (by_step.T @ observe).view(m, p, -1).chunk(2, -1)
-        B = _factors(re, im, B_re.T, B_im.T, lam[2], lam[3], fine_steps)
-        return C[2] + B[2], C[3] + B[3], B[0].T, B[1].T, C[0], C[1], None
+        to_C, from_C = _factors(by_step @ reach, C.conj(), coarse.conj(), m)
+        to_B, from_B = _factors(by_step.T @ observe, B, fine, 1)
+        # d lam^j = j lam^j (d log_radius + i d phase)
+        return (
+            from_B.real + from_C.real,
+            from_B.imag - from_C.imag,
+            to_B.real.T,
+            to_B.imag.T,
+            to_C.real,
+            -to_C.imag,
+            None,
+        )
 
 
-def _times(x_re: Tensor, x_im: Tensor, y_re: Tensor, y_im: Tensor) -> tuple[Tensor, Tensor]:
-    return torch.addcmul(x_re * y_re, x_im, y_im, value=-1), torch.addcmul(x_re * y_im, x_im, y_re)
+def _real(x: Tensor) -> Tensor:
+    return torch.view_as_real(x.resolve_conj()).flatten(-2).flatten(0, 1)
 
 
-def _factors(
-    re: Tensor, im: Tensor, x_re: Tensor, x_im: Tensor, power_re: Tensor, power_im: Tensor, steps: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of ``x`` and of ``log_radius`` and ``phase`` from that of ``x lam^j``, shape ``(steps, rows, n)``."""
-    # The gradient times conj(lam^j): summed over the steps it is that of x, and times j conj(x) that of the poles,
-    # since d lam^j = j lam^j (d log_radius + i d phase).
-    re, im = _times(re, im, power_re[:, None], -power_im[:, None])
-    moments = torch.stack([torch.ones_like(steps), steps]).to(re.dtype)
-    (to_re, first_re), (to_im, first_im) = ((moments @ part.flatten(1)).view(2, *x_re.shape) for part in (re, im))
-    to_log_radius, to_phase = _times(first_re, first_im, x_re, -x_im)
-    return to_re, to_im, to_log_radius.sum(0), to_phase.sum(0)
+def _factors(grad: Tensor, x: Tensor, powers: Tensor, stride: int) -> tuple[Tensor, Tensor]:
+    """Of the gradient of ``x lam^j``, j = 0, stride, ...: that of ``x``, and that of ``log_radius + i phase``."""
+    complex_grad = torch.view_as_complex(grad.view(len(powers), *x.shape, 2))
+    products = torch.view_as_real(complex_grad * powers.conj()[:, None])
+    steps = stride * torch.arange(len(powers), dtype=grad.dtype, device=grad.device)
+    moments = torch.stack([torch.ones_like(steps), steps]) @ products.flatten(1)
+    to_x, first = torch.view_as_complex(moments.view(2, *x.shape, 2))
+    return to_x, (first * x.conj()).sum(0)
 
 
 def _convolution(u: Tensor, impulse: Tensor) -> Tensor:
