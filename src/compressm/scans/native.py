@@ -104,6 +104,13 @@ def usable(*tensors: Tensor | None) -> bool:
     return all(t is None or (t.device.type == "cpu" and t.dtype in floating) for t in tensors) and available()
 
 
+@functools.cache
+def whole_vectors() -> bool:
+    """Whether the kernels exist and their vectors of 64 bytes are registers of this processor (AVX-512)."""
+    kernels = library()
+    return kernels is not None and bool(kernels.whole_vectors())
+
+
 def available() -> bool:
     """Whether the kernels exist; builds them if need be."""
     return library() is not None

@@ -9,3 +9,12 @@
 #include "mamba.h"
 #include "narrow.h"
 #include "selective.h"
+
+// Whether a short vector is one register here. Where compilers split it, narrow.h and batch_norm.h gain nothing.
+extern "C" int whole_vectors() {
+#if defined(__AVX512F__)
+    return 1;
+#else
+    return 0;
+#endif
+}
