@@ -37,6 +37,7 @@ from compressm.training.config import Config, present_form
 from compressm.training.data import BatchOrder, SequenceData, Split, load_data
 from compressm.training.energy import Energy
 from compressm.training.logs import RunLog, TensorBoard, Tracker, WeightsAndBiases
+from compressm.training.memory import keep_freed_memory
 from compressm.training.models import build_compressor, build_model, build_optimizer, build_scheduler
 from compressm.training.objective import Objective
 from compressm.training.result import RunResult, write_json
@@ -77,6 +78,7 @@ def train(
     finished = _prepare(folder, config, resume)
     if finished is not None:
         return finished
+    keep_freed_memory()
     threads = torch.get_num_threads()
     if config.run.threads is not None:
         torch.set_num_threads(config.run.threads)

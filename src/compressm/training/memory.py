@@ -1,0 +1,26 @@
+"""What the C library does with memory that PyTorch frees on the CPU."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import platform
+
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of mallopt(3)
+_BYTES = 1 << 30
+
+
+@functools.cache
+def keep_freed_memory() -> bool:
+    """Let this process keep what it frees, for its next allocations; True where the C library is glibc and agrees.
+
+    By default glibc hands tensors of more than some megabytes back to the system as soon as they are freed, and every
+    training step gets them anew, page by page: a tenth of the time of a small step.
+    """
+    if platform.libc_ver()[0] != "glibc":
+        return False
+    libc = ctypes.CDLL(None)
+    return bool(libc.mallopt(_MMAP_THRESHOLD, _BYTES)) and bool(libc.mallopt(_TRIM_THRESHOLD, _BYTES))
+
+
+__all__ = ["keep_freed_memory"]
