@@ -88,6 +88,12 @@ def test_scan_equals_the_loop_in_either_form(native_form: bool, monkeypatch: pyt
         assert (b - a).norm() <= 1e-11 * a.norm()
 
 
+@pytest.mark.parametrize(("batch", "length", "form"), [(1, 4096, compiled), (1, 5000, by_torch), (20, 5000, compiled)])
+def test_few_long_signals_are_left_to_torch(batch: int, length: int, form: Any) -> None:
+    u, impulse, _ = operands(0, batch, length, 1, 1)
+    assert torch.equal(lti_fft._convolution(u, impulse), form(u, impulse))
+
+
 def test_gradients_by_finite_differences() -> None:
     u, impulse, _ = operands(0, 9, 7, 3, 2)
     assert torch.autograd.gradcheck(compiled, [u.requires_grad_(), impulse.requires_grad_()])
