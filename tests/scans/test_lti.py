@@ -210,6 +210,10 @@ def test_the_cheapest_engine_is_taken() -> None:
     narrow, wide = (lti_fft.cost(50, 784, h, h, 256) / lti_chunked.cost(50, 784, h, h, 256) for h in (8, 128))
     assert narrow < 1 < wide
     assert lti_fft.cost(50, 784, 8, 8, 16) > lti_chunked.cost(50, 784, 8, 8, 16)
+    small, large = (
+        lti_fft.cost(50, 784, 8, 8, n, compiled=True) / lti_direct.cost(50, 784, 8, 8, n) for n in (13, 256)
+    )
+    assert large < 1 < small
     full, alone = (lti_direct.cost(b, 784, 8, 8, 32) / lti_chunked.cost(b, 784, 8, 8, 32) for b in (48, 1))
     assert full < 1 < alone  # a single sequence fills one lane only
     assert lti_direct.cost(48, 784, 256, 256, 256) > lti_chunked.cost(48, 784, 256, 256, 256)

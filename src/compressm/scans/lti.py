@@ -162,17 +162,17 @@ def _check(
 def _cheapest(u: Tensor, q: int, n: int, stateful: bool) -> Engine:
     """Compares the operations of the forms, each weighted by the rate at which it runs.
 
-    The weights are those of a CPU with vector units, against a large matrix product as 1: small complex products run at
-    about a third, transforms at a tenth. (On a GPU both ratios are worse for the FFT, which then has to win by more.)
+    The weights are those of a CPU with vector units, against a large matrix product as 1. (On a GPU small products and
+    transforms are slower than that, and the FFT has to win by more.)
     """
-    batch, length, p = u.shape
+    (batch, length, p), size = u.shape, u.element_size()
     if exporting():
         return "chunked"
     costs: dict[Engine, float] = {"chunked": lti_chunked.cost(batch, length, p, q, n)}
     if not stateful:
-        costs["fft"] = lti_fft.cost(batch, length, p, q, n)
+        costs["fft"] = lti_fft.cost(batch, length, p, q, n, lti_fft.compiled(u, q), size)
     if lti_direct.usable(u):
-        costs["direct"] = lti_direct.cost(batch, length, p, q, n, u.element_size())
+        costs["direct"] = lti_direct.cost(batch, length, p, q, n, size)
     return min(costs, key=lambda name: costs[name])
 
 

@@ -18,6 +18,8 @@ from compressm.scans import native
 from compressm.scans.graph import exporting
 from compressm.scans.lti_chunked import powers
 
+_VECTOR_BYTES = 64  # of the compiled kernels' vectors
+
 
 def scan(
     u: Tensor, log_radius: Tensor, phase: Tensor, B_re: Tensor, B_im: Tensor, C_re: Tensor, C_im: Tensor
@@ -27,13 +29,29 @@ def scan(
     return _convolution(u, impulse)
 
 
-def cost(batch: int, length: int, p: int, q: int, n: int) -> float:
-    """Operations of a forward pass, weighted by the rate at which they run (a large matrix product's is 1)."""
+def cost(batch: int, length: int, p: int, q: int, n: int, compiled: bool = False, itemsize: int = 4) -> float:
+    """Operations of a forward pass, weighted by the rate at which they run (a large matrix product's is 1).
+
+    The compiled form was measured, on one core: transforms of all lanes' signals, a small complex matrix product for
+    each frequency, the impulse response, and what two dozen small operations cost whatever their size.
+    """
+    if compiled:
+        lanes = _VECTOR_BYTES // itemsize
+        tiles, size = -(-batch // lanes), transform_size(length)
+        transforms = (tiles * (3 * p + 2 * q) + 2 * -(-p * q // lanes)) * size * math.log2(max(2, size))
+        impulse = n * length * p * q + 115 * n * math.sqrt(length) * (p + q)
+        in_cache = 256 * size * max(p, q) < 2 << 20
+        return (1 if in_cache else 2) * (45 * transforms + 120 * tiles * size * p * q) + 1.9 * impulse + 1.6e7
     size = _fft_size(length)
     transforms = batch * (p + q) * 2.5 * size * math.log2(size)
     products = batch * size * 4 * p * q
     impulse = length * 4 * n * p * q
     return 10 * transforms + 3 * products + impulse
+
+
+def compiled(u: Tensor, q: int) -> bool:
+    """Whether the convolution of this input, to ``q`` outputs, is the compiled one."""
+    return native.usable(u) and not exporting() and _fills_vectors(u, q)
 
 
 def _fft_size(length: int) -> int:
@@ -102,8 +120,8 @@ def _factors(grad: Tensor, x: Tensor, powers: Tensor, stride: int) -> tuple[Tens
 
 def _convolution(u: Tensor, impulse: Tensor) -> Tensor:
     """``y_k = sum_j K_j u_{k-j}``, ``K`` of shape ``(length, q, p)``, ``u`` of shape ``(batch, length, p)``."""
-    compiled = native.usable(u, impulse) and not exporting() and _fills_vectors(u, impulse.shape[1])
-    y: Any = (_NativeConvolution if compiled else _TorchConvolution).apply(u, impulse)
+    form = _NativeConvolution if compiled(u, impulse.shape[1]) else _TorchConvolution
+    y: Any = form.apply(u, impulse)
     return y
 
 
@@ -114,7 +132,7 @@ def _fills_vectors(u: Tensor, q: int) -> bool:
     steps, and PyTorch's transforms take two thirds of the time at 65536. Otherwise the compiled form wins, often
     threefold.
     """
-    (batch, length, p), lanes = u.shape, 64 // u.element_size()
+    (batch, length, p), lanes = u.shape, _VECTOR_BYTES // u.element_size()
     signals = batch * (p + q) + p * q
     vectors = -(-batch // lanes) * (p + q) + -(-p * q // lanes)
     return length <= 4096 or signals >= 3 * vectors
