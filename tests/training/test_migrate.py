@@ -48,39 +48,51 @@ def cut_steps(config: Any) -> list[int]:
     return [compression.start + distance * k for k in range(1, compression.cuts + 1)]
 
 
-def their_steps(start: int, end: int, interval: int, total: int) -> list[int]:
-    """Their loop: a reduction after step index ``step`` is one after ``step + 1`` steps."""
-    return [step + 1 for step in range(total) if start <= step < end and (step + 1) % interval == 0]
+def their_steps(start: int, end: int, interval: int, evaluated: int, total: int) -> list[int]:
+    """Their loop: a reduction after step index ``step`` is one after ``step + 1`` steps, where they evaluate."""
+    return [
+        step + 1
+        for step in range(total)
+        if (step + 1) % evaluated == 0 and start <= step < end and (step + 1) % interval == 0
+    ]
 
 
 def test_the_sequential_mnist_of_the_paper_is_ours(tmp_path: Path) -> None:
-    theirs, ours = import_config(written(tmp_path)), load_config("smnist", ["compression.cuts=10"])
+    theirs, ours = import_config(written(tmp_path)), load_config("smnist")
     for section in ("data", "model", "optimizer", "schedule"):
         assert getattr(theirs, section) == getattr(ours, section), section
     assert theirs.compression.tolerance == ours.compression.tolerance == 0.02
     assert theirs.compression.method == "complex"
     assert theirs.run.steps == ours.run.steps
-    assert cut_steps(theirs) == list(range(2000, 20_001, 2000))
+    assert theirs.run.select == ours.run.select == "best"
+    assert cut_steps(theirs) == [10_000, 20_000]  # every 2000 steps, but evaluated every 5000
 
 
 @pytest.mark.parametrize(
-    ("start", "end", "interval"), [(0, 20_000, 2000), (1000, 4000, 100), (0, 8000, 100), (500, 9100, 1000)]
+    ("start", "end", "interval", "evaluated"),
+    [
+        (0, 20_000, 2000, 5000),
+        (1000, 4000, 100, 1000),
+        (0, 8000, 100, 2000),
+        (500, 9100, 1000, 300),
+        (0, 18_000, 2000, 4500),
+    ],
 )
-def test_cuts_are_made_at_the_same_steps(start: int, end: int, interval: int, tmp_path: Path) -> None:
+def test_cuts_are_made_at_the_same_steps(start: int, end: int, interval: int, evaluated: int, tmp_path: Path) -> None:
     path = written(
         tmp_path, reduction__red_start=start, reduction__red_end=end, reduction__red_interval=interval,
-        training__num_steps=50_000,
+        training__eval_steps=evaluated, training__num_steps=50_000,
     )  # fmt: skip
-    assert cut_steps(import_config(path)) == their_steps(start, end, interval, 50_000)
+    assert cut_steps(import_config(path)) == their_steps(start, end, interval, evaluated, 50_000)
 
 
 def test_modes(tmp_path: Path) -> None:
     assert not import_config(written(tmp_path, reduction__mode="none")).compression.enabled
     fixed = import_config(written(tmp_path, reduction__mode="fixed")).compression
-    assert fixed.fraction == pytest.approx(0.9**10)
+    assert fixed.fraction == pytest.approx(0.9**2)
     assert fixed.max_drop is None
     pragmatic = import_config(written(tmp_path, reduction__mode="pragmatic")).compression
-    assert (pragmatic.max_drop, pragmatic.on_setback, pragmatic.check_after) == (0.02, "stop", 2000)
+    assert (pragmatic.max_drop, pragmatic.on_setback, pragmatic.check_after) == (0.02, "stop", 10_000)
     assert import_config(written(tmp_path, reduction__selection="random")).compression.selection == "random"
     weights = import_config(written(tmp_path, training__weight_decay=0.05, training__use_warmup_cosine=True))
     assert (weights.optimizer.name, weights.optimizer.weight_decay, weights.schedule.name) == ("adamw", 0.05, "cosine")

@@ -9,6 +9,7 @@ That code writes no weights, so that a configuration is all there is to bring al
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -71,7 +72,7 @@ def import_config(path: Path) -> Config:
             "weight_decay": training["weight_decay"],
         },
         "schedule": {"name": "cosine" if training["use_warmup_cosine"] else "constant"},
-        "compression": _compression(reduction, steps, path),
+        "compression": _compression(reduction, steps, _whole(training, "eval_steps", path), path),
         "run": {
             "steps": steps,
             "batch_size": training["batch_size"],
@@ -79,6 +80,7 @@ def import_config(path: Path) -> Config:
             "eval_every": training["eval_steps"],
             "checkpoint_every": training["eval_steps"],
             "spectrum_every": reduction["hsv_interval"],
+            "select": "best",  # it reports the test accuracy of the best validation accuracy
         },
     }
     return parse_config(config, str(path))
@@ -109,7 +111,8 @@ def _share(section: Mapping[str, Any], key: str, path: Path) -> float:
     return float(value)
 
 
-def _compression(reduction: Mapping[str, Any], steps: int, path: Path) -> dict[str, Any]:
+def _compression(reduction: Mapping[str, Any], steps: int, evaluated: int, path: Path) -> dict[str, Any]:
+    """The section, for a run that is evaluated every so many steps."""
     mode, selection = reduction["mode"], reduction["selection"]
     if mode not in ("none", "tolerance", "fixed", "pragmatic") or selection not in _SELECTIONS:
         raise ConfigError(
@@ -117,12 +120,16 @@ def _compression(reduction: Mapping[str, Any], steps: int, path: Path) -> dict[s
         )
     if mode == "none":
         return {"enabled": False}
-    interval, start = _whole(reduction, "red_interval", path), _whole(reduction, "red_start", path, 0)
+    asked, start = _whole(reduction, "red_interval", path), _whole(reduction, "red_start", path, 0)
+    interval = math.lcm(asked, evaluated)  # it thinks of reductions only where it evaluates
     end = min(_whole(reduction, "red_end", path), steps)
     before = start // interval  # intervals until the window opens
     cuts = end // interval - before
     if cuts < 1:
-        raise ConfigError(f"{path}: reduction: no step in {start} to {end} is a multiple of red_interval = {interval}")
+        raise ConfigError(
+            f"{path}: reduction: no step in {start} to {end} is a multiple of red_interval = {asked} and of "
+            f"training.eval_steps = {evaluated}; the paper's code would never reduce"
+        )
     made: dict[str, Any] = {
         "start": before * interval,
         "cuts": cuts,
