@@ -3,8 +3,8 @@
     COMPRESSM_DATA=DIRECTORY python benchmarks/s4.py [--steps 3000] [--threads 1]
 
 Sequential MNIST in 196 steps, two blocks of width 32. ``big`` is an S4 of 32 states throughout; ``shrunk`` one that
-after a tenth of the steps becomes an S4D of 8 states by its filters; ``small`` an S4 of 8 states; ``random`` is distilled
-to 32 states and cut to 8 of them at random. Test data are looked at once, at the end. Every run writes
+after a tenth of the steps becomes an S4D of 8 states by its filters; ``small`` an S4 of 8 states; ``random`` is
+distilled to 32 states and cut to 8 of them at random. Test data are looked at once, at the end. Every run writes
 ``results/s4/ARM.json``, and one whose file is there is not repeated.
 """
 
