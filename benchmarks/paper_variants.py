@@ -3,9 +3,9 @@
     COMPRESSM_DATA=DIRECTORY python benchmarks/paper_variants.py [--steps 5000] [--threads 1]
 
 Sequential MNIST with the paper's settings and no cut. ``norm``: batch norm by running statistics while training,
-without scale and shift, as in Equinox; ``dropout``: one mask for all sequences of a batch; ``inputs``: pixels from 0 to 1, not
-standardised; ``all``: the three together. ``rate`` and ``phase`` ask what else it would take: ten times the learning
-rate, and eigenvalues' phases below pi / 10 at the start instead of all around the circle.
+without scale and shift, as in Equinox; ``dropout``: one mask for all sequences of a batch; ``inputs``: pixels from 0 to
+1, not standardised; ``all``: the three together. ``rate`` and ``phase`` ask what else it would take: ten times the
+learning rate, and eigenvalues' phases below pi / 10 at the start instead of all around the circle.
 
 For every variant, with 256 and with 28 states: validation accuracy, and how many states hold 99, 98 and 96 % of the
 Hankel energy of the complex system. Writes ``results/paper_variants.json``.
