@@ -32,7 +32,7 @@ def scan(
 def cost(batch: int, length: int, p: int, q: int, n: int, compiled: bool = False, itemsize: int = 4) -> float:
     """Operations of a forward pass, weighted by the rate at which they run (a large matrix product's is 1).
 
-    The compiled form was measured, on one core: transforms of all lanes' signals, a small complex matrix product for
+    The compiled form was measured, on one core of a machine with other work: transforms of all lanes' signals, a small complex matrix product for
     each frequency, the impulse response, and what two dozen small operations cost whatever their size.
     """
     if compiled:
@@ -41,7 +41,7 @@ def cost(batch: int, length: int, p: int, q: int, n: int, compiled: bool = False
         transforms = (tiles * (3 * p + 2 * q) + 2 * -(-p * q // lanes)) * size * math.log2(max(2, size))
         impulse = n * length * p * q + 115 * n * math.sqrt(length) * (p + q)
         in_cache = 256 * size * max(p, q) < 2 << 20
-        return (1 if in_cache else 2) * (45 * transforms + 120 * tiles * size * p * q) + 1.9 * impulse + 1.6e7
+        return (1 if in_cache else 2) * (63 * transforms + 168 * tiles * size * p * q) + 2.7 * impulse + 4.5e7
     size = _fft_size(length)
     transforms = batch * (p + q) * 2.5 * size * math.log2(size)
     products = batch * size * 4 * p * q
