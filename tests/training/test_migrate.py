@@ -59,8 +59,9 @@ def their_steps(start: int, end: int, interval: int, evaluated: int, total: int)
 
 def test_the_sequential_mnist_of_the_paper_is_ours(tmp_path: Path) -> None:
     theirs, ours = import_config(written(tmp_path)), load_config("smnist")
-    for section in ("data", "model", "optimizer", "schedule"):
+    for section in ("data", "optimizer", "schedule"):
         assert getattr(theirs, section) == getattr(ours, section), section
+    assert theirs.model == ours.model.model_copy(update={"max_phase": None})  # that code draws phases all around
     assert theirs.compression.tolerance == ours.compression.tolerance == 0.02
     assert theirs.compression.method == "complex"
     assert theirs.run.steps == ours.run.steps

@@ -72,15 +72,10 @@ _LONG = {"data.pool": 1, "run.steps": 1500}
 
 
 def _protocol(paper: Mapping[str, float]) -> tuple[Arm, ...]:
-    """The paper's rows for 256 states: tolerances, and models that are small from the start; ours beside them.
-
-    The paper's text speaks of four cuts, its configuration asks for ten and its code makes two (see docs/migration.md).
-    Here are ten, which come nearest to its state dimensions; ``to28`` and ``to13`` end at exactly these.
-    """
+    """The paper's rows for 256 states: tolerances, and models that are small from the start; ours beside them."""
     return (
         Arm("full", _BIG, paper=paper.get("full")),
         *(Arm(f"tau{tau}", _tolerance(tau, "complex"), paper=paper.get(str(tau))) for tau in (0.04, 0.02, 0.01)),
-        *(Arm(f"to{n}", _cut_to_32(states=n, cuts=10)) for n in (28, 13)),
         *(Arm(f"small{n}", {**_BIG, "model.d_state": n}, paper=paper.get(str(n))) for n in (28, 13)),
         Arm("real0.02", _tolerance(0.02, "real")),
         Arm("small-real0.02", _BIG, same_states_as="real0.02"),
@@ -89,7 +84,7 @@ def _protocol(paper: Mapping[str, float]) -> tuple[Arm, ...]:
 
 
 def _tolerance(tau: float, method: str) -> dict[str, Any]:
-    return {"compression.tolerance": tau, "compression.method": method, "compression.cuts": 10}
+    return {"compression.tolerance": tau, "compression.method": method}
 
 
 def _cut_to_32(**changes: Any) -> dict[str, Any]:
