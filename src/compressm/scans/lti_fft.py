@@ -32,8 +32,9 @@ def scan(
 def cost(batch: int, length: int, p: int, q: int, n: int, compiled: bool = False, itemsize: int = 4) -> float:
     """Operations of a forward pass, weighted by the rate at which they run (a large matrix product's is 1).
 
-    The compiled form was measured, on one core of a machine with other work: transforms of all lanes' signals, a small complex matrix product for
-    each frequency, the impulse response, and what two dozen small operations cost whatever their size.
+    The compiled form was measured, on one core of a machine with other work: transforms of all lanes' signals, a small
+    complex matrix product for each frequency, the impulse response, and what two dozen small operations cost whatever
+    their size.
     """
     if compiled:
         lanes = _VECTOR_BYTES // itemsize
