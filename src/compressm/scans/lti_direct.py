@@ -14,7 +14,7 @@ from torch import Tensor
 
 from compressm.scans import native
 
-_CHUNK = 16  # steps between two kept states: the constant ``lti_chunk`` of lti.h
+_CHUNK, _BLOCK = 16, 4  # steps between two kept states, and states of a block: ``lti_chunk`` and ``S`` of lti.h
 _VECTOR_BYTES = 64
 
 
@@ -49,12 +49,13 @@ def cost(batch: int, length: int, p: int, q: int, n: int, itemsize: int = 4) -> 
     lanes, threads = _VECTOR_BYTES // itemsize, torch.get_num_threads()
     tiles = -(-batch // lanes)
     idle = -(-tiles // threads) * threads / tiles
-    return max(1.0, (p + q) / 128) * idle * tiles * lanes * length * n * (4 * (p + q) + 8)
+    states = _BLOCK * -(-n // _BLOCK)
+    return max(1.0, (p + q) / 128) * idle * tiles * lanes * length * states * (4 * (p + q) + 8)
 
 
 def _checkpoints(u: Tensor, n: int, keep: bool) -> Tensor:
     lanes = _VECTOR_BYTES // u.element_size()
-    return u.new_empty(-(-u.shape[0] // lanes), -(-u.shape[1] // _CHUNK) if keep else 0, 2 * n, lanes)
+    return u.new_empty(-(-u.shape[0] // lanes), -(-u.shape[1] // _CHUNK) if keep else 0, 2 * _BLOCK * -(-n // _BLOCK), lanes)
 
 
 @torch.library.custom_op("compressm::lti", mutates_args=(), device_types="cpu")

@@ -10,86 +10,66 @@
 //
 // Lanes run over the sequences of a batch: every coefficient is then one number for all lanes, and there are no sums over
 // lanes. A tile is as many sequences as there are lanes; it goes through time in chunks that stay in the first-level
-// cache, and in a chunk through the states four at a time, which stay in registers. The forward pass keeps the states
-// before every chunk, the backward pass runs each chunk again from there.
+// cache, and in a chunk through the states four at a time, which stay in registers; up to three states of no effect fill
+// the last block. The forward pass keeps the states before every chunk, the backward pass runs each chunk again from there.
 //
 // A rounded lam would turn a slow state a little too far at every step: in single precision by 1e-4 after some thousand
 // steps. At the end of a chunk the states are turned back by what the exact power of lam differs from the rounded one's.
 
 namespace {
 
-constexpr int lti_chunk = 16, lti_block = 4;
+constexpr int lti_chunk = 16, S = 4;  // steps of a chunk, states of a block
 
 template <class T> struct Lti {
     int64_t batch, length, p, q, n;
     const T *u, *log_radius, *phase, *B_re, *B_im, *C_re, *C_im, *D;
     int64_t chunks() const { return (length + lti_chunk - 1) / lti_chunk; }
     int64_t tiles() const { return (batch + W<T> - 1) / W<T>; }
+    int64_t blocks() const { return (n + S - 1) / S; }
 };
 
-// The coefficients in the order of their use: by blocks of S states, first S real parts, then S imaginary parts (of C
-// their negatives, as y = Re C Re x - Im C Im x has them). The block from state i on is at lam + 2 i, B + 2 p i, C + 2 q i.
+// The coefficients in the order of their use: for every block S real parts, then S imaginary parts (of C their negatives,
+// as y = Re C Re x - Im C Im x has them); lam (blocks, 2 S), B (blocks, p, 2 S), C (blocks, q, 2 S).
 template <class T> struct Coefficients {
     std::vector<T> lam, drift, B, C;
 
     explicit Coefficients(const Lti<T>& s)
-        : lam(size_t(2 * s.n)), drift(lam), B(size_t(2 * s.n * s.p)), C(size_t(2 * s.n * s.q)) {
-        for (int64_t first = 0; first < s.n; first += lti_block) {
-            const int64_t S = std::min<int64_t>(lti_block, s.n - first);
-            for (int64_t k = 0; k < S; ++k) {
-                const int64_t i = first + k;
-                const std::complex<double> exponent(s.log_radius[i], s.phase[i]), exact = std::exp(exponent);
-                const std::complex<double> rounded(T(exact.real()), T(exact.imag()));
-                // (exact / rounded)^chunk, by 1 + x = exp(x) for the tiny x; 0 / 0 is a state that forgets at once.
-                const auto turn = rounded == 0. ? 1. : std::exp(double(lti_chunk) * (exact / rounded - 1.));
-                lam[2 * first + k] = T(rounded.real()), lam[2 * first + S + k] = T(rounded.imag());
-                drift[2 * first + k] = T(turn.real()), drift[2 * first + S + k] = T(turn.imag());
-                for (int64_t j = 0; j < s.p; ++j) {
-                    B[2 * s.p * first + j * 2 * S + k] = s.B_re[i * s.p + j];
-                    B[2 * s.p * first + j * 2 * S + S + k] = s.B_im[i * s.p + j];
-                }
-                for (int64_t j = 0; j < s.q; ++j) {
-                    C[2 * s.q * first + j * 2 * S + k] = s.C_re[j * s.n + i];
-                    C[2 * s.q * first + j * 2 * S + S + k] = -s.C_im[j * s.n + i];
-                }
-            }
+        : lam(size_t(2 * S * s.blocks())), drift(lam), B(lam.size() * size_t(s.p)), C(lam.size() * size_t(s.q)) {
+        for (int64_t i = 0; i < s.n; ++i) {
+            const int64_t block = i / S, k = i % S;
+            const std::complex<double> exponent(s.log_radius[i], s.phase[i]), exact = std::exp(exponent);
+            const std::complex<double> rounded(T(exact.real()), T(exact.imag()));
+            // (exact / rounded)^chunk, by 1 + x = exp(x) for the tiny x; 0 / 0 is a state that forgets at once.
+            const auto turn = rounded == 0. ? 1. : std::exp(double(lti_chunk) * (exact / rounded - 1.));
+            put(lam, block, k, rounded.real(), rounded.imag());
+            put(drift, block, k, turn.real(), turn.imag());
+            for (int64_t j = 0; j < s.p; ++j) put(B, block * s.p + j, k, s.B_re[i * s.p + j], s.B_im[i * s.p + j]);
+            for (int64_t j = 0; j < s.q; ++j) put(C, block * s.q + j, k, s.C_re[j * s.n + i], -s.C_im[j * s.n + i]);
         }
+    }
+
+    static void put(std::vector<T>& into, int64_t row, int64_t k, double re, double im) {
+        into[row * 2 * S + k] = T(re), into[row * 2 * S + S + k] = T(im);
     }
 };
 
-// Calls back with the first state of every block and the number of its states as a constant.
-template <class Function> void by_blocks(int64_t n, Function function) {
-    int64_t first = 0;
-    for (; first + lti_block <= n; first += lti_block) function(first, std::integral_constant<int, lti_block>());
-    if (n - first == 3) function(first, std::integral_constant<int, 3>());
-    if (n - first == 2) function(first, std::integral_constant<int, 2>());
-    if (n - first == 1) function(first, std::integral_constant<int, 1>());
-}
-
-// The states of one tile to lanes and back, in the order of `Coefficients::lam`. states (batch, 2, n).
+// The states of one tile to lanes (blocks, 2 S) and back. states (batch, 2, n).
 template <class T> void states_to_lanes(const Lti<T>& s, int64_t tile, const T* states, Vec<T>* lanes) {
-    std::fill(lanes, lanes + 2 * s.n, Vec<T>{});
-    if (!states) return;
-    for (int64_t b = tile * W<T>; b < std::min(s.batch, (tile + 1) * W<T>); ++b)
-        by_blocks(s.n, [&](int64_t first, auto S) {
-            for (int k = 0; k < S; ++k) {
-                lanes[2 * first + k][b % W<T>] = states[2 * b * s.n + first + k];
-                lanes[2 * first + S + k][b % W<T>] = states[(2 * b + 1) * s.n + first + k];
-            }
-        });
+    std::fill(lanes, lanes + 2 * S * s.blocks(), Vec<T>{});
+    for (int64_t b = tile * W<T>; states && b < std::min(s.batch, (tile + 1) * W<T>); ++b)
+        for (int64_t i = 0; i < s.n; ++i)
+            for (int part = 0; part < 2; ++part)
+                lanes[i / S * 2 * S + part * S + i % S][b % W<T>] = states[(2 * b + part) * s.n + i];
 }
 template <class T> void states_from_lanes(const Lti<T>& s, int64_t tile, const Vec<T>* lanes, T* states) {
     for (int64_t b = tile * W<T>; b < std::min(s.batch, (tile + 1) * W<T>); ++b)
-        by_blocks(s.n, [&](int64_t first, auto S) {
-            for (int k = 0; k < S; ++k) {
-                states[2 * b * s.n + first + k] = lanes[2 * first + k][b % W<T>];
-                states[(2 * b + 1) * s.n + first + k] = lanes[2 * first + S + k][b % W<T>];
-            }
-        });
+        for (int64_t i = 0; i < s.n; ++i)
+            for (int part = 0; part < 2; ++part)
+                states[(2 * b + part) * s.n + i] = lanes[i / S * 2 * S + part * S + i % S][b % W<T>];
 }
 
 // One step of S states: x = lam x + B u.
-template <class T, int S>
+template <class T>
 inline void advance(const T* lam, const T* B, int64_t p, const Vec<T>* u, Vec<T>* re, Vec<T>* im) {
     using V = Vec<T>;
     V a[S] = {}, b[S] = {};
@@ -103,7 +83,7 @@ inline void advance(const T* lam, const T* B, int64_t p, const Vec<T>* u, Vec<T>
 }
 
 // v += sum_k M_k x_k over 2 S numbers, in two sums that do not wait for each other.
-template <class T, int S> inline void accumulate(Vec<T>& v, const T* M, const Vec<T>* re, const Vec<T>* im) {
+template <class T> inline void accumulate(Vec<T>& v, const T* M, const Vec<T>* re, const Vec<T>* im) {
     Vec<T> other{};
     for (int k = 0; k < S; ++k) v += re[k] * M[k], other += im[k] * M[S + k];
     v += other;
@@ -114,17 +94,17 @@ template <class T> struct Block {
     const T *lam, *drift, *B, *C;
     int64_t p, q;
     Block(const Lti<T>& s, const Coefficients<T>& c, int64_t i)
-        : lam(c.lam.data() + 2 * i), drift(c.drift.data() + 2 * i), B(c.B.data() + 2 * s.p * i),
-          C(c.C.data() + 2 * s.q * i), p(s.p), q(s.q) {}
+        : lam(c.lam.data() + 2 * S * i), drift(c.drift.data() + 2 * S * i), B(c.B.data() + 2 * S * s.p * i),
+          C(c.C.data() + 2 * S * s.q * i), p(s.p), q(s.q) {}
 };
 
-template <class T, int S>
+template <class T>
 void lti_forward_block(const Block<T>& c, int steps, const Vec<T>* u, Vec<T>* y, Vec<T>* state) {
     Vec<T> re[S], im[S];
     for (int k = 0; k < S; ++k) re[k] = state[k], im[k] = state[S + k];
     for (int t = 0; t < steps; ++t, u += c.p, y += c.q) {
-        advance<T, S>(c.lam, c.B, c.p, u, re, im);
-        for (int64_t j = 0; j < c.q; ++j) accumulate<T, S>(y[j], c.C + j * 2 * S, re, im);
+        advance<T>(c.lam, c.B, c.p, u, re, im);
+        for (int64_t j = 0; j < c.q; ++j) accumulate<T>(y[j], c.C + j * 2 * S, re, im);
     }
     for (int k = 0; k < S; ++k) {
         state[k] = re[k] * c.drift[k] - im[k] * c.drift[S + k];
@@ -136,10 +116,11 @@ template <class T>
 void lti_forward(Lti<T> s, const T* initial, T* y, T* checkpoints, T* last, int threads) {
     using V = Vec<T>;
     const Coefficients<T> c(s);
+    const int64_t states = 2 * S * s.blocks();
 #pragma omp parallel num_threads(threads)
     {
         FlushDenormals guard;
-        std::vector<V> scratch(size_t(lti_chunk * (s.p + s.q) + 2 * W<T> + 2 * s.n));
+        std::vector<V> scratch(size_t(lti_chunk * (s.p + s.q) + 2 * W<T> + states));
         V *in = scratch.data(), *out = in + lti_chunk * s.p + W<T>, *state = out + lti_chunk * s.q + W<T>;
 #pragma omp for schedule(static)
         for (int64_t tile = 0; tile < s.tiles(); ++tile) {
@@ -149,12 +130,11 @@ void lti_forward(Lti<T> s, const T* initial, T* y, T* checkpoints, T* last, int 
                 const int64_t begin = chunk * lti_chunk;
                 const int steps = int(std::min<int64_t>(lti_chunk, s.length - begin));
                 if (checkpoints)
-                    std::memcpy(checkpoints + (tile * s.chunks() + chunk) * 2 * s.n * W<T>, state, size_t(2 * s.n) * sizeof(V));
+                    std::memcpy(checkpoints + (tile * s.chunks() + chunk) * states * W<T>, state, size_t(states) * sizeof(V));
                 to_lanes(s.u + (b * s.length + begin) * s.p, s.length * s.p, some, steps * s.p, in);
                 for (int64_t i = 0; i < steps * s.q; ++i) out[i] = s.D ? in[i] * s.D[i % s.q] : V{};
-                by_blocks(s.n, [&](int64_t i, auto S) {
-                    lti_forward_block<T, S>(Block<T>(s, c, i), steps, in, out, state + 2 * i);
-                });
+                for (int64_t i = 0; i < s.blocks(); ++i)
+                    lti_forward_block<T>(Block<T>(s, c, i), steps, in, out, state + 2 * S * i);
                 from_lanes(out, steps * s.q, some, y + (b * s.length + begin) * s.q, s.length * s.q);
             }
             states_from_lanes(s, tile, state, last);
@@ -188,7 +168,7 @@ template <class T> struct ChunkWork {
 };
 
 // `adjoint` is the gradient of the state after the chunk, and becomes that of the state before it.
-template <class T, int S>
+template <class T>
 void lti_backward_block(const Block<T>& c, int steps, const ChunkWork<T>& w, Vec<T>* adjoint, Vec<T>* sum_lam,
                         Vec<T>* sum_B, Vec<T>* sum_C) {
     using V = Vec<T>;
@@ -197,7 +177,7 @@ void lti_backward_block(const Block<T>& c, int steps, const ChunkWork<T>& w, Vec
     V re[S], im[S], to_re[S], to_im[S];
     for (int k = 0; k < S; ++k) re[k] = w.states[k], im[k] = w.states[S + k];
     for (int t = 0; t < steps; ++t) {
-        advance<T, S>(lam, B, p, w.in + t * p, re, im);
+        advance<T>(lam, B, p, w.in + t * p, re, im);
         for (int k = 0; k < S; ++k) w.states[(t + 1) * 2 * S + k] = re[k], w.states[(t + 1) * 2 * S + S + k] = im[k];
     }
     for (int k = 0; k < S; ++k) {
@@ -218,7 +198,7 @@ void lti_backward_block(const Block<T>& c, int steps, const ChunkWork<T>& w, Vec
             re[k] = a[k] * lam[k] + b[k] * lam[S + k];  // conj(lam)
             im[k] = b[k] * lam[k] - a[k] * lam[S + k];
         }
-        for (int64_t j = 0; j < p; ++j) accumulate<T, S>(w.grad_u[t * p + j], B + j * 2 * S, a, b);
+        for (int64_t j = 0; j < p; ++j) accumulate<T>(w.grad_u[t * p + j], B + j * 2 * S, a, b);
     }
     for (int k = 0; k < S; ++k) adjoint[k] = re[k], adjoint[S + k] = im[k], sum_lam[k] = to_re[k], sum_lam[S + k] = to_im[k];
     add_products<T, 2 * S>(w.adjoints, w.in, p, steps, sum_B);
@@ -232,17 +212,17 @@ void lti_backward(Lti<T> s, const T* checkpoints, const T* grad_y, const T* grad
                   T* grad_lam, T* grad_B, T* grad_C, T* grad_D, int64_t parts, int threads) {
     using V = Vec<T>;
     const Coefficients<T> c(s);
-    const int64_t p = s.p, q = s.q, n = s.n;
+    const int64_t p = s.p, q = s.q, n = s.n, states = 2 * S * s.blocks();
 #pragma omp parallel num_threads(threads)
     {
         FlushDenormals guard;
-        std::vector<V> scratch(size_t(lti_chunk * (2 * p + q + 4 * lti_block) + 2 * lti_block + 3 * W<T> + 2 * n));
+        std::vector<V> scratch(size_t(lti_chunk * (2 * p + q + 4 * S) + 2 * S + 3 * W<T> + states));
         ChunkWork<T> w;
         w.in = scratch.data(), w.grad_u = w.in + lti_chunk * p + W<T>, w.grad_y = w.grad_u + lti_chunk * p + W<T>;
-        w.states = w.grad_y + lti_chunk * q + W<T>, w.adjoints = w.states + (lti_chunk + 1) * 2 * lti_block;
-        V* adjoint = w.adjoints + lti_chunk * 2 * lti_block;
-        std::vector<V> sums(size_t(2 * n * (1 + p + q) + p));
-        V *sum_lam = sums.data(), *sum_B = sum_lam + 2 * n, *sum_C = sum_B + 2 * n * p, *sum_D = sum_C + 2 * n * q;
+        w.states = w.grad_y + lti_chunk * q + W<T>, w.adjoints = w.states + (lti_chunk + 1) * 2 * S;
+        V* adjoint = w.adjoints + lti_chunk * 2 * S;
+        std::vector<V> sums(size_t(states * (1 + p + q) + p));
+        V *sum_lam = sums.data(), *sum_B = sum_lam + states, *sum_C = sum_B + states * p, *sum_D = sum_C + states * q;
 #pragma omp for schedule(static)
         for (int64_t part = 0; part < parts; ++part) {
             std::fill(sums.begin(), sums.end(), V{});
@@ -258,33 +238,33 @@ void lti_backward(Lti<T> s, const T* checkpoints, const T* grad_y, const T* grad
                         w.grad_u[i] = s.D ? w.grad_y[i] * s.D[i % p] : V{};
                         if (s.D) sum_D[i % p] += w.grad_y[i] * w.in[i];
                     }
-                    const T* kept = checkpoints + (tile * s.chunks() + chunk) * 2 * n * W<T>;
-                    by_blocks(n, [&](int64_t i, auto S) {
-                        std::memcpy(w.states, kept + 2 * i * W<T>, 2 * S * sizeof(V));
-                        lti_backward_block<T, S>(Block<T>(s, c, i), steps, w, adjoint + 2 * i, sum_lam + 2 * i,
-                                                 sum_B + 2 * p * i, sum_C + 2 * q * i);
-                    });
+                    const T* kept = checkpoints + (tile * s.chunks() + chunk) * states * W<T>;
+                    for (int64_t i = 0; i < s.blocks(); ++i) {
+                        std::memcpy(w.states, kept + 2 * S * i * W<T>, 2 * S * sizeof(V));
+                        lti_backward_block<T>(Block<T>(s, c, i), steps, w, adjoint + 2 * S * i, sum_lam + 2 * S * i,
+                                              sum_B + 2 * S * p * i, sum_C + 2 * S * q * i);
+                    }
                     from_lanes(w.grad_u, steps * p, some, grad_u + (b * s.length + begin) * p, s.length * p);
                 }
                 states_from_lanes(s, tile, adjoint, grad_initial);
             }
-            by_blocks(n, [&](int64_t first, auto S) {
-                for (int k = 0; k < S; ++k) {
-                    const int64_t i = first + k;
-                    const T re = sum_lanes<T>(sum_lam[2 * first + k]), im = sum_lanes<T>(sum_lam[2 * first + S + k]);
-                    const T lam_re = c.lam[2 * first + k], lam_im = c.lam[2 * first + S + k];
-                    grad_lam[2 * part * n + i] = re * lam_re + im * lam_im;  // d lam = lam (d log_radius + i d phase)
-                    grad_lam[(2 * part + 1) * n + i] = im * lam_re - re * lam_im;
-                    for (int64_t j = 0; j < p; ++j) {
-                        grad_B[(2 * part * n + i) * p + j] = sum_lanes<T>(sum_B[2 * p * first + j * 2 * S + k]);
-                        grad_B[((2 * part + 1) * n + i) * p + j] = sum_lanes<T>(sum_B[2 * p * first + j * 2 * S + S + k]);
-                    }
-                    for (int64_t j = 0; j < q; ++j) {
-                        grad_C[(2 * part * q + j) * n + i] = sum_lanes<T>(sum_C[2 * q * first + j * 2 * S + k]);
-                        grad_C[((2 * part + 1) * q + j) * n + i] = -sum_lanes<T>(sum_C[2 * q * first + j * 2 * S + S + k]);
-                    }
+            // Sums over the lanes of state i: real part, imaginary part.
+            const auto total = [](const V* sums, int64_t row, int64_t k, int part) {
+                return sum_lanes<T>(sums[row * 2 * S + part * S + k]);
+            };
+            for (int64_t i = 0; i < n; ++i) {
+                const int64_t block = i / S, k = i % S;
+                const T re = total(sum_lam, block, k, 0), im = total(sum_lam, block, k, 1);
+                const T lam_re = c.lam[block * 2 * S + k], lam_im = c.lam[block * 2 * S + S + k];
+                grad_lam[2 * part * n + i] = re * lam_re + im * lam_im;  // d lam = lam (d log_radius + i d phase)
+                grad_lam[(2 * part + 1) * n + i] = im * lam_re - re * lam_im;
+                for (int side = 0; side < 2; ++side) {
+                    for (int64_t j = 0; j < p; ++j)
+                        grad_B[((2 * part + side) * n + i) * p + j] = total(sum_B, block * p + j, k, side);
+                    for (int64_t j = 0; j < q; ++j)
+                        grad_C[((2 * part + side) * q + j) * n + i] = (side ? -1 : 1) * total(sum_C, block * q + j, k, side);
                 }
-            });
+            }
             for (int64_t j = 0; s.D && j < p; ++j) grad_D[part * p + j] = sum_lanes<T>(sum_D[j]);
         }
     }
