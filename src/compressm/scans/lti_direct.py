@@ -54,8 +54,8 @@ def cost(batch: int, length: int, p: int, q: int, n: int, itemsize: int = 4) -> 
 
 
 def _checkpoints(u: Tensor, n: int, keep: bool) -> Tensor:
-    lanes = _VECTOR_BYTES // u.element_size()
-    return u.new_empty(-(-u.shape[0] // lanes), -(-u.shape[1] // _CHUNK) if keep else 0, 2 * _BLOCK * -(-n // _BLOCK), lanes)
+    lanes, states = _VECTOR_BYTES // u.element_size(), 2 * _BLOCK * -(-n // _BLOCK)
+    return u.new_empty(-(-u.shape[0] // lanes), -(-u.shape[1] // _CHUNK) if keep else 0, states, lanes)
 
 
 @torch.library.custom_op("compressm::lti", mutates_args=(), device_types="cpu")
