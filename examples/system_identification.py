@@ -15,10 +15,13 @@ model by least squares, its order chosen by its simulation error on the validati
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import shlex
 import sys
+import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +31,7 @@ import torch
 from torch import Tensor, nn
 
 import compressm  # (1)
+from compressm.export import flatten_state, onnx_runner, to_onnx
 from compressm.layers import GLUBlock, parameter_groups
 
 WASHOUT = 64  # samples in which a model may forget that it did not start where the system did
@@ -155,16 +159,38 @@ def simulation_error(model: nn.Module, record: Record, name: str) -> float:
     return record.error(name, y.numpy())
 
 
-@torch.inference_mode()
-def step_microseconds(model: Simulator) -> float:
-    """Median of one step of one sequence, on one thread."""
-    model.eval()
-    state, u, times = model.initial_state(1), torch.zeros(1, 1), list[float]()
+def median_microseconds(step: Callable[[], None]) -> float:
+    """Of 2000 calls."""
+    times = list[float]()
     for _ in range(2000):
         started = time.perf_counter()
-        _, state = model.step(u, state)
+        step()
         times.append(time.perf_counter() - started)
     return 1e6 * float(np.median(times))
+
+
+@torch.no_grad()
+def step_microseconds(model: Simulator) -> dict[str, float]:
+    """Median of one step of one sequence, on one thread: in PyTorch and, where it is installed, in ONNX Runtime."""
+    state, u = model.eval().initial_state(1), torch.zeros(1, 1)
+
+    def in_pytorch() -> None:
+        nonlocal state
+        _, state = model.step(u, state)
+
+    found = {"step_microseconds": median_microseconds(in_pytorch)}
+    if importlib.util.find_spec("onnxruntime"):
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "step.onnx"
+            to_onnx(model, path, example=torch.randn(2, 200, 1), step=True)
+            run, states = onnx_runner(path), list(flatten_state(model.initial_state(1)).values())
+
+        def in_onnx() -> None:
+            nonlocal states
+            _, *states = run([u, *states])
+
+        found["onnx_step_microseconds"] = median_microseconds(in_onnx)
+    return found
 
 
 def train(record: Record, settings: Settings, steps: int, d_state: int, seed: int, **cut: Any) -> dict[str, Any]:
@@ -195,7 +221,7 @@ def train(record: Record, settings: Settings, steps: int, d_state: int, seed: in
     model.load_state_dict(best[1])
     errors = {name: simulation_error(model, record, name) for name in record.parts if name != "train"}
     states = [block.ssm.d_state for block in model.blocks]  # type: ignore[union-attr]
-    return {"states": states, **errors, "seconds": seconds, "step_microseconds": step_microseconds(model)}
+    return {"states": states, **errors, "seconds": seconds, **step_microseconds(model)}
 
 
 def main() -> None:

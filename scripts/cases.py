@@ -76,8 +76,8 @@ def identification() -> list[str]:
         "",
         "An LRU model of two blocks, width 16, learns a nonlinear system from its input and output. Errors are root "
         "mean squares of the *simulation*: the model sees the input alone. The linear model is ARX by least squares, "
-        "its order chosen on the validation part. A step is one sample of one sequence through the whole model in "
-        "PyTorch; [exported](deploy.md) it takes a fraction of that.",
+        "its order chosen on the validation part. *One step* is one sample of one sequence through the whole model, "
+        "[exported](deploy.md) and run by ONNX Runtime on one thread.",
         "",
     ]
     for task, title, unit, scale in (
@@ -91,7 +91,7 @@ def identification() -> list[str]:
             one = found[arm]
             errors = [f"{scale * one[name]:.3g} {unit}" for name in tests]
             states = " + ".join(map(str, one["states"])) if "states" in one else f"order {one['order']}"
-            step = f"{one['step_microseconds']:.0f} µs" if "step_microseconds" in one else ""
+            step = f"{one['onnx_step_microseconds']:.0f} µs" if "onnx_step_microseconds" in one else ""
             seconds = f"{one['seconds']:.0f} s" if "seconds" in one else ""
             rows.append((arm, states, *errors, step, seconds))
         lines += [f"### {title}", "", f"{found['steps']:,} steps.", ""]
