@@ -2,13 +2,15 @@
 // One translation unit: every header is a room of its own, and all are compiled together.
 
 #include "activations.h"
-#include "batch_norm.h"
 #include "chain.h"
 #include "convolution.h"
 #include "lti.h"
 #include "mamba.h"
-#include "narrow.h"
 #include "selective.h"
+#if defined(__AVX512F__)  // nobody calls them elsewhere: see whole_vectors
+#include "batch_norm.h"
+#include "narrow.h"
+#endif
 
 // Whether a short vector is one register here. Where compilers split it, narrow.h and batch_norm.h gain nothing.
 extern "C" int whole_vectors() {
