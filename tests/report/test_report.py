@@ -45,8 +45,9 @@ def test_a_roll_back_gives_the_states_back_in_the_picture(runs: Path) -> None:
     chart = next(chart for chart in run_charts(run) if chart.title == "State dimension")
     line = chart.views[""][0].traces[0]
     undone = next(event for event in run.history if event["kind"] == "rolled_back")
+    cut = [event for event in run.history if event["kind"] == "cut" and event["step"] <= undone["step"]][-1]
     at = max(index for index, step in enumerate(line["x"]) if step <= undone["step"])
-    assert line["y"][at] == max(line["y"][:at])
+    assert line["y"][at] == cut["layers"][0]["states_before"] > cut["layers"][0]["states_after"]
     assert line["y"][-1] == load_runs([runs / "cut"])[0].result.state_dims[0]  # type: ignore[union-attr]
 
 

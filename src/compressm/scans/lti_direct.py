@@ -46,7 +46,7 @@ def cost(batch: int, length: int, p: int, q: int, n: int, itemsize: int = 4) -> 
 
     Lanes and threads without a sequence count too; wide inputs and outputs no longer fit in the first-level cache.
     """
-    lanes, threads = _VECTOR_BYTES // itemsize, torch.get_num_threads()
+    lanes, threads = _VECTOR_BYTES // itemsize, native.threads()
     tiles = -(-batch // lanes)
     idle = -(-tiles // threads) * threads / tiles
     states = _BLOCK * -(-n // _BLOCK)

@@ -38,7 +38,7 @@ def cost(batch: int, length: int, p: int, q: int, n: int, compiled: bool = False
     """
     if compiled:
         lanes = _VECTOR_BYTES // itemsize
-        tiles, size = -(-batch // lanes), transform_size(length)
+        tiles, size = -(-batch // lanes), length  # the transform's own size is at most a little more
         transforms = (tiles * (3 * p + 2 * q) + 2 * -(-p * q // lanes)) * size * math.log2(max(2, size))
         impulse = n * length * p * q + 115 * n * math.sqrt(length) * (p + q)
         in_cache = 256 * size * max(p, q) < 2 << 20

@@ -116,9 +116,15 @@ def available() -> bool:
     return library() is not None
 
 
+def threads() -> int:
+    """PyTorch's number of threads."""
+    return torch.get_num_threads()
+
+
 # torch.compile asks once, and does not look inside. torch.compiler.assume_constant_result does just this, but for
 # importing the compiler, which takes longer than PyTorch itself.
 available._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
+threads._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
 
 
 def _built() -> Path:
