@@ -39,9 +39,10 @@ What the families need:
 - **RG-LRU** has one state per channel, and a system of order one cannot be reduced. What is cut is the width of the
   recurrent block, and with it every projection, convolution and gate.
 - **S4** is diagonal plus low rank, and its own eigenvectors are too ill-conditioned to diagonalise it by.
-  `compressm.distil` goes by its filters instead, and puts an S4D in its place, which is cut like any other.
+  `compressm.distil` goes by its filters instead, and puts an S4D in its place, which is cut like any other
+  ([measured](cases.md)).
 - **Hyena** has no state. `compressm.distil(model, order=16)` replaces every long convolution by a state space model,
-  with an error bound, after which it generates in constant time per token and is cut like any other.
+  with an error bound, after which it generates in constant time per token and is cut like any other ([measured](cases.md)).
 - **Bidirectional** models: `S5(bidirectional=True)` has one recurrence for both directions, which are cut together;
   `compressm.layers.Bidirectional` holds two layers, which are cut apart.
 - **Hybrids**: layers without a state, such as attention, stay bit by bit what they were, and so does their optimizer
