@@ -42,7 +42,8 @@ What the families need:
   `compressm.distil` goes by its filters instead, and puts an S4D in its place, which is cut like any other
   ([measured](cases.md)).
 - **Hyena** has no state. `compressm.distil(model, order=16)` replaces every long convolution by a state space model,
-  with an error bound, after which it generates in constant time per token and is cut like any other ([measured](cases.md)).
+  with an error bound, after which it generates in constant time per token and is cut like any other
+  ([measured](cases.md)).
 - **Bidirectional** models: `S5(bidirectional=True)` has one recurrence for both directions, which are cut together;
   `compressm.layers.Bidirectional` holds two layers, which are cut apart.
 - **Hybrids**: layers without a state, such as attention, stay bit by bit what they were, and so does their optimizer
