@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from compressm.layers import SequenceClassifier, narrow
-from compressm.layers.models import SequenceBatchNorm
+from compressm.layers.models import GLUBlock, SequenceBatchNorm
 from compressm.layers.narrow import gated_residual, linear
 from compressm.measure import step_cost
 from compressm.scans import native
@@ -288,3 +288,11 @@ def test_a_classifier_is_the_same_with_and_without(monkeypatch: pytest.MonkeyPat
         torch.testing.assert_close(ours, theirs, rtol=1e-8, atol=1e-9)
     assert costs[0].flops - costs[1].flops == 2 * 4 * (4 * 30) * 8**2  # one product in either block is computed twice,
     assert costs[0].kept_bytes < costs[1].kept_bytes  # and its result is not kept
+
+
+def test_a_norm_that_somebody_waits_for_is_called() -> None:
+    block, seen = GLUBlock("lru", 4, 3, 0.0), list[Tensor]()
+    plain = block(torch.ones(2, 5, 4))
+    block.norm.register_forward_hook(lambda module, given, result: seen.append(result))
+    torch.testing.assert_close(block(torch.ones(2, 5, 4)), plain)
+    assert len(seen) == 1

@@ -14,7 +14,7 @@ from compressm.layers.linear_attention import DeltaNet, GatedLinearAttention, Li
 from compressm.layers.lru import LRU
 from compressm.layers.mamba import Mamba
 from compressm.layers.mamba2 import Mamba2
-from compressm.layers.narrow import batch_norm, gated_residual, linear
+from compressm.layers.narrow import batch_norm, gated_residual, linear, unhooked
 from compressm.layers.rg_lru import RecurrentBlock
 from compressm.layers.s4 import S4
 from compressm.layers.s4d import S4D
@@ -82,7 +82,10 @@ class GLUBlock(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, u: Tensor) -> Tensor:
-        z, u = self.norm.with_input(u) if isinstance(self.norm, SequenceBatchNorm) else (self.norm(u), u)
+        if isinstance(self.norm, SequenceBatchNorm) and unhooked(self.norm):
+            z, u = self.norm.with_input(u)
+        else:
+            z = self.norm(u)
         return gated_residual(u, self.ssm(z), self.glu, self.dropout.p, self.training)
 
     def initial_state(self, batch: int) -> Tensor:

@@ -73,11 +73,16 @@ def batch_norm(module: nn.BatchNorm1d, x: Tensor) -> tuple[Tensor, Tensor]:
     return result
 
 
+def unhooked(module: nn.Module) -> bool:
+    """Whether nobody waits for this module to be called: with a hook, it must be."""
+    return not any(getattr(module, hooks) for hooks in _HOOKS)
+
+
 def _plain(module: nn.Module, x: Tensor, widest: int) -> TypeGuard[nn.Linear]:
     """Whether it is a linear layer that does no more than it says, of at most so many channels, and takes ``x``."""
     if not _fast(x) or type(module) is not nn.Linear or max(module.weight.shape) > widest:
         return False
-    if not isinstance(module.bias, Tensor) or any(getattr(module, hooks) for hooks in _HOOKS):
+    if not isinstance(module.bias, Tensor) or not unhooked(module):
         return False
     return x.numel() > 0 and x.shape[-1] == module.in_features and takes(x, module.weight, module.bias)
 
