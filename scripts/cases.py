@@ -168,7 +168,7 @@ def s4() -> list[str]:
         "## S4: diagonal plus low rank",
         "",
         f"Sequential MNIST in 196 steps, two blocks of width 32, {found['big']['steps']:,} steps. After a tenth of "
-        f"them the filters of `shrunk` become an S4D of real order 16 per channel, 8 conjugate pairs or a real eigenvalue "
+        f"them the filters of `shrunk` become an S4D of real order 16 per channel, 8 pairs or a real eigenvalue "
         f"more (relative H2 errors {errors} in the two layers), which trains on.",
         "",
         *table(("", "states per channel", "test accuracy", "a step at the end", "training"), rows),
