@@ -105,7 +105,7 @@ def run(variant: str, states: int, a: argparse.Namespace, data: SequenceData) ->
         "validation_accuracy": correct / len(data.validation),
         "ranks": {str(tau): int((share < 1 - tau).sum()) + 1 for tau in TOLERANCES},
         "largest_hsv": float(hsv[0]),
-        "largest_radius": float((-layer.nu_log.exp()).exp().max()),
+        "largest_radius": float((-layer.nu_log.detach().exp()).exp().max()),
     }
 
 
