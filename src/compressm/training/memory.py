@@ -7,12 +7,13 @@ import functools
 import platform
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of mallopt(3)
-_BYTES = 1 << 30
+_BYTES, _OLDER_BYTES = 1 << 30, 32 << 20  # older versions of glibc refuse more than the second as a threshold for mmap
 
 
 @functools.cache
 def keep_freed_memory() -> bool:
-    """Let this process keep what it frees, for its next allocations; True where the C library is glibc and agrees.
+    """Let this process keep what it frees, for its next allocations; True where the C library is glibc and agrees to
+    tensors of any usual size.
 
     By default glibc hands tensors of more than some megabytes back to the system as soon as they are freed, and every
     training step gets them anew, page by page: a tenth of the time of a small step.
@@ -20,7 +21,10 @@ def keep_freed_memory() -> bool:
     if platform.libc_ver()[0] != "glibc":
         return False
     libc = ctypes.CDLL(None)
-    return bool(libc.mallopt(_MMAP_THRESHOLD, _BYTES)) and bool(libc.mallopt(_TRIM_THRESHOLD, _BYTES))
+    agreed = bool(libc.mallopt(_MMAP_THRESHOLD, _BYTES))
+    if not agreed:
+        libc.mallopt(_MMAP_THRESHOLD, _OLDER_BYTES)
+    return bool(libc.mallopt(_TRIM_THRESHOLD, _BYTES)) and agreed
 
 
 __all__ = ["keep_freed_memory"]
