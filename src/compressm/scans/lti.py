@@ -23,7 +23,7 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
-from compressm.scans import lti_chunked, lti_direct, lti_fft
+from compressm.scans import lti_chunked, lti_direct, lti_fft, native
 from compressm.scans.graph import exporting
 from compressm.scans.precision import without_autocast
 
@@ -88,7 +88,7 @@ def lti_scan(
         engine = _cheapest(u, C_re.shape[0], C_re.shape[1], stateful)
     wide, start = u.to(dtype), None if initial_state is None else initial_state.to(dtype)
     if engine == "direct":
-        if not lti_direct.usable(wide):
+        if not native.usable(wide):
             raise ValueError(f'engine="direct" needs the compiled kernels, and a CPU; u is on {u.device}')
         y, state = lti_direct.scan(wide, *system, feedthrough, start)
         return (y.to(u.dtype), state) if return_state else y.to(u.dtype)
@@ -171,7 +171,7 @@ def _cheapest(u: Tensor, q: int, n: int, stateful: bool) -> Engine:
     costs: dict[Engine, float] = {"chunked": lti_chunked.cost(batch, length, p, q, n)}
     if not stateful:
         costs["fft"] = lti_fft.cost(batch, length, p, q, n, lti_fft.compiled(u, q), size)
-    if lti_direct.usable(u):
+    if native.usable(u):
         costs["direct"] = lti_direct.cost(batch, length, p, q, n, size)
     return min(costs, key=lambda name: costs[name])
 

@@ -15,7 +15,6 @@ from torch import Tensor
 from compressm.scans import native
 
 _CHUNK, _BLOCK = 16, 4  # steps between two kept states, and states of a block: ``lti_chunk`` and ``S`` of lti.h
-_VECTOR_BYTES = 64
 
 
 def scan(
@@ -36,17 +35,12 @@ def scan(
     return y, last
 
 
-def usable(u: Tensor) -> bool:
-    """Whether the compiled pass exists for this input."""
-    return native.usable(u)
-
-
 def cost(batch: int, length: int, p: int, q: int, n: int, itemsize: int = 4) -> float:
     """Operations of a forward pass, in those of a large matrix product.
 
     Lanes and threads without a sequence count too; wide inputs and outputs no longer fit in the first-level cache.
     """
-    lanes, threads = _VECTOR_BYTES // itemsize, native.threads()
+    lanes, threads = native.VECTOR_BYTES // itemsize, native.threads()
     tiles = -(-batch // lanes)
     idle = -(-tiles // threads) * threads / tiles
     states = _BLOCK * -(-n // _BLOCK)
@@ -54,7 +48,7 @@ def cost(batch: int, length: int, p: int, q: int, n: int, itemsize: int = 4) -> 
 
 
 def _checkpoints(u: Tensor, n: int, keep: bool) -> Tensor:
-    lanes, states = _VECTOR_BYTES // u.element_size(), 2 * _BLOCK * -(-n // _BLOCK)
+    lanes, states = native.VECTOR_BYTES // u.element_size(), 2 * _BLOCK * -(-n // _BLOCK)
     return u.new_empty(-(-u.shape[0] // lanes), -(-u.shape[1] // _CHUNK) if keep else 0, states, lanes)
 
 

@@ -18,8 +18,6 @@ from compressm.scans import native
 from compressm.scans.graph import exporting
 from compressm.scans.lti_chunked import powers
 
-_VECTOR_BYTES = 64  # of the compiled kernels' vectors
-
 
 def scan(
     u: Tensor, log_radius: Tensor, phase: Tensor, B_re: Tensor, B_im: Tensor, C_re: Tensor, C_im: Tensor
@@ -37,7 +35,7 @@ def cost(batch: int, length: int, p: int, q: int, n: int, compiled: bool = False
     their size.
     """
     if compiled:
-        lanes = _VECTOR_BYTES // itemsize
+        lanes = native.VECTOR_BYTES // itemsize
         tiles, size = -(-batch // lanes), length  # the transform's own size is at most a little more
         transforms = (tiles * (3 * p + 2 * q) + 2 * -(-p * q // lanes)) * size * math.log2(max(2, size))
         impulse = n * length * p * q + 115 * n * math.sqrt(length) * (p + q)
@@ -133,7 +131,7 @@ def _fills_vectors(u: Tensor, q: int) -> bool:
     steps, and PyTorch's transforms take two thirds of the time at 65536. Otherwise the compiled form wins, often
     threefold.
     """
-    (batch, length, p), lanes = u.shape, _VECTOR_BYTES // u.element_size()
+    (batch, length, p), lanes = u.shape, native.VECTOR_BYTES // u.element_size()
     signals = batch * (p + q) + p * q
     vectors = -(-batch // lanes) * (p + q) + -(-p * q // lanes)
     return length <= 4096 or signals >= 3 * vectors

@@ -26,6 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+VECTOR_BYTES = 64  # of the kernels' vectors: ``Vectors`` in vectors.h
 _FOLDER = Path(__file__).with_name("kernels")
 _SOURCE = _FOLDER / "kernels.cpp"  # includes all the others
 # No -ffast-math: NaN and Inf must come out as they went in, so that a diverging training is seen.
