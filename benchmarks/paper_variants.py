@@ -94,17 +94,13 @@ def run(variant: str, states: int, a: argparse.Namespace, data: SequenceData) ->
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    with torch.no_grad():
-        model.eval()
-        correct = sum(int((model(u).argmax(-1) == y).sum()) for u, y in data.batches(data.validation, 500))
-        hsv = compressm.analyze(layer, method="complex").layers[0].hsv
-    share = hsv.cumsum(0) / hsv.sum()
+    spectrum = compressm.analyze(layer, method="complex").layers[0]
     return {
         "variant": variant,
         "states": states,
-        "validation_accuracy": correct / len(data.validation),
-        "ranks": {str(tau): int((share < 1 - tau).sum()) + 1 for tau in TOLERANCES},
-        "largest_hsv": float(hsv[0]),
+        "validation_accuracy": float(data.correct(model, data.validation, 500)) / len(data.validation),
+        "ranks": {str(tau): spectrum.states_for(tau) for tau in TOLERANCES},
+        "largest_hsv": float(spectrum.hsv[0]),
         "largest_radius": float((-layer.nu_log.detach().exp()).exp().max()),
     }
 

@@ -24,18 +24,9 @@ from torch.nn import functional as F
 import compressm
 from compressm.layers import SequenceClassifier, parameter_groups
 from compressm.training.config import load_config
-from compressm.training.data import BatchOrder, SequenceData, Split, load_data
+from compressm.training.data import BatchOrder, SequenceData, load_data
 
 ARMS = ("big", "shrunk", "small", "random")
-
-
-@torch.no_grad()
-def accuracy(model: nn.Module, data: SequenceData, split: Split) -> float:
-    """Share of a split that is classified correctly."""
-    model.eval()
-    correct = sum(int((model(u).argmax(-1) == y).sum()) for u, y in data.batches(split, 500))
-    model.train()
-    return correct / len(split)
 
 
 def optimizer_for(model: nn.Module, a: argparse.Namespace, first: int) -> tuple[torch.optim.Optimizer, object]:
@@ -85,8 +76,8 @@ def run(arm: str, a: argparse.Namespace, data: SequenceData) -> None:
         threads=a.threads,
         state_dims=[int(block.ssm.d_state) for block in model.blocks],  # type: ignore[union-attr]
         distilled_relative_h2_error=errors or None,
-        validation_accuracy=accuracy(model, data, data.validation),
-        test_accuracy=accuracy(model, data, data.test),
+        validation_accuracy=float(data.correct(model, data.validation, 500)) / len(data.validation),
+        test_accuracy=float(data.correct(model, data.test, 500)) / len(data.test),
         train_seconds=total,
         step_milliseconds=1000 * float(np.median(seconds[len(seconds) * 3 // 4 :])),
     )

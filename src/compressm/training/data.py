@@ -20,7 +20,7 @@ from typing import cast
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from compressm.errors import ConfigError
 from compressm.training import listops, reviews
@@ -101,6 +101,18 @@ class SequenceData:
         """All of a split in order, or every ``world``-th sequence of it, in batches of at most ``size``."""
         for indices in torch.arange(rank, len(split), world, device=split.y.device).split(size):
             yield self.batch(split, indices)
+
+    @torch.no_grad()
+    def correct(self, model: nn.Module, split: Split, size: int, rank: int = 0, world: int = 1) -> Tensor:
+        """How many of a split, or of every ``world``-th sequence of it, a model classifies correctly: a scalar.
+
+        The model is left in evaluation mode.
+        """
+        model.eval()
+        count = torch.zeros((), device=split.y.device)
+        for u, y in self.batches(split, size, rank, world):
+            count += (model(u).argmax(-1) == y).sum()
+        return count
 
     def to(self, device: torch.device) -> SequenceData:
         """The same data on another device."""

@@ -266,10 +266,7 @@ class _Run:
             if self.world > 1:  # every process has running statistics of its own share of the data
                 for buffer in model.buffers():
                     broadcast(buffer)
-            model.eval()
-            correct = torch.zeros((), device=self.accelerator.device)
-            for u, y in self.data.batches(split, self.config.run.eval_batch_size, self.rank, self.world):
-                correct += (model(u).argmax(-1) == y).sum()
+            correct = self.data.correct(model, split, self.config.run.eval_batch_size, self.rank, self.world)
             return float(cast("torch.Tensor", self.accelerator.reduce(correct))) / len(split)
 
     def _evaluate(self, log: RunLog) -> None:
