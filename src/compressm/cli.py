@@ -115,6 +115,10 @@ def _app(command_line: str) -> "typer.Typer":
             list[str] | None, typer.Argument(metavar="[key=value]...", help="For example optimizer.lr=1e-3.")
         ] = None,
         resume: Annotated[bool, typer.Option(help="Go on from the last checkpoint in the run's folder.")] = False,
+        origin: Annotated[
+            Path | None,
+            typer.Option("--from", help="Folder of the same run without compression; its steps are not made again."),
+        ] = None,
         output: Annotated[Path | None, typer.Option(help="The run's folder [runs/CONFIG-seedN].")] = None,
         json: Annotated[Path | None, typer.Option("--json", help="Write the result to this file; - prints it.")] = None,
     ) -> None:
@@ -125,7 +129,7 @@ def _app(command_line: str) -> "typer.Typer":
         settings = load_config(config, overrides or [])
         if output is None and settings.run.output is None:
             output = Path("runs") / f"{config.stem}-seed{settings.run.seed}"
-        result = run(settings, output=output, resume=resume, command=command_line)
+        result = run(settings, output=output, resume=resume, origin=origin, command=command_line)
         _write_result(json, result.to_dict())
 
     @app.command()

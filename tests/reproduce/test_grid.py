@@ -9,12 +9,14 @@ from pathlib import Path
 
 import pytest
 
+from compressm.checkpoint import load_tree
 from compressm.cli import main
 from compressm.errors import ConfigError
 from compressm.reproduce import EXPERIMENTS, Arm, Experiment, plan_runs, read_results, run_grid
 from compressm.reproduce.grid import configuration
 from compressm.reproduce.report import draw, render, rows
 from compressm.training.loop import train
+from compressm.training.result import RunResult
 
 OFF = {"compression.enabled": False}
 TINY = Experiment(
@@ -80,6 +82,59 @@ def test_an_arm_can_learn_from_another(tmp_path: Path) -> None:
     shutil.rmtree(tmp_path / "runs")
     with pytest.raises(ConfigError, match=r"loss.teacher = .*full-seed0/model': no model there"):
         made()
+
+
+CONTINUED = Experiment(
+    "continued",
+    "Digits",
+    "digits",
+    (
+        Arm("full", {**OFF, "model.d_state": 16, "run.keep_checkpoints": 4}),
+        Arm(
+            "late",
+            {
+                "model.d_state": 16,
+                "compression.states": 5,
+                "compression.tolerance": None,
+                "compression.cuts": 1,
+                "compression.start": 36,
+                "compression.window": 1 / 40,
+            },
+            continues="full",
+        ),
+    ),
+    steps=40,
+)
+
+
+def test_an_arm_can_continue_another_and_ends_as_if_it_had_made_all_steps(tmp_path: Path) -> None:
+    def made(folder: str) -> RunResult:
+        runs = plan_runs(CONTINUED, [0], ["late"], tmp_path / folder, tmp_path / "runs")
+        return run_grid(runs, workers=1)["late", 0]
+
+    late = made("results")
+    (step,) = (event["step"] for event in late.history if event["kind"] == "cut")
+    assert step == 37
+    first = load_tree(tmp_path / "runs/continued/full-seed0/checkpoints/step-00000034")
+    shutil.rmtree(tmp_path / "runs")
+    (tmp_path / "results/continued/late-seed0.json").unlink()
+    alone = made("results")  # the result of the other is there, its run is not
+    assert first["step"] == 34
+    assert not (tmp_path / "runs/continued/full-seed0").exists()
+    assert [point["loss"] for point in alone.curve] == [point["loss"] for point in late.curve]
+    assert (alone.test_accuracy, alone.state_dims) == (late.test_accuracy, [5])
+
+
+def test_every_experiment_can_be_made_shorter() -> None:
+    for experiment in EXPERIMENTS.values():
+        for run in plan_runs(experiment, [0]):
+            config = configuration(run, steps=400)
+            if config.compression.enabled:
+                assert 0 <= config.compression.start < 400
+    late, tuned = (EXPERIMENTS["rivals"].arm(name) for name in ("after-modal", "tuned-modal"))
+    runs = plan_runs(EXPERIMENTS["rivals"], [0], [late.name, tuned.name])
+    starts = [configuration(run, steps=400).compression.start for run in runs if run.arm in (late, tuned)]
+    assert starts == [399, 360]
 
 
 def test_results_from_before_a_key_existed_are_ours(folder: Path) -> None:

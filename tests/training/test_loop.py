@@ -294,6 +294,33 @@ def test_a_finished_run_is_not_run_again(tmp_path: Path) -> None:
         train(config(), output=tmp_path, resume=True, quiet=True)
 
 
+def test_a_run_can_begin_with_the_steps_of_the_same_run_without_compression(tmp_path: Path) -> None:
+    late = {**TINY["compression"], "start": 15, "window": 0.25}
+    train(config({"compression": late}), output=tmp_path / "alone", quiet=True)
+    off = {**late, "enabled": False}
+    train(config({"compression": off, "run": {"keep_checkpoints": 6}}), output=tmp_path / "full", quiet=True)
+    train(config({"compression": late}), output=tmp_path / "ours", origin=tmp_path / "full", quiet=True)
+    assert_same_outcome(tmp_path / "ours", tmp_path / "alone")
+
+
+def test_a_run_that_does_not_fit_is_no_beginning(tmp_path: Path) -> None:
+    def begin(origin: str, changes: dict[str, dict[str, Any]] | None = None) -> None:
+        train(config(changes), output=tmp_path / "ours", origin=tmp_path / origin, quiet=True)
+
+    off = {**TINY["compression"], "enabled": False}
+    train(config({"compression": off}), output=tmp_path / "full", quiet=True)
+    train(config(), output=tmp_path / "cut", quiet=True)
+    with pytest.raises(ConfigError, match=r"--from .*full: it has no checkpoint from before step \d+"):
+        begin("full")
+    with pytest.raises(ConfigError, match=r"--from .*full: nothing would differ"):
+        begin("full", {"compression": off})
+    late = {"compression": {**TINY["compression"], "start": 20, "window": 0.1, "cuts": 1}}
+    with pytest.raises(ConfigError, match=r"optimizer.lr = 0.5: the run in .*full was made with 0.01"):
+        begin("full", {**late, "optimizer": {"lr": 0.5}})
+    with pytest.raises(ConfigError, match=r"--from .*cut: that run was compressed itself"):
+        begin("cut", late)
+
+
 def test_the_last_checkpoints_are_kept_and_an_older_one_serves(
     tmp_path: Path, unbroken: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -18,6 +18,7 @@ class Arm:
         changes: what differs from the experiment's configuration, by dotted names.
         same_states_as: another arm, at whose final state dimensions this one starts, seed by seed.
         teacher: another arm, from whose final model this one learns, seed by seed.
+        continues: another arm, the same without compression: its steps before the first cut are not made again.
         paper: the paper's accuracy in percent; None where it has none.
     """
 
@@ -25,12 +26,13 @@ class Arm:
     changes: Mapping[str, Any]
     same_states_as: str | None = None
     teacher: str | None = None
+    continues: str | None = None
     paper: float | None = None
 
     @property
     def needs(self) -> set[str]:
         """The arms that must be finished before."""
-        return {name for name in (self.same_states_as, self.teacher) if name is not None}
+        return {name for name in (self.same_states_as, self.teacher, self.continues) if name is not None}
 
 
 @dataclass(frozen=True)
@@ -95,7 +97,7 @@ def _cut_to_32(**changes: Any) -> dict[str, Any]:
 def _afterwards(steps: int) -> tuple[Arm, ...]:
     """A big model, cut to 28 states once, in four ways: after all training, and with a tenth of it left to adapt."""
     return tuple(
-        Arm(f"{when}-{selection}", _after(steps, rest, selection))
+        Arm(f"{when}-{selection}", _after(steps, rest, selection), continues="full")
         for when, rest in (("after", 1), ("tuned", steps // 10))
         for selection in ("hankel", "modal", "hinf", "energy")
     )
@@ -295,7 +297,7 @@ EXPERIMENTS: dict[str, Experiment] = {
             "Sequential MNIST, LRU from 256 states to 28: cut while training, or afterwards",
             "smnist",
             (
-                Arm("full", _BIG),
+                Arm("full", {**_BIG, "run.keep_checkpoints": 4}),  # of which the cuts at the end need the first
                 Arm("shrunk", _cut_to_32(states=28)),
                 Arm("small", {**_BIG, "model.d_state": 28}),
                 Arm("distilled", {**_BIG, "model.d_state": 28}, teacher="full"),

@@ -83,6 +83,8 @@ def configuration(
     steps = steps or run.experiment.steps
     if steps is not None:
         every = max(1, steps // 20)
+        start, window = (changes.get(f"compression.{key}", tree["compression"][key]) for key in ("start", "window"))
+        changes |= _window(start, window, run.experiment.steps or tree["run"]["steps"], steps)
         changes |= {"run.steps": steps, "run.eval_every": every, "run.checkpoint_every": every}
     changes |= {"run.seed": run.seed, "run.threads": 1, "run.tensorboard": False}
     if data is not None:
@@ -95,6 +97,15 @@ def configuration(
         section, name = key.split(".")
         tree[section][name] = value
     return parse_config(tree, run.experiment.name)
+
+
+def _window(start: int, window: float, planned: int, steps: int) -> dict[str, Any]:
+    """Where the cuts come when a training of so many planned steps is made with others: after the same share of it."""
+    if not start:
+        return {}
+    left = max(1, round((planned - start) * steps / planned))
+    window = 1 / steps if window == 1 / planned else window  # a single step stays one
+    return {"compression.start": steps - left, "compression.window": window}
 
 
 def run_grid(
@@ -166,7 +177,10 @@ def _train(run: Run, config: Config, command: str | None) -> RunResult:
                 f"{run.result} was made with another {', '.join(different)}; choose another --results, or delete it"
             )
         return result
-    result = train(config, output=run.folder, resume=True, command=command, quiet=True)
+    origin = None if run.arm.continues is None else run.folder.with_name(f"{run.arm.continues}-seed{run.seed}")
+    if origin is not None and not origin.exists():
+        origin = None  # only its result is here: all steps are made again, to the same end
+    result = train(config, output=run.folder, resume=True, origin=origin, command=command, quiet=True)
     content = result.to_dict()
     content["config"]["data"]["root"] = content["config"]["run"]["output"] = None  # another machine has others
     content["config"]["loss"]["teacher"] = run.arm.teacher

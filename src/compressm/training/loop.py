@@ -25,7 +25,7 @@ from accelerate.utils.memory import should_reduce_batch_size
 from torch import nn
 
 from compressm import __version__
-from compressm.checkpoint import load, save
+from compressm.checkpoint import load, load_tree, save
 from compressm.costs import StepClock, savings
 from compressm.errors import ConfigError
 from compressm.history import Event
@@ -58,6 +58,7 @@ def train(
     *,
     output: str | Path | None = None,
     resume: bool = False,
+    origin: str | Path | None = None,
     command: str | None = None,
     quiet: bool = False,
 ) -> RunResult:
@@ -67,11 +68,15 @@ def train(
         config: from `load_config`.
         output: the run's folder; before ``run.output``, before ``runs/<data>-seed<seed>``.
         resume: go on from the folder's last checkpoint. Without one, start; after the end, return the result.
+        origin: the folder of a run with the same settings but without compression, whose steps before the first cut
+            need not be made again: the run starts from its last checkpoint before that cut, and ends as if it had made
+            those steps itself.
         command: the exact command line, for the record.
         quiet: nothing on the terminal.
 
     Raises:
-        ConfigError: unfit data, a folder that holds another run, or training that diverged.
+        ConfigError: unfit data, a folder that holds another run, an ``origin`` that does not fit, or training that
+            diverged.
         CheckpointError: a damaged checkpoint.
     """
     folder = Path(output or config.run.output or f"runs/{config.data.name}-seed{config.run.seed}")
@@ -83,7 +88,7 @@ def train(
     if config.run.threads is not None:
         torch.set_num_threads(config.run.threads)
     try:
-        return _Run(config, folder, resume).run(command, quiet)
+        return _Run(config, folder, resume, origin).run(command, quiet)
     finally:
         torch.set_num_threads(threads)
 
@@ -113,21 +118,27 @@ def _checkpoints(folder: Path, config: Config) -> Checkpoints:
 
 
 def _same_config(saved: Mapping[str, Any], config: Config, folder: Path) -> None:
+    for key, value, before in _differences(saved, config):
+        raise ConfigError(
+            f"{key} = {value!r}: the run in {folder} was started with {before!r}; give that value to resume "
+            "it, or choose another --output"
+        )
+
+
+def _differences(saved: Mapping[str, Any], config: Config) -> Generator[tuple[str, Any, Any]]:
+    """What decides about a run's result and is not as it was: the key, its value now and the one before."""
     saved = present_form(saved)
     for section, values in config.model_dump(mode="json").items():
         for name, value in values.items():
             key, before = f"{section}.{name}", saved.get(section, {}).get(name)
             if key not in FREE_KEYS and before != value:
-                raise ConfigError(
-                    f"{key} = {value!r}: the run in {folder} was started with {before!r}; give that value to resume "
-                    "it, or choose another --output"
-                )
+                yield key, value, before
 
 
 class _Run:
     """One run in one process: everything that changes from step to step, and what changes it."""
 
-    def __init__(self, config: Config, folder: Path, resume: bool) -> None:
+    def __init__(self, config: Config, folder: Path, resume: bool, origin: str | Path | None) -> None:
         self.config, self.folder = config, folder
         run = config.run
         if run.device == "cuda" and not torch.cuda.is_available():
@@ -162,7 +173,11 @@ class _Run:
         self.checkpoints = _checkpoints(folder, config)
         self.damaged: list[str] = []
         if resume and self.checkpoints.steps():
-            self._restore()
+            tree, self.damaged = self.checkpoints.read()
+            _same_config(tree["config"], config, folder)
+            self._restore(tree, folder)
+        elif origin is not None:
+            self._take_over(Path(origin))
         self.wrapped: nn.Module = self.accelerator.prepare_model(self.model)
 
     def run(self, command: str | None, quiet: bool) -> RunResult:
@@ -349,12 +364,36 @@ class _Run:
         with self._timed("checkpoint"):
             self.checkpoints.write(self.step, tree)
 
-    def _restore(self) -> None:
-        tree, self.damaged = self.checkpoints.read()
-        _same_config(tree["config"], self.config, self.folder)
+    def _take_over(self, origin: Path) -> None:
+        """Begin with the steps that an uncompressed run has made, up to its last checkpoint before our first cut."""
+        if self.compressor is None:
+            raise ConfigError(f"--from {origin}: nothing would differ from that run without compression; enable it")
+        first = self.compressor.cut_steps[0]
+        checkpoints = _checkpoints(origin, self.config)
+        steps = [step for step in checkpoints.steps() if step < first]
+        if not steps:
+            raise ConfigError(
+                f"--from {origin}: it has no checkpoint from before step {first}, where the first cut is due; keep "
+                "more of them there with run.keep_checkpoints, or train without --from"
+            )
+        tree = load_tree(checkpoints.path(steps[-1]))
+        if tree["compressor"] is not None:
+            raise ConfigError(
+                f"--from {origin}: that run was compressed itself; name one with compression.enabled=false"
+            )
+        for key, value, before in _differences(tree["config"], self.config):
+            if not key.startswith("compression."):
+                raise ConfigError(
+                    f"{key} = {value!r}: the run in {origin} was made with {before!r}; give that value to go on from "
+                    "it, or train without --from"
+                )
+        started = {**self.compressor.state_dict(), "steps": tree["step"]}
+        self._restore({**tree, "compressor": started, "best": None}, origin)
+
+    def _restore(self, tree: Mapping[str, Any], folder: Path) -> None:
         if len(tree["rng"]) != self.world:
             raise ConfigError(
-                f"--resume: the run in {self.folder} used {len(tree['rng'])} processes, not {self.world}; use as many"
+                f"--resume: the run in {folder} used {len(tree['rng'])} processes, not {self.world}; use as many"
             )
         if self.compressor is not None:  # first: it gives the layers the sizes that the others expect
             self.compressor.load_state_dict(tree["compressor"])
