@@ -194,9 +194,9 @@ class SpectrumChange:
     Attributes:
         weyl_bound: ``max |eig(H' - H)|`` with ``H = (P^1/2 Q P^1/2)^1/2``; by Weyl's inequality no Hankel singular
             value moved by more. In units of the largest value of the first snapshot.
-        largest_move: the largest change of a matched value, in the same units.
-        rank_correlation: Spearman's, between the values of the first snapshot and those matched to them.
-        share_moved: total change of matched values over their sum.
+        largest_move: the largest change of a value, in the same units.
+        rank_correlation: Spearman's, between the places in the order that the state directions had and have.
+        share_moved: total change of the values over their sum.
         bottom_share_before, bottom_share_after: energy share of the smallest half.
         crossings: share of all pairs of state directions that changed places in the order. A direction (an eigenvector
             of ``H``) is recognised in the second snapshot by the largest total overlap.
@@ -218,7 +218,8 @@ class SpectrumChange:
 def compare(before: AnyBalancing, after: AnyBalancing) -> SpectrumChange:
     """Compare two snapshots of one layer, of the same state dimension and method.
 
-    The values are matched to each other by minimal total distance (`scipy.optimize.linear_sum_assignment`).
+    The values are compared in their order, as Weyl's inequality does; that is also the matching of least total change.
+    Directions are matched by their overlap (`scipy.optimize.linear_sum_assignment`).
 
     Raises:
         ValueError: snapshots of different order.
@@ -228,23 +229,19 @@ def compare(before: AnyBalancing, after: AnyBalancing) -> SpectrumChange:
         raise ValueError(f"snapshots of different order: {a.shape[-1]} and {b.shape[-1]} Hankel singular values")
     scale = float(a[0]) or 1.0
     old, new = _hankel_operator(before), _hankel_operator(after)
-    difference = new - old
     # Imported here: they take as long as the rest of the library, and few need them.
     from scipy.optimize import linear_sum_assignment
     from scipy.stats import spearmanr
 
-    rows, columns = linear_sum_assignment((a[:, None] - b[None, :]).abs().numpy())
-    matched = b[torch.from_numpy(columns)]
-    rank_test: Any = spearmanr(a.numpy(), matched.numpy()) if a.shape[0] > 1 else None
-    correlation = 1.0 if rank_test is None else float(rank_test.statistic)
     half = a.shape[0] // 2
     overlap = (torch.linalg.eigh(old).eigenvectors.mH @ torch.linalg.eigh(new).eigenvectors).abs().square()
     _, places = linear_sum_assignment(overlap.reshape(-1, *overlap.shape[-2:]).sum(0).numpy(), maximize=True)
+    correlation: Any = spearmanr(range(len(places)), places) if len(places) > 1 else None
     return SpectrumChange(
-        weyl_bound=float(torch.linalg.eigvalsh(difference).abs().max()) / scale,
-        largest_move=float((a[torch.from_numpy(rows)] - matched).abs().max()) / scale,
-        rank_correlation=correlation,
-        share_moved=float((a - matched).abs().sum() / a.sum().clamp_min(1e-300)),
+        weyl_bound=float(torch.linalg.eigvalsh(new - old).abs().max()) / scale,
+        largest_move=float((a - b).abs().max()) / scale,
+        rank_correlation=1.0 if correlation is None else float(correlation.statistic),
+        share_moved=float((a - b).abs().sum() / a.sum().clamp_min(1e-300)),
         bottom_share_before=float(a[half:].sum() / a.sum().clamp_min(1e-300)),
         bottom_share_after=float(b[half:].sum() / b.sum().clamp_min(1e-300)),
         crossings=_crossings(places.tolist()),
