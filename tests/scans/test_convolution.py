@@ -91,6 +91,8 @@ def test_scan_equals_the_loop_in_either_form(native_form: bool, monkeypatch: pyt
 @pytest.mark.parametrize(("batch", "length", "form"), [(1, 4096, compiled), (1, 5000, by_torch), (20, 5000, compiled)])
 def test_few_long_signals_are_left_to_torch(batch: int, length: int, form: Any) -> None:
     u, impulse, _ = operands(0, batch, length, 1, 1)
+    if form is by_torch and native.vector_bytes() < 64:
+        pytest.skip("a single signal fills enough of a short vector")
     assert torch.equal(lti_fft._convolution(u, impulse), form(u, impulse))
 
 

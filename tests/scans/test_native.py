@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -51,3 +52,19 @@ def test_can_be_switched_off_silently(tmp_path: Path) -> None:
     assert result.stdout == "right\n"
     assert result.stderr == ""
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(native.library() is None, reason="no C++ compiler")
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="these options are of x86")
+@pytest.mark.parametrize(("flags", "size"), [("-mno-avx512f", 32), ("-mno-avx", 16)])
+def test_shorter_vectors_of_other_processors_are_right_too(tmp_path: Path, flags: str, size: int) -> None:
+    environment = {**os.environ, "COMPRESSM_CACHE": str(tmp_path), "COMPRESSM_CXXFLAGS": flags}
+    program = "from compressm.scans import native; print(native.vector_bytes())"
+    told = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
+    assert int(told.stdout) == min(size, native.vector_bytes())
+    tests = Path(__file__).parents[1]
+    files = ("scans/test_convolution.py", "scans/test_lti.py", "scans/test_selective.py", "layers/test_narrow.py")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "not compile", *files]
+    done = subprocess.run(command, cwd=tests, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-2000:]

@@ -1,8 +1,8 @@
 """What a block of few channels does to every time step alone, in compiled passes over memory.
 
 Linear maps, batch norm, GELU, GLU and dropout cost such a block more than its recurrence, if each of them is a call of
-its own: matrices of 8 columns do not fill a library's matrix product. For wider blocks, and on other devices than CPUs
-with vector registers of 64 bytes, the same are PyTorch's functions and those of `activations`.
+its own: matrices of 8 columns do not fill a library's matrix product. For wider blocks, and on other devices than CPUs,
+the same are PyTorch's functions and those of `activations`.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def batch_norm(module: nn.BatchNorm1d, x: Tensor) -> tuple[Tensor, Tensor]:
     """
     weight, bias, mean, var = module.weight, module.bias, module.running_mean, module.running_var
     few = x.numel() > x.shape[-1] == module.num_features <= _WIDEST_NORM and module.affine  # more than one row
-    if not (module.training and few and mean is not None and var is not None and _fast(x, weight, bias, mean, var)):
+    if not (module.training and few and mean is not None and var is not None and takes(x, weight, bias, mean, var)):
         return nn.BatchNorm1d.forward(module, x.reshape(-1, x.shape[-1])).view_as(x), x  # rows without a copy
     assert module.num_batches_tracked is not None
     module.num_batches_tracked.add_(1)
@@ -80,15 +80,11 @@ def unhooked(module: nn.Module) -> bool:
 
 def _plain(module: nn.Module, x: Tensor, widest: int) -> TypeGuard[nn.Linear]:
     """Whether it is a linear layer that does no more than it says, of at most so many channels, and takes ``x``."""
-    if not _fast(x) or type(module) is not nn.Linear or max(module.weight.shape) > widest:
+    if not takes(x) or type(module) is not nn.Linear or max(module.weight.shape) > widest:
         return False
     if not isinstance(module.bias, Tensor) or not unhooked(module):
         return False
     return x.numel() > 0 and x.shape[-1] == module.in_features and takes(x, module.weight, module.bias)
-
-
-def _fast(*tensors: Tensor) -> bool:
-    return takes(*tensors) and native.whole_vectors()
 
 
 class _Linear(torch.autograd.Function):

@@ -40,7 +40,7 @@ def cost(batch: int, length: int, p: int, q: int, n: int, itemsize: int = 4) -> 
 
     Lanes and threads without a sequence count too; wide inputs and outputs no longer fit in the first-level cache.
     """
-    lanes, threads = native.VECTOR_BYTES // itemsize, native.threads()
+    lanes, threads = native.vector_bytes() // itemsize, native.threads()
     tiles = -(-batch // lanes)
     idle = -(-tiles // threads) * threads / tiles
     states = _BLOCK * -(-n // _BLOCK)
@@ -48,7 +48,7 @@ def cost(batch: int, length: int, p: int, q: int, n: int, itemsize: int = 4) -> 
 
 
 def _checkpoints(u: Tensor, n: int, keep: bool) -> Tensor:
-    lanes, states = native.VECTOR_BYTES // u.element_size(), 2 * _BLOCK * -(-n // _BLOCK)
+    lanes, states = native.vector_bytes() // u.element_size(), 2 * _BLOCK * -(-n // _BLOCK)
     return u.new_empty(-(-u.shape[0] // lanes), -(-u.shape[1] // _CHUNK) if keep else 0, states, lanes)
 
 

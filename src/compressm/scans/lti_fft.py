@@ -35,7 +35,7 @@ def cost(batch: int, length: int, p: int, q: int, n: int, compiled: bool = False
     their size.
     """
     if compiled:
-        lanes = native.VECTOR_BYTES // itemsize
+        lanes = native.vector_bytes() // itemsize
         tiles, size = -(-batch // lanes), length  # the transform's own size is at most a little more
         transforms = (tiles * (3 * p + 2 * q) + 2 * -(-p * q // lanes)) * size * math.log2(max(2, size))
         impulse = n * length * p * q + 115 * n * math.sqrt(length) * (p + q)
@@ -127,14 +127,14 @@ def _convolution(u: Tensor, impulse: Tensor) -> Tensor:
 def _fills_vectors(u: Tensor, q: int) -> bool:
     """Whether the compiled form is faster, which computes empty lanes too.
 
-    Measured on one core, forward and backward: with fewer than three signals to a vector the two are about even at 4096
-    steps, and PyTorch's transforms take two thirds of the time at 65536. Otherwise the compiled form wins, often
-    threefold.
+    Measured on one core, forward and backward: with fewer than three signals to a vector of 16 lanes the two are about
+    even at 4096 steps, and PyTorch's transforms take two thirds of the time at 65536. Otherwise the compiled form wins,
+    often threefold.
     """
-    (batch, length, p), lanes = u.shape, native.VECTOR_BYTES // u.element_size()
+    (batch, length, p), lanes = u.shape, native.vector_bytes() // u.element_size()
     signals = batch * (p + q) + p * q
     vectors = -(-batch // lanes) * (p + q) + -(-p * q // lanes)
-    return length <= 4096 or signals >= 3 * vectors
+    return length <= 4096 or 16 * signals >= 3 * lanes * vectors
 
 
 class _NativeConvolution(torch.autograd.Function):

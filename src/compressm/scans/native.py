@@ -2,7 +2,8 @@
 
 They are compiled once, on first use, with the machine's own C++ compiler and for its own processor (a few seconds),
 and kept in ``$COMPRESSM_CACHE``, by default ``~/.cache/compressm``. Where that does not work, one warning says so and
-the scans run on plain PyTorch. ``COMPRESSM_NATIVE=0`` asks for that without a warning.
+the scans run on plain PyTorch. ``COMPRESSM_NATIVE=0`` asks for that without a warning; ``COMPRESSM_CXXFLAGS`` holds
+further options of the compiler, for example ``-march=x86-64-v3`` for one build that serves a mixed cluster.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import functools
 import hashlib
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
@@ -26,7 +28,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-VECTOR_BYTES = 64  # of the kernels' vectors: ``Vectors`` in vectors.h
 _FOLDER = Path(__file__).with_name("kernels")
 _SOURCE = _FOLDER / "kernels.cpp"  # includes all the others
 # No -ffast-math: NaN and Inf must come out as they went in, so that a diverging training is seen.
@@ -105,11 +106,11 @@ def usable(*tensors: Tensor | None) -> bool:
     return all(t is None or (t.device.type == "cpu" and t.dtype in floating) for t in tensors) and available()
 
 
-@functools.cache
-def whole_vectors() -> bool:
-    """Whether the kernels exist and their vectors of 64 bytes are registers of this processor (AVX-512)."""
+def vector_bytes() -> int:
+    """Size of the kernels' vectors, which are as long as the processor's registers: 64, 32 or 16 bytes."""
     kernels = library()
-    return kernels is not None and bool(kernels.whole_vectors())
+    assert kernels is not None
+    return int(kernels.vector_size())
 
 
 def available() -> bool:
@@ -125,6 +126,7 @@ def threads() -> int:
 # torch.compile asks once, and does not look inside. torch.compiler.assume_constant_result does just this, but for
 # importing the compiler, which takes longer than PyTorch itself.
 available._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
+vector_bytes._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
 threads._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
 
 
@@ -134,7 +136,7 @@ def _built() -> Path:
         raise OSError("no C++ compiler was found")
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
     source = b"".join(path.read_bytes() for path in sorted(_FOLDER.iterdir()))
-    key = hashlib.sha256(source + repr((_FLAGS, version, _processor())).encode()).hexdigest()[:16]
+    key = hashlib.sha256(source + repr((_FLAGS, _further_flags(), version, _processor())).encode()).hexdigest()[:16]
     folder = Path(os.environ.get("COMPRESSM_CACHE") or Path.home() / ".cache" / "compressm")
     built = folder / f"native-{key}.so"
     if not built.exists():
@@ -144,6 +146,10 @@ def _built() -> Path:
         _compile(compiler, built)
         print(f"{time.perf_counter() - started:.1f} s", file=sys.stderr, flush=True)
     return built
+
+
+def _further_flags() -> list[str]:
+    return shlex.split(os.environ.get("COMPRESSM_CXXFLAGS", ""))
 
 
 def _processor() -> str:
@@ -164,7 +170,7 @@ def _compile(compiler: str, target: Path) -> None:
         attempts = (("-fopenmp", "-march=native"), ("-march=native",), ())
         for attempt in attempts:
             try:
-                command = [compiler, *_FLAGS, *attempt, str(_SOURCE), "-o", name]
+                command = [compiler, *_FLAGS, *attempt, *_further_flags(), str(_SOURCE), "-o", name]
                 subprocess.run(command, capture_output=True, text=True, check=True, timeout=300)
                 break
             except subprocess.CalledProcessError:

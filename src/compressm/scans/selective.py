@@ -165,7 +165,7 @@ def _graph(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Ten
 def _native(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
     """The kernels want channels last, in whole vectors, in states too, and decay rates to the base 2."""
     d = u.shape[-1]
-    missing = -d % (native.VECTOR_BYTES // u.element_size())
+    missing = -d % (native.vector_bytes() // u.element_size())
     states = state.transpose(1, 2)
     if missing:
         u, delta, states = (F.pad(tensor, (0, missing)) for tensor in (u, delta, states))
@@ -223,7 +223,7 @@ def _native_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     (batch, length, d), n = u.shape, A.shape[0]
     # Enough groups of channels for every thread; each keeps sums of its own for B and C.
-    groups = max(1, min(d * u.element_size() // native.VECTOR_BYTES, -(-torch.get_num_threads() // batch)))
+    groups = max(1, min(d * u.element_size() // native.vector_bytes(), -(-torch.get_num_threads() // batch)))
     grad_u, grad_delta = torch.empty_like(u), torch.empty_like(u)
     grad_A = u.new_zeros(batch, n, d)
     grad_B, grad_C = u.new_empty(groups, *B.shape), u.new_empty(groups, *C.shape)

@@ -29,7 +29,9 @@ struct Dropout {
 
     template <class T> inline typename Vectors<T>::words words(int64_t index) const {
         const uint32_t first = uint32_t(index) + offset;
-        return mixed(Vectors<T>::count() + first, key + mixed(uint32_t(index >> 32), 0));
+        typename Vectors<T>::words count;
+        for (int i = 0; i < W<T>; ++i) count[i] = uint32_t(i);
+        return mixed(count + first, key + mixed(uint32_t(index >> 32), 0));
     }
     template <class T> inline Vec<T> kept(typename Vectors<T>::words words) const {
         const auto whether = __builtin_convertvector(words >= threshold, typename Vectors<T>::integers);

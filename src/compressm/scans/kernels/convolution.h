@@ -123,7 +123,7 @@ void correlate(int64_t n2, int64_t p, int64_t q, int64_t lanes, const T* u, cons
             }
             transpose<T>(straight);
 #pragma GCC unroll 16
-            for (int b = 0; b < W<T>; ++b) crossed[b] = swap_halves(straight[b]), straight[b] *= sign;
+            for (int b = 0; b < W<T>; ++b) crossed[b] = swap_halves<T>(straight[b]), straight[b] *= sign;
             const auto add = [&](auto count, int64_t o) {
                 constexpr int rows = decltype(count)::value;
                 Vec<T> sum[rows] = {};

@@ -7,37 +7,26 @@ namespace {
 // library's matrix product pays for its generality: lanes run over rows, W of them at a time, a "group". Its d columns
 // are d vectors; groups are numbered through, so that what is drawn for an element does not depend on the threads.
 
-// Even and odd elements of (a, b), and the inverse. Compilers see one permutation in each.
-template <class T, size_t... I> inline Vec<T> picked(Vec<T> a, Vec<T> b, int odd, std::index_sequence<I...>) {
-    return odd ? Vec<T>{(2 * I < sizeof...(I) ? a : b)[(2 * I + 1) % sizeof...(I)]...}
-               : Vec<T>{(2 * I < sizeof...(I) ? a : b)[2 * I % sizeof...(I)]...};
-}
-template <class T, size_t... I> inline Vec<T> zipped(Vec<T> a, Vec<T> b, int high, std::index_sequence<I...>) {
-    return high ? Vec<T>{(I % 2 ? b : a)[(I + sizeof...(I)) / 2]...} : Vec<T>{(I % 2 ? b : a)[I / 2]...};
-}
-
 // The D columns of W rows, D a power of two: each round moves the lowest bit of an element's position to the top.
 template <class T, int D> inline void transpose(const T* rows, Vec<T>* columns) {
-    constexpr auto lanes = std::make_index_sequence<W<T>>();
     Vec<T> v[D], next[D];
     for (int k = 0; k < D; ++k) v[k] = load(rows + k * W<T>);
     for (int round = 1; round < D; round *= 2) {
         for (int k = 0; k < D / 2; ++k) {
-            next[k] = picked<T>(v[2 * k], v[2 * k + 1], 0, lanes);
-            next[D / 2 + k] = picked<T>(v[2 * k], v[2 * k + 1], 1, lanes);
+            next[k] = even<T>(v[2 * k], v[2 * k + 1]);
+            next[D / 2 + k] = odd<T>(v[2 * k], v[2 * k + 1]);
         }
         for (int k = 0; k < D; ++k) v[k] = next[k];
     }
     for (int k = 0; k < D; ++k) columns[k] = v[k];
 }
 template <class T, int D> inline void transpose_back(const Vec<T>* columns, Vec<T>* flat) {
-    constexpr auto lanes = std::make_index_sequence<W<T>>();
     Vec<T> v[D], next[D];
     for (int k = 0; k < D; ++k) v[k] = columns[k];
     for (int round = 1; round < D; round *= 2) {
         for (int k = 0; k < D / 2; ++k) {
-            next[2 * k] = zipped<T>(v[k], v[D / 2 + k], 0, lanes);
-            next[2 * k + 1] = zipped<T>(v[k], v[D / 2 + k], 1, lanes);
+            next[2 * k] = zip_low<T>(v[k], v[D / 2 + k]);
+            next[2 * k + 1] = zip_high<T>(v[k], v[D / 2 + k]);
         }
         for (int k = 0; k < D; ++k) v[k] = next[k];
     }

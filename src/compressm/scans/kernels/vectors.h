@@ -1,8 +1,8 @@
 #pragma once
 // What all kernels are written in: short vectors.
 //
-// Everything is written on short vectors (64 bytes) of the compiler's vector extension, which GCC and Clang turn into
-// the machine's own instructions. Lanes run over channels or states, never over time.
+// Everything is written on vectors of the compiler's extension, as long as the machine's registers, which GCC and Clang
+// turn into its own instructions. Lanes run over sequences, channels or states, never over time.
 
 #include <cstdint>
 #include <cstring>
@@ -33,23 +33,29 @@ struct FlushDenormals {
 #endif
 };
 
+#if defined(__AVX512F__)
+constexpr int vector_bytes = 64;
+#elif defined(__AVX__)
+constexpr int vector_bytes = 32;
+#else  // SSE, NEON
+constexpr int vector_bytes = 16;
+#endif
+
 template <class T> struct Vectors;
 template <> struct Vectors<float> {
-    typedef float vector __attribute__((vector_size(64)));
-    typedef float unaligned __attribute__((vector_size(64), aligned(4)));
-    typedef int32_t integers __attribute__((vector_size(64)));
-    typedef uint32_t words __attribute__((vector_size(64)));
-    static words count() { return words{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15}; }
-    static constexpr int lanes = 16, mantissa = 23;
+    typedef float vector __attribute__((vector_size(vector_bytes)));
+    typedef float unaligned __attribute__((vector_size(vector_bytes), aligned(4)));
+    typedef int32_t integers __attribute__((vector_size(vector_bytes)));
+    typedef uint32_t words __attribute__((vector_size(vector_bytes)));
+    static constexpr int lanes = vector_bytes / 4, mantissa = 23;
     static constexpr float magic = 12582912.f, limit = 126.f;  // 1.5 * 2^23: adding it rounds to an integer
 };
 template <> struct Vectors<double> {
-    typedef double vector __attribute__((vector_size(64)));
-    typedef double unaligned __attribute__((vector_size(64), aligned(8)));
-    typedef int64_t integers __attribute__((vector_size(64)));
-    typedef uint32_t words __attribute__((vector_size(32)));
-    static words count() { return words{0, 1, 2, 3, 4, 5, 6, 7}; }
-    static constexpr int lanes = 8, mantissa = 52;
+    typedef double vector __attribute__((vector_size(vector_bytes)));
+    typedef double unaligned __attribute__((vector_size(vector_bytes), aligned(8)));
+    typedef int64_t integers __attribute__((vector_size(vector_bytes)));
+    typedef uint32_t words __attribute__((vector_size(vector_bytes / 2)));  // as many
+    static constexpr int lanes = vector_bytes / 8, mantissa = 52;
     static constexpr double magic = 6755399441055744., limit = 1022.;
 };
 
@@ -127,25 +133,33 @@ template <class T> inline Vec<T> sigmoid(Vec<T> x) {
     return inverse(T(1) + exp2<T>(x * T(-1.4426950408889634074)));
 }
 
+// Lane i of the result is lane index(i) of (a, b), one after the other.
+template <class T, class Index, size_t... I>
+inline Vec<T> shuffled(Vec<T> a, Vec<T> b, Index, std::index_sequence<I...>) {
 #if defined(__clang__)
-#define SHUFFLE(a, b, T, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+    return __builtin_shufflevector(a, b, Index::at(I)...);
 #else
-#define SHUFFLE(a, b, T, ...) __builtin_shuffle(a, b, Vectors<T>::integers{__VA_ARGS__})
+    return __builtin_shuffle(a, b, typename Vectors<T>::integers{Index::at(I)...});
 #endif
-// The lower (upper) halves of two vectors, element by element in turn.
-inline Vec<float> zip_low(Vec<float> a, Vec<float> b) {
-    return SHUFFLE(a, b, float, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
 }
-inline Vec<float> zip_high(Vec<float> a, Vec<float> b) {
-    return SHUFFLE(a, b, float, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+template <class T, class Index> inline Vec<T> shuffled(Vec<T> a, Vec<T> b, Index index) {
+    return shuffled<T>(a, b, index, std::make_index_sequence<W<T>>());
 }
-inline Vec<double> zip_low(Vec<double> a, Vec<double> b) { return SHUFFLE(a, b, double, 0, 8, 1, 9, 2, 10, 3, 11); }
-inline Vec<double> zip_high(Vec<double> a, Vec<double> b) { return SHUFFLE(a, b, double, 4, 12, 5, 13, 6, 14, 7, 15); }
-inline Vec<float> swap_halves(Vec<float> a) {
-    return SHUFFLE(a, a, float, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7);
-}
-inline Vec<double> swap_halves(Vec<double> a) { return SHUFFLE(a, a, double, 4, 5, 6, 7, 0, 1, 2, 3); }
-#undef SHUFFLE
+// The lower (upper) halves of two vectors, element by element in turn; the inverse: their even (odd) elements.
+template <int w, bool upper> struct Zip {
+    static constexpr int at(int i) { return i % 2 * w + i / 2 + (upper ? w / 2 : 0); }
+};
+template <int w, bool odd> struct Pick {
+    static constexpr int at(int i) { return 2 * i + odd; }
+};
+template <int w> struct SwapHalves {
+    static constexpr int at(int i) { return (i + w / 2) % w; }
+};
+template <class T> inline Vec<T> zip_low(Vec<T> a, Vec<T> b) { return shuffled<T>(a, b, Zip<W<T>, false>()); }
+template <class T> inline Vec<T> zip_high(Vec<T> a, Vec<T> b) { return shuffled<T>(a, b, Zip<W<T>, true>()); }
+template <class T> inline Vec<T> even(Vec<T> a, Vec<T> b) { return shuffled<T>(a, b, Pick<W<T>, false>()); }
+template <class T> inline Vec<T> odd(Vec<T> a, Vec<T> b) { return shuffled<T>(a, b, Pick<W<T>, true>()); }
+template <class T> inline Vec<T> swap_halves(Vec<T> a) { return shuffled<T>(a, a, SwapHalves<W<T>>()); }
 
 // A square of lanes, transposed in place. Each round moves one bit of the row's number to the lane's and back.
 template <class T> inline __attribute__((always_inline)) void transpose(Vec<T>* rows) {
@@ -154,8 +168,8 @@ template <class T> inline __attribute__((always_inline)) void transpose(Vec<T>* 
         Vec<T> next[W<T>];
 #pragma GCC unroll 8
         for (int i = 0; i < W<T> / 2; ++i) {
-            next[2 * i] = zip_low(rows[i], rows[i + W<T> / 2]);
-            next[2 * i + 1] = zip_high(rows[i], rows[i + W<T> / 2]);
+            next[2 * i] = zip_low<T>(rows[i], rows[i + W<T> / 2]);
+            next[2 * i + 1] = zip_high<T>(rows[i], rows[i + W<T> / 2]);
         }
 #pragma GCC unroll 16
         for (int i = 0; i < W<T>; ++i) rows[i] = next[i];
