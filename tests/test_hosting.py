@@ -155,6 +155,7 @@ def dynamo() -> Iterator[Any]:
     limit = dynamo.config.recompile_limit
     trace = logging.getLogger("torch.__trace")  # writes down every tensor as long as anyone listens, as pytest does
     trace.disabled = True
+    dynamo.config.recompile_limit = 8  # the default, which other tests' cuts have raised
     dynamo.reset()
     dynamo.utils.counters.clear()
     yield dynamo

@@ -43,6 +43,7 @@ _FLAGS = (
 )
 
 
+_vector_bytes = 0  # until `library` has the kernels
 _watchers: list[Callable[[str, tuple[Any, ...]], None]] = []
 
 
@@ -55,8 +56,11 @@ def library() -> ctypes.CDLL | None:
     """The compiled kernels; None where they cannot be had."""
     if os.environ.get("COMPRESSM_NATIVE", "1") == "0":
         return None
+    global _vector_bytes  # noqa: PLW0603 - torch.compile reads a global number as a constant
     try:
-        return ctypes.CDLL(str(_built()))
+        kernels = ctypes.CDLL(str(_built()))
+        _vector_bytes = int(kernels.vector_size())
+        return kernels
     except (OSError, subprocess.SubprocessError) as error:
         detail = error.stderr.strip()[-300:] if isinstance(error, subprocess.CalledProcessError) else str(error)
         warnings.warn(
@@ -108,9 +112,8 @@ def usable(*tensors: Tensor | None) -> bool:
 
 def vector_bytes() -> int:
     """Size of the kernels' vectors, which are as long as the processor's registers: 64, 32 or 16 bytes."""
-    kernels = library()
-    assert kernels is not None
-    return int(kernels.vector_size())
+    assert available()
+    return _vector_bytes
 
 
 def available() -> bool:
@@ -126,7 +129,6 @@ def threads() -> int:
 # torch.compile asks once, and does not look inside. torch.compiler.assume_constant_result does just this, but for
 # importing the compiler, which takes longer than PyTorch itself.
 available._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
-vector_bytes._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
 threads._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
 
 
