@@ -56,7 +56,7 @@ def library() -> ctypes.CDLL | None:
     """The compiled kernels; None where they cannot be had."""
     if os.environ.get("COMPRESSM_NATIVE", "1") == "0":
         return None
-    global _vector_bytes  # noqa: PLW0603 - torch.compile reads a global number as a constant
+    global _vector_bytes  # torch.compile reads a global number as a constant
     try:
         kernels = ctypes.CDLL(str(_built()))
         _vector_bytes = int(kernels.vector_size())
