@@ -35,6 +35,10 @@ class Run:
     folder: Path
     result: Path
 
+    def folder_of(self, arm: str) -> Path:
+        """Where another arm trains with the same seed."""
+        return self.folder.with_name(f"{arm}-seed{self.seed}")
+
 
 def plan_runs(
     experiment: Experiment,
@@ -92,7 +96,7 @@ def configuration(
     if run.arm.same_states_as is not None:
         changes["model.d_state"] = 1 if done is None else done[run.arm.same_states_as, run.seed].state_dims
     if run.arm.teacher is not None:
-        changes["loss.teacher"] = str(run.folder.with_name(f"{run.arm.teacher}-seed{run.seed}") / "model")
+        changes["loss.teacher"] = str(run.folder_of(run.arm.teacher) / "model")
     for key, value in changes.items():
         section, name = key.split(".")
         tree[section][name] = value
@@ -177,7 +181,7 @@ def _train(run: Run, config: Config, command: str | None) -> RunResult:
                 f"{run.result} was made with another {', '.join(different)}; choose another --results, or delete it"
             )
         return result
-    origin = None if run.arm.continues is None else run.folder.with_name(f"{run.arm.continues}-seed{run.seed}")
+    origin = None if run.arm.continues is None else run.folder_of(run.arm.continues)
     if origin is not None and not origin.exists():
         origin = None  # only its result is here: all steps are made again, to the same end
     result = train(config, output=run.folder, resume=True, origin=origin, command=command, quiet=True)
