@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -70,6 +71,7 @@ class Experiment:
 
 
 _BIG = {"compression.enabled": False}
+_CIRCLE = {"model.max_phase": 2 * math.pi}
 _LONG = {"data.pool": 1, "run.steps": 1500}
 
 
@@ -163,6 +165,20 @@ EXPERIMENTS: dict[str, Experiment] = {
             "Sequential MNIST, LRU of 256 states, a quarter of the paper's steps",
             "smnist",
             _SMNIST,
+            steps=50_000,
+        ),
+        Experiment(
+            "smnist-phases",
+            "Sequential MNIST, LRU: eigenvalues' phases at the start below π/10, or all around the circle",
+            "smnist",
+            (
+                Arm("full", _BIG),
+                Arm("full-circle", {**_BIG, **_CIRCLE}),
+                Arm("small28", {**_BIG, "model.d_state": 28}),
+                Arm("small28-circle", {**_BIG, "model.d_state": 28, **_CIRCLE}),
+                Arm("tau0.02-circle", {**_tolerance(0.02, "complex"), **_CIRCLE}),
+            ),
+            seeds=1,
             steps=50_000,
         ),
         Experiment(
