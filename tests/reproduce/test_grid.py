@@ -208,6 +208,29 @@ def test_the_table_compares_with_the_first_arm_and_the_paper(folder: Path, tmp_p
     assert "Hankel" not in text
 
 
+def test_computing_times_are_those_of_the_training_and_of_a_teacher(folder: Path) -> None:
+    def timed(*phases: tuple[int, float | None], cuts: float = 0.0) -> RunResult:
+        made = [{"steps": steps, "step_cpu_seconds": seconds} for steps, seconds in phases]
+        return replace(stored, phases=made, reduction_seconds=cuts)
+
+    stored = read_results(TINY, folder / "results")["full", 0]
+    names = ("full", "late", "distilled", "orphan", "short")
+    arms = [Arm(name, {}, teacher={"distilled": "full", "orphan": "lost"}.get(name)) for name in names]
+    results = {
+        ("full", 0): timed((100, 0.02)),
+        ("late", 0): timed((100, 0.04), (0, None), cuts=1.0),  # nothing was trained after the cut
+        ("distilled", 0): timed((100, 0.01)),
+        ("orphan", 0): timed((100, 0.01)),
+        ("short", 0): timed((98, 0.02), (2, None)),  # too few steps at the last size for a time
+    }
+    made = {row.arm.name: row for row in rows(replace(TINY, arms=(*arms, Arm("lost", {}))), results)}
+    assert {name: row.step_ms for name, row in made.items()} == pytest.approx(
+        {"full": 20, "late": 40, "distilled": 10, "orphan": 10, "short": None}
+    )
+    speedups = {name: row.run_speedup for name, row in made.items()}
+    assert speedups == pytest.approx({"full": 1, "late": 2 / 5, "distilled": 2 / 3, "orphan": None, "short": None})
+
+
 def test_spectra_over_training_are_shown(tmp_path: Path) -> None:
     watched = replace(TINY, arms=(Arm("watched", {**OFF, "model.d_state": 16, "run.spectrum_every": 5}),))
     runs = plan_runs(watched, [0], results=tmp_path / "results", runs=tmp_path / "runs")

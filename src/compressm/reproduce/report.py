@@ -24,13 +24,15 @@ class Row:
     Attributes:
         arm: which.
         runs: its results, in the order of the seeds.
-        step_ms: milliseconds of computing that a step takes at the end, the median over seeds; None unknown.
+        seconds: computing time of every run, a teacher's training included; None unknown.
+        step_ms: milliseconds of computing that the last training steps took each, the median over seeds; None unknown.
         step_speedup: the same of the first arm's runs over it, of those seeds that both have; likewise None.
         run_speedup: computing time of the first arm's whole training over this one's, likewise.
     """
 
     arm: Arm
     runs: Sequence[RunResult]
+    seconds: Sequence[float | None]
     step_ms: float | None
     step_speedup: float | None
     run_speedup: float | None
@@ -58,37 +60,49 @@ def rows(experiment: Experiment, results: Results) -> list[Row]:
     by_arm = {
         arm.name: {seed: run for (name, seed), run in results.items() if name == arm.name} for arm in experiment.arms
     }
-    first = by_arm[experiment.arms[0].name]
+    first = experiment.arms[0].name
     made = []
     for arm in experiment.arms:
         runs = by_arm[arm.name]
         if not runs:
             continue
-        both = [(first[seed], run) for seed, run in runs.items() if seed in first]
+        seconds = {seed: _computing(arm, seed, results) for seed in sorted(runs)}
+        both = [seed for seed in runs if (first, seed) in results]
         steps = [step for run in runs.values() if (step := _last_step(run)) is not None]
         made.append(
             Row(
                 arm,
                 [runs[seed] for seed in sorted(runs)],
+                list(seconds.values()),
                 statistics.median(steps) * 1000 if steps else None,
-                _ratio([(_last_step(one), _last_step(other)) for one, other in both]),
-                _ratio([(_computing(one), _computing(other)) for one, other in both]),
+                _ratio([(_last_step(results[first, seed]), _last_step(runs[seed])) for seed in both]),
+                _ratio([(_computing(experiment.arms[0], seed, results), seconds[seed]) for seed in both]),
             )
         )
     return made
 
 
 def _last_step(run: RunResult) -> float | None:
-    """Computing seconds of a step at the final size."""
-    return run.phases[-1]["step_cpu_seconds"] if run.phases else None
+    """Computing seconds of the last training steps, one of them; a size with which nothing was trained has none."""
+    trained = [phase for phase in run.phases if phase["steps"]]
+    return trained[-1]["step_cpu_seconds"] if trained else None
 
 
-def _computing(run: RunResult) -> float | None:
-    """Computing seconds of all steps, each phase at its median, and of the cuts."""
-    if not run.phases or run.phases[-1]["step_cpu_seconds"] is None:
+def _computing(arm: Arm, seed: int, results: Results) -> float | None:
+    """Computing seconds of all steps, each phase at its median, of the cuts, and of the teacher whom the run needs."""
+    if arm.teacher is not None and (arm.teacher, seed) not in results:
         return None
-    typical = next(phase["step_cpu_seconds"] for phase in run.phases if phase["step_cpu_seconds"] is not None)
-    return run.reduction_seconds + sum(phase["steps"] * (phase["step_cpu_seconds"] or typical) for phase in run.phases)
+    total = 0.0
+    for name in (arm.name, arm.teacher):
+        if name is None:
+            continue
+        run = results[name, seed]
+        if _last_step(run) is None:
+            return None
+        typical = next(phase["step_cpu_seconds"] for phase in run.phases if phase["step_cpu_seconds"] is not None)
+        total += run.reduction_seconds
+        total += sum(phase["steps"] * (phase["step_cpu_seconds"] or typical) for phase in run.phases)
+    return total
 
 
 def _ratio(pairs: Sequence[tuple[float | None, float | None]]) -> float | None:
@@ -133,10 +147,7 @@ def render(experiment: Experiment, results: Results, picture: str | None = None)
     steps = sorted({run.steps for run in results.values()})
     lines += [
         "",
-        f"{' and '.join(f'{count:,}' for count in steps)} steps. *Step* is the computing time of a step at the final "
-        f"size, *faster* how many times less that is than `{experiment.arms[0].name}`'s, *whole run* the same of all "
-        "steps and cuts; medians over seeds. Results of every run: "
-        f"`results/{experiment.name}/`.",
+        f"{' and '.join(f'{count:,}' for count in steps)} steps. Results of every run: `results/{experiment.name}/`.",
         "",
         "```console",
         f"compressm reproduce {experiment.name} --data DIRECTORY",
@@ -220,7 +231,7 @@ def draw(experiment: Experiment, results: Results, picture: Path) -> None:
             at = [point["step"] for point in run.curve]
             values = [100 * point["validation_accuracy"] for point in run.curve]
             curve.plot(at, values, color=colour, linewidth=1.5, alpha=0.8)
-        seconds = [value for run in row.runs if (value := _computing(run)) is not None]
+        seconds = [value for value in row.seconds if value is not None]
         if len(seconds) == len(row.runs):
             points.scatter(seconds, row.accuracies, color=colour, s=40, label=f"{row.arm.name}: {row.accuracy} %")
     curve.set(title="Validation accuracy, %", xlabel="training step")
