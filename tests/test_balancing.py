@@ -250,3 +250,13 @@ def test_rearranged_batches_and_noise_stays_last() -> None:
     reduction = truncate(other, 2)
     assert reduction.certificate.valid
     assert reduction.system.lam.shape == (2, 2)
+
+
+@pytest.mark.parametrize("states", [130, 150])
+def test_real_eigenvalues_are_not_cut_twice_as_far_as_asked(states: int) -> None:
+    g = torch.Generator().manual_seed(0)
+    B, C = (torch.randn(shape, dtype=torch.complex128, generator=g) for shape in ((160, 64), (64, 160)))
+    system = DiagonalSystem(torch.rand(160, generator=g) * 0.98 + 0.01, B, C)
+    reduction = truncate(balance(system), states)
+    assert 0.98 * states <= reduction.system.n <= states
+    assert reduction.certificate.valid

@@ -288,11 +288,20 @@ def _truncate_one(
 
     order, modes = most, attempt(most)
     if not exceed:
+        over = order + 1
         while modes[0].shape[0] > states:
             # One real dimension less for each state too many is the best that fits, found in some attempts; where an
             # attempt takes long, twice as many nearly always fit at once.
-            order -= (modes[0].shape[0] - states) * (1 if order <= 256 else 2)
+            over = order
+            order = max(1, order - (modes[0].shape[0] - states) * (1 if order <= 256 else 2))
             modes = attempt(order)
+        while over - order > 1 and modes[0].shape[0] < 0.98 * states:  # twice as many were far too many
+            middle = (order + over) // 2
+            more = attempt(middle)
+            if more[0].shape[0] <= states:
+                order, modes = middle, more
+            else:
+                over = middle
         if modes[0].shape[0] < states and order < min(most, 257):
             more = attempt(order + 1)
             if more[0].shape[0] <= states:
