@@ -53,3 +53,11 @@ def test_the_same_parameters_are_read_and_cut_as_in_our_layer(build, theirs, our
     assert {name: value.shape for name, value in resized.items()} == {
         name: value.shape for name, value in ours.resized(layer, 4).values().items()
     }
+
+
+@pytest.mark.parametrize(("build", "theirs", "ours"), CASES, ids=["Mamba", "Mamba2"])
+def test_signals_stay_on_the_layers_device(build, theirs, ours) -> None:
+    layer: nn.Module = build().to("meta")
+    for adapter in (theirs, ours):
+        signals = adapter.signals(layer, HIDDEN.to("meta"))
+        assert {value.device.type for value in vars(signals).values() if value is not None} == {"meta"}

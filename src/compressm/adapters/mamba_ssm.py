@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -52,7 +51,7 @@ class MambaSSM2Adapter(HFMamba2Adapter):
             gain = gain * m.norm.weight
         B, C = (v.unflatten(-1, (m.ngroups, m.d_state)) for v in (B, C))
         step = delta * m.A_log.float().exp().repeat_interleave(m.headdim)
-        return Signals(x * delta, step, torch.ones(1, 1), B, C, gain)
+        return Signals(x * delta, step, x.new_ones(1, 1), B, C, gain)
 
     def plan(self, values: Mapping[str, Tensor], reduction: SelectiveReduction) -> LayerChange:
         return _named(super().plan(values, reduction), reduction.states, "in_proj.", "conv1d.")
