@@ -64,10 +64,6 @@ def main(out: Path, options: dict[str, str]) -> None:
         start = saved["step"]
         compressor.load_state_dict(saved["compressor"])
         training.restore(saved["training"])
-        if world > 1:
-            from compressm.distributed import rebuild_replicas
-
-            assert rebuild_replicas(model) == 1
     losses: list[float] = []
     rng: dict[int, Tensor] = {}
     step = start

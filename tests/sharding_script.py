@@ -24,9 +24,13 @@ from distributed_script import batch
 STEPS, CUTS = 14, {4: 10, 8: 5}
 
 
+LAYER = os.environ.get("LAYER", "lru")
+
+
 def build() -> SequenceClassifier:
     torch.manual_seed(0)
-    return SequenceClassifier(1, 2, 4, 16, n_layers=2, dropout=0.0, norm="layer", r_min=0.9)
+    options = {"r_min": 0.9} if LAYER == "lru" else {}
+    return SequenceClassifier(1, 2, 4, 16, n_layers=2, dropout=0.0, norm="layer", layer=LAYER, **options)
 
 
 def shard(model: nn.Module) -> None:
@@ -64,12 +68,13 @@ def main(out: Path, resume: Path | None) -> None:
         loss.backward()
         optimizer.step()
         if states_wanted := CUTS.get(step + 1):
+            rule = {"states": states_wanted, "data": None if LAYER == "lru" else [u]}
             if world > 1:
                 model, optimizer, _ = compress_sharded(
-                    model, optimizer, build=build, shard=shard, build_optimizer=build_optimizer, states=states_wanted
+                    model, optimizer, build=build, shard=shard, build_optimizer=build_optimizer, **rule
                 )
             else:
-                compress(model, optimizer=optimizer, states=states_wanted)
+                compress(model, optimizer=optimizer, **rule)
         total = loss.detach().clone()
         if world > 1:
             dist.all_reduce(total)

@@ -12,9 +12,10 @@ from torch.optim import Optimizer
 from compressm.adapters import find_layers
 from compressm.adapters.base import layer_values, write
 from compressm.balancing import balance, truncate
-from compressm.carry import carry_state, unwrap_optimizer
+from compressm.carry import carry_state, check_optimizer, unwrap_optimizer
+from compressm.compressor import Compressor
 from compressm.errors import UnsupportedOptimizerError
-from compressm.layers import SequenceClassifier, parameter_groups
+from compressm.layers import LRU, SequenceClassifier, parameter_groups
 from compressm.reduce import compress
 
 OPTIMIZERS: dict[str, Callable[[Any], Optimizer]] = {
@@ -129,3 +130,58 @@ def test_wrappers_are_unwrapped_and_others_refused() -> None:
     assert unwrap_optimizer(wrapped) is optimizer
     with pytest.raises(UnsupportedOptimizerError, match="got SequenceClassifier"):
         unwrap_optimizer(model)
+
+
+@pytest.mark.parametrize("mode", ["transform", "slice", "reset"])
+def test_half_of_a_pair_may_have_no_state(mode: str) -> None:
+    torch.manual_seed(0)
+    layer = LRU(4, 16)
+    layer.B_im.requires_grad_(False)
+    optimizer = torch.optim.Adam([p for p in layer.parameters() if p.requires_grad], lr=1e-3)
+
+    def train() -> None:
+        optimizer.zero_grad()
+        layer(torch.randn(2, 9, 4)).square().mean().backward()
+        optimizer.step()
+
+    train()
+    old, first = layer.B_re.detach().clone(), optimizer.state[layer.B_re]["exp_avg"].clone()
+    compress(layer, states=8, optimizer=optimizer, carry=mode)  # type: ignore[arg-type]
+    assert layer.B_im not in optimizer.state
+    assert optimizer.state[layer.B_re]["exp_avg"].shape == (8, 4)
+    assert old.shape == first.shape == (16, 4)
+    if mode == "transform":  # as if the other half's average were zero
+        assert optimizer.state[layer.B_re]["exp_avg"].abs().max() > 0
+    train()
+    assert layer.B_re.isfinite().all()
+
+
+def test_an_optimizer_is_asked_before_its_first_step() -> None:
+    layer = LRU(4, 16)
+    with pytest.raises(UnsupportedOptimizerError, match=r"RMSprop keeps 'square_avg' for the_layer\.nu_log"):
+        check_optimizer(torch.optim.RMSprop(layer.parameters()), {"the_layer": layer})
+    for make in OPTIMIZERS.values():
+        check_optimizer(optimizer := make(layer.parameters()), {"the_layer": layer})
+        assert not optimizer.state
+
+
+def test_factored_moments_begin_anew() -> None:
+    layer = LRU(4, 16)
+    optimizer = torch.optim.Adafactor(layer.parameters(), lr=1e-3)
+    for states in (16, 8):
+        compress(layer, states=states, optimizer=optimizer, carry="reset")
+        for _ in range(2):
+            optimizer.zero_grad()
+            layer(torch.randn(2, 9, 4)).square().mean().backward()
+            optimizer.step()
+    assert optimizer.state[layer.B_re]["row_var"].shape == (8, 1)
+
+
+def test_all_that_a_cut_changes_must_be_in_the_optimizer() -> None:
+    layer = LRU(4, 16)
+    rest = [p for name, p in layer.named_parameters() if name != "C_im"]
+    optimizer = torch.optim.AdamW(rest)
+    with pytest.raises(UnsupportedOptimizerError, match=r"^C_im is a parameter that a cut changes"):
+        Compressor(layer, optimizer, 100, states=4)
+    layer.C_im.requires_grad_(False)
+    Compressor(layer, optimizer, 100, states=4)

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from compressm.compressor import Compressor
 from compressm.errors import CheckpointError, InvalidRankRuleError, UnsupportedModelError
 from compressm.history import Event
-from compressm.layers import SequenceClassifier, parameter_groups
+from compressm.layers import LRU, SequenceClassifier, parameter_groups
 from compressm.reduce import state_dims
 
 
@@ -80,6 +80,13 @@ def test_cuts_come_equidistantly_in_the_window() -> None:
             if layer["outcome"] == "cut":
                 assert layer["certificate"]["failures"] == []
     json.dumps([event.to_dict() for event in events], allow_nan=False)
+
+
+def test_all_cuts_fit_into_a_window_of_all_steps() -> None:
+    layer = LRU(2, 8)
+    for steps, cuts in ((30, 4), (7, 3), (100, 7)):
+        optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+        assert Compressor(layer, optimizer, steps, states=4, cuts=cuts, window=1.0).cut_steps[-1] <= steps
 
 
 def test_default_schedule_is_four_cuts_in_the_first_tenth() -> None:
@@ -244,11 +251,14 @@ def test_settled_trigger_resumes_between_probes() -> None:
         ({"tolerance": 0.1, "start": -1}, "start must be"),
         ({"tolerance": 0.1, "start": 90}, "after total_steps=80"),
         ({"tolerance": 0.1, "check_after": 0}, "check_after must be"),
-        ({"tolerance": 0.1, "when": "later"}, "when must be 'schedule' or 'settled'; got 'later'"),
+        ({"tolerance": 0.1, "when": "later"}, "when must be one of 'schedule', 'settled'; got 'later'"),
         ({"tolerance": 0.1, "method": "modal"}, "method must be"),
         ({"tolerance": 0.1, "carry": "drop"}, "carry must be"),
         ({"tolerance": 0.1, "on_setback": "cry"}, "on_setback must be"),
+        ({"tolerance": 0.1, "selection": "randm"}, "selection must be one of 'hankel'.*; got 'randm'"),
         ({"tolerance": 2.0}, "tolerance must be"),
+        ({"total_states": 1}, "total_states=1 is less than one state for each of 2 layers"),
+        ({"max_drop": 0.1, "evaluate": lambda m: 0.0, "window": 1.0}, "the last cut, at step 80, would be examined 10"),
     ],
 )
 def test_bad_arguments_are_refused_by_name(arguments: dict[str, Any], message: str) -> None:

@@ -14,9 +14,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from compressm.adapters import find_layers
+from compressm.adapters.base import write
+from compressm.carry import follow
 from compressm.compressor import Compressor
 from compressm.errors import UnsupportedModelError
-from compressm.layers import SequenceClassifier
+from compressm.layers import LRU, SequenceClassifier
 from compressm.reduce import state_dims
 
 CUTS = (4, 8, 12)
@@ -139,6 +142,22 @@ def test_averaged_copies_are_rolled_back_with_the_model() -> None:
         if event is not None and event.kind == "cut":
             before = now
     assert all(torch.equal(value, before[name]) for name, value in average.state_dict().items())
+
+
+def test_an_average_over_all_steps_starts_again_at_a_cut() -> None:
+    torch.manual_seed(0)
+    model = LRU(2, 8)
+    average = AveragedModel(model)
+    for _ in range(50):
+        average.update_parameters(model)
+    change = find_layers(model)[""][1].resized(model, 4)
+    write(model, change)
+    follow(average, model, {"": change})
+    with torch.no_grad():
+        model.B_re.fill_(1.0)
+    for _ in range(9):
+        average.update_parameters(model)
+    torch.testing.assert_close(average.module.B_re, torch.full((4, 2), 0.9))  # and not 9/59
 
 
 def test_a_follower_must_be_a_copy_of_the_model() -> None:

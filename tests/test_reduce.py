@@ -9,9 +9,10 @@ from torch import nn
 
 import compressm.certificate
 from compressm.errors import CheckpointError, InvalidRankRuleError, InvalidSystemError, UnsupportedModelError
-from compressm.layers import SequenceClassifier
+from compressm.layers import LRU, S4D, SequenceClassifier
 from compressm.ranks import RankRule
-from compressm.reduce import compress, plan_reduction, resize_states, state_dims
+from compressm.reduce import compress, measure, plan_reduction, resize_states, state_dims
+from compressm.spectrum import analyze
 
 
 def classifier(seed: int = 0, d_state: int | list[int] = 32) -> SequenceClassifier:
@@ -154,3 +155,52 @@ def test_resizing_makes_room_for_the_weights_of_a_compressed_model() -> None:
     assert torch.equal(fresh(u), small(u))
     with pytest.raises(CheckpointError, match="build the model"):
         resize_states(fresh, {"other": 3})
+
+
+def test_parameters_that_two_layers_share_are_not_cut_apart() -> None:
+    model = torch.nn.Sequential(LRU(4, 16), LRU(4, 16), torch.nn.Linear(4, 4), torch.nn.Linear(4, 4))
+    model[1].nu_log = model[0].nu_log
+    model[3].weight = model[2].weight  # elsewhere it does no harm
+    u = torch.randn(1, 30, 4)
+    before = model(u)
+    report = compress(model, states=12)
+    assert [layer.outcome for layer in report.layers] == ["refused", "refused"]
+    assert "nu_log is also 1.nu_log" in report.layers[0].reason
+    assert torch.equal(model(u), before)
+    shared = torch.nn.ModuleList([layer := LRU(4, 16), layer])  # one layer under two names is one layer
+    assert compress(shared, states=12).state_dims == {"0": 12}
+
+
+def test_frozen_parts_stay_in_evaluation_mode_and_a_failed_evaluation_leaves_the_model_whole() -> None:
+    model = torch.nn.Sequential(torch.nn.BatchNorm1d(6), LRU(4, 16)).train()
+    model[0].eval()
+    measure(model, lambda m: float(m.eval()(torch.zeros(1, 6, 4)).detach().sum()))
+    assert [module.training for module in model] == [False, True]
+    seen: list[int] = []
+
+    def fails_at_the_second_size(_: torch.nn.Module) -> float:
+        seen.append(model[1].d_state)
+        if len(set(seen)) > 1:
+            raise RuntimeError("out of memory")
+        return 1.0
+
+    weights = copy.deepcopy(model.state_dict())
+    with pytest.raises(RuntimeError, match="out of memory"):
+        compress(model, max_drop=0.1, evaluate=fails_at_the_second_size)
+    assert seen[-1] < 16
+    assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize(("option", "value"), [("selection", "randm"), ("method", "modal"), ("carry", "rest")])
+def test_a_misspelt_choice_is_refused_with_those_that_there_are(option: str, value: str) -> None:
+    with pytest.raises(InvalidRankRuleError, match=f"{option} must be one of '.*; got '{value}'"):
+        compress(LRU(4, 16), states=8, **{option: value})  # type: ignore[arg-type]
+
+
+def test_the_energy_kept_is_that_of_all_channels() -> None:
+    layer = S4D(3, 12)
+    spectrum = analyze(layer).layers[0]
+    report = compress(layer, states=4).layers[0]
+    kept = spectrum.energy[..., :4].sum() / spectrum.energy.sum()
+    assert report.energy_kept == pytest.approx(float(kept))
+    assert spectrum.energy.shape == (3, 12)

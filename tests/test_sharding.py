@@ -18,7 +18,11 @@ SCRIPT = Path(__file__).parent / "sharding_script.py"
 
 
 @pytest.mark.slow
-def test_fsdp2_trains_through_cuts_as_one_process_does_and_resumes(tmp_path: Path) -> None:
+@pytest.mark.parametrize("layer", ["lru", "mamba"])  # the latter looks at data, on rank 0
+def test_fsdp2_trains_through_cuts_as_one_process_does_and_resumes(
+    layer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LAYER", layer)
     torchrun(1, SCRIPT, tmp_path / "one")
     torchrun(2, SCRIPT, tmp_path / "two")
     torchrun(2, SCRIPT, tmp_path / "again", tmp_path / "two" / "checkpoint")

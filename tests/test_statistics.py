@@ -12,7 +12,7 @@ import compressm
 from compressm.checkpoint import load_tree, save_tree
 from compressm.compressor import Compressor
 from compressm.errors import UnsupportedModelError
-from compressm.layers import LanguageModel, SequenceClassifier, parameter_groups
+from compressm.layers import LanguageModel, Mamba, SequenceClassifier, parameter_groups
 from compressm.statistics import Statistics, gather
 
 
@@ -197,3 +197,23 @@ def test_processes_sum_their_moments(tmp_path: Path) -> None:
         for key, tensor in value.tensors().items():
             assert torch.equal(shares[0][name][key], shares[1][name][key])
             torch.testing.assert_close(shares[0][name][key], tensor, rtol=1e-4, atol=1e-5)
+
+
+def test_a_model_trained_in_evaluation_mode_is_told_so_at_once() -> None:
+    model = Mamba(4, 8).eval()  # as transformers' from_pretrained returns it
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    compressor = Compressor(model, optimizer, 40, states=4, cuts=1)
+    model(torch.randn(1, 6, 4)).square().mean().backward()
+    with pytest.warns(UserWarning, match=r"call model.train\(\) before training"):
+        compressor.step()
+    compressor.step()
+    compressor.step()
+    with pytest.raises(UnsupportedModelError, match=r"call model.train\(\) before training"):
+        compressor.step()
+
+
+def test_looking_at_data_leaves_every_mode_as_it_was() -> None:
+    model = torch.nn.Sequential(torch.nn.BatchNorm1d(6), Mamba(4, 8)).train()
+    model[0].eval()
+    gather(model, [torch.randn(2, 6, 4)])
+    assert [module.training for module in model] == [False, True]

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from compressm.adapters import find_layers
-from compressm.adapters.base import LayerChange, ParameterChange, write
+from compressm.adapters import LayerAdapter, find_layers
+from compressm.adapters.base import LayerChange, ParameterChange, tell_written, write
 from compressm.errors import UnsupportedModelError, UnsupportedOptimizerError
 
 Carry = Literal["transform", "slice", "reset"]
@@ -46,21 +46,62 @@ def unwrap_optimizer(optimizer: Any) -> Optimizer:
     return inner
 
 
-def check_optimizer(optimizer: Optimizer, layers: dict[str, nn.Module]) -> None:
+def check_optimizer(optimizer: Optimizer, layers: Mapping[str, nn.Module]) -> None:
     """Refuse, before any cut, optimizers whose state for these layers could not be carried over.
+
+    One of torch's own that has made no step yet is asked what it will keep.
 
     Raises:
         UnsupportedOptimizerError: a state tensor of a parameter's own shape whose meaning is not known.
     """
-    for layer_name, layer in layers.items():
-        for name, parameter in layer.named_parameters():
-            for key, value in optimizer.state.get(parameter, {}).items():
-                known = key in _GRADIENT_LIKE or key in _SQUARED or not isinstance(value, Tensor) or value.ndim == 0
-                if not known:
-                    raise UnsupportedOptimizerError(
-                        f"{type(optimizer).__name__} keeps '{key}' for {layer_name}.{name}, and how that "
-                        "changes with the state basis is not known; use SGD, Adam or AdamW, or pass carry='reset'"
-                    )
+    kept = {
+        f"{layer_name}.{name}".lstrip("."): optimizer.state.get(parameter, {})
+        for layer_name, layer in layers.items()
+        for name, parameter in layer.named_parameters()
+    }
+    if not any(kept.values()) and type(optimizer).__module__.startswith("torch.optim."):
+        kept = dict.fromkeys(list(kept)[:1], _state_after_a_step(optimizer))
+    for name, state in kept.items():
+        for key, value in state.items():
+            known = key in _GRADIENT_LIKE or key in _SQUARED or not isinstance(value, Tensor) or value.ndim == 0
+            if not known:
+                raise UnsupportedOptimizerError(
+                    f"{type(optimizer).__name__} keeps '{key}' for {name}, and how that changes with the state basis "
+                    "is not known; use SGD, Adam or AdamW, or pass carry='reset'"
+                )
+
+
+def _state_after_a_step(optimizer: Optimizer) -> Mapping[str, Any]:
+    """What an optimizer of this kind and these settings keeps for a parameter; nothing where that can't be tried."""
+    parameter = nn.Parameter(torch.zeros(2, 2))
+    parameter.grad = torch.zeros_like(parameter)
+    try:
+        one = type(optimizer)([parameter], **optimizer.defaults)
+        one.step()
+    except Exception:  # settings for a GPU, for example: it is looked at before the cut then
+        return {}
+    return one.state[parameter]
+
+
+def check_trained(optimizer: Optimizer, layers: Mapping[str, tuple[nn.Module, LayerAdapter]]) -> None:
+    """Refuse, before any cut, an optimizer that trains not all parameters that a cut would change.
+
+    A second optimizer would be left with state of the old shapes.
+
+    Raises:
+        UnsupportedOptimizerError: a parameter with ``requires_grad`` is in none of its groups.
+    """
+    trained = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    for layer_name, (layer, adapter) in layers.items():
+        for name in adapter.resized(layer, adapter.state_dim(layer)).values():
+            parameter = layer.get_parameter(name)
+            if parameter.requires_grad and id(parameter) not in trained:
+                full_name = f"{layer_name}.{name}".lstrip(".")
+                raise UnsupportedOptimizerError(
+                    f"{full_name} is a parameter that a cut changes, and is not in the optimizer: put all such "
+                    "parameters into one optimizer, in groups with their own settings if need be, or set "
+                    "requires_grad=False for those that are not trained"
+                )
 
 
 @torch.no_grad()
@@ -71,15 +112,35 @@ def carry_state(optimizer: Optimizer, layer: nn.Module, change: LayerChange, mod
     """
     for part in change.parameters:
         parameters = [layer.get_parameter(name) for name in part.names]
+        if mode == "reset":
+            for parameter, value in zip(parameters, part.values, strict=True):
+                _forget_factors(optimizer, parameter, value, part.axis)
         states: list[dict[str, Any]] = [optimizer.state.get(parameter, {}) for parameter in parameters]
         for key in sorted({key for state in states for key in state}):
             old = [state.get(key) for state in states]
-            if not all(isinstance(value, Tensor) and value.ndim > 0 for value in old):
-                continue  # step counters, or a state that exists for one half of a pair only
-            tensors = [value for value in old if isinstance(value, Tensor)]
-            new = _carried(tensors, part, key, mode)
-            for state, value in zip(states, new, strict=True):
-                state[key] = value
+            tensors = [value for value in old if isinstance(value, Tensor) and value.ndim > 0]
+            if not tensors:
+                continue  # step counters
+            # One half of a pair may have no state, being frozen or without a gradient so far: its averages are zero.
+            whole = [value if isinstance(value, Tensor) else torch.zeros_like(tensors[0]) for value in old]
+            new = _carried(whole, part, key, mode)
+            for state, before, value in zip(states, old, new, strict=True):
+                if before is not None:
+                    state[key] = value
+
+
+def _forget_factors(optimizer: Optimizer, parameter: nn.Parameter, new: Tensor, axis: int) -> None:
+    """Let the optimizer begin anew with a parameter of which it keeps tensors of other shapes, such as Adafactor's."""
+
+    def has_its_shape(value: Any) -> bool:
+        if not isinstance(value, Tensor) or value.ndim == 0:
+            return True
+        return value.ndim == new.ndim and all(
+            value.shape[d] == new.shape[d] for d in range(new.ndim) if d != axis % new.ndim
+        )
+
+    if not all(has_its_shape(value) for value in optimizer.state.get(parameter, {}).values()):
+        del optimizer.state[parameter]
 
 
 def _carried(old: list[Tensor], part: ParameterChange, key: str, mode: Carry) -> list[Tensor]:
@@ -131,3 +192,8 @@ def follow(follower: nn.Module, model: nn.Module, changes: Mapping[str, LayerCha
     layers = paired_layers(follower, model)
     for name, change in changes.items():
         write(layers[name], change)
+    tell_written(follower)
+    # An average over all steps would hold on to the first value with the weight of all steps before.
+    count = getattr(follower, "n_averaged", None)
+    if isinstance(count, Tensor):
+        count.clamp_(max=1)

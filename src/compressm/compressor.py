@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from compressm.adapters import find_layers
 from compressm.balancing import Method
-from compressm.carry import Carry, check_optimizer, follow, paired_layers, unwrap_optimizer
+from compressm.carry import Carry, check_optimizer, check_trained, follow, paired_layers, unwrap_optimizer
 from compressm.compiled import allow_recompilation, graphs_compiled
 from compressm.costs import Savings, StepClock, savings
 from compressm.distributed import from_first_rank, rebuild_replicas
@@ -20,12 +21,12 @@ from compressm.errors import CheckpointError, InvalidRankRuleError
 from compressm.fitting import fit_any_size
 from compressm.history import Event
 from compressm.measure import StepCost, step_cost
-from compressm.ranks import RankRule
+from compressm.ranks import RankRule, check_choice, check_total
 from compressm.reduce import Report, measure, plan_reduction, resize_states, state_dims
 from compressm.selection import Selection
 from compressm.snapshot import Stateful, Training
 from compressm.spectrum import AnyBalancing, balance_layers, snapshot, snapshot_state, spectrum_changes
-from compressm.statistics import Statistics
+from compressm.statistics import Statistics, not_seen
 
 When = Literal["schedule", "settled"]
 OnSetback = Literal["halve", "stop"]
@@ -80,7 +81,8 @@ class Compressor:
         scheduler: learning rate scheduler, rolled back with the rest.
         scaler: gradient scaler, likewise.
         followers: averaged copies of the model (`torch.optim.swa_utils.AveragedModel`); what a cut changes in the
-            model, it sets in them to the model's new values, where averaging starts again.
+            model, it sets in them to the model's new values, where averaging starts again (an average over all steps
+            counts them from there).
         rewind: a roll-back turns back time as well. False where a host counts the steps: then only what was learnt
             goes back (weights, the optimizer's state, averages), and steps, learning rates, scaler and random state
             go on.
@@ -92,7 +94,8 @@ class Compressor:
     Raises:
         InvalidRankRuleError: contradicting or impossible arguments.
         UnsupportedModelError: nothing in the model can be reduced.
-        UnsupportedOptimizerError: the optimizer's state cannot be carried over.
+        UnsupportedOptimizerError: the optimizer's state cannot be carried over, or a parameter that cuts change is not
+            in it.
     """
 
     def __init__(
@@ -140,10 +143,9 @@ class Compressor:
         _require("window", window, 0 < window <= 1, "a share in (0, 1]")
         _require("start", start, start >= 0, "at least 0")
         _require("check_after", check_after, check_after is None or check_after >= 1, "at least 1")
-        _require("when", when, when in ("schedule", "settled"), "'schedule' or 'settled'")
-        _require("method", method, method in ("real", "complex"), "'real' or 'complex'")
-        _require("carry", carry, carry in ("transform", "slice", "reset"), "'transform', 'slice' or 'reset'")
-        _require("on_setback", on_setback, on_setback in ("halve", "stop"), "'halve' or 'stop'")
+        choices = {"when": When, "method": Method, "selection": Selection, "carry": Carry, "on_setback": OnSetback}
+        for name, value in zip(choices, (when, method, selection, carry, on_setback), strict=True):
+            check_choice(name, value, choices[name])
         self.model = model
         self.optimizer = unwrap_optimizer(optimizer)
         self.total_steps = total_steps
@@ -168,7 +170,7 @@ class Compressor:
             min_reduction=min_reduction,
             per_layer=per_layer,
         )
-        distance = max(1, round(window * total_steps / cuts))
+        distance = max(1, math.floor(window * total_steps / cuts + 1e-9))
         self.cut_steps = tuple(start + distance * (index + 1) for index in range(cuts))
         if self.cut_steps[-1] > total_steps:
             raise InvalidRankRuleError(
@@ -176,10 +178,18 @@ class Compressor:
                 "lower start, window or cuts"
             )
         self.check_after = check_after if check_after is not None else max(1, distance // 2)
+        if max_drop is not None and self.cut_steps[-1] + self.check_after > total_steps:
+            raise InvalidRankRuleError(
+                f"the last cut, at step {self.cut_steps[-1]}, would be examined {self.check_after} steps later, after "
+                f"total_steps={total_steps}: lower start, window or check_after"
+            )
         self._probe_every = max(1, distance // 10)
         layers = find_layers(model)
         if carry != "reset":
             check_optimizer(self.optimizer, {name: layer for name, (layer, _) in layers.items()})
+        check_trained(self.optimizer, layers)
+        if total_states is not None:
+            check_total(total_states, len(layers))
         self._initial_dims = state_dims(model)
         self._steps = 0
         self._cuts_done = 0
@@ -245,6 +255,8 @@ class Compressor:
         """
         self.clock.end()
         self._steps += 1
+        if self._steps == 1 and self._statistics.unseen:  # at a cut it would be an error, after much work
+            warnings.warn(not_seen(self._statistics.unseen[0]), stacklevel=2)
         self._count_recompilations()
         event = None
         if self._observed is not None:
@@ -407,7 +419,10 @@ class Compressor:
             raise CheckpointError(
                 f"compressor state of format {state_dict.get('format')!r}; this version reads format 1"
             )
+        resized = self.state_dims != state_dict["state_dims"]
         resize_states(self.model, state_dict["state_dims"])
+        if resized:
+            rebuild_replicas(self.model)
         self._steps = int(state_dict["steps"])
         self._cuts_done = int(state_dict["cuts_done"])
         self._stopped = bool(state_dict["stopped"])

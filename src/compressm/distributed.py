@@ -13,9 +13,12 @@ from torch.nn.parallel import DistributedDataParallel
 Value = TypeVar("Value")
 
 
+_alone = False  # rank 0 is deciding, see from_first_rank: whoever waited for the others then would wait for ever
+
+
 def world_size() -> int:
-    """Number of processes; 1 where `torch.distributed` is not set up."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    """Number of processes that work together; 1 where `torch.distributed` is not set up, or rank 0 decides alone."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() and not _alone else 1
 
 
 def rank() -> int:
@@ -30,16 +33,21 @@ def from_first_rank(decide: Callable[[], Value]) -> Value:
     decide about a state. An error on rank 0 is raised on all ranks, so that none is left waiting.
 
     Args:
-        decide: called without arguments, on rank 0 only; returns anything that can be pickled, tensors on the CPU.
+        decide: called without arguments, on rank 0 only, where it is as if there were no other process; returns
+            anything that can be pickled, tensors on the CPU.
     """
+    global _alone
     if world_size() == 1:
         return decide()
     outcome: list[Any] = [None, None]
     if rank() == 0:
+        _alone = True
         try:
             outcome[0] = decide()
         except Exception as error:
             outcome[1] = error
+        finally:
+            _alone = False
     dist.broadcast_object_list(outcome, src=0)
     if outcome[1] is not None:
         raise outcome[1]

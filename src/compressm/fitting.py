@@ -14,18 +14,20 @@ from typing import Any, TypeVar
 from torch import Tensor, nn
 
 from compressm.adapters import LayerAdapter, find_layers
-from compressm.adapters.base import layer_values, write
+from compressm.adapters.base import layer_values, tell_written, write
+from compressm.distributed import rebuild_replicas
 from compressm.errors import CheckpointError
 
 Model = TypeVar("Model", bound=nn.Module)
-_MARK = "_fits_any_size"
+_MARK, _MODEL_MARK, _RESIZED = "_fits_any_size", "_model_fits_any_size", "_resized_for_weights"
 
 
 def fit_any_size(model: Model) -> Model:
     """Let ``model.load_state_dict`` accept weights of any state dimension, from now on, in place.
 
-    `Compressor` and the integrations call this. Call it yourself where a compressed checkpoint is loaded into a model
-    that was built at its first size and no compressor is at hand. Copies of the model inherit it.
+    What a model stores beside its weights, such as a Hugging Face config's state size, follows. `Compressor` and the
+    integrations call this. Call it yourself where a compressed checkpoint is loaded into a model that was built at its
+    first size and no compressor is at hand. Copies of the model inherit it.
 
     Args:
         model: any model with layers that compressm knows.
@@ -40,6 +42,9 @@ def fit_any_size(model: Model) -> Model:
         if not hasattr(layer, _MARK):
             layer.register_load_state_dict_pre_hook(_before_loading)
             setattr(layer, _MARK, True)
+    if not hasattr(model, _MODEL_MARK):
+        model.register_load_state_dict_post_hook(_after_loading)
+        setattr(model, _MODEL_MARK, True)
     return model
 
 
@@ -66,21 +71,33 @@ def fit(model: Model, weights: Mapping[str, Tensor | Sequence[int]]) -> Model:
     }
     for name, (layer, adapter) in find_layers(model).items():
         _fit_layer(layer, adapter, shapes, f"{name}." if name else "")
+    tell_written(model)
     return model
 
 
 def _before_loading(layer: nn.Module, state_dict: Mapping[str, Any], prefix: str, *_: Any) -> None:
     (adapter,) = (adapter for found, adapter in find_layers(layer).values() if found is layer)
     shapes = {name: tuple(v.shape) for name, v in state_dict.items() if name.startswith(prefix) and hasattr(v, "shape")}
-    _fit_layer(layer, adapter, shapes, prefix)
+    if _fit_layer(layer, adapter, shapes, prefix):
+        setattr(layer, _RESIZED, True)
 
 
-def _fit_layer(layer: nn.Module, adapter: LayerAdapter, shapes: Mapping[str, tuple[int, ...]], prefix: str) -> None:
+def _after_loading(model: nn.Module, _: Any) -> None:
+    resized = [layer for layer in model.modules() if hasattr(layer, _RESIZED)]
+    for layer in resized:
+        delattr(layer, _RESIZED)
+    if resized:
+        tell_written(model)
+        rebuild_replicas(model)
+
+
+def _fit_layer(layer: nn.Module, adapter: LayerAdapter, shapes: Mapping[str, tuple[int, ...]], prefix: str) -> bool:
+    """Whether it had to be resized."""
     values = layer_values(layer)
     wanted = {name: shapes[prefix + name] for name in values if prefix + name in shapes}
     differing = {name: shape for name, shape in wanted.items() if shape != tuple(values[name].shape)}
     if not differing:
-        return
+        return False
 
     def shapes_at(states: int) -> dict[str, tuple[int, ...]]:
         return {n: tuple(v.shape) for n, v in {**values, **adapter.resized(layer, states).values()}.items()}
@@ -93,7 +110,7 @@ def _fit_layer(layer: nn.Module, adapter: LayerAdapter, shapes: Mapping[str, tup
             states = 1 + (size - at_one) // (at_two - at_one)
             if states >= 1 and all(shapes_at(states)[other] == asked for other, asked in wanted.items()):
                 write(layer, adapter.resized(layer, states))
-                return
+                return True
             break
     raise CheckpointError(
         f"{prefix.rstrip('.') or type(layer).__name__}: weights of shapes {list(differing.values())} belong to no "

@@ -52,10 +52,8 @@ class Event:
         values: dict[str, float] = {}
         for layer in self.layers:
             values[f"compressm/states/{layer['name']}"] = float(layer["states_after"])
-            bound, total = (layer["certificate"] or {}).get("bound"), sum(layer["hsv"])
-            if layer["outcome"] == "cut" and bound is not None and total > 0:
-                # The bound is twice the sum of the discarded Hankel singular values.
-                values[f"compressm/energy_kept/{layer['name']}"] = 1 - bound / (2 * total)
+            if (kept := layer.get("energy_kept")) is not None:
+                values[f"compressm/energy_kept/{layer['name']}"] = float(kept)
         if self.kind in ("cut", "rolled_back"):
             values["compressm/cut_seconds"] = self.seconds
         if self.kind == "recompiled":

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -72,6 +73,17 @@ class RankRule:
         return self.tolerance is not None or self.max_error is not None
 
 
+def check_choice(name: str, value: object, choices: Any) -> None:
+    """One of a ``Literal``'s values.
+
+    Raises:
+        InvalidRankRuleError: it is none of them.
+    """
+    if value not in get_args(choices):
+        known = ", ".join(map(repr, get_args(choices)))
+        raise InvalidRankRuleError(f"{name} must be one of {known}; got {value!r}")
+
+
 def _check(name: str, value: float | None, valid: Callable[[float], bool], expected: str) -> None:
     if value is None:
         return
@@ -124,9 +136,18 @@ def _tails(energy: Tensor) -> Tensor:
     return torch.cat([reversed_sums, torch.zeros_like(reversed_sums[..., :1])], -1)
 
 
+def check_total(total: int, layers: int) -> None:
+    """A budget of at least one state for every layer.
+
+    Raises:
+        InvalidRankRuleError: it is less.
+    """
+    if total < layers:
+        raise InvalidRankRuleError(f"total_states={total} is less than one state for each of {layers} layers")
+
+
 def _shared_budget(energies: Mapping[str, Tensor], total: int) -> dict[str, int]:
-    if total < len(energies):
-        raise InvalidRankRuleError(f"total_states={total} is less than one state for each of {len(energies)} layers")
+    check_total(total, len(energies))
     ranks = dict.fromkeys(energies, 1)
     candidates: list[tuple[float, str]] = []
     for name, energy in energies.items():

@@ -12,18 +12,18 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from compressm.adapters import Adapter, LayerChange, SelectiveAdapter, find_layers
-from compressm.adapters.base import layer_values, write
+from compressm.adapters.base import layer_values, tell_written, write
 from compressm.balancing import Balancing, Method, truncate
 from compressm.carry import Carry, carry_state, check_optimizer
 from compressm.certificate import Certificate
 from compressm.errors import CheckpointError, InvalidRankRuleError, InvalidSystemError
-from compressm.ranks import RankRule, choose_ranks, passes_gate
+from compressm.ranks import RankRule, check_choice, choose_ranks, passes_gate
 from compressm.rivals.pruning import prune
 from compressm.rng import rng_state, set_rng_state
 from compressm.selection import Selection, reduce_selective
 from compressm.selective import ErrorEstimate, Moments, SelectiveBalancing
 from compressm.spectrum import AnyBalancing, balance_layers
-from compressm.statistics import gather
+from compressm.statistics import gather, modes_kept
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,7 @@ class LayerReport:
         reason: why, in words, unless cut.
         certificate: of the truncation, or for a selective layer the error to expect; None where none was computed.
         hsv: Hankel singular values before the cut, decreasing.
+        energy_kept: share of the Hankel energy that the states after a cut carried before it; None without a cut.
         poles_before, poles_after: eigenvalues of a linear time-invariant layer that was cut; empty otherwise.
     """
 
@@ -48,6 +49,7 @@ class LayerReport:
     reason: str
     certificate: Certificate | ErrorEstimate | None
     hsv: tuple[float, ...]
+    energy_kept: float | None = None
     poles_before: tuple[complex, ...] = ()
     poles_after: tuple[complex, ...] = ()
 
@@ -127,7 +129,7 @@ class Plan:
             write(layers[name], change)
             if optimizer is not None:
                 carry_state(optimizer, layers[name], change, carry)
-        _tell(model)
+        tell_written(model)
         return replace(self.report, seconds=self.report.seconds + time.perf_counter() - started)
 
 
@@ -153,9 +155,12 @@ def plan_reduction(
         balancings: from `balance_layers` on the model as it is now, if at hand, instead of ``moments``.
 
     Raises:
+        InvalidRankRuleError: an unknown method or selection.
         InvalidSystemError: a layer's parameters or moments are not finite.
     """
     started = time.perf_counter()
+    check_choice("method", method, Method)
+    check_choice("selection", selection, Selection)
     layers = find_layers(model)
     for name, (layer, _) in layers.items():
         for parameter, value in layer_values(layer).items():
@@ -184,6 +189,12 @@ def plan_reduction(
             report, change = _plan_linear(report, layer_values(layer), adapter, balancing, ranks[name], rule, selection)
         elif isinstance(adapter, SelectiveAdapter) and isinstance(balancing, SelectiveBalancing):
             report, change = _plan_selective(report, layer, adapter, balancing, ranks[name], selection)
+        if change is not None and (other := _also_used(model, layer, change)):
+            reason = f"{other[0]} is also {other[1]}, which would change with it"
+            report, change = replace(report, states_after=present, outcome="refused", reason=reason), None
+        if change is not None:
+            energy = balancing.energy
+            report = replace(report, energy_kept=float(energy[..., : report.states_after].sum() / energy.sum()))
         reports.append(report)
         if change is not None:
             changes[name] = change
@@ -195,6 +206,18 @@ def plan_reduction(
                 del changes[report.name]
                 reports[index] = replace(report, states_after=report.states_before, outcome="refused", reason=reason)
     return Plan(Report(tuple(reports), time.perf_counter() - started), changes)
+
+
+def _also_used(model: nn.Module, layer: nn.Module, change: LayerChange) -> tuple[str, str] | None:
+    """A parameter that a change writes and that a module outside of the layer has too: its two names."""
+    inside = {id(module) for module in layer.modules()}
+    own = {id(layer.get_parameter(name)): name for name in change.values()}
+    for prefix, module in model.named_modules():
+        if id(module) not in inside:
+            for name, parameter in module.named_parameters(prefix, recurse=False):
+                if id(parameter) in own:
+                    return own[id(parameter)], name
+    return None
 
 
 def _gate(present: int, rule: RankRule) -> str:
@@ -306,6 +329,7 @@ def compress(
         raise InvalidRankRuleError(
             "max_drop and evaluate go together: the loss allowed, and the function that measures it"
         )
+    check_choice("carry", carry, Carry)
     searching = max_drop is not None
     if searching and any(value is not None for value in (tolerance, states, fraction, max_error, total_states)):
         raise InvalidRankRuleError("give either max_drop or a size or error rule, not both")
@@ -347,9 +371,11 @@ def _largest_harmless(
         middle = (low * high) ** 0.5
         plan = plan_reduction(model, replace(rule, tolerance=middle), balancings=balancings, selection=selection)
         plan.apply(model)
-        harmless = measure(model, evaluate) >= reference - max_drop
-        resize_states(model, dims)
-        model.load_state_dict(saved)
+        try:
+            harmless = measure(model, evaluate) >= reference - max_drop
+        finally:
+            resize_states(model, dims)
+            model.load_state_dict(saved)
         if harmless:
             low, best = middle, plan
         else:
@@ -358,12 +384,13 @@ def _largest_harmless(
 
 
 def measure(model: nn.Module, evaluate: Callable[[nn.Module], float]) -> float:
-    """A metric of the model, leaving its training mode and the random state as they were."""
-    training, rng = model.training, rng_state()
-    value = float(evaluate(model))
-    model.train(training)
-    set_rng_state(rng)
-    return value
+    """A metric of the model, leaving the training modes of all its parts and the random state as they were."""
+    rng = rng_state()
+    try:
+        with modes_kept(model):
+            return float(evaluate(model))
+    finally:
+        set_rng_state(rng)
 
 
 def state_dims(model: nn.Module) -> dict[str, int]:
@@ -388,10 +415,4 @@ def resize_states(model: nn.Module, dims: Mapping[str, int]) -> None:
         layer, adapter = layers[name]
         if adapter.state_dim(layer) != states:
             write(layer, adapter.resized(layer, states))
-    _tell(model)
-
-
-def _tell(model: nn.Module) -> None:
-    """Let every adapter know, once, that layers of the model were written."""
-    for adapter in {id(adapter): adapter for _, adapter in find_layers(model).values()}.values():
-        adapter.written(model)
+    tell_written(model)

@@ -7,7 +7,8 @@ layer, fused ones included, and costs nothing between observations.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Generator, Iterable, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from compressm.adapters import SelectiveAdapter, find_layers
+from compressm.distributed import gathered, world_size
 from compressm.errors import UnsupportedModelError
 from compressm.selective import Moments, moments
 
@@ -84,13 +86,11 @@ class Statistics:
         every process must call this at the same time.
 
         Raises:
-            UnsupportedModelError: a layer was never observed.
+            UnsupportedModelError: a layer was never observed; on all processes.
         """
-        if self.unseen:
-            raise UnsupportedModelError(
-                f"{self.unseen[0]!r} is a selective layer, and what its states carry depends on the data, of which "
-                "none has passed through it yet; pass data=, some batches of the model's inputs"
-            )
+        unseen = [name for names in gathered(self.unseen) for name in names]
+        if unseen:
+            raise UnsupportedModelError(not_seen(unseen[0]))
         return {name: _summed(self._moments[name]) for name in self._layers}
 
     def state_dict(self) -> dict[str, Any]:
@@ -118,8 +118,17 @@ class _Hook:
                 return
 
 
+def not_seen(name: str) -> str:
+    """What is wrong where a layer was never observed, and what to do."""
+    return (
+        f"{name!r} is a selective layer, and what its states carry depends on the data, of which none has passed "
+        "through it yet: call model.train() before training, and see that the model's forward calls this layer, with "
+        "data of shape (batch, length, d_model)"
+    )
+
+
 def _summed(moments: Moments) -> Moments:
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+    if world_size() == 1:
         return moments
     device = "cuda" if torch.distributed.get_backend() == "nccl" else "cpu"
     tensors = {name: value.to(device, copy=True) for name, value in moments.tensors().items()}
@@ -132,21 +141,22 @@ def gather(model: nn.Module, data: Iterable[Any], sequences: int = 4) -> dict[st
     """Moments of every selective layer of a model over some data; empty where there is no such layer.
 
     Args:
-        model: called in evaluation mode; its training mode is restored.
+        model: called in evaluation mode; the modes of all its parts are restored.
         data: batches: a tensor, a mapping of keyword arguments, or a list or tuple whose first element is the input
             (the rest, such as labels, is left out).
         sequences: how many sequences of each batch are looked at.
 
+    In several processes all of them must call this, each with its share of the data.
+
     Raises:
-        UnsupportedModelError: no layer that compressm knows, or no data.
+        UnsupportedModelError: no layer that compressm knows, or one that no data went through.
     """
     statistics = Statistics(model, sequences, memory=1.0)
     if not statistics.layers:
         return {}
-    training = model.training
-    model.eval()
     try:
-        with torch.no_grad():
+        with modes_kept(model), torch.no_grad():
+            model.eval()
             for batch in data:
                 statistics.observe_next(training_only=False)
                 if isinstance(batch, Mapping):
@@ -154,9 +164,19 @@ def gather(model: nn.Module, data: Iterable[Any], sequences: int = 4) -> dict[st
                 else:
                     model(batch[0] if isinstance(batch, list | tuple) else batch)
     finally:
-        model.train(training)
         statistics.close()
     return statistics.moments()
 
 
-__all__ = ["Statistics", "gather"]
+@contextmanager
+def modes_kept(model: nn.Module) -> Generator[None]:
+    """Put every module back into its own training mode at the end: some may be frozen, in evaluation mode."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+__all__ = ["Statistics", "gather", "modes_kept", "not_seen"]

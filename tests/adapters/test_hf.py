@@ -223,3 +223,30 @@ def test_a_model_without_state_gets_a_clear_error() -> None:
     )
     with pytest.raises(UnsupportedModelError, match=r"BertModel has no state space layer \(known: .*MambaMixer"):
         compressm.compress(transformers.BertModel(config), states=4)
+
+
+def test_the_config_follows_setbacks_reloads_and_averages(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config = transformers.MambaConfig(vocab_size=64, hidden_size=8, state_size=8, num_hidden_layers=1)
+    model, x = transformers.MambaForCausalLM(config), tokens()
+    average = torch.optim.swa_utils.AveragedModel(model)
+    optimizer = torch.optim.AdamW(model.parameters())
+    metrics = iter([1.0, 0.0])
+    compressor = compressm.Compressor(
+        model, optimizer, 20, max_drop=0.1, evaluate=lambda _: next(metrics), cuts=1, window=0.1, check_after=1,
+        followers=[average],
+    )  # fmt: skip
+    sizes = []
+    for _ in range(3):
+        model(x, labels=x).loss.backward()
+        optimizer.step()
+        compressor.step()
+        sizes.append((compressor.state_dims["backbone.layers.0.mixer"], model.config.state_size))
+        assert average.module.config.state_size == model.config.state_size
+    assert sizes == [(8, 8), (4, 4), (8, 8)]
+    weights = copy.deepcopy(model.state_dict())
+    compressm.compress(model, states=3, data=DATA)
+    model.load_state_dict(weights)  # what load_best_model_at_end does
+    model.save_pretrained(tmp_path)
+    again = transformers.MambaForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(again.eval()(x).logits, model.eval()(x).logits)

@@ -228,3 +228,9 @@ def write(layer: nn.Module, change: LayerChange) -> None:
     for path, value in change.attributes.items():
         owner, _, name = path.rpartition(".")
         setattr(layer.get_submodule(owner), name, value)
+
+
+def tell_written(model: nn.Module) -> None:
+    """Let every adapter know, once, that layers of the model were written: see `LayerAdapter.written`."""
+    for adapter in {id(adapter): adapter for _, adapter in find_layers(model).values()}.values():
+        adapter.written(model)

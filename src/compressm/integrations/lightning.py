@@ -62,7 +62,8 @@ class CompressionCallback(Callback):
         if len(trainer.optimizers) != 1:
             raise UnsupportedModelError(
                 f"{type(pl_module).__name__} has {len(trainer.optimizers)} optimizers, and CompressionCallback works "
-                "with one: call a compressm.Compressor from your training_step instead"
+                "with one: put all parameters of the state space layers into one of them, and call a "
+                "compressm.Compressor with that one after its step"
             )
         arguments: dict[str, Any] = {
             "total_steps": int(trainer.estimated_stepping_batches),
