@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
+import psutil
 import pytest
 
 from compressm.checkpoint import load_tree
@@ -283,3 +287,29 @@ def test_command_line(
     assert "no results there" in capsys.readouterr().err
     assert main(["reproduce", "table1"]) == 2
     assert "smnist" in capsys.readouterr().err
+
+
+KILLED = """
+import os, sys, time
+from compressm.reproduce.grid import _processes
+if __name__ == "__main__":
+    with _processes(1) as pool:
+        print(pool.submit(os.getpid).result(), flush=True)
+        time.sleep(600)
+"""
+
+
+def test_a_killed_grid_leaves_no_run_behind(tmp_path: Path) -> None:
+    script = tmp_path / "grid.py"
+    script.write_text(KILLED)
+    with subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None
+        worker = psutil.Process(int(parent.stdout.readline()))
+        assert worker.is_running()
+        parent.kill()
+    for _ in range(200):
+        if not worker.is_running() or worker.status() == psutil.STATUS_ZOMBIE:
+            return
+        time.sleep(0.1)
+    worker.kill()
+    pytest.fail("the worker outlived its parent by 20 seconds")

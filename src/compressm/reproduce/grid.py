@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass
@@ -167,7 +168,21 @@ def _ready(run: Run, done: dict[tuple[str, int], RunResult]) -> bool:
 
 
 def _processes(workers: int) -> Executor:
-    return ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"))
+    return ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=_end_with_parent)
+
+
+def _end_with_parent() -> None:
+    """Let this process end when the one that started it was killed: nobody would hear of its result.
+
+    It would go on for hours, and the same command, given again, would train the same run beside it.
+    """
+
+    def wait_for_end() -> None:
+        if (parent := multiprocessing.parent_process()) is not None:
+            parent.join()
+            os._exit(1)
+
+    threading.Thread(target=wait_for_end, daemon=True).start()
 
 
 def _train(run: Run, config: Config, command: str | None) -> RunResult:
