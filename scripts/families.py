@@ -48,7 +48,7 @@ What the families need:
   `compressm.layers.Bidirectional` holds two layers, which are cut apart.
 - **Hybrids**: layers without a state, such as attention, stay bit by bit what they were, and so does their optimizer
   state.
-- **Hugging Face** models have the same layers under other names; [there](transformers.md) is the list.
+- **Hugging Face** models have the same layers under other names; [here](adapters.md) is the list.
 """
 
 
