@@ -133,6 +133,14 @@ def test_settled_spectrum_is_cut_before_the_schedule_would() -> None:
     assert steps[0] > 8
 
 
+def test_settled_spectra_too_are_cut_after_the_start_only() -> None:
+    loop = Loop(tolerance=0.2, window=0.25, cuts=1, start=30, when="settled")
+    for group in loop.optimizer.param_groups:
+        group["lr"] = group["initial_lr"] = 1e-9
+    loop.scheduler.base_lrs = [1e-9] * 3
+    assert [event.step for event in loop.run(50)] == [32]
+
+
 def metrics(*values: float):
     iterator = iter(values)
     return lambda model: next(iterator)

@@ -41,6 +41,10 @@ def test_savings_are_against_the_first_phase() -> None:
     assert by_cpu is not None
     assert by_cpu.seconds_if_big == pytest.approx(2.0)
     assert "2.5 times" in str(saved)
+    undone = savings([big, middle, small], 0.2, net_steps=80)  # an uncut training would not have made the others
+    assert undone is not None
+    assert (undone.steps, undone.seconds) == (saved.steps, saved.seconds)
+    assert undone.seconds_if_big == pytest.approx(3.2)
 
 
 def test_no_cut_saves_nothing_that_can_be_told() -> None:

@@ -148,7 +148,7 @@ class Compressor:
             check_choice(name, value, choices[name])
         self.model = model
         self.optimizer = unwrap_optimizer(optimizer)
-        self.total_steps = total_steps
+        self.total_steps, self._start = total_steps, start
         self.max_drop = max_drop
         self.evaluate = evaluate
         self.when: When = when
@@ -231,7 +231,7 @@ class Compressor:
         Returns:
             an estimate, see `Savings`; None before there are times on both sides of a cut.
         """
-        return savings(self.clock.phases, sum(event.seconds for event in self.history), cpu)
+        return savings(self.clock.phases, sum(event.seconds for event in self.history), cpu, self._steps)
 
     def measure(self, loss: Callable[[nn.Module], Tensor]) -> StepCost:
         """Count what a step of the present size takes, on a copy of the model, for `savings` to tell of.
@@ -300,7 +300,7 @@ class Compressor:
         scheduled = self.cut_steps[self._cuts_done]
         if self._steps >= scheduled or self.when == "schedule":
             return self._steps >= scheduled
-        if self._steps % self._probe_every:
+        if self._steps < self._start or self._steps % self._probe_every:
             return False
         before, self._probe = self._probe, balance_layers(self.model, self.method, self._statistics.moments())
         changes = spectrum_changes(before, self._probe)

@@ -155,13 +155,16 @@ class Savings:
         )
 
 
-def savings(phases: Sequence[Phase], cut_seconds: float, cpu: bool = False) -> Savings | None:
+def savings(
+    phases: Sequence[Phase], cut_seconds: float, cpu: bool = False, net_steps: int | None = None
+) -> Savings | None:
     """What the cuts saved; None before there are times on both sides of a cut.
 
     Args:
         phases: from a `StepClock`.
         cut_seconds: what the cuts took.
         cpu: by computing time instead of the clock, for machines with other work.
+        net_steps: steps that were not undone by a roll-back, if fewer: without cuts no others would have been made.
     """
     medians = [phase.step_cpu_seconds if cpu else phase.step_seconds for phase in phases]
     first, last = medians[0], medians[-1]
@@ -170,13 +173,14 @@ def savings(phases: Sequence[Phase], cut_seconds: float, cpu: bool = False) -> S
     # A phase too short to be timed counts as the first one's: at least it is not flattered.
     seconds = sum(phase.steps * (median or first) for phase, median in zip(phases, medians, strict=True)) + cut_seconds
     steps = sum(phase.steps for phase in phases)
+    net = steps if net_steps is None else net_steps
     counts = [phase.flops for phase in phases]
     flops = flops_if_big = None
     if counts[0] is not None:
         known = [(phase.steps, count) for phase, count in zip(phases, counts, strict=True) if count is not None]
         if len(known) == len(phases):
-            flops, flops_if_big = sum(number * count for number, count in known), steps * counts[0]
-    return Savings(steps, seconds, steps * first, cut_seconds, first / last, flops, flops_if_big, cpu)
+            flops, flops_if_big = sum(number * count for number, count in known), net * counts[0]
+    return Savings(steps, seconds, net * first, cut_seconds, first / last, flops, flops_if_big, cpu)
 
 
 __all__ = ["Phase", "Savings", "StepClock", "savings"]

@@ -15,7 +15,7 @@ import pytest
 
 from compressm.checkpoint import load_tree
 from compressm.cli import main
-from compressm.errors import ConfigError
+from compressm.errors import CompressmError, ConfigError
 from compressm.reproduce import EXPERIMENTS, Arm, Experiment, plan_runs, read_results, run_grid
 from compressm.reproduce.grid import configuration
 from compressm.reproduce.report import draw, render, rows
@@ -313,3 +313,25 @@ def test_a_killed_grid_leaves_no_run_behind(tmp_path: Path) -> None:
         time.sleep(0.1)
     worker.kill()
     pytest.fail("the worker outlived its parent by 20 seconds")
+
+
+def test_a_failed_run_is_told_at_once_and_the_others_are_made(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    broken = Experiment(
+        "broken",
+        "Digits",
+        "digits",
+        (
+            Arm("diverges", {**OFF, "model.d_state": 4, "optimizer.lr": 1e30, "optimizer.name": "sgd"}),
+            Arm("follows", {**OFF}, same_states_as="diverges"),
+            Arm("fine", {**OFF, "model.d_state": 4}),
+        ),
+        steps=40,
+    )
+    with pytest.raises(CompressmError, match="diverged"):
+        run_grid(plan_runs(broken, [0], results=tmp_path / "results", runs=tmp_path / "runs"), workers=1)
+    assert [path.name for path in (tmp_path / "results/broken").iterdir()] == ["fine-seed0.json"]
+    told = capsys.readouterr().err
+    assert "diverges, seed 0: " in told
+    assert "not made, since they need one of those that failed: follows, seed 0" in told

@@ -24,7 +24,7 @@ def evaluate(words: list[str]) -> int:
             stack[-1][1].append(operations[name](values))
         else:
             stack[-1][1].append(int(word))
-        assert len(stack) <= 11
+        assert len(stack) <= 10  # nine operations within each other, and the digits of the last
     ((_, (value,)),) = stack
     return value
 

@@ -240,6 +240,21 @@ def test_killed_and_resumed_around_a_setback(
     assert_same_outcome(tmp_path, unbroken_setback)
 
 
+def test_after_a_setback_curve_and_spectra_are_those_of_the_restored_model(tmp_path: Path) -> None:
+    # The cut comes at step 72, where an evaluation is due too: it sees the cut model, and is undone with it.
+    compression = {"states": 1, "cuts": 1, "start": 63, "window": 0.1, "max_drop": 0.0, "check_after": 3}
+    changes = {**SETBACK, "compression": compression}
+    changes["run"] = {**SETBACK["run"], "spectrum_every": 24}
+    result = train(config(changes), output=tmp_path, quiet=True)
+    assert [(event["kind"], event["restored_step"]) for event in result.history][-1] == ("rolled_back", 72)
+    points = {point["step"]: point for point in result.curve}
+    assert [point["step"] for point in result.curve] == [*range(8, 90, 8), 90]
+    assert points[72]["state_dims"] == [16]
+    assert abs(points[72]["validation_accuracy"] - points[64]["validation_accuracy"]) < 0.3
+    assert [entry["step"] for entry in result.spectra or ()] == [0, 24, 48, 72]
+    assert (result.spectra or ())[-1]["layers"]["blocks.0.ssm"]["states"] == 16
+
+
 def test_killed_again_and_again(children: ForkServerContext, tmp_path: Path, unbroken: Path) -> None:
     kills = 0
     while exit_code(children, config(), tmp_path, (*STEP, 5, "after")) == -signal.SIGKILL:
@@ -319,6 +334,11 @@ def test_a_run_that_does_not_fit_is_no_beginning(tmp_path: Path) -> None:
         begin("full", {**late, "optimizer": {"lr": 0.5}})
     with pytest.raises(ConfigError, match=r"--from .*cut: that run was compressed itself"):
         begin("cut", late)
+    settled = {"compression": {**late["compression"], "when": "settled"}}
+    with pytest.raises(ConfigError, match=r"--from .*full: compression.when = 'settled', which is watched over"):
+        begin("full", settled)
+    with pytest.raises(ConfigError, match=r"--from .*full: blocks.0.ssm is a selective layer, which is watched over"):
+        begin("full", {**late, "model": {"layer": "mamba", "d_model": 6, "d_state": 16}})
 
 
 def test_the_last_checkpoints_are_kept_and_an_older_one_serves(

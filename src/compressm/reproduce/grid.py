@@ -19,7 +19,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from compressm.errors import ConfigError
+from compressm.errors import CompressmError, ConfigError
 from compressm.reproduce.experiments import Arm, Experiment
 from compressm.training.config import Config, load_config, parse_config, present_form
 from compressm.training.loop import FREE_KEYS, train
@@ -140,6 +140,7 @@ def run_grid(
     """
     done: dict[tuple[str, int], RunResult] = {}
     waiting: dict[Future[RunResult], Run] = {}
+    failures: list[CompressmError] = []
     pending = list(runs)
     for run in pending:
         configuration(run, steps, data)  # mistakes come before any work
@@ -150,7 +151,7 @@ def run_grid(
     )  # fmt: skip
     with bar, (executor or _processes)(workers) as pool:
         task = bar.add_task("runs", total=len(runs))
-        while pending or waiting:
+        while waiting or any(_ready(run, done) for run in pending):
             for run in [run for run in pending if _ready(run, done)]:
                 pending.remove(run)
                 config = configuration(run, steps, data, done)
@@ -158,8 +159,17 @@ def run_grid(
             finished, _ = wait(waiting, return_when=FIRST_COMPLETED)
             for future in finished:
                 run = waiting.pop(future)
-                done[run.arm.name, run.seed] = future.result()
+                try:
+                    done[run.arm.name, run.seed] = future.result()
+                except CompressmError as error:  # the others go on: they may take hours
+                    failures.append(error)
+                    bar.console.print(f"{run.arm.name}, seed {run.seed}: {error}", markup=False)
                 bar.update(task, advance=1, description=f"{run.arm.name}, seed {run.seed}")
+        if pending:
+            names = ", ".join(f"{run.arm.name}, seed {run.seed}" for run in pending)
+            bar.console.print(f"not made, since they need one of those that failed: {names}")
+    if failures:
+        raise failures[0]
     return done
 
 

@@ -1,9 +1,9 @@
 """ListOps: nested lists of operations on digits, to be evaluated (Nangia and Bowman 2018, arXiv 1804.06028).
 
 ``[MAX 2 9 [MIN 4 7] 0]`` is 9. With the settings of Long Range Arena (Tay et al. 2021, arXiv 2011.04006): minimum,
-maximum, median (rounded down) and sum modulo 10 of 2 to 10 arguments, nested to a depth of 10, where an argument is
-an operation with probability 1/4; expressions of 500 to 2000 tokens. Trees are drawn level by level, thousands at a
-time, and those of unfit length are dropped.
+maximum, median (rounded down) and sum modulo 10 of 2 to 10 arguments, to a depth of 10, the digits of the innermost
+operations included; an argument is an operation with probability 1/4; expressions of 500 to 2000 tokens. Trees are
+drawn level by level, thousands at a time, and those of unfit length are dropped.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 TOKENS = ("", *"0123456789", "[MIN", "[MAX", "[MED", "[SM", "]")  # the empty one pads
-DEPTH, ARGUMENTS, OPERATION_SHARE = 10, 10, 0.25
+DEPTH, ARGUMENTS, OPERATION_SHARE = 9, 10, 0.25  # of operations within each other; their digits are the tenth level
 _FIRST_OPERATION, _CLOSE = TOKENS.index("[MIN"), TOKENS.index("]")
 _TREES = 4096  # at a time
 

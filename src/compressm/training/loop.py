@@ -25,6 +25,7 @@ from accelerate.utils.memory import should_reduce_batch_size
 from torch import nn
 
 from compressm import __version__
+from compressm.adapters import SelectiveAdapter, find_layers
 from compressm.checkpoint import load, load_tree, save
 from compressm.costs import StepClock, savings
 from compressm.errors import ConfigError
@@ -217,13 +218,13 @@ class _Run:
         event = self._compress()
         if event is not None:
             log.compression(event, state_dims(self.model))
-            if event.kind == "rolled_back":
-                return  # to a step after which all was done that was due
+        # After a roll-back the model is what it was before the cut, and what was seen of it after the cut is seen anew.
         last = self.step == run.steps
         self._look_at_spectra(log)
         if last or (run.eval_every and self.step % run.eval_every == 0):
             self._evaluate(log)
-        if last or (run.checkpoint_every and self.step % run.checkpoint_every == 0):
+        undone = event is not None and event.kind == "rolled_back"
+        if last or (run.checkpoint_every and self.step % run.checkpoint_every == 0 and not undone):
             self._checkpoint()
 
     def _train_step(self) -> None:
@@ -257,7 +258,10 @@ class _Run:
             self.wrapped = self.accelerator.prepare_model(self.model)
         if event.restored_step is not None and event.kind == "rolled_back":
             self.step = event.restored_step
-            self.curve = [point for point in self.curve if point["step"] <= self.step]
+            for point in self.curve:
+                if point["step"] == self.step:
+                    self.loss = torch.tensor(point["loss"])
+            self.curve = [point for point in self.curve if point["step"] < self.step]
             self.spectra.back_to(self.step)
         return event
 
@@ -368,6 +372,13 @@ class _Run:
         """Begin with the steps that an uncompressed run has made, up to its last checkpoint before our first cut."""
         if self.compressor is None:
             raise ConfigError(f"--from {origin}: nothing would differ from that run without compression; enable it")
+        selective = [name for name, (_, kind) in find_layers(self.model).items() if isinstance(kind, SelectiveAdapter)]
+        if self.config.compression.when == "settled" or selective:
+            reason = f"{selective[0]} is a selective layer" if selective else "compression.when = 'settled'"
+            raise ConfigError(
+                f"--from {origin}: {reason}, which is watched over the steps before a cut, and that run did not watch; "
+                "train without --from"
+            )
         first = self.compressor.cut_steps[0]
         checkpoints = _checkpoints(origin, self.config)
         steps = [step for step in checkpoints.steps() if step < first]
@@ -412,7 +423,7 @@ class _Run:
         if self.best is not None:
             model = load(self.folder / "best").to(self.accelerator.device)
             validation = self.accuracy(model, self.data.validation)
-        saved = savings(self.clock.phases, self.seconds["reduction"])
+        saved = savings(self.clock.phases, self.seconds["reduction"], net_steps=self.step)
         result = RunResult(
             data=self.data.label,
             config=self.config.model_dump(mode="json"),

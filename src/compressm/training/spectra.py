@@ -56,9 +56,9 @@ class SpectrumLog:
         self._previous = now
 
     def back_to(self, step: int) -> None:
-        """Forget what came after a step."""
-        if self.record and self.record[-1]["step"] > step:
-            self.record = [entry for entry in self.record if entry["step"] <= step]
+        """Forget what was seen at a step and after it."""
+        if self.record and self.record[-1]["step"] >= step:
+            self.record = [entry for entry in self.record if entry["step"] < step]
             self._previous = {}
 
     def state_dict(self) -> dict[str, Any]:
