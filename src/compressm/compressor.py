@@ -170,7 +170,10 @@ class Compressor:
             min_reduction=min_reduction,
             per_layer=per_layer,
         )
-        distance = max(1, math.floor(window * total_steps / cuts + 1e-9))
+        exact = window * total_steps / cuts
+        distance = max(1, round(exact))
+        if start + distance * cuts > total_steps:  # rounding must not push the last cut out of a window that fits
+            distance = max(1, math.floor(exact + 1e-9))
         self.cut_steps = tuple(start + distance * (index + 1) for index in range(cuts))
         if self.cut_steps[-1] > total_steps:
             raise InvalidRankRuleError(
