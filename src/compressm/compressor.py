@@ -143,9 +143,11 @@ class Compressor:
         _require("window", window, 0 < window <= 1, "a share in (0, 1]")
         _require("start", start, start >= 0, "at least 0")
         _require("check_after", check_after, check_after is None or check_after >= 1, "at least 1")
-        choices = {"when": When, "method": Method, "selection": Selection, "carry": Carry, "on_setback": OnSetback}
-        for name, value in zip(choices, (when, method, selection, carry, on_setback), strict=True):
-            check_choice(name, value, choices[name])
+        check_choice("when", when, When)
+        check_choice("method", method, Method)
+        check_choice("selection", selection, Selection)
+        check_choice("carry", carry, Carry)
+        check_choice("on_setback", on_setback, OnSetback)
         self.model = model
         self.optimizer = unwrap_optimizer(optimizer)
         self.total_steps, self._start = total_steps, start

@@ -177,6 +177,7 @@ def plan_reduction(
         wanted = [ranks[name] for name in alike]
         common = max(wanted) if rule.total_states is None else max(1, sum(wanted) // len(wanted))
         ranks |= dict.fromkeys(alike, min(common, *present))
+    shared = _shared_parameters(model)
     reports: list[LayerReport] = []
     changes: dict[str, LayerChange] = {}
     for name, (layer, adapter) in layers.items():
@@ -189,34 +190,44 @@ def plan_reduction(
             report, change = _plan_linear(report, layer_values(layer), adapter, balancing, ranks[name], rule, selection)
         elif isinstance(adapter, SelectiveAdapter) and isinstance(balancing, SelectiveBalancing):
             report, change = _plan_selective(report, layer, adapter, balancing, ranks[name], selection)
-        if change is not None and (other := _also_used(model, layer, change)):
+        if change is not None and (other := _also_used(shared, layer, change)):
             reason = f"{other[0]} is also {other[1]}, which would change with it"
             report, change = replace(report, states_after=present, outcome="refused", reason=reason), None
         if change is not None:
             energy = balancing.energy
             report = replace(report, energy_kept=float(energy[..., : report.states_after].sum() / energy.sum()))
-        reports.append(report)
-        if change is not None:
             changes[name] = change
+        reports.append(report)
     refused = [report.name for report in reports if report.outcome == "refused" and report.name in alike]
     if refused:  # one stays, so all stay
         reason = f"{refused[0]} was refused, and the layers of this model share one state dimension"
         for index, report in enumerate(reports):
             if changes.keys() & {report.name} & set(alike):
                 del changes[report.name]
-                reports[index] = replace(report, states_after=report.states_before, outcome="refused", reason=reason)
+                reports[index] = replace(
+                    report, states_after=report.states_before, outcome="refused", reason=reason, energy_kept=None
+                )
     return Plan(Report(tuple(reports), time.perf_counter() - started), changes)
 
 
-def _also_used(model: nn.Module, layer: nn.Module, change: LayerChange) -> tuple[str, str] | None:
-    """A parameter that a change writes and that a module outside of the layer has too: its two names."""
-    inside = {id(module) for module in layer.modules()}
-    own = {id(layer.get_parameter(name)): name for name in change.values()}
+def _shared_parameters(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
+    """The parameters that several modules have, by their ``id``: those modules, and the full names in them."""
+    owners: dict[int, list[tuple[nn.Module, str]]] = {}
     for prefix, module in model.named_modules():
-        if id(module) not in inside:
-            for name, parameter in module.named_parameters(prefix, recurse=False):
-                if id(parameter) in own:
-                    return own[id(parameter)], name
+        for name, parameter in module.named_parameters(prefix, recurse=False):
+            owners.setdefault(id(parameter), []).append((module, name))
+    return {key: found for key, found in owners.items() if len(found) > 1}
+
+
+def _also_used(
+    shared: Mapping[int, list[tuple[nn.Module, str]]], layer: nn.Module, change: LayerChange
+) -> tuple[str, str] | None:
+    """A parameter that a change writes and that a module outside of the layer has too: its two names."""
+    inside = set(layer.modules())
+    for name in change.values():
+        for module, other in shared.get(id(layer.get_parameter(name)), ()):
+            if module not in inside:
+                return name, other
     return None
 
 

@@ -151,11 +151,13 @@ def run_grid(
     )  # fmt: skip
     with bar, (executor or _processes)(workers) as pool:
         task = bar.add_task("runs", total=len(runs))
-        while waiting or any(_ready(run, done) for run in pending):
+        while True:
             for run in [run for run in pending if _ready(run, done)]:
                 pending.remove(run)
                 config = configuration(run, steps, data, done)
                 waiting[pool.submit(_train, run, config, command)] = run
+            if not waiting:
+                break
             finished, _ = wait(waiting, return_when=FIRST_COMPLETED)
             for future in finished:
                 run = waiting.pop(future)

@@ -90,19 +90,20 @@ def _last_step(run: RunResult) -> float | None:
 
 def _computing(arm: Arm, seed: int, results: Results) -> float | None:
     """Computing seconds of all steps, each phase at its median, of the cuts, and of the teacher whom the run needs."""
-    if arm.teacher is not None and (arm.teacher, seed) not in results:
+    own = _own_computing(results[arm.name, seed])
+    if own is None or arm.teacher is None:
+        return own
+    teacher = results.get((arm.teacher, seed))
+    teaching = None if teacher is None else _own_computing(teacher)
+    return None if teaching is None else own + teaching
+
+
+def _own_computing(run: RunResult) -> float | None:
+    """The same of one run alone."""
+    if _last_step(run) is None:
         return None
-    total = 0.0
-    for name in (arm.name, arm.teacher):
-        if name is None:
-            continue
-        run = results[name, seed]
-        if _last_step(run) is None:
-            return None
-        typical = next(phase["step_cpu_seconds"] for phase in run.phases if phase["step_cpu_seconds"] is not None)
-        total += run.reduction_seconds
-        total += sum(phase["steps"] * (phase["step_cpu_seconds"] or typical) for phase in run.phases)
-    return total
+    typical = next(phase["step_cpu_seconds"] for phase in run.phases if phase["step_cpu_seconds"] is not None)
+    return run.reduction_seconds + sum(phase["steps"] * (phase["step_cpu_seconds"] or typical) for phase in run.phases)
 
 
 def _ratio(pairs: Sequence[tuple[float | None, float | None]]) -> float | None:

@@ -25,7 +25,6 @@ from accelerate.utils.memory import should_reduce_batch_size
 from torch import nn
 
 from compressm import __version__
-from compressm.adapters import SelectiveAdapter, find_layers
 from compressm.checkpoint import load, load_tree, save
 from compressm.costs import StepClock, savings
 from compressm.errors import ConfigError
@@ -33,6 +32,7 @@ from compressm.history import Event
 from compressm.measure import step_cost
 from compressm.reduce import state_dims
 from compressm.rng import rng_state, set_rng_state
+from compressm.statistics import Statistics
 from compressm.training.checkpoints import Checkpoints
 from compressm.training.config import Config, present_form
 from compressm.training.data import BatchOrder, SequenceData, Split, load_data
@@ -372,7 +372,7 @@ class _Run:
         """Begin with the steps that an uncompressed run has made, up to its last checkpoint before our first cut."""
         if self.compressor is None:
             raise ConfigError(f"--from {origin}: nothing would differ from that run without compression; enable it")
-        selective = [name for name, (_, kind) in find_layers(self.model).items() if isinstance(kind, SelectiveAdapter)]
+        selective = Statistics(self.model).layers
         if self.config.compression.when == "settled" or selective:
             reason = f"{selective[0]} is a selective layer" if selective else "compression.when = 'settled'"
             raise ConfigError(
