@@ -250,3 +250,16 @@ def test_the_config_follows_setbacks_reloads_and_averages(tmp_path: Path) -> Non
     model.save_pretrained(tmp_path)
     again = transformers.MambaForCausalLM.from_pretrained(tmp_path)
     assert torch.equal(again.eval()(x).logits, model.eval()(x).logits)
+
+
+def test_where_one_layer_is_refused_all_stay_and_none_reports_a_cut() -> None:
+    torch.manual_seed(0)
+    config = transformers.MambaConfig(vocab_size=64, hidden_size=8, state_size=8, num_hidden_layers=3)
+    model = transformers.MambaForCausalLM(config).eval()
+    first, second, _ = (block.mixer for block in model.backbone.layers)
+    second.A_log = first.A_log  # which cannot be cut for each of them
+    report = compressm.compress(model, states=4, data=DATA)
+    assert [layer.outcome for layer in report.layers] == ["refused"] * 3
+    assert [layer.energy_kept for layer in report.layers] == [None] * 3
+    assert set(report.state_dims.values()) == {8}
+    assert "share one state dimension" in report.layers[2].reason
