@@ -149,8 +149,29 @@ def test_train_writes_its_result(
     assert "already holds a run; resume it with --resume" in one_line(capsys)
     assert main([*arguments[:-1], "-", "--resume"]) == 0
     assert json.loads(capsys.readouterr().out) == result
-    assert main([*arguments[:-1], str(tmp_path / "no" / "folder.json"), "--resume"]) == 2
-    assert "folder.json cannot be written" in one_line(capsys)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", str(CONFIGS / "digits.yaml"), "--json", "no/folder.json"], "no/folder.json: its folder does not"),
+        (["demo", "--picture", "demo.xyz"], "demo.xyz: the name must end with .png or .svg or .pdf"),
+        (["demo", "--json", "no/demo.json"], "no/demo.json: its folder does not"),
+        (["reproduce", "speed", "--picture", "speed.gif"], "speed.gif: the name must end with"),
+        (["reproduce", "speed", "--markdown", "no/speed.md"], "no/speed.md: its folder does not"),
+    ],
+)
+def test_where_a_result_cannot_go_is_said_before_the_work(
+    arguments: list[str],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments) == 2
+    assert message in one_line(capsys)
+    assert not list(tmp_path.iterdir())
 
 
 def command(*arguments: str) -> list[str]:

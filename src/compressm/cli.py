@@ -15,6 +15,8 @@ from compressm.errors import CompressmError, ConfigError, MissingExtraError
 if TYPE_CHECKING:
     import typer
 
+_PICTURES = (".png", ".svg", ".pdf")
+
 
 def leave(code: int) -> NoReturn:
     """Exit; after work in several processes without the interpreter's own end.
@@ -82,6 +84,22 @@ def _fail(message: str) -> int:
 def _app(command_line: str) -> "typer.Typer":
     import typer
 
+    def file_option(*names: str, help: str, endings: Sequence[str] = ()) -> Any:
+        """An option for a file to write, which is checked before the work whose result goes there."""
+
+        def check(path: Path | None) -> Path | None:
+            if path is None or str(path) == "-":
+                return path
+            if endings and path.suffix not in endings:
+                raise ConfigError(f"{path}: the name must end with {' or '.join(endings)}")
+            if not path.absolute().parent.is_dir():
+                raise ConfigError(f"{path}: its folder does not exist; create it or choose another place")
+            return path
+
+        return typer.Option(*names, help=help, callback=check)
+
+    json_file = file_option("--json", help="Write the result to this file; - prints it.")
+    markdown_file = file_option("--markdown", help="Write the table to this file.")
     app = typer.Typer(
         help="In-training compression of state space models.",
         no_args_is_help=True,
@@ -120,7 +138,7 @@ def _app(command_line: str) -> "typer.Typer":
             typer.Option("--from", help="Folder of the same run without compression; its steps are not made again."),
         ] = None,
         output: Annotated[Path | None, typer.Option(help="The run's folder [runs/CONFIG-seedN].")] = None,
-        json: Annotated[Path | None, typer.Option("--json", help="Write the result to this file; - prints it.")] = None,
+        json: Annotated[Path | None, json_file] = None,
     ) -> None:
         """Train a model, and compress it meanwhile."""
         from compressm.training.config import load_config
@@ -136,8 +154,8 @@ def _app(command_line: str) -> "typer.Typer":
     def demo(  # pyright: ignore[reportUnusedFunction]
         seeds: Annotated[int, typer.Option(min=1, help="How many seeds.")] = 4,
         steps: Annotated[int | None, typer.Option(min=40, help="Training steps of each run [1500].")] = None,
-        picture: Annotated[Path, typer.Option(help="Where to draw the picture.")] = Path("demo.png"),
-        json: Annotated[Path | None, typer.Option("--json", help="Write the result to this file; - prints it.")] = None,
+        picture: Annotated[Path, file_option(help="Where to draw the picture.", endings=_PICTURES)] = Path("demo.png"),
+        json: Annotated[Path | None, json_file] = None,
     ) -> None:
         """Train big, shrink, compare: handwritten digits, in about two minutes on two cores."""
         from compressm.demo import run_demo
@@ -160,8 +178,10 @@ def _app(command_line: str) -> "typer.Typer":
         cluster_options: Annotated[
             str | None, typer.Option(help="Of the jobs: timeout_min=600,slurm_partition=gpu and so on.")
         ] = None,
-        picture: Annotated[Path | None, typer.Option(help="Draw the comparison into this file.")] = None,
-        markdown: Annotated[Path | None, typer.Option(help="Write the table to this file.")] = None,
+        picture: Annotated[
+            Path | None, file_option(help="Draw the comparison into this file.", endings=_PICTURES)
+        ] = None,
+        markdown: Annotated[Path | None, markdown_file] = None,
         show: Annotated[bool, typer.Option("--show", help="Train nothing: the table of what is stored.")] = False,
     ) -> None:
         """Reproduce a comparison of the paper, or of ours, run by run; after a kill the same command goes on."""
@@ -186,7 +206,7 @@ def _app(command_line: str) -> "typer.Typer":
     @app.command("import")
     def import_(  # pyright: ignore[reportUnusedFunction]
         config: Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file of the CompreSSM paper's code.")],
-        output: Annotated[Path, typer.Option(help="The YAML file for compressm train.")],
+        output: Annotated[Path, file_option(help="The YAML file for compressm train.")],
     ) -> None:
         """Bring a configuration over from the paper's published code."""
         from compressm.training.migrate import import_config, write_config
@@ -199,7 +219,7 @@ def _app(command_line: str) -> "typer.Typer":
         runs: Annotated[
             list[Path], typer.Argument(metavar="RUN...", help="Folders of runs or of saved models, or result files.")
         ],
-        output: Annotated[Path, typer.Option(help="The HTML file.")] = Path("report.html"),
+        output: Annotated[Path, file_option(help="The HTML file.")] = Path("report.html"),
     ) -> None:
         """One page about one run, or several beside each other; it opens in a browser, offline."""
         from compressm.report import load_runs, write_report
@@ -216,19 +236,15 @@ def _app(command_line: str) -> "typer.Typer":
         sequences: Annotated[int, typer.Option(help="Sequences to look at.")] = 32,
         length: Annotated[int, typer.Option(help="Tokens per sequence.")] = 512,
         plot: Annotated[
-            Path | None, typer.Option(help="Draw the spectra into this file: .html, .png, .svg or .pdf.")
+            Path | None, file_option(help="Draw the spectra into this file.", endings=(".html", *_PICTURES))
         ] = None,
-        json: Annotated[
-            Path | None, typer.Option("--json", help="Write the spectra to this file; - prints them.")
-        ] = None,
+        json: Annotated[Path | None, json_file] = None,
     ) -> None:
         """Show how many states each layer of a trained model really uses, and what a cut would save."""
         from rich.console import Console
 
         from compressm.one_shot import analyze_checkpoint
 
-        if plot is not None and plot.suffix not in (".html", ".png", ".svg", ".pdf"):
-            raise ConfigError(f"--plot {plot}: the name must end with .html, .png, .svg or .pdf")
         analysis = analyze_checkpoint(checkpoint, data, sequences=sequences, length=length)
         if str(json) != "-":
             Console().print(analysis.table())
@@ -256,7 +272,7 @@ def _app(command_line: str) -> "typer.Typer":
         fraction: Annotated[float | None, typer.Option(help="Share of the states to keep.")] = None,
         sequences: Annotated[int, typer.Option(help="Sequences to cut by, and as many to measure the loss on.")] = 32,
         length: Annotated[int, typer.Option(help="Tokens per sequence.")] = 512,
-        json: Annotated[Path | None, typer.Option("--json", help="Write the result to this file; - prints it.")] = None,
+        json: Annotated[Path | None, json_file] = None,
     ) -> None:
         """Cut a trained checkpoint once, and show what was lost."""
         from compressm.one_shot import compress_checkpoint
@@ -284,9 +300,9 @@ def _app(command_line: str) -> "typer.Typer":
         only: Annotated[str | None, typer.Option(metavar="NAME", help="Only rows whose name contains this.")] = None,
         sweep: Annotated[bool, typer.Option("--sweep", help="Time against n, length and batch too.")] = False,
         device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
-        plot: Annotated[Path | None, typer.Option(help="Draw the sweeps into this file.")] = None,
-        markdown: Annotated[Path | None, typer.Option(help="Write the table to this file.")] = None,
-        json: Annotated[Path | None, typer.Option("--json", help="Write the result to this file; - prints it.")] = None,
+        plot: Annotated[Path | None, file_option(help="Draw the sweeps into this file.", endings=_PICTURES)] = None,
+        markdown: Annotated[Path | None, markdown_file] = None,
+        json: Annotated[Path | None, json_file] = None,
     ) -> None:
         """Measure speed and memory beside other implementations, and beside what the machine could do."""
         from compressm.bench.run import run_bench
@@ -309,8 +325,8 @@ def _app(command_line: str) -> "typer.Typer":
         format: Annotated[Literal["onnx", "torch"], typer.Option(help="ONNX, or a torch.export program.")] = "onnx",
         step: Annotated[bool, typer.Option("--step", help="One time step, its state as inputs and outputs.")] = False,
         int8: Annotated[bool, typer.Option("--int8", help="Weights as 8-bit integers; ONNX only.")] = False,
-        output: Annotated[Path | None, typer.Option(help="The file [CHECKPOINT/model-step-int8.onnx].")] = None,
-        json: Annotated[Path | None, typer.Option("--json", help="Write the result to this file; - prints it.")] = None,
+        output: Annotated[Path | None, file_option(help="The file [CHECKPOINT/model-step-int8.onnx].")] = None,
+        json: Annotated[Path | None, json_file] = None,
     ) -> None:
         """Export a model for deployment, and check that it computes the same."""
         from compressm.checkpoint import load

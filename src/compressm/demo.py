@@ -22,7 +22,6 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from compressm.errors import ConfigError
 from compressm.training.config import parse_config
 from compressm.training.loop import train
 
@@ -68,12 +67,7 @@ def run_demo(
     Returns:
         ``full``, ``shrunk`` and ``small``, each with ``accuracy_mean``, ``accuracy_std``, ``seeds``, ``state_dims``,
         ``train_seconds``, ``reduction_seconds``; and ``command``, ``versions``, ``config``.
-
-    Raises:
-        ConfigError: the picture's folder does not exist.
     """
-    if picture is not None and not picture.absolute().parent.is_dir():
-        raise ConfigError(f"picture: {picture.absolute().parent} is no directory; create it or choose another place")
     with tempfile.TemporaryDirectory(prefix="compressm-demo-") as folder:
         runs = _train_all(range(seeds), steps, Path(folder), workers or os.cpu_count() or 1)
     result: dict[str, Any] = {way: _summary([runs[way, seed] for seed in range(seeds)]) for way in WAYS}

@@ -30,6 +30,10 @@ class ConfigError(CompressmError, ValueError):
     """A configuration, data directory or command line that cannot be used as it is."""
 
 
+class RunError(CompressmError, RuntimeError):
+    """A run of a grid that ended without a result, for a reason outside of it."""
+
+
 class CheckpointError(CompressmError, ValueError):
     """A checkpoint that is missing, damaged, of an unknown format, or of another model."""
 

@@ -105,7 +105,7 @@ def test_nothing_in_the_data_becomes_a_part_of_the_page(runs: Path, tmp_path: Pa
 
 def test_energy_of_a_part_of_the_steps_is_said_to_be_that(runs: Path, tmp_path: Path) -> None:
     content = json.loads((runs / "big/result.json").read_text())
-    for steps, label in ((90, "energy (estimate)"), (30, "energy (estimate, of the last 30 of 90 steps)")):
+    for steps, label in ((90, "energy (estimate)"), (30, "energy (estimate, of 30 of 90 steps)")):
         content["energy"] = {"kwh": 1e-3, "steps": steps}
         (tmp_path / f"{steps}.json").write_text(json.dumps(content))
         assert label in render(load_runs([tmp_path / f"{steps}.json"]))

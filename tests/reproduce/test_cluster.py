@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from compressm.cli import main
-from compressm.errors import ConfigError
+from compressm.errors import CheckpointError, ConfigError, RunError
 from compressm.reproduce import Arm, Experiment, plan_runs, run_grid
 from compressm.reproduce.cluster import on_cluster, parse_options
 
@@ -45,8 +47,21 @@ def test_a_failed_job_says_why(tmp_path: Path) -> None:
     runs = plan_runs(TINY, [0], ["shrunk"], tmp_path / "results", tmp_path / "runs")
     (tmp_path / "results/tiny").mkdir(parents=True)
     (tmp_path / "results/tiny/shrunk-seed0.json").write_text("{")
-    with pytest.raises(Exception, match=r"shrunk-seed0\.json: damaged"):
-        run_grid(runs, workers=1, executor=on_cluster("local", tmp_path / "jobs", {"timeout_min": 5}))
+    jobs = on_cluster("local", tmp_path / "jobs", {"timeout_min": 5})
+    with pytest.raises(CheckpointError, match=r"shrunk-seed0\.json: damaged"):
+        run_grid(runs, workers=1, executor=jobs)
+
+
+@pytest.mark.slow
+def test_a_job_that_was_killed_is_named(tmp_path: Path) -> None:
+    with on_cluster("local", tmp_path / "jobs", {"timeout_min": 5})(1) as jobs:
+        with pytest.raises(RunError, match=r"job \d+ ended without a result .* see .*the same command goes on"):
+            jobs.submit(die).result()
+        assert jobs.submit(abs, -3).result() == 3
+
+
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def test_options() -> None:

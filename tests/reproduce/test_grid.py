@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
+import os
 import shutil
 import subprocess
 import sys
 import time
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +18,7 @@ import pytest
 
 from compressm.checkpoint import load_tree
 from compressm.cli import main
-from compressm.errors import CompressmError, ConfigError
+from compressm.errors import CompressmError, ConfigError, RunError
 from compressm.reproduce import EXPERIMENTS, Arm, Experiment, plan_runs, read_results, run_grid
 from compressm.reproduce.grid import configuration
 from compressm.reproduce.report import draw, render, rows
@@ -84,8 +87,10 @@ def test_an_arm_can_learn_from_another(tmp_path: Path) -> None:
     assert made() == losses  # all of it from the files
     (tmp_path / "results/taught/distilled-seed0.json").unlink()
     shutil.rmtree(tmp_path / "runs")
-    with pytest.raises(ConfigError, match=r"loss.teacher = .*full-seed0/model': no model there"):
+    with pytest.raises(ConfigError, match=r"full-seed0/model: the model that distilled, seed 0, is to learn from"):
         made()
+    (tmp_path / "results/taught/full-seed0.json").unlink()
+    assert made() == losses
 
 
 CONTINUED = Experiment(
@@ -313,6 +318,15 @@ def test_a_killed_grid_leaves_no_run_behind(tmp_path: Path) -> None:
         time.sleep(0.1)
     worker.kill()
     pytest.fail("the worker outlived its parent by 20 seconds")
+
+
+def test_a_killed_process_is_named(folder: Path, tmp_path: Path) -> None:
+    def deadly(workers: int) -> ProcessPoolExecutor:
+        return ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=os._exit, initargs=(9,))
+
+    runs = plan_runs(TINY, [0], results=tmp_path / "results", runs=tmp_path / "runs")
+    with pytest.raises(RunError, match=r"a process was killed .*the same command goes on"):
+        run_grid(runs, workers=1, executor=deadly)
 
 
 def test_a_failed_run_is_told_at_once_and_the_others_are_made(

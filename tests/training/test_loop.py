@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 import pytest
 import torch
 
-from compressm.checkpoint import load
+from compressm.checkpoint import load, load_tree
 from compressm.compressor import Compressor
 from compressm.errors import CheckpointError, ConfigError
 from compressm.history import Event
@@ -261,6 +261,19 @@ def test_killed_again_and_again(children: ForkServerContext, tmp_path: Path, unb
         kills += 1
     assert kills == 5  # each attempt makes 4 steps that last, and 24 are needed
     assert_same_outcome(tmp_path, unbroken)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_energy_of_a_resumed_run_is_that_of_all_its_steps(children: ForkServerContext, tmp_path: Path) -> None:
+    pytest.importorskip("codecarbon")
+    settings = config({"run": {"energy": "CHE"}})
+    assert exit_code(children, settings, tmp_path, (*STEP, 15, "after")) == -signal.SIGKILL
+    before = load_tree(newest_checkpoint(tmp_path))["energy"]
+    assert before["steps"] == 12
+    assert exit_code(children, settings, tmp_path, None) == 0
+    energy = json.loads((tmp_path / "result.json").read_text())["energy"]
+    assert energy["steps"] == 24
+    assert 0 < before["kwh"] < energy["kwh"]
 
 
 MAMBA: dict[str, Any] = {

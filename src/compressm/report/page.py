@@ -110,8 +110,8 @@ def _cards(run: Run) -> list[tuple[str, str]]:
         cards.append(("memory for the backward pass", f"{kept[0] / 1e6:.1f} → {kept[-1] / 1e6:.1f} MB"))
     if result.energy is not None and result.energy.get("kwh") is not None:
         steps = result.energy.get("steps", result.steps)
-        resumed = f", of the last {steps:,} of {result.steps:,} steps" if steps < result.steps else ""
-        cards.append((f"energy (estimate{resumed})", f"{1000 * result.energy['kwh']:.2f} Wh"))
+        part = f", of {steps:,} of {result.steps:,} steps" if steps < result.steps else ""
+        cards.append((f"energy (estimate{part})", f"{1000 * result.energy['kwh']:.2f} Wh"))
     return cards
 
 

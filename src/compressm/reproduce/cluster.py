@@ -12,7 +12,7 @@ from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
 
-from compressm.errors import ConfigError, MissingExtraError
+from compressm.errors import CompressmError, ConfigError, MissingExtraError, RunError
 
 Cluster = Literal["slurm", "local"]
 
@@ -44,8 +44,35 @@ class Submitted(ThreadPoolExecutor):
         super().__init__(workers)
 
     def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
-        """As `concurrent.futures.Executor.submit`."""
-        return super().submit(lambda: self._jobs.submit(fn, *args, **kwargs).result())
+        """As `concurrent.futures.Executor.submit`; the future raises `RunError` for a job that came to nothing."""
+        return super().submit(self._wait_for_job, fn, *args, **kwargs)
+
+    def _wait_for_job(self, fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        from submitit.core.utils import FailedSubmissionError, UncompletedJobError
+
+        job: Any = None
+        try:
+            job = self._jobs.submit(_outcome, fn, *args, **kwargs)
+            outcome = job.result()
+        except FailedSubmissionError as error:
+            raise RunError(f"the scheduler did not take the job: {error}; see --cluster-options") from error
+        except UncompletedJobError as error:
+            log = job.paths.stderr if job.paths.stderr.exists() else job.paths.folder
+            raise RunError(
+                f"job {job.job_id} ended without a result (out of time or memory, or a node that failed?): see {log}; "
+                "the same command goes on where it was"
+            ) from error
+        if isinstance(outcome, CompressmError):
+            raise outcome
+        return outcome
+
+
+def _outcome(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """What a function returns, or raises on purpose: the scheduler would hand on only the text of an exception."""
+    try:
+        return fn(*args, **kwargs)
+    except CompressmError as error:
+        return error
 
 
 def on_cluster(cluster: Cluster, folder: Path, options: Mapping[str, Any]) -> Callable[[int], Executor]:

@@ -11,7 +11,7 @@ import multiprocessing
 import os
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Executor, Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from compressm.errors import CompressmError, ConfigError
+from compressm.errors import CompressmError, ConfigError, RunError
 from compressm.reproduce.experiments import Arm, Experiment
 from compressm.training.config import Config, load_config, parse_config, present_form
 from compressm.training.loop import FREE_KEYS, train
@@ -137,6 +137,7 @@ def run_grid(
 
     Raises:
         ConfigError: unfit data or values, a result that was made with others, or training that diverged.
+        RunError: a process that was killed.
     """
     done: dict[tuple[str, int], RunResult] = {}
     waiting: dict[Future[RunResult], Run] = {}
@@ -144,6 +145,7 @@ def run_grid(
     pending = list(runs)
     for run in pending:
         configuration(run, steps, data)  # mistakes come before any work
+        _check_teacher(run)
     workers = workers or os.cpu_count() or 1
     bar = Progress(
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
@@ -163,6 +165,11 @@ def run_grid(
                 run = waiting.pop(future)
                 try:
                     done[run.arm.name, run.seed] = future.result()
+                except BrokenExecutor as error:  # the pool and all that it ran are gone
+                    raise RunError(
+                        f"{run.arm.name}, seed {run.seed}: a process was killed (out of memory?); take fewer "
+                        "--workers, and the same command goes on where it was"
+                    ) from error
                 except CompressmError as error:  # the others go on: they may take hours
                     failures.append(error)
                     bar.console.print(f"{run.arm.name}, seed {run.seed}: {error}", markup=False)
@@ -173,6 +180,19 @@ def run_grid(
     if failures:
         raise failures[0]
     return done
+
+
+def _check_teacher(run: Run) -> None:
+    """A teacher whose result is stored is not trained again, so its model must be there for a pupil that is due."""
+    if run.arm.teacher is None or run.result.exists():
+        return
+    result = run.result.with_name(f"{run.arm.teacher}-seed{run.seed}.json")
+    model = run.folder_of(run.arm.teacher) / "model"
+    if result.exists() and not model.is_dir():
+        raise ConfigError(
+            f"{model}: the model that {run.arm.name}, seed {run.seed}, is to learn from is not there, only its result "
+            f"is; delete {result} so that it is trained again, or leave {run.arm.name} out of --arms"
+        )
 
 
 def _ready(run: Run, done: dict[tuple[str, int], RunResult]) -> bool:

@@ -171,6 +171,7 @@ class _Run:
         self.seconds = {"train": 0.0, "reduction": 0.0, "evaluation": 0.0, "checkpoint": 0.0}
         self._clock, self._since = "", 0.0
         self.spectra = SpectrumLog(config.compression.method)
+        self.energy = Energy(run.energy)
         self.checkpoints = _checkpoints(folder, config)
         self.damaged: list[str] = []
         if resume and self.checkpoints.steps():
@@ -191,16 +192,15 @@ class _Run:
             trackers.append(WeightsAndBiases(run.wandb, self.folder, self.config.model_dump(mode="json")))
         if not self.step:
             self._measure()
-        with RunLog(run.steps, trackers, self.step, quiet or not main) as log, Energy(run.energy) as energy:
+        with RunLog(run.steps, trackers, self.step, quiet or not main) as log, self.energy:
             if self.step:
                 log.message("".join(f"{line}\n" for line in self.damaged) + f"resumed at step {self.step}")
-            first = self.step
-            if not first:
+            else:
                 self._look_at_spectra(log)
             with self._timed("train"), self._memory():
                 while self.step < run.steps:
                     self._advance(log)
-            result = self._finish(command, energy.used(self.step - first))
+            result = self._finish(command)
             log.message(
                 f"done: test accuracy {result.test_accuracy:.4f}, states {result.state_dims}, training took "
                 f"{result.train_seconds:.1f} s and reductions {result.reduction_seconds:.1f} s; see {self.folder}"
@@ -364,6 +364,7 @@ class _Run:
             "best": self.best,
             "seconds": self.seconds,
             "phases": self.clock.state_dict(),
+            "energy": self.energy.used(self.step),
         }
         with self._timed("checkpoint"):
             self.checkpoints.write(self.step, tree)
@@ -415,9 +416,10 @@ class _Run:
         self.seconds = tree["seconds"]
         self.spectra.load_state_dict(tree.get("spectra", {"record": [], "previous": {}}))  # absent before version 0.1
         self.clock.load_state_dict(tree["phases"])
+        self.energy.resume(tree.get("energy"), self.step)
         set_rng_state(tree["rng"][self.rank])
 
-    def _finish(self, command: str | None, energy: dict[str, Any] | None) -> RunResult:
+    def _finish(self, command: str | None) -> RunResult:
         model, validation = self.model, float(self.curve[-1]["validation_accuracy"])
         self.accelerator.wait_for_everyone()
         if self.best is not None:
@@ -445,7 +447,7 @@ class _Run:
             history=[] if self.compressor is None else [event.to_dict() for event in self.compressor.history],
             phases=[phase.to_dict() for phase in self.clock.phases],
             savings=None if saved is None else {**asdict(saved), "speedup": saved.speedup},
-            energy=energy,
+            energy=self.energy.used(self.step),
             curve=self.curve,
             spectra=self.spectra.record or None,
         )
