@@ -5,6 +5,10 @@
 An LRU classifier is trained on the embedded digits with AdamW, and cut once. From the same cut on it goes on three
 times, with the same batches; only what became of the optimizer's state differs. A fourth run goes on without a cut. The
 loss is that on the whole training set, after every step; mean over seeds.
+
+Also, without any step after the cut: the roots of the second moments, by which Adam divides, carried over and as the
+gradients of the cut model over the next batches have them. Both are over the same batches, so that only the cut
+differs.
 """
 
 from __future__ import annotations
@@ -33,6 +37,7 @@ MODES = {
     "slice": "sliced, as in the paper's code",
     "reset": "reset",
 }
+LAYER = "blocks.0.ssm"
 COLOURS = {"uncut": "#888888", "transform": "#0b6e4f", "slice": "#c8553d", "reset": "#3d5a80"}
 
 
@@ -54,7 +59,40 @@ def full_loss(model: nn.Module, inputs: Tensor, targets: Tensor) -> float:
     return float(F.cross_entropy(model(inputs), targets))
 
 
-def one_seed(seed: int, before: int, after: int, tolerance: float, lr: float) -> dict[str, list[float]]:
+def second_moments(model: nn.Module, following: list[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
+    """Mean squares of the gradients of a layer's parameters over some batches."""
+    layer = model.get_submodule(LAYER)
+    sums = {name: torch.zeros_like(parameter) for name, parameter in layer.named_parameters()}
+    for inputs, targets in following:
+        model.zero_grad()
+        F.cross_entropy(model(inputs), targets).backward()
+        for name, parameter in layer.named_parameters():
+            assert parameter.grad is not None
+            sums[name] += parameter.grad.square() / len(following)
+    model.zero_grad()
+    return sums
+
+
+def carried_over_actual(model: nn.Module, following: list[tuple[Tensor, Tensor]], rule: RankRule) -> dict[str, Tensor]:
+    """Roots of second moments, carried through a cut over those after it, entry by entry, by parameter."""
+    model = copy.deepcopy(model)
+    layer, before = model.get_submodule(LAYER), second_moments(model, following)
+    optimizer = torch.optim.Adam(layer.parameters())
+    for name, value in before.items():
+        state = {"step": torch.tensor(1.0), "exp_avg": torch.zeros_like(value), "exp_avg_sq": value}
+        optimizer.state[layer.get_parameter(name)] = state
+    plan_reduction(model, rule).apply(model, optimizer)
+    ratios: dict[str, Tensor] = {}
+    for name, actual in second_moments(model, following).items():
+        carried = optimizer.state[layer.get_parameter(name)]["exp_avg_sq"]
+        seen = actual > 1e-12 * actual.max()
+        ratios[name] = (carried[seen] / actual[seen]).sqrt()
+    return ratios
+
+
+def one_seed(
+    seed: int, before: int, after: int, tolerance: float, lr: float
+) -> tuple[dict[str, list[float]], dict[str, Tensor]]:
     pixels, labels = load_digits(return_X_y=True)
     inputs = torch.tensor(pixels, dtype=torch.float32)[:1200, :, None] / 8 - 1
     targets = torch.tensor(labels)[:1200]
@@ -78,7 +116,7 @@ def one_seed(seed: int, before: int, after: int, tolerance: float, lr: float) ->
             training_step(trial, state, batch)
             losses.append(full_loss(trial, inputs, targets))
         curves[mode] = losses
-    return curves
+    return curves, carried_over_actual(model, following[:40], RankRule(tolerance=tolerance))
 
 
 def main() -> None:
@@ -92,9 +130,11 @@ def main() -> None:
     parser.add_argument("--picture", type=Path)
     arguments = parser.parse_args()
 
-    runs = []
+    runs, ratios = [], []
     for seed in range(arguments.seeds):
-        runs.append(one_seed(seed, arguments.before, arguments.after, arguments.tolerance, arguments.lr))
+        run, ratio = one_seed(seed, arguments.before, arguments.after, arguments.tolerance, arguments.lr)
+        runs.append(run)
+        ratios.append(ratio)
         print(f"seed {seed}: 128 -> {int(runs[-1]['states'][0])} states", file=sys.stderr)
     curves = {mode: torch.tensor([run[mode] for run in runs]) for mode in ("uncut", *MODES)}
     summary = {
@@ -111,6 +151,15 @@ def main() -> None:
     )
     for mode, values in summary.items():
         print(f"| {MODES.get(mode, 'no cut')} | " + " | ".join(f"{value:.4f}" for value in values.values()) + " |")
+    shares = torch.tensor([0.1, 0.5, 0.9])
+    moments = {
+        name: [float(value) for value in torch.quantile(torch.cat([ratio[name] for ratio in ratios]), shares)]
+        for name in ratios[0]
+        if name != "D"  # which a cut leaves alone
+    }
+    print("\n| parameter | 10 % | median | 90 % |\n|---|---|---|---|")
+    for name, values in moments.items():
+        print(f"| `{name}` | " + " | ".join(f"{value:.2f}" for value in values) + " |")
     if arguments.json:
         store(
             arguments.json,
@@ -118,6 +167,10 @@ def main() -> None:
             states=[run["states"] for run in runs],
             summary=summary,
             mean_curves={mode: [round(float(v), 5) for v in curve.mean(0)] for mode, curve in curves.items()},
+            standard_errors={
+                mode: [round(float(v), 5) for v in curve.std(0) / len(runs) ** 0.5] for mode, curve in curves.items()
+            },
+            carried_over_actual_root_second_moments={"quantiles": shares.tolist(), **moments},
         )
     if arguments.picture:
         figure, axis = plt.subplots(figsize=(7, 3.6), layout="constrained")

@@ -7,13 +7,39 @@ coordinates ``(Re x, Im x)``.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from compressm.adapters.base import Adapter, LayerChange, ParameterChange, layer_values
 from compressm.balancing import Reduction
+from compressm.systems import DiagonalSystem
+
+
+@dataclass(frozen=True)
+class PerState:
+    """New values of a parameter with one number per state, and how its gradients are made.
+
+    With ``w = log|lam|`` and ``phi`` the phase of an eigenvalue, the gradient on such a parameter is the one on ``w``
+    or ``phi`` times a factor that depends on the state alone.
+
+    Attributes:
+        name: of the parameter.
+        new: its new values, shape ``(*batch, r)``.
+        factor_old, factor_new: that factor, at the old and the new states; anything proportional to it will do.
+        phase: whether it moves the phase, whose gradient changes its sign where a state becomes its conjugate.
+        order: 1 where it moves the eigenvalue; 0 where it scales the state.
+    """
+
+    name: str
+    new: Tensor
+    factor_old: Tensor
+    factor_new: Tensor
+    phase: bool = False
+    order: int = 1
 
 
 class DiagonalAdapter(Adapter):
@@ -37,7 +63,7 @@ class DiagonalAdapter(Adapter):
         self,
         values: Mapping[str, Tensor],
         reduction: Reduction,
-        per_state: Sequence[Tensor],
+        per_state: Sequence[PerState],
         B: Tensor,
         C: Tensor,
         scale_old: Tensor,
@@ -48,34 +74,60 @@ class DiagonalAdapter(Adapter):
         Args:
             values: the layer's, as it is.
             reduction: the reduction, already in the scale that is written.
-            per_state: new values of ``per_state``, in order.
+            per_state: new values of ``per_state``.
             B, C: new values, complex, of shapes ``(r, p)`` and ``(q, r)``.
             scale_old, scale_new: by what the layer multiplies the rows of its B before the recurrence, complex or
                 real, of shapes ``(n,)`` and ``(r,)``.
         """
         # B_old = diag(1/scale_old) right diag(scale_new) B_new on the kept subspace.
         for_B = scaled(scale_new.conj(), scaled(1 / scale_old, reduction.right).mT)
-        share, for_C = participation(reduction), pullback_of_C(reduction)
         return LayerChange(
             (
-                *(
-                    self.part(values, (name,), (new,), share)
-                    for name, new in zip(self.per_state, per_state, strict=True)
-                ),
+                *self.eigenvalue_parts(values, reduction, per_state),
                 self.part(values, self.B_names, (B.real, B.imag), for_B),
-                self.part(values, self.C_names, (C.real, C.imag), for_C),
+                self.part(values, self.C_names, (C.real, C.imag), pullback_of_C(reduction)),
             ),
             {},
         )
 
+    def eigenvalue_parts(
+        self, values: Mapping[str, Tensor], reduction: Reduction, per_state: Sequence[PerState]
+    ) -> tuple[ParameterChange, ...]:
+        """What is written into the parameters with one number per state, and how their averages are carried over.
+
+        Eigenvalues are no linear functions of the old ones. What their gradients are made of is: the residue ``b c`` of
+        the mode, and how long it remembers. The loss sees a mode as ``c (z - lam)^-1 b``, so that a gradient on
+        ``log lam`` grows with ``|b| |c| / (1 - |lam|)``, and one on the mode's scale with ``|b| |c|``. A mode that
+        several old ones were merged into has the residue of them all, and gradients as much larger. Divided by this
+        size, the old gradients are averaged by participation and multiplied by the new size; second moments by its
+        square, and by the squares of the shares, since gradients of several modes add up with signs that these
+        moments do not know (benchmarks/carry_figure.py compares with the gradients after a cut).
+        """
+        before, after = self.read(values), reduction.system
+        share, signed = participation(reduction)
+        squares = share.square() / share.square().sum(-1, keepdim=True).clamp_min(1e-300)
+        parts: list[ParameterChange] = []
+        for one in per_state:
+            size_old = one.factor_old * _residue(before, one.order)
+            size_new = one.factor_new * _residue(after, one.order)
+            ratio = size_new[..., :, None] / torch.where(size_old > 0, size_old, math.inf)[..., None, :]
+            parts.append(
+                ParameterChange(
+                    (one.name,),
+                    (one.new.to(values[one.name]),),
+                    self.axes[one.name],
+                    (signed if one.phase else share) * ratio,
+                    squares * ratio.square(),
+                )
+            )
+        return tuple(parts)
+
     def part(
         self, values: Mapping[str, Tensor], names: tuple[str, ...], new: tuple[Tensor, ...], pullback: Tensor
     ) -> ParameterChange:
-        """What is written into some parameters. Averages keep their weights for squares; changes of basis are
-        squared."""
-        squared = pullback if len(names) == 1 else pullback.square()
+        """What is written into the real and the imaginary part of a matrix, whose gradients change with the basis."""
         cast = tuple(x.to(values[name]) for name, x in zip(names, new, strict=True))
-        return ParameterChange(names, cast, self.axes[names[0]], pullback, squared)
+        return ParameterChange(names, cast, self.axes[names[0]], pullback, pullback.square())
 
     def state_dim(self, layer: nn.Module) -> int:
         name = self.per_state[0]
@@ -91,16 +143,32 @@ class DiagonalAdapter(Adapter):
         return LayerChange(tuple(changes), {})
 
 
-def participation(reduction: Reduction) -> Tensor:
-    """Share of every old mode in every new one, shape ``(*batch, r, n)``, rows adding up to one.
+def participation(reduction: Reduction) -> tuple[Tensor, Tensor]:
+    """Share of every old mode in every new one, and the same with a minus where it takes part as its conjugate.
 
-    To first order an eigenvalue moves by ``d lam'_j = sum_i left_ji right_ij d lam_i``: the participation factors of
-    Perez-Arriaga, Verghese and Schweppe (1982).
+    To first order ``d lam'_j = sum_i p_ji d lam_i + q_ji conj(d lam_i)``: the participation factors of Perez-Arriaga,
+    Verghese and Schweppe (1982), for a real system whose modes stand for conjugate pairs. With ``x' = a x + b conj(x)``
+    and ``x = c x' + d conj(x')`` they are ``p_ji = a_ji c_ij`` and ``q_ji = b_ji conj(d_ij)``.
+
+    Returns:
+        ``|p| + |q|`` and ``|p| - |q|``, shapes ``(*batch, r, n)``, both divided by the row sums of the first.
     """
-    products = reduction.left * reduction.right.mT
-    r, n = products.shape[-2] // 2, products.shape[-1] // 2
-    share = products.unflatten(-1, (2, n)).unflatten(-3, (2, r)).sum((-4, -2)).abs()
-    return share / share.sum(-1, keepdim=True).clamp_min(1e-300)
+    (a, b), (c, d) = _parts(reduction.left), _parts(reduction.right)
+    p, q = (a * c.mT).abs(), (b * d.mT.conj()).abs()
+    total = (p + q).sum(-1, keepdim=True).clamp_min(1e-300)
+    return (p + q) / total, (p - q) / total
+
+
+def _residue(system: DiagonalSystem, order: int) -> Tensor:
+    """``|b| |c| / (1 - |lam|)^order`` of every mode."""
+    return system.B.norm(dim=-1) * system.C.norm(dim=-2) / (1 - system.lam.abs()).clamp_min(1e-12) ** order
+
+
+def _parts(stacked: Tensor) -> tuple[Tensor, Tensor]:
+    """A real linear map of ``(Re x, Im x)`` as ``x' = a x + b conj(x)``."""
+    upper, lower = stacked.chunk(2, -2)
+    (rr, ri), (ir, ii) = upper.chunk(2, -1), lower.chunk(2, -1)
+    return torch.complex(rr + ii, ir - ri) / 2, torch.complex(rr - ii, ir + ri) / 2
 
 
 def pullback_of_C(reduction: Reduction) -> Tensor:
@@ -136,4 +204,4 @@ def scaled(diagonal: Tensor, stacked: Tensor) -> Tensor:
     return torch.cat([product.real, product.imag], -2)
 
 
-__all__ = ["DiagonalAdapter", "participation", "pullback_of_C", "row_norm_kept", "scaled"]
+__all__ = ["DiagonalAdapter", "PerState", "participation", "pullback_of_C", "row_norm_kept", "scaled"]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from compressm.adapters.base import LayerChange
-from compressm.adapters.diagonal import DiagonalAdapter, row_norm_kept
+from compressm.adapters.diagonal import DiagonalAdapter, PerState, row_norm_kept
 from compressm.balancing import Reduction
 from compressm.layers.lru import LRU
 from compressm.systems import DiagonalSystem
@@ -42,5 +42,9 @@ class LRUAdapter(DiagonalAdapter):
         theta = torch.remainder(lam.angle(), 2 * math.pi).clamp_min(1e-8)
         scaled = row_norm_kept(reduction, torch.complex(v["B_re"], v["B_im"]), gamma)
         B, C = scaled.system.B / gamma[:, None], scaled.system.C
-        per_state = (nu.log(), theta.log(), gamma.log())
+        per_state = (
+            PerState("nu_log", nu.log(), v["nu_log"].exp(), nu),
+            PerState("theta_log", theta.log(), v["theta_log"].exp(), theta, phase=True),
+            PerState("gamma_log", gamma.log(), torch.ones_like(v["nu_log"]), torch.ones_like(nu), order=0),
+        )
         return self.change(values, scaled, per_state, B, C, v["gamma_log"].exp(), gamma)

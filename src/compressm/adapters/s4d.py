@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from compressm.adapters.base import LayerChange
-from compressm.adapters.diagonal import DiagonalAdapter, participation, pullback_of_C, scaled
+from compressm.adapters.diagonal import DiagonalAdapter, PerState, pullback_of_C, scaled
 from compressm.adapters.s5 import hold
 from compressm.balancing import Reduction
 from compressm.layers.s4d import S4D
@@ -54,12 +54,14 @@ class S4DAdapter(DiagonalAdapter):
         C = torch.where(used, system.C[:, 0] * b, 0.0) / (2 * gain)
         # The layer's states are the reduction's with b divided out, and C stands in it without the gain.
         left = scaled(gain / b, scaled(1 / old_gain.conj(), reduction.left.mT).mT)
-        written = replace(reduction, left=scaled(1 / b, reduction.left), right=scaled(b.conj(), reduction.right.mT).mT)
-        share = participation(written)
+        steps = log_step.exp()
+        per_state = (
+            PerState("log_decay", decay.log(), z.real.abs(), decay * steps),
+            PerState("frequency", frequency, steps, steps, phase=True),
+        )
         return LayerChange(
             (
-                self.part(values, ("log_decay",), (decay.log(),), share),
-                self.part(values, ("frequency",), (frequency,), share),
+                *self.eigenvalue_parts(values, reduction, per_state),
                 self.part(values, self.C_names, (C.real, C.imag), pullback_of_C(replace(reduction, left=left))),
             ),
             {},

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from compressm.adapters.base import LayerChange
-from compressm.adapters.diagonal import DiagonalAdapter, participation, row_norm_kept
+from compressm.adapters.diagonal import DiagonalAdapter, PerState, participation, row_norm_kept
 from compressm.balancing import Reduction
 from compressm.layers.s5 import S5, zero_order_hold
 from compressm.systems import DiagonalSystem
@@ -35,14 +35,20 @@ class S5Adapter(DiagonalAdapter):
     def plan(self, values: Mapping[str, Tensor], reduction: Reduction) -> LayerChange:
         v = {name: value.detach().to("cpu", torch.float64) for name, value in values.items()}
         lam = reduction.system.lam
-        log_step = participation(reduction) @ v["log_step"]
+        log_step = participation(reduction)[0] @ v["log_step"]
         decay = -lam.abs().clamp_min(1e-30).log() / log_step.exp()
         frequency = lam.angle() / log_step.exp()
         gain, _ = hold(decay.log(), frequency, log_step)
         scaled = row_norm_kept(reduction, torch.complex(v["B_re"], v["B_im"]), gain)
         B, C = scaled.system.B / gain[:, None], scaled.system.C / 2
-        old_gain, _ = hold(v["log_decay"], v["frequency"], v["log_step"])
-        return self.change(values, scaled, (decay.log(), frequency, log_step), B, C, old_gain, gain)
+        old_gain, old_z = hold(v["log_decay"], v["frequency"], v["log_step"])
+        z = lam.log()
+        per_state = (
+            PerState("log_decay", decay.log(), old_z.real.abs(), z.real.abs()),
+            PerState("frequency", frequency, v["log_step"].exp(), log_step.exp(), phase=True),
+            PerState("log_step", log_step, old_z.abs(), z.abs()),
+        )
+        return self.change(values, scaled, per_state, B, C, old_gain, gain)
 
 
 def hold(log_decay: Tensor, frequency: Tensor, log_step: Tensor) -> tuple[Tensor, Tensor]:
