@@ -2,7 +2,8 @@
 
     python benchmarks/hf_language_model.py --model mamba --arm shrunk --seed 0
 
-Arms: ``big`` keeps its states, ``shrunk`` is cut to ``--small`` states in the first tenth of the steps, ``small`` has
+Arms: ``big`` keeps its states, and copies of it are cut once after the training, to a half, a quarter, an eighth;
+``shrunk`` is cut to ``--small`` states in the first tenth of the steps, ``small`` has
 so many from the start. Every run writes one JSON file, ``results/hf-language-model/DATA-MODEL-ARM-seedN.json``; a run
 whose file is there is not repeated, and one that was interrupted goes on from its last checkpoint. The text is read
 from ``$COMPRESSM_DATA/text``; tiny Shakespeare is split 90:5:5 in order, WikiText-2 as it comes. The validation text is
@@ -12,6 +13,7 @@ looked at while training, the test text once, at the end.
 from __future__ import annotations
 
 import argparse
+import copy
 import lzma
 import math
 import os
@@ -79,6 +81,18 @@ class Clock(TrainerCallback):
 
     def on_optimizer_step(self, *_: Any, **__: Any) -> None:  # before any cut
         self.seconds.append(time.perf_counter() - self.started)
+
+
+def cut_once(trainer: Trainer, states: int, data: Windows, test: Windows) -> dict[str, Any]:
+    """What a single cut of the trained model costs, without any training after it."""
+    model = copy.deepcopy(trainer.model)
+    with fast_scan(model):
+        batches = [
+            {"input_ids": torch.stack([row["input_ids"] for row in (data[i], data[i + 1])])} for i in range(0, 16, 2)
+        ]
+        compressm.compress(model, states=states, data=batches)
+        loss = Trainer(model, trainer.args, eval_dataset=test).evaluate(metric_key_prefix="test")["test_loss"]
+    return {"states": states, "test_loss": loss, "parameters": sum(p.numel() for p in model.parameters())}
 
 
 def median(values: list[float]) -> float:
@@ -156,6 +170,10 @@ def main() -> None:
             split: trainer.evaluate(Windows(text, a.length, a.test_windows), metric_key_prefix=split)[f"{split}_loss"]
             for split, text in (("validation", valid), ("test", test))
         }
+    cut = []
+    if a.arm == "big":
+        windows = Windows(train, a.length), Windows(test, a.length, a.test_windows)
+        cut = [cut_once(trainer, a.big // factor, *windows) for factor in (2, 4, 8)]
     tenth = max(1, a.steps // 10)
     compressor = None if cuts is None else cuts.compressor
     store(
@@ -171,6 +189,7 @@ def main() -> None:
         test_loss=losses["test"],
         test_bits_per_byte=losses["test"] / math.log(2),
         test_perplexity=math.exp(losses["test"]),
+        cut_once=cut,
         train_seconds=seconds,
         step_seconds={
             "first": median(clock.seconds[: max(1, tenth // 5)]),

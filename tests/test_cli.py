@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import math
 import signal
 import subprocess
 import sys
@@ -8,10 +9,14 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
+import compressm
 from compressm import __version__
 from compressm.cli import main
+from compressm.layers import SequenceClassifier
 from helpers import newest_checkpoint
 
 CONFIGS = Path(__file__).parents[1] / "src/compressm/configs"
@@ -149,6 +154,21 @@ def test_train_writes_its_result(
     assert "already holds a run; resume it with --resume" in one_line(capsys)
     assert main([*arguments[:-1], "-", "--resume"]) == 0
     assert json.loads(capsys.readouterr().out) == result
+
+
+def test_values_that_json_has_no_word_for_are_null(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = SequenceClassifier(2, 3, d_model=4, d_state=8)
+    torch.nn.init.constant_(model.decoder.bias, math.nan)
+    compressm.save(model, tmp_path / "model")
+    np.savez(tmp_path / "data.npz", x=np.ones((16, 5, 2), np.float32), y=np.zeros(16, np.int64))
+    arguments = ["compress", str(tmp_path / "model"), "--states", "4", "--data", str(tmp_path / "data.npz")]
+    for number, file in enumerate(("loss.json", "-")):
+        output = ["--output", str(tmp_path / f"small{number}"), "--sequences", "8", "--json"]
+        assert main([*arguments, *output, file if file == "-" else str(tmp_path / file)]) == 0
+    out = capsys.readouterr().out
+    printed = json.loads(out[out.index("{") :])
+    assert printed["loss_after"] is None
+    assert json.loads((tmp_path / "loss.json").read_text())["loss_after"] is None
 
 
 @pytest.mark.parametrize(

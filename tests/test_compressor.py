@@ -162,6 +162,7 @@ def test_a_harmful_cut_is_undone_exactly() -> None:
     random.random(), np.random.rand()  # noqa: NPY002
     undone = loop.run(loop.compressor.check_after)[-1]
     assert (undone.kind, undone.restored_step, undone.metric, undone.reference) == ("rolled_back", 10, 0.5, 0.9)
+    assert undone.metrics()["compressm/cut_seconds"] > 0
     assert identical(loop.everything(), before)
     again = loop.step()  # the next cut is due at once, and takes half as much
     assert again is not None

@@ -153,6 +153,12 @@ class Untraceable(Tampered):
         return self.layer(u) if float(u.sum()) > 0 else u
 
 
+def test_models_without_a_state_leave_too(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh())
+    report = to_torch(model, tmp_path / "model.pt2", example=torch.randn(2, 5, 3))
+    assert report.max_error < 1e-6
+
+
 def test_mistakes_are_named(tmp_path: Path) -> None:
     example = torch.randn(2, 5, 3)
     with pytest.raises(ExportError, match="pass example="):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -13,7 +15,7 @@ from torch import Tensor
 import compressm
 from compressm.errors import InvalidRankRuleError, InvalidSystemError, UnsupportedModelError
 from compressm.filters import as_s4d, realize
-from compressm.layers import Hyena, LanguageModel
+from compressm.layers import Hyena, LanguageModel, SequenceClassifier
 
 
 def response(seed: int, length: int, decay: float) -> Tensor:
@@ -98,3 +100,12 @@ def test_bad_input_is_named() -> None:
         realize(torch.tensor([[1.0, float("nan")]]), 2)
     with pytest.raises(UnsupportedModelError, match="no long convolution"):
         compressm.distil(Hyena(4, 3))
+
+
+def test_a_distilled_s4_classifier_is_saved_and_loaded(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = SequenceClassifier(1, 3, 4, 8, layer="s4", max_length=32).eval()
+    compressm.distil(model, order=4)
+    compressm.save(model, tmp_path)
+    u = torch.randn(2, 32, 1)
+    torch.testing.assert_close(compressm.load(tmp_path).eval()(u), model(u))

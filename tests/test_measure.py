@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from compressm import Compressor
 from compressm.layers import LRU, SequenceClassifier
-from compressm.measure import step_cost
+from compressm.measure import StepCost, step_cost
 from compressm.scans import lti_scan, native
 from compressm.scans.selective import selective_scan
 
@@ -111,3 +111,19 @@ def test_fewer_states_cost_less_and_savings_say_so() -> None:
     assert saved.flops == 10 * before.flops + 10 * after.flops
     assert saved.flops_if_big == 20 * before.flops
     assert f"{1 - saved.flops / saved.flops_if_big:.0%} of the operations were spared" in str(saved)
+
+
+def test_what_a_compressor_observes_is_no_part_of_a_step() -> None:
+    torch.manual_seed(0)
+    model = SequenceClassifier(1, 3, 8, 32, layer="mamba")
+    u = torch.randn(4, 40, 1)
+
+    def cost() -> StepCost:
+        return step_cost(model, lambda model: model.train()(u).sum())
+
+    before = cost()
+    compressor = Compressor(model, torch.optim.Adam(model.parameters()), 20, states=4)
+    assert cost() == before
+    assert not compressor.state_dict()["moments"]  # the copy has observed nothing for it
+    model.train()(u)
+    assert compressor.state_dict()["moments"]

@@ -352,12 +352,12 @@ def _write_result(path: Path | None, result: dict[str, Any]) -> None:
     """The machine-readable result, to a file, or to standard output for ``-``."""
     if path is None:
         return
-    if str(path) == "-":
-        print(json.dumps(result, indent=1))
-        return
-    from compressm.training.result import write_json
+    from compressm.storage import finite, write_json
 
-    write_json(path, result)
+    if str(path) == "-":
+        print(json.dumps(finite(result), indent=1))
+    else:
+        write_json(path, finite(result))
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -32,6 +33,18 @@ When = Literal["schedule", "settled"]
 OnSetback = Literal["halve", "stop"]
 
 log = logging.getLogger(__name__)
+
+
+def cut_steps(total_steps: int, cuts: int, window: float, start: int) -> tuple[int, ...]:
+    """The steps after which cuts come: equidistant in ``window * total_steps`` steps from ``start`` on.
+
+    The last one is later than ``total_steps`` where they do not fit.
+    """
+    exact = window * total_steps / cuts
+    distance = max(1, round(exact))
+    if start + distance * cuts > total_steps:  # rounding must not push the last cut out of a window that fits
+        distance = max(1, math.floor(exact + 1e-9))
+    return tuple(start + distance * (index + 1) for index in range(cuts))
 
 
 class Compressor:
@@ -172,16 +185,13 @@ class Compressor:
             min_reduction=min_reduction,
             per_layer=per_layer,
         )
-        exact = window * total_steps / cuts
-        distance = max(1, round(exact))
-        if start + distance * cuts > total_steps:  # rounding must not push the last cut out of a window that fits
-            distance = max(1, math.floor(exact + 1e-9))
-        self.cut_steps = tuple(start + distance * (index + 1) for index in range(cuts))
+        self.cut_steps = cut_steps(total_steps, cuts, window, start)
         if self.cut_steps[-1] > total_steps:
             raise InvalidRankRuleError(
                 f"the last of {cuts} cuts would come at step {self.cut_steps[-1]}, after total_steps={total_steps}: "
                 "lower start, window or cuts"
             )
+        distance = self.cut_steps[0] - start
         self.check_after = check_after if check_after is not None else max(1, distance // 2)
         if max_drop is not None and self.cut_steps[-1] + self.check_after > total_steps:
             raise InvalidRankRuleError(
@@ -368,7 +378,7 @@ class Compressor:
         if metric >= reference - self.max_drop:  # NaN is a setback too
             self._best = max(reference, metric)
             return Event("kept", self._steps, metric=metric, reference=reference)
-        at = self._steps
+        at, started = self._steps, time.perf_counter()
         self._training.restore(before, self.rewind)
         self._statistics.load_state_dict(before["moments"])
         self._shapes_changed()
@@ -380,7 +390,8 @@ class Compressor:
         elif self._searches:
             # The search goes on where it stands: the next cut is due at the next chance, not a whole interval later.
             self._cuts_done = max(0, self._cuts_done - 1)
-        return Event("rolled_back", at, metric=metric, reference=reference, restored_step=before["step"])
+        seconds = time.perf_counter() - started
+        return Event("rolled_back", at, seconds, metric=metric, reference=reference, restored_step=before["step"])
 
     def _evaluate(self) -> float:
         assert self.evaluate is not None

@@ -19,7 +19,7 @@ import os
 import tempfile
 import warnings
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from compressm.errors import ExportError, MissingExtraError
+from compressm.errors import ExportError, MissingExtraError, UnsupportedModelError
 from compressm.reduce import state_dims
 
 StrPath = str | os.PathLike[str]
@@ -233,12 +233,13 @@ def _trace(model: nn.Module, example: Tensor | None, step: bool) -> _Traced:
                 node.meta.pop("stack_trace", None)  # paths on this machine
     except Exception as error:  # torch raises errors of many kinds, about the model's code or about the shapes
         raise ExportError(f"torch.export cannot trace this {type(model).__name__}: {_first_line(error)}") from error
-    metadata = {
+    metadata: dict[str, Any] = {
         "compressm": __version__,
         "class": type(model).__name__,
         "kind": "step" if step else "sequence",
-        "state_dims": state_dims(model),
     }
+    with suppress(UnsupportedModelError):  # a model of other layers
+        metadata["state_dims"] = state_dims(model)
     return _Traced(model, program, dynamic, example, state, metadata)
 
 

@@ -13,7 +13,8 @@ class Event:
 
     Attributes:
         kind: ``"cut"``; ``"unchanged"`` (it looked, and no layer was to be cut); ``"kept"`` (a cut under observation
-            proved harmless); ``"rolled_back"`` (it did not, and everything is as it was before it).
+            proved harmless); ``"rolled_back"`` (it did not, and everything is as it was before it); ``"recompiled"``
+            (graphs were compiled anew after a cut).
         step: training steps done when it happened.
         seconds: time that it took, without evaluations.
         layers: per layer what was done, with its certificate (see `LayerReport.to_dict`); empty unless it looked.

@@ -120,7 +120,7 @@ def compress_checkpoint(
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise CheckpointError(f"output {target} exists and is not an empty folder: choose another")
     model, tokenizer, hugging_face = _read(folder)
-    batches = _batches(model, tokenizer, Path(data), sequences, length)
+    batches = _batches(model, tokenizer, Path(data), 2 * sequences, length, halves=2)
     half = len(batches) // 2
     before = _parameters(model)
     with _fast(model):
@@ -290,16 +290,21 @@ def _first_line(error: Exception) -> str:
     return str(error).strip().partition("\n")[0]
 
 
-def _batches(model: nn.Module, tokenizer: Any, path: Path, sequences: int, length: int) -> list[tuple[Any, Tensor]]:
-    """Inputs and what they should lead to: an even number of batches."""
-    if sequences < _BATCH or length < 2:
-        raise ConfigError(f"sequences must be at least {_BATCH} and length at least 2; got {sequences} and {length}")
-    x, y = _arrays(path) if isinstance(model, SequenceClassifier) else _windows(model, tokenizer, path, length)
-    count = 2 * min(sequences // _BATCH, len(x) // (2 * _BATCH))
-    if count == 0:
+def _batches(
+    model: nn.Module, tokenizer: Any, path: Path, sequences: int, length: int, halves: int = 1
+) -> list[tuple[Any, Tensor]]:
+    """Inputs and what they should lead to: as many batches in each of the halves."""
+    if sequences < halves * _BATCH or length < 2:
         raise ConfigError(
-            f"{path} holds {len(x)} sequences of {length}; {2 * _BATCH} are needed: half for the cut, half to measure "
-            "the loss on; give more data, or a smaller length"
+            f"sequences must be at least {_BATCH} and length at least 2; got {sequences // halves} and {length}"
+        )
+    x, y = _arrays(path) if isinstance(model, SequenceClassifier) else _windows(model, tokenizer, path, length)
+    count = halves * (min(sequences, len(x)) // (halves * _BATCH))
+    if count == 0:
+        why = ": half for the cut, half to measure the loss on" if halves == 2 else ""
+        raise ConfigError(
+            f"{path} holds {len(x)} sequences of {length}; {halves * _BATCH} are needed{why}; give more data, or a "
+            "smaller length"
         )
     return [(x[i * _BATCH : (i + 1) * _BATCH], y[i * _BATCH : (i + 1) * _BATCH]) for i in range(count)]
 

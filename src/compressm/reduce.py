@@ -22,7 +22,7 @@ from compressm.rivals.pruning import prune
 from compressm.rng import rng_state, set_rng_state
 from compressm.selection import Selection, reduce_selective
 from compressm.selective import ErrorEstimate, Moments, SelectiveBalancing
-from compressm.spectrum import AnyBalancing, balance_layers
+from compressm.spectrum import AnyBalancing, balance_layers, mean_hsv
 from compressm.statistics import gather, modes_kept
 
 
@@ -37,7 +37,7 @@ class LayerReport:
             failed).
         reason: why, in words, unless cut.
         certificate: of the truncation, or for a selective layer the error to expect; None where none was computed.
-        hsv: Hankel singular values before the cut, decreasing.
+        hsv: Hankel singular values before the cut, decreasing; the mean over the systems of a layer that has several.
         energy_kept: share of the Hankel energy that the states after a cut carried before it; None without a cut.
         poles_before, poles_after: eigenvalues of a linear time-invariant layer that was cut; empty otherwise.
     """
@@ -182,7 +182,7 @@ def plan_reduction(
     changes: dict[str, LayerChange] = {}
     for name, (layer, adapter) in layers.items():
         balancing, present = balancings[name], adapter.state_dim(layer)
-        report = LayerReport(name, present, present, "kept", "", None, tuple(balancing.hsv.reshape(-1).tolist()))
+        report = LayerReport(name, present, present, "kept", "", None, tuple(mean_hsv(balancing).tolist()))
         change = None
         if not passes_gate(present, ranks[name], rule):
             report = replace(report, reason=_gate(present, rule))
@@ -341,6 +341,8 @@ def compress(
             "max_drop and evaluate go together: the loss allowed, and the function that measures it"
         )
     check_choice("carry", carry, Carry)
+    check_choice("method", method, Method)
+    check_choice("selection", selection, Selection)
     searching = max_drop is not None
     if searching and any(value is not None for value in (tolerance, states, fraction, max_error, total_states)):
         raise InvalidRankRuleError("give either max_drop or a size or error rule, not both")
@@ -354,6 +356,8 @@ def compress(
         min_reduction=min_reduction,
         per_layer=per_layer,
     )
+    if optimizer is not None and carry != "reset":
+        check_optimizer(optimizer, {name: layer for name, (layer, _) in find_layers(model).items()})
     moments = None if data is None else gather(model, data)
     if max_drop is not None and evaluate is not None:
         balancings = balance_layers(model, method, moments)

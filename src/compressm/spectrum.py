@@ -187,6 +187,12 @@ def snapshot(state: Any, method: Method) -> AnyBalancing:
     return balance(DiagonalSystem(*state), method)
 
 
+def mean_hsv(balancing: AnyBalancing) -> Tensor:
+    """Hankel singular values of a layer, decreasing: the mean over its systems where it has several (channels of S4D,
+    heads, groups), shape ``(m,)``."""
+    return balancing.hsv.reshape(-1, balancing.hsv.shape[-1]).mean(0)
+
+
 @dataclass(frozen=True)
 class SpectrumChange:
     """How far a layer's Hankel spectrum moved between two snapshots.

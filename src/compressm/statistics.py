@@ -7,7 +7,7 @@ layer, fused ones included, and costs nothing between observations.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -108,6 +108,10 @@ class _Hook:
     def __init__(self, statistics: Statistics, name: str, adapter: SelectiveAdapter, training_only: bool) -> None:
         self.statistics, self.name, self.adapter, self.training_only = statistics, name, adapter, training_only
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Callable[..., None]:
+        """Copies of the model are nobody's training, and are not observed."""
+        return _nothing
+
     def __call__(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self.training_only and not layer.training:
             return
@@ -116,6 +120,10 @@ class _Hook:
             if isinstance(value, Tensor) and value.is_floating_point() and value.ndim == 3:
                 self.statistics.observe(self.name, layer, self.adapter, value)
                 return
+
+
+def _nothing(*_: Any) -> None:
+    """A hook that does nothing."""
 
 
 def not_seen(name: str) -> str:

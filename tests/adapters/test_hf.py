@@ -20,6 +20,8 @@ import compressm
 from compressm.adapters import SelectiveAdapter, find_layers
 from compressm.adapters.base import UnknownLayerWarning, layer_values, write
 from compressm.errors import UnsupportedModelError
+from compressm.ranks import RankRule
+from compressm.reduce import plan_reduction
 from compressm.selection import reduce_selective
 from compressm.spectrum import balance_layers
 from compressm.statistics import gather
@@ -178,6 +180,21 @@ def test_layers_may_differ_on_request_and_our_own_format_keeps_them(
     compressm.save(model, folder)
     loaded = compressm.load(folder, fresh)
     assert torch.equal(loaded(input_ids=tokens()).logits, model(input_ids=tokens()).logits)
+
+
+@given(data=st.data())
+@settings(max_examples=2)
+def test_every_model_that_a_cut_is_written_to_has_buffers_of_its_own(data: st.DataObject) -> None:
+    model = data.draw(hf_models("FalconMamba"))
+    other = copy.deepcopy(model)
+    plan = plan_reduction(model, RankRule(states=1), moments=gather(model, DATA)).cpu()
+    for one in (model, other):
+        plan.apply(one)
+    for (layer, _), (copied, _) in zip(find_layers(model).values(), find_layers(other).values(), strict=True):
+        mine, theirs = (dict(one.named_buffers())["b_layernorm.weight"] for one in (layer, copied))
+        assert torch.equal(mine, theirs)
+        assert mine.shape == (1,)
+        assert mine is not theirs
 
 
 @pytest.mark.parametrize("family", S6)

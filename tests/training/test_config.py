@@ -4,9 +4,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch import nn
 
 from compressm.compressor import Compressor
 from compressm.errors import ConfigError
+from compressm.layers import LRU
 from compressm.training.config import CompressionConfig, load_config, parse_config
 
 CONFIGS = Path(__file__).parents[2] / "src/compressm/configs"
@@ -179,3 +182,17 @@ def test_unreadable_files(tmp_path: Path) -> None:
 def test_parse_config_of_anything(value: Any) -> None:
     with pytest.raises(ConfigError):
         parse_config({"data": value})
+
+
+def test_cuts_come_where_the_compressor_makes_them(tmp_path: Path) -> None:
+    model = nn.Sequential(LRU(2, 8))
+    optimizer = torch.optim.Adam(model.parameters())
+    for steps in (100, 101, 1001):
+        for cuts in (1, 3, 7):
+            for window in (0.1, 0.5, 1):
+                compressor = Compressor(model, optimizer, steps, tolerance=0.1, cuts=cuts, window=window)
+                load_config(
+                    written(tmp_path, GOOD),
+                    [f"run.steps={steps}", f"compression.cuts={cuts}", f"compression.window={window}"],
+                )
+                assert compressor.cut_steps[-1] <= steps

@@ -61,7 +61,8 @@ class LayerChange:
     def cpu(self) -> LayerChange:
         """The same change with all tensors on the CPU."""
         parameters = (replace(part, values=tuple(value.cpu() for value in part.values)) for part in self.parameters)
-        return replace(self, parameters=tuple(parameters))
+        attributes = {name: v.cpu() if isinstance(v, Tensor) else v for name, v in self.attributes.items()}
+        return replace(self, parameters=tuple(parameters), attributes=attributes)
 
 
 class LayerAdapter(ABC):
@@ -226,8 +227,11 @@ def write(layer: nn.Module, change: LayerChange) -> None:
         parameter.data = value.to(device=device, copy=True, memory_format=torch.contiguous_format)
         parameter.grad = None
     for path, value in change.attributes.items():
-        owner, _, name = path.rpartition(".")
-        setattr(layer.get_submodule(owner), name, value)
+        prefix, _, name = path.rpartition(".")
+        owner = layer.get_submodule(prefix)
+        if isinstance(value, Tensor):  # a buffer
+            value = value.to(getattr(owner, name).device, copy=True)
+        setattr(owner, name, value)
 
 
 def tell_written(model: nn.Module) -> None:

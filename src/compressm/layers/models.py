@@ -64,12 +64,12 @@ class GLUBlock(nn.Module):
         z = GELU(layer(norm(u)));   v = W1 z;   out = u + dropout(v * sigmoid(W2 z))
 
     Args:
-        layer: ``"lru"``, ``"s5"`` or ``"s4d"``.
+        layer: a key of `TIME_INVARIANT`.
         d_model: width H.
         d_state: state dimension n.
         dropout: probability of dropping an activation, after the GELU and after the GLU.
         norm: see `sequence_norm`.
-        options: of `LRU`, `S5` or `S4D`.
+        options: of that layer.
     """
 
     def __init__(
@@ -161,8 +161,7 @@ class SequenceClassifier(nn.Module):
         n_layers: number of blocks.
         dropout: probability of dropping an activation in the blocks.
         norm: see `sequence_norm`; by default ``"batch"`` for LRU, S5 and S4D and ``"rms"`` for the others.
-        layer: ``"lru"``, ``"s5"`` or ``"s4d"`` (`GLUBlock`), ``"mamba"``, ``"mamba2"`` or ``"linear_attention"``
-            (`ResidualBlock`).
+        layer: a key of `TIME_INVARIANT` (`GLUBlock`) or of `GATED` (`ResidualBlock`).
         vocabulary: number of tokens, where the input is tokens; 0 pads sequences at the end, and does not count.
         options: of the layer, for example ``r_min`` of `LRU`, ``expand`` of `Mamba`, ``head_dim`` of `Mamba2`.
 
@@ -205,7 +204,11 @@ class SequenceClassifier(nn.Module):
     @property
     def config(self) -> dict[str, Any]:
         """The arguments that rebuild this model as it is now, with its present state dimensions."""
-        return {**self._arguments, "d_state": [block.ssm.d_state for block in self.blocks]}  # type: ignore[union-attr]
+        arguments = {**self._arguments, "d_state": [block.ssm.d_state for block in self.blocks]}  # type: ignore[union-attr]
+        if arguments["layer"] == "s4" and all(isinstance(block.ssm, S4D) for block in self.blocks):  # distilled
+            arguments = {**arguments, "layer": "s4d"}
+            arguments.pop("max_length", None)
+        return arguments
 
     def forward(self, u: Tensor) -> Tensor:
         z = linear(self.encoder, u)
@@ -330,8 +333,10 @@ def parameter_groups(
     """Optimizer groups as SSMs are trained: the recurrence's parameters at a lower rate and without weight decay.
 
     The parameters ``lam`` (``nu_log``, ``theta_log``), ``B`` and ``gamma`` of every `LRU`, eigenvalues, time steps and
-    ``B`` of every `S5` and `S4D`, and ``A_log`` of every `Mamba` and `Mamba2`, form the group ``"ssm"`` with learning
-    rate ``lr * ssm_lr_factor`` and no decay; biases and norms are not decayed either; everything else is.
+    ``B`` of every `S5`, `S4` (its low-rank term too) and `S4D`, and ``A_log`` of every `Mamba` and `Mamba2`, form the
+    group ``"ssm"`` with learning rate ``lr * ssm_lr_factor`` and no decay; biases, norms and other parameters of one
+    axis are not decayed either; everything else is. The other layers have no such parameters: their recurrences are
+    made of projections.
     """
     ssm, plain, decayed = [], [], []
     recurrent = {

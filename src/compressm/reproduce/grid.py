@@ -21,9 +21,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from compressm.errors import CompressmError, ConfigError, RunError
 from compressm.reproduce.experiments import Arm, Experiment
+from compressm.storage import write_json
 from compressm.training.config import Config, load_config, parse_config, present_form
 from compressm.training.loop import FREE_KEYS, train
-from compressm.training.result import RunResult, write_json
+from compressm.training.result import RunResult
 
 
 @dataclass(frozen=True)

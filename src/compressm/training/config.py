@@ -12,6 +12,7 @@ from typing import Any, Literal, cast
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from compressm.compressor import cut_steps
 from compressm.errors import ConfigError
 from compressm.rivals.pruning import SCORES
 from compressm.selection import Selection
@@ -282,15 +283,14 @@ class Config(Section):
     @model_validator(mode="after")
     def _consistent(self) -> Config:
         compression, steps = self.compression, self.run.steps
-        distance = max(1, round(compression.window * steps / compression.cuts))
-        last = compression.start + distance * compression.cuts
+        last = cut_steps(steps, compression.cuts, compression.window, compression.start)[-1]
         if compression.enabled and last > steps:
             raise ValueError(
                 f"compression.cuts|puts the last cut at step {last}, after run.steps={steps}: lower compression.cuts, "
                 "compression.start or compression.window"
             )
-        if compression.selection in ("smallest", *SCORES) and self.model.layer not in ("lru", "s5"):
-            raise ValueError(f"compression.selection|is for layers lru and s5, not {self.model.layer}")
+        if compression.selection in ("smallest", *SCORES) and self.model.layer not in ("lru", "s5", "s4d"):
+            raise ValueError(f"compression.selection|is for layers lru, s5 and s4d, not {self.model.layer}")
         if self.loss.hankel_norm is not None and self.model.layer != "lru":
             raise ValueError(f"loss.hankel_norm|is for layer lru, not {self.model.layer}")
         if self.schedule.lr_min > self.optimizer.lr:

@@ -33,6 +33,7 @@ from compressm.measure import step_cost
 from compressm.reduce import state_dims
 from compressm.rng import rng_state, set_rng_state
 from compressm.statistics import Statistics
+from compressm.storage import write_json
 from compressm.training.checkpoints import Checkpoints
 from compressm.training.config import Config, present_form
 from compressm.training.data import BatchOrder, SequenceData, Split, load_data
@@ -41,7 +42,7 @@ from compressm.training.logs import RunLog, TensorBoard, Tracker, WeightsAndBias
 from compressm.training.memory import keep_freed_memory
 from compressm.training.models import build_compressor, build_model, build_optimizer, build_scheduler
 from compressm.training.objective import Objective
-from compressm.training.result import RunResult, write_json
+from compressm.training.result import RunResult
 from compressm.training.spectra import SpectrumLog
 
 # What does not change a run's result, and may differ between the checkpoint and the run which resumes it.

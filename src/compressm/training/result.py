@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from compressm.errors import CheckpointError, ConfigError
+from compressm.errors import CheckpointError
 from compressm.storage import finite
 
 
@@ -79,21 +77,4 @@ class RunResult:
             raise CheckpointError(f"{path}: damaged ({error}); delete it and resume the run") from error
 
 
-def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Write a JSON file that is at no instant half written.
-
-    Raises:
-        ConfigError: it cannot be written.
-    """
-    new = path.with_name(f"{path.name}.new")
-    try:
-        with new.open("w", encoding="utf-8") as file:
-            file.write(json.dumps(value, indent=1, allow_nan=False) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(new, path)
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be written ({error.strerror}); choose another place") from error
-
-
-__all__ = ["RunResult", "write_json"]
+__all__ = ["RunResult"]

@@ -11,7 +11,7 @@ from torch import nn
 from compressm.adapters import Adapter, find_layers
 from compressm.adapters.base import layer_values
 from compressm.balancing import Method, balance
-from compressm.spectrum import AnyBalancing, snapshot, snapshot_state, spectrum_changes
+from compressm.spectrum import AnyBalancing, mean_hsv, snapshot, snapshot_state, spectrum_changes
 
 _DIGITS = 5  # of a singular value in the record
 
@@ -23,7 +23,8 @@ class SpectrumLog:
         method: see `balancing`.
 
     Attributes:
-        record: for every look ``step``, and by layer name under ``layers``: ``states``; ``hsv``, decreasing; and
+        record: for every look ``step``, and by layer name under ``layers``: ``states``; ``hsv``, see
+            `mean_hsv`; and
             ``change``, a `SpectrumChange` since the look before, None where there is none of the same order.
     """
 
@@ -46,7 +47,7 @@ class SpectrumLog:
                 "layers": {
                     name: {
                         "states": balancing.energy.shape[-1],
-                        "hsv": [float(f"{value:.{_DIGITS}g}") for value in balancing.hsv.flatten().tolist()],
+                        "hsv": [float(f"{value:.{_DIGITS}g}") for value in mean_hsv(balancing).tolist()],
                         "change": asdict(changes[name]) if name in changes else None,
                     }
                     for name, balancing in now.items()
