@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import numpy as np
@@ -260,3 +261,15 @@ def test_real_eigenvalues_are_not_cut_twice_as_far_as_asked(states: int) -> None
     reduction = truncate(balance(system), states)
     assert 0.98 * states <= reduction.system.n <= states
     assert reduction.certificate.valid
+
+
+def test_the_error_is_looked_for_where_modes_were_removed() -> None:
+    # Sixty slow modes side by side, of which the weaker half goes: its peaks are all that the error has.
+    radius, strong = 1 - 1e-5, (torch.arange(30, dtype=torch.float64) + 0.5) * math.pi / 30
+    weak = (torch.arange(30, dtype=torch.float64) + 0.93) * math.pi / 31
+    gains = torch.cat([torch.ones(30), torch.full((30,), 1e-3)]).sqrt().to(torch.complex128)
+    lam = radius * torch.exp(1j * torch.cat([strong, weak]))
+    system = DiagonalSystem(lam, gains[:, None], gains[None])
+    reduction = truncate(balance(system), 30)
+    error = system.minus(reduction.system).transfer_function(weak).abs().max()
+    assert reduction.certificate.hinf_error >= 0.99 * float(error)

@@ -279,3 +279,16 @@ def test_a_model_without_state_is_refused_at_once() -> None:
     model = torch.nn.Linear(2, 2)
     with pytest.raises(UnsupportedModelError):
         Compressor(model, torch.optim.SGD(model.parameters(), lr=0.1), 10, tolerance=0.1)
+
+
+@pytest.mark.parametrize(("states", "fraction"), [(64, 0.5), (256, 0.125), (16, 0.5), (30, 0.4)])
+def test_a_fraction_is_arrived_at(states: int, fraction: float) -> None:
+    torch.manual_seed(1)
+    model = LRU(4, states)
+    optimizer = torch.optim.Adam(model.parameters())
+    compressor = Compressor(model, optimizer, 40, fraction=fraction)
+    for _ in range(4):
+        model(torch.randn(2, 8, 4)).square().mean().backward()
+        optimizer.step()
+        compressor.step()
+    assert list(compressor.state_dims.values()) == [round(fraction * states)]

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 import compressm.certificate
+from compressm.certificate import Certificate
 from compressm.errors import CheckpointError, InvalidRankRuleError, InvalidSystemError, UnsupportedModelError
 from compressm.layers import LRU, S4D, SequenceClassifier
 from compressm.ranks import RankRule
@@ -204,3 +205,33 @@ def test_the_energy_kept_is_that_of_all_channels() -> None:
     kept = spectrum.energy[..., :4].sum() / spectrum.energy.sum()
     assert report.energy_kept == pytest.approx(float(kept))
     assert spectrum.energy.shape == (3, 12)
+
+
+@pytest.mark.parametrize("multiple_of", [1, 2, 4])
+def test_an_error_asked_for_is_kept_by_any_multiple(multiple_of: int) -> None:
+    cuts = 0
+    for seed in range(8):
+        for allowed in (1.0, 0.5, 0.25):
+            torch.manual_seed(seed)
+            layer = LRU(2, 24, r_min=0.0, r_max=0.9)  # fast modes: several real eigenvalues are left over
+            report = compress(layer, max_error=allowed, multiple_of=multiple_of).layers[0]
+            if report.outcome == "cut":
+                assert isinstance(report.certificate, Certificate)
+                assert report.certificate.bound <= allowed * (1 + 1e-9)
+                assert report.states_after % multiple_of == 0
+                cuts += 1
+    assert cuts > 10
+
+
+def test_what_was_kept_is_told_by_what_was_discarded() -> None:
+    kept: dict[str, float | None] = {}
+    for selection in ("hankel", "random", "smallest", "modal"):
+        torch.manual_seed(0)
+        (report,) = compress(LRU(4, 32), states=16, selection=selection).layers  # type: ignore[arg-type]
+        kept[selection] = report.energy_kept
+        assert isinstance(report.certificate, Certificate)
+        if selection != "modal":
+            discarded = report.certificate.bound / (2 * sum(report.hsv))
+            assert kept[selection] == pytest.approx(1 - discarded)
+    assert kept["modal"] is None
+    assert kept["smallest"] < kept["random"] < kept["hankel"] < 1  # type: ignore[operator]

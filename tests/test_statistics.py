@@ -13,6 +13,7 @@ from compressm.checkpoint import load_tree, save_tree
 from compressm.compressor import Compressor
 from compressm.errors import UnsupportedModelError
 from compressm.layers import LanguageModel, Mamba, SequenceClassifier, parameter_groups
+from compressm.selective import Signals, moments
 from compressm.statistics import Statistics, gather
 
 
@@ -217,3 +218,35 @@ def test_looking_at_data_leaves_every_mode_as_it_was() -> None:
     model[0].eval()
     gather(model, [torch.randn(2, 6, 4)])
     assert [module.training for module in model] == [False, True]
+
+
+def test_padding_of_a_classifier_does_not_count() -> None:
+    torch.manual_seed(0)
+    net = SequenceClassifier(1, 3, 4, 8, 2, dropout=0.0, layer="mamba", vocabulary=20)
+    tokens = torch.randint(1, 20, (4, 30))
+    padded = torch.cat([tokens, torch.zeros(4, 50, dtype=torch.long)], 1)
+    plain, other = gather(net, [tokens]), gather(net, [padded])
+    for name, value in plain.items():
+        for key, tensor in value.tensors().items():
+            torch.testing.assert_close(
+                other[name].tensors()[key], tensor, rtol=1e-4, atol=1e-6 * float(tensor.abs().max())
+            )
+    compressor = Compressor(net, torch.optim.Adam(net.parameters()), 20, states=4)
+    net.train()(padded)
+    seen = {float(value["tokens"]) for value in compressor.state_dict()["moments"].values()}
+    assert seen == {30.0}
+    compressor.step()
+
+
+def test_long_sequences_are_added_up_to_many_digits() -> None:
+    torch.manual_seed(0)
+    rates = torch.tensor([[1.0, 1.01, 1.02, 1.05]])
+    length = 4096
+    signals = Signals(torch.randn(1, length, 1), torch.full((1, length, 1), 1e-3), rates, torch.ones(1, length, 1, 4),
+                      torch.ones(1, length, 1, 4))  # fmt: skip
+    # The decays are float32's: what is tested are the sums.
+    decay, h, P = torch.exp(torch.tensor(-1e-3) * rates).double(), torch.zeros(1, 4, dtype=torch.float64), 0
+    for x in signals.x.double().flatten():
+        h = decay * h + x
+        P = P + h.T @ h
+    torch.testing.assert_close(moments(signals).P[0], torch.as_tensor(P), rtol=2e-6, atol=0)

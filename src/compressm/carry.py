@@ -181,8 +181,9 @@ def follow(follower: nn.Module, model: nn.Module, changes: Mapping[str, LayerCha
     """Let an averaged copy of a model take part in a cut, in place.
 
     An average of parameters has a meaning only where they mean the same at all times, and after a cut state i is not
-    what it was. What the cut changed in the model is set to the model's new values, where averaging starts again;
-    everything else keeps its average.
+    what it was. What the cut changed in the model is set to the model's new values, where averaging starts again. All
+    else keeps the value of its average; in an average that counts its steps (``n_averaged``), which has one count for
+    all parameters, that value then weighs as much as one step's.
 
     Args:
         follower: a copy of the model, or a wrapper of one, such as `torch.optim.swa_utils.AveragedModel`.

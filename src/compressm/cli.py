@@ -87,13 +87,14 @@ def _app(command_line: str) -> "typer.Typer":
     def file_option(*names: str, help: str, endings: Sequence[str] = ()) -> Any:
         """An option for a file to write, which is checked before the work whose result goes there."""
 
-        def check(path: Path | None) -> Path | None:
+        def check(parameter: typer.CallbackParam, path: Path | None) -> Path | None:
             if path is None or str(path) == "-":
                 return path
+            given = f"{parameter.opts[0]} {path}"
             if endings and path.suffix not in endings:
-                raise ConfigError(f"{path}: the name must end with {' or '.join(endings)}")
+                raise ConfigError(f"{given}: the name must end with {' or '.join(endings)}")
             if not path.absolute().parent.is_dir():
-                raise ConfigError(f"{path}: its folder does not exist; create it or choose another place")
+                raise ConfigError(f"{given}: its folder does not exist; create it or choose another place")
             return path
 
         return typer.Option(*names, help=help, callback=check)

@@ -362,10 +362,11 @@ class Compressor:
             return replace(rule, tolerance=rule.tolerance * mildness)
         if rule.max_error is not None:
             return replace(rule, max_error=rule.max_error * mildness)
-        if rule.fraction is not None:
-            return replace(rule, fraction=rule.fraction ** (mildness / len(self.cut_steps)))
         share = mildness / (len(self.cut_steps) - self._cuts_done + 1)  # of what is left of the way
         dims = self.state_dims.values()
+        if rule.fraction is not None:
+            left = rule.fraction * sum(self._initial_dims.values()) / sum(dims)
+            return replace(rule, fraction=min(1.0, left) ** share)
         if rule.states is not None:
             return replace(rule, states=_towards(max(dims), rule.states, share))
         assert rule.total_states is not None

@@ -36,7 +36,7 @@ class LayerLoss:
     Attributes:
         name: the layer's name in the model.
         states_before, states_after: state dimension.
-        energy_discarded: share of the Hankel energy that the removed states held.
+        energy_discarded: share of the Hankel energy that was discarded, see `LayerReport.energy_kept`.
         outcome, reason: as in `LayerReport`.
     """
 
@@ -133,7 +133,7 @@ def compress_checkpoint(
             layer.name,
             layer.states_before,
             layer.states_after,
-            _discarded(balancings[layer.name].energy, layer.states_after),
+            0.0 if layer.energy_kept is None else 1 - layer.energy_kept,
             layer.outcome,
             layer.reason,
         )
@@ -261,10 +261,6 @@ def _read(folder: Path) -> tuple[nn.Module, Any, bool]:
         )
     model, tokenizer = (load(folder), None) if own else _hugging_face(folder)
     return model.eval(), tokenizer, not own
-
-
-def _discarded(energy: Tensor, states: int) -> float:
-    return float(energy[..., states:].sum() / energy.sum().clamp_min(1e-300))
 
 
 def _hugging_face(folder: Path) -> tuple[nn.Module, Any]:

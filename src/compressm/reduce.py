@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from compressm.adapters import Adapter, LayerChange, SelectiveAdapter, find_layers
 from compressm.adapters.base import layer_values, tell_written, write
-from compressm.balancing import Balancing, Method, truncate
+from compressm.balancing import Balancing, Method, Reduction, truncate
 from compressm.carry import Carry, carry_state, check_optimizer
 from compressm.certificate import Certificate
 from compressm.errors import CheckpointError, InvalidRankRuleError, InvalidSystemError
@@ -38,7 +38,8 @@ class LayerReport:
         reason: why, in words, unless cut.
         certificate: of the truncation, or for a selective layer the error to expect; None where none was computed.
         hsv: Hankel singular values before the cut, decreasing; the mean over the systems of a layer that has several.
-        energy_kept: share of the Hankel energy that the states after a cut carried before it; None without a cut.
+        energy_kept: share of the Hankel energy that was not discarded; for a selective layer the share of its output's
+            power that is expected to stay. None without a cut, and where states were taken out as they are.
         poles_before, poles_after: eigenvalues of a linear time-invariant layer that was cut; empty otherwise.
     """
 
@@ -192,10 +193,9 @@ def plan_reduction(
             report, change = _plan_selective(report, layer, adapter, balancing, ranks[name], selection)
         if change is not None and (other := _also_used(shared, layer, change)):
             reason = f"{other[0]} is also {other[1]}, which would change with it"
-            report, change = replace(report, states_after=present, outcome="refused", reason=reason), None
+            report = replace(report, states_after=present, outcome="refused", reason=reason, energy_kept=None)
+            change = None
         if change is not None:
-            energy = balancing.energy
-            report = replace(report, energy_kept=float(energy[..., : report.states_after].sum() / energy.sum()))
             changes[name] = change
         reports.append(report)
     refused = [report.name for report in reports if report.outcome == "refused" and report.name in alike]
@@ -249,7 +249,27 @@ def _plan_selective(
     if not estimate.valid:
         return replace(report, outcome="refused", reason="; ".join(estimate.failures), certificate=estimate), None
     change = adapter.plan(layer_values(layer), reduction)
-    return replace(report, states_after=reduction.states, outcome="cut", certificate=estimate), change
+    kept = 1 - estimate.relative_error**2
+    report = replace(report, states_after=reduction.states, outcome="cut", certificate=estimate, energy_kept=kept)
+    return report, change
+
+
+def _rounded_up(balancing: Balancing, reduction: Reduction, multiple_of: int) -> Reduction:
+    """The smallest reduction to a multiple of so many states whose bound is no larger; at most to the present order.
+
+    Left-over real eigenvalues take a whole state each, so that more states may stand for less of the system.
+    """
+    allowed = _bounds(reduction) * (1 + 1e-9)
+    for states in range(-(-reduction.system.n // multiple_of) * multiple_of, balancing.system.n, multiple_of):
+        rounded = truncate(balancing, states)
+        if rounded.system.n == states and _bounds(rounded) <= allowed:
+            return rounded
+    return truncate(balancing, balancing.system.n)
+
+
+def _bounds(reduction: Reduction) -> float:
+    """Of all systems of a layer together: twice the Hankel energy that was discarded."""
+    return sum(one.bound for one in reduction.certificates)
 
 
 def _plan_linear(
@@ -262,11 +282,14 @@ def _plan_linear(
     selection: Selection,
 ) -> tuple[LayerReport, LayerChange | None]:
     present = report.states_before
+    pruned = selection in ("modal", "hinf", "energy")
     if selection in ("modal", "hinf", "energy"):
         reduction = prune(balancing.system, states, selection)
     else:
         ordered = balancing.rearranged(selection) if selection in ("smallest", "random") else balancing
-        reduction = truncate(ordered, states, exceed=rule.guarantees_error and rule.multiple_of == 1)
+        reduction = truncate(ordered, states, exceed=rule.guarantees_error)
+        if rule.guarantees_error and reduction.system.n % rule.multiple_of:
+            reduction = _rounded_up(ordered, reduction, rule.multiple_of)
     after = reduction.system.n
     if not passes_gate(present, after, rule):
         return replace(report, reason=_gate(present, rule)), None
@@ -285,7 +308,9 @@ def _plan_linear(
         reason = f"rounding to the layer's dtype adds an H2 error of {rounding:.3g}, more than the truncation's own"
         return replace(report, outcome="refused", reason=reason, certificate=certificate), None
     before, reduced = (tuple(system.lam.flatten().tolist()) for system in (balancing.system, reduction.system))
-    report = replace(report, states_after=after, outcome="cut", certificate=certificate)
+    energy = 2 * float(balancing.hsv.sum())
+    kept = None if pruned or energy == 0 else max(0.0, 1 - _bounds(reduction) / energy)
+    report = replace(report, states_after=after, outcome="cut", certificate=certificate, energy_kept=kept)
     return replace(report, poles_before=before, poles_after=reduced), change
 
 

@@ -221,6 +221,7 @@ def _reduction(balancing: SelectiveBalancing, into: Tensor, out: Tensor, kept: T
     power = float((W * P).sum())
     lost = float((W * (rest @ P @ rest.mT)).sum())
     least = float(balancing.hsv[..., into.shape[-2] :].square().sum())
+    lost = max(lost, least)  # less than the least possible is rounding
     relative, bound = ((max(value, 0.0) / power) ** 0.5 if power > 0 else 0.0 for value in (lost, least))
     failures = () if bool(torch.isfinite(into).all() and torch.isfinite(out).all()) else ("the maps are not finite",)
     estimate = ErrorEstimate(n, into.shape[-2], relative, bound, failures)

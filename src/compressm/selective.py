@@ -30,6 +30,9 @@ from torch import Tensor
 
 from compressm.errors import InvalidSystemError
 
+# Products of states are added up in float32 for so many steps: their sums over long sequences need more digits.
+_FLOAT32_STEPS = 64
+
 
 @dataclass(frozen=True)
 class Signals:
@@ -92,22 +95,35 @@ class Moments:
 
 
 @torch.no_grad()
-def moments(signals: Signals) -> Moments:
-    """Run the recurrence and gather its moments: ``O(batch length d n^2)``, one step of time after the other."""
+def moments(signals: Signals, present: Tensor | None = None) -> Moments:
+    """Run the recurrence and gather its moments: ``O(batch length d n^2)``, one step of time after the other.
+
+    Args:
+        signals: what goes through the recurrence.
+        present: 1 for tokens and 0 for padding, shape ``(batch, length)``: padding leaves nothing in the state, and
+            nobody reads what the layer says there. None for no padding.
+    """
     x, step, B, C = (value.float() for value in (signals.x, signals.step, signals.B, signals.C))
     (batch, length, d), (groups, n) = x.shape, B.shape[2:]
     rates = signals.rates.float().expand(d, n).reshape(groups, -1, n)
-    x = x.reshape(batch, length, groups, -1, 1)
+    present = torch.ones_like(x[..., 0]) if present is None else present.to(x)
+    tokens = float(present.sum())
+    x = (x * present[..., None]).reshape(batch, length, groups, -1, 1)
+    B = B * present[..., None, None]
+    C = C if C.ndim == 3 else C * present[..., None, None]
     if step.ndim == 4:
-        step, rates = step[:, :, :, None], rates * step.mean((0, 1))[:, None]
+        mean = (step * present[..., None, None]).sum((0, 1)) / max(tokens, 1.0)
+        step, rates = step[:, :, :, None], rates * mean[:, None]
         decays = (torch.exp(-now) for now in step.unbind(1))
     else:
         step = step.reshape(x.shape)
         decays = (torch.exp(-now * rates) for now in step.unbind(1))
     gain = torch.ones_like(x) if signals.gain is None else signals.gain.float()
     gain = gain[:, :, :, None] if gain.ndim == 4 else gain.reshape(x.shape)
+    gain = gain * present[..., None, None, None]
     erase = None if signals.erase is None else signals.erase.float()[..., None, None]
     h, P = torch.zeros_like(x[:, 0] * rates), x.new_zeros(groups, n, n)
+    total = torch.zeros(groups, n, n, dtype=torch.float64)
     for t, decay in enumerate(decays):
         h, key = decay * h, B[:, t, :, None]
         if erase is not None:
@@ -115,13 +131,13 @@ def moments(signals: Signals) -> Moments:
         h = h + x[:, t] * key
         seen = (h * gain[:, t]).transpose(0, 1).reshape(groups, -1, n)
         P = torch.baddbmm(P, seen.mT, seen)
-    tokens = batch * length
-    W, V = (vectors.mT @ vectors for vectors in (v.reshape(-1, groups, n).transpose(0, 1) for v in (C, B)))
-    C_sum = C.reshape(-1, groups, n).sum(0)
-    if C.ndim == 3:
-        W, C_sum = tokens * W, tokens * C_sum
-    sums = (P, W, V, B.sum((0, 1)), C_sum, tokens * rates.mean(1))
-    return Moments(torch.tensor(float(tokens), dtype=torch.float64), *(s.to("cpu", torch.float64) for s in sums))
+        if t % _FLOAT32_STEPS == _FLOAT32_STEPS - 1 or t == length - 1:
+            total, P = total + P.to("cpu", torch.float64), torch.zeros_like(P)
+    B, C = (vectors.to("cpu", torch.float64).reshape(-1, groups, n) for vectors in (B, C))
+    W, V = (vectors.mT @ vectors for vectors in (v.transpose(0, 1) for v in (C, B)))
+    weight = tokens if signals.C.ndim == 3 else 1.0
+    sums = (total, weight * W, V, B.sum(0), weight * C.sum(0), tokens * rates.mean(1).to("cpu", torch.float64))
+    return Moments(torch.tensor(tokens, dtype=torch.float64), *sums)
 
 
 @dataclass(frozen=True)

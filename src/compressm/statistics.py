@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,7 @@ from compressm.selective import Moments, moments
 
 # Moments of weights that have changed since are forgotten: the weight of all before, at every observation.
 MEMORY = 0.9
+_PADDING = "padding of "
 
 
 class Statistics:
@@ -39,6 +40,9 @@ class Statistics:
         self._layers = {name: (layer, a) for name, (layer, a) in found if isinstance(a, SelectiveAdapter)}
         self._moments: dict[str, Moments] = {}
         self._hooks: dict[str, RemovableHandle] = {}
+        # Models that know which of their inputs are padding tell it before their layers are called.
+        self._padded = [module for module in model.modules() if hasattr(module, "present")]
+        self._present: Tensor | None = None
 
     @property
     def layers(self) -> list[str]:
@@ -56,16 +60,39 @@ class Statistics:
             if name not in self._hooks:
                 hook = _Hook(self, name, adapter, training_only)
                 self._hooks[name] = layer.register_forward_pre_hook(hook, with_kwargs=True)
+        for index, module in enumerate(self._padded if self._layers else ()):
+            if (name := f"{_PADDING}{index}") not in self._hooks:
+                self._hooks[name] = module.register_forward_pre_hook(_PaddingHook(self, name))
 
-    def observe(self, name: str, layer: nn.Module, adapter: SelectiveAdapter, hidden: Tensor) -> None:
-        """Add what a layer does with these inputs, shape ``(batch, length, d_model)``."""
+    def observe(
+        self, name: str, layer: nn.Module, adapter: SelectiveAdapter, hidden: Tensor, present: Tensor | None = None
+    ) -> None:
+        """Add what a layer does with some inputs.
+
+        Args:
+            name, layer, adapter: the layer.
+            hidden: its input, shape ``(batch, length, d_model)``.
+            present: 1 for tokens and 0 for padding, shape ``(batch, length)``; by default what the model said before it
+                called its layers.
+        """
+        present = self._present if present is None else present
+        present = None if present is None or present.shape != hidden.shape[:2] else present.detach()[: self.sequences]
         with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
             dtype = next(layer.parameters()).dtype
-            new = moments(adapter.signals(layer, hidden.detach()[: self.sequences].to(dtype)))
+            hidden = hidden.detach()[: self.sequences].to(dtype)
+            if present is not None:  # as transformers does, so that convolutions do not reach into padding either
+                hidden = hidden * present[..., None].to(hidden)
+            new = moments(adapter.signals(layer, hidden), present)
+        if float(new.tokens) == 0:
+            return
         before = self._moments.get(name)
         if before is not None and before.P.shape == new.P.shape:
             new = before.plus(new, self.memory)
         self._moments[name] = new
+
+    def present(self, model: nn.Module, args: tuple[Any, ...]) -> None:
+        """Remember which inputs of the coming forward pass are tokens."""
+        self._present = cast("Any", model).present(*args) if args else None
 
     def forget_hook(self, name: str) -> None:
         """Remove a layer's hook, if there is one."""
@@ -116,10 +143,26 @@ class _Hook:
         if self.training_only and not layer.training:
             return
         self.statistics.forget_hook(self.name)
+        mask = kwargs.get("attention_mask")
         for value in (*args, *kwargs.values()):
             if isinstance(value, Tensor) and value.is_floating_point() and value.ndim == 3:
-                self.statistics.observe(self.name, layer, self.adapter, value)
+                present = mask if isinstance(mask, Tensor) and mask.shape == value.shape[:2] else None
+                self.statistics.observe(self.name, layer, self.adapter, value, present)
                 return
+
+
+class _PaddingHook:
+    """A forward pre-hook of a model that asks it once which of its inputs are tokens and which are padding."""
+
+    def __init__(self, statistics: Statistics, name: str) -> None:
+        self.statistics, self.name = statistics, name
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Callable[..., None]:
+        return _nothing
+
+    def __call__(self, model: nn.Module, args: tuple[Any, ...]) -> None:
+        self.statistics.forget_hook(self.name)
+        self.statistics.present(model, args)
 
 
 def _nothing(*_: Any) -> None:

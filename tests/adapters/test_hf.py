@@ -280,3 +280,44 @@ def test_where_one_layer_is_refused_all_stay_and_none_reports_a_cut() -> None:
     assert [layer.energy_kept for layer in report.layers] == [None] * 3
     assert set(report.state_dims.values()) == {8}
     assert "share one state dimension" in report.layers[2].reason
+
+
+def test_padding_does_not_count() -> None:
+    torch.manual_seed(0)
+    config = transformers.MambaConfig(vocab_size=64, hidden_size=16, state_size=8, num_hidden_layers=2, pad_token_id=0)
+    model = transformers.MambaForCausalLM(config).eval()
+    x = torch.randint(1, 64, (4, 16))
+    padded = torch.cat([torch.zeros(4, 48, dtype=torch.long), x], 1)
+    mask = (torch.arange(64) >= 48).long().expand(4, 64)
+    with torch.no_grad():
+        logits = model(input_ids=padded, attention_mask=mask).logits[:, 48:]
+        torch.testing.assert_close(logits, model(input_ids=x).logits, rtol=1e-4, atol=1e-5)
+    plain = gather(model, [{"input_ids": x}])
+    masked = gather(model, [{"input_ids": padded, "attention_mask": mask}])
+    for name, moments in plain.items():
+        for key, value in moments.tensors().items():
+            size = float(value.abs().max())
+            torch.testing.assert_close(masked[name].tensors()[key], value, rtol=1e-3, atol=1e-5 * size)
+
+
+def test_gradients_of_jamba_come_back_through_its_norms() -> None:
+    torch.manual_seed(0)
+    config = transformers.JambaConfig(
+        vocab_size=40, hidden_size=16, intermediate_size=12, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=2, mamba_d_state=6, mamba_dt_rank=2, attn_layer_period=3, attn_layer_offset=1,
+        num_experts=2, num_experts_per_tok=1, pad_token_id=0,
+    )  # fmt: skip
+    model = transformers.JambaForCausalLM(config).double().eval()
+    ((name, (layer, adapter)),) = find_layers(model).items()
+    with torch.no_grad():
+        for vector in "bc":
+            layer.get_parameter(f"{vector}_layernorm.weight").copy_(torch.tensor([1, 2, 0.5, 4, 1.5, 3]))
+    data = [{"input_ids": tokens(4, 16, seed=1), "use_cache": False}]
+    reduction = reduce_selective(balance_layers(model, moments=gather(model, data))[name], 4)  # type: ignore[arg-type]
+    change = adapter.plan(layer_values(layer), reduction)  # type: ignore[union-attr]
+    (part,) = (part for part in change.parameters if part.names == ("x_proj.weight",))
+    old, new = layer.get_parameter("x_proj.weight").detach(), part.values[0]
+    rows = part.pullback.mT @ new  # what the old rows are on the kept subspace
+    assert reduction.kept is not None
+    kept = 2 + reduction.kept[0]  # after the rows of the time step
+    torch.testing.assert_close(rows[kept], old[kept])

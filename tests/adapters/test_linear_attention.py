@@ -97,8 +97,23 @@ def test_balanced_coordinates_at_full_rank_are_exact() -> None:
     torch.testing.assert_close(layer(u), before, rtol=1e-10, atol=1e-10)
     again = balancing_of(layer, u)
     sigma = torch.diag_embed(balancing.hsv)
-    torch.testing.assert_close(again.P, sigma, rtol=1e-4, atol=1e-5 * float(sigma.max()))  # moments are float32
-    torch.testing.assert_close(again.W, sigma, rtol=1e-4, atol=1e-5 * float(sigma.max()))
+    scale = (again.P.diagonal(dim1=1, dim2=2).sum(1) / balancing.hsv.sum(1))[:, None, None]  # free in every head
+    torch.testing.assert_close(again.P / scale, sigma, rtol=1e-4, atol=1e-5 * float(sigma.max()))  # states are float32
+    torch.testing.assert_close(again.W * scale, sigma, rtol=1e-4, atol=1e-5 * float(sigma.max()))
+
+
+def test_keys_and_queries_keep_their_balance_whatever_the_output_is_scaled_by() -> None:
+    def ratio(layer: LinearAttention) -> Tensor:
+        k, q = (layer.get_parameter(f"{name}_proj.weight").unflatten(0, (2, -1)) for name in "kq")
+        return k.norm(dim=(1, 2)) / q.norm(dim=(1, 2))
+
+    for scale in (0.01, 1.0, 100.0):
+        torch.manual_seed(0)
+        layer = LinearAttention(16, 8, 2).double()
+        layer.out_proj.weight.data *= scale
+        before = ratio(layer)
+        compressm.compress(layer, states=4, data=[inputs(layer, 60)])
+        torch.testing.assert_close(ratio(layer), before)
 
 
 def test_a_cut_attains_the_least_error_and_makes_about_that() -> None:

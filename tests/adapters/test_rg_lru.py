@@ -142,3 +142,26 @@ def test_recurrent_gemma_is_read_as_our_block_is() -> None:
     with torch.no_grad():
         expected = theirs(u, positions, None, use_cache=False)[0]  # type: ignore[operator]
         torch.testing.assert_close(ours(u), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_signals_of_recurrent_gemma_are_what_its_recurrence_gets() -> None:
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.RecurrentGemmaConfig(
+        num_hidden_layers=1, vocab_size=64, hidden_size=16, intermediate_size=32, num_attention_heads=2, lru_width=16,
+        block_types=["recurrent"], num_key_value_heads=1, head_dim=8, attention_window_size=64,
+    )  # fmt: skip
+    model = transformers.RecurrentGemmaForCausalLM(config).eval()
+    ((layer, adapter),) = compressm.adapters.find_layers(model).values()
+    layer.rg_lru.recurrent_param.data.fill_(-6.0)  # slow: the first token weighs much
+    seen: dict[str, Tensor] = {}
+    layer.register_forward_pre_hook(lambda _, args: seen.update(hidden=args[0]))
+    layer.rg_lru.register_forward_hook(lambda _, args, out: seen.update(states=out))
+    with torch.no_grad():
+        model(torch.randint(1, 64, (2, 40)), use_cache=False)
+        signals = adapter.signals(layer, seen["hidden"])
+    h, states = torch.zeros_like(signals.B[:, 0]), []
+    for t in range(40):
+        h = torch.exp(-signals.step[:, t]) * h + signals.B[:, t]
+        states.append(h.flatten(-2))
+    torch.testing.assert_close(torch.stack(states, 1), seen["states"], rtol=1e-4, atol=1e-5)

@@ -1,12 +1,16 @@
 from __future__ import annotations
 
+import copy
+
 import torch
 from suite import AdapterSuite
 from torch import Tensor
 
+import compressm
 from compressm.adapters import S5Adapter
 from compressm.adapters.base import layer_values, write
 from compressm.balancing import balance, truncate
+from compressm.certificate import Certificate
 from compressm.layers import S5
 
 
@@ -31,3 +35,21 @@ class TestS5(AdapterSuite):
         adapter = S5Adapter()
         write(layer, adapter.plan(layer_values(layer), truncate(balance(adapter.read(layer_values(layer))), 6)))
         assert low - 1e-6 <= layer.log_step.min().item() <= layer.log_step.max().item() <= high + 1e-6
+
+
+def test_the_bound_of_both_directions_is_that_of_their_sum() -> None:
+    torch.manual_seed(0)
+    layer = S5(1, 3, bidirectional=True, dt_min=0.02, dt_max=0.3).double()
+    with torch.no_grad():
+        layer.D.zero_()
+    smaller = copy.deepcopy(layer)
+    report = compressm.compress(smaller, states=1)
+    certificate, length = report.layers[0].certificate, 600
+    assert isinstance(certificate, Certificate)
+    with torch.no_grad():  # the error's matrix, column by column: impulses at every time
+        impulses = torch.eye(length, dtype=torch.float64)[..., None]
+        error = (layer(impulses) - smaller(impulses))[..., 0].T
+    gain = float(torch.linalg.matrix_norm(error, 2))
+    assert gain <= certificate.bound
+    single = torch.linalg.matrix_norm(error.triu(1), 2), torch.linalg.matrix_norm(error.tril(-1), 2)
+    assert gain > 1.2 * float(max(single))  # one direction's bound would not do

@@ -95,3 +95,13 @@ def test_a_step_in_training_mode_is_refused_where_it_would_use_the_statistics_of
     with pytest.raises(RuntimeError, match=r"model\.eval\(\)"):
         model.step(torch.zeros(5, 2), model.initial_state(5))
     assert torch.equal(model.state_dict()["blocks.0.norm.running_mean"], before)
+
+
+def test_padding_does_not_count_step_by_step_either() -> None:
+    torch.manual_seed(0)
+    model = SequenceClassifier(1, 3, 4, 6, layer="mamba", vocabulary=9).eval()
+    tokens = torch.tensor([[3, 1, 4, 0, 0], [5, 0, 0, 0, 0], [2, 6, 5, 3, 5]])
+    state = model.initial_state(3)
+    for t in range(5):
+        logits, state = model.step(tokens[:, t], state)
+    torch.testing.assert_close(logits, model(tokens))

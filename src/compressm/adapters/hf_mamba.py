@@ -127,7 +127,9 @@ def _before_norm(reduction: SelectiveReduction, vector: str, weight: Tensor) -> 
         second = (reduction.moments.V if vector == "B" else reduction.moments.W)[0]
         power = torch.einsum("rn,nm,rm->r", mapped, second, mapped).mean() / (second.diagonal() / g**2).mean()
         factor = float(power) ** 0.5 if float(power) > 0 else 1.0
-    return _BeforeNorm(mapped * g / factor, pullback * factor, factor)
+    # b_old = factor diag(1/g) out^T diag(g_kept) b_new, of which this is the transpose.
+    back = pullback * g[reduction.kept[0], None] / g if vector == "B" else pullback
+    return _BeforeNorm(mapped * g / factor, back * factor, factor)
 
 
 def _x_proj(values: Mapping[str, Tensor], into: _BeforeNorm, out: _BeforeNorm) -> ParameterChange:

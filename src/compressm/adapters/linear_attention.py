@@ -4,6 +4,7 @@ projections."""
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +35,8 @@ class LinearAttentionAdapter(SelectiveAdapter):
         return Signals(stored.flatten(-2), step, v.new_ones(1, 1), k, q, gain, erase)
 
     def plan(self, values: Mapping[str, Tensor], reduction: SelectiveReduction) -> LayerChange:
+        if self.folds_into and not self.rotates:
+            reduction = self._balance_of_k_and_q_kept(values, reduction)
         rows = reduction.into.shape[0] * reduction.states
         return LayerChange(
             (
@@ -42,6 +45,25 @@ class LinearAttentionAdapter(SelectiveAdapter):
             ),
             {"k_proj.out_features": rows, "q_proj.out_features": rows},
         )
+
+    def _balance_of_k_and_q_kept(
+        self, values: Mapping[str, Tensor], reduction: SelectiveReduction
+    ) -> SelectiveReduction:
+        """Maps with the scale, free in every head, in which the weights of keys and queries have the ratio they had.
+
+        Adam's steps are relative to the weights; balanced maps follow the scale of the layer's output instead.
+        """
+        heads = reduction.into.shape[0]
+        k, q = (
+            values[f"{name}_proj.weight"].detach().to("cpu", torch.float64).unflatten(0, (heads, -1)) for name in "kq"
+        )
+
+        def ratio(k: Tensor, q: Tensor) -> Tensor:
+            return q.norm(dim=(1, 2)) / k.norm(dim=(1, 2))
+
+        scale = (ratio(reduction.into @ k, reduction.out @ q) / ratio(k, q)).sqrt()
+        scale = torch.where(torch.isfinite(scale) & (scale > 0), scale, 1.0)[:, None, None]
+        return replace(reduction, into=reduction.into * scale, out=reduction.out / scale)
 
     def state_dim(self, layer: nn.Module) -> int:
         assert isinstance(layer, MatrixStateLayer)

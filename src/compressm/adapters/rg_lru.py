@@ -9,6 +9,7 @@ the gates lose these channels among their inputs.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -84,6 +85,14 @@ class RecurrentGemmaAdapter(HuggingFaceAdapter, RecurrentBlockAdapter):
     """``RecurrentGemmaRecurrentBlock`` of transformers, whose config has the whole width."""
 
     config_field = "lru_width"
+
+    def signals(self, layer: nn.Module, hidden: Tensor) -> Signals:
+        """As the parent's, but for the first token, whose input RecurrentGemma does not scale by the decay."""
+        found = super().signals(layer, hidden)
+        decay, driven = found.step[:, 0], found.B[:, 0]
+        scale = (-torch.expm1(-2 * decay)).clamp_min(1e-6).sqrt()
+        first = (driven / scale)[:, None]
+        return replace(found, B=torch.cat([first, found.B[:, 1:]], 1))
 
     def activation(self, layer: Any) -> Any:
         return layer.act_fn

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -28,9 +29,8 @@ class S5Adapter(DiagonalAdapter):
     def read(self, values: Mapping[str, Tensor]) -> DiagonalSystem:
         v = {name: value.detach().to("cpu", torch.float64) for name, value in values.items()}
         gain, z = hold(v["log_decay"], v["frequency"], v["log_step"])
-        return DiagonalSystem(
-            z.exp(), gain[:, None] * torch.complex(v["B_re"], v["B_im"]), 2 * torch.complex(v["C_re"], v["C_im"])
-        )
+        C = _weight(values) * torch.complex(v["C_re"], v["C_im"])
+        return DiagonalSystem(z.exp(), gain[:, None] * torch.complex(v["B_re"], v["B_im"]), C)
 
     def plan(self, values: Mapping[str, Tensor], reduction: Reduction) -> LayerChange:
         v = {name: value.detach().to("cpu", torch.float64) for name, value in values.items()}
@@ -40,7 +40,7 @@ class S5Adapter(DiagonalAdapter):
         frequency = lam.angle() / log_step.exp()
         gain, _ = hold(decay.log(), frequency, log_step)
         scaled = row_norm_kept(reduction, torch.complex(v["B_re"], v["B_im"]), gain)
-        B, C = scaled.system.B / gain[:, None], scaled.system.C / 2
+        B, C = scaled.system.B / gain[:, None], scaled.system.C / _weight(values)
         old_gain, old_z = hold(v["log_decay"], v["frequency"], v["log_step"])
         z = lam.log()
         per_state = (
@@ -49,6 +49,16 @@ class S5Adapter(DiagonalAdapter):
             PerState("log_step", log_step, old_z.abs(), z.abs()),
         )
         return self.change(values, scaled, per_state, B, C, old_gain, gain)
+
+
+def _weight(values: Mapping[str, Tensor]) -> float:
+    """By what C is multiplied in the system: 2, of the conjugate pair, and in both directions the root of 2 as well.
+
+    A layer with two directions adds up what they give: its error is at most ``|E_1| + |E_2|``, which is at most the
+    root of 2 times that of the system with both outputs stacked. So that system's bound is the layer's too.
+    """
+    both = values["C_re"].shape[0] == 2 * values["D"].shape[0]
+    return 2 * math.sqrt(2) if both else 2.0
 
 
 def hold(log_decay: Tensor, frequency: Tensor, log_step: Tensor) -> tuple[Tensor, Tensor]:

@@ -87,7 +87,7 @@ class LongConvolution(Convolution):
         self.inner = nn.ModuleList([nn.Linear(1 + 2 * bands, width), nn.Linear(width, width)])
         self.outer = nn.Linear(width, d_model, bias=False)
         self.frequency = nn.Parameter(torch.full((width,), 4.0))
-        # Windows that fall to 1 % between 0.3 of the longest sequence and five of them, as in the paper's code.
+        # Windows that fall to 1 % between 0.3 and 1.5 of the longest sequence, as in the paper's code.
         slow, fast = -math.log(0.01) / (1.5 * max_length), -math.log(0.01) / (0.3 * max_length)
         self.register_buffer("rates", torch.linspace(slow, fast, d_model))
 

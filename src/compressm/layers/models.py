@@ -210,14 +210,19 @@ class SequenceClassifier(nn.Module):
             arguments.pop("max_length", None)
         return arguments
 
+    def present(self, u: Tensor) -> Tensor | None:
+        """Which of the inputs are tokens and which padding, bool, shape ``(batch, length)``; None where all are."""
+        return None if self._arguments["vocabulary"] is None else u != 0
+
     def forward(self, u: Tensor) -> Tensor:
         z = linear(self.encoder, u)
         for block in self.blocks:
             z = block(z)
         z = self.norm(z)
-        if self._arguments["vocabulary"] is None:
+        present = self.present(u)
+        if present is None:
             return self.decoder(z.sum(1) / z.shape[1])  # the gradient of a sum is no tensor of that size; a mean's is
-        present = (u != 0).to(z.dtype)
+        present = present.to(z.dtype)
         return self.decoder(torch.einsum("blh,bl->bh", z, present) / present.sum(1, keepdim=True).clamp_min(1))
 
     def initial_state(self, batch: int) -> dict[str, Any]:
@@ -238,8 +243,10 @@ class SequenceClassifier(nn.Module):
         for block, before in zip(self.blocks, state["blocks"], strict=True):
             z, after = block.step(z, before)  # type: ignore[operator]
             blocks.append(after)
-        steps = state["steps"] + 1
-        mean = state["mean"] + (self.norm(z) - state["mean"]) / steps
+        present = self.present(u)
+        counts = torch.ones_like(state["steps"]) if present is None else present[:, None].to(z.dtype)
+        steps = state["steps"] + counts
+        mean = state["mean"] + counts * (self.norm(z) - state["mean"]) / steps.clamp_min(1)
         return self.decoder(mean), {"blocks": blocks, "mean": mean, "steps": steps}
 
 

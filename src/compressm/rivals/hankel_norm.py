@@ -84,7 +84,7 @@ def hankel_penalty(model: nn.Module) -> Tensor:
     norms = []
     for layer in layers:
         gamma = layer.gamma_log.exp()[:, None]
-        lam = torch.polar(torch.exp(-layer.nu_log.exp()), layer.theta_log.exp())
+        lam = torch.polar(torch.exp(-layer.nu_log.double().exp()), layer.theta_log.double().exp())
         B, C = gamma * torch.complex(layer.B_re, layer.B_im), torch.complex(layer.C_re, layer.C_im)
         norms.append(hankel_nuclear_norm(lam, B, C).to(layer.B_re.dtype))
     return torch.stack(norms).sum()
