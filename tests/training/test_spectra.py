@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from compressm.spectrum import SpectrumChange
 from compressm.training.config import parse_config
 from compressm.training.loop import _Run, train
 from compressm.training.spectra import settled_at
@@ -70,7 +72,7 @@ def test_what_a_roll_back_undoes_is_not_in_the_record(tmp_path: Path) -> None:
 
 def test_when_it_settled() -> None:
     def entry(step: int, moved: float | None) -> dict[str, Any]:
-        change = None if moved is None else {"share_moved": moved, "bottom_share_before": 0, "bottom_share_after": 0}
+        change = None if moved is None else asdict(SpectrumChange(0, 0, 1, moved, 0, 0, 0))
         return {"step": step, "layers": {"a": {"change": change}}}
 
     still = [entry(0, None), entry(10, 0.5), entry(20, 0.01), entry(30, 0.001)]

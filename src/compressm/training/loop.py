@@ -22,7 +22,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast, gather_object
 from accelerate.utils.memory import should_reduce_batch_size
-from torch import nn
+from torch import Tensor, nn
 
 from compressm import __version__
 from compressm.checkpoint import load, load_tree, save
@@ -229,9 +229,8 @@ class _Run:
             self._checkpoint()
 
     def _train_step(self) -> None:
-        indices = self.order.indices(self.step)[self.rank :: self.world].to(self.accelerator.device)
         self.clock.begin()
-        u, y = self.data.batch(self.data.train, indices)
+        u, y = self._batch()
         self.wrapped.train()
         loss = self.objective(self.wrapped, u, y, self.step)
         self.accelerator.backward(loss)
@@ -253,10 +252,6 @@ class _Run:
             return event
         self.best = None  # weights of another size are no candidates for the result
         self._measure()
-        if self.world > 1:  # DistributedDataParallel has buckets of the old sizes
-            self.wrapped = self.model
-            self.accelerator.free_memory()
-            self.wrapped = self.accelerator.prepare_model(self.model)
         if event.restored_step is not None and event.kind == "rolled_back":
             self.step = event.restored_step
             for point in self.curve:
@@ -269,9 +264,13 @@ class _Run:
     def _measure(self) -> None:
         """Count what a step of the present size takes in this process."""
         with self._timed("evaluation"):
-            indices = self.order.indices(self.step)[self.rank :: self.world].to(self.accelerator.device)
-            u, y = self.data.batch(self.data.train, indices)
+            u, y = self._batch()
             self.clock.measured(step_cost(self.model, lambda model: self.objective(model.train(), u, y, 0)))
+
+    def _batch(self) -> tuple[Tensor, Tensor]:
+        """This process's share of the present step's batch."""
+        indices = self.order.indices(self.step)[self.rank :: self.world].to(self.accelerator.device)
+        return self.data.batch(self.data.train, indices)
 
     def _look_at_spectra(self, log: RunLog) -> None:
         every = self.config.run.spectrum_every

@@ -11,7 +11,7 @@ from torch import nn
 from compressm.adapters import Adapter, find_layers
 from compressm.adapters.base import layer_values
 from compressm.balancing import Method, balance
-from compressm.spectrum import AnyBalancing, mean_hsv, snapshot, snapshot_state, spectrum_changes
+from compressm.spectrum import AnyBalancing, SpectrumChange, mean_hsv, snapshot, snapshot_state, spectrum_changes
 
 _DIGITS = 5  # of a singular value in the record
 
@@ -82,8 +82,8 @@ def settled_at(record: Sequence[Mapping[str, Any]], layer: str, threshold: float
     for entry in record:
         change = entry["layers"].get(layer, {}).get("change")
         if change is not None and previous is not None:
-            moved = max(change["share_moved"], abs(change["bottom_share_after"] - change["bottom_share_before"]))
-            settled = None if moved > threshold else previous if settled is None else settled
+            still = SpectrumChange(**change).settled(threshold)
+            settled = None if not still else previous if settled is None else settled
         previous = entry["step"]
     return settled
 
