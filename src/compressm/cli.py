@@ -127,7 +127,9 @@ def _app(command_line: str) -> "typer.Typer":
         config: Annotated[
             Path,
             typer.Argument(
-                metavar="CONFIG", help="YAML file, or a built-in one: digits, smnist, psmnist, scifar, smnist-mamba."
+                metavar="CONFIG",
+                help="YAML file, or a built-in one: digits, demo, smnist, psmnist, smnist-mamba, scifar, listops or "
+                "imdb.",
             ),
         ],
         overrides: Annotated[

@@ -8,44 +8,28 @@ train` does.
 
 from __future__ import annotations
 
-import json
-import multiprocessing
-import os
 import statistics
 import tempfile
 from collections.abc import Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from compressm.training.config import parse_config
-from compressm.training.loop import train
+from compressm.reproduce import Arm, Experiment, plan_runs, run_grid
 
 WAYS = ("full", "shrunk", "small")
 LABELS = {"full": "big all the way", "shrunk": "big, then shrunk", "small": "small from the start"}
 COLOURS = {"full": "#8d99ae", "shrunk": "#0b6e4f", "small": "#c8553d"}
 
-# A model in which the state dimension matters, for accuracy and for time.
-_BASE: dict[str, Any] = {
-    "data": {"name": "digits"},
-    "model": {"layer": "mamba", "d_model": 16, "d_state": 128, "norm": "layer", "dropout": 0.0},
-    "optimizer": {"name": "adamw", "lr": 1e-2, "weight_decay": 0.01},
-    "schedule": {"name": "cosine"},
-    "compression": {"enabled": False},
-    "run": {
-        "steps": 1500,
-        "eval_every": 75,
-        "checkpoint_every": 0,
-        "threads": 1,
-        "tensorboard": False,
-        "device": "cpu",
-    },
-}
-_SHRUNK_STATES = 12
+_BIG = {"compression.enabled": False}
+DEMO = Experiment(
+    "demo",
+    "Handwritten digits, pixel by pixel",
+    "demo",
+    (Arm("full", _BIG), Arm("shrunk", {}), Arm("small", _BIG, same_states_as="shrunk")),
+)
 
 
 def run_demo(
@@ -69,64 +53,16 @@ def run_demo(
         ``train_seconds``, ``reduction_seconds``; and ``command``, ``versions``, ``config``.
     """
     with tempfile.TemporaryDirectory(prefix="compressm-demo-") as folder:
-        runs = _train_all(range(seeds), steps, Path(folder), workers or os.cpu_count() or 1)
+        plan = plan_runs(DEMO, range(seeds), results=Path(folder) / "results", runs=Path(folder) / "runs")
+        found = run_grid(plan, steps=steps, workers=workers, command=command)
+    runs = {key: run.to_dict() for key, run in found.items()}
     result: dict[str, Any] = {way: _summary([runs[way, seed] for seed in range(seeds)]) for way in WAYS}
     result |= {"command": command, "versions": runs["full", 0]["versions"], "config": runs["shrunk", 0]["config"]}
-    result["config"]["run"]["output"] = None  # a temporary folder
     Console().print(_table(result))
     if picture is not None:
         draw(result, runs, picture)
         Console().print(f"picture: {picture}")
     return result
-
-
-def _config(way: str, seed: int, steps: int | None, folder: Path, states: Sequence[int] | None) -> dict[str, Any]:
-    config: dict[str, Any] = {section: dict(values) for section, values in _BASE.items()}
-    if way == "shrunk":
-        config["compression"] = {"states": _SHRUNK_STATES, "window": 0.2}  # a tenth would be the warm-up alone
-    if states is not None:
-        config["model"]["d_state"] = list(states)
-    config["run"].update(seed=seed, output=str(folder / f"{way}-{seed}"))
-    if steps is not None:
-        config["run"].update(steps=steps, eval_every=max(1, steps // 20))
-    return config
-
-
-def _run(config: dict[str, Any]) -> dict[str, Any]:
-    """One training run, in a process of its own."""
-    train(parse_config(config), quiet=True)
-    return json.loads((Path(config["run"]["output"]) / "result.json").read_text(encoding="utf-8"))
-
-
-def _train_all(
-    seeds: Sequence[int], steps: int | None, folder: Path, workers: int
-) -> dict[tuple[str, int], dict[str, Any]]:
-    runs: dict[tuple[str, int], dict[str, Any]] = {}
-    bar = Progress(
-        TextColumn("training"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("runs"),
-        TimeElapsedColumn(),
-        console=Console(stderr=True),
-    )
-    context = multiprocessing.get_context("spawn")
-    with bar, ProcessPoolExecutor(workers, mp_context=context) as pool:
-        task = bar.add_task("runs", total=len(WAYS) * len(seeds))
-        waiting: dict[Future[dict[str, Any]], tuple[str, int]] = {}
-        for way in ("shrunk", "full"):  # the small models need to know where the shrunk ones ended
-            for seed in seeds:
-                waiting[pool.submit(_run, _config(way, seed, steps, folder, None))] = way, seed
-        while waiting:
-            finished, _ = wait(waiting, return_when=FIRST_COMPLETED)
-            for future in finished:
-                way, seed = waiting.pop(future)
-                runs[way, seed] = future.result()
-                bar.advance(task)
-                if way == "shrunk":
-                    small = _config("small", seed, steps, folder, runs[way, seed]["state_dims"])
-                    waiting[pool.submit(_run, small)] = "small", seed
-    return runs
 
 
 def _summary(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
