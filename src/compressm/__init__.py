@@ -11,7 +11,7 @@ from compressm.reduce import Report, compress
 from compressm.spectrum import Spectrum, analyze
 from compressm.systems import DiagonalSystem
 
-__version__ = "0.1.0.dev0"
+__version__ = "0.1.0.dev1"
 
 __all__ = [
     "CompressmError",

@@ -23,7 +23,11 @@ certificate. Test data were read once per run, after training.
 *States* are the final state dimensions, layer by layer. *Paper* is CompreSSM (arXiv 2510.02823). *Step* is the
 computing time of one of the last training steps, *faster* how many times less that is than in the first row, *whole
 run* the same of all steps and cuts, and of a teacher's; medians over seeds. With several seeds accuracies are means ±
-standard deviations.
+standard deviations. Times are from machines with other work, but for `speed`: rows may differ by tenths for that alone.
+
+† marks runs of version 0.1.0.dev0, which carried the optimizer's averages of eigenvalues through a cut without their
+[sizes](carry.md), so that after deep cuts Adam made too long steps. They are being made again, and will then be better.
+Commands in the files are those of the time; the one under each table is today's.
 """
 
 

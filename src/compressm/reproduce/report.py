@@ -49,6 +49,16 @@ class Row:
         return f"{mean} ± {statistics.stdev(self.accuracies):.2f}" if len(self.runs) > 1 else mean
 
     @property
+    def outdated(self) -> bool:
+        """Whether linear layers were cut by the version whose cuts left Adam's steps too long; see docs/carry.md."""
+        return any(
+            run.versions.get("compressm") == "0.1.0.dev0"
+            and any("bound" in (layer["certificate"] or {}) for event in run.history for layer in event["layers"])
+            and run.phases[-1]["steps"] > 1  # something was trained after it
+            for run in self.runs
+        )
+
+    @property
     def states(self) -> str:
         """Final state dimensions: the mean over seeds, layer by layer."""
         means = [statistics.fmean(dims) for dims in zip(*(run.state_dims for run in self.runs), strict=True)]
@@ -118,7 +128,7 @@ def cells(row: Row) -> tuple[str, ...]:
     """One line of the table."""
     paper = row.arm.paper
     return (
-        row.arm.name,
+        row.arm.name + " †" * row.outdated,
         row.states,
         row.accuracy,
         "" if paper is None else f"{paper:.1f}",
@@ -144,7 +154,10 @@ def render(experiment: Experiment, results: Results, picture: str | None = None)
     """For the documentation: title, table, what the columns are, the command, and the picture's address."""
     lines = [f"## {experiment.title}", ""]
     lines += ["| " + " | ".join(HEADER) + " |", "|---|" + "---:|" * (len(HEADER) - 1)]
-    lines += ["| " + " | ".join(cells(row)) + " |" for row in rows(experiment, results)]
+    made = rows(experiment, results)
+    lines += ["| " + " | ".join(cells(row)) + " |" for row in made]
+    if any(row.outdated for row in made):
+        lines += ["", "† made before cuts carried Adam's averages of eigenvalues over in their sizes: see the top."]
     steps = sorted({run.steps for run in results.values()})
     lines += [
         "",
