@@ -72,7 +72,7 @@ class Experiment:
 
 _BIG = {"compression.enabled": False}
 # The phases of the published code, and a cut every 1000 of the first 20,000 steps: see docs/paper.md.
-_AS_PUBLISHED = {"model.max_phase": 2 * math.pi, "compression.cuts": 20}
+_FULL_CIRCLE = {"model.max_phase": 2 * math.pi, "compression.cuts": 20}
 _LONG = {"data.pool": 1, "run.steps": 1500}
 
 
@@ -176,7 +176,7 @@ EXPERIMENTS: dict[str, Experiment] = {
             "smnist",
             _SMNIST,
             seeds=1,
-            changes=_AS_PUBLISHED,
+            changes=_FULL_CIRCLE,
         ),
         Experiment(
             "smnist-quarter",
@@ -184,7 +184,7 @@ EXPERIMENTS: dict[str, Experiment] = {
             "smnist",
             _SMNIST,
             steps=50_000,
-            changes=_AS_PUBLISHED,
+            changes=_FULL_CIRCLE,
         ),
         Experiment(
             "smnist-phases",
