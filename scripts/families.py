@@ -13,8 +13,8 @@ RESULT, PAGE = ROOT / "results" / "families.json", ROOT / "docs" / "families.md"
 HEAD = """# Supported families
 
 Every line is made of what `tests/test_families.py` measured with untrained layers of width 16 and 24 states (distilled
-ones: 10), on slowly varying random input; `python scripts/families.py` runs it and writes this page. Trained models are in the
-[results](results.md).
+ones: 10), on slowly varying random input; `python scripts/families.py` runs it and writes this page. Trained models are
+in the [results](results.md).
 
 - *full rank*: relative difference of the outputs after a cut that keeps all states, in other coordinates where the
   family has any, in double and single precision;

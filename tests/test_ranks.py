@@ -37,7 +37,6 @@ def rank(rule: RankRule, energy: torch.Tensor = ENERGY) -> int:
         (RankRule(total_states=4), 4),
         (RankRule(states=3, multiple_of=4), 4),
         (RankRule(states=5, multiple_of=4), 6),  # never more than there are
-        (RankRule(tolerance=0.9, min_states=3), 3),
     ],
 )
 def test_rules(rule: RankRule, expected: int) -> None:
@@ -99,7 +98,6 @@ def test_gate() -> None:
         ({"total_states": 0}, "total_states"),
         ({"states": 4, "multiple_of": 0}, "multiple_of"),
         ({"states": 4, "min_reduction": 1.0}, "min_reduction"),
-        ({"states": 4, "min_states": 0}, "min_states"),
     ],
 )
 def test_bad_rules_are_refused_by_name(arguments: dict[str, float], named: str) -> None:

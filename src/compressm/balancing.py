@@ -169,8 +169,12 @@ def balance(system: DiagonalSystem, method: Method = "real") -> Balancing:
         system: the system; ``method="real"`` needs ``real_output``.
         method: ``"real"`` or ``"complex"``, see the module's text.
 
+    Returns:
+        the Hankel singular values, and what `truncate` needs.
+
     Raises:
-        InvalidSystemError: the real method for a system with complex output, or an unknown method.
+        InvalidSystemError: the real method for a system with complex output, an unknown method, or Gramians that
+            overflow.
     """
     if method not in ("real", "complex"):
         raise InvalidSystemError(f"method must be 'real' or 'complex'; got {method!r}")

@@ -267,6 +267,11 @@ class Compressor:
             what was done; None at most steps. After ``"rolled_back"`` the weights, optimizer, scheduler, scaler and
             random state are those of ``event.restored_step``; a loop that counts steps itself should go back to that
             number.
+
+        Raises:
+            InvalidSystemError: at a cut, parameters that are not finite; nothing was written.
+            UnsupportedModelError: at a cut, a selective layer that no data have passed through.
+            UnsupportedOptimizerError: at a cut, state whose meaning is not known; nothing was written.
         """
         self.clock.end()
         self._steps += 1

@@ -26,14 +26,12 @@ class RankRule:
             smallest ``r`` with ``sum_{i<=r} s_i >= (1 - tolerance) sum_i s_i``. In [0, 1).
         states: at most this many states in every layer.
         fraction: at most this fraction of a layer's present states, in (0, 1].
-        max_error: the H-infinity error allowed per layer, relative to the layer's Hankel norm bound: the smallest ``r``
-            with ``2 sum_{i>r} s_i <= max_error * 2 sum_i s_i`` would be `tolerance`; this one is absolute: ``2
-            sum_{i>r} s_i <= max_error``, in the units of output per input.
+        max_error: the H-infinity error allowed per layer, in the units of output per input: the smallest ``r`` with ``2
+            sum_{i>r} s_i <= max_error``.
         total_states: a budget over all layers together: those states with the largest share of their own layer's
             energy are kept, wherever they are.
         multiple_of: round the result up to a multiple (what the hardware likes), never above the present dimension.
         min_reduction: cut a layer only if this share of its states goes (0.05: the paper's 0.95 gate).
-        min_states: never go below this many states.
         per_layer: let layers differ in their state dimension even where the model's own checkpoint format has only one
             for all, as in Hugging Face's; `compressm.save` and `compressm.load` keep such a model. Otherwise these
             layers all get the largest dimension that the rule gives any of them (under ``total_states``, the mean).
@@ -49,7 +47,6 @@ class RankRule:
     total_states: int | None = None
     multiple_of: int = 1
     min_reduction: float = 0.05
-    min_states: int = 1
     per_layer: bool = False
 
     def __post_init__(self) -> None:
@@ -65,7 +62,6 @@ class RankRule:
         _check("total_states", self.total_states, lambda v: v >= 1 and v == int(v), "a whole number of at least 1")
         _check("multiple_of", self.multiple_of, lambda v: v >= 1 and v == int(v), "a whole number of at least 1")
         _check("min_reduction", self.min_reduction, lambda v: 0 <= v < 1, "a share in [0, 1)")
-        _check("min_states", self.min_states, lambda v: v >= 1 and v == int(v), "a whole number of at least 1")
 
     @property
     def guarantees_error(self) -> bool:
@@ -161,6 +157,5 @@ def _shared_budget(energies: Mapping[str, Tensor], total: int) -> dict[str, int]
 
 
 def _round(rank: int, present: int, rule: RankRule) -> int:
-    rank = max(rank, rule.min_states, 1)
-    rank = math.ceil(rank / rule.multiple_of) * rule.multiple_of
+    rank = math.ceil(max(rank, 1) / rule.multiple_of) * rule.multiple_of
     return min(rank, present)

@@ -31,7 +31,8 @@ class LayerSpectrum:
 
     Attributes:
         name: the layer's name in the model.
-        hsv: Hankel singular values, decreasing, float64.
+        hsv: Hankel singular values, decreasing along the last axis, float64, shape ``(m,)`` with one or two values per
+            state (see `Balancing`); ``(*batch, m)`` where a layer has several systems.
         energy: Hankel energy per complex state, decreasing, shape ``(n,)`` (see `Balancing.energy`); ``(*batch, n)``
             where a layer has several systems, one per channel or head, that keep one common rank.
     """
@@ -166,9 +167,13 @@ def analyze(model: nn.Module, method: Method = "real", data: Iterable[Any] | Non
             ``"complex"`` (as in the CompreSSM paper).
         data: some batches of the model's inputs, which selective layers need; see `statistics.gather`.
 
+    Returns:
+        the spectra by layer, in the model's order; ``print`` shows how many states hold which share of the energy.
+
     Raises:
         UnsupportedModelError: the model has no such layer, or has a selective one and no data were given.
-        InvalidSystemError: a layer's parameters are not finite.
+        InvalidSystemError: a layer's parameters are not finite, its Gramians overflow, it is unstable (``|lam| >= 1``),
+            or the method is unknown.
     """
     return Spectrum.of(balance_layers(model, method, None if data is None else gather(model, data)))
 

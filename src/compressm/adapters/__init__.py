@@ -10,6 +10,7 @@ from compressm.adapters.base import (
     ParameterChange,
     SelectiveAdapter,
     find_layers,
+    layer_values,
     register,
 )
 from compressm.adapters.fla import FLADeltaNetAdapter, FLAGatedDeltaNetAdapter, FLAGatedLinearAttentionAdapter
@@ -17,7 +18,7 @@ from compressm.adapters.hf_mamba import FalconMambaAdapter, HFMambaAdapter, Jamb
 from compressm.adapters.hf_mamba2 import HFMamba2Adapter
 from compressm.adapters.linear_attention import DeltaNetAdapter, GatedLinearAttentionAdapter, LinearAttentionAdapter
 from compressm.adapters.lru import LRUAdapter
-from compressm.adapters.mamba import MambaAdapter
+from compressm.adapters.mamba import MambaAdapter, projection_change, selection_change
 from compressm.adapters.mamba2 import Mamba2Adapter
 from compressm.adapters.mamba_ssm import MambaSSM2Adapter, MambaSSMAdapter
 from compressm.adapters.rg_lru import RecurrentBlockAdapter, RecurrentGemmaAdapter
@@ -87,5 +88,8 @@ __all__ = [
     "S5Adapter",
     "SelectiveAdapter",
     "find_layers",
+    "layer_values",
+    "projection_change",
     "register",
+    "selection_change",
 ]
