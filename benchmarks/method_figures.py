@@ -15,7 +15,7 @@ import matplotlib
 import torch
 
 from compressm.balancing import balance, truncate
-from compressm.rivals.pruning import prune
+from compressm.pruning import prune
 from compressm.systems import DiagonalSystem
 
 matplotlib.use("Agg")

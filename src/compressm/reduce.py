@@ -6,7 +6,7 @@ import copy
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -17,8 +17,8 @@ from compressm.balancing import Balancing, Method, Reduction, truncate
 from compressm.carry import Carry, carry_state, check_optimizer
 from compressm.certificate import Certificate
 from compressm.errors import CheckpointError, InvalidRankRuleError, InvalidSystemError
+from compressm.pruning import SCORES, Score, prune
 from compressm.ranks import RankRule, check_choice, choose_ranks, passes_gate
-from compressm.rivals.pruning import prune
 from compressm.rng import rng_state, set_rng_state
 from compressm.selection import Selection, reduce_selective
 from compressm.selective import ErrorEstimate, Moments, SelectiveBalancing
@@ -152,7 +152,7 @@ def plan_reduction(
         moments: of the selective layers.
         selection: how their states are picked, see `selection`. In linear time-invariant layers the largest Hankel
             singular values are kept, but for ``"smallest"`` and ``"random"``; ``"modal"``, ``"hinf"`` and ``"energy"``
-            leave out states as they are, see `rivals.pruning`. All of these are there for comparison.
+            leave out states as they are, see `pruning`. All of these are there for comparison.
         balancings: from `balance_layers` on the model as it is now, if at hand, instead of ``moments``.
 
     Raises:
@@ -282,9 +282,9 @@ def _plan_linear(
     selection: Selection,
 ) -> tuple[LayerReport, LayerChange | None]:
     present = report.states_before
-    pruned = selection in ("modal", "hinf", "energy")
-    if selection in ("modal", "hinf", "energy"):
-        reduction = prune(balancing.system, states, selection)
+    pruned = selection in SCORES
+    if pruned:
+        reduction = prune(balancing.system, states, cast("Score", selection))
     else:
         ordered = balancing.rearranged(selection) if selection in ("smallest", "random") else balancing
         reduction = truncate(ordered, states, exceed=rule.guarantees_error)

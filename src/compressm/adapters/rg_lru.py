@@ -19,7 +19,8 @@ from torch.nn import functional as F
 from compressm.adapters.base import LayerChange, ParameterChange, SelectiveAdapter, layer_values
 from compressm.adapters.hf_base import HuggingFaceAdapter
 from compressm.adapters.mamba import selection_change
-from compressm.layers.rg_lru import RecurrentBlock, recurrence_terms, short_conv
+from compressm.layers.parts import short_conv
+from compressm.layers.rg_lru import RecurrentBlock, recurrence_terms
 from compressm.selective import SelectiveReduction, Signals, first_states
 
 _GATES = ("rg_lru.input_gate_weight", "rg_lru.recurrent_gate_weight")

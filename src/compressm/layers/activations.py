@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from compressm.layers.parts import short_conv
 from compressm.scans import native
 
 _FEW = 8  # columns, up to which mamba.h has a product of its own; with more a library's is fast
@@ -82,13 +83,7 @@ def causal_conv(conv: nn.Conv1d, u: Tensor) -> Tensor:
     bias = u.new_zeros(u.shape[2]) if conv.bias is None else conv.bias
     if takes(u, weight, bias):
         return applied(_Convolution, _rows(u), weight.flip(1).T.contiguous(), bias.contiguous())
-    # A sum of shifted products: for a handful of taps faster on CPUs than a convolution, which would also need two
-    # transposed copies.
-    (channels, taps), length = weight.shape, u.shape[1]
-    padded, out = F.pad(u, (0, 0, taps - 1, 0)), bias.expand(1, length, channels)
-    for lag in range(taps):
-        out = torch.addcmul(out, padded[:, lag : lag + length], weight[:, lag])
-    return F.silu(out)
+    return F.silu(short_conv(conv, u))
 
 
 def _rows(x: Tensor) -> Tensor:

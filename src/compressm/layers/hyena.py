@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from compressm.layers.rg_lru import short_conv
+from compressm.layers.parts import short_conv, short_conv_step
 from compressm.layers.s4d import S4D
 
 
@@ -150,12 +150,11 @@ class Hyena(nn.Module):
 
     def step(self, u: Tensor, state: tuple[Tensor, Tensor]) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """One time step: ``u`` of shape ``(batch, d_model)`` to the output of the same shape, and the next state."""
-        window = torch.cat([state[0], self.in_proj(u)[:, None]], 1)
-        bias = 0.0 if self.short.bias is None else self.short.bias
-        q, k, v = ((window * self.short.weight[:, 0].T).sum(1) + bias).chunk(3, -1)
+        projected, window = short_conv_step(self.short, self.in_proj(u), state[0])
+        q, k, v = projected.chunk(3, -1)
         module: Any = self.filter
         y, inner = module.step(k * v, state[1])
-        return self.out_proj(q * y), (window[:, 1:], inner)
+        return self.out_proj(q * y), (window, inner)
 
 
 __all__ = ["Convolution", "Hyena", "LongConvolution"]

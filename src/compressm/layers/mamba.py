@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from compressm.layers.activations import causal_conv, gated, step_sizes
+from compressm.layers.parts import inverse_softplus, log_uniform, short_conv_step
 from compressm.scans import selective_scan, selective_step
 
 
@@ -92,28 +93,11 @@ class Mamba(nn.Module):
     def step(self, v: Tensor, state: tuple[Tensor, Tensor]) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """One time step: ``v`` of shape ``(batch, d_model)`` to the output of the same shape, and the next state."""
         u, z = self.in_proj(v).chunk(2, -1)
-        u, window = conv_step(self.conv1d, u, state[0])
+        u, window = short_conv_step(self.conv1d, u, state[0])
+        u = F.silu(u)
         delta, B, C = self.select(u)
         y, h = selective_step(state[1], u, delta, -self.A_log.float().exp(), B, C)
         return self.out_proj((y + self.D * u) * F.silu(z)), (window, h)
 
     def extra_repr(self) -> str:
         return f"d_model={self.d_model}, d_state={self.d_state}, d_inner={self.d_inner}, dt_rank={self.dt_rank}"
-
-
-def conv_step(conv: nn.Conv1d, u: Tensor, window: Tensor) -> tuple[Tensor, Tensor]:
-    """One step of `causal_conv`: ``u`` of shape ``(batch, channels)`` and the inputs before it, shape ``(batch, taps -
-    1, channels)``, to the output and the next window."""
-    window = torch.cat([window, u[:, None]], 1)
-    out = (window * conv.weight[:, 0].T).sum(1)
-    return F.silu(out if conv.bias is None else out + conv.bias), window[:, 1:]
-
-
-def log_uniform(count: int, low: float, high: float) -> Tensor:
-    """Numbers whose logarithms are uniform, shape ``(count,)``."""
-    return (math.log(low) + torch.rand(count) * (math.log(high) - math.log(low))).exp()
-
-
-def inverse_softplus(value: Tensor) -> Tensor:
-    """``x`` with ``softplus(x) = value > 0``."""
-    return value + torch.log(-torch.expm1(-value))

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from compressm.layers.activations import causal_conv
-from compressm.layers.mamba import conv_step, inverse_softplus, log_uniform
+from compressm.layers.parts import inverse_softplus, log_uniform, short_conv_step
 from compressm.scans import ssd_scan, ssd_step
 
 
@@ -125,8 +125,8 @@ class Mamba2(nn.Module):
     def step(self, v: Tensor, state: tuple[Tensor, Tensor]) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """One time step: ``v`` of shape ``(batch, d_model)`` to the output of the same shape, and the next state."""
         z, xBC, dt = self._project(v)
-        xBC, window = conv_step(self.conv1d, xBC, state[0])
-        x, B, C = self._split(xBC)
+        xBC, window = short_conv_step(self.conv1d, xBC, state[0])
+        x, B, C = self._split(F.silu(xBC))
         delta = F.softplus(dt + self.dt_bias)
         y, S = ssd_step(state[1], x * delta[..., None], -delta * self.A_log.float().exp(), B, C)
         y = y + self.D[:, None] * x

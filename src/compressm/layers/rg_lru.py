@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from compressm.layers.mamba import inverse_softplus
+from compressm.layers.parts import inverse_softplus, short_conv, short_conv_step
 from compressm.scans import selective_scan
 
 # Decays are exp(-8 softplus(parameter) gate).
@@ -116,22 +116,10 @@ class RecurrentBlock(nn.Module):
 
     def step(self, u: Tensor, state: tuple[Tensor, Tensor]) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """One time step: ``u`` of shape ``(batch, d_model)`` to the output of the same shape, and the next state."""
-        window = torch.cat([state[0], self.linear_x(u)[:, None]], 1)
-        bias = 0.0 if self.conv_1d.bias is None else self.conv_1d.bias
-        decay, driven = self.rg_lru.terms((window * self.conv_1d.weight[:, 0].T).sum(1) + bias)
+        x, window = short_conv_step(self.conv_1d, self.linear_x(u), state[0])
+        decay, driven = self.rg_lru.terms(x)
         h = torch.exp(-decay) * state[1] + driven
-        return self.linear_out(F.gelu(self.linear_y(u), approximate="tanh") * h), (window[:, 1:], h)
+        return self.linear_out(F.gelu(self.linear_y(u), approximate="tanh") * h), (window, h)
 
     def extra_repr(self) -> str:
         return f"d_model={self.d_model}, d_state={self.d_state}, blocks={self.rg_lru.input_gate_weight.shape[0]}"
-
-
-def short_conv(conv: nn.Conv1d, u: Tensor) -> Tensor:
-    """A causal depthwise convolution over time, ``u`` of shape ``(batch, length, channels)``: a sum of
-    shifted products, without an activation."""
-    (channels, taps), length = conv.weight[:, 0].shape, u.shape[1]
-    padded = F.pad(u, (0, 0, taps - 1, 0))
-    out = (u.new_zeros(channels) if conv.bias is None else conv.bias).expand(1, length, channels)
-    for lag in range(taps):
-        out = torch.addcmul(out, padded[:, lag : lag + length], conv.weight[:, 0, lag])
-    return out

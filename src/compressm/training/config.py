@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from compressm.compressor import cut_steps
 from compressm.errors import ConfigError
-from compressm.rivals.pruning import SCORES
+from compressm.pruning import SCORES
 from compressm.selection import Selection
 
 _LARGEST_FILE = 1 << 20  # bytes

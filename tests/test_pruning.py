@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from compressm.errors import InvalidRankRuleError
 from compressm.layers import SequenceClassifier
+from compressm.pruning import SCORES, Score, prune
 from compressm.reduce import compress
-from compressm.rivals.pruning import SCORES, Score, prune
 from compressm.systems import DiagonalSystem
 from helpers import random_system
 
