@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from compressm.adapters.base import LayerChange, ParameterChange, layer_values
 from compressm.adapters.hf_base import HuggingFaceAdapter
 from compressm.adapters.mamba import projection_change, selection_change
-from compressm.adapters.rebind import rebound_forward
+from compressm.adapters.rebind import not_fused, rebound_forward
 from compressm.selective import SelectiveReduction, Signals, first_states
 
 
@@ -41,7 +41,7 @@ class HFMambaAdapter(HuggingFaceAdapter):
             recorded.update(u=u, delta=delta, rates=-A, B=B[:, :, None], C=C[:, :, None], gate=gate)
             return torch.zeros_like(hidden_states)
 
-        rebound_forward(layer, {"mamba_selective_scan": record, "mamba_inner_fn": _not_fused})(hidden)
+        rebound_forward(layer, {"mamba_selective_scan": record, "mamba_inner_fn": not_fused})(hidden)
         delta, gain = recorded["delta"], recorded["gate"] * layer.get_parameter("out_proj.weight").norm(dim=0)
         return Signals(recorded["u"] * delta, delta, recorded["rates"], recorded["B"], recorded["C"], gain)
 
@@ -147,7 +147,3 @@ def _times(change: ParameterChange, factor: float) -> ParameterChange:
         pullback=change.pullback / factor,
         pullback_squared=change.pullback_squared / factor**2,
     )
-
-
-def _not_fused(*_: Any, **__: Any) -> None:
-    """What transformers takes for: no kernel that fuses the whole layer is there."""

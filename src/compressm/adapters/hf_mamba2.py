@@ -17,7 +17,7 @@ from compressm.adapters.base import LayerChange, layer_values
 from compressm.adapters.hf_base import HuggingFaceAdapter
 from compressm.adapters.mamba import selection_change
 from compressm.adapters.mamba2 import kept_channels
-from compressm.adapters.rebind import rebound_forward
+from compressm.adapters.rebind import not_fused, rebound_forward
 from compressm.selective import SelectiveReduction, Signals, first_states
 
 
@@ -51,7 +51,7 @@ class HFMamba2Adapter(HuggingFaceAdapter):
             recorded.update(x=hidden_states * delta, step=(-A[:, None] * delta).expand_as(hidden_states), B=B, C=C)
             return torch.zeros_like(hidden_states)
 
-        functions = {"mamba2_chunk_scan": record, "mamba2_split_conv1d_scan_combined": _not_fused}
+        functions = {"mamba2_chunk_scan": record, "mamba2_split_conv1d_scan_combined": not_fused}
         rebound_forward(layer, functions)(hidden)
         x, step = recorded["x"].flatten(-2), recorded["step"].flatten(-2)
         # The gated norm divides all channels of a token by one number, which is left out here.
@@ -99,7 +99,3 @@ def _gate(layer: nn.Module, hidden: Tensor, width: int) -> Tensor:
     into: Any = getattr(layer, "ssm_in_multiplier", 1.0)
     out: Any = getattr(layer, "mup_vector", hidden.new_ones(1))
     return (layer.get_submodule("in_proj")(hidden * into) * out)[..., :width]
-
-
-def _not_fused(*_: Any, **__: Any) -> None:
-    """What transformers takes for: no kernel that fuses the whole layer is there."""

@@ -11,14 +11,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 from transformers import Mamba2Config, MambaConfig
 from transformers.models.mamba import modeling_mamba
 from transformers.models.mamba2 import modeling_mamba2
 
+from compressm.adapters.rebind import rebound_forward
 from compressm.bench.ours import forward_backward, selective_tensors, ssd_tensors
 from compressm.bench.worker import Step
-from compressm.scans import selective_scan, ssd_scan
+from compressm.integrations.hf_scan import FUSED, enable_fast_scan
 
 
 def _slow(function: Any) -> Any:
@@ -47,26 +47,32 @@ def ssd(n: int, heads: int, p: int, batch: int, length: int, device: str = "cpu"
 
 def mamba_mixer(n: int, d: int, batch: int, length: int, scan: str, device: str = "cpu") -> Step:
     """A MambaMixer of inner width ``d``; ``scan`` is ``"theirs"`` or ``"ours"``."""
-    module: Any = modeling_mamba
-    module.mamba_selective_scan = MAMBA_SCAN if scan == "theirs" else _our_mamba_scan
-    module.mamba_inner_fn = _slow(module.mamba_inner_fn)
     torch.manual_seed(0)
     config = MambaConfig(hidden_size=d // 2, expand=2, state_size=n, num_hidden_layers=1, vocab_size=16)
-    return _mixer_step(module.MambaMixer(config, layer_idx=0), d // 2, batch, length, device)
+    mixer = _with_scan(modeling_mamba.MambaMixer(config, layer_idx=0), scan)
+    return _mixer_step(mixer, d // 2, batch, length, device)
 
 
 def mamba2_mixer(n: int, heads: int, p: int, batch: int, length: int, scan: str, device: str = "cpu") -> Step:
     """A Mamba2Mixer of ``heads`` heads of width ``p``; ``scan`` is ``"theirs"`` or ``"ours"``."""
-    module: Any = modeling_mamba2
-    module.mamba2_chunk_scan = MAMBA2_SCAN if scan == "theirs" else _our_mamba2_scan
-    module.mamba2_split_conv1d_scan_combined = _slow(module.mamba2_split_conv1d_scan_combined)
     width = heads * p // 2
     torch.manual_seed(0)
     config = Mamba2Config(
         hidden_size=width, expand=2, num_heads=heads, head_dim=p, state_size=n, n_groups=1, num_hidden_layers=1,
         vocab_size=16,
     )  # fmt: skip
-    return _mixer_step(module.Mamba2Mixer(config, layer_idx=0), width, batch, length, device)
+    mixer = _with_scan(modeling_mamba2.Mamba2Mixer(config, layer_idx=0), scan)
+    return _mixer_step(mixer, width, batch, length, device)
+
+
+def _with_scan(mixer: torch.nn.Module, scan: str) -> torch.nn.Module:
+    """A mixer on its slow path with its own scan, or as `fast_scan` makes it for users."""
+    if scan == "ours":
+        enable_fast_scan(mixer)
+    else:
+        plain = {"mamba_selective_scan": MAMBA_SCAN, "mamba2_chunk_scan": MAMBA2_SCAN}
+        mixer.forward = rebound_forward(mixer, {**plain, **FUSED})
+    return mixer
 
 
 def _mixer_step(mixer: torch.nn.Module, width: int, batch: int, length: int, device: str) -> Step:
@@ -78,20 +84,3 @@ def _mixer_step(mixer: torch.nn.Module, width: int, batch: int, length: int, dev
         return mixer(hidden)
 
     return forward_backward(outputs, [inputs, *parameters])
-
-
-def _our_mamba_scan(
-    hidden_states: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, z: Tensor, delta_bias: Tensor,
-    **_: Any,
-) -> Tensor:  # fmt: skip
-    delta = F.softplus(dt + delta_bias[:, None])
-    y = selective_scan(hidden_states.mT, delta.mT, A, B.mT, C.mT).mT
-    return (y + hidden_states * D[:, None]) * F.silu(z)
-
-
-def _our_mamba2_scan(
-    hidden_states: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, dt_bias: Tensor,
-    dt_limit: tuple[float, float], **_: Any,
-) -> Tensor:  # fmt: skip
-    delta = F.softplus(dt + dt_bias).clamp(*dt_limit)
-    return ssd_scan(delta[..., None] * hidden_states, delta * A, B, C) + D[:, None] * hidden_states

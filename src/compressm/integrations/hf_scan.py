@@ -23,7 +23,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from compressm.adapters.rebind import global_names, rebound_forward
+from compressm.adapters.rebind import global_names, not_fused, rebound_forward
 from compressm.errors import UnsupportedModelError
 from compressm.scans import selective_scan, ssd_scan
 
@@ -70,7 +70,7 @@ def enable_fast_scan(model: nn.Module) -> FastScan:
             )
     for name in names:
         layer = model.get_submodule(name)
-        layer.forward = rebound_forward(layer, _SCANS | _FUSED)
+        layer.forward = rebound_forward(layer, _SCANS | FUSED)
     return FastScan(model, names)
 
 
@@ -159,12 +159,8 @@ def _refuse_packing(arguments: dict[str, Any]) -> None:
         )
 
 
-def _not_fused(*_: Any, **__: Any) -> None:
-    """What transformers takes for: no kernel that fuses the whole layer is there."""
-
-
 _SCANS: dict[str, Callable[..., Any]] = {"mamba_selective_scan": _selective, "mamba2_chunk_scan": _ssd}
-_FUSED: dict[str, Callable[..., Any]] = {
-    "mamba_inner_fn": _not_fused,
-    "mamba2_split_conv1d_scan_combined": _not_fused,
+FUSED: dict[str, Callable[..., Any]] = {
+    "mamba_inner_fn": not_fused,
+    "mamba2_split_conv1d_scan_combined": not_fused,
 }
