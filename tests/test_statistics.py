@@ -232,6 +232,7 @@ def test_padding_of_a_classifier_does_not_count() -> None:
                 other[name].tensors()[key], tensor, rtol=1e-4, atol=1e-6 * float(tensor.abs().max())
             )
     compressor = Compressor(net, torch.optim.Adam(net.parameters()), 20, states=4)
+    net.eval()(torch.randint(1, 20, (4, 80)))  # of which nothing is remembered
     net.train()(padded)
     seen = {float(value["tokens"]) for value in compressor.state_dict()["moments"].values()}
     assert seen == {30.0}

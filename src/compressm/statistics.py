@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from torch.utils.hooks import RemovableHandle
 from compressm.adapters import SelectiveAdapter, find_layers
 from compressm.distributed import gathered, world_size
 from compressm.errors import UnsupportedModelError
+from compressm.layers import SequenceClassifier
 from compressm.selective import Moments, moments
 
 # Moments of weights that have changed since are forgotten: the weight of all before, at every observation.
@@ -41,7 +42,7 @@ class Statistics:
         self._moments: dict[str, Moments] = {}
         self._hooks: dict[str, RemovableHandle] = {}
         # Models that know which of their inputs are padding tell it before their layers are called.
-        self._padded = [module for module in model.modules() if hasattr(module, "present")]
+        self._padded = [module for module in model.modules() if isinstance(module, SequenceClassifier)]
         self._present: Tensor | None = None
 
     @property
@@ -62,7 +63,9 @@ class Statistics:
                 self._hooks[name] = layer.register_forward_pre_hook(hook, with_kwargs=True)
         for index, module in enumerate(self._padded if self._layers else ()):
             if (name := f"{_PADDING}{index}") not in self._hooks:
-                self._hooks[name] = module.register_forward_pre_hook(_PaddingHook(self, name))
+                self._hooks[name] = module.register_forward_pre_hook(
+                    _PaddingHook(self, name, training_only), with_kwargs=True
+                )
 
     def observe(
         self, name: str, layer: nn.Module, adapter: SelectiveAdapter, hidden: Tensor, present: Tensor | None = None
@@ -90,9 +93,9 @@ class Statistics:
             new = before.plus(new, self.memory)
         self._moments[name] = new
 
-    def present(self, model: nn.Module, args: tuple[Any, ...]) -> None:
+    def remember_padding(self, model: SequenceClassifier, u: Tensor) -> None:
         """Remember which inputs of the coming forward pass are tokens."""
-        self._present = cast("Any", model).present(*args) if args else None
+        self._present = model.present(u)
 
     def forget_hook(self, name: str) -> None:
         """Remove a layer's hook, if there is one."""
@@ -154,15 +157,18 @@ class _Hook:
 class _PaddingHook:
     """A forward pre-hook of a model that asks it once which of its inputs are tokens and which are padding."""
 
-    def __init__(self, statistics: Statistics, name: str) -> None:
-        self.statistics, self.name = statistics, name
+    def __init__(self, statistics: Statistics, name: str, training_only: bool) -> None:
+        self.statistics, self.name, self.training_only = statistics, name, training_only
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Callable[..., None]:
         return _nothing
 
-    def __call__(self, model: nn.Module, args: tuple[Any, ...]) -> None:
+    def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self.training_only and not model.training:
+            return
         self.statistics.forget_hook(self.name)
-        self.statistics.present(model, args)
+        assert isinstance(model, SequenceClassifier)
+        self.statistics.remember_padding(model, *args, **kwargs)
 
 
 def _nothing(*_: Any) -> None:
