@@ -59,7 +59,7 @@ class Statistics:
         """Observe every selective layer at its next call (by default its next call in training mode)."""
         for name, (layer, adapter) in self._layers.items():
             if name not in self._hooks:
-                hook = _Hook(self, name, adapter, training_only)
+                hook = _LayerHook(self, name, adapter, training_only)
                 self._hooks[name] = layer.register_forward_pre_hook(hook, with_kwargs=True)
         for index, module in enumerate(self._padded if self._layers else ()):
             if (name := f"{_PADDING}{index}") not in self._hooks:
@@ -132,43 +132,49 @@ class Statistics:
         self._moments = {name: Moments(**tensors) for name, tensors in state_dict.items()}
 
 
-class _Hook:
-    """A forward pre-hook that observes one call."""
-
-    def __init__(self, statistics: Statistics, name: str, adapter: SelectiveAdapter, training_only: bool) -> None:
-        self.statistics, self.name, self.adapter, self.training_only = statistics, name, adapter, training_only
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Callable[..., None]:
-        """Copies of the model are nobody's training, and are not observed."""
-        return _nothing
-
-    def __call__(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self.training_only and not layer.training:
-            return
-        self.statistics.forget_hook(self.name)
-        mask = kwargs.get("attention_mask")
-        for value in (*args, *kwargs.values()):
-            if isinstance(value, Tensor) and value.is_floating_point() and value.ndim == 3:
-                present = mask if isinstance(mask, Tensor) and mask.shape == value.shape[:2] else None
-                self.statistics.observe(self.name, layer, self.adapter, value, present)
-                return
-
-
-class _PaddingHook:
-    """A forward pre-hook of a model that asks it once which of its inputs are tokens and which are padding."""
+class _Once:
+    """A forward pre-hook that sees one call, in training mode if only that counts, and removes itself."""
 
     def __init__(self, statistics: Statistics, name: str, training_only: bool) -> None:
         self.statistics, self.name, self.training_only = statistics, name, training_only
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Callable[..., None]:
+        """Copies of the model are nobody's training, and are not observed."""
         return _nothing
 
-    def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self.training_only and not model.training:
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self.training_only and not module.training:
             return
         self.statistics.forget_hook(self.name)
-        assert isinstance(model, SequenceClassifier)
-        self.statistics.remember_padding(model, *args, **kwargs)
+        self.see(module, args, kwargs)
+
+    def see(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """The call."""
+        raise NotImplementedError
+
+
+class _LayerHook(_Once):
+    """Observes a selective layer."""
+
+    def __init__(self, statistics: Statistics, name: str, adapter: SelectiveAdapter, training_only: bool) -> None:
+        super().__init__(statistics, name, training_only)
+        self.adapter = adapter
+
+    def see(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        mask = kwargs.get("attention_mask")
+        for value in (*args, *kwargs.values()):
+            if isinstance(value, Tensor) and value.is_floating_point() and value.ndim == 3:
+                present = mask if isinstance(mask, Tensor) and mask.shape == value.shape[:2] else None
+                self.statistics.observe(self.name, module, self.adapter, value, present)
+                return
+
+
+class _PaddingHook(_Once):
+    """Asks a model which of its inputs are tokens and which are padding."""
+
+    def see(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        assert isinstance(module, SequenceClassifier)
+        self.statistics.remember_padding(module, *args, **kwargs)
 
 
 def _nothing(*_: Any) -> None:
