@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -237,6 +238,32 @@ def test_padding_of_a_classifier_does_not_count() -> None:
     seen = {float(value["tokens"]) for value in compressor.state_dict()["moments"].values()}
     assert seen == {30.0}
     compressor.step()
+
+
+@pytest.mark.parametrize("told_by", ["seq_idx", "cu_seqlens"])
+def test_packed_sequences_are_kept_apart(told_by: str) -> None:
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.Mamba2Config(vocab_size=20, hidden_size=8, state_size=4, num_heads=4, head_dim=4, expand=2,
+                                       num_hidden_layers=1, n_groups=1, chunk_size=8)  # fmt: skip
+    layer = transformers.Mamba2Model(config).layers[0].mixer
+    with torch.no_grad():
+        layer.dt_bias.fill_(-4.0)  # slow states, which would go on into the next sequence
+    sequences = [torch.randn(1, length, 8) for length in (12, 5, 20)]
+    expected = Statistics(layer, memory=1.0)
+    for hidden in sequences:
+        expected.observe_next(training_only=False)
+        layer(hidden)
+    places = torch.tensor([0, 12, 17, 37], dtype=torch.int32)
+    numbers = torch.repeat_interleave(torch.arange(3, dtype=torch.int32), places.diff())[None]
+    packed, together = Statistics(layer), Statistics(layer)
+    for statistics, arguments in ((packed, {told_by: numbers if told_by == "seq_idx" else places}), (together, {})):
+        statistics.observe_next(training_only=False)
+        with suppress(ValueError):  # without CUDA, transformers refuses packed sequences, after the hook has seen them
+            layer(torch.cat(sequences, 1), **arguments)
+    for name, value in expected.moments()[""].tensors().items():
+        torch.testing.assert_close(packed.moments()[""].tensors()[name], value, rtol=1e-5, atol=1e-6)
+    assert together.moments()[""].P[0].trace() > 1.1 * packed.moments()[""].P[0].trace()
 
 
 def test_long_sequences_are_added_up_to_many_digits() -> None:

@@ -68,7 +68,13 @@ class Statistics:
                 )
 
     def observe(
-        self, name: str, layer: nn.Module, adapter: SelectiveAdapter, hidden: Tensor, present: Tensor | None = None
+        self,
+        name: str,
+        layer: nn.Module,
+        adapter: SelectiveAdapter,
+        hidden: Tensor,
+        present: Tensor | None = None,
+        starts: Tensor | None = None,
     ) -> None:
         """Add what a layer does with some inputs.
 
@@ -77,12 +83,17 @@ class Statistics:
             hidden: its input, shape ``(batch, length, d_model)``.
             present: 1 for tokens and 0 for padding, shape ``(batch, length)``; by default what the model said before it
                 called its layers.
+            starts: True at the first token of every sequence, where a row holds several, shape ``(batch, length)``.
         """
         present = self._present if present is None else present
         present = None if present is None or present.shape != hidden.shape[:2] else present.detach()[: self.sequences]
+        hidden = hidden.detach()[: self.sequences]
+        if starts is not None:  # nothing is carried over from one to the next, by no convolution either
+            starts = starts[: self.sequences]
+            present = hidden.new_ones(hidden.shape[:2]) if present is None else present
+            hidden, present = _unpacked(hidden, starts), _unpacked(present, starts)
         with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
-            dtype = next(layer.parameters()).dtype
-            hidden = hidden.detach()[: self.sequences].to(dtype)
+            hidden = hidden.to(next(layer.parameters()).dtype)
             if present is not None:  # as transformers does, so that convolutions do not reach into padding either
                 hidden = hidden * present[..., None].to(hidden)
             new = moments(adapter.signals(layer, hidden), present)
@@ -165,8 +176,38 @@ class _LayerHook(_Once):
         for value in (*args, *kwargs.values()):
             if isinstance(value, Tensor) and value.is_floating_point() and value.ndim == 3:
                 present = mask if isinstance(mask, Tensor) and mask.shape == value.shape[:2] else None
-                self.statistics.observe(self.name, module, self.adapter, value, present)
+                self.statistics.observe(self.name, module, self.adapter, value, present, _starts(value, kwargs))
                 return
+
+
+def _starts(hidden: Tensor, kwargs: Mapping[str, Any]) -> Tensor | None:
+    """Where sequences begin that are packed one after the other, from the arguments that tell a layer so.
+
+    Args:
+        hidden: shape ``(batch, length, d_model)``.
+        kwargs: of the layer's call: ``seq_idx``, the number of every token's sequence, shape ``(batch, length)``; or
+            ``cu_seqlens``, the places where sequences begin in the only row, and its length.
+
+    Returns:
+        True at the first token of a sequence, shape ``(batch, length)``; None where nothing is packed.
+    """
+    numbers, places = kwargs.get("seq_idx"), kwargs.get("cu_seqlens")
+    if isinstance(numbers, Tensor) and numbers.shape == hidden.shape[:2]:
+        before = numbers.roll(1, 1)
+        before[:, 0] = numbers[:, 0] - 1
+        return numbers != before
+    if isinstance(places, Tensor) and hidden.shape[0] == 1:
+        starts = torch.zeros(hidden.shape[:2], dtype=torch.bool, device=hidden.device)
+        starts[0, places[:-1].long()] = True
+        return starts
+    return None
+
+
+def _unpacked(packed: Tensor, starts: Tensor) -> Tensor:
+    """Packed sequences one to a row, zeros after: ``(batch, length, ...)`` to ``(sequences, longest, ...)``."""
+    places = starts.flatten().nonzero().flatten().tolist()
+    lengths = [end - start for start, end in zip(places, [*places[1:], starts.numel()], strict=True)]
+    return nn.utils.rnn.pad_sequence(list(packed.flatten(0, 1).split(lengths)), batch_first=True)
 
 
 class _PaddingHook(_Once):
