@@ -22,8 +22,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from compressm.errors import CompressmError, ConfigError, RunError
 from compressm.reproduce.experiments import Arm, Experiment
 from compressm.storage import write_json
-from compressm.training.config import Config, load_config, parse_config, present_form
-from compressm.training.loop import FREE_KEYS, train
+from compressm.training.config import Config, load_config, parse_config
+from compressm.training.loop import differences, train
 from compressm.training.result import RunResult
 
 
@@ -222,9 +222,8 @@ def _train(run: Run, config: Config, command: str | None) -> RunResult:
     """One run, in a process of its own; its result file appears when it is complete."""
     if run.result.exists():
         result = RunResult.read(run.result)
-        before, now = (_essence(tree) for tree in (present_form(result.config), config.model_dump(mode="json")))
-        if before != now:
-            different = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
+        different = [key for key, *_ in differences(result.config, config) if key != "loss.teacher"]  # named by its arm
+        if different:
             raise ConfigError(
                 f"{run.result} was made with another {', '.join(different)}; choose another --results, or delete it"
             )
@@ -239,12 +238,6 @@ def _train(run: Run, config: Config, command: str | None) -> RunResult:
     run.result.parent.mkdir(parents=True, exist_ok=True)
     write_json(run.result, content)
     return RunResult.read(run.result)
-
-
-def _essence(config: dict[str, Any]) -> dict[str, Any]:
-    """What a result depends on, by dotted names."""
-    flat = {f"{section}.{key}": value for section, values in config.items() for key, value in values.items()}
-    return {key: value for key, value in flat.items() if key not in FREE_KEYS | {"loss.teacher"}}
 
 
 def read_results(experiment: Experiment, results: Path = Path("results")) -> dict[tuple[str, int], RunResult]:

@@ -120,15 +120,20 @@ def _checkpoints(folder: Path, config: Config) -> Checkpoints:
 
 
 def _same_config(saved: Mapping[str, Any], config: Config, folder: Path) -> None:
-    for key, value, before in _differences(saved, config):
+    for key, value, before in differences(saved, config):
         raise ConfigError(
             f"{key} = {value!r}: the run in {folder} was started with {before!r}; give that value to resume "
             "it, or choose another --output"
         )
 
 
-def _differences(saved: Mapping[str, Any], config: Config) -> Generator[tuple[str, Any, Any]]:
-    """What decides about a run's result and is not as it was: the key, its value now and the one before."""
+def differences(saved: Mapping[str, Any], config: Config) -> Generator[tuple[str, Any, Any]]:
+    """What decides about a run's result and is not as it was: the key, its value now and the one before.
+
+    Args:
+        saved: a configuration as plain values, by this version or an earlier one.
+        config: the one now.
+    """
     saved = present_form(saved)
     for section, values in config.model_dump(mode="json").items():
         for name, value in values.items():
@@ -393,7 +398,7 @@ class _Run:
             raise ConfigError(
                 f"--from {origin}: that run was compressed itself; name one with compression.enabled=false"
             )
-        for key, value, before in _differences(tree["config"], self.config):
+        for key, value, before in differences(tree["config"], self.config):
             if not key.startswith("compression."):
                 raise ConfigError(
                     f"{key} = {value!r}: the run in {origin} was made with {before!r}; give that value to go on from "
@@ -485,4 +490,4 @@ def _seed(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-__all__ = ["FREE_KEYS", "RunResult", "train"]
+__all__ = ["RunResult", "differences", "train"]
