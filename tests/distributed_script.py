@@ -57,6 +57,9 @@ def main(out: Path, options: dict[str, str]) -> None:
             "evaluate": lambda m: float(rank == 1 or set(state_dims(m).values()) == {16}),
         }
     compressor = Compressor(model if "inner" in options else network, optimizer, STEPS, **arguments)
+    if "loads" in options:  # the compressor knows the wrapper, and the wrapped model is what weights are loaded into
+        torch.manual_seed(1)
+        model.load_state_dict(SequenceClassifier(1, 2, 4, 12, n_layers=2, norm="layer").state_dict())
     training = Training(model, optimizer)
     start = 0
     if "resume" in options:

@@ -45,6 +45,14 @@ def test_ddp_makes_the_same_cuts_on_all_ranks_and_as_one_process_does(tmp_path: 
     torch.testing.assert_close(first["losses"], alone["losses"], rtol=1e-4, atol=1e-4)
 
 
+def test_weights_of_another_size_can_be_loaded_into_the_wrapped_model(tmp_path: Path) -> None:
+    (alone,) = run(tmp_path / "one", 1, "loads=1", "stop=3")
+    first, second = run(tmp_path / "two", 2, "loads=1", "stop=3")
+    assert first["model"]["blocks.0.ssm.nu_log"].shape[0] == 12
+    assert same(first["model"], second["model"])
+    torch.testing.assert_close(first["model"], alone["model"], rtol=1e-3, atol=1e-4)
+
+
 def test_killed_and_resumed_ddp_ends_as_if_unbroken(tmp_path: Path) -> None:
     unbroken = run(tmp_path / "unbroken", 2, "dropout=0.2")
     run(tmp_path / "killed", 2, "dropout=0.2", "stop=9")

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -45,6 +46,20 @@ def test_copies_and_wrappers_inherit_it() -> None:
         inner.load_state_dict(small.state_dict())
         assert set(state_dims(outer).values()) == {3}
         assert set(state_dims(model).values()) == {16}  # and not the original
+
+
+def test_a_part_of_a_model_can_be_loaded_by_itself() -> None:
+    transformers = pytest.importorskip("transformers")
+
+    def language_model(states: int) -> Any:
+        return transformers.MambaForCausalLM(
+            transformers.MambaConfig(vocab_size=20, hidden_size=8, state_size=states, num_hidden_layers=2)
+        )
+
+    model = fit_any_size(language_model(8))
+    model.backbone.load_state_dict(language_model(3).backbone.state_dict())
+    assert set(state_dims(model).values()) == {3}
+    assert model.config.state_size == 3
 
 
 def test_parameters_stay_the_objects_that_optimizers_hold() -> None:

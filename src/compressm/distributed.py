@@ -72,7 +72,7 @@ def rebuild_replicas(model: nn.Module) -> int:
     are found wherever they are, since Trainer, Lightning and Accelerate keep them to themselves.
 
     Args:
-        model: the wrapped model, the wrapper, or a model around it.
+        model: the wrapped model, the wrapper, a model around it, or a part of it.
 
     Returns:
         how many wrappers were rebuilt.
@@ -81,7 +81,11 @@ def rebuild_replicas(model: nn.Module) -> int:
         return 0
     parts = {id(module) for module in model.modules()}
     # type() and not isinstance(): asking some lazy objects for their __class__ has side effects.
-    wrappers = [o for o in gc.get_objects() if issubclass(type(o), DistributedDataParallel) and id(o.module) in parts]
+    wrappers = [
+        o
+        for o in gc.get_objects()
+        if issubclass(type(o), DistributedDataParallel) and not parts.isdisjoint(id(part) for part in o.modules())
+    ]
     for wrapper in wrappers:
         _rebuild(wrapper)
     return len(wrappers)

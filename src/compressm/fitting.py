@@ -19,7 +19,7 @@ from compressm.distributed import rebuild_replicas
 from compressm.errors import CheckpointError
 
 Model = TypeVar("Model", bound=nn.Module)
-_MARK, _MODEL_MARK, _RESIZED = "_fits_any_size", "_model_fits_any_size", "_resized_for_weights"
+_MARK, _RESIZED, _OUTERMOST = "_fits_any_size", "_resized_for_weights", "_outermost_of_a_load"
 
 
 def fit_any_size(model: Model) -> Model:
@@ -38,13 +38,15 @@ def fit_any_size(model: Model) -> Model:
     Raises:
         UnsupportedModelError: the model has no layer that compressm knows.
     """
-    for layer, _ in find_layers(model).values():
-        if not hasattr(layer, _MARK):
-            layer.register_load_state_dict_pre_hook(_before_loading)
-            setattr(layer, _MARK, True)
-    if not hasattr(model, _MODEL_MARK):
-        model.register_load_state_dict_post_hook(_after_loading)
-        setattr(model, _MODEL_MARK, True)
+    layers = {id(layer) for layer, _ in find_layers(model).values()}
+    for module in model.modules():
+        if hasattr(module, _MARK) or layers.isdisjoint(id(part) for part in module.modules()):
+            continue
+        module.register_load_state_dict_pre_hook(_before_loading)
+        if id(module) in layers:
+            module.register_load_state_dict_pre_hook(_resize_for_weights)
+        module.register_load_state_dict_post_hook(_after_loading)
+        setattr(module, _MARK, True)
     return model
 
 
@@ -75,20 +77,27 @@ def fit(model: Model, weights: Mapping[str, Tensor | Sequence[int]]) -> Model:
     return model
 
 
-def _before_loading(layer: nn.Module, state_dict: Mapping[str, Any], prefix: str, *_: Any) -> None:
+def _before_loading(module: nn.Module, _state_dict: Mapping[str, Any], prefix: str, *_: Any) -> None:
+    """Any part may be the one that a load was asked of, and see its end: a model, one in a wrapper, a backbone."""
+    setattr(module, _OUTERMOST, not prefix)
+
+
+def _resize_for_weights(layer: nn.Module, state_dict: Mapping[str, Any], prefix: str, *_: Any) -> None:
     (adapter,) = (adapter for found, adapter in find_layers(layer).values() if found is layer)
     shapes = {name: tuple(v.shape) for name, v in state_dict.items() if name.startswith(prefix) and hasattr(v, "shape")}
     if _fit_layer(layer, adapter, shapes, prefix):
         setattr(layer, _RESIZED, True)
 
 
-def _after_loading(model: nn.Module, _: Any) -> None:
-    resized = [layer for layer in model.modules() if hasattr(layer, _RESIZED)]
+def _after_loading(module: nn.Module, _: Any) -> None:
+    if not getattr(module, _OUTERMOST):
+        return
+    resized = [layer for layer in module.modules() if hasattr(layer, _RESIZED)]
     for layer in resized:
         delattr(layer, _RESIZED)
     if resized:
-        tell_written(model)
-        rebuild_replicas(model)
+        tell_written(module)
+        rebuild_replicas(module)
 
 
 def _fit_layer(layer: nn.Module, adapter: LayerAdapter, shapes: Mapping[str, tuple[int, ...]], prefix: str) -> bool:
