@@ -40,7 +40,7 @@ def _plotly(lines: list[tuple[str, list[float]]]) -> Any:
     try:
         from plotly import graph_objects
     except ImportError as error:
-        raise MissingExtraError("this picture needs plotly: pip install 'compressm[train]'") from error
+        raise MissingExtraError('this picture needs plotly: pip install "compressm[train]"') from error
     figure = graph_objects.Figure(layout={"title": _TITLE, "xaxis_title": _X, "yaxis_title": _Y})
     for index, (name, shares) in enumerate(lines):
         figure.add_scatter(
@@ -57,7 +57,7 @@ def _matplotlib(lines: list[tuple[str, list[float]]]) -> Any:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise MissingExtraError("this picture needs matplotlib: pip install 'compressm[train]'") from error
+        raise MissingExtraError('this picture needs matplotlib: pip install "compressm[train]"') from error
     figure = Figure(figsize=(7, 4.5), layout="constrained")  # no pyplot: nothing global, no window
     axis = figure.subplots()
     for index, (name, shares) in enumerate(lines):

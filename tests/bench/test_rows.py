@@ -93,7 +93,7 @@ def test_memory_is_that_of_each_process_alone(row) -> None:
 @pytest.mark.parametrize(
     ("peer", "reason"),
     [
-        (side("missing"), "peer: jax is not installed: pip install 'compressm[bench]'"),
+        (side("missing"), 'peer: jax is not installed: pip install "compressm[bench]"'),
         (side("failing", after=3), "peer: MemoryError: no more"),
         (side("failing", after=0), "peer: MemoryError: no more"),
         (side("dying"), "peer: its process ended with exit code 9; short of memory?"),

@@ -83,16 +83,7 @@ def lti_tensors(n: int, width: int, batch: int, length: int, device: str = "cpu"
     """Arguments of `lti_scan`: an LRU's system at initialisation."""
     torch.manual_seed(0)
     layer = LRU(width, n, r_min=0.9, r_max=0.999)
-    gamma = layer.gamma_log.exp()[:, None]
-    system = [
-        -layer.nu_log.exp(),
-        layer.theta_log.exp(),
-        gamma * layer.B_re,
-        gamma * layer.B_im,
-        layer.C_re,
-        layer.C_im,
-    ]
-    return [tensor.detach().to(device) for tensor in (torch.randn(batch, length, width), *system)]
+    return [tensor.detach().to(device) for tensor in (torch.randn(batch, length, width), *layer.system())]
 
 
 def lti(n: int, width: int, batch: int, length: int, device: str = "cpu") -> Step:

@@ -110,7 +110,7 @@ def plot(result: Mapping[str, Any], path: Path) -> None:
     try:
         import matplotlib
     except ModuleNotFoundError as error:
-        raise MissingExtraError("plots need matplotlib: pip install 'compressm[bench]'") from error
+        raise MissingExtraError('plots need matplotlib: pip install "compressm[bench]"') from error
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 

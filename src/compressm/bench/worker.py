@@ -39,7 +39,7 @@ def main() -> None:
         try:
             _serve(order, answers)
         except ModuleNotFoundError as error:
-            _answer(answers, unavailable=f"{error.name} is not installed: pip install 'compressm[bench]'")
+            _answer(answers, unavailable=f'{error.name} is not installed: pip install "compressm[bench]"')
         except Exception as error:
             _answer(answers, unavailable=f"{type(error).__name__}: {error}")
 

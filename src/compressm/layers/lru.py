@@ -72,10 +72,15 @@ class LRU(nn.Module):
         """State dimension n: the number of complex states, read off the parameters."""
         return self.nu_log.shape[0]
 
-    def forward(self, u: Tensor) -> Tensor:
+    def system(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """``log |lam|`` and ``arg lam``, real and imaginary part of ``diag(gamma) B`` and of C, as `lti_scan` takes
+        them."""
         gamma = self.gamma_log.exp()[:, None]
-        poles = -self.nu_log.exp(), self.theta_log.exp()
-        return lti_scan(u, *poles, gamma * self.B_re, gamma * self.B_im, self.C_re, self.C_im, D=self.D)
+        B = gamma * self.B_re, gamma * self.B_im
+        return -self.nu_log.exp(), self.theta_log.exp(), *B, self.C_re, self.C_im
+
+    def forward(self, u: Tensor) -> Tensor:
+        return lti_scan(u, *self.system(), D=self.D)
 
     def initial_state(self, batch: int) -> Tensor:
         """The zero state of `step`: real and imaginary part, shape ``(batch, 2, d_state)``."""
@@ -83,17 +88,7 @@ class LRU(nn.Module):
 
     def step(self, u: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
         """One time step: ``u`` of shape ``(batch, d_model)`` to ``y`` of the same shape, and the next state."""
-        gamma = self.gamma_log.exp()[:, None]
-        y, state = lti_step(
-            state,
-            u,
-            -self.nu_log.exp(),
-            self.theta_log.exp(),
-            gamma * self.B_re,
-            gamma * self.B_im,
-            self.C_re,
-            self.C_im,
-        )
+        y, state = lti_step(state, u, *self.system())
         return y + self.D * u, state
 
     def extra_repr(self) -> str:

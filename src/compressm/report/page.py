@@ -83,7 +83,7 @@ def _plotly() -> str:
     try:
         from plotly.offline import get_plotlyjs
     except ImportError as error:
-        raise MissingExtraError("compressm report needs plotly: pip install 'compressm[train]'") from error
+        raise MissingExtraError('compressm report needs plotly: pip install "compressm[train]"') from error
     return base64.b64encode(gzip.compress(get_plotlyjs().encode("utf-8"), 9, mtime=0)).decode("ascii")
 
 

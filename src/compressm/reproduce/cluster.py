@@ -35,7 +35,7 @@ class Submitted(ThreadPoolExecutor):
         try:
             import submitit
         except ImportError as error:
-            raise MissingExtraError("--cluster needs submitit: pip install 'compressm[cluster]'") from error
+            raise MissingExtraError('--cluster needs submitit: pip install "compressm[cluster]"') from error
         try:
             self._jobs: Any = submitit.AutoExecutor(folder=folder, cluster=cluster)
             self._jobs.update_parameters(**{"name": "compressm", "cpus_per_task": 1, "timeout_min": 24 * 60, **options})

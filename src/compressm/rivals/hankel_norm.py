@@ -83,9 +83,9 @@ def hankel_penalty(model: nn.Module) -> Tensor:
         raise UnsupportedModelError("the Hankel nuclear norm is that of LRU layers, and this model has none")
     norms = []
     for layer in layers:
-        gamma = layer.gamma_log.exp()[:, None]
-        lam = torch.polar(torch.exp(-layer.nu_log.double().exp()), layer.theta_log.double().exp())
-        B, C = gamma * torch.complex(layer.B_re, layer.B_im), torch.complex(layer.C_re, layer.C_im)
+        log_radius, phase, B_re, B_im, C_re, C_im = layer.system()
+        lam = torch.polar(log_radius.double().exp(), phase.double())
+        B, C = torch.complex(B_re, B_im), torch.complex(C_re, C_im)
         norms.append(hankel_nuclear_norm(lam, B, C).to(layer.B_re.dtype))
     return torch.stack(norms).sum()
 

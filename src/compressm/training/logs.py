@@ -81,7 +81,7 @@ class WeightsAndBiases:
             import wandb
             from wandb.errors import Error
         except ImportError as error:
-            raise MissingExtraError("run.wandb needs Weights & Biases: pip install 'compressm[wandb]'") from error
+            raise MissingExtraError('run.wandb needs Weights & Biases: pip install "compressm[wandb]"') from error
         self._wandb: Any = wandb
         marker = folder / "wandb-id"
         identity = marker.read_text(encoding="utf-8") if marker.exists() else uuid.uuid4().hex
