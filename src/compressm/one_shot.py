@@ -19,7 +19,7 @@ from compressm.checkpoint import load, save
 from compressm.errors import CheckpointError, ConfigError, MissingExtraError
 from compressm.layers import LanguageModel, SequenceClassifier
 from compressm.ranks import RankRule
-from compressm.reduce import plan_reduction
+from compressm.reduce import Report, plan_reduction
 from compressm.spectrum import AnyBalancing, Spectrum, balance_layers
 from compressm.statistics import gather
 
@@ -30,30 +30,11 @@ _BATCH = 4  # sequences
 
 
 @dataclass(frozen=True)
-class LayerLoss:
-    """What a cut took from one layer.
-
-    Attributes:
-        name: the layer's name in the model.
-        states_before, states_after: state dimension.
-        energy_discarded: share of the Hankel energy that was discarded, see `LayerReport.energy_kept`.
-        outcome, reason: as in `LayerReport`.
-    """
-
-    name: str
-    states_before: int
-    states_after: int
-    energy_discarded: float
-    outcome: str
-    reason: str
-
-
-@dataclass(frozen=True)
 class Loss:
     """What a cut took from a model.
 
     Attributes:
-        layers: layer by layer.
+        report: the cut itself, layer by layer.
         loss_before, loss_after: cross-entropy in nats per token (per sequence for a classifier), on data that the cut
             was not made from.
         parameters_before, parameters_after: number of the model's parameters.
@@ -61,7 +42,7 @@ class Loss:
         length: tokens per sequence.
     """
 
-    layers: tuple[LayerLoss, ...]
+    report: Report
     loss_before: float
     loss_after: float
     parameters_before: int
@@ -71,15 +52,16 @@ class Loss:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
-        return {**asdict(self), "layers": [asdict(layer) for layer in self.layers]}
+        return {**self.__dict__, "report": self.report.to_dict()}
 
     def __str__(self) -> str:
-        width = max(len(layer.name) for layer in self.layers)
+        width = max(len(layer.name) for layer in self.report.layers)
         rows = [f"{'layer':{width}}  {'states':>10}  {'energy discarded':>16}"]
-        for layer in self.layers:
+        for layer in self.report.layers:
+            discarded = 0.0 if layer.energy_kept is None else 1 - layer.energy_kept
             dims = f"{layer.states_before} → {layer.states_after}"
             note = f"  {layer.outcome}: {layer.reason}" if layer.reason else ""
-            rows.append(f"{layer.name:{width}}  {dims:>10}  {layer.energy_discarded:16.2%}{note}")
+            rows.append(f"{layer.name:{width}}  {dims:>10}  {discarded:16.2%}{note}")
         rows.append(
             f"loss {self.loss_before:.4f} → {self.loss_after:.4f} ({self.sequences} sequences of {self.length}), "
             f"parameters {self.parameters_before:,} → {self.parameters_after:,}"
@@ -128,24 +110,13 @@ def compress_checkpoint(
         loss_before = _loss(model, batches[half:])
         report = plan_reduction(model, rule, balancings=balancings).apply(model)
         loss_after = _loss(model, batches[half:])
-    layers = tuple(
-        LayerLoss(
-            layer.name,
-            layer.states_before,
-            layer.states_after,
-            0.0 if layer.energy_kept is None else 1 - layer.energy_kept,
-            layer.outcome,
-            layer.reason,
-        )
-        for layer in report.layers
-    )
     if hugging_face:
         cast("Any", model).save_pretrained(target)
         if tokenizer is not None:
             tokenizer.save_pretrained(target)
     else:
         save(model, target)
-    return Loss(layers, loss_before, loss_after, before, _parameters(model), half * _BATCH, batches[0][0].shape[1])
+    return Loss(report, loss_before, loss_after, before, _parameters(model), half * _BATCH, batches[0][0].shape[1])
 
 
 @dataclass(frozen=True)
@@ -357,4 +328,4 @@ def _fast(model: nn.Module) -> contextlib.AbstractContextManager[Any]:
     return fast_scan(model) if can_be_fast(model) else contextlib.nullcontext()
 
 
-__all__ = ["LayerLoss", "Loss", "compress_checkpoint"]
+__all__ = ["Loss", "compress_checkpoint"]
