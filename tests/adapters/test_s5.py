@@ -53,3 +53,27 @@ def test_the_bound_of_both_directions_is_that_of_their_sum() -> None:
     assert gain <= certificate.bound
     single = torch.linalg.matrix_norm(error.triu(1), 2), torch.linalg.matrix_norm(error.tril(-1), 2)
     assert gain > 1.2 * float(max(single))  # one direction's bound would not do
+
+
+def test_a_state_that_a_cut_leaves_real_can_learn_to_oscillate() -> None:
+    torch.manual_seed(0)
+    layer = S5(1, 2).double()
+    with torch.no_grad():  # two real modes, of which the slow one stays
+        for name, value in {"log_decay": [-1.0, 2.0], "frequency": [0.0, 0.0], "log_step": [-2.0, -2.0]}.items():
+            getattr(layer, name).copy_(torch.tensor(value))
+        for parameter in (layer.B_im, layer.C_im):
+            parameter.zero_()
+        layer.D.zero_()
+    compressm.compress(layer, states=1)
+    assert float((layer.frequency * layer.log_step.exp()).detach().abs()) < 1e-6
+    impulse, time = torch.zeros(1, 60, 1, dtype=torch.float64), torch.arange(60, dtype=torch.float64)
+    impulse[0, 0] = 1
+    wanted = torch.exp(-0.05 * time) * torch.cos(0.3 * time)
+    optimizer = torch.optim.Adam(layer.parameters(), 0.03)
+    loss = torch.tensor(1.0)
+    for _ in range(600):
+        loss = (layer(impulse)[0, :, 0] - wanted).square().sum() / wanted.square().sum()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert float(loss.detach()) < 0.1  # a real state leaves more than 0.5

@@ -18,6 +18,8 @@ from compressm.adapters.base import Adapter, LayerChange, ParameterChange, layer
 from compressm.balancing import Reduction
 from compressm.systems import DiagonalSystem
 
+_OFF_THE_AXIS = 1e-6  # of the decay rate
+
 
 @dataclass(frozen=True)
 class PerState:
@@ -159,6 +161,18 @@ def participation(reduction: Reduction) -> tuple[Tensor, Tensor]:
     return (p + q) / total, (p - q) / total
 
 
+def phases(lam: Tensor) -> Tensor:
+    """``arg lam``, a little off the real axis where it lies on it.
+
+    A truncation of a real system leaves real modes. On the axis, with real residues, the gradients on the phase and on
+    the imaginary parts of B and C are exactly zero, so that such a state would stay real for ever. A millionth of the
+    decay rate is enough for them to grow, and changes the impulse response by less than 1e-12 of the mode's energy.
+    """
+    phase, least = lam.angle(), _OFF_THE_AXIS * -lam.abs().clamp_min(1e-30).log()
+    phase = torch.where(phase.abs() < least, least, phase)
+    return torch.where(phase.abs() > math.pi - least, math.pi - least, phase)
+
+
 def _residue(system: DiagonalSystem, order: int) -> Tensor:
     """``|b| |c| / (1 - |lam|)^order`` of every mode."""
     return system.B.norm(dim=-1) * system.C.norm(dim=-2) / (1 - system.lam.abs()).clamp_min(1e-12) ** order
@@ -204,4 +218,4 @@ def scaled(diagonal: Tensor, stacked: Tensor) -> Tensor:
     return torch.cat([product.real, product.imag], -2)
 
 
-__all__ = ["DiagonalAdapter", "PerState", "participation", "pullback_of_C", "row_norm_kept", "scaled"]
+__all__ = ["DiagonalAdapter", "PerState", "participation", "phases", "pullback_of_C", "row_norm_kept", "scaled"]

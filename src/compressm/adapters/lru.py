@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from compressm.adapters.base import LayerChange
-from compressm.adapters.diagonal import DiagonalAdapter, PerState, row_norm_kept
+from compressm.adapters.diagonal import DiagonalAdapter, PerState, phases, row_norm_kept
 from compressm.balancing import Reduction
 from compressm.layers.lru import LRU
 from compressm.systems import DiagonalSystem
@@ -39,7 +39,7 @@ class LRUAdapter(DiagonalAdapter):
         nu = -lam.abs().clamp_min(1e-30).log()
         gamma = (-torch.expm1(-2 * nu)).sqrt()
         # A real positive eigenvalue has phase zero, whose logarithm does not exist: 1e-8 rad is zero in float32.
-        theta = torch.remainder(lam.angle(), 2 * math.pi).clamp_min(1e-8)
+        theta = torch.remainder(phases(lam), 2 * math.pi).clamp_min(1e-8)
         scaled = row_norm_kept(reduction, torch.complex(v["B_re"], v["B_im"]), gamma)
         B, C = scaled.system.B / gamma[:, None], scaled.system.C
         per_state = (

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from compressm.adapters.base import LayerChange
-from compressm.adapters.diagonal import DiagonalAdapter, PerState, pullback_of_C, scaled
+from compressm.adapters.diagonal import DiagonalAdapter, PerState, phases, pullback_of_C, scaled
 from compressm.adapters.s5 import hold
 from compressm.balancing import Reduction
 from compressm.layers.s4d import S4D
@@ -49,7 +49,7 @@ class S4DAdapter(DiagonalAdapter):
         # An added state needs a mode that can be trained, that of the slowest old one: not the zero it is padded with.
         lam = torch.where(used, system.lam, z.exp().abs().amax(1, keepdim=True).to(b))
         decay = -lam.abs().clamp_min(1e-30).log() / log_step.exp()
-        frequency = lam.angle() / log_step.exp()
+        frequency = phases(lam) / log_step.exp()
         gain, _ = hold(decay.log(), frequency, log_step)
         C = torch.where(used, system.C[:, 0] * b, 0.0) / (2 * gain)
         # The layer's states are the reduction's with b divided out, and C stands in it without the gain.

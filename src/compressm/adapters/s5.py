@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from compressm.adapters.base import LayerChange
-from compressm.adapters.diagonal import DiagonalAdapter, PerState, participation, row_norm_kept
+from compressm.adapters.diagonal import DiagonalAdapter, PerState, participation, phases, row_norm_kept
 from compressm.balancing import Reduction
 from compressm.layers.s5 import S5, zero_order_hold
 from compressm.systems import DiagonalSystem
@@ -37,7 +37,7 @@ class S5Adapter(DiagonalAdapter):
         lam = reduction.system.lam
         log_step = participation(reduction)[0] @ v["log_step"]
         decay = -lam.abs().clamp_min(1e-30).log() / log_step.exp()
-        frequency = lam.angle() / log_step.exp()
+        frequency = phases(lam) / log_step.exp()
         gain, _ = hold(decay.log(), frequency, log_step)
         scaled = row_norm_kept(reduction, torch.complex(v["B_re"], v["B_im"]), gain)
         B, C = scaled.system.B / gain[:, None], scaled.system.C / _weight(values)
