@@ -97,7 +97,7 @@ def test_a_sequence_in_two_parts_or_in_steps_is_the_same() -> None:
 
 def test_bad_arguments_are_named() -> None:
     u, log_radius, phase, c_re, c_im, start = arguments(0, 2, 5, 3, 4)
-    with pytest.raises(ValueError, match="phase must have the shape"):
+    with pytest.raises(ValueError, match="phase must have shape"):
         siso_scan(u, log_radius, phase[:2], c_re, c_im)
     with pytest.raises(ValueError, match="channels"):
         siso_scan(u[..., :2], log_radius, phase, c_re, c_im)

@@ -20,9 +20,8 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
-from compressm.scans.gla import by_chunk, check_shapes
-from compressm.scans.graph import exporting, graph_scan
-from compressm.scans.precision import without_autocast
+from compressm.scans.frame import check_shapes, in_form, without_autocast
+from compressm.scans.ssd import by_chunk
 
 Engine = Literal["auto", "chunked", "loop", "graph"]
 
@@ -75,26 +74,22 @@ def delta_scan(
             "v must be (batch, length >= 1, heads, p) and k (batch, length, heads, n); "
             f"got {tuple(v.shape)} and {tuple(k.shape)}"
         )
-    numbers, vectors = tuple(v.shape[:3]), (*v.shape[:3], k.shape[3])
+    (batch, length, heads, p), n = v.shape, k.shape[3]
+    numbers, vectors = (batch, length, heads), (batch, length, heads, n)
     check_shapes(
-        v,
-        {"log_decay": (log_decay, numbers), "beta": (beta, numbers), "k": (k, vectors), "q": (q, vectors)},
-        initial_state,
-        k.shape[3],
+        f"v of shape {tuple(v.shape)} and k of shape {tuple(k.shape)}",
+        {
+            "log_decay": (log_decay, numbers),
+            "beta": (beta, numbers),
+            "k": (k, vectors),
+            "q": (q, vectors),
+            "initial_state": (initial_state, (batch, heads, p, n)),
+        },
     )
     dtype = torch.promote_types(v.dtype, torch.float32)
-    state = v.new_zeros(v.shape[0], *v.shape[2:], k.shape[-1]) if initial_state is None else initial_state
-    args = (v.to(dtype), log_decay.to(dtype), beta.to(dtype), k.to(dtype), q.to(dtype), state.to(dtype))
-    if engine == "auto":
-        engine = "graph" if exporting() else "chunked"
-    if engine == "chunked":
-        y, state = _chunked(*args)
-    elif engine == "loop":
-        y, state = _loop(*args)
-    elif engine == "graph":
-        y, state = graph_scan(delta_step, args[-1], *args[:-1])
-    else:
-        raise ValueError(f"engine must be 'auto', 'chunked', 'loop' or 'graph'; got {engine!r}")
+    state = v.new_zeros(batch, heads, p, n) if initial_state is None else initial_state
+    sequences = (tensor.to(dtype) for tensor in (v, log_decay, beta, k, q))
+    y, state = in_form(engine, _chunked, delta_step, state.to(dtype), *sequences)
     return (y.to(v.dtype), state) if return_state else y.to(v.dtype)
 
 
@@ -116,14 +111,6 @@ def delta_step(
     stored = (state * k[..., None, :]).sum(-1)
     state = state + (beta[..., None] * (v - stored))[..., None] * k[..., None, :]
     return (state * q[..., None, :]).sum(-1).to(v.dtype), state
-
-
-def _loop(v: Tensor, log_decay: Tensor, beta: Tensor, k: Tensor, q: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-    outputs = []
-    for t in range(v.shape[1]):
-        y, state = delta_step(state, v[:, t], log_decay[:, t], beta[:, t], k[:, t], q[:, t])
-        outputs.append(y)
-    return torch.stack(outputs, 1), state
 
 
 def _chunked(v: Tensor, log_decay: Tensor, beta: Tensor, k: Tensor, q: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:

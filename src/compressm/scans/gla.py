@@ -16,11 +16,9 @@ from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from compressm.scans.graph import exporting, graph_scan
-from compressm.scans.precision import without_autocast
-from compressm.scans.ssd import Chain
+from compressm.scans.frame import check_shapes, in_form, without_autocast
+from compressm.scans.ssd import Chain, by_chunk
 
 Engine = Literal["auto", "chunked", "loop", "graph"]
 
@@ -73,23 +71,21 @@ def gla_scan(
             "x must be (batch, length >= 1, heads, p) and B (batch, length, heads, n); "
             f"got {tuple(x.shape)} and {tuple(B.shape)}"
         )
-    vectors = (*x.shape[:3], B.shape[3])
+    (batch, length, heads, p), n = x.shape, B.shape[3]
+    vectors = (batch, length, heads, n)
     check_shapes(
-        x, {"log_decay": (log_decay, vectors), "B": (B, vectors), "C": (C, vectors)}, initial_state, B.shape[3]
+        f"x of shape {tuple(x.shape)} and B of shape {tuple(B.shape)}",
+        {
+            "log_decay": (log_decay, vectors),
+            "B": (B, vectors),
+            "C": (C, vectors),
+            "initial_state": (initial_state, (batch, heads, p, n)),
+        },
     )
     dtype = torch.promote_types(x.dtype, torch.float32)
-    state = x.new_zeros(x.shape[0], *x.shape[2:], B.shape[-1]) if initial_state is None else initial_state
-    args = (x.to(dtype), log_decay.to(dtype), B.to(dtype), C.to(dtype), state.to(dtype))
-    if engine == "auto":
-        engine = "graph" if exporting() else "chunked"
-    if engine == "chunked":
-        y, state = _chunked(*args)
-    elif engine == "loop":
-        y, state = _loop(*args)
-    elif engine == "graph":
-        y, state = graph_scan(gla_step, args[-1], *args[:-1])
-    else:
-        raise ValueError(f"engine must be 'auto', 'chunked', 'loop' or 'graph'; got {engine!r}")
+    state = x.new_zeros(batch, heads, p, n) if initial_state is None else initial_state
+    sequences = (tensor.to(dtype) for tensor in (x, log_decay, B, C))
+    y, state = in_form(engine, _chunked, gla_step, state.to(dtype), *sequences)
     return (y.to(x.dtype), state) if return_state else y.to(x.dtype)
 
 
@@ -106,40 +102,6 @@ def gla_step(state: Tensor, x: Tensor, log_decay: Tensor, B: Tensor, C: Tensor) 
     """
     state = torch.exp(log_decay)[..., None, :] * state + x[..., None] * B[..., None, :]
     return (state * C[..., None, :]).sum(-1).to(x.dtype), state
-
-
-def check_shapes(
-    x: Tensor, expected: dict[str, tuple[Tensor, tuple[int, ...]]], initial_state: Tensor | None, n: int
-) -> None:
-    """Hold tensors against the shapes that they must have.
-
-    Raises:
-        ValueError: one has another shape.
-    """
-    if initial_state is not None:
-        expected = {**expected, "initial_state": (initial_state, (x.shape[0], *x.shape[2:], n))}
-    for name, (tensor, shape) in expected.items():
-        if tuple(tensor.shape) != shape:
-            raise ValueError(
-                f"{name} must have shape {shape} for x of shape {tuple(x.shape)}; got {tuple(tensor.shape)}"
-            )
-
-
-def by_chunk(tensor: Tensor, Q: int) -> Tensor:
-    """``(batch, length, heads, m)`` to ``(batch, chunks, heads, Q, m)``; zeros after the end."""
-    batch, length = tensor.shape[:2]
-    chunks = -(-length // Q)
-    missing = chunks * Q - length
-    padded = F.pad(tensor, (0, 0, 0, 0, 0, missing)) if missing else tensor
-    return padded.reshape(batch, chunks, Q, *tensor.shape[2:]).transpose(2, 3)
-
-
-def _loop(x: Tensor, log_decay: Tensor, B: Tensor, C: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-    outputs = []
-    for t in range(x.shape[1]):
-        y, state = gla_step(state, x[:, t], log_decay[:, t], B[:, t], C[:, t])
-        outputs.append(y)
-    return torch.stack(outputs, 1), state
 
 
 def _chunked(x: Tensor, log_decay: Tensor, B: Tensor, C: Tensor, initial: Tensor) -> tuple[Tensor, Tensor]:

@@ -24,8 +24,8 @@ import torch
 from torch import Tensor
 
 from compressm.scans import lti_chunked, lti_direct, lti_fft, native
+from compressm.scans.frame import check_shapes, loop, without_autocast
 from compressm.scans.graph import exporting
-from compressm.scans.precision import without_autocast
 
 Engine = Literal["auto", "direct", "chunked", "fft", "loop"]
 
@@ -100,7 +100,7 @@ def lti_scan(
     elif engine == "chunked":
         y, state = lti_chunked.scan(wide, *system, start)
     elif engine == "loop":
-        y, state = _loop(wide, *system, start)
+        y, state = loop(lambda state, u: lti_step(state, u, *system), start, wide)
     else:
         raise ValueError(f"engine must be 'auto', 'direct', 'chunked', 'fft' or 'loop'; got {engine!r}")
     if feedthrough is not None:
@@ -138,25 +138,20 @@ def _check(
             f"u must be (batch, length >= 1, p) and C_re (q, n); got {tuple(u.shape)} and {tuple(C_re.shape)}"
         )
     (batch, _, p), (q, n) = u.shape, C_re.shape
-    expected: dict[str, tuple[Tensor, tuple[int, ...]]] = {
-        "log_radius": (log_radius, (n,)),
-        "phase": (phase, (n,)),
-        "B_re": (B_re, (n, p)),
-        "B_im": (B_im, (n, p)),
-        "C_im": (C_im, (q, n)),
-    }
-    if initial_state is not None:
-        expected["initial_state"] = (initial_state, (batch, 2, n))
-    if D is not None:
-        expected["D"] = (D, (p,))
-        if q != p:
-            raise ValueError(f"D is diagonal: it needs as many outputs as inputs; got q = {q} and p = {p}")
-    for name, (tensor, shape) in expected.items():
-        if tuple(tensor.shape) != shape:
-            raise ValueError(
-                f"{name} must have shape {shape} for u of shape {tuple(u.shape)} and C_re of shape {(q, n)}; "
-                f"got {tuple(tensor.shape)}"
-            )
+    if D is not None and q != p:
+        raise ValueError(f"D is diagonal: it needs as many outputs as inputs; got q = {q} and p = {p}")
+    check_shapes(
+        f"u of shape {tuple(u.shape)} and C_re of shape {(q, n)}",
+        {
+            "log_radius": (log_radius, (n,)),
+            "phase": (phase, (n,)),
+            "B_re": (B_re, (n, p)),
+            "B_im": (B_im, (n, p)),
+            "C_im": (C_im, (q, n)),
+            "initial_state": (initial_state, (batch, 2, n)),
+            "D": (D, (p,)),
+        },
+    )
 
 
 def _cheapest(u: Tensor, q: int, n: int, stateful: bool) -> Engine:
@@ -178,13 +173,3 @@ def _cheapest(u: Tensor, q: int, n: int, stateful: bool) -> Engine:
         if value < costs[best]:
             best = name
     return best
-
-
-def _loop(
-    u: Tensor, log_radius: Tensor, phase: Tensor, B_re: Tensor, B_im: Tensor, C_re: Tensor, C_im: Tensor, state: Tensor
-) -> tuple[Tensor, Tensor]:
-    outputs = []
-    for k in range(u.shape[1]):
-        y, state = lti_step(state, u[:, k], log_radius, phase, B_re, B_im, C_re, C_im)
-        outputs.append(y)
-    return torch.stack(outputs, 1), state

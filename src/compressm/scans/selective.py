@@ -21,8 +21,8 @@ from torch.utils.checkpoint import checkpoint
 
 from compressm.scans import native
 from compressm.scans.chain import triton_usable
+from compressm.scans.frame import check_shapes, loop, without_autocast
 from compressm.scans.graph import exporting, graph_scan
-from compressm.scans.precision import without_autocast
 
 Engine = Literal["auto", "native", "triton", "torch", "loop", "graph"]
 
@@ -114,27 +114,20 @@ def _check(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, initial_st
     if u.ndim != 3 or A.ndim != 2 or u.shape[1] == 0:
         raise ValueError(f"u must be (batch, length >= 1, d) and A (d, n); got {tuple(u.shape)} and {tuple(A.shape)}")
     (batch, length, d), n = u.shape, A.shape[1]
-    expected: dict[str, tuple[Tensor, tuple[int, ...]]] = {
-        "delta": (delta, (batch, length, d)),
-        "A": (A, (d, n)),
-        "B": (B, (batch, length, n)),
-        "C": (C, (batch, length, n)),
-    }
-    if initial_state is not None:
-        expected["initial_state"] = (initial_state, (batch, d, n))
-    for name, (tensor, shape) in expected.items():
-        if tuple(tensor.shape) != shape:
-            raise ValueError(
-                f"{name} must have shape {shape} for u of shape {tuple(u.shape)}; got {tuple(tensor.shape)}"
-            )
+    check_shapes(
+        f"u of shape {tuple(u.shape)} and A of shape {tuple(A.shape)}",
+        {
+            "delta": (delta, (batch, length, d)),
+            "A": (A, (d, n)),
+            "B": (B, (batch, length, n)),
+            "C": (C, (batch, length, n)),
+            "initial_state": (initial_state, (batch, d, n)),
+        },
+    )
 
 
 def _loop(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-    outputs = []
-    for t in range(u.shape[1]):
-        y, state = selective_step(state, u[:, t], delta[:, t], A, B[:, t], C[:, t])
-        outputs.append(y)
-    return torch.stack(outputs, 1), state
+    return loop(lambda h, u, delta, B, C: selective_step(h, u, delta, A, B, C), state, u, delta, B, C)
 
 
 def _chunks(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:

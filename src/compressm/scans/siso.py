@@ -20,9 +20,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from compressm.scans.chain import chain, chain_engine
-from compressm.scans.graph import exporting, graph_scan
+from compressm.scans.frame import check_shapes, in_form, without_autocast
 from compressm.scans.lti_chunked import powers
-from compressm.scans.precision import without_autocast
 
 Engine = Literal["auto", "chunked", "loop", "graph"]
 
@@ -69,17 +68,14 @@ def siso_scan(
     _check(u, log_radius, phase, c_re, c_im, initial_state)
     dtype = torch.promote_types(torch.promote_types(u.dtype, c_re.dtype), torch.float32)
     state = u.new_zeros(u.shape[0], 2, *c_re.shape) if initial_state is None else initial_state
-    args = (u.to(dtype), log_radius.to(dtype), phase.to(dtype), c_re.to(dtype), c_im.to(dtype), state.to(dtype))
-    if engine == "auto":
-        engine = "graph" if exporting() else "chunked"
-    if engine == "chunked":
-        y, state = _chunked(*args)
-    elif engine == "loop":
-        y, state = _loop(*args)
-    elif engine == "graph":
-        y, state = graph_scan(lambda x, u: siso_step(x, u, *args[1:-1]), args[-1], args[0])
-    else:
-        raise ValueError(f"engine must be 'auto', 'chunked', 'loop' or 'graph'; got {engine!r}")
+    system = (log_radius.to(dtype), phase.to(dtype), c_re.to(dtype), c_im.to(dtype))
+    y, state = in_form(
+        engine,
+        lambda u, state: _chunked(u, *system, state),
+        lambda state, u: siso_step(state, u, *system),
+        state.to(dtype),
+        u.to(dtype),
+    )
     return (y.to(u.dtype), state) if return_state else y.to(u.dtype)
 
 
@@ -111,24 +107,16 @@ def _check(
             "u must be (batch, length >= 1, channels) and c_re (channels, n); "
             f"got {tuple(u.shape)} and {tuple(c_re.shape)}"
         )
-    expected = {"log_radius": log_radius, "phase": phase, "c_im": c_im}
-    for name, tensor in expected.items():
-        if tensor.shape != c_re.shape:
-            raise ValueError(f"{name} must have the shape of c_re, {tuple(c_re.shape)}; got {tuple(tensor.shape)}")
-    if initial_state is not None and tuple(initial_state.shape) != (u.shape[0], 2, *c_re.shape):
-        raise ValueError(
-            f"initial_state must have shape {(u.shape[0], 2, *c_re.shape)}; got {tuple(initial_state.shape)}"
-        )
-
-
-def _loop(
-    u: Tensor, log_radius: Tensor, phase: Tensor, c_re: Tensor, c_im: Tensor, state: Tensor
-) -> tuple[Tensor, Tensor]:
-    outputs = []
-    for k in range(u.shape[1]):
-        y, state = siso_step(state, u[:, k], log_radius, phase, c_re, c_im)
-        outputs.append(y)
-    return torch.stack(outputs, 1), state
+    shape = tuple(c_re.shape)
+    check_shapes(
+        f"u of shape {tuple(u.shape)} and c_re of shape {shape}",
+        {
+            "log_radius": (log_radius, shape),
+            "phase": (phase, shape),
+            "c_im": (c_im, shape),
+            "initial_state": (initial_state, (u.shape[0], 2, *shape)),
+        },
+    )
 
 
 def _chunked(

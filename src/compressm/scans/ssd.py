@@ -18,8 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from compressm.scans.graph import exporting, graph_scan
-from compressm.scans.precision import without_autocast
+from compressm.scans.frame import check_shapes, in_form, without_autocast
 
 Engine = Literal["auto", "chunked", "loop", "graph"]
 
@@ -67,17 +66,8 @@ def ssd_scan(
     _check(x, log_decay, B, C, initial_state)
     dtype = torch.promote_types(x.dtype, torch.float32)
     state = x.new_zeros(x.shape[0], *x.shape[2:], B.shape[-1]) if initial_state is None else initial_state
-    args = (x.to(dtype), log_decay.to(dtype), B.to(dtype), C.to(dtype), state.to(dtype))
-    if engine == "auto":
-        engine = "graph" if exporting() else "chunked"
-    if engine == "chunked":
-        y, state = _chunked(*args)
-    elif engine == "loop":
-        y, state = _loop(*args)
-    elif engine == "graph":
-        y, state = graph_scan(ssd_step, args[-1], *args[:-1])
-    else:
-        raise ValueError(f"engine must be 'auto', 'chunked', 'loop' or 'graph'; got {engine!r}")
+    sequences = (tensor.to(dtype) for tensor in (x, log_decay, B, C))
+    y, state = in_form(engine, _chunked, ssd_step, state.to(dtype), *sequences)
     return (y.to(x.dtype), state) if return_state else y.to(x.dtype)
 
 
@@ -108,43 +98,37 @@ def _check(x: Tensor, log_decay: Tensor, B: Tensor, C: Tensor, initial_state: Te
     (batch, length, heads, p), (groups, n) = x.shape, B.shape[2:]
     if heads % groups:
         raise ValueError(f"the groups of B must divide the heads of x; got {groups} groups and {heads} heads")
-    expected: dict[str, tuple[Tensor, tuple[int, ...]]] = {
-        "log_decay": (log_decay, (batch, length, heads)),
-        "B": (B, (batch, length, groups, n)),
-        "C": (C, (batch, length, groups, n)),
-    }
-    if initial_state is not None:
-        expected["initial_state"] = (initial_state, (batch, heads, p, n))
-    for name, (tensor, shape) in expected.items():
-        if tuple(tensor.shape) != shape:
-            raise ValueError(
-                f"{name} must have shape {shape} for x of shape {tuple(x.shape)}; got {tuple(tensor.shape)}"
-            )
+    check_shapes(
+        f"x of shape {tuple(x.shape)} and B of shape {tuple(B.shape)}",
+        {
+            "log_decay": (log_decay, (batch, length, heads)),
+            "B": (B, (batch, length, groups, n)),
+            "C": (C, (batch, length, groups, n)),
+            "initial_state": (initial_state, (batch, heads, p, n)),
+        },
+    )
 
 
-def _loop(x: Tensor, log_decay: Tensor, B: Tensor, C: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-    outputs = []
-    for t in range(x.shape[1]):
-        y, state = ssd_step(state, x[:, t], log_decay[:, t], B[:, t], C[:, t])
-        outputs.append(y)
-    return torch.stack(outputs, 1), state
+def by_chunk(tensor: Tensor, Q: int) -> Tensor:
+    """``(batch, length, heads, m)`` to ``(batch, chunks, heads, Q, m)``.
+
+    Zeros after the end add nothing and decay nothing, so that the last state stays right.
+    """
+    batch, length = tensor.shape[:2]
+    chunks = -(-length // Q)
+    missing = chunks * Q - length
+    padded = F.pad(tensor, (0, 0, 0, 0, 0, missing)) if missing else tensor
+    return padded.reshape(batch, chunks, Q, *tensor.shape[2:]).transpose(2, 3)
 
 
 def _chunked(x: Tensor, log_decay: Tensor, B: Tensor, C: Tensor, initial: Tensor) -> tuple[Tensor, Tensor]:
     (batch, length, heads, p), (groups, n) = x.shape, B.shape[2:]
     Q = _chunk_length(length, heads, groups, p, n)
     chunks = -(-length // Q)
-    missing = chunks * Q - length  # padded steps add nothing and decay nothing, so the last state stays right
     per_group = heads // groups
-
-    def by_chunk(tensor: Tensor) -> Tensor:  # (batch, length, k, m) -> (batch, chunks, k, Q, m)
-        padded = F.pad(tensor, (0, 0, 0, 0, 0, missing)) if missing else tensor
-        return padded.view(batch, chunks, Q, *tensor.shape[2:]).transpose(2, 3)
-
-    values = by_chunk(x)
-    keys, queries = by_chunk(B), by_chunk(C)
+    values, keys, queries = (by_chunk(tensor, Q) for tensor in (x, B, C))
     # Logarithm of the decay from the start of the chunk to each step, that step's included.
-    elapsed = by_chunk(log_decay[..., None]).squeeze(-1).cumsum(-1)  # (batch, chunks, heads, Q)
+    elapsed = by_chunk(log_decay[..., None], Q).squeeze(-1).cumsum(-1)  # (batch, chunks, heads, Q)
 
     # Inside a chunk: step i reads what step j <= i has written, decayed over j+1..i.
     later = torch.ones(Q, Q, dtype=torch.bool, device=x.device).triu(1)

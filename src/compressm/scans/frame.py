@@ -1,0 +1,87 @@
+"""What the scans have in common: precision, shapes, the definition as a loop, and the choice between forms."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from compressm.scans.graph import exporting, graph_scan
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def without_autocast(scan: F) -> F:
+    """A scan that computes in its own precision under `torch.autocast` too: states sum up thousands of steps, and half
+    precision cannot."""
+
+    @functools.wraps(scan)
+    def wrapped(u: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if not torch.is_autocast_enabled(u.device.type):
+            return scan(u, *args, **kwargs)
+        with torch.autocast(u.device.type, enabled=False):
+            return scan(u, *args, **kwargs)
+
+    return wrapped  # pyright: ignore[reportReturnType]
+
+
+def check_shapes(given: str, expected: Mapping[str, tuple[Tensor | None, tuple[int, ...]]]) -> None:
+    """Hold tensors against the shapes that they must have.
+
+    Args:
+        given: what these shapes follow from, for the message.
+        expected: tensors and their shapes by name; None stands for one that may be left out, and is.
+
+    Raises:
+        ValueError: one has another shape.
+    """
+    for name, (tensor, shape) in expected.items():
+        if tensor is not None and tuple(tensor.shape) != shape:
+            raise ValueError(f"{name} must have shape {shape} for {given}; got {tuple(tensor.shape)}")
+
+
+def loop(step: Callable[..., tuple[Tensor, Tensor]], state: Tensor, *sequences: Tensor) -> tuple[Tensor, Tensor]:
+    """The definition, one ``step(state, *now) -> (y, state)`` after the other.
+
+    Args:
+        step: one step of time.
+        state: before the first.
+        sequences: shape ``(batch, length, ...)``, ``length >= 1``.
+
+    Returns:
+        all ``y``, shape ``(batch, length, ...)``, and the last state.
+    """
+    outputs: list[Tensor] = []
+    for now in zip(*(sequence.unbind(1) for sequence in sequences), strict=True):
+        y, state = step(state, *now)
+        outputs.append(y)
+    return torch.stack(outputs, 1), state
+
+
+def in_form(
+    engine: str,
+    chunked: Callable[..., tuple[Tensor, Tensor]],
+    step: Callable[..., tuple[Tensor, Tensor]],
+    state: Tensor,
+    *sequences: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Run a recurrence in one of its forms, ``chunked(*sequences, state)`` unless another one is asked for.
+
+    Raises:
+        ValueError: an unknown engine.
+    """
+    if engine == "auto":
+        engine = "graph" if exporting() else "chunked"
+    if engine == "chunked":
+        return chunked(*sequences, state)
+    if engine == "loop":
+        return loop(step, state, *sequences)
+    if engine == "graph":
+        return graph_scan(step, state, *sequences)
+    raise ValueError(f"engine must be 'auto', 'chunked', 'loop' or 'graph'; got {engine!r}")
+
+
+__all__ = ["check_shapes", "in_form", "loop", "without_autocast"]
