@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -76,12 +76,12 @@ _FULL_CIRCLE = {"model.max_phase": 2 * math.pi, "compression.cuts": 20}
 _LONG = {"data.pool": 1, "run.steps": 1500}
 
 
-def _protocol(*tolerances: float, paper: Mapping[str, float]) -> tuple[Arm, ...]:
-    """The paper's rows for 256 states: tolerances, and models that are small from the start."""
+def _protocol(tolerances: Sequence[float], states: Sequence[int], paper: Mapping[str, float]) -> tuple[Arm, ...]:
+    """The paper's rows: 256 states, cut at these tolerances, and models that have so few states from the start."""
     return (
         Arm("full", _BIG, paper=paper.get("full")),
         *(Arm(f"tau{tau}", _tolerance(tau, "complex"), paper=paper.get(str(tau))) for tau in tolerances),
-        *(Arm(f"small{n}", {**_BIG, "model.d_state": n}, paper=paper.get(str(n))) for n in (28, 13)),
+        *(Arm(f"small{n}", {**_BIG, "model.d_state": n}, paper=paper.get(str(n))) for n in states),
     )
 
 
@@ -176,7 +176,7 @@ EXPERIMENTS: dict[str, Experiment] = {
             "smnist",
             "Sequential MNIST, LRU of 256 states (paper: table 1)",
             "smnist",
-            _protocol(0.04, 0.02, 0.01, paper=_PAPER),
+            _protocol([0.04, 0.02, 0.01], [28, 13], _PAPER),
             seeds=1,
             changes=_FULL_CIRCLE,
         ),
@@ -184,7 +184,7 @@ EXPERIMENTS: dict[str, Experiment] = {
             "smnist-quarter",
             "Sequential MNIST, LRU of 256 states, a quarter of the paper's steps",
             "smnist",
-            (*_protocol(0.04, 0.02, 0.01, paper=_PAPER), *_OURS),
+            (*_protocol([0.02], [28], _PAPER), *_OURS),
             seeds=1,
             steps=50_000,
             changes=_FULL_CIRCLE,
@@ -193,14 +193,14 @@ EXPERIMENTS: dict[str, Experiment] = {
             "smnist-phases",
             "Sequential MNIST, LRU of 256 states, eigenvalues' phases below π/10 at the start, four cuts",
             "smnist",
-            _protocol(0.02, paper=_PAPER),
+            _protocol([0.02], [28, 13], _PAPER),
             seeds=1,
         ),
         Experiment(
             "psmnist",
             "Permuted sequential MNIST, LRU of 256 states, a quarter of the paper's steps",
             "psmnist",
-            _protocol(0.04, 0.02, 0.01, paper={}),
+            _protocol([0.04, 0.02], [28, 13], {}),
             seeds=1,
             steps=50_000,
             changes=_FULL_CIRCLE,
