@@ -19,7 +19,8 @@ from compressm.distributed import rebuild_replicas
 from compressm.errors import CheckpointError
 
 Model = TypeVar("Model", bound=nn.Module)
-_MARK, _RESIZED, _OUTERMOST = "_fits_any_size", "_resized_for_weights", "_outermost_of_a_load"
+# On every module with hooks: whether the load that it sees was asked of it, and not of a module around it.
+_OUTERMOST, _RESIZED = "_outermost_of_a_load", "_resized_for_weights"
 
 
 def fit_any_size(model: Model) -> Model:
@@ -40,13 +41,13 @@ def fit_any_size(model: Model) -> Model:
     """
     layers = {id(layer) for layer, _ in find_layers(model).values()}
     for module in model.modules():
-        if hasattr(module, _MARK) or layers.isdisjoint(id(part) for part in module.modules()):
+        if hasattr(module, _OUTERMOST) or layers.isdisjoint(id(part) for part in module.modules()):
             continue
         module.register_load_state_dict_pre_hook(_before_loading)
         if id(module) in layers:
             module.register_load_state_dict_pre_hook(_resize_for_weights)
         module.register_load_state_dict_post_hook(_after_loading)
-        setattr(module, _MARK, True)
+        setattr(module, _OUTERMOST, False)
     return model
 
 

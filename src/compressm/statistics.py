@@ -193,9 +193,7 @@ def _starts(hidden: Tensor, kwargs: Mapping[str, Any]) -> Tensor | None:
     """
     numbers, places = kwargs.get("seq_idx"), kwargs.get("cu_seqlens")
     if isinstance(numbers, Tensor) and numbers.shape == hidden.shape[:2]:
-        before = numbers.roll(1, 1)
-        before[:, 0] = numbers[:, 0] - 1
-        return numbers != before
+        return nn.functional.pad(numbers.diff(dim=1) != 0, (1, 0), value=True)
     if isinstance(places, Tensor) and hidden.shape[0] == 1:
         starts = torch.zeros(hidden.shape[:2], dtype=torch.bool, device=hidden.device)
         starts[0, places[:-1].long()] = True

@@ -38,7 +38,7 @@ class LRUAdapter(DiagonalAdapter):
         lam = reduction.system.lam
         nu = -lam.abs().clamp_min(1e-30).log()
         gamma = (-torch.expm1(-2 * nu)).sqrt()
-        # A real positive eigenvalue has phase zero, whose logarithm does not exist: 1e-8 rad is zero in float32.
+        # The phase is stored as its logarithm: 1e-8 rad is zero in float32.
         theta = torch.remainder(phases(lam), 2 * math.pi).clamp_min(1e-8)
         scaled = row_norm_kept(reduction, torch.complex(v["B_re"], v["B_im"]), gamma)
         B, C = scaled.system.B / gamma[:, None], scaled.system.C

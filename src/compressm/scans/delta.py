@@ -77,7 +77,7 @@ def delta_scan(
     (batch, length, heads, p), n = v.shape, k.shape[3]
     numbers, vectors = (batch, length, heads), (batch, length, heads, n)
     check_shapes(
-        f"v of shape {tuple(v.shape)} and k of shape {tuple(k.shape)}",
+        {"v": v, "k": k},
         {
             "log_decay": (log_decay, numbers),
             "beta": (beta, numbers),

@@ -28,11 +28,12 @@ def without_autocast(scan: F) -> F:
     return wrapped  # pyright: ignore[reportReturnType]
 
 
-def check_shapes(given: str, expected: Mapping[str, tuple[Tensor | None, tuple[int, ...]]]) -> None:
+def check_shapes(given: Mapping[str, Tensor], expected: Mapping[str, tuple[Tensor | None, tuple[int, ...]]]) -> None:
     """Hold tensors against the shapes that they must have.
 
     Args:
-        given: what these shapes follow from, for the message.
+        given: the tensors by name that these shapes follow from. The message is made only where one is wrong: this
+            runs at every call, and under `torch.compile` a size that is printed is a size that is fixed.
         expected: tensors and their shapes by name; None stands for one that may be left out, and is.
 
     Raises:
@@ -40,7 +41,8 @@ def check_shapes(given: str, expected: Mapping[str, tuple[Tensor | None, tuple[i
     """
     for name, (tensor, shape) in expected.items():
         if tensor is not None and tuple(tensor.shape) != shape:
-            raise ValueError(f"{name} must have shape {shape} for {given}; got {tuple(tensor.shape)}")
+            known = " and ".join(f"{one} of shape {tuple(value.shape)}" for one, value in given.items())
+            raise ValueError(f"{name} must have shape {shape} for {known}; got {tuple(tensor.shape)}")
 
 
 def loop(step: Callable[..., tuple[Tensor, Tensor]], state: Tensor, *sequences: Tensor) -> tuple[Tensor, Tensor]:

@@ -74,7 +74,7 @@ def gla_scan(
     (batch, length, heads, p), n = x.shape, B.shape[3]
     vectors = (batch, length, heads, n)
     check_shapes(
-        f"x of shape {tuple(x.shape)} and B of shape {tuple(B.shape)}",
+        {"x": x, "B": B},
         {
             "log_decay": (log_decay, vectors),
             "B": (B, vectors),

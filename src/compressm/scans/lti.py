@@ -141,7 +141,7 @@ def _check(
     if D is not None and q != p:
         raise ValueError(f"D is diagonal: it needs as many outputs as inputs; got q = {q} and p = {p}")
     check_shapes(
-        f"u of shape {tuple(u.shape)} and C_re of shape {(q, n)}",
+        {"u": u, "C_re": C_re},
         {
             "log_radius": (log_radius, (n,)),
             "phase": (phase, (n,)),

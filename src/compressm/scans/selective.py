@@ -115,7 +115,7 @@ def _check(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, initial_st
         raise ValueError(f"u must be (batch, length >= 1, d) and A (d, n); got {tuple(u.shape)} and {tuple(A.shape)}")
     (batch, length, d), n = u.shape, A.shape[1]
     check_shapes(
-        f"u of shape {tuple(u.shape)} and A of shape {tuple(A.shape)}",
+        {"u": u, "A": A},
         {
             "delta": (delta, (batch, length, d)),
             "A": (A, (d, n)),

@@ -109,7 +109,7 @@ def _check(
         )
     shape = tuple(c_re.shape)
     check_shapes(
-        f"u of shape {tuple(u.shape)} and c_re of shape {shape}",
+        {"u": u, "c_re": c_re},
         {
             "log_radius": (log_radius, shape),
             "phase": (phase, shape),

@@ -99,7 +99,7 @@ def _check(x: Tensor, log_decay: Tensor, B: Tensor, C: Tensor, initial_state: Te
     if heads % groups:
         raise ValueError(f"the groups of B must divide the heads of x; got {groups} groups and {heads} heads")
     check_shapes(
-        f"x of shape {tuple(x.shape)} and B of shape {tuple(B.shape)}",
+        {"x": x, "B": B},
         {
             "log_decay": (log_decay, (batch, length, heads)),
             "B": (B, (batch, length, groups, n)),
