@@ -25,7 +25,7 @@ from compressm.certificate import MAX_CONDITION
 from compressm.errors import InvalidRankRuleError, InvalidSystemError, UnsupportedModelError
 from compressm.layers.hyena import Convolution
 from compressm.layers.s4d import S4D
-from compressm.systems import DiagonalSystem
+from compressm.systems import DiagonalSystem, decay_rate
 
 
 @dataclass(frozen=True)
@@ -203,7 +203,7 @@ def as_s4d(system: DiagonalSystem, D: Tensor) -> S4D:
         D: shape ``(channels,)``; gives dtype and device.
     """
     lam, residues = system.lam, system.C[:, 0] * system.B[..., 0]
-    decay = -lam.abs().clamp_min(1e-30).log()
+    decay = decay_rate(lam)
     log_step = decay.log().mean(1, keepdim=True)  # eigenvalues of order one, the scale that S4D's rates are made for
     frequency = lam.angle() / log_step.exp()
     log_decay = decay.log() - log_step

@@ -195,5 +195,10 @@ def stein_solution(lam: Tensor, B: Tensor, conjugate: bool = True) -> Tensor:
     return (B @ B.mT) / (1 - lam[..., :, None] * lam[..., None, :])
 
 
+def decay_rate(lam: Tensor) -> Tensor:
+    """``-log|lam|``, per step: finite also where an eigenvalue is zero, whose mode is over after one step."""
+    return -lam.abs().clamp_min(1e-30).log()
+
+
 def _shape(tensor: Tensor) -> tuple[int, ...]:
     return tuple(tensor.shape)

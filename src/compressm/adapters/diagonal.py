@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from compressm.adapters.base import Adapter, LayerChange, ParameterChange, layer_values
 from compressm.balancing import Reduction
-from compressm.systems import DiagonalSystem
+from compressm.systems import DiagonalSystem, decay_rate
 
 _OFF_THE_AXIS = 1e-6  # of the decay rate
 
@@ -168,7 +168,7 @@ def phases(lam: Tensor) -> Tensor:
     the imaginary parts of B and C are exactly zero, so that such a state would stay real for ever. A millionth of the
     decay rate is enough for them to grow, and changes the impulse response by less than 1e-12 of the mode's energy.
     """
-    phase, least = lam.angle(), _OFF_THE_AXIS * -lam.abs().clamp_min(1e-30).log()
+    phase, least = lam.angle(), _OFF_THE_AXIS * decay_rate(lam)
     phase = torch.where(phase.abs() < least, least, phase)
     return torch.where(phase.abs() > math.pi - least, math.pi - least, phase)
 

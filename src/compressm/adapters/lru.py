@@ -12,7 +12,7 @@ from compressm.adapters.base import LayerChange
 from compressm.adapters.diagonal import DiagonalAdapter, PerState, phases, row_norm_kept
 from compressm.balancing import Reduction
 from compressm.layers.lru import LRU
-from compressm.systems import DiagonalSystem
+from compressm.systems import DiagonalSystem, decay_rate
 
 
 class LRUAdapter(DiagonalAdapter):
@@ -36,7 +36,7 @@ class LRUAdapter(DiagonalAdapter):
     def plan(self, values: Mapping[str, Tensor], reduction: Reduction) -> LayerChange:
         v = {name: value.detach().to("cpu", torch.float64) for name, value in values.items()}
         lam = reduction.system.lam
-        nu = -lam.abs().clamp_min(1e-30).log()
+        nu = decay_rate(lam)
         gamma = (-torch.expm1(-2 * nu)).sqrt()
         # The phase is stored as its logarithm: 1e-8 rad is zero in float32.
         theta = torch.remainder(phases(lam), 2 * math.pi).clamp_min(1e-8)

@@ -13,7 +13,7 @@ from compressm.adapters.diagonal import DiagonalAdapter, PerState, phases, pullb
 from compressm.adapters.s5 import hold
 from compressm.balancing import Reduction
 from compressm.layers.s4d import S4D
-from compressm.systems import DiagonalSystem
+from compressm.systems import DiagonalSystem, decay_rate
 
 
 class S4DAdapter(DiagonalAdapter):
@@ -48,7 +48,7 @@ class S4DAdapter(DiagonalAdapter):
         b = torch.where(used, b, 1.0)
         # An added state needs a mode that can be trained, that of the slowest old one: not the zero it is padded with.
         lam = torch.where(used, system.lam, z.exp().abs().amax(1, keepdim=True).to(b))
-        decay = -lam.abs().clamp_min(1e-30).log() / log_step.exp()
+        decay = decay_rate(lam) / log_step.exp()
         frequency = phases(lam) / log_step.exp()
         gain, _ = hold(decay.log(), frequency, log_step)
         C = torch.where(used, system.C[:, 0] * b, 0.0) / (2 * gain)

@@ -12,7 +12,7 @@ from compressm.adapters.base import LayerChange
 from compressm.adapters.diagonal import DiagonalAdapter, PerState, participation, phases, row_norm_kept
 from compressm.balancing import Reduction
 from compressm.layers.s5 import S5, zero_order_hold
-from compressm.systems import DiagonalSystem
+from compressm.systems import DiagonalSystem, decay_rate
 
 
 class S5Adapter(DiagonalAdapter):
@@ -36,7 +36,7 @@ class S5Adapter(DiagonalAdapter):
         v = {name: value.detach().to("cpu", torch.float64) for name, value in values.items()}
         lam = reduction.system.lam
         log_step = participation(reduction)[0] @ v["log_step"]
-        decay = -lam.abs().clamp_min(1e-30).log() / log_step.exp()
+        decay = decay_rate(lam) / log_step.exp()
         frequency = phases(lam) / log_step.exp()
         gain, _ = hold(decay.log(), frequency, log_step)
         scaled = row_norm_kept(reduction, torch.complex(v["B_re"], v["B_im"]), gain)
