@@ -49,6 +49,7 @@ def main(out: Path, options: dict[str, str]) -> None:
     arguments: dict[str, Any] = {"states": 4, "window": 0.5, "cuts": 3}  # cuts at 4, 8, 12
     if "harm" in options:  # every rank has an opinion of its own, and rank 0's counts
         arguments = {
+            "states": 8,
             "max_drop": 0.1,
             "window": 0.5,
             "cuts": 1,

@@ -122,6 +122,7 @@ def test_averaged_copies_are_rolled_back_with_the_model() -> None:
         model,
         optimizer,
         24,
+        fraction=0.5,
         max_drop=0.1,
         window=0.5,
         cuts=1,

@@ -37,6 +37,9 @@ def rank(rule: RankRule, energy: torch.Tensor = ENERGY) -> int:
         (RankRule(total_states=4), 4),
         (RankRule(states=3, multiple_of=4), 4),
         (RankRule(states=5, multiple_of=4), 6),  # never more than there are
+        (RankRule(states=1, max_reduction=0.5), 3),
+        (RankRule(states=1, max_reduction=0.4), 4),  # 2.4 may go
+        (RankRule(tolerance=0.0624, max_reduction=0.5), 5),  # the rule cuts less
     ],
 )
 def test_rules(rule: RankRule, expected: int) -> None:
@@ -98,6 +101,7 @@ def test_gate() -> None:
         ({"total_states": 0}, "total_states"),
         ({"states": 4, "multiple_of": 0}, "multiple_of"),
         ({"states": 4, "min_reduction": 1.0}, "min_reduction"),
+        ({"states": 4, "max_reduction": 0.0}, "max_reduction"),
     ],
 )
 def test_bad_rules_are_refused_by_name(arguments: dict[str, float], named: str) -> None:

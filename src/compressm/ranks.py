@@ -32,6 +32,7 @@ class RankRule:
             energy are kept, wherever they are.
         multiple_of: round the result up to a multiple (what the hardware likes), never above the present dimension.
         min_reduction: cut a layer only if this share of its states goes (0.05: the paper's 0.95 gate).
+        max_reduction: of a layer's states at most this share goes, rounded down, whatever the rule says. In (0, 1].
         per_layer: let layers differ in their state dimension even where the model's own checkpoint format has only one
             for all, as in Hugging Face's; `compressm.save` and `compressm.load` keep such a model. Otherwise these
             layers all get the largest dimension that the rule gives any of them (under ``total_states``, the mean).
@@ -47,6 +48,7 @@ class RankRule:
     total_states: int | None = None
     multiple_of: int = 1
     min_reduction: float = 0.05
+    max_reduction: float = 1.0
     per_layer: bool = False
 
     def __post_init__(self) -> None:
@@ -62,6 +64,7 @@ class RankRule:
         _check("total_states", self.total_states, lambda v: v >= 1 and v == int(v), "a whole number of at least 1")
         _check("multiple_of", self.multiple_of, lambda v: v >= 1 and v == int(v), "a whole number of at least 1")
         _check("min_reduction", self.min_reduction, lambda v: 0 <= v < 1, "a share in [0, 1)")
+        _check("max_reduction", self.max_reduction, lambda v: 0 < v <= 1, "a share in (0, 1]")
 
     @property
     def guarantees_error(self) -> bool:
@@ -157,5 +160,6 @@ def _shared_budget(energies: Mapping[str, Tensor], total: int) -> dict[str, int]
 
 
 def _round(rank: int, present: int, rule: RankRule) -> int:
-    rank = math.ceil(max(rank, 1) / rule.multiple_of) * rule.multiple_of
+    least = present - math.floor(rule.max_reduction * present + 1e-9)
+    rank = math.ceil(max(rank, least, 1) / rule.multiple_of) * rule.multiple_of
     return min(rank, present)

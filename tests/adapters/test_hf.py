@@ -250,8 +250,8 @@ def test_the_config_follows_setbacks_reloads_and_averages(tmp_path: Path) -> Non
     optimizer = torch.optim.AdamW(model.parameters())
     metrics = iter([1.0, 0.0])
     compressor = compressm.Compressor(
-        model, optimizer, 20, max_drop=0.1, evaluate=lambda _: next(metrics), cuts=1, window=0.1, check_after=1,
-        followers=[average],
+        model, optimizer, 20, states=4, max_drop=0.1, evaluate=lambda _: next(metrics),
+        cuts=1, window=0.1, check_after=1, followers=[average],
     )  # fmt: skip
     sizes = []
     for _ in range(3):

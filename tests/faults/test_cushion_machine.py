@@ -37,7 +37,7 @@ class Training:
         self.optimizer = torch.optim.AdamW(parameter_groups(self.model, 1e-2))
         self.scheduler = torch.optim.lr_scheduler.StepLR(self.optimizer, step_size=7, gamma=0.9)
         self.compressor = Compressor(
-            self.model, self.optimizer, STEPS, window=0.9, max_drop=0.0, cuts=6, check_after=2,
+            self.model, self.optimizer, STEPS, window=0.9, tolerance=0.3, max_drop=0.0, cuts=6, check_after=2,
             evaluate=self.metric, scheduler=self.scheduler,
         )  # fmt: skip
         self.random = rng_state()

@@ -48,7 +48,9 @@ def test_a_card_tells_the_history(layer: str) -> None:
 def test_roll_backs_are_told_too() -> None:
     torch.manual_seed(0)
     model = SequenceClassifier(1, 3, 4, 16)
-    compressor = trained(model, max_drop=0.1, evaluate=lambda m: float(m.blocks[0].ssm.d_state == 16), check_after=2)
+    compressor = trained(
+        model, states=8, max_drop=0.1, evaluate=lambda m: float(m.blocks[0].ssm.d_state == 16), check_after=2
+    )
     text = model_card(model, compressor.history)
     assert "cut undone, back to step" in text
     assert "metric 0 against 1" in text

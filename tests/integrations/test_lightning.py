@@ -180,7 +180,7 @@ def test_averaging_goes_on_through_cuts(tmp_path: Path) -> None:
 
 def test_a_harmful_cut_is_undone(tmp_path: Path) -> None:
     callback = compression(
-        states=None,
+        states=8,
         max_drop=0.1,
         cuts=1,
         check_after=3,
@@ -199,7 +199,7 @@ def test_a_harmful_cut_is_undone(tmp_path: Path) -> None:
 def test_a_cut_under_observation_is_resumed(tmp_path: Path) -> None:
     def callback() -> CompressionCallback:
         return compression(
-            states=None, max_drop=0.1, cuts=1, check_after=5, on_setback="stop", evaluate=lambda m: float(dims(m) == 16)
+            states=8, max_drop=0.1, cuts=1, check_after=5, on_setback="stop", evaluate=lambda m: float(dims(m) == 16)
         )
 
     make_trainer(tmp_path, callback(), every_two_steps(tmp_path / "a")).fit(Classifier(), data())

@@ -176,7 +176,7 @@ def safetensors_of(folder: Path) -> dict[str, Tensor]:
 def test_a_harmful_cut_is_undone_by_the_trainers_own_metric(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path, metric_for_best_model="score", greater_is_better=True)
     trainer.compute_metrics = lambda prediction: {"score": 1.0 if dims(trainer.model) == 16 else 0.0}
-    callback = compressing(trainer, states=None, max_drop=0.1, cuts=1, check_after=3, on_setback="stop")
+    callback = compressing(trainer, states=8, max_drop=0.1, cuts=1, check_after=3, on_setback="stop")
     rates: list[float] = []
 
     class Watch(TrainerCallback):
@@ -198,7 +198,7 @@ def test_a_cut_under_observation_is_resumed(tmp_path: Path, moved: bool) -> None
     def harmed(trainer: Trainer) -> CompressionCallback:
         return compressing(
             trainer,
-            states=None,
+            states=8,
             max_drop=0.1,
             cuts=1,
             check_after=6,
