@@ -1,0 +1,66 @@
+"""Where the eigenvalues of trained LRUs are: why starting big pays on one task and not on another.
+
+    compressm reproduce smnist-quarter --data DIRECTORY && compressm reproduce psmnist --data DIRECTORY
+    python benchmarks/phases.py [--runs runs]
+
+Reads the models that these two experiments leave in ``runs``: how many states have a phase within pi / 5 of zero, that
+is, remember what changes slowly. For the small models, which no cut has touched, also how far training has moved the
+phases: the model at initialisation is made again from the seed. Writes ``results/phases.json``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from stored import store
+from torch import Tensor
+
+import compressm
+from compressm.layers import LRU, SequenceClassifier
+
+EXPERIMENTS = ("smnist-quarter", "psmnist")
+
+
+def phases(layer: LRU) -> Tensor:
+    return layer.theta_log.detach().double().exp()
+
+
+def from_zero(phase: Tensor) -> Tensor:
+    """Their distance from zero on the circle."""
+    turned = phase.remainder(2 * math.pi)
+    return torch.minimum(turned, 2 * math.pi - turned)
+
+
+def of_run(folder: Path) -> dict[str, Any]:
+    layer: LRU = compressm.load(folder / "model").blocks[0].ssm  # type: ignore[union-attr]
+    trained = phases(layer)
+    slow = int((from_zero(trained) < math.pi / 5).sum())
+    found = {"run": f"{folder.parent.name}/{folder.name}", "states": len(trained), "slow": slow}
+    if folder.name.startswith("small"):
+        torch.manual_seed(int(folder.name.rpartition("seed")[2]))
+        start = SequenceClassifier(1, 10, 8, len(trained), 1, 0.1, r_min=0.9, r_max=0.999)
+        moved = trained - phases(start.blocks[0].ssm)  # type: ignore[arg-type]
+        found |= {"median_move": float(moved.abs().median()), "largest_move": float(moved.abs().max())}
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runs", type=Path, default=Path("runs"))
+    parser.add_argument("--results", type=Path, default=Path("results/phases.json"))
+    a = parser.parse_args()
+    folders = sorted(path.parent for name in EXPERIMENTS for path in (a.runs / name).glob("*/model"))
+    if not folders:
+        parser.error(f"no trained model in {a.runs}: run the experiments first, see --help")
+    found = [of_run(folder) for folder in folders]
+    print(json.dumps(found, indent=1))
+    store(a.results, slow_below=math.pi / 5, runs=found)
+
+
+if __name__ == "__main__":
+    main()
