@@ -397,8 +397,9 @@ class Compressor:
         if self.rewind:
             self._steps = int(before["step"])
         self._aggressiveness /= 2
+        too_small = self._rule.max_reduction * self._aggressiveness < self._rule.min_reduction
         too_late = self._steps + self.check_after >= self.total_steps  # to examine another cut; hosts may not rewind
-        if self.on_setback == "stop" or self._aggressiveness < self._rule.min_reduction or too_late:
+        if self.on_setback == "stop" or too_small or too_late:
             self._stopped = True
         elif self._rule.guarantees_error:
             # What the cut was to take is still there: the milder one is due at the next chance, not an interval later.
