@@ -26,7 +26,7 @@ run* the same of all steps and cuts, and of a teacher's; medians over seeds. Wit
 standard deviations. Times are from machines with other work, but for `speed`: rows may differ by tenths for that alone.
 
 † marks runs of version 0.1.0.dev0, which carried the optimizer's averages of eigenvalues through a cut without their
-[sizes](carry.md), so that after deep cuts Adam made too long steps. They are being made again.
+[sizes](carry.md), so that after deep cuts Adam made too long steps.
 Commands in the files are those of the time; the one under each table is today's.
 """
 
