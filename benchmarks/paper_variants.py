@@ -1,7 +1,7 @@
 """Why state dimensions may differ from the paper's: what its code does otherwise than ours, one thing at a time.
 
     COMPRESSM_DATA=DIRECTORY python benchmarks/paper_variants.py [--steps 5000] [--threads 1]
-    COMPRESSM_DATA=DIRECTORY python benchmarks/paper_variants.py --steps 50000 --every 5000 --variants ours all \
+    COMPRESSM_DATA=DIRECTORY python benchmarks/paper_variants.py --steps 25000 --every 5000 --variants all \
         --states 28 --results results/paper_variants_small.json
 
 Sequential MNIST with the paper's settings and no cut. ``norm``: batch norm by running statistics while training,
@@ -10,8 +10,9 @@ without scale and shift, as in Equinox; ``dropout``: one mask for all sequences 
 learning rate, and eigenvalues' phases below pi / 10 at the start instead of all around the circle.
 
 For every variant, with 256 and with 28 states: validation accuracy (at the end, and every so many steps if asked), and
-how many states hold 99, 98 and 96 % of the Hankel energy of the complex system. The second command asks whether they
-are why small models differ, which takes longer to show. Writes ``results/paper_variants.json``.
+how many states hold 99, 98 and 96 % of the Hankel energy of the complex system. The second command asks whether the
+three are why small models differ, which takes longer to show; `smnist` has our own curve. Writes
+``results/paper_variants.json``, or the file named.
 """
 
 from __future__ import annotations

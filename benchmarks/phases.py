@@ -27,19 +27,14 @@ EXPERIMENTS = ("smnist-quarter", "psmnist")
 
 
 def phases(layer: LRU) -> Tensor:
-    return layer.theta_log.detach().double().exp()
-
-
-def from_zero(phase: Tensor) -> Tensor:
-    """Their distance from zero on the circle."""
-    turned = phase.remainder(2 * math.pi)
-    return torch.minimum(turned, 2 * math.pi - turned)
+    """As the parameters have them, which may be several turns."""
+    return layer.system()[1].detach().double()
 
 
 def of_run(folder: Path) -> dict[str, Any]:
     layer: LRU = compressm.load(folder / "model").blocks[0].ssm  # type: ignore[union-attr]
     trained = phases(layer)
-    slow = int((from_zero(trained) < math.pi / 5).sum())
+    slow = int((torch.polar(torch.ones_like(trained), trained).angle().abs() < math.pi / 5).sum())
     found = {"run": f"{folder.parent.name}/{folder.name}", "states": len(trained), "slow": slow}
     if folder.name.startswith("small"):
         torch.manual_seed(int(folder.name.rpartition("seed")[2]))

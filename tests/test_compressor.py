@@ -28,6 +28,11 @@ class Loop:
         self.scheduler = torch.optim.lr_scheduler.StepLR(self.optimizer, step_size=7, gamma=0.9)
         self.compressor = Compressor(self.model, self.optimizer, 80, scheduler=self.scheduler, **arguments)
 
+    def set_rate(self, rate: float) -> None:
+        self.scheduler.base_lrs = [rate] * 3
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["initial_lr"] = rate
+
     def step(self) -> Event | None:
         self.optimizer.zero_grad()
         loss = F.cross_entropy(self.model(torch.randn(6, 20, 1)), torch.randint(0, 3, (6,)))
@@ -120,14 +125,10 @@ def test_a_shut_gate_is_reported_and_nothing_is_cut() -> None:
 def test_settled_spectrum_is_cut_before_the_schedule_would() -> None:
     # With a rate of nearly nothing the spectrum holds still from the first to the second probe.
     still = Loop(tolerance=0.2, window=0.5, cuts=1, when="settled")
-    for group in still.optimizer.param_groups:
-        group["lr"] = group["initial_lr"] = 1e-9
-    still.scheduler.base_lrs = [1e-9] * 3
+    still.set_rate(1e-9)
     assert [event.step for event in still.run(45)] == [8]
     moving = Loop(tolerance=0.2, window=0.5, cuts=1, when="settled")
-    for group in moving.optimizer.param_groups:
-        group["lr"] = 0.3
-    moving.scheduler.base_lrs = [0.3] * 3
+    moving.set_rate(0.3)
     steps = [event.step for event in moving.run(45)]
     assert len(steps) == 1
     assert steps[0] > 8
@@ -135,9 +136,7 @@ def test_settled_spectrum_is_cut_before_the_schedule_would() -> None:
 
 def test_settled_spectra_too_are_cut_after_the_start_only() -> None:
     loop = Loop(tolerance=0.2, window=0.25, cuts=1, start=30, when="settled")
-    for group in loop.optimizer.param_groups:
-        group["lr"] = group["initial_lr"] = 1e-9
-    loop.scheduler.base_lrs = [1e-9] * 3
+    loop.set_rate(1e-9)
     assert [event.step for event in loop.run(50)] == [32]
 
 
@@ -209,9 +208,7 @@ def test_without_a_rule_a_cut_takes_little_energy_and_no_more_than_half_of_the_s
     layers = [layer for event in cuts for layer in event.layers if layer["outcome"] == "cut"]
     assert all(0.98 <= layer["energy_kept"] < 1 for layer in layers)
     loop = Loop(max_drop=1e3, window=0.5, evaluate=lambda model: 0.0)
-    loop.scheduler.base_lrs = [0.0] * 3
-    for group in loop.optimizer.param_groups:
-        group["lr"] = group["initial_lr"] = 0.0
+    loop.set_rate(0.0)
     with torch.no_grad():  # nearly all states can go, and half of them do
         for block in loop.model.blocks:
             block.ssm.C_re[:, 1:] *= 1e-4
