@@ -217,6 +217,12 @@ def test_without_a_rule_a_cut_takes_little_energy_and_no_more_than_half_of_the_s
     assert set(loop.compressor.state_dims.values()) <= {16, 17}
 
 
+def test_after_a_setback_a_rule_of_size_goes_half_of_the_way() -> None:
+    loop = Loop(states=2, cuts=2, max_drop=0.01, window=0.5, evaluate=metrics(0.9, 0.1, 0.9, 0.9))
+    assert [event.kind for event in loop.run(80)] == ["cut", "rolled_back", "cut", "kept"]
+    assert set(loop.compressor.state_dims.values()) == {8}  # the geometric middle of 32 and 2, less than half of 32
+
+
 def test_without_rewinding_no_cut_is_made_that_could_not_be_examined() -> None:
     loop = Loop(
         tolerance=0.4, max_drop=0.0, window=0.5, cuts=1, check_after=10, rewind=False,

@@ -367,8 +367,9 @@ class Compressor:
 
     def _rule_now(self) -> RankRule:
         """The rule for the cut that is due: sizes are approached geometrically, and setbacks make it milder."""
-        mildness = self._aggressiveness
-        rule = replace(self._rule, max_reduction=self._rule.max_reduction * mildness)
+        rule, mildness = self._rule, self._aggressiveness
+        if rule.guarantees_error:
+            rule = replace(rule, max_reduction=rule.max_reduction * mildness)
         if rule.tolerance is not None:
             return replace(rule, tolerance=rule.tolerance * mildness)
         if rule.max_error is not None:
