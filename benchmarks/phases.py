@@ -21,7 +21,9 @@ from stored import store
 from torch import Tensor
 
 import compressm
-from compressm.layers import LRU, SequenceClassifier
+from compressm.layers import LRU
+from compressm.training.config import Config
+from compressm.training.models import build_model
 
 EXPERIMENTS = ("smnist-quarter", "psmnist")
 
@@ -37,8 +39,9 @@ def of_run(folder: Path) -> dict[str, Any]:
     slow = int((torch.polar(torch.ones_like(trained), trained).angle().abs() < math.pi / 5).sum())
     found = {"run": f"{folder.parent.name}/{folder.name}", "states": len(trained), "slow": slow}
     if folder.name.startswith("small"):
-        torch.manual_seed(int(folder.name.rpartition("seed")[2]))
-        start = SequenceClassifier(1, 10, 8, len(trained), 1, 0.1, r_min=0.9, r_max=0.999)
+        result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
+        torch.manual_seed(result["seed"])
+        start = build_model(Config(**result["config"]), channels=1, n_classes=10)
         moved = trained - phases(start.blocks[0].ssm)  # type: ignore[arg-type]
         found |= {"median_move": float(moved.abs().median()), "largest_move": float(moved.abs().max())}
     return found
