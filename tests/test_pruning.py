@@ -36,7 +36,7 @@ def test_what_is_kept_is_untouched_and_the_bound_holds(seed: int, states: int, s
         torch.testing.assert_close(reduction.system.kernel(9), system.kernel(9))
 
 
-@pytest.mark.parametrize("score", ALL)
+@pytest.mark.parametrize("score", [score for score in ALL if score != "random_modes"])
 def test_scores_equal_brute_force(score: Score) -> None:
     """The mode's energy and gain from its impulse response and frequency response."""
     system = random_system(3, radius=(0.3, 0.9), real_output=False)
@@ -52,6 +52,24 @@ def test_scores_equal_brute_force(score: Score) -> None:
         assert values[i] == pytest.approx(expected, rel=1e-9)
 
 
+def test_random_modes_are_drawn_alike_from_one_system_and_anew_from_another() -> None:
+    one, other = random_system(1), random_system(2)
+    chosen = [prune(system, 4, "random_modes").system.lam for system in (one, one, other)]
+    assert torch.equal(chosen[0], chosen[1])
+    places = [
+        [system.lam.tolist().index(value) for value in lam.tolist()]
+        for system, lam in zip((one, other), chosen[1:], strict=True)
+    ]
+    assert places[0] != places[1]
+    # Not by any score: over many systems every place is drawn about as often.
+    counts = torch.zeros(8)
+    for seed in range(400):
+        system = random_system(seed)
+        counts += torch.isin(system.lam.abs(), prune(system, 4, "random_modes").system.lam.abs())
+    assert counts.min() > 150
+    assert counts.max() < 250
+
+
 @pytest.mark.parametrize("score", ALL)
 def test_a_model_is_pruned_in_place(score: Score) -> None:
     torch.manual_seed(0)
@@ -64,12 +82,13 @@ def test_a_model_is_pruned_in_place(score: Score) -> None:
     assert {round(value, 5) for value in new.get_parameter("nu_log").tolist()} <= left
 
 
-def test_batches() -> None:
+@pytest.mark.parametrize("score", ["energy", "random_modes"])
+def test_batches(score: Score) -> None:
     batch = [random_system(seed, p=1, q=1) for seed in (1, 2)]
     system = DiagonalSystem(*(torch.stack([getattr(one, name) for one in batch]) for name in ("lam", "B", "C")))
-    reduction = prune(system, 3, "energy")
+    reduction = prune(system, 3, score)
     for index, one in enumerate(batch):
-        alone = prune(one, 3, "energy")
+        alone = prune(one, 3, score)
         torch.testing.assert_close(reduction.system.lam[index], alone.system.lam)
         torch.testing.assert_close(reduction.left[index], alone.left)
         assert reduction.certificates[index].bound == pytest.approx(alone.certificate.bound)
@@ -78,5 +97,7 @@ def test_batches() -> None:
 def test_bad_arguments_are_refused() -> None:
     with pytest.raises(InvalidRankRuleError, match="states must be from 1 to 8; got 9"):
         prune(random_system(0), 9, "modal")
-    with pytest.raises(InvalidRankRuleError, match="score must be one of modal, hinf, energy"):
+    with pytest.raises(
+        InvalidRankRuleError, match="score must be one of modal, hinf, energy, random_modes; got 'best'"
+    ):
         prune(random_system(0), 2, "best")  # type: ignore[arg-type]

@@ -28,6 +28,7 @@ from torch import Tensor
 from compressm.certificate import Certificate, certify
 from compressm.errors import InvalidRankRuleError, InvalidSystemError
 from compressm.factors import factor
+from compressm.rng import generator_from
 from compressm.systems import DiagonalSystem, stein_solution
 
 Method = Literal["real", "complex"]
@@ -107,17 +108,15 @@ class Balancing:
         last.
 
         Args:
-            order: ``"smallest"`` HSVs first, or ``"random"``, drawn from a seed which the values themselves give, so
-                that all processes draw alike.
+            order: ``"smallest"`` HSVs first, or ``"random"``, by `generator_from` the HSVs.
         """
         pair = 2 if self.method == "real" else 1
         hsv = self.hsv.reshape(-1, self.hsv.shape[-1])
         indices = torch.arange(hsv.shape[-1]).expand_as(hsv).clone()
         for row, values in enumerate(hsv):
             count = _resolved(values) // pair
-            seed = int(values.sum().view(torch.int64)) & (2**63 - 1)
-            generator = torch.Generator().manual_seed(seed)
-            states = torch.randperm(count, generator=generator) if order == "random" else torch.arange(count).flip(0)
+            ascending = torch.arange(count).flip(0)
+            states = torch.randperm(count, generator=generator_from(values)) if order == "random" else ascending
             indices[row, : pair * count] = (pair * states[:, None] + torch.arange(pair)).reshape(-1)
         indices = indices.reshape(self.hsv.shape)
 

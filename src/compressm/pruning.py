@@ -1,16 +1,18 @@
 """Leaving out states of a diagonal system as they are, without a change of basis: what others do, for comparison.
 
 Every state of ``y = C (I - diag(lam)/z)^-1 B u`` is a mode of its own, with the transfer function
-``c_i b_i / (1 - lam_i / z)``. Three scores of a mode have been used to say which may go:
+``c_i b_i / (1 - lam_i / z)``. Which may go has been decided by
 
 - ``"modal"``: ``|lam_i|``. Modal truncation keeps what dies away most slowly (Davison 1966).
 - ``"hinf"``: ``||c_i|| ||b_i|| / (1 - |lam_i|)``, the H-infinity norm of the mode, by which layer-adaptive state
   pruning orders states (Gwak et al., NeurIPS 2024, arXiv 2411.02824).
 - ``"energy"``: ``||c_i||^2 ||b_i||^2 / (1 - |lam_i|^2)``, the energy of its impulse response, as in AIRE-Prune (Padhy
   et al., ICLR 2026, arXiv 2602.00534).
+- ``"random_modes"``: none, the modes are drawn, by `generator_from` their magnitudes. The CompreSSM paper's published
+  code does so where it keeps random states.
 
-Those two papers also compare scores across layers; here every layer is given its number of states, as for the others.
-No score sees that modes may cancel or repeat each other, which is what Hankel singular values are about.
+Those papers also compare the second and third across layers; here every layer is given its number of states, as for
+the others. No score sees that modes may cancel or repeat each other, which is what Hankel singular values are about.
 """
 
 from __future__ import annotations
@@ -24,9 +26,10 @@ from torch import Tensor
 from compressm.balancing import Reduction
 from compressm.certificate import Certificate, certify
 from compressm.errors import InvalidRankRuleError
+from compressm.rng import generator_from
 from compressm.systems import DiagonalSystem
 
-Score = Literal["modal", "hinf", "energy"]
+Score = Literal["modal", "hinf", "energy", "random_modes"]
 
 
 def _modal(system: DiagonalSystem) -> Tensor:
@@ -41,7 +44,15 @@ def _energy(system: DiagonalSystem) -> Tensor:
     return _gain(system).square() / (1 - system.lam.abs().square())
 
 
-SCORES: dict[str, Callable[[DiagonalSystem], Tensor]] = {"modal": _modal, "hinf": _hinf, "energy": _energy}
+def _random_modes(system: DiagonalSystem) -> Tensor:
+    magnitudes = system.lam.abs()
+    rows = magnitudes.reshape(-1, system.n)
+    return torch.stack([torch.rand(system.n, generator=generator_from(row)) for row in rows]).reshape_as(magnitudes)
+
+
+SCORES: dict[str, Callable[[DiagonalSystem], Tensor]] = {
+    "modal": _modal, "hinf": _hinf, "energy": _energy, "random_modes": _random_modes,
+}  # fmt: skip
 
 
 def _gain(system: DiagonalSystem) -> Tensor:

@@ -151,8 +151,8 @@ def plan_reduction(
         method: real-part aware or complex truncation of linear time-invariant layers.
         moments: of the selective layers.
         selection: how their states are picked, see `selection`. In linear time-invariant layers the largest Hankel
-            singular values are kept, but for ``"smallest"`` and ``"random"``; ``"modal"``, ``"hinf"`` and ``"energy"``
-            leave out states as they are, see `pruning`. All of these are there for comparison.
+            singular values are kept, but for ``"smallest"`` and ``"random"``; ``"modal"``, ``"hinf"``, ``"energy"``
+            and ``"random_modes"`` leave out states as they are, see `pruning`. All of these are there for comparison.
         balancings: from `balance_layers` on the model as it is now, if at hand, instead of ``moments``.
 
     Raises:

@@ -1,4 +1,4 @@
-"""The state of all random generators that training draws from, as plain values that a checkpoint can hold."""
+"""Random generators: the state of all that training draws from, as plain values, and one for choices of a cut."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 
 def rng_state() -> dict[str, Any]:
@@ -31,3 +32,12 @@ def set_rng_state(state: Mapping[str, Any]) -> None:
     np.random.set_state((kind, keys.numpy().astype(np.uint32), position, has_gauss, cached))  # noqa: NPY002
     version, internal, gauss = state["python"]
     random.setstate((version, tuple(internal), gauss))
+
+
+def generator_from(values: Tensor) -> torch.Generator:
+    """A generator whose seed is taken from the values' sum: processes that have the same values draw alike.
+
+    Args:
+        values: float64, any shape.
+    """
+    return torch.Generator().manual_seed(int(values.sum().view(torch.int64)) & (2**63 - 1))

@@ -24,11 +24,13 @@ import torch
 from torch import Tensor
 
 from compressm.errors import InvalidRankRuleError
+from compressm.rng import generator_from
 from compressm.selective import ErrorEstimate, SelectiveBalancing, SelectiveReduction, root
 
 Selection = Literal[
-    "hankel", "least_squares", "means", "gramians", "magnitude", "random", "smallest", "modal", "hinf", "energy"
-]
+    "hankel", "least_squares", "means", "gramians", "magnitude", "random", "smallest", "modal", "hinf", "energy",
+    "random_modes",
+]  # fmt: skip
 
 # The moments are gathered in float32: what they cannot resolve must not be extrapolated from.
 RIDGE = 1e-6
@@ -259,9 +261,7 @@ _MODELS: dict[str, Callable[[SelectiveBalancing, int], tuple[Tensor, Tensor]]] =
 
 
 def _random(balancing: SelectiveBalancing) -> Tensor:
-    # The seed is taken from the moments: all processes have the same, and must draw alike.
-    seed = int(balancing.moments.P.sum().view(torch.int64)) & (2**63 - 1)
-    return torch.rand(balancing.P.shape[:2], generator=torch.Generator().manual_seed(seed))
+    return torch.rand(balancing.P.shape[:2], generator=generator_from(balancing.moments.P))
 
 
 def _by_gramians(balancing: SelectiveBalancing) -> Tensor:

@@ -94,7 +94,7 @@ def test_modes(tmp_path: Path) -> None:
     assert fixed.max_drop is None
     pragmatic = import_config(written(tmp_path, reduction__mode="pragmatic")).compression
     assert (pragmatic.max_drop, pragmatic.on_setback, pragmatic.check_after) == (0.02, "stop", 10_000)
-    assert import_config(written(tmp_path, reduction__selection="random")).compression.selection == "random"
+    assert import_config(written(tmp_path, reduction__selection="random")).compression.selection == "random_modes"
     weights = import_config(written(tmp_path, training__weight_decay=0.05, training__use_warmup_cosine=True))
     assert (weights.optimizer.name, weights.optimizer.weight_decay, weights.schedule.name) == ("adamw", 0.05, "cosine")
 

@@ -350,6 +350,7 @@ EXPERIMENTS: dict[str, Experiment] = {
             (
                 Arm("largest", _cut_to_32()),
                 Arm("random", _cut_to_32(selection="random")),
+                Arm("random-modes", _cut_to_32(selection="random_modes")),
                 Arm("smallest", _cut_to_32(selection="smallest")),
             ),
             steps=20_000,

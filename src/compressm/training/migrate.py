@@ -19,7 +19,7 @@ import yaml
 from compressm.errors import ConfigError
 from compressm.training.config import Config, parse_config, read_yaml
 
-_SELECTIONS = {"largest": "hankel", "smallest": "smallest", "random": "random"}
+_SELECTIONS = {"largest": "hankel", "smallest": "smallest", "random": "random_modes"}
 _DATA = ("smnist", "scifar", "imdb", "listops")
 # The defaults of that code, where a file leaves a key out.
 _DEFAULTS: dict[str, dict[str, Any]] = {
