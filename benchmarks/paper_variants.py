@@ -1,8 +1,8 @@
 """Why state dimensions may differ from the paper's: what its code does otherwise than ours, one thing at a time.
 
     COMPRESSM_DATA=DIRECTORY python benchmarks/paper_variants.py [--steps 5000] [--threads 1]
-    COMPRESSM_DATA=DIRECTORY python benchmarks/paper_variants.py --steps 25000 --every 5000 \
-        --variants all no-dropout rate --states 28 --results results/paper_variants_small.json
+    COMPRESSM_DATA=DIRECTORY python benchmarks/paper_variants.py --steps 25000 --every 5000 --variants all \
+        --states 28 --results results/paper_variants_small.json
     COMPRESSM_DATA=DIRECTORY python benchmarks/paper_variants.py --steps 25000 --every 5000 \
         --variants eigenvalues ours --states 31 --seeds 0 1 --results results/paper_variants_eigenvalues.json
 
@@ -16,8 +16,8 @@ everything else.
 
 For every variant, with 256 and with 28 states: validation accuracy (at the end, and every so many steps if asked), and
 how many states hold 99, 98 and 96 % of the Hankel energy of the complex system. The second command asks what makes
-small models differ, which takes longer to show; `smnist` has our own curve. The third asks whether what a cut model has
-over a small one is its eigenvalues. Writes
+small models differ, which takes longer to show; likewise ``no-dropout`` and ``rate``, and `smnist` has our own curve.
+The third asks whether what a cut model has over a small one is its eigenvalues. Writes
 ``results/paper_variants.json``, or the file named.
 """
 
