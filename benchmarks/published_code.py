@@ -17,7 +17,6 @@ import argparse
 import gzip
 import json
 import platform
-import shlex
 import sys
 import tempfile
 import time
@@ -92,7 +91,8 @@ def main() -> None:
     analysis = trained.get_reduction_analysis(trained.get_all_hankel_singular_values(), 0.98)["block_0"]
     energy = np.asarray(analysis["cumulative_energy"])
     result = {
-        "command": "python " + shlex.join(sys.argv),
+        "command": f"python benchmarks/published_code.py CHECKOUT --data DIRECTORY --states {a.states} "
+        f"--steps {a.steps} --every {a.every} --seed {a.seed}",
         "versions": {"python": platform.python_version(), **{n: version(n) for n in ("jax", "equinox", "optax")}},
         "model": model,
         "training": training,
