@@ -352,6 +352,14 @@ EXPERIMENTS: dict[str, Experiment] = {
                 Arm("random", _cut_to_32(selection="random")),
                 Arm("random-modes", _cut_to_32(selection="random_modes")),
                 Arm("smallest", _cut_to_32(selection="smallest")),
+                *(
+                    Arm(f"{name}-circle", {**_cut_to_32(selection=selection), "model.max_phase": 2 * math.pi})
+                    for name, selection in (
+                        ("largest", "hankel"),
+                        ("random-modes", "random_modes"),
+                        ("smallest", "smallest"),
+                    )
+                ),
             ),
             steps=20_000,
         ),
