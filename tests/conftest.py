@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+import random
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from hypothesis import HealthCheck, settings
 
 sys.path[:0] = [
@@ -19,3 +22,11 @@ settings.load_profile("ci")
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--families", default=None, help="write what tests/test_families.py measures to this JSON file")
+
+
+@pytest.fixture(autouse=True)
+def _same_draws_in_any_order() -> None:
+    """What a test draws without a seed of its own does not depend on the tests before it."""
+    torch.manual_seed(0)
+    np.random.seed(0)  # noqa: NPY002 - the generator that a user's code may draw from
+    random.seed(0)

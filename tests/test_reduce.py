@@ -198,13 +198,20 @@ def test_a_misspelt_choice_is_refused_with_those_that_there_are(option: str, val
         compress(LRU(4, 16), states=8, **{option: value})  # type: ignore[arg-type]
 
 
-def test_the_energy_kept_is_that_of_all_channels() -> None:
+@pytest.mark.parametrize("seed", range(8))
+def test_the_energy_kept_is_that_of_all_channels(seed: int) -> None:
+    torch.manual_seed(seed)
     layer = S4D(3, 12)
-    spectrum = analyze(layer).layers[0]
-    report = compress(layer, states=4).layers[0]
-    kept = spectrum.energy[..., :4].sum() / spectrum.energy.sum()
-    assert report.energy_kept == pytest.approx(float(kept))
-    assert spectrum.energy.shape == (3, 12)
+    for method in ("complex", "real"):
+        spectrum = analyze(layer, method=method).layers[0]
+        report = compress(copy.deepcopy(layer), states=4, method=method).layers[0]
+        kept = float(spectrum.energy[..., :4].sum() / spectrum.energy.sum())
+        assert report.energy_kept is not None
+        # A real eigenvalue left over takes a whole complex state: then a channel keeps less than four states' energy.
+        assert report.energy_kept == pytest.approx(kept) or (
+            method == "real" and 0.8 * kept < report.energy_kept < kept
+        )
+        assert spectrum.energy.shape == (3, 12)
 
 
 @pytest.mark.parametrize("multiple_of", [1, 2, 4])
