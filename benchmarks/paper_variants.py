@@ -38,6 +38,7 @@ from torch.nn import functional as F
 
 import compressm
 from compressm.layers import LRU, GLUBlock
+from compressm.systems import decay_rate
 from compressm.training.config import load_config
 from compressm.training.data import BatchOrder, SequenceData, load_data
 from compressm.training.models import build_model, build_optimizer
@@ -56,7 +57,7 @@ def surviving_eigenvalues() -> Tensor:
 
 def set_eigenvalues(layer: LRU, lam: Tensor) -> None:
     """In place, with the gamma that the initialisation gives to them."""
-    nu = -lam.abs().log()
+    nu = decay_rate(lam)
     with torch.no_grad():
         layer.nu_log.copy_(nu.log())
         layer.theta_log.copy_((lam.angle() % (2 * math.pi)).log())

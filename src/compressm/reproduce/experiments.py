@@ -72,7 +72,8 @@ class Experiment:
 
 _BIG = {"compression.enabled": False}
 # The phases of the published code, and a cut every 1000 of the first 20,000 steps: see docs/paper.md.
-_FULL_CIRCLE = {"model.max_phase": 2 * math.pi, "compression.cuts": 20}
+_CIRCLE = {"model.max_phase": 2 * math.pi}
+_FULL_CIRCLE = {**_CIRCLE, "compression.cuts": 20}
 _LONG = {"data.pool": 1, "run.steps": 1500}
 
 
@@ -353,7 +354,7 @@ EXPERIMENTS: dict[str, Experiment] = {
                 Arm("random-modes", _cut_to_32(selection="random_modes")),
                 Arm("smallest", _cut_to_32(selection="smallest")),
                 *(
-                    Arm(f"{name}-circle", {**_cut_to_32(selection=selection), "model.max_phase": 2 * math.pi})
+                    Arm(f"{name}-circle", {**_cut_to_32(selection=selection), **_CIRCLE})
                     for name, selection in (
                         ("largest", "hankel"),
                         ("random-modes", "random_modes"),
