@@ -44,3 +44,7 @@ class MissingExtraError(CompressmError, ImportError):
 
 class ExportError(CompressmError, RuntimeError):
     """A model that cannot be exported, or whose exported form computes something else."""
+
+
+class DifferentiationError(CompressmError, RuntimeError):
+    """A derivative that a compiled pass cannot compute; the message names the plain PyTorch path that can."""

@@ -12,11 +12,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from compressm.layers.parts import short_conv
+from compressm.errors import DifferentiationError
+from compressm.layers.parts import shifted_products, short_conv
 from compressm.scans import native
+from compressm.scans.transforms import gradients, transformed, twice
 
 _FEW = 8  # columns, up to which mamba.h has a product of its own; with more a library's is fast
 
@@ -55,7 +56,7 @@ def gated(y: Tensor, u: Tensor, D: Tensor, z: Tensor) -> Tensor:
         D: shape ``(d,)``.
     """
     if not takes(y, u, D, z):
-        return torch.addcmul(y, D, u) * F.silu(z)
+        return _gated(y, u, D, z)
     return applied(_Gate, y.contiguous(), u.contiguous(), D.contiguous(), _rows(z))
 
 
@@ -93,8 +94,10 @@ def _rows(x: Tensor) -> Tensor:
 
 
 def takes(*tensors: Tensor) -> bool:
+    """Whether the compiled passes take these tensors."""
     whole = tensors[0].dtype in (torch.float32, torch.float64) and all(t.dtype == tensors[0].dtype for t in tensors)
-    return whole and not torch.compiler.is_compiling() and native.usable(*tensors)
+    ordinary = not torch.compiler.is_compiling() and not transformed()
+    return whole and ordinary and tensors[0].numel() > 0 and native.usable(*tensors)
 
 
 def drawn(p: float, training: bool) -> tuple[int, float]:
@@ -108,6 +111,35 @@ def applied(function: type[torch.autograd.Function], *arguments: Any) -> Tensor:
     return result
 
 
+def without_draw(p: float) -> None:
+    """Refuse to differentiate dropout twice: its random numbers are drawn inside the compiled pass.
+
+    Raises:
+        DifferentiationError: something is dropped.
+    """
+    if p > 0:
+        raise DifferentiationError(
+            f"a second derivative through compiled dropout (p={p:g}) is not supported: set dropout to 0, call "
+            "model.eval(), or set COMPRESSM_NATIVE=0 for plain PyTorch"
+        )
+
+
+def _gelu(x: Tensor, seed: int, p: float) -> Tensor:
+    return F.gelu(x, approximate="tanh")
+
+
+def _gated(y: Tensor, u: Tensor, D: Tensor, z: Tensor) -> Tensor:
+    return torch.addcmul(y, D, u) * F.silu(z)
+
+
+def _silu_conv(u: Tensor, taps: Tensor, bias: Tensor) -> Tensor:
+    return F.silu(shifted_products(u, taps.flip(0), bias))
+
+
+def _softplus_linear(dt: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return F.softplus(dt @ weight + bias)
+
+
 class _Gelu(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, seed: int, p: float) -> Tensor:
@@ -118,9 +150,11 @@ class _Gelu(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         (x,) = ctx.saved_tensors
+        if twice():
+            without_draw(ctx.draw[1])
+            return gradients(_gelu, (x, *ctx.draw), (grad,))
         out = torch.empty_like(x)
         native.call("gelu", x, x.numel(), x, grad.contiguous(), out, *ctx.draw)
         return out, None, None
@@ -136,9 +170,11 @@ class _Glu(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         (v,) = ctx.saved_tensors
+        if twice():
+            without_draw(ctx.draw[1])
+            return grad, *gradients(F.glu, (v,), (grad,)), None, None
         out, d = torch.empty_like(v), grad.shape[-1]
         native.call("glu", v, grad.numel() // d, d, None, v, grad.contiguous(), out, *ctx.draw)
         return grad, out, None, None
@@ -153,9 +189,10 @@ class _Gate(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         y, u, D, z = ctx.saved_tensors
+        if twice():
+            return gradients(_gated, (y, u, D, z), (grad,))
         d, parts = y.shape[-1], torch.get_num_threads()
         grad_y, grad_u, grad_z = torch.empty_like(y), torch.empty_like(y), torch.empty_like(y)
         grad_D = y.new_zeros(parts, d)
@@ -175,9 +212,10 @@ class _Convolution(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         u, taps, bias = ctx.saved_tensors
+        if twice():
+            return gradients(_silu_conv, (u, taps, bias), (grad,))
         (batch, length, d), width = u.shape, taps.shape[0]
         grad_u, sums = u.new_empty(u.shape), u.new_empty(batch, width + 1, d)
         native.call(
@@ -198,9 +236,10 @@ class _StepSizes(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         dt, weight, bias = ctx.saved_tensors
+        if twice():
+            return gradients(_softplus_linear, (dt, weight, bias), (grad,))
         (columns, d), parts = weight.shape, torch.get_num_threads()
         grad_dt, sums = dt.new_empty(dt.shape), dt.new_zeros(parts, columns + 1, d)
         native.call(

@@ -11,10 +11,11 @@ from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
 
-from compressm.layers.activations import applied, drawn, gelu_dropout, glu_residual, takes
+from compressm.layers.activations import applied, drawn, gelu_dropout, glu_residual, takes, without_draw
 from compressm.scans import native
+from compressm.scans.transforms import gradients, twice
 
 # Channels, up to which these are faster than the general functions.
 _WIDEST_TAIL = 32
@@ -87,18 +88,28 @@ def _plain(module: nn.Module, x: Tensor, widest: int) -> TypeGuard[nn.Linear]:
     return x.numel() > 0 and x.shape[-1] == module.in_features and takes(x, module.weight, module.bias)
 
 
+def _tail(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return F.glu(F.linear(F.gelu(x, approximate="tanh"), weight, bias), dim=-1)
+
+
+def _normalised(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    flat = x.reshape(-1, x.shape[-1])
+    return F.batch_norm(flat, None, None, weight, bias, training=True, eps=eps).view_as(x)
+
+
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        ctx.save_for_backward(x, weight)
+        ctx.save_for_backward(x, weight, bias)
         (q, p), out = weight.shape, x.new_empty(*x.shape[:-1], weight.shape[0])
         native.call("linear_forward", x, x.numel() // p, p, q, x, weight, bias, out)
         return out
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        x, weight = ctx.saved_tensors
+        x, weight, bias = ctx.saved_tensors
+        if twice():
+            return gradients(F.linear, (x, weight, bias), (grad,))
         (q, p), grad_weight, grad_bias = weight.shape, torch.empty_like(weight), weight.new_empty(weight.shape[0])
         grad_x = torch.empty_like(x) if ctx.needs_input_grad[0] else None
         native.call(
@@ -117,9 +128,11 @@ class _Tail(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         x, weight, bias = ctx.saved_tensors
+        if twice():
+            without_draw(ctx.draw[1])
+            return grad, *gradients(_tail, (x, weight, bias), (grad,)), None, None
         grad_x, grad_weight, grad_bias, d = (*(torch.empty_like(t) for t in (x, weight, bias)), x.shape[-1])
         grad = grad.contiguous()
         native.call(
@@ -138,16 +151,19 @@ class _BatchNorm(torch.autograd.Function):
         native.call(
             "batch_norm_forward", x, x.numel() // d, d, x, weight, bias, mean, var, momentum, eps, statistics, out
         )
-        ctx.save_for_backward(x, weight, statistics)
+        ctx.save_for_backward(x, weight, bias, statistics)
+        ctx.eps = eps
         ctx.set_materialize_grads(False)
         return out, x.view_as(x)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor | None, passed: Tensor | None) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         if grad is None:
             return passed, *[None] * 6
-        x, weight, statistics = ctx.saved_tensors
+        x, weight, bias, statistics = ctx.saved_tensors
+        if twice():
+            to_x, *others = gradients(_normalised, (x, weight, bias, ctx.eps), (grad,))
+            return (to_x if to_x is None or passed is None else to_x + passed), *others[:2], *[None] * 4
         grad_x, grad_weight, grad_bias, d = (*(torch.empty_like(t) for t in (x, weight, weight)), x.shape[-1])
         passed = None if passed is None else passed.contiguous()
         native.call(

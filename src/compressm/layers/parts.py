@@ -19,12 +19,22 @@ def short_conv(conv: nn.Conv1d, u: Tensor) -> Tensor:
         conv: depthwise; its last tap belongs to the present input. Its padding is not looked at.
         u: shape ``(batch, length, channels)``.
     """
-    weight = conv.weight[:, 0]
-    (channels, taps), length = weight.shape, u.shape[1]
-    padded = F.pad(u, (0, 0, taps - 1, 0))
-    out = (u.new_zeros(channels) if conv.bias is None else conv.bias).expand(1, length, channels)
-    for lag in range(taps):
-        out = torch.addcmul(out, padded[:, lag : lag + length], weight[:, lag])
+    bias = u.new_zeros(u.shape[2]) if conv.bias is None else conv.bias
+    return shifted_products(u, conv.weight[:, 0].T, bias)
+
+
+def shifted_products(u: Tensor, taps: Tensor, bias: Tensor) -> Tensor:
+    """``bias + sum_i taps_i u_{t - (m - 1) + i}`` over the m taps.
+
+    Args:
+        u: shape ``(batch, length, channels)``.
+        taps: shape ``(m, channels)``, the last one for the present input.
+        bias: shape ``(channels,)``.
+    """
+    padded, length = F.pad(u, (0, 0, len(taps) - 1, 0)), u.shape[1]
+    out = bias.expand(1, length, len(bias))
+    for lag, tap in enumerate(taps):
+        out = torch.addcmul(out, padded[:, lag : lag + length], tap)
     return out
 
 

@@ -15,14 +15,18 @@ from torch import Tensor
 
 from compressm.scans import native
 from compressm.scans.graph import exporting, graph_scan
+from compressm.scans.transforms import transformed, twice
 
-ChainEngine = Literal["native", "triton", "torch", "graph"]
+ChainEngine = Literal["native", "triton", "torch", "graph", "plain"]
 
 
 def chain_engine(tensor: Tensor) -> ChainEngine:
-    """The fastest engine for a tensor: compiled on the CPU, Triton on CUDA, else a PyTorch loop over the chain."""
+    """The fastest engine for a tensor: compiled on the CPU, Triton on CUDA, else a PyTorch loop over the chain;
+    ``"plain"``, which knows every derivative, under the transforms of `compressm.scans.transforms`."""
     if exporting():
         return "graph"
+    if transformed():
+        return "plain"
     if native.usable(tensor):
         return "native"
     return "triton" if triton_usable(tensor) else "torch"
@@ -52,6 +56,8 @@ def chain(v: Tensor, lam: Tensor, initial: Tensor, engine: ChainEngine) -> Tenso
         return _native(v.contiguous(), lam.contiguous(), initial.contiguous())
     if engine == "graph":
         return _graph(v, lam, initial)
+    if engine == "plain":
+        return plain_chain(v, lam, initial)
     if engine == "triton":
         from compressm.scans.triton_chain import chain_triton
 
@@ -68,11 +74,37 @@ def chain(v: Tensor, lam: Tensor, initial: Tensor, engine: ChainEngine) -> Tenso
 
 def _graph(v: Tensor, lam: Tensor, initial: Tensor) -> Tensor:
     def link(state: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        re, im = state.unbind(1)
-        state = torch.stack([lam[0] * re - lam[1] * im, lam[0] * im + lam[1] * re], 1) + v
+        state = times(lam, state) + v
         return state, state
 
     return graph_scan(link, initial, v)[0]
+
+
+def plain_chain(v: Tensor, lam: Tensor, initial: Tensor) -> Tensor:
+    """`chain` as a loop of PyTorch's operations."""
+    states, state = list[Tensor](), initial
+    for added in v.unbind(1):
+        state = times(lam, state) + added
+        states.append(state)
+    return torch.stack(states, 1)
+
+
+def times(lam: Tensor, x: Tensor) -> Tensor:
+    """The complex product ``lam x`` of ``lam`` (2, ...) and ``x`` (batch, 2, ...), real and imaginary parts."""
+    re, im = x.unbind(1)
+    return torch.stack([lam[0] * re - lam[1] * im, lam[0] * im + lam[1] * re], 1)
+
+
+def chain_gradients(
+    grad: Tensor, lam: Tensor, initial: Tensor, states: Tensor, engine: ChainEngine
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The backward pass of `chain`, differentiable: the same recurrence, reversed, with the conjugate of ``lam``."""
+    conjugate = torch.stack([lam[0], -lam[1]])
+    adjoint = chain(grad.flip(1), conjugate, torch.zeros_like(initial), engine).flip(1)
+    before = torch.cat([initial[:, None], states[:, :-1]], 1)
+    (re, im), (before_re, before_im) = adjoint.unbind(2), before.unbind(2)
+    to_re, to_im = re * before_re + im * before_im, im * before_re - re * before_im
+    return adjoint, torch.stack([to_re.sum((0, 1)), to_im.sum((0, 1))]), times(conjugate, adjoint[:, 0])
 
 
 class _Loop(torch.autograd.Function):
@@ -86,15 +118,23 @@ class _Loop(torch.autograd.Function):
         return states
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # pyright: ignore[reportIncompatibleMethodOverride]
         states, lam, initial = ctx.saved_tensors
+        if twice():
+            parts = (_parts(grad, 2), _parts(lam, 0), _parts(initial, 1), _parts(states, 2))
+            to_v, to_lam, to_initial = chain_gradients(*parts, "torch")
+            return torch.complex(*to_v.unbind(2)), torch.complex(*to_lam), torch.complex(*to_initial.unbind(1))
         adjoint, conjugate = torch.empty_like(grad), lam.conj().resolve_conj()
         after = torch.zeros_like(initial)
         for m in range(grad.shape[1] - 1, -1, -1):
             after = torch.addcmul(grad[:, m], conjugate, after, out=adjoint[:, m])
         grad_lam = (adjoint[:, 1:] * states[:, :-1].conj()).sum((0, 1)) + (after * initial.conj()).sum(0)
         return adjoint, grad_lam, conjugate * after
+
+
+def _parts(x: Tensor, dim: int) -> Tensor:
+    """Real and imaginary part along a new dimension."""
+    return torch.stack([x.real, x.imag], dim)
 
 
 @torch.library.custom_op("compressm::chain", mutates_args=(), device_types="cpu")
@@ -129,6 +169,8 @@ def _keep_for_backward(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: 
 
 
 def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    if twice():
+        return chain_gradients(grad, *ctx.saved_tensors, "native")
     return _native_backward(grad.contiguous(), *ctx.saved_tensors)
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from compressm.scans.graph import exporting, graph_scan
+from compressm.scans.transforms import transformed
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -82,7 +83,7 @@ def in_form(
     if engine == "loop":
         return loop(step, state, *sequences)
     if engine == "graph":
-        return graph_scan(step, state, *sequences)
+        return loop(step, state, *sequences) if transformed() else graph_scan(step, state, *sequences)
     raise ValueError(f"engine must be 'auto', 'chunked', 'loop' or 'graph'; got {engine!r}")
 
 

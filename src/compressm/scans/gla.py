@@ -12,13 +12,14 @@ Chunks in which more is forgotten are halved until it is not.
 
 from __future__ import annotations
 
-from typing import Any, Literal, overload
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
 
 from compressm.scans.frame import check_shapes, in_form, without_autocast
-from compressm.scans.ssd import Chain, by_chunk
+from compressm.scans.ssd import by_chunk, chain_of_states
+from compressm.scans.transforms import transformed
 
 Engine = Literal["auto", "chunked", "loop", "graph"]
 
@@ -85,6 +86,8 @@ def gla_scan(
     dtype = torch.promote_types(x.dtype, torch.float32)
     state = x.new_zeros(batch, heads, p, n) if initial_state is None else initial_state
     sequences = (tensor.to(dtype) for tensor in (x, log_decay, B, C))
+    if engine in ("auto", "chunked") and transformed():
+        engine = "loop"  # the length of the chunks is read off the data, which vmap does not allow
     y, state = in_form(engine, _chunked, gla_step, state.to(dtype), *sequences)
     return (y.to(x.dtype), state) if return_state else y.to(x.dtype)
 
@@ -124,7 +127,7 @@ def _chunked(x: Tensor, log_decay: Tensor, B: Tensor, C: Tensor, initial: Tensor
 
     # What a chunk adds to the state at its end, the chain of states, and what each chunk reads from the one before.
     added = values.transpose(-1, -2) @ (keys * (total - elapsed).exp())
-    states: Any = Chain.apply(added, total.exp(), initial)
+    states = chain_of_states(added, total.exp(), initial)
     before = torch.cat([initial[:, None], states[:, :-1]], 1)
     y = y + (queries * elapsed.exp()) @ before.transpose(-1, -2)
     return y.transpose(2, 3).reshape(batch, -1, heads, p)[:, :length], states[:, -1]

@@ -26,6 +26,7 @@ from torch import Tensor
 from compressm.scans import lti_chunked, lti_direct, lti_fft, native
 from compressm.scans.frame import check_shapes, loop, without_autocast
 from compressm.scans.graph import exporting
+from compressm.scans.transforms import transformed
 
 Engine = Literal["auto", "direct", "chunked", "fft", "loop"]
 
@@ -86,6 +87,10 @@ def lti_scan(
     stateful = initial_state is not None or return_state
     if engine == "auto":
         engine = _cheapest(u, C_re.shape[0], C_re.shape[1], stateful)
+    if engine == "fft" and stateful:
+        raise ValueError('engine="fft" knows no states: use "chunked" with initial_state or return_state')
+    if engine in ("direct", "fft") and transformed():
+        engine = "chunked"
     wide, start = u.to(dtype), None if initial_state is None else initial_state.to(dtype)
     if engine == "direct":
         if not native.usable(wide):
@@ -94,8 +99,6 @@ def lti_scan(
         return (y.to(u.dtype), state) if return_state else y.to(u.dtype)
     start = u.new_zeros(u.shape[0], 2, C_re.shape[1], dtype=dtype) if start is None else start
     if engine == "fft":
-        if stateful:
-            raise ValueError('engine="fft" knows no states: use "chunked" with initial_state or return_state')
         y, state = lti_fft.scan(wide, *system), start
     elif engine == "chunked":
         y, state = lti_chunked.scan(wide, *system, start)

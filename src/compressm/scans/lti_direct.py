@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compressm.scans import native
+from compressm.scans import lti_chunked, native
+from compressm.scans.transforms import gradients, twice
 
 _CHUNK, _BLOCK = 16, 4  # steps between two kept states, and states of a block: ``lti_chunk`` and ``S`` of lti.h
 
@@ -107,21 +108,31 @@ def _(
 
 def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     *system, initial, _ = inputs
-    ctx.has_initial = initial is not None
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*system, output[2])
+    ctx.save_for_backward(*system, initial, output[2])
 
 
 def _differentiate(ctx: Any, grad: Tensor | None, grad_last: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
-    *system, kept = ctx.saved_tensors
+    *system, initial, kept = ctx.saved_tensors
     u, D = system[0], system[-1]
+    if twice():
+        return *gradients(_composed, (*system, initial), (grad, grad_last)), None
     grad = u.new_zeros(*u.shape[:2], system[-2].shape[0]) if grad is None else grad.contiguous()
     grad_last = None if grad_last is None else grad_last.contiguous()
     to_u, to_initial, to_lam, to_B, to_C, to_D = _scan_backward(*system, kept, grad, grad_last)
     return (
         to_u, *to_lam.unbind(0), *to_B.unbind(0), *to_C.unbind(0), None if D is None else to_D,
-        to_initial if ctx.has_initial else None, None,
+        None if initial is None else to_initial, None,
     )  # fmt: skip
+
+
+def _composed(
+    u: Tensor, log_radius: Tensor, phase: Tensor, B_re: Tensor, B_im: Tensor, C_re: Tensor, C_im: Tensor,
+    D: Tensor | None, initial: Tensor | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    start = u.new_zeros(u.shape[0], 2, C_re.shape[1]) if initial is None else initial
+    y, last = lti_chunked.scan(u, log_radius, phase, B_re, B_im, C_re, C_im, start)
+    return (y if D is None else torch.addcmul(y, D, u)), last
 
 
 _scan.register_autograd(_differentiate, setup_context=_keep_for_backward)

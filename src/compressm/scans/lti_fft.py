@@ -11,12 +11,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from compressm.scans import native
 from compressm.scans.graph import exporting
 from compressm.scans.lti_chunked import powers
+from compressm.scans.transforms import gradients, twice
 
 
 def scan(
@@ -69,22 +69,17 @@ class _ImpulseResponse(torch.autograd.Function):
     def forward(
         ctx: Any, log_radius: Tensor, phase: Tensor, B_re: Tensor, B_im: Tensor, C_re: Tensor, C_im: Tensor, length: int
     ) -> Tensor:
-        m = math.isqrt(length - 1) + 1
-        fine_steps = torch.arange(m, device=phase.device)
-        coarse = torch.complex(*powers(log_radius, phase, m * fine_steps[: -(-length // m)], floor=1.0))
-        fine = torch.complex(*powers(log_radius, phase, fine_steps, floor=1.0))
-        B, C = torch.complex(B_re.T, B_im.T), torch.complex(C_re, C_im)
-        # Re(x y) is the product of conj(x) and y as vectors of real and imaginary parts.
-        observe = _real(coarse.conj()[:, None] * C.conj())  # (a q, 2n)
-        reach = _real(fine[:, None] * B)  # (m p, 2n)
-        ctx.save_for_backward(B, C, coarse, fine, observe, reach)
-        impulse = (observe @ reach.T).view(len(coarse), len(C), m, -1).transpose(1, 2)
-        return impulse.reshape(-1, *impulse.shape[2:])[:length]
+        system = (log_radius, phase, B_re, B_im, C_re, C_im)
+        impulse, tables = _impulse_response(*system, length)
+        ctx.save_for_backward(*system, *tables)
+        ctx.length = length
+        return impulse
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        B, C, coarse, fine, observe, reach = ctx.saved_tensors
+        *system, B, C, coarse, fine, observe, reach = ctx.saved_tensors
+        if twice():
+            return gradients(lambda *system: _impulse_response(*system)[0], (*system, ctx.length), (grad,))
         m, (length, q, p) = len(fine), grad.shape
         missing = len(coarse) * m - length
         padded = F.pad(grad, (0, 0, 0, 0, 0, missing)) if missing else grad
@@ -101,6 +96,22 @@ class _ImpulseResponse(torch.autograd.Function):
             -to_C.imag,
             None,
         )
+
+
+def _impulse_response(
+    log_radius: Tensor, phase: Tensor, B_re: Tensor, B_im: Tensor, C_re: Tensor, C_im: Tensor, length: int
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """What `_ImpulseResponse` returns, and what its backward pass wants."""
+    m = math.isqrt(length - 1) + 1
+    fine_steps = torch.arange(m, device=phase.device)
+    coarse = torch.complex(*powers(log_radius, phase, m * fine_steps[: -(-length // m)], floor=1.0))
+    fine = torch.complex(*powers(log_radius, phase, fine_steps, floor=1.0))
+    B, C = torch.complex(B_re.T, B_im.T), torch.complex(C_re, C_im)
+    # Re(x y) is the product of conj(x) and y as vectors of real and imaginary parts.
+    observe = _real(coarse.conj()[:, None] * C.conj())  # (a q, 2n)
+    reach = _real(fine[:, None] * B)  # (m p, 2n)
+    impulse = (observe @ reach.T).view(len(coarse), len(C), m, -1).transpose(1, 2)
+    return impulse.reshape(-1, *impulse.shape[2:])[:length], (B, C, coarse, fine, observe, reach)
 
 
 def _real(x: Tensor) -> Tensor:
@@ -142,15 +153,17 @@ class _NativeConvolution(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, u: Tensor, impulse: Tensor) -> Tensor:
-        u = u.contiguous()
+        signals, u = (u, impulse), u.contiguous()
         y, transfer = _native(u, impulse.contiguous())
-        ctx.save_for_backward(u, transfer)
+        ctx.save_for_backward(u, transfer, *signals)
         return y
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return _native_backward(grad.contiguous(), *ctx.saved_tensors)
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        u, transfer, *signals = ctx.saved_tensors
+        if twice():
+            return gradients(lambda *signals: _by_transforms(*signals)[0], signals, (grad,))
+        return _native_backward(grad.contiguous(), u, transfer)
 
 
 @torch.library.custom_op("compressm::convolution", mutates_args=(), device_types="cpu")
@@ -251,18 +264,16 @@ class _TorchConvolution(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, u: Tensor, impulse: Tensor) -> Tensor:
-        size = _fft_size(u.shape[1])
-        spectrum = _to_frequencies(u, size)
-        matrices = _real_matrices(torch.fft.rfft(impulse, n=size, dim=0))
-        ctx.save_for_backward(spectrum, matrices)
-        ctx.size = size
-        return _to_time(spectrum @ matrices, size, u.shape[1])
+        y, spectrum, matrices = _by_transforms(u, impulse)
+        ctx.save_for_backward(spectrum, matrices, u, impulse)
+        return y
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        spectrum, matrices = ctx.saved_tensors
-        length, size = grad.shape[1], ctx.size
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        spectrum, matrices, *signals = ctx.saved_tensors
+        if twice():
+            return gradients(lambda *signals: _by_transforms(*signals)[0], signals, (grad,))
+        length, size = grad.shape[1], _fft_size(grad.shape[1])
         of_grad = _to_frequencies(grad, size)
         to_input = _to_time(of_grad @ matrices.transpose(1, 2), size, length)
         # Every complex entry stands twice in its real 2x2 block; its gradient is that of their sum (over the batch,
@@ -271,6 +282,14 @@ class _TorchConvolution(torch.autograd.Function):
         re, im = blocks[:, :, 0, :, 0] + blocks[:, :, 1, :, 1], blocks[:, :, 0, :, 1] - blocks[:, :, 1, :, 0]
         to_impulse = torch.fft.irfft(torch.complex(re, im), n=size, dim=0)[:length]
         return to_input, to_impulse.transpose(1, 2)
+
+
+def _by_transforms(u: Tensor, impulse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The convolution, and the transforms of its arguments as the backward pass wants them."""
+    size = _fft_size(u.shape[1])
+    spectrum = _to_frequencies(u, size)
+    matrices = _real_matrices(torch.fft.rfft(impulse, n=size, dim=0))
+    return _to_time(spectrum @ matrices, size, u.shape[1]), spectrum, matrices
 
 
 def _to_frequencies(u: Tensor, size: int) -> Tensor:

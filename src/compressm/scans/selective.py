@@ -23,6 +23,7 @@ from compressm.scans import native
 from compressm.scans.chain import triton_usable
 from compressm.scans.frame import check_shapes, loop, without_autocast
 from compressm.scans.graph import exporting, graph_scan
+from compressm.scans.transforms import gradients, transformed, twice
 
 Engine = Literal["auto", "native", "triton", "torch", "loop", "graph"]
 
@@ -71,6 +72,8 @@ def selective_scan(
     tensors = (u, delta, A, B, C, initial_state)
     if engine == "auto" and exporting():
         engine = "graph"
+    if engine in ("auto", "native", "triton", "torch", "graph") and transformed():
+        engine = "loop"
     if engine == "auto":
         engine = "native" if native.usable(*tensors) else "triton" if triton_usable(u) else "torch"
     dtype = torch.promote_types(torch.promote_types(u.dtype, A.dtype), torch.float32)
@@ -254,13 +257,20 @@ def _(
 
 
 def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    ctx.save_for_backward(*inputs[:5], output[2])
+    ctx.save_for_backward(*inputs[:6], output[2])
     ctx.set_materialize_grads(True)
 
 
 def _differentiate(ctx: Any, grad_y: Tensor, grad_state: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    gradients = _native_backward(grad_y.contiguous(), grad_state.contiguous(), *ctx.saved_tensors)
-    return (*gradients, None)
+    *inputs, state, checkpoints = ctx.saved_tensors
+    if twice():
+        return *gradients(_composed, (*inputs, state), (grad_y, grad_state)), None
+    return *_native_backward(grad_y.contiguous(), grad_state.contiguous(), *inputs, checkpoints), None
+
+
+def _composed(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+    y, after = _loop(u, delta, A.T, B, C, state.transpose(1, 2))
+    return y, after.transpose(1, 2)
 
 
 _native_forward.register_autograd(_differentiate, setup_context=_keep_for_backward)

@@ -15,10 +15,10 @@ from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from compressm.scans.frame import check_shapes, in_form, without_autocast
+from compressm.scans.transforms import transformed, twice
 
 Engine = Literal["auto", "chunked", "loop", "graph"]
 
@@ -141,7 +141,7 @@ def _chunked(x: Tensor, log_decay: Tensor, B: Tensor, C: Tensor, initial: Tensor
     to_end = (elapsed[..., -1:] - elapsed).exp()
     weighted = (values * to_end[..., None]).view(batch, chunks, groups, per_group, Q, p)
     added = (weighted.transpose(-1, -2) @ keys[:, :, :, None]).view(batch, chunks, heads, p, n)
-    states: Any = Chain.apply(added, elapsed[..., -1, None, None].exp(), initial)
+    states = chain_of_states(added, elapsed[..., -1, None, None].exp(), initial)
     before = torch.cat([initial[:, None], states[:, :-1]], 1).view(batch, chunks, groups, per_group, p, n)
     read = (queries[:, :, :, None] @ before.transpose(-1, -2)).view(batch, chunks, heads, Q, p)
     y = y + elapsed.exp()[..., None] * read
@@ -155,8 +155,25 @@ def _chunk_length(length: int, heads: int, groups: int, p: int, n: int) -> int:
     return min(length, max(8, min(128, 2 ** round(math.log2(ideal)))))
 
 
-class Chain(torch.autograd.Function):
-    """``S_c = decay_c * S_{c-1} + added_c`` along dim 1; decay (batch, chunks, heads, 1, 1 or n)."""
+def chain_of_states(added: Tensor, decay: Tensor, initial: Tensor) -> Tensor:
+    """``S_c = decay_c * S_{c-1} + added_c`` along dim 1.
+
+    Args:
+        added: shape ``(batch, chunks, heads, p, n)``.
+        decay: shape ``(batch, chunks, heads, 1, 1)``, or with n for the last 1.
+        initial: ``S_{-1}``, shape ``(batch, heads, p, n)``.
+    """
+    if transformed():
+        states, state = list[Tensor](), initial
+        for c in range(added.shape[1]):
+            state = torch.addcmul(added[:, c], decay[:, c], state)
+            states.append(state)
+        return torch.stack(states, 1)
+    result: Any = _Chain.apply(added, decay, initial)
+    return result
+
+
+class _Chain(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, added: Tensor, decay: Tensor, initial: Tensor) -> Tensor:
@@ -167,12 +184,21 @@ class Chain(torch.autograd.Function):
         return states
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # pyright: ignore[reportIncompatibleMethodOverride]
         states, decay, initial = ctx.saved_tensors
+        if twice():
+            return _chain_gradients(grad, states, decay, initial)
         adjoint, after = torch.empty_like(states), torch.zeros_like(initial)
         for c in range(grad.shape[1] - 1, -1, -1):
             torch.add(grad[:, c], after, out=adjoint[:, c])
             after = adjoint[:, c] * decay[:, c]
         before = torch.cat([initial[:, None], states[:, :-1]], 1)
         return adjoint, (adjoint * before).sum_to_size(decay.shape), after
+
+
+def _chain_gradients(grad: Tensor, states: Tensor, decay: Tensor, initial: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The backward pass of `chain_of_states`, differentiable: ``adjoint_c = grad_c + decay_{c+1} adjoint_{c+1}``."""
+    later = torch.cat([decay[:, :1], decay.flip(1)[:, :-1]], 1)  # the first one multiplies zero
+    adjoint = chain_of_states(grad.flip(1), later, torch.zeros_like(initial)).flip(1)
+    before = torch.cat([initial[:, None], states[:, :-1]], 1)
+    return adjoint, (adjoint * before).sum_to_size(decay.shape), adjoint[:, 0] * decay[:, 0]

@@ -11,6 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from compressm.scans.chain import chain_gradients
+from compressm.scans.transforms import twice
 from compressm.scans.triton_selective import _row
 
 _OPTIONS: dict[str, Any] = {"TILE": 16, "LANES": 32, "num_warps": 1, "enable_fp_fusion": True}
@@ -41,9 +43,12 @@ class _Chain(torch.autograd.Function):
         return states
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
         states, lam = ctx.saved_tensors
+        if twice():
+            tensors = (grad.mT, lam.T, torch.zeros_like(states[:, 0].mT), states.mT)
+            to_v, to_lam, _ = chain_gradients(*tensors, "triton")
+            return to_v.mT, to_lam.T
         batch, length, n, _ = states.shape
         adjoint, grad_lam = torch.empty_like(states), states.new_empty(batch, n, 2)
         grid = triton.cdiv(n, _OPTIONS["LANES"]), batch

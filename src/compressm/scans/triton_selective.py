@@ -26,6 +26,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from compressm.scans.frame import loop
+from compressm.scans.transforms import gradients, twice
+
 _TILE = 8  # steps in registers at a time
 _KEEP = 64  # steps between kept states; a multiple of _TILE
 _GROUPS, _LANES = 2, 32  # channels of a program; two per lane halve the cost of sums over channels
@@ -63,6 +66,7 @@ class _SelectiveScan(torch.autograd.Function):
         dtype = torch.float32
         for tensor in (u, delta, A, B, C, initial_state):
             dtype = torch.promote_types(dtype, tensor.dtype)
+        given = (u, delta, A, B, C, initial_state)
         u, delta, B, C = (tensor.contiguous() for tensor in (u, delta, B, C))
         rates = (A.T.to(dtype) * math.log2(math.e)).contiguous()  # exp(delta A) = 2^(delta rate)
         parts, segment = _parts(u)
@@ -76,14 +80,15 @@ class _SelectiveScan(torch.autograd.Function):
         y = torch.empty_like(u)
         _forward_kernel[grid](u, delta, rates, B, C, y, states, kept, *sizes, KEEP=_KEEP if keep else 0, **_options(n))
         if keep:
-            ctx.save_for_backward(u, delta, rates, B, C, kept)
+            ctx.save_for_backward(u, delta, rates, B, C, kept, *given)
             ctx.dtypes = A.dtype, initial_state.dtype
         return y, states[:, -1].mT.contiguous()
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_y: Tensor, grad_state: Tensor) -> tuple[Tensor | None, ...]:
-        u, delta, rates, B, C, kept = ctx.saved_tensors
+        u, delta, rates, B, C, kept, *given = ctx.saved_tensors
+        if twice():
+            return *gradients(_composed, given, (grad_y, grad_state)), None
         (batch, length, d), n, dtype = u.shape, len(rates), rates.dtype
         grad_y = grad_y.contiguous()
         parts, segment = _parts(u)
@@ -111,6 +116,25 @@ class _SelectiveScan(torch.autograd.Function):
             adjoint[:, 0].mT.to(dtype_state),
             None,
         )
+
+
+def _composed(
+    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, initial_state: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The same in PyTorch's operations."""
+    from compressm.scans.selective import selective_step
+
+    dtype = torch.float32
+    for tensor in (u, delta, A, B, C, initial_state):
+        dtype = torch.promote_types(dtype, tensor.dtype)
+    wide = [tensor.to(dtype) for tensor in (u, delta, B, C)]
+    rates = A.to(dtype)
+
+    def step(state: Tensor, u: Tensor, delta: Tensor, B: Tensor, C: Tensor) -> tuple[Tensor, Tensor]:
+        return selective_step(state, u, delta, rates, B, C)
+
+    y, state = loop(step, initial_state.to(dtype), *wide)
+    return y.to(u.dtype), state
 
 
 def _options(n: int) -> dict[str, Any]:
