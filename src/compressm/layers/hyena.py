@@ -42,7 +42,7 @@ class Convolution(nn.Module):
         length = u.shape[1]
         if length > self.max_length:
             raise ValueError(f"a sequence of {length} steps is longer than max_length={self.max_length} of this layer")
-        size = 2 ** math.ceil(math.log2(2 * length))
+        size = 2 ** math.ceil(math.log2(max(2 * length, 2)))
         wide = u.float() if u.dtype in (torch.float16, torch.bfloat16) else u
         response = torch.fft.rfft(self.filter(length).to(wide.dtype), n=size, dim=0)
         y = torch.fft.irfft(torch.fft.rfft(wide, n=size, dim=1) * response, n=size, dim=1)[:, :length]

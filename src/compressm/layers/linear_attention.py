@@ -73,7 +73,7 @@ class MatrixStateLayer(nn.Module):
 
     def by_head(self, channels: Tensor) -> Tensor:
         """``(..., heads * m)`` to ``(..., heads, m)``."""
-        return channels.unflatten(-1, (self.n_heads, -1))
+        return channels.unflatten(-1, (self.n_heads, channels.shape[-1] // self.n_heads))  # -1 fails where empty
 
     def read_out(self, y: Tensor, u: Tensor) -> Tensor:
         """Norm, gate and output projection for ``y`` of shape ``(..., heads, head_dim)``."""

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from compressm.layers.activations import causal_conv, gated, step_sizes
-from compressm.layers.parts import inverse_softplus, log_uniform, short_conv_step
+from compressm.layers.parts import at_least_float32, inverse_softplus, log_uniform, short_conv_step
 from compressm.scans import selective_scan, selective_step
 
 
@@ -75,7 +75,7 @@ class Mamba(nn.Module):
         u, z = self.in_proj(v).chunk(2, -1)
         u = causal_conv(self.conv1d, u)
         delta, B, C = self.select(u)
-        y = selective_scan(u, delta, -self.A_log.float().exp(), B, C)
+        y = selective_scan(u, delta, -at_least_float32(self.A_log).exp(), B, C)
         return self.out_proj(gated(y, u, self.D, z))
 
     def select(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -96,7 +96,7 @@ class Mamba(nn.Module):
         u, window = short_conv_step(self.conv1d, u, state[0])
         u = F.silu(u)
         delta, B, C = self.select(u)
-        y, h = selective_step(state[1], u, delta, -self.A_log.float().exp(), B, C)
+        y, h = selective_step(state[1], u, delta, -at_least_float32(self.A_log).exp(), B, C)
         return self.out_proj((y + self.D * u) * F.silu(z)), (window, h)
 
     def extra_repr(self) -> str:

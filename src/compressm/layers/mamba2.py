@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from compressm.layers.activations import causal_conv
-from compressm.layers.parts import inverse_softplus, log_uniform, short_conv_step
+from compressm.layers.parts import at_least_float32, inverse_softplus, log_uniform, short_conv_step
 from compressm.scans import ssd_scan, ssd_step
 
 
@@ -20,7 +20,7 @@ class GatedRMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(width))
 
     def forward(self, x: Tensor, z: Tensor) -> Tensor:
-        y = (x * F.silu(z)).unflatten(-1, (self.groups, -1))
+        y = (x * F.silu(z)).unflatten(-1, (self.groups, x.shape[-1] // self.groups))
         return self.weight * F.rms_norm(y, y.shape[-1:], None, self.eps).flatten(-2)
 
 
@@ -89,7 +89,7 @@ class Mamba2(nn.Module):
 
     def forward(self, v: Tensor) -> Tensor:
         x, delta, B, C, z = self.recurrence(v)
-        y = ssd_scan(x * delta[..., None], -delta * self.A_log.float().exp(), B, C) + self.D[:, None] * x
+        y = ssd_scan(x * delta[..., None], -delta * at_least_float32(self.A_log).exp(), B, C) + self.D[:, None] * x
         return self.out_proj(self.norm(y.flatten(-2), z))
 
     def _project(self, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -128,7 +128,7 @@ class Mamba2(nn.Module):
         xBC, window = short_conv_step(self.conv1d, xBC, state[0])
         x, B, C = self._split(F.silu(xBC))
         delta = F.softplus(dt + self.dt_bias)
-        y, S = ssd_step(state[1], x * delta[..., None], -delta * self.A_log.float().exp(), B, C)
+        y, S = ssd_step(state[1], x * delta[..., None], -delta * at_least_float32(self.A_log).exp(), B, C)
         y = y + self.D[:, None] * x
         return self.out_proj(self.norm(y.flatten(-2), z)), (window, S)
 

@@ -221,7 +221,7 @@ class SequenceClassifier(nn.Module):
         z = self.norm(z)
         present = self.present(u)
         if present is None:
-            return self.decoder(z.sum(1) / z.shape[1])  # the gradient of a sum is no tensor of that size; a mean's is
+            return self.decoder(z.sum(1) / max(z.shape[1], 1))  # the gradient of a sum is no tensor of that size; a mean's is
         present = present.to(z.dtype)
         return self.decoder(torch.einsum("blh,bl->bh", z, present) / present.sum(1, keepdim=True).clamp_min(1))
 
@@ -319,7 +319,13 @@ class LanguageModel(nn.Module):
     @torch.no_grad()
     def generate(self, tokens: Tensor, length: int, temperature: float = 1.0) -> Tensor:
         """Continue sequences: ``(batch, given)`` with ``given >= 1`` to ``(batch, given + length)``, drawn from torch's
-        random state; ``temperature=0`` takes the most likely token."""
+        random state; ``temperature=0`` takes the most likely token.
+
+        Raises:
+            ValueError: sequences of no token.
+        """
+        if tokens.shape[1] == 0:
+            raise ValueError(f"generate continues sequences of at least one token; got tokens {tuple(tokens.shape)}")
         state, logits = self.initial_state(tokens.shape[0]), torch.empty(0)
         for token in tokens.unbind(1):
             logits, state = self.step(token, state)

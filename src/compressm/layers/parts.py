@@ -46,6 +46,11 @@ def short_conv_step(conv: nn.Conv1d, u: Tensor, window: Tensor) -> tuple[Tensor,
     return out if conv.bias is None else out + conv.bias, window[:, 1:]
 
 
+def at_least_float32(x: Tensor) -> Tensor:
+    """Half precision widened to float32; float64 stays what it is."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def log_uniform(count: int, low: float, high: float) -> Tensor:
     """Numbers whose logarithms are uniform, shape ``(count,)``."""
     return (math.log(low) + torch.rand(count) * (math.log(high) - math.log(low))).exp()

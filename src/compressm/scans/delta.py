@@ -20,8 +20,8 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
-from compressm.scans.frame import check_shapes, in_form, without_autocast
-from compressm.scans.ssd import by_chunk
+from compressm.scans.frame import check_engine, check_shapes, empty, empty_scan, in_form, without_autocast
+from compressm.scans.ssd import by_chunk, elapsed_in_chunk
 
 Engine = Literal["auto", "chunked", "loop", "graph"]
 
@@ -69,9 +69,9 @@ def delta_scan(
     Raises:
         ValueError: shapes that do not fit together, or an unknown engine.
     """
-    if v.ndim != 4 or k.ndim != 4 or v.shape[1] == 0:
+    if v.ndim != 4 or k.ndim != 4:
         raise ValueError(
-            "v must be (batch, length >= 1, heads, p) and k (batch, length, heads, n); "
+            "v must be (batch, length, heads, p) and k (batch, length, heads, n); "
             f"got {tuple(v.shape)} and {tuple(k.shape)}"
         )
     (batch, length, heads, p), n = v.shape, k.shape[3]
@@ -86,9 +86,13 @@ def delta_scan(
             "initial_state": (initial_state, (batch, heads, p, n)),
         },
     )
+    check_engine(engine, "auto", "chunked", "loop", "graph")
     dtype = torch.promote_types(v.dtype, torch.float32)
     state = v.new_zeros(batch, heads, p, n) if initial_state is None else initial_state
     sequences = (tensor.to(dtype) for tensor in (v, log_decay, beta, k, q))
+    if empty(v):
+        y, state = empty_scan(tuple(v.shape), state.to(dtype), v, log_decay, beta, k, q)
+        return (y, state) if return_state else y
     y, state = in_form(engine, _chunked, delta_step, state.to(dtype), *sequences)
     return (y.to(v.dtype), state) if return_state else y.to(v.dtype)
 
@@ -118,8 +122,7 @@ def _chunked(v: Tensor, log_decay: Tensor, beta: Tensor, k: Tensor, q: Tensor, s
     Q = min(length, CHUNK)
     values, keys, queries = (by_chunk(tensor, Q) for tensor in (v, k, q))
     share = by_chunk(beta[..., None], Q)  # (batch, chunks, heads, Q, 1); zero after the end, where nothing changes
-    # Sums of many steps, of which differences are taken: in float32 these would be wrong where much is forgotten.
-    elapsed = by_chunk(log_decay[..., None].double(), Q).squeeze(-1).cumsum(-1)
+    elapsed = elapsed_in_chunk(log_decay, Q)
     ones = torch.ones(Q, Q, dtype=torch.bool, device=v.device)
     between = (elapsed[..., :, None] - elapsed[..., None, :]).to(v.dtype)
     decays = between.masked_fill(ones.triu(1), -torch.inf).exp()

@@ -46,6 +46,36 @@ def check_shapes(given: Mapping[str, Tensor], expected: Mapping[str, tuple[Tenso
             raise ValueError(f"{name} must have shape {shape} for {known}; got {tuple(tensor.shape)}")
 
 
+def empty(u: Tensor) -> bool:
+    """Whether there is no sequence in ``u`` (batch, length, ...), or no step in the sequences."""
+    return u.shape[0] == 0 or u.shape[1] == 0
+
+
+def empty_scan(shape: tuple[int, ...], start: Tensor, *tensors: Tensor | None) -> tuple[Tensor, Tensor]:
+    """What a scan of nothing returns: outputs of an empty shape, whose gradients are zeros, and the state at the start.
+
+    Args:
+        shape: of the outputs, with batch or length 0.
+        start: the state at the start, batch first.
+        tensors: what outputs depend on, the first one of their dtype; None stands for one that is left out.
+    """
+    given = [tensor for tensor in tensors if tensor is not None]
+    zero = torch.stack([tensor.sum().to(given[0].dtype) for tensor in (*given, start)]).sum() * 0
+    y = given[0].new_zeros(shape) + zero
+    return y, start + zero.to(start.dtype) if start.shape[0] == 0 else start.clone()
+
+
+def check_engine(engine: str, *known: str) -> None:
+    """Refuse an unknown engine.
+
+    Raises:
+        ValueError: it is not among the known ones.
+    """
+    if engine not in known:
+        *others, last = (repr(name) for name in known)
+        raise ValueError(f"engine must be {', '.join(others)} or {last}; got {engine!r}")
+
+
 def loop(step: Callable[..., tuple[Tensor, Tensor]], state: Tensor, *sequences: Tensor) -> tuple[Tensor, Tensor]:
     """The definition, one ``step(state, *now) -> (y, state)`` after the other.
 
@@ -71,20 +101,14 @@ def in_form(
     state: Tensor,
     *sequences: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """Run a recurrence in one of its forms, ``chunked(*sequences, state)`` unless another one is asked for.
-
-    Raises:
-        ValueError: an unknown engine.
-    """
+    """Run a recurrence in one of its forms, ``chunked(*sequences, state)`` unless another one is asked for."""
     if engine == "auto":
         engine = "graph" if exporting() else "chunked"
     if engine == "chunked":
         return chunked(*sequences, state)
-    if engine == "loop":
+    if engine == "loop" or transformed():
         return loop(step, state, *sequences)
-    if engine == "graph":
-        return loop(step, state, *sequences) if transformed() else graph_scan(step, state, *sequences)
-    raise ValueError(f"engine must be 'auto', 'chunked', 'loop' or 'graph'; got {engine!r}")
+    return graph_scan(step, state, *sequences)
 
 
-__all__ = ["check_shapes", "in_form", "loop", "without_autocast"]
+__all__ = ["check_engine", "check_shapes", "empty", "empty_scan", "in_form", "loop", "without_autocast"]

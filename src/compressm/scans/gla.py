@@ -6,7 +6,7 @@ with ``S`` (p, n) per head (Yang et al., Gated Linear Attention Transformers wit
 
 The ``chunked`` engine is made of matrix products. Inside a chunk the decay from step j to step i is ``exp(e_i - e_j)``
 per dimension, with ``e`` the running sum of the logarithms: a product of one factor for the query and one for the key,
-each taken relative to half of the chunk's decay, so that both stay in range as long as that is not below exp(-120).
+each taken relative to half of the chunk's decay, so that both stay in range as long as that is not below exp(-60).
 Chunks in which more is forgotten are halved until it is not.
 """
 
@@ -17,7 +17,7 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
-from compressm.scans.frame import check_shapes, in_form, without_autocast
+from compressm.scans.frame import check_engine, check_shapes, empty, empty_scan, in_form, without_autocast
 from compressm.scans.ssd import by_chunk, chain_of_states
 from compressm.scans.transforms import transformed
 
@@ -26,7 +26,8 @@ Engine = Literal["auto", "chunked", "loop", "graph"]
 LONGEST_CHUNK = 64
 # exp(-100) is zero beside anything that is written at the same step, in double precision too.
 STRONGEST = -100.0
-RANGE = 120.0
+# Exponents of up to 30 lose a digit and a half in float32, of up to 60 two.
+RANGE = 60.0
 
 
 @overload
@@ -67,9 +68,9 @@ def gla_scan(
     Raises:
         ValueError: shapes that do not fit together, or an unknown engine.
     """
-    if x.ndim != 4 or B.ndim != 4 or x.shape[1] == 0:
+    if x.ndim != 4 or B.ndim != 4:
         raise ValueError(
-            "x must be (batch, length >= 1, heads, p) and B (batch, length, heads, n); "
+            "x must be (batch, length, heads, p) and B (batch, length, heads, n); "
             f"got {tuple(x.shape)} and {tuple(B.shape)}"
         )
     (batch, length, heads, p), n = x.shape, B.shape[3]
@@ -83,9 +84,13 @@ def gla_scan(
             "initial_state": (initial_state, (batch, heads, p, n)),
         },
     )
+    check_engine(engine, "auto", "chunked", "loop", "graph")
     dtype = torch.promote_types(x.dtype, torch.float32)
     state = x.new_zeros(batch, heads, p, n) if initial_state is None else initial_state
     sequences = (tensor.to(dtype) for tensor in (x, log_decay, B, C))
+    if empty(x):
+        y, state = empty_scan(tuple(x.shape), state.to(dtype), x, log_decay, B, C)
+        return (y, state) if return_state else y
     if engine in ("auto", "chunked") and transformed():
         engine = "loop"  # the length of the chunks is read off the data, which vmap does not allow
     y, state = in_form(engine, _chunked, gla_step, state.to(dtype), *sequences)
@@ -109,7 +114,8 @@ def gla_step(state: Tensor, x: Tensor, log_decay: Tensor, B: Tensor, C: Tensor) 
 
 def _chunked(x: Tensor, log_decay: Tensor, B: Tensor, C: Tensor, initial: Tensor) -> tuple[Tensor, Tensor]:
     batch, length, heads, p = x.shape
-    log_decay = log_decay.clamp_min(STRONGEST)
+    # Sums of many steps, of which differences are taken: in float32 these would be wrong where much is forgotten.
+    log_decay, dtype = log_decay.double().clamp_min(STRONGEST), x.dtype
     Q = min(length, LONGEST_CHUNK)
     while True:
         elapsed = by_chunk(log_decay, Q).cumsum(-2)  # from the start of the chunk to each step, that step's included
@@ -117,17 +123,17 @@ def _chunked(x: Tensor, log_decay: Tensor, B: Tensor, C: Tensor, initial: Tensor
             break
         Q = -(-Q // 2)
     values, keys, queries = (by_chunk(tensor, Q) for tensor in (x, B, C))
-    total = elapsed[..., -1:, :]
-    half = total.detach() / 2
+    centred = (elapsed - elapsed[..., -1:, :].detach() / 2).to(dtype)
+    since_start = elapsed.to(dtype).exp()
 
     # Inside a chunk: step i reads what step j <= i has written, decayed over j+1..i.
     later = torch.ones(Q, Q, dtype=torch.bool, device=x.device).triu(1)
-    scores = (queries * (elapsed - half).exp()) @ (keys * (half - elapsed).exp()).transpose(-1, -2)
+    scores = (queries * centred.exp()) @ (keys * (-centred).exp()).transpose(-1, -2)
     y = scores.masked_fill(later, 0.0) @ values
 
     # What a chunk adds to the state at its end, the chain of states, and what each chunk reads from the one before.
-    added = values.transpose(-1, -2) @ (keys * (total - elapsed).exp())
-    states = chain_of_states(added, total.exp(), initial)
+    added = values.transpose(-1, -2) @ (keys * (centred[..., -1:, :] - centred).exp())
+    states = chain_of_states(added, since_start[..., -1:, :], initial)
     before = torch.cat([initial[:, None], states[:, :-1]], 1)
-    y = y + (queries * elapsed.exp()) @ before.transpose(-1, -2)
+    y = y + (queries * since_start) @ before.transpose(-1, -2)
     return y.transpose(2, 3).reshape(batch, -1, heads, p)[:, :length], states[:, -1]

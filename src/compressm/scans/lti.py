@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from compressm.scans import lti_chunked, lti_direct, lti_fft, native
-from compressm.scans.frame import check_shapes, loop, without_autocast
+from compressm.scans.frame import check_engine, check_shapes, empty, empty_scan, loop, without_autocast
 from compressm.scans.graph import exporting
 from compressm.scans.transforms import transformed
 
@@ -79,19 +79,24 @@ def lti_scan(
         ValueError: shapes that do not fit together, an unknown engine, ``"fft"`` with a state, or ``"direct"`` where
             there are no compiled kernels.
     """
+    check_engine(engine, "auto", "direct", "chunked", "fft", "loop")
     _check(u, log_radius, phase, B_re, B_im, C_re, C_im, initial_state, D)
     dtype = torch.promote_types(torch.promote_types(u.dtype, B_re.dtype), torch.float32)
     poles = (log_radius.to(dtype), phase.to(dtype))
     system = (*poles, B_re.to(dtype), B_im.to(dtype), C_re.to(dtype), C_im.to(dtype))
     feedthrough = None if D is None else D.to(dtype)
     stateful = initial_state is not None or return_state
-    if engine == "auto":
-        engine = _cheapest(u, C_re.shape[0], C_re.shape[1], stateful)
     if engine == "fft" and stateful:
         raise ValueError('engine="fft" knows no states: use "chunked" with initial_state or return_state')
+    wide, start = u.to(dtype), None if initial_state is None else initial_state.to(dtype)
+    if empty(u):
+        start = u.new_zeros(u.shape[0], 2, C_re.shape[1], dtype=dtype) if start is None else start
+        y, state = empty_scan((*u.shape[:2], C_re.shape[0]), start, u, *system, D)
+        return (y, state) if return_state else y
+    if engine == "auto":
+        engine = _cheapest(u, C_re.shape[0], C_re.shape[1], stateful)
     if engine in ("direct", "fft") and transformed():
         engine = "chunked"
-    wide, start = u.to(dtype), None if initial_state is None else initial_state.to(dtype)
     if engine == "direct":
         if not native.usable(wide):
             raise ValueError(f'engine="direct" needs the compiled kernels, and a CPU; u is on {u.device}')
@@ -102,10 +107,8 @@ def lti_scan(
         y, state = lti_fft.scan(wide, *system), start
     elif engine == "chunked":
         y, state = lti_chunked.scan(wide, *system, start)
-    elif engine == "loop":
-        y, state = loop(lambda state, u: lti_step(state, u, *system), start, wide)
     else:
-        raise ValueError(f"engine must be 'auto', 'direct', 'chunked', 'fft' or 'loop'; got {engine!r}")
+        y, state = loop(lambda state, u: lti_step(state, u, *system), start, wide)
     if feedthrough is not None:
         y = torch.addcmul(y, feedthrough, wide)
     return (y.to(u.dtype), state) if return_state else y.to(u.dtype)
@@ -136,9 +139,9 @@ def _check(
     u: Tensor, log_radius: Tensor, phase: Tensor, B_re: Tensor, B_im: Tensor, C_re: Tensor, C_im: Tensor,
     initial_state: Tensor | None, D: Tensor | None,
 ) -> None:  # fmt: skip
-    if u.ndim != 3 or C_re.ndim != 2 or u.shape[1] == 0:
+    if u.ndim != 3 or C_re.ndim != 2:
         raise ValueError(
-            f"u must be (batch, length >= 1, p) and C_re (q, n); got {tuple(u.shape)} and {tuple(C_re.shape)}"
+            f"u must be (batch, length, p) and C_re (q, n); got {tuple(u.shape)} and {tuple(C_re.shape)}"
         )
     (batch, _, p), (q, n) = u.shape, C_re.shape
     if D is not None and q != p:

@@ -77,7 +77,7 @@ def powers(log_radius: Tensor, phase: Tensor, exponents: Tensor, floor: float = 
     phase`` in float32 would be off by 1e-4 radians after a thousand steps.
     """
     lowest = floor * math.log(torch.finfo(log_radius.dtype).eps)
-    log_magnitude = exponents.to(log_radius.dtype)[:, None] * log_radius
+    log_magnitude = exponents.to(log_radius.dtype)[:, None] * log_radius.clamp_min(lowest)  # 0 * -inf would be NaN
     # The condition is false for NaN, which must come out as it went in.
     magnitude = torch.where(log_magnitude <= lowest, 0.0, log_magnitude.clamp_min(lowest).exp())
     angle = exponents.to(torch.float64)[:, None] * phase.to(torch.float64)

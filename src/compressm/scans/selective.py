@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from compressm.scans import native
 from compressm.scans.chain import triton_usable
-from compressm.scans.frame import check_shapes, loop, without_autocast
+from compressm.scans.frame import check_engine, check_shapes, empty, empty_scan, loop, without_autocast
 from compressm.scans.graph import exporting, graph_scan
 from compressm.scans.transforms import gradients, transformed, twice
 
@@ -68,17 +68,21 @@ def selective_scan(
     Raises:
         ValueError: shapes that do not fit together, or an unknown engine.
     """
+    check_engine(engine, "auto", "native", "triton", "torch", "loop", "graph")
     _check(u, delta, A, B, C, initial_state)
     tensors = (u, delta, A, B, C, initial_state)
     if engine == "auto" and exporting():
         engine = "graph"
-    if engine in ("auto", "native", "triton", "torch", "graph") and transformed():
+    elif transformed():
         engine = "loop"
     if engine == "auto":
         engine = "native" if native.usable(*tensors) else "triton" if triton_usable(u) else "torch"
     dtype = torch.promote_types(torch.promote_types(u.dtype, A.dtype), torch.float32)
     args = (u.to(dtype), delta.to(dtype), A.to(dtype), B.to(dtype), C.to(dtype))
     start = u.new_zeros(u.shape[0], *A.shape, dtype=dtype) if initial_state is None else initial_state.to(dtype)
+    if empty(u):
+        y, state = empty_scan(tuple(u.shape), start, u, delta, A, B, C)
+        return (y, state) if return_state else y
     if engine == "native":
         y, state = _native(*args, start)
     elif engine == "triton":
@@ -90,10 +94,8 @@ def selective_scan(
         y, state = _chunks(*args, start)
     elif engine == "loop":
         y, state = _loop(*args, start)
-    elif engine == "graph":
-        y, state = _graph(*args, start)
     else:
-        raise ValueError(f"engine must be 'auto', 'native', 'triton', 'torch', 'loop' or 'graph'; got {engine!r}")
+        y, state = _graph(*args, start)
     return (y.to(u.dtype), state) if return_state else y.to(u.dtype)
 
 
@@ -114,8 +116,8 @@ def selective_step(state: Tensor, u: Tensor, delta: Tensor, A: Tensor, B: Tensor
 
 
 def _check(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, initial_state: Tensor | None) -> None:
-    if u.ndim != 3 or A.ndim != 2 or u.shape[1] == 0:
-        raise ValueError(f"u must be (batch, length >= 1, d) and A (d, n); got {tuple(u.shape)} and {tuple(A.shape)}")
+    if u.ndim != 3 or A.ndim != 2:
+        raise ValueError(f"u must be (batch, length, d) and A (d, n); got {tuple(u.shape)} and {tuple(A.shape)}")
     (batch, length, d), n = u.shape, A.shape[1]
     check_shapes(
         {"u": u, "A": A},

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from compressm.scans.chain import chain, chain_engine
-from compressm.scans.frame import check_shapes, in_form, without_autocast
+from compressm.scans.frame import check_engine, check_shapes, empty, empty_scan, in_form, without_autocast
 from compressm.scans.lti_chunked import powers
 
 Engine = Literal["auto", "chunked", "loop", "graph"]
@@ -65,10 +65,14 @@ def siso_scan(
     Raises:
         ValueError: shapes that do not fit together, or an unknown engine.
     """
+    check_engine(engine, "auto", "chunked", "loop", "graph")
     _check(u, log_radius, phase, c_re, c_im, initial_state)
     dtype = torch.promote_types(torch.promote_types(u.dtype, c_re.dtype), torch.float32)
     state = u.new_zeros(u.shape[0], 2, *c_re.shape) if initial_state is None else initial_state
     system = (log_radius.to(dtype), phase.to(dtype), c_re.to(dtype), c_im.to(dtype))
+    if empty(u):
+        y, state = empty_scan(tuple(u.shape), state.to(dtype), u, *system)
+        return (y, state) if return_state else y
     y, state = in_form(
         engine,
         lambda u, state: _chunked(u, *system, state),
@@ -102,9 +106,9 @@ def siso_step(
 def _check(
     u: Tensor, log_radius: Tensor, phase: Tensor, c_re: Tensor, c_im: Tensor, initial_state: Tensor | None
 ) -> None:
-    if u.ndim != 3 or c_re.ndim != 2 or u.shape[1] == 0 or u.shape[2] != c_re.shape[0]:
+    if u.ndim != 3 or c_re.ndim != 2 or u.shape[2] != c_re.shape[0]:
         raise ValueError(
-            "u must be (batch, length >= 1, channels) and c_re (channels, n); "
+            "u must be (batch, length, channels) and c_re (channels, n); "
             f"got {tuple(u.shape)} and {tuple(c_re.shape)}"
         )
     shape = tuple(c_re.shape)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from compressm.scans.frame import check_shapes, in_form, without_autocast
+from compressm.scans.frame import check_engine, check_shapes, empty, empty_scan, in_form, without_autocast
 from compressm.scans.transforms import transformed, twice
 
 Engine = Literal["auto", "chunked", "loop", "graph"]
@@ -64,9 +64,13 @@ def ssd_scan(
         ValueError: shapes that do not fit together, or an unknown engine.
     """
     _check(x, log_decay, B, C, initial_state)
+    check_engine(engine, "auto", "chunked", "loop", "graph")
     dtype = torch.promote_types(x.dtype, torch.float32)
     state = x.new_zeros(x.shape[0], *x.shape[2:], B.shape[-1]) if initial_state is None else initial_state
     sequences = (tensor.to(dtype) for tensor in (x, log_decay, B, C))
+    if empty(x):
+        y, state = empty_scan(tuple(x.shape), state.to(dtype), x, log_decay, B, C)
+        return (y, state) if return_state else y
     y, state = in_form(engine, _chunked, ssd_step, state.to(dtype), *sequences)
     return (y.to(x.dtype), state) if return_state else y.to(x.dtype)
 
@@ -90,9 +94,9 @@ def ssd_step(state: Tensor, x: Tensor, log_decay: Tensor, B: Tensor, C: Tensor) 
 
 
 def _check(x: Tensor, log_decay: Tensor, B: Tensor, C: Tensor, initial_state: Tensor | None) -> None:
-    if x.ndim != 4 or B.ndim != 4 or x.shape[1] == 0:
+    if x.ndim != 4 or B.ndim != 4:
         raise ValueError(
-            "x must be (batch, length >= 1, heads, p) and B (batch, length, groups, n); "
+            "x must be (batch, length, heads, p) and B (batch, length, groups, n); "
             f"got {tuple(x.shape)} and {tuple(B.shape)}"
         )
     (batch, length, heads, p), (groups, n) = x.shape, B.shape[2:]
@@ -121,30 +125,45 @@ def by_chunk(tensor: Tensor, Q: int) -> Tensor:
     return padded.reshape(batch, chunks, Q, *tensor.shape[2:]).transpose(2, 3)
 
 
+def elapsed_in_chunk(log_decay: Tensor, Q: int) -> Tensor:
+    """Logarithm of the decay from the start of each chunk to each of its steps, that step's included.
+
+    Sums of many steps, of which differences are taken: in float32 these would be wrong where much is forgotten, so that
+    they are float64 whatever the dtype. There exp(-800) is zero; clamped to it, a decay of exactly zero has a sum.
+
+    Args:
+        log_decay: shape ``(batch, length, heads)``.
+
+    Returns:
+        float64, shape ``(batch, chunks, heads, Q)``.
+    """
+    return by_chunk(log_decay.double().clamp_min(-800.0)[..., None], Q).squeeze(-1).cumsum(-1)
+
+
 def _chunked(x: Tensor, log_decay: Tensor, B: Tensor, C: Tensor, initial: Tensor) -> tuple[Tensor, Tensor]:
     (batch, length, heads, p), (groups, n) = x.shape, B.shape[2:]
     Q = _chunk_length(length, heads, groups, p, n)
     chunks = -(-length // Q)
     per_group = heads // groups
     values, keys, queries = (by_chunk(tensor, Q) for tensor in (x, B, C))
-    # Logarithm of the decay from the start of the chunk to each step, that step's included.
-    elapsed = by_chunk(log_decay[..., None], Q).squeeze(-1).cumsum(-1)  # (batch, chunks, heads, Q)
+    elapsed = elapsed_in_chunk(log_decay, Q)
+    since_start, to_end = (e.to(x.dtype).exp()[..., None] for e in (elapsed, elapsed[..., -1:] - elapsed))
 
     # Inside a chunk: step i reads what step j <= i has written, decayed over j+1..i.
     later = torch.ones(Q, Q, dtype=torch.bool, device=x.device).triu(1)
-    decays = (elapsed[..., :, None] - elapsed[..., None, :]).masked_fill(later, -torch.inf).exp()
+    between = (elapsed[..., :, None] - elapsed[..., None, :]).to(x.dtype)
+    decays = between.masked_fill(later, -torch.inf).exp()
     scores = (queries @ keys.transpose(-1, -2)).view(batch, chunks, groups, 1, Q, Q)
     mixing = (scores * decays.view(batch, chunks, groups, per_group, Q, Q)).view(batch, chunks, heads, Q, Q)
     y = mixing @ values
 
     # What a chunk adds to the state at its end, the chain of states, and what each chunk reads from the one before.
-    to_end = (elapsed[..., -1:] - elapsed).exp()
-    weighted = (values * to_end[..., None]).view(batch, chunks, groups, per_group, Q, p)
+    weighted = (values * to_end).view(batch, chunks, groups, per_group, Q, p)
     added = (weighted.transpose(-1, -2) @ keys[:, :, :, None]).view(batch, chunks, heads, p, n)
-    states = chain_of_states(added, elapsed[..., -1, None, None].exp(), initial)
+    states = chain_of_states(added, since_start[..., -1:, :], initial)
     before = torch.cat([initial[:, None], states[:, :-1]], 1).view(batch, chunks, groups, per_group, p, n)
     read = (queries[:, :, :, None] @ before.transpose(-1, -2)).view(batch, chunks, heads, Q, p)
-    y = y + elapsed.exp()[..., None] * read
+    y = y + since_start * read
     return y.transpose(2, 3).reshape(batch, chunks * Q, heads, p)[:, :length], states[:, -1]
 
 

@@ -39,8 +39,9 @@ template <class T> struct Coefficients {
             const int64_t block = i / S, k = i % S;
             const std::complex<double> exponent(s.log_radius[i], s.phase[i]), exact = std::exp(exponent);
             const std::complex<double> rounded(T(exact.real()), T(exact.imag()));
-            // (exact / rounded)^chunk, by 1 + x = exp(x) for the tiny x; 0 / 0 is a state that forgets at once.
-            const auto turn = rounded == 0. ? 1. : std::exp(double(lti_chunk) * (exact / rounded - 1.));
+            // (exact / rounded)^chunk, by 1 + x = exp(x) for the tiny x. A fast state has no drift to speak of, and its
+            // x may be large, where a denormal lam has few digits: it would spoil what has just been written.
+            const auto turn = std::abs(rounded) < 0.5 ? 1. : std::exp(double(lti_chunk) * (exact / rounded - 1.));
             put(lam, block, k, rounded.real(), rounded.imag());
             put(drift, block, k, turn.real(), turn.imag());
             for (int64_t j = 0; j < s.p; ++j) put(B, block * s.p + j, k, s.B_re[i * s.p + j], s.B_im[i * s.p + j]);
