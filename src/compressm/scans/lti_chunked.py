@@ -69,14 +69,14 @@ def scan(
     return y, entered + torch.stack([lam_re * re - lam_im * im, lam_re * im + lam_im * re], 1)
 
 
-def powers(log_radius: Tensor, phase: Tensor, exponents: Tensor, floor: float = 2.0) -> tuple[Tensor, Tensor]:
+def powers(log_radius: Tensor, phase: Tensor, exponents: Tensor) -> tuple[Tensor, Tensor]:
     """Real and imaginary part of ``lam^j``, shape ``(len(exponents), n)``, free of denormals.
 
-    Magnitudes below the dtype's precision to the power ``floor`` are exactly zero: relative to the first terms of the
+    Magnitudes below the square of the dtype's precision are exactly zero: relative to the first terms of the
     same geometric series they are beyond its last digit. The angle is reduced modulo 2 pi in float64, since ``j *
     phase`` in float32 would be off by 1e-4 radians after a thousand steps.
     """
-    lowest = floor * math.log(torch.finfo(log_radius.dtype).eps)
+    lowest = 2 * math.log(torch.finfo(log_radius.dtype).eps)
     log_magnitude = exponents.to(log_radius.dtype)[:, None] * log_radius.clamp_min(lowest)  # 0 * -inf would be NaN
     # The condition is false for NaN, which must come out as it went in.
     magnitude = torch.where(log_magnitude <= lowest, 0.0, log_magnitude.clamp_min(lowest).exp())

@@ -62,7 +62,7 @@ class _ImpulseResponse(torch.autograd.Function):
     """``K_j = Re(C lam^j B)`` for j < length, shape ``(length, q, p)``: one matrix product.
 
     With ``j = a m + b`` it is that of ``C lam^(a m)``, all a, with ``lam^b B``, all b: two short tables instead of one
-    long one, and no operation more. Products of two powers above the floor 1 are above the floor 2.
+    long one, and no operation more.
     """
 
     @staticmethod
@@ -104,8 +104,8 @@ def _impulse_response(
     """What `_ImpulseResponse` returns, and what its backward pass wants."""
     m = math.isqrt(length - 1) + 1
     fine_steps = torch.arange(m, device=phase.device)
-    coarse = torch.complex(*powers(log_radius, phase, m * fine_steps[: -(-length // m)], floor=1.0))
-    fine = torch.complex(*powers(log_radius, phase, fine_steps, floor=1.0))
+    coarse = torch.complex(*powers(log_radius, phase, m * fine_steps[: -(-length // m)]))
+    fine = torch.complex(*powers(log_radius, phase, fine_steps))
     B, C = torch.complex(B_re.T, B_im.T), torch.complex(C_re, C_im)
     # Re(x y) is the product of conj(x) and y as vectors of real and imaginary parts.
     observe = _real(coarse.conj()[:, None] * C.conj())  # (a q, 2n)
