@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from layer_cases import LAYERS, WIDTH
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.func import functional_call, grad, jvp, stack_module_state, vmap
@@ -17,6 +16,7 @@ from compressm.errors import CompressmError, DifferentiationError
 from compressm.layers import LanguageModel, SequenceClassifier
 from compressm.layers.activations import causal_conv, gated, gelu_dropout, glu_residual, step_sizes
 from compressm.layers.narrow import batch_norm, gated_residual, linear
+from layer_cases import LAYERS, WIDTH
 
 # PyTorch's own forward mode compiles some of its formulas so.
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")

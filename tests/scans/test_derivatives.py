@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from scan_cases import ENGINES, SCANS, STATELESS, arguments, defined, run
 from torch import Tensor
 from torch.autograd import forward_ad
+
+from scan_cases import ENGINES, SCANS, STATELESS, arguments, defined, run
 
 # PyTorch's own forward mode compiles some of its formulas so.
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")

@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from scan_cases import ENGINES, LOG_DECAY, STATELESS, arguments, defined, run
 from torch import Tensor
+
+from scan_cases import ENGINES, LOG_DECAY, STATELESS, arguments, defined, run
 
 # log |lam| or log of a decay: from 1 - 1e-7 over 1e-7 and the denormals of both precisions to exactly zero.
 EXTREMES = [-1e-7, 0.0, -1e-3, math.log(1e-7), math.log(1e-39), math.log(2e-45), -1e3, -1e4, -math.inf]
@@ -103,7 +104,8 @@ def test_half_precision_inputs_have_states_in_float32(name: str, engine: str, dt
     leaves = [arg.requires_grad_() for arg in args]
     exact = [arg.detach().double().requires_grad_() for arg in args]
     got, expected = run(name, engine, leaves), defined(name, engine, exact)
-    assert got[0].dtype == dtype and all(state.dtype == torch.float32 for state in got[1:])
+    assert got[0].dtype == dtype
+    assert all(state.dtype == torch.float32 for state in got[1:])
     tolerance = 2 * torch.finfo(dtype).eps
     assert (got[0] - expected[0]).abs().max() <= tolerance * expected[0].abs().max()
     for state, right in zip(got[1:], expected[1:], strict=True):

@@ -221,7 +221,9 @@ class SequenceClassifier(nn.Module):
         z = self.norm(z)
         present = self.present(u)
         if present is None:
-            return self.decoder(z.sum(1) / max(z.shape[1], 1))  # the gradient of a sum is no tensor of that size; a mean's is
+            return self.decoder(
+                z.sum(1) / max(z.shape[1], 1)
+            )  # the gradient of a sum is no tensor of that size; a mean's is
         present = present.to(z.dtype)
         return self.decoder(torch.einsum("blh,bl->bh", z, present) / present.sum(1, keepdim=True).clamp_min(1))
 

@@ -63,6 +63,8 @@ def batch_norm(module: nn.BatchNorm1d, x: Tensor) -> tuple[Tensor, Tensor]:
         x: shape ``(..., d)``.
     """
     weight, bias, mean, var = module.weight, module.bias, module.running_mean, module.running_var
+    if x.numel() == 0:  # nothing to take statistics of, and none to update
+        return (torch.addcmul(bias, x, weight) if module.affine else x), x
     few = x.numel() > x.shape[-1] == module.num_features <= _WIDEST_NORM and module.affine  # more than one row
     if not (module.training and few and mean is not None and var is not None and takes(x, weight, bias, mean, var)):
         return nn.BatchNorm1d.forward(module, x.reshape(-1, x.shape[-1])).view_as(x), x  # rows without a copy

@@ -88,30 +88,34 @@ def lti_scan(
     stateful = initial_state is not None or return_state
     if engine == "fft" and stateful:
         raise ValueError('engine="fft" knows no states: use "chunked" with initial_state or return_state')
-    wide, start = u.to(dtype), None if initial_state is None else initial_state.to(dtype)
-    if empty(u):
-        start = u.new_zeros(u.shape[0], 2, C_re.shape[1], dtype=dtype) if start is None else start
-        y, state = empty_scan((*u.shape[:2], C_re.shape[0]), start, u, *system, D)
-        return (y, state) if return_state else y
-    if engine == "auto":
+    start = None if initial_state is None else initial_state.to(dtype)
+    if engine == "auto" and not empty(u):
         engine = _cheapest(u, C_re.shape[0], C_re.shape[1], stateful)
+    y, state = _by_engine(engine, u.to(dtype), system, feedthrough, start)
+    return (y.to(u.dtype), state) if return_state else y.to(u.dtype)
+
+
+def _by_engine(
+    engine: Engine, u: Tensor, system: tuple[Tensor, ...], D: Tensor | None, initial: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Outputs and last state, all of one dtype; of the engine ``"fft"`` the state at the start, which nobody reads."""
+    log_radius, phase, B_re, B_im, C_re, C_im = system
+    start = u.new_zeros(u.shape[0], 2, C_re.shape[1]) if initial is None else initial
+    if empty(u):
+        return empty_scan((*u.shape[:2], C_re.shape[0]), start, u, *system, D)
     if engine in ("direct", "fft") and transformed():
         engine = "chunked"
     if engine == "direct":
-        if not native.usable(wide):
+        if not native.usable(u):
             raise ValueError(f'engine="direct" needs the compiled kernels, and a CPU; u is on {u.device}')
-        y, state = lti_direct.scan(wide, *system, feedthrough, start)
-        return (y.to(u.dtype), state) if return_state else y.to(u.dtype)
-    start = u.new_zeros(u.shape[0], 2, C_re.shape[1], dtype=dtype) if start is None else start
+        return lti_direct.scan(u, log_radius, phase, B_re, B_im, C_re, C_im, D, initial)
     if engine == "fft":
-        y, state = lti_fft.scan(wide, *system), start
+        y, state = lti_fft.scan(u, log_radius, phase, B_re, B_im, C_re, C_im), start
     elif engine == "chunked":
-        y, state = lti_chunked.scan(wide, *system, start)
+        y, state = lti_chunked.scan(u, log_radius, phase, B_re, B_im, C_re, C_im, start)
     else:
-        y, state = loop(lambda state, u: lti_step(state, u, *system), start, wide)
-    if feedthrough is not None:
-        y = torch.addcmul(y, feedthrough, wide)
-    return (y.to(u.dtype), state) if return_state else y.to(u.dtype)
+        y, state = loop(lambda x, u: lti_step(x, u, log_radius, phase, B_re, B_im, C_re, C_im), start, u)
+    return (y if D is None else torch.addcmul(y, D, u)), state
 
 
 def lti_step(
@@ -140,9 +144,7 @@ def _check(
     initial_state: Tensor | None, D: Tensor | None,
 ) -> None:  # fmt: skip
     if u.ndim != 3 or C_re.ndim != 2:
-        raise ValueError(
-            f"u must be (batch, length, p) and C_re (q, n); got {tuple(u.shape)} and {tuple(C_re.shape)}"
-        )
+        raise ValueError(f"u must be (batch, length, p) and C_re (q, n); got {tuple(u.shape)} and {tuple(C_re.shape)}")
     (batch, _, p), (q, n) = u.shape, C_re.shape
     if D is not None and q != p:
         raise ValueError(f"D is diagonal: it needs as many outputs as inputs; got q = {q} and p = {p}")

@@ -108,8 +108,7 @@ def _check(
 ) -> None:
     if u.ndim != 3 or c_re.ndim != 2 or u.shape[2] != c_re.shape[0]:
         raise ValueError(
-            "u must be (batch, length, channels) and c_re (channels, n); "
-            f"got {tuple(u.shape)} and {tuple(c_re.shape)}"
+            f"u must be (batch, length, channels) and c_re (channels, n); got {tuple(u.shape)} and {tuple(c_re.shape)}"
         )
     shape = tuple(c_re.shape)
     check_shapes(

@@ -193,7 +193,6 @@ def chain_of_states(added: Tensor, decay: Tensor, initial: Tensor) -> Tensor:
 
 
 class _Chain(torch.autograd.Function):
-
     @staticmethod
     def forward(ctx: Any, added: Tensor, decay: Tensor, initial: Tensor) -> Tensor:
         states, before = torch.empty_like(added), initial
