@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from compressm.layers.parts import inverse_softplus, short_conv, short_conv_step
+from compressm.layers.parts import at_least_float32, inverse_softplus, short_conv, short_conv_step
 from compressm.scans import selective_scan
 
 # Decays are exp(-8 softplus(parameter) gate).
@@ -103,10 +103,12 @@ class RecurrentBlock(nn.Module):
 
     def forward(self, u: Tensor) -> Tensor:
         decay, driven = self.rg_lru.terms(short_conv(self.conv_1d, self.linear_x(u)))
-        # One S6 channel per state: h_t = exp(-decay) h_{t-1} + decay * (driven / decay) * 1.
+        # One S6 channel per state: h_t = exp(-decay) h_{t-1} + decay * (driven / decay) * 1. In float16 the smallest
+        # decay would be zero.
+        decay, driven = at_least_float32(decay), at_least_float32(driven)
         ones, decay = decay.new_ones(*decay.shape[:2], 1), decay.clamp_min(1e-8)
         h = selective_scan(driven / decay, decay, -decay.new_ones(decay.shape[2], 1), ones, ones)
-        return self.linear_out(F.gelu(self.linear_y(u), approximate="tanh") * h)
+        return self.linear_out(F.gelu(self.linear_y(u), approximate="tanh") * h.to(u.dtype))
 
     def initial_state(self, batch: int) -> tuple[Tensor, Tensor]:
         """The zero state of `step`: the convolution's last inputs, shape ``(batch, d_conv - 1, width)``, and the

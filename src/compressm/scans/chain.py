@@ -169,9 +169,10 @@ def _keep_for_backward(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: 
 
 
 def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    lam, initial, states = ctx.saved_tensors
     if twice():
-        return chain_gradients(grad, *ctx.saved_tensors, "native")
-    return _native_backward(grad.contiguous(), *ctx.saved_tensors)
+        return chain_gradients(grad, lam, initial, states, "native")
+    return _native_backward(grad.contiguous(), lam, initial, states)
 
 
 _native.register_autograd(_differentiate, setup_context=_keep_for_backward)
