@@ -205,3 +205,29 @@ def test_chain_equals_a_complex_loop(batch: int, length: int, n: int, dtype: tor
     result = outputs_and_gradients(lambda *x: (chain_triton(*x),), [v.to(dtype), lam.to(dtype)], DEVICE)
     for a, b in zip(truth, result, strict=True):
         assert (b - a).norm() <= tolerance * a.norm()
+
+
+@on_device
+@pytest.mark.parametrize("kind", ["chain", "selective"])
+def test_second_derivatives(kind: str) -> None:
+    from compressm.scans.chain import chain, plain_chain
+    from compressm.scans.triton_selective import selective_scan_triton
+    from scan_cases import arguments, selective
+
+    def both(name: str, *args: Tensor) -> tuple[Tensor, ...]:
+        if kind == "chain":
+            return (chain(*args, "triton") if name == "triton" else plain_chain(*args),)
+        return selective_scan_triton(*args) if name == "triton" else selective(*args)
+
+    shapes = [(2, 5, 2, 3), (2, 3), (2, 2, 3)]
+    drawn = [torch.rand(s, dtype=torch.float64) for s in shapes] if kind == "chain" else arguments("selective")
+    args = [x.to(DEVICE).requires_grad_() for x in drawn]
+    along = [torch.randn_like(x) for x in args]
+
+    def second(name: str) -> tuple[Tensor, ...]:
+        total = torch.stack([y.sin().sum() for y in both(name, *args)]).sum()
+        first = torch.autograd.grad(total, args, create_graph=True)
+        return torch.autograd.grad(torch.stack([(g * v).sum() for g, v in zip(first, along, strict=True)]).sum(), args)
+
+    for a, b in zip(second("triton"), second("plain"), strict=True):
+        torch.testing.assert_close(a, b)

@@ -35,11 +35,11 @@ def chain_triton(v: Tensor, lam: Tensor) -> Tensor:
 class _Chain(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, v: Tensor, lam: Tensor) -> Tensor:
-        v, lam = v.contiguous(), lam.contiguous()
+        v, given, lam = v.contiguous(), lam, lam.contiguous()
         batch, length, n, _ = v.shape
         states = torch.empty_like(v)
         _forward_kernel[triton.cdiv(n, _OPTIONS["LANES"]), batch](v, lam, states, length, n, **_OPTIONS)
-        ctx.save_for_backward(states, lam)
+        ctx.save_for_backward(states, given)  # a copy would not be known to depend on anything
         return states
 
     @staticmethod
@@ -49,6 +49,7 @@ class _Chain(torch.autograd.Function):
             tensors = (grad.mT, lam.T, torch.zeros_like(states[:, 0].mT), states.mT)
             to_v, to_lam, _ = chain_gradients(*tensors, "triton")
             return to_v.mT, to_lam.T
+        lam = lam.contiguous()
         batch, length, n, _ = states.shape
         adjoint, grad_lam = torch.empty_like(states), states.new_empty(batch, n, 2)
         grid = triton.cdiv(n, _OPTIONS["LANES"]), batch
