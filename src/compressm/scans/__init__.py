@@ -1,4 +1,9 @@
-"""The recurrences under the layers: one function per recurrence."""
+"""The recurrences under the layers: one function per recurrence.
+
+All can be differentiated any number of times, in forward mode, and by the transforms of `torch.func`; see
+`compressm.scans.transforms`. Batches of no sequence and sequences of no step give empty outputs, and the state at the
+start.
+"""
 
 from compressm.scans.delta import delta_scan, delta_step
 from compressm.scans.gla import gla_scan, gla_step
