@@ -118,11 +118,14 @@ class SelectiveAdapter(LayerAdapter):
             recurrence it cannot, and C is selected like B.
         rotates: whether the recurrence allows rotations of the states, the same for B and C, and no other change of
             basis: the delta rule.
+        entrance: a part of the layer that it calls once, with its own input, by which the layer is observed where its
+            ``forward`` is called and not the layer. None where there is none; such calls are then refused.
     """
 
     folds_into: bool = False
     folds_out: bool = False
     rotates: bool = False
+    entrance: str | None = None
 
     def maps(self, layer: nn.Module) -> tuple[bool, bool, bool]:
         """``folds_into``, ``folds_out`` and ``rotates`` of one layer, where they depend on its options."""
@@ -138,10 +141,46 @@ class SelectiveAdapter(LayerAdapter):
             hidden: some sequences of a batch that the layer was called with, shape ``(batch, length, d_model)``.
         """
 
+    def carried(self, layer: nn.Module, arguments: Mapping[str, Any]) -> Any:
+        """What a call of the layer goes on from, for `signals_after`; None where its states start at zero.
+
+        Args:
+            layer: the layer, about to be called.
+            arguments: of the call, by name.
+
+        Raises:
+            UnsupportedModelError: a state is carried over that the adapter cannot read.
+        """
+        for name in _CARRIERS:
+            if not _is_fresh(arguments.get(name)):
+                raise UnsupportedModelError(
+                    f"a call goes on from the state in {name}, which cannot be read for {type(layer).__name__}; gather "
+                    "moments from whole sequences, without it"
+                )
+        return None
+
+    def signals_after(self, layer: nn.Module, hidden: Tensor, carried: Any) -> Signals:
+        """As `signals`, for a call that goes on from what `carried` returned."""
+        raise NotImplementedError(f"{type(self).__name__}.carried reads states, and signals_after is not there")
+
     @abstractmethod
     def plan(self, values: Mapping[str, Tensor], reduction: SelectiveReduction) -> LayerChange:
         """What to write so that the recurrence gets ``into B`` and ``out C``, and the kept states' rates. Nothing is
         written yet."""
+
+
+# Arguments by which layers are given the state that they go on from.
+_CARRIERS = ("cache_params", "past_key_values", "past_key_value", "inference_params", "initial_state", "initial_states")
+
+
+def _is_fresh(carrier: Any) -> bool:
+    """Whether nothing has been stored yet in what a layer is given to store its state in."""
+    if carrier is None:
+        return True
+    length = getattr(carrier, "get_seq_length", None) or getattr(carrier, "__len__", None)
+    if length is None:
+        return getattr(carrier, "seqlen_offset", 1) == 0
+    return not isinstance(carrier, Tensor) and int(length()) == 0
 
 
 _REGISTRY: dict[type[nn.Module] | str, LayerAdapter] = {}
