@@ -15,7 +15,8 @@ from compressm.certificate import Certificate
 from compressm.errors import CheckpointError, InvalidRankRuleError, InvalidSystemError, UnsupportedModelError
 from compressm.layers import LRU, S4D, SequenceClassifier
 from compressm.ranks import RankRule
-from compressm.reduce import compress, measure, plan_reduction, resize_states, state_dims
+from compressm.metrics import measure
+from compressm.reduce import compress, plan_reduction, resize_states, state_dims
 from compressm.spectrum import analyze
 from compressm.systems import DiagonalSystem
 
