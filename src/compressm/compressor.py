@@ -13,8 +13,9 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from compressm.adapters import find_layers
+from compressm.adapters.base import check_plain
 from compressm.balancing import Method
-from compressm.carry import Carry, check_optimizer, check_trained, follow, paired_layers, unwrap_optimizer
+from compressm.carry import Carry, check_optimizer, check_trained, follow, forget_sizes, paired_layers, unwrap_optimizer
 from compressm.compiled import allow_recompilation, graphs_compiled
 from compressm.costs import Savings, StepClock, savings
 from compressm.distributed import from_first_rank, rebuild_replicas
@@ -208,8 +209,9 @@ class Compressor:
             )
         self._probe_every = max(1, distance // 10)
         layers = find_layers(model)
-        if carry != "reset":
-            check_optimizer(self.optimizer, {name: layer for name, (layer, _) in layers.items()})
+        plain = {name: layer for name, (layer, _) in layers.items()}
+        check_plain(plain)
+        check_optimizer(self.optimizer, plain, carry)
         check_trained(self.optimizer, layers)
         if total_states is not None:
             check_total(total_states, len(layers))
@@ -494,6 +496,7 @@ class Compressor:
         resized = self.state_dims != state_dict["state_dims"]
         resize_states(self.model, state_dict["state_dims"])
         if resized:
+            forget_sizes(self.optimizer)
             rebuild_replicas(self.model)
         self._steps = int(state_dict["steps"])
         self._cuts_done = int(state_dict["cuts_done"])

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from compressm.adapters import Adapter, LayerChange, SelectiveAdapter, find_layers
-from compressm.adapters.base import layer_values, tell_written, write
+from compressm.adapters.base import check_plain, layer_values, tell_written, write
 from compressm.balancing import Balancing, Method, Reduction, truncate
 from compressm.carry import Carry, carry_state, check_optimizer
 from compressm.certificate import Certificate
@@ -125,8 +125,8 @@ class Plan:
         """
         started = time.perf_counter()
         layers = {name: model.get_submodule(name) for name in self.changes}
-        if optimizer is not None and carry != "reset":
-            check_optimizer(optimizer, layers)
+        if optimizer is not None:
+            check_optimizer(optimizer, layers, carry)
         for name, change in self.changes.items():
             write(layers[name], change)
             if optimizer is not None:
@@ -383,8 +383,10 @@ def compress(
         min_reduction=min_reduction,
         per_layer=per_layer,
     )
-    if optimizer is not None and carry != "reset":
-        check_optimizer(optimizer, {name: layer for name, (layer, _) in find_layers(model).items()})
+    layers = {name: layer for name, (layer, _) in find_layers(model).items()}
+    check_plain(layers)
+    if optimizer is not None:
+        check_optimizer(optimizer, layers, carry)
     moments = None if data is None else gather(model, data)
     if max_drop is not None and evaluate is not None:
         balancings = balance_layers(model, method, moments)

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from torch.nn.utils.prune import BasePruningMethod
 
 from compressm.balancing import Reduction
-from compressm.errors import UnsupportedModelError
+from compressm.errors import InvalidSystemError, UnsupportedModelError
 from compressm.selective import SelectiveReduction, Signals
 from compressm.systems import DiagonalSystem
 
@@ -240,6 +242,66 @@ def _adapter(kind: type[nn.Module]) -> LayerAdapter | None:
 
 def _short_name(kind: type[nn.Module] | str) -> str:
     return kind.rpartition(".")[2] if isinstance(kind, str) else kind.__name__
+
+
+def check_plain(layers: Mapping[str, nn.Module]) -> None:
+    """Refuse layers of which a parameter that a cut reads or writes is computed from others at every call.
+
+    Such are weights under `torch.nn.utils.parametrize` (``weight_norm``, ``spectral_norm``), under the older hooks of
+    the same names, pruned ones, and those that an adapter such as LoRA wraps.
+
+    Args:
+        layers: by their names in the model.
+
+    Raises:
+        UnsupportedModelError: names the parameter, and how to make it a plain one again.
+    """
+    for layer_name, layer in layers.items():
+        adapter = _adapter(type(layer))
+        assert adapter is not None
+        computed = dict(_computed(layer))
+        try:
+            names = set(adapter.resized(layer, adapter.state_dim(layer)).values())
+            if isinstance(adapter, Adapter):
+                adapter.read(layer_values(layer))
+        except (KeyError, AttributeError) as error:
+            # The error names the parameter; get_parameter's own message has the last part of it only.
+            text = str(error.args[0]) if error.args else ""
+            names = {name for name in computed if name == text or f"`{name.rpartition('.')[2]}`" in text} or {text}
+        except InvalidSystemError:  # values, which others look at
+            names = set(layer_values(layer)) if not computed else set(computed)
+        for name in sorted(names):
+            full = f"{layer_name}.{name}".lstrip(".")
+            if name in computed:
+                raise UnsupportedModelError(
+                    f"{full} is computed from other parameters at every call ({computed[name][0]}), and a cut has to "
+                    f"write it: {computed[name][1]} first, and build the optimizer after that"
+                )
+            if name not in layer_values(layer):
+                raise UnsupportedModelError(
+                    f"{full} is not a parameter of {type(layer).__name__} any more, and a cut has to write it: undo "
+                    "what has replaced it (merge and unload adapters, dequantize), or leave this layer as it is built"
+                )
+
+
+def _computed(layer: nn.Module) -> Iterator[tuple[str, tuple[str, str]]]:
+    """Tensors of a layer that are computed from parameters: their names, by what, and how to undo it."""
+    for path, module in layer.named_modules():
+        if parametrize.is_parametrized(module):
+            for name in cast("nn.ModuleDict", module.parametrizations):
+                full = f"{path}.{name}".lstrip(".")
+                kinds = ", ".join(type(one).__name__ for one in cast("Any", module.parametrizations)[name])
+                advice = f"call torch.nn.utils.parametrize.remove_parametrizations(module, {name!r})"
+                yield full, (f"parametrization {kinds}", advice)
+        for hook in module._forward_pre_hooks.values():  # pyright: ignore[reportPrivateUsage]
+            kind = type(hook).__name__
+            if kind in ("WeightNorm", "SpectralNorm"):
+                name: str = cast("Any", hook).name
+                remover = "remove_weight_norm" if kind == "WeightNorm" else "remove_spectral_norm"
+                yield f"{path}.{name}".lstrip("."), (kind, f"call torch.nn.utils.{remover}(module, {name!r})")
+            elif isinstance(hook, BasePruningMethod):
+                name = cast("Any", hook)._tensor_name
+                yield f"{path}.{name}".lstrip("."), (f"pruning {kind}", f"call torch.nn.utils.prune.remove(module, {name!r})")
 
 
 def layer_values(layer: nn.Module) -> dict[str, Tensor]:
