@@ -34,6 +34,8 @@ def measure(model: nn.Module, evaluate: Callable[[nn.Module], Any]) -> float:
     try:
         with modes_kept(model):
             value = evaluate(model)
+    except EvaluationError:
+        raise
     except Exception as error:
         raise EvaluationError(f"evaluate raised {_one_line(error)}; {_EXPECTED}") from error
     finally:
