@@ -177,7 +177,9 @@ def test_steps_are_refused_since_their_states_cannot_be_followed() -> None:
             return out
 
     net = Stepping()
-    with pytest.raises(UnsupportedModelError, match=r"'ssm' .* not seen whole.*step.*call the layer itself, layer\(u\)"):
+    with pytest.raises(
+        UnsupportedModelError, match=r"'ssm' .* not seen whole.*step.*call the layer itself, layer\(u\)"
+    ):
         gather(net, [inputs(2, 5)])
     compressor = compressm.Compressor(net, torch.optim.SGD(net.parameters(), 0.1), 40, states=3, cuts=1)
     net(inputs(2, 5)).sum().backward()
@@ -362,7 +364,7 @@ def test_where_all_data_were_bad_the_cut_says_so_and_not_the_learning_rate() -> 
         net(torch.full((2, 5, 1), math.nan))
     compressor.step()
     net(torch.full((2, 5, 1), math.nan))
-    with pytest.raises(InvalidSystemError, match="all 2 observations of 'blocks.0.ssm' were left out: .*input u") as e:
+    with pytest.raises(InvalidSystemError, match=r"all 2 observations of 'blocks.0.ssm' were left out: .*input u") as e:
         compressor.step()
     assert "learning rate" not in str(e.value)
     net(torch.randn(2, 5, 1))

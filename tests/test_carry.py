@@ -224,7 +224,9 @@ def test_every_optimizer_of_torch_goes_on_or_is_refused_at_once(name: str, carry
     arguments: dict[str, Any] = {"states": 4, "cuts": 1, "carry": carry}
     goes_on = {"Adam", "AdamW", "Muon", "NAdam", "RAdam", "SGD"} if carry != "reset" else {*OF_TORCH} - {"SparseAdam"}
     if name not in goes_on:
-        with pytest.raises(UnsupportedOptimizerError, match=rf"{name} (keeps '\w+'|makes no step with the dense gradients)"):
+        with pytest.raises(
+            UnsupportedOptimizerError, match=rf"{name} (keeps '\w+'|makes no step with the dense gradients)"
+        ):
             Compressor(layer, optimizer, 20, **arguments)
         with pytest.raises(UnsupportedOptimizerError, match=name):
             compress(layer, states=4, data=[torch.randn(3, 10, 4)], optimizer=optimizer, carry=carry)
@@ -284,7 +286,9 @@ def test_weights_that_are_computed_from_others_are_refused_with_the_remedy(how: 
         if part == "out_proj":  # which no cut writes
             call()
             continue
-        with pytest.raises(UnsupportedModelError, match=rf"^0\.{part}\.weight is computed from other .*: call .*{remedy}"):
+        with pytest.raises(
+            UnsupportedModelError, match=rf"^0\.{part}\.weight is computed from other .*: call .*{remedy}"
+        ):
             call()
 
 

@@ -53,9 +53,7 @@ class Loop:
         self.layer = LRU(3, 16, r_min=0.9)
         self.optimizer = torch.optim.Adam(self.layer.parameters(), 1e-3)
         arguments = {"states": 8, "cuts": 1, "window": 0.25, "check_after": 3, **arguments}
-        self.compressor = Compressor(
-            self.layer, self.optimizer, steps, max_drop=0.1, evaluate=evaluate, **arguments
-        )
+        self.compressor = Compressor(self.layer, self.optimizer, steps, max_drop=0.1, evaluate=evaluate, **arguments)
 
     def step(self) -> Event | None:
         self.optimizer.zero_grad()

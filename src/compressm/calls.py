@@ -92,7 +92,7 @@ class LayerWatch:
         """
         parts = dict(self.layer.named_children())
         first = next((part for part in parts.values() if isinstance(part, nn.Linear)), None)
-        part = parts[entrance] if entrance in parts else first
+        part = parts.get(entrance or "", first)
         handles = [
             self.layer.register_forward_pre_hook(_LayerBegins(self.observer, self), with_kwargs=True),
             self.layer.register_forward_hook(_LayerEnds(self.observer, self), always_call=True),

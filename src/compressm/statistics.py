@@ -4,8 +4,8 @@ A layer is observed by hooks that read its input, for a sequence of the batch, a
 gets. So it works with every kernel behind the layer, fused ones included, and costs nothing between observations.
 
 An observation lasts from `Statistics.observe_next` to the next one, or to `Statistics.close`; under a `Compressor` that
-is one training step. Every call of a layer in that time counts, whoever makes it: a layer that is used twice, that reads
-a sequence in both directions, or chunk by chunk. Of several calls of the whole model in one step (accumulated
+is one training step. Every call of a layer in that time counts, whoever makes it: a layer that is used twice, that
+reads a sequence in both directions, or chunk by chunk. Of several calls of the whole model in one step (accumulated
 gradients, pairs of inputs) the first `MODEL_CALLS` count. So an observation costs at most that many times what it
 costs for one call, however many there are.
 """
@@ -200,9 +200,7 @@ class Statistics:
                 if present is not None and not told:  # as transformers does: convolutions do not reach into it either
                     hidden = hidden * present[..., None].to(hidden)
                 signals = (
-                    adapter.signals(layer, hidden)
-                    if carried is None
-                    else adapter.signals_after(layer, hidden, carried)
+                    adapter.signals(layer, hidden) if carried is None else adapter.signals_after(layer, hidden, carried)
                 )
                 new = moments(signals, present, padding_enters=told)
         finally:
@@ -236,7 +234,9 @@ class Statistics:
         if bad := not_finite(self._arguments):
             return f"the model's input {bad}; mend or leave out such data"
         if bad := not_finite(dict(self._model.named_parameters())):
-            return f"the model has diverged, {bad}; go back to a checkpoint from before that, or lower the learning rate"
+            return (
+                f"the model has diverged, {bad}; go back to a checkpoint from before that, or lower the learning rate"
+            )
         if bad := not_finite({"what enters the layer": hidden}):
             return f"{bad}, though weights are finite; see that the data are, and that nothing before it overflows"
         return f"the states of {name!r} overflow, though its weights and its input are finite"

@@ -275,7 +275,7 @@ def test_refusals_come_before_training(tmp_path: Path) -> None:
 def test_a_metric_that_no_evaluation_has_is_refused(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path, metric_for_best_model="accuracy")
     compressing(trainer, max_drop=0.1, check_after=2)
-    with pytest.raises(InvalidRankRuleError, match="metric_for_best_model='accuracy': .* no compute_metrics"):
+    with pytest.raises(InvalidRankRuleError, match=r"metric_for_best_model='accuracy': .* no compute_metrics"):
         trainer.train()
     trainer = make_trainer(tmp_path)
     trainer.eval_dataset = None
@@ -285,7 +285,9 @@ def test_a_metric_that_no_evaluation_has_is_refused(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path, metric_for_best_model="accuracy")
     trainer.compute_metrics = lambda prediction: {"f1": 0.5}
     compressing(trainer, max_drop=0.1, check_after=2)
-    with pytest.raises(EvaluationError, match="has no 'eval_accuracy' .* only eval_f1, eval_loss.*let compute_metrics"):
+    with pytest.raises(
+        EvaluationError, match=r"has no 'eval_accuracy' .* only eval_f1, eval_loss.*let compute_metrics"
+    ):
         trainer.train()
 
 

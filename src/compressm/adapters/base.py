@@ -301,7 +301,10 @@ def _computed(layer: nn.Module) -> Iterator[tuple[str, tuple[str, str]]]:
                 yield f"{path}.{name}".lstrip("."), (kind, f"call torch.nn.utils.{remover}(module, {name!r})")
             elif isinstance(hook, BasePruningMethod):
                 name = cast("Any", hook)._tensor_name
-                yield f"{path}.{name}".lstrip("."), (f"pruning {kind}", f"call torch.nn.utils.prune.remove(module, {name!r})")
+                yield (
+                    f"{path}.{name}".lstrip("."),
+                    (f"pruning {kind}", f"call torch.nn.utils.prune.remove(module, {name!r})"),
+                )
 
 
 def layer_values(layer: nn.Module) -> dict[str, Tensor]:

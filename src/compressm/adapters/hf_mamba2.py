@@ -74,9 +74,7 @@ class HFMamba2Adapter(HuggingFaceAdapter):
         gain = F.silu(_gate(layer, hidden, x.shape[-1])) * layer.get_parameter("out_proj.weight").norm(dim=0)
         norm: Any = getattr(layer.norm, "weight", None)
         gain = gain if norm is None else gain * norm
-        return Signals(
-            x, step, x.new_ones(1, 1), recorded["B"], recorded["C"], gain, state=recorded.get("state")
-        )
+        return Signals(x, step, x.new_ones(1, 1), recorded["B"], recorded["C"], gain, state=recorded.get("state"))
 
     def plan(self, values: Mapping[str, Tensor], reduction: SelectiveReduction) -> LayerChange:
         assert reduction.kept is not None
