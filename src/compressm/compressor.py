@@ -23,9 +23,10 @@ from compressm.errors import CheckpointError, InvalidRankRuleError
 from compressm.fitting import fit_any_size
 from compressm.history import Event
 from compressm.measure import StepCost, step_cost
-from compressm.metrics import MetricWarning, measure_together
+from compressm.metrics import measure_together, warn_not_finite
 from compressm.ranks import RankRule, check_choice, check_total
 from compressm.reduce import Report, plan_reduction, resize_states, state_dims
+from compressm.schedule import cut_steps, towards
 from compressm.selection import Selection
 from compressm.snapshot import Stateful, Training
 from compressm.spectrum import AnyBalancing, balance_layers, snapshot, snapshot_state, spectrum_changes
@@ -38,18 +39,6 @@ OnSetback = Literal["halve", "stop"]
 _CAUTIOUS_TOLERANCE, _CAUTIOUS_REDUCTION = 0.02, 0.5
 
 log = logging.getLogger(__name__)
-
-
-def cut_steps(total_steps: int, cuts: int, window: float, start: int) -> tuple[int, ...]:
-    """The steps after which cuts come: equidistant in ``window * total_steps`` steps from ``start`` on.
-
-    The last one is later than ``total_steps`` where they do not fit.
-    """
-    exact = window * total_steps / cuts
-    distance = max(1, round(exact))
-    if start + distance * cuts > total_steps:  # rounding must not push the last cut out of a window that fits
-        distance = max(1, math.floor(exact + 1e-9))
-    return tuple(start + distance * (index + 1) for index in range(cuts))
 
 
 class Compressor:
@@ -393,12 +382,7 @@ class Compressor:
         self._postponed = self._steps + self._probe_every
         self._stopped = self._postponed + self.check_after > self.total_steps
         again = "no more cuts are made" if self._stopped else f"it is tried again at step {self._postponed}"
-        warnings.warn(
-            f"evaluate returned {metric} at step {self._steps}, before a cut, and no cut can be held against that: "
-            f"{again}; see that weights, data and the metric itself are finite",
-            MetricWarning,
-            stacklevel=5,
-        )
+        warn_not_finite(metric, f"at step {self._steps}, before a cut, and no cut can be held against that: {again}")
         return Event("postponed", self._steps, metric=metric)
 
     def _rule_now(self) -> RankRule:
@@ -416,21 +400,16 @@ class Compressor:
             left = rule.fraction * sum(self._initial_dims.values()) / sum(dims)
             return replace(rule, fraction=min(1.0, left) ** share)
         if rule.states is not None:
-            return replace(rule, states=_towards(max(dims), rule.states, share))
+            return replace(rule, states=towards(max(dims), rule.states, share))
         assert rule.total_states is not None
-        return replace(rule, total_states=_towards(sum(dims), rule.total_states, share))
+        return replace(rule, total_states=towards(sum(dims), rule.total_states, share))
 
     def _examine(self, before: dict[str, Any]) -> Event:
         assert self.max_drop is not None
         metric, reference = self._evaluate(), float(before["reference"])
         self._observed = None
         if not math.isfinite(metric):
-            warnings.warn(
-                f"evaluate returned {metric} at step {self._steps}, after a cut, which is therefore undone; see that "
-                "weights, data and the metric itself are finite",
-                MetricWarning,
-                stacklevel=5,
-            )
+            warn_not_finite(metric, f"at step {self._steps}, after a cut, which is therefore undone")
         elif metric >= reference - self.max_drop:
             self._best = max(reference, metric)
             return Event("kept", self._steps, metric=metric, reference=reference)
@@ -515,7 +494,3 @@ class Compressor:
 def _require(name: str, value: object, valid: bool, expected: str) -> None:
     if not valid:
         raise InvalidRankRuleError(f"{name} must be {expected}; got {value!r}")
-
-
-def _towards(present: int, target: int, share: float) -> int:
-    return present if target >= present else max(target, round(present * (target / present) ** share))

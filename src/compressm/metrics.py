@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -62,6 +63,12 @@ def measure_together(model: nn.Module, evaluate: Callable[[nn.Module], Any]) -> 
     return from_first_rank(lambda: metric)
 
 
+def warn_not_finite(metric: float, what: str) -> None:
+    """Say at once that a metric is not finite, when, and what follows from it."""
+    advice = "see that weights, data and the metric itself are finite"
+    warnings.warn(f"evaluate returned {metric} {what}; {advice}", MetricWarning, stacklevel=6)
+
+
 def as_metric(value: Any) -> float:
     """A number that `evaluate` returned.
 
@@ -96,4 +103,4 @@ def _one_line(error: Exception) -> str:
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
-__all__ = ["MetricWarning", "as_metric", "measure", "measure_together"]
+__all__ = ["MetricWarning", "as_metric", "measure", "measure_together", "warn_not_finite"]
