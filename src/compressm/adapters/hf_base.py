@@ -63,7 +63,7 @@ class HuggingFaceAdapter(SelectiveAdapter):
     def __init__(self, layer_type: str) -> None:
         self.layer_type = layer_type
 
-    def carried(self, layer: nn.Module, arguments: Mapping[str, Any]) -> Carried | None:
+    def carried(self, layer: nn.Module, arguments: Mapping[str, Any]) -> Any:
         cache: Any = arguments.get("cache_params")
         if not hasattr(cache, "get_conv_state"):
             return super().carried(layer, arguments)

@@ -10,7 +10,7 @@ rank.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -50,11 +50,14 @@ class HFMambaAdapter(HuggingFaceAdapter):
             z: Tensor, dt_bias: Tensor, **__: Any,
         ) -> Tensor:  # fmt: skip
             recorded["state"] = state
-            whole = (value[..., None] for value in (u, dt))
-            return record(*whole, A, B[..., None], C[..., None], z=z[..., None], delta_bias=dt_bias)[0][..., 0]
+            u, dt, B, C, z = (value[..., None] for value in (u, dt, B, C, z))
+            return record(u, dt, A, B, C, z=z, delta_bias=dt_bias)[0][..., 0]
 
-        functions = {"mamba_selective_scan": record, "mamba_inner_fn": not_fused}
-        functions["mamba_selective_state_update"] = record_step
+        functions: dict[str, Callable[..., Any]] = {
+            "mamba_selective_scan": record,
+            "mamba_selective_state_update": record_step,
+            "mamba_inner_fn": not_fused,
+        }
         rebound_forward(layer, functions)(hidden, carried and carried.first(hidden.shape[0]))
         delta, gain = recorded["delta"], recorded["gate"] * layer.get_parameter("out_proj.weight").norm(dim=0)
         return Signals(

@@ -6,7 +6,7 @@ channels of ``conv1d``, group by group.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -66,8 +66,11 @@ class HFMamba2Adapter(HuggingFaceAdapter):
             recorded.update({name: value[:, None] for name, value in parts.items()}, state=state.flatten(1, 2))
             return torch.zeros_like(x)
 
-        functions = {"mamba2_chunk_scan": record, "mamba2_split_conv1d_scan_combined": not_fused}
-        functions["mamba2_selective_state_update"] = record_step
+        functions: dict[str, Callable[..., Any]] = {
+            "mamba2_chunk_scan": record,
+            "mamba2_selective_state_update": record_step,
+            "mamba2_split_conv1d_scan_combined": not_fused,
+        }
         rebound_forward(layer, functions)(hidden, carried and carried.first(hidden.shape[0]))
         x, step = recorded["x"].flatten(-2), recorded["step"].flatten(-2)
         # The gated norm divides all channels of a token by one number, which is left out here.
