@@ -25,6 +25,7 @@ STEPS, CUTS = 14, {4: 10, 8: 5}
 
 
 LAYER = os.environ.get("LAYER", "lru")
+CARRY = os.environ.get("CARRY", "transform")
 
 
 def build() -> SequenceClassifier:
@@ -68,7 +69,7 @@ def main(out: Path, resume: Path | None) -> None:
         loss.backward()
         optimizer.step()
         if states_wanted := CUTS.get(step + 1):
-            rule = {"states": states_wanted, "data": None if LAYER == "lru" else [u]}
+            rule = {"states": states_wanted, "data": None if LAYER == "lru" else [u], "carry": CARRY}
             if world > 1:
                 model, optimizer, _ = compress_sharded(
                     model, optimizer, build=build, shard=shard, build_optimizer=build_optimizer, **rule

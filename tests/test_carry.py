@@ -14,9 +14,10 @@ from compressm.adapters.base import layer_values, write
 from compressm.balancing import balance, truncate
 from compressm.carry import carry_state, check_optimizer, unwrap_optimizer
 from compressm.compressor import Compressor
-from compressm.errors import UnsupportedOptimizerError
-from compressm.layers import LRU, SequenceClassifier, parameter_groups
+from compressm.errors import UnsupportedModelError, UnsupportedOptimizerError
+from compressm.layers import LRU, LinearAttention, Mamba, Mamba2, SequenceClassifier, parameter_groups
 from compressm.reduce import compress
+from compressm.spectrum import analyze
 
 OPTIMIZERS: dict[str, Callable[[Any], Optimizer]] = {
     "sgd": lambda p: torch.optim.SGD(p, lr=1e-2),
@@ -141,12 +142,181 @@ def test_second_moments_stay_non_negative_and_slices_are_slices() -> None:
     assert new["step"] == old["step"]
 
 
-def test_reset_starts_from_zero() -> None:
-    model, optimizer = trained(OPTIMIZERS["adamw"])
-    compress(model, states=9, optimizer=optimizer, carry="reset")
-    state = optimizer.state[model.get_submodule("blocks.1.ssm").get_parameter("C_im")]
-    assert state["exp_avg"].abs().sum() == 0
-    assert state["exp_avg_sq"].abs().sum() == 0
+SETTINGS: dict[str, dict[str, Any]] = {
+    "Adagrad": {"initial_accumulator_value": 0.1},
+    "RMSprop": {"momentum": 0.5, "centered": True},
+    "SGD": {"momentum": 0.9},
+    "Adam": {"amsgrad": True},
+    "LBFGS": {"max_iter": 3},
+    "Rprop": {"lr": 1e-3},
+    "ASGD": {"t0": 1.0},
+}
+OF_TORCH = sorted(
+    name for name, kind in vars(torch.optim).items()
+    if isinstance(kind, type) and issubclass(kind, Optimizer) and kind is not Optimizer
+)  # fmt: skip
+
+
+def small(name: str) -> tuple[Mamba, Optimizer, Callable[[], float]]:
+    """A layer, its optimizer, and a closure that computes gradients on always the same data."""
+    torch.manual_seed(0)
+    layer, u = Mamba(4, 8), 3 * torch.randn(3, 10, 4)
+    with torch.no_grad():
+        layer.dt_proj.bias.fill_(0.0)  # steps of ordinary size, so that no gradient is lost in the parameter's rounding
+    for parameter in layer.parameters():
+        parameter.requires_grad_(parameter.ndim == 2)  # Muon takes no others, and a cut changes two of these
+    trainable = [parameter for parameter in layer.parameters() if parameter.requires_grad]
+    kind: Any = getattr(torch.optim, name)
+    optimizer = kind(trainable, **{"lr": 1e-2, **SETTINGS.get(name, {})})
+
+    def closure() -> float:
+        optimizer.zero_grad()
+        loss = layer(u).square().mean()
+        loss.backward()
+        return float(loss.detach())
+
+    return layer, optimizer, closure
+
+
+@pytest.mark.parametrize("name", [name for name in OF_TORCH if name != "SparseAdam"])
+def test_after_a_reset_every_optimizer_of_torch_steps_as_if_it_were_new(name: str) -> None:
+    layer, optimizer, closure = small(name)
+    for _ in range(4):
+        closure()
+        optimizer.step(closure)
+    data = [torch.randn(3, 10, 4)]
+    assert compress(layer, states=5, data=data, optimizer=optimizer, carry="reset").cut
+    cut = [layer.A_log, layer.x_proj.weight]
+    fresh_layer, settings = copy.deepcopy(layer), {"lr": 1e-2, **SETTINGS.get(name, {})}
+    whole = name == "LBFGS"  # it has one history of all parameters
+    kept = [p for p in fresh_layer.parameters() if p.requires_grad]
+    fresh: Optimizer = getattr(torch.optim, name)(kept, **settings)
+    before = {key: p.detach().clone() for key, p in layer.named_parameters()}
+    closure()
+    for mine, other in zip(layer.parameters(), fresh_layer.parameters(), strict=True):
+        other.grad = None if mine.grad is None else mine.grad.clone()
+    if whole:
+        u = torch.randn(3, 10, 4, generator=torch.Generator().manual_seed(1))
+        for one, by in ((layer, optimizer), (fresh_layer, fresh)):
+            by.step(lambda one=one, by=by: again(one, by, u))  # type: ignore[misc]
+    else:
+        optimizer.step()
+        fresh.step()
+    for (key, mine), other in zip(layer.named_parameters(), fresh_layer.parameters(), strict=True):
+        if not mine.requires_grad:
+            continue
+        assert (mine != before[key]).any(), key
+        if whole or any(mine is one for one in cut):
+            assert torch.equal(mine, other), key
+
+
+def again(layer: Mamba, optimizer: Optimizer, u: torch.Tensor) -> torch.Tensor:
+    optimizer.zero_grad()
+    loss = layer(u).square().mean()
+    loss.backward()
+    return loss
+
+
+@pytest.mark.parametrize("name", OF_TORCH)
+@pytest.mark.parametrize("carry", ["transform", "slice", "reset"])
+def test_every_optimizer_of_torch_goes_on_or_is_refused_at_once(name: str, carry: Any) -> None:
+    layer, optimizer, closure = small(name)
+    arguments: dict[str, Any] = {"states": 4, "cuts": 1, "carry": carry}
+    goes_on = {"Adam", "AdamW", "Muon", "NAdam", "RAdam", "SGD"} if carry != "reset" else {*OF_TORCH} - {"SparseAdam"}
+    if name not in goes_on:
+        with pytest.raises(
+            UnsupportedOptimizerError, match=rf"{name} (keeps '\w+'|makes no step with the dense gradients)"
+        ):
+            Compressor(layer, optimizer, 20, **arguments)
+        with pytest.raises(UnsupportedOptimizerError, match=name):
+            compress(layer, states=4, data=[torch.randn(3, 10, 4)], optimizer=optimizer, carry=carry)
+        return
+    compressor, events = Compressor(layer, optimizer, 20, **arguments), []
+    for _ in range(6):
+        before = {key: p.detach().clone() for key, p in layer.named_parameters()}
+        optimizer.step(closure)
+        for key, parameter in layer.named_parameters():
+            if parameter.requires_grad:
+                assert (parameter != before[key]).any(), key
+                assert parameter.isfinite().all(), key
+        events.append(compressor.step())
+    assert [event.kind for event in events if event] == ["cut"]
+
+
+@pytest.mark.parametrize("name", ["LBFGS", "Adagrad", "Rprop"])
+def test_a_roll_back_after_a_reset_goes_on_too(name: str) -> None:
+    layer, optimizer, closure = small(name)
+    values = iter([1.0, 0.0])
+    compressor = Compressor(
+        layer, optimizer, 20, states=4, cuts=1, carry="reset", max_drop=0.1, evaluate=lambda _: next(values),
+        on_setback="stop", check_after=2,
+    )  # fmt: skip
+    kinds = []
+    for _ in range(7):
+        optimizer.step(closure)
+        event = compressor.step()
+        kinds += [event.kind] if event else []
+    assert kinds == ["cut", "rolled_back"]
+    assert layer.d_state == 8
+
+
+PARAMETRIZED: dict[str, tuple[Callable[[Any], Any], str]] = {
+    "weight_norm": (torch.nn.utils.parametrizations.weight_norm, r"remove_parametrizations\(module, 'weight'\)"),
+    "spectral_norm": (torch.nn.utils.parametrizations.spectral_norm, r"remove_parametrizations\(module, 'weight'\)"),
+    "old weight_norm": (torch.nn.utils.weight_norm, r"remove_weight_norm\(module, 'weight'\)"),
+    "old spectral_norm": (torch.nn.utils.spectral_norm, r"remove_spectral_norm\(module, 'weight'\)"),
+    "pruning": (lambda m: torch.nn.utils.prune.l1_unstructured(m, "weight", 0.3), r"prune.remove\(module, 'weight'\)"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
+@pytest.mark.parametrize("how", PARAMETRIZED)
+@pytest.mark.parametrize("part", ["x_proj", "conv1d", "k_proj", "out_proj"])
+def test_weights_that_are_computed_from_others_are_refused_with_the_remedy(how: str, part: str) -> None:
+    layers = {"conv1d": lambda: Mamba2(4, 8, head_dim=4), "k_proj": lambda: LinearAttention(4, 8, 2)}
+    model = torch.nn.Sequential(layers.get(part, lambda: Mamba(4, 8))())
+    apply, remedy = PARAMETRIZED[how]
+    apply(model.get_submodule(f"0.{part}"))
+    data = [torch.randn(2, 6, 4)]
+    calls: list[Callable[[], Any]] = [
+        lambda: Compressor(model, torch.optim.Adam(model.parameters()), 40, states=3),
+        lambda: compress(model, states=3, data=data),
+    ]
+    for call in calls:
+        if part == "out_proj":  # which no cut writes
+            call()
+            continue
+        with pytest.raises(
+            UnsupportedModelError, match=rf"^0\.{part}\.weight is computed from other .*: call .*{remedy}"
+        ):
+            call()
+
+
+@pytest.mark.parametrize("analyse", [lambda m: analyze(m), lambda m: compress(m, states=4)])
+def test_computed_parameters_of_time_invariant_layers_are_refused_too(analyse: Callable[[Any], Any]) -> None:
+    model = torch.nn.Sequential(LRU(4, 8))
+    torch.nn.utils.parametrizations.weight_norm(model[0], "B_re")
+    with pytest.raises(UnsupportedModelError, match=r"^0\.B_re is computed from other parameters"):
+        analyse(model)
+    torch.nn.utils.parametrize.remove_parametrizations(model[0], "B_re")
+    analyse(model)
+
+
+def test_a_wrapped_projection_is_refused_by_name() -> None:
+    class Adapted(torch.nn.Module):
+        """As LoRA wraps a layer."""
+
+        def __init__(self, base: torch.nn.Linear) -> None:
+            super().__init__()
+            self.base_layer = base
+
+        def forward(self, u: torch.Tensor) -> torch.Tensor:
+            return self.base_layer(u)
+
+    model = torch.nn.Sequential(Mamba(4, 8))
+    model[0].x_proj = Adapted(model[0].x_proj)  # type: ignore[assignment]
+    with pytest.raises(UnsupportedModelError, match=r"^0\.x_proj\.weight is not a parameter of Mamba any more"):
+        compress(model, states=3, data=[torch.randn(2, 6, 4)])
 
 
 def test_optimizer_with_unknown_state_is_refused_before_anything_is_written() -> None:
@@ -187,7 +357,10 @@ def test_half_of_a_pair_may_have_no_state(mode: str) -> None:
     old, first = layer.B_re.detach().clone(), optimizer.state[layer.B_re]["exp_avg"].clone()
     compress(layer, states=8, optimizer=optimizer, carry=mode)  # type: ignore[arg-type]
     assert layer.B_im not in optimizer.state
-    assert optimizer.state[layer.B_re]["exp_avg"].shape == (8, 4)
+    if mode == "reset":
+        assert layer.B_re not in optimizer.state  # as before the first step
+    else:
+        assert optimizer.state[layer.B_re]["exp_avg"].shape == (8, 4)
     assert old.shape == first.shape == (16, 4)
     if mode == "transform":  # as if the other half's average were zero
         assert optimizer.state[layer.B_re]["exp_avg"].abs().max() > 0

@@ -15,6 +15,7 @@ from compressm.compressor import Compressor
 from compressm.errors import CheckpointError, InvalidRankRuleError, UnsupportedModelError
 from compressm.history import Event
 from compressm.layers import LRU, SequenceClassifier, parameter_groups
+from compressm.metrics import MetricWarning
 from compressm.reduce import state_dims
 
 
@@ -174,7 +175,8 @@ def test_a_harmful_cut_is_undone_exactly() -> None:
 
 def test_nan_is_a_setback_and_stop_means_stop() -> None:
     loop = Loop(max_drop=0.01, window=0.5, evaluate=metrics(0.9, math.nan), on_setback="stop")
-    assert [event.kind for event in loop.run(60)] == ["cut", "rolled_back"]
+    with pytest.warns(MetricWarning, match="after a cut, which is therefore undone"):
+        assert [event.kind for event in loop.run(60)] == ["cut", "rolled_back"]
     assert loop.compressor.done
     assert set(loop.compressor.state_dims.values()) == {32}
 

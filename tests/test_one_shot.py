@@ -181,3 +181,16 @@ def test_linear_layers_need_no_data(tmp_path: Path, capsys: pytest.CaptureFixtur
     language_model(tmp_path / "mamba")
     assert main(["analyze", str(tmp_path / "mamba")]) == 2
     assert "depends on the data" in capsys.readouterr().err
+
+
+def test_arrays_that_are_not_finite_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    compressm.save(SequenceClassifier(2, 3, d_model=4, d_state=8, layer="mamba"), tmp_path / "model")
+    x = np.random.default_rng(0).normal(size=(16, 12, 2)).astype(np.float32)
+    x[5, 3, 1] = np.nan
+    np.savez(tmp_path / "data.npz", x=x, y=np.zeros(16, dtype=np.int64))
+    arguments = [str(tmp_path / "model"), "--data", str(tmp_path / "data.npz")]
+    for command in (["analyze", *arguments], ["compress", *arguments, "-o", str(tmp_path / "out"), "--states", "4"]):
+        assert main(command) == 2
+        said = capsys.readouterr().err
+        assert "data.npz: x has 1 entry that is not finite, the first at [5, 3, 1]" in said
+        assert "learning rate" not in said

@@ -14,8 +14,9 @@ from compressm.balancing import Method, balance, truncate
 from compressm.certificate import Certificate
 from compressm.errors import CheckpointError, InvalidRankRuleError, InvalidSystemError, UnsupportedModelError
 from compressm.layers import LRU, S4D, SequenceClassifier
+from compressm.metrics import measure
 from compressm.ranks import RankRule
-from compressm.reduce import compress, measure, plan_reduction, resize_states, state_dims
+from compressm.reduce import compress, plan_reduction, resize_states, state_dims
 from compressm.spectrum import analyze
 from compressm.systems import DiagonalSystem
 

@@ -18,11 +18,14 @@ SCRIPT = Path(__file__).parent / "sharding_script.py"
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("layer", ["lru", "mamba"])  # the latter looks at data, on rank 0
+@pytest.mark.parametrize(
+    ("layer", "carry"), [("lru", "transform"), ("mamba", "transform"), ("lru", "reset")]
+)  # mamba looks at data, on rank 0
 def test_fsdp2_trains_through_cuts_as_one_process_does_and_resumes(
-    layer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    layer: str, carry: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("LAYER", layer)
+    monkeypatch.setenv("CARRY", carry)
     torchrun(1, SCRIPT, tmp_path / "one")
     torchrun(2, SCRIPT, tmp_path / "two")
     torchrun(2, SCRIPT, tmp_path / "again", tmp_path / "two" / "checkpoint")

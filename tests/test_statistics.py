@@ -43,6 +43,7 @@ def test_an_observation_is_made_once_in_training_and_changes_nothing() -> None:
     net.train()
     net(u).sum().backward()
     plain(u).sum().backward()
+    statistics.close()
     assert hooks(net) == 0
     for mine, other in zip(net.parameters(), plain.parameters(), strict=True):
         assert torch.equal(mine.grad, other.grad)  # type: ignore[arg-type]
@@ -254,6 +255,7 @@ def test_packed_sequences_are_kept_apart(told_by: str) -> None:
     for hidden in sequences:
         expected.observe_next(training_only=False)
         layer(hidden)
+    expected.close()
     places = torch.tensor([0, 12, 17, 37], dtype=torch.int32)
     numbers = torch.repeat_interleave(torch.arange(3, dtype=torch.int32), places.diff())[None]
     packed, together = Statistics(layer), Statistics(layer)
@@ -261,6 +263,7 @@ def test_packed_sequences_are_kept_apart(told_by: str) -> None:
         statistics.observe_next(training_only=False)
         with suppress(ValueError):  # without CUDA, transformers refuses packed sequences, after the hook has seen them
             layer(torch.cat(sequences, 1), **arguments)
+        statistics.close()
     for name, value in expected.moments()[""].tensors().items():
         torch.testing.assert_close(packed.moments()[""].tensors()[name], value, rtol=1e-5, atol=1e-6)
     assert together.moments()[""].P[0].trace() > 1.1 * packed.moments()[""].P[0].trace()

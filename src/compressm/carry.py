@@ -6,12 +6,14 @@ entries; without the covariances between entries, the squared magnitudes ``(W^T)
 were uncorrelated.
 
 Two other ways exist for comparison: ``"slice"`` keeps the first r entries as the CompreSSM paper's code does, which
-pairs moments with states that they do not belong to; ``"reset"`` starts from zero.
+pairs moments with states that they do not belong to; ``"reset"`` lets the optimizer begin anew with the parameters that
+were cut, as if it had just been built, and is the way for optimizers that keep something else than such averages.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import inspect
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -46,41 +48,144 @@ def unwrap_optimizer(optimizer: Any) -> Optimizer:
     return inner
 
 
-def check_optimizer(optimizer: Optimizer, layers: Mapping[str, nn.Module]) -> None:
+def check_optimizer(optimizer: Optimizer, layers: Mapping[str, nn.Module], mode: Carry = "transform") -> None:
     """Refuse, before any cut, optimizers whose state for these layers could not be carried over.
 
-    One of torch's own that has made no step yet is asked what it will keep.
+    One that has made no step yet is asked what it will keep, and with ``"reset"`` whether it goes on after a cut: an
+    optimizer of the same kind and settings is built for a small matrix. One that cannot be built so is not tried.
 
     Raises:
-        UnsupportedOptimizerError: a state tensor of a parameter's own shape whose meaning is not known.
+        UnsupportedOptimizerError: a state tensor whose meaning is not known, or no step after a cut.
     """
+    if mode == "reset":
+        _check_reset(optimizer)
+        return
     kept = {
         f"{layer_name}.{name}".lstrip("."): optimizer.state.get(parameter, {})
         for layer_name, layer in layers.items()
         for name, parameter in layer.named_parameters()
     }
-    if not any(kept.values()) and type(optimizer).__module__.startswith("torch.optim."):
+    if not any(kept.values()):
         kept = dict.fromkeys(list(kept)[:1], _state_after_a_step(optimizer))
     for name, state in kept.items():
         for key, value in state.items():
-            known = key in _GRADIENT_LIKE or key in _SQUARED or not isinstance(value, Tensor) or value.ndim == 0
-            if not known:
+            if not _is_known(key, value):
                 raise UnsupportedOptimizerError(
                     f"{type(optimizer).__name__} keeps '{key}' for {name}, and how that changes with the state basis "
                     "is not known; use SGD, Adam or AdamW, or pass carry='reset'"
                 )
 
 
+def _is_known(key: str, value: Any) -> bool:
+    """Whether an entry of an optimizer's state is an average that can be carried over, or one number for all."""
+    return key in _GRADIENT_LIKE or key in _SQUARED or not isinstance(value, Tensor) or value.ndim == 0
+
+
+def _check_reset(optimizer: Optimizer) -> None:
+    """Try the next step after a cut, on a small matrix."""
+    parameter = _small_matrix(optimizer)
+    one = _stepped(optimizer, parameter)
+    if one is None:
+        return
+    try:
+        with torch.no_grad():
+            parameter.data = parameter.data[:2].clone()
+        parameter.grad = None
+        begin_anew(one, [parameter])
+        _step(one, parameter)
+    except Exception as error:
+        raise _makes_no_step(optimizer, "after a cut", error) from error
+
+
 def _state_after_a_step(optimizer: Optimizer) -> Mapping[str, Any]:
     """What an optimizer of this kind and these settings keeps for a parameter; nothing where that can't be tried."""
-    parameter = nn.Parameter(torch.zeros(2, 2))
-    parameter.grad = torch.zeros_like(parameter)
+    parameter = _small_matrix(optimizer)
+    one = _stepped(optimizer, parameter)
+    return {} if one is None else one.state[parameter]
+
+
+def _stepped(optimizer: Optimizer, parameter: nn.Parameter) -> Optimizer | None:
+    """One of the same kind and settings after a step; None where that can't be tried.
+
+    Raises:
+        UnsupportedOptimizerError: torch's own `SparseAdam`, which moves nothing that cuts change.
+    """
+    one = _another(optimizer, parameter)
     try:
-        one = type(optimizer)([parameter], **optimizer.defaults)
-        one.step()
-    except Exception:  # settings for a GPU, for example: it is looked at before the cut then
-        return {}
-    return one.state[parameter]
+        if one is not None:
+            _step(one, parameter)
+    except Exception as error:
+        if type(optimizer).__module__.startswith("torch.optim"):
+            raise _makes_no_step(optimizer, "with the dense gradients of state space layers", error) from error
+        return None  # it may need more than gradients, as those that use curvature do
+    return one
+
+
+def _makes_no_step(optimizer: Optimizer, when: str, error: Exception) -> UnsupportedOptimizerError:
+    reason = (str(error).strip().partition("\n")[0] or type(error).__name__).rstrip(".")
+    return UnsupportedOptimizerError(
+        f"{type(optimizer).__name__} makes no step {when} ({reason}); use SGD, Adam or AdamW for these layers"
+    )
+
+
+def _small_matrix(optimizer: Optimizer) -> nn.Parameter:
+    """Where the optimizer's parameters are, since some settings are for GPUs only."""
+    first = next((p for group in optimizer.param_groups for p in group["params"]), torch.zeros(()))
+    return nn.Parameter(torch.tensor([[1.0, 2.0], [3.0, -1.0], [0.5, 1.5]], dtype=first.dtype, device=first.device))
+
+
+def _step(optimizer: Optimizer, parameter: nn.Parameter) -> None:
+    def closure() -> float:
+        parameter.grad = parameter.detach().clone()
+        return float(parameter.detach().square().sum()) / 2
+
+    closure()
+    optimizer.step(closure)  # type: ignore[arg-type]
+
+
+def _another(optimizer: Optimizer, parameter: nn.Parameter, group: Mapping[str, Any] | None = None) -> Optimizer | None:
+    """A new optimizer of the same kind for one parameter.
+
+    Args:
+        optimizer: the optimizer.
+        parameter: the parameter.
+        group: settings; by default those of the optimizer's first group.
+
+    Returns:
+        None where it cannot be built from its settings alone.
+    """
+    settings = {key: value for key, value in (group or optimizer.param_groups[0]).items() if key != "params"}
+    names = inspect.signature(type(optimizer).__init__).parameters
+    given = {key: value for key, value in {**optimizer.defaults, **settings}.items() if key in names}
+    try:
+        return type(optimizer)([{**settings, "params": [parameter]}], **given)
+    except Exception:
+        return None
+
+
+def begin_anew(optimizer: Optimizer, parameters: Sequence[Tensor]) -> None:
+    """Give an optimizer the state for some parameters that it would have if it had just been built, in place.
+
+    Most keep nothing until their first step; Adagrad begins with sums. L-BFGS has one history of all its parameters
+    together, which is dropped as a whole.
+    """
+    if isinstance(optimizer, torch.optim.LBFGS):
+        optimizer.state.clear()
+    wanted = {id(parameter) for parameter in parameters}
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if id(parameter) in wanted:
+                optimizer.state.pop(parameter, None)
+                fresh = _another(optimizer, parameter, group)
+                if fresh is not None and fresh.state.get(parameter):
+                    optimizer.state[parameter] = fresh.state[parameter]
+    forget_sizes(optimizer)
+
+
+def forget_sizes(optimizer: Optimizer) -> None:
+    """Let an optimizer count its parameters' entries anew, where it does so once: L-BFGS."""
+    if isinstance(optimizer, torch.optim.LBFGS):
+        optimizer._numel_cache = None  # pyright: ignore[reportPrivateUsage, reportAttributeAccessIssue]
 
 
 def check_trained(optimizer: Optimizer, layers: Mapping[str, tuple[nn.Module, LayerAdapter]]) -> None:
@@ -110,11 +215,11 @@ def carry_state(optimizer: Optimizer, layer: nn.Module, change: LayerChange, mod
 
     Call it after the change was written: state keeps the Parameter objects as keys.
     """
+    if mode == "reset":
+        begin_anew(optimizer, [layer.get_parameter(name) for name in change.values()])
+        return
     for part in change.parameters:
         parameters = [layer.get_parameter(name) for name in part.names]
-        if mode == "reset":
-            for parameter, value in zip(parameters, part.values, strict=True):
-                _forget_factors(optimizer, parameter, value, part.axis)
         states: list[dict[str, Any]] = [optimizer.state.get(parameter, {}) for parameter in parameters]
         for key in sorted({key for state in states for key in state}):
             old = [state.get(key) for state in states]
@@ -129,25 +234,9 @@ def carry_state(optimizer: Optimizer, layer: nn.Module, change: LayerChange, mod
                     state[key] = value
 
 
-def _forget_factors(optimizer: Optimizer, parameter: nn.Parameter, new: Tensor, axis: int) -> None:
-    """Let the optimizer begin anew with a parameter of which it keeps tensors of other shapes, such as Adafactor's."""
-
-    def has_its_shape(value: Any) -> bool:
-        if not isinstance(value, Tensor) or value.ndim == 0:
-            return True
-        return value.ndim == new.ndim and all(
-            value.shape[d] == new.shape[d] for d in range(new.ndim) if d != axis % new.ndim
-        )
-
-    if not all(has_its_shape(value) for value in optimizer.state.get(parameter, {}).values()):
-        del optimizer.state[parameter]
-
-
 def _carried(old: list[Tensor], part: ParameterChange, key: str, mode: Carry) -> list[Tensor]:
-    if mode == "reset" or (mode == "transform" and key not in _GRADIENT_LIKE | _SQUARED):
-        return [
-            torch.zeros(value.shape, dtype=o.dtype, device=o.device) for o, value in zip(old, part.values, strict=True)
-        ]
+    if not _is_known(key, old[0]):
+        raise UnsupportedOptimizerError(f"the optimizer's '{key}' is no average that can be carried over")
     if mode == "slice":
         return [o.narrow(part.axis, 0, v.shape[part.axis]).clone() for o, v in zip(old, part.values, strict=True)]
     matrix = part.pullback_squared if key in _SQUARED else part.pullback

@@ -13,8 +13,9 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from compressm.adapters import find_layers
+from compressm.adapters.base import check_plain
 from compressm.balancing import Method
-from compressm.carry import Carry, check_optimizer, check_trained, follow, paired_layers, unwrap_optimizer
+from compressm.carry import Carry, check_optimizer, check_trained, follow, forget_sizes, paired_layers, unwrap_optimizer
 from compressm.compiled import allow_recompilation, graphs_compiled
 from compressm.costs import Savings, StepClock, savings
 from compressm.distributed import from_first_rank, rebuild_replicas
@@ -22,12 +23,14 @@ from compressm.errors import CheckpointError, InvalidRankRuleError
 from compressm.fitting import fit_any_size
 from compressm.history import Event
 from compressm.measure import StepCost, step_cost
+from compressm.metrics import measure_together, warn_not_finite
 from compressm.ranks import RankRule, check_choice, check_total
-from compressm.reduce import Report, measure, plan_reduction, resize_states, state_dims
+from compressm.reduce import Report, plan_reduction, resize_states, state_dims
+from compressm.schedule import cut_steps, towards
 from compressm.selection import Selection
 from compressm.snapshot import Stateful, Training
 from compressm.spectrum import AnyBalancing, balance_layers, snapshot, snapshot_state, spectrum_changes
-from compressm.statistics import Statistics, not_seen
+from compressm.statistics import Statistics
 
 When = Literal["schedule", "settled"]
 OnSetback = Literal["halve", "stop"]
@@ -36,18 +39,6 @@ OnSetback = Literal["halve", "stop"]
 _CAUTIOUS_TOLERANCE, _CAUTIOUS_REDUCTION = 0.02, 0.5
 
 log = logging.getLogger(__name__)
-
-
-def cut_steps(total_steps: int, cuts: int, window: float, start: int) -> tuple[int, ...]:
-    """The steps after which cuts come: equidistant in ``window * total_steps`` steps from ``start`` on.
-
-    The last one is later than ``total_steps`` where they do not fit.
-    """
-    exact = window * total_steps / cuts
-    distance = max(1, round(exact))
-    if start + distance * cuts > total_steps:  # rounding must not push the last cut out of a window that fits
-        distance = max(1, math.floor(exact + 1e-9))
-    return tuple(start + distance * (index + 1) for index in range(cuts))
 
 
 class Compressor:
@@ -207,8 +198,9 @@ class Compressor:
             )
         self._probe_every = max(1, distance // 10)
         layers = find_layers(model)
-        if carry != "reset":
-            check_optimizer(self.optimizer, {name: layer for name, (layer, _) in layers.items()})
+        plain = {name: layer for name, (layer, _) in layers.items()}
+        check_plain(plain)
+        check_optimizer(self.optimizer, plain, carry)
         check_trained(self.optimizer, layers)
         if total_states is not None:
             check_total(total_states, len(layers))
@@ -216,6 +208,7 @@ class Compressor:
         self._steps = 0
         self._cuts_done = 0
         self._stopped = False
+        self._postponed = 0  # no cut before this step
         self._best: float | None = None
         self._observed: dict[str, Any] | None = None  # the snapshot before a cut that is under observation
         self._probe: dict[str, AnyBalancing] = {}
@@ -276,15 +269,28 @@ class Compressor:
             number.
 
         Raises:
-            InvalidSystemError: at a cut, parameters that are not finite; nothing was written.
+            InvalidSystemError: at a cut, parameters or data that are not finite.
             UnsupportedModelError: at a cut, a selective layer that no data have passed through.
-            UnsupportedOptimizerError: at a cut, state whose meaning is not known; nothing was written.
+            UnsupportedOptimizerError: at a cut, state whose meaning is not known.
+            EvaluationError: ``evaluate`` raised, or returned no number.
+
+        After an error all is as it was before, and what was due is due at the next call.
         """
         self.clock.end()
         self._steps += 1
-        if self._steps == 1 and self._statistics.unseen:  # at a cut it would be an error, after much work
-            warnings.warn(not_seen(self._statistics.unseen[0]), stacklevel=2)
+        problems = self._statistics.problems() if self._steps == 1 else []
+        if problems and not self._statistics.dropped:  # at a cut it would be an error, after much work
+            warnings.warn(problems[0], stacklevel=2)
         self._count_recompilations()
+        try:
+            event = self._act()
+        finally:  # after an error too, what was due is due at the next step
+            self._observe()
+            self.clock.begin()
+        return event
+
+    def _act(self) -> Event | None:
+        """Cut, examine or roll back if it is time, and write it down."""
         event = None
         if self._observed is not None:
             if self._steps >= self._observed["step"] + self.check_after:
@@ -294,15 +300,13 @@ class Compressor:
         if event is not None:
             self.history.append(event)
             log.info("%s", event)
-        self._observe()
-        self.clock.begin()
         return event
 
     def _observe(self) -> None:
         """Have the selective layers observed in the coming step, if it is time and a cut may still come."""
         due = self._steps % self._observe_every == 0 or bool(self._statistics.unseen)
         if due and not self._stopped and self._cuts_done < len(self.cut_steps):
-            self._statistics.observe_next()
+            self._statistics.observe_next(when=f"step {self._steps + 1}")
         else:
             self._statistics.close()
 
@@ -324,6 +328,10 @@ class Compressor:
             log.info("the shapes of parameters have changed: compiled graphs are compiled anew at their next use")
 
     def _time_to_cut(self) -> bool:
+        if self._postponed and self._steps + self.check_after > self.total_steps:
+            self._stopped = True  # what was put off can no longer be examined
+        if self._stopped or self._steps < self._postponed:
+            return False
         scheduled = self.cut_steps[self._cuts_done]
         if self._steps >= scheduled or self.when == "schedule":
             return self._steps >= scheduled
@@ -335,35 +343,47 @@ class Compressor:
         return from_first_rank(lambda: settled)
 
     def _cut(self) -> Event:
-        self._cuts_done += 1
-        self._probe = {}
         reference = None
         if self.max_drop is not None:
-            assert self.evaluate is not None
             metric = self._evaluate()
-            self._best = reference = metric if self._best is None else max(self._best, metric)
+            if not math.isfinite(metric):
+                return self._postpone(metric)
+            reference = metric if self._best is None else max(self._best, metric)
         moments = self._statistics.moments()  # sums over all ranks
         plan = from_first_rank(
             lambda: plan_reduction(
                 self.model, self._rule_now(), self.method, moments=moments, selection=self.selection
             ).cpu()
         )
-        if not plan.changes:
-            return self._event("unchanged", plan.report, reference)
-        if self.max_drop is not None:
-            self._observed = {
+        before = None
+        if plan.changes and self.max_drop is not None:
+            before = {
                 "step": self._steps,
                 "reference": reference,
                 "state_dims": self.state_dims,
                 "moments": self._statistics.state_dict(),
                 **self._training.snapshot(),
             }
-        report = plan.apply(self.model, self.optimizer, self.carry)
+        report = plan.apply(self.model, self.optimizer, self.carry) if plan.changes else plan.report
+        # An error so far has changed nothing: the cut is due at the next step again.
+        self._cuts_done += 1
+        self._probe, self._observed = {}, before
+        self._best = self._best if reference is None else reference
+        if not plan.changes:
+            return self._event("unchanged", report, reference)
         for follower in self.followers:
             follow(follower, self.model, plan.changes)
         self._statistics.reset()
         self._shapes_changed()
         return self._event("cut", report, reference)
+
+    def _postpone(self, metric: float) -> Event:
+        """No cut now, since no later metric could be held against this one; soon again, while there is time."""
+        self._postponed = self._steps + self._probe_every
+        self._stopped = self._postponed + self.check_after > self.total_steps
+        again = "no more cuts are made" if self._stopped else f"it is tried again at step {self._postponed}"
+        warn_not_finite(metric, f"at step {self._steps}, before a cut, and no cut can be held against that: {again}")
+        return Event("postponed", self._steps, metric=metric)
 
     def _rule_now(self) -> RankRule:
         """The rule for the cut that is due: sizes are approached geometrically, and setbacks make it milder."""
@@ -374,21 +394,23 @@ class Compressor:
             return replace(rule, tolerance=rule.tolerance * mildness)
         if rule.max_error is not None:
             return replace(rule, max_error=rule.max_error * mildness)
-        share = mildness / (len(self.cut_steps) - self._cuts_done + 1)  # of what is left of the way
+        share = mildness / (len(self.cut_steps) - self._cuts_done)  # of what is left of the way
         dims = self.state_dims.values()
         if rule.fraction is not None:
             left = rule.fraction * sum(self._initial_dims.values()) / sum(dims)
             return replace(rule, fraction=min(1.0, left) ** share)
         if rule.states is not None:
-            return replace(rule, states=_towards(max(dims), rule.states, share))
+            return replace(rule, states=towards(max(dims), rule.states, share))
         assert rule.total_states is not None
-        return replace(rule, total_states=_towards(sum(dims), rule.total_states, share))
+        return replace(rule, total_states=towards(sum(dims), rule.total_states, share))
 
     def _examine(self, before: dict[str, Any]) -> Event:
         assert self.max_drop is not None
         metric, reference = self._evaluate(), float(before["reference"])
         self._observed = None
-        if metric >= reference - self.max_drop:  # NaN is a setback too
+        if not math.isfinite(metric):
+            warn_not_finite(metric, f"at step {self._steps}, after a cut, which is therefore undone")
+        elif metric >= reference - self.max_drop:
             self._best = max(reference, metric)
             return Event("kept", self._steps, metric=metric, reference=reference)
         at, started = self._steps, time.perf_counter()
@@ -410,8 +432,7 @@ class Compressor:
 
     def _evaluate(self) -> float:
         assert self.evaluate is not None
-        metric = measure(self.model, self.evaluate)  # by all ranks, since it may add up their shares
-        return from_first_rank(lambda: metric)
+        return measure_together(self.model, self.evaluate)
 
     def _event(self, kind: str, report: Report, reference: float | None) -> Event:
         layers = tuple(layer.to_dict() for layer in report.layers)
@@ -427,6 +448,7 @@ class Compressor:
             "steps": self._steps,
             "cuts_done": self._cuts_done,
             "stopped": self._stopped,
+            "postponed": self._postponed,
             "aggressiveness": self._aggressiveness,
             "best": self._best,
             "state_dims": self.state_dims,
@@ -453,10 +475,12 @@ class Compressor:
         resized = self.state_dims != state_dict["state_dims"]
         resize_states(self.model, state_dict["state_dims"])
         if resized:
+            forget_sizes(self.optimizer)
             rebuild_replicas(self.model)
         self._steps = int(state_dict["steps"])
         self._cuts_done = int(state_dict["cuts_done"])
         self._stopped = bool(state_dict["stopped"])
+        self._postponed = int(state_dict.get("postponed", 0))
         self._aggressiveness = float(state_dict["aggressiveness"])
         self._best = state_dict["best"]
         self._observed = state_dict["observed"]
@@ -470,7 +494,3 @@ class Compressor:
 def _require(name: str, value: object, valid: bool, expected: str) -> None:
     if not valid:
         raise InvalidRankRuleError(f"{name} must be {expected}; got {value!r}")
-
-
-def _towards(present: int, target: int, share: float) -> int:
-    return present if target >= present else max(target, round(present * (target / present) ** share))

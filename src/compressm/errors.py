@@ -26,6 +26,10 @@ class UnsupportedOptimizerError(CompressmError, TypeError):
     """An optimizer whose state cannot be carried through a change of basis."""
 
 
+class EvaluationError(CompressmError, RuntimeError):
+    """A user's ``evaluate`` that raised, or returned something that no cut can be held against."""
+
+
 class ConfigError(CompressmError, ValueError):
     """A configuration, data directory or command line that cannot be used as it is."""
 

@@ -12,9 +12,9 @@ class Event:
     """Something that the compressor did after a training step.
 
     Attributes:
-        kind: ``"cut"``; ``"unchanged"`` (it looked, and no layer was to be cut); ``"kept"`` (a cut under observation
-            proved harmless); ``"rolled_back"`` (it did not, and everything is as it was before it); ``"recompiled"``
-            (graphs were compiled anew after a cut).
+        kind: ``"cut"``; ``"unchanged"`` (it looked, and no layer was to be cut); ``"postponed"`` (a cut was due, and
+            the metric not finite); ``"kept"`` (a cut under observation proved harmless); ``"rolled_back"`` (it did not,
+            and everything is as it was before it); ``"recompiled"`` (graphs were compiled anew after a cut).
         step: training steps done when it happened.
         seconds: time that it took, without evaluations.
         layers: per layer what was done, with its certificate (see `LayerReport.to_dict`); empty unless it looked.
@@ -42,6 +42,7 @@ class Event:
         what = {
             "cut": f"cut, states {changed}",
             "unchanged": "nothing to cut",
+            "postponed": f"no cut, since the metric is {self.metric}",
             "kept": f"cut kept, {metrics}",
             "rolled_back": f"cut undone, back to step {self.restored_step}, {metrics}",
             "recompiled": f"{self.graphs} graphs recompiled",

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from compressm.calls import not_finite
 from compressm.checkpoint import load, save
 from compressm.errors import CheckpointError, ConfigError, MissingExtraError
 from compressm.layers import LanguageModel, SequenceClassifier
@@ -303,11 +304,14 @@ def _vocabulary(model: nn.Module) -> int:
 def _arrays(path: Path) -> tuple[Tensor, Tensor]:
     try:
         with np.load(path, allow_pickle=False) as arrays:
-            return torch.from_numpy(arrays["x"]).float(), torch.from_numpy(arrays["y"]).long()
+            x, y = torch.from_numpy(arrays["x"]).float(), torch.from_numpy(arrays["y"]).long()
     except (OSError, ValueError, KeyError) as error:
         raise ConfigError(
             f"data {path} must be an .npz file with x of shape (N, length, channels) and y of shape (N,): {error}"
         ) from error
+    if bad := not_finite({"x": x}):
+        raise ConfigError(f"data {path}: {bad}; mend or leave out such sequences")
+    return x, y
 
 
 @torch.no_grad()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -12,18 +13,18 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from compressm.adapters import Adapter, LayerChange, SelectiveAdapter, find_layers
-from compressm.adapters.base import layer_values, tell_written, write
+from compressm.adapters.base import check_plain, layer_values, tell_written, write
 from compressm.balancing import Balancing, Method, Reduction, truncate
 from compressm.carry import Carry, carry_state, check_optimizer
 from compressm.certificate import Certificate
-from compressm.errors import CheckpointError, InvalidRankRuleError, InvalidSystemError
+from compressm.errors import CheckpointError, EvaluationError, InvalidRankRuleError, InvalidSystemError
+from compressm.metrics import measure
 from compressm.pruning import SCORES, Score, prune
 from compressm.ranks import RankRule, check_choice, choose_ranks, passes_gate
-from compressm.rng import rng_state, set_rng_state
 from compressm.selection import Selection, reduce_selective
 from compressm.selective import ErrorEstimate, Moments, SelectiveBalancing
 from compressm.spectrum import AnyBalancing, balance_layers, mean_hsv
-from compressm.statistics import gather, modes_kept
+from compressm.statistics import gather
 
 
 @dataclass(frozen=True)
@@ -124,8 +125,8 @@ class Plan:
         """
         started = time.perf_counter()
         layers = {name: model.get_submodule(name) for name in self.changes}
-        if optimizer is not None and carry != "reset":
-            check_optimizer(optimizer, layers)
+        if optimizer is not None:
+            check_optimizer(optimizer, layers, carry)
         for name, change in self.changes.items():
             write(layers[name], change)
             if optimizer is not None:
@@ -167,8 +168,9 @@ def plan_reduction(
         for parameter, value in layer_values(layer).items():
             if not bool(value.isfinite().all()):
                 raise InvalidSystemError(
-                    f"{name}.{parameter} is not finite, the model has diverged: go back to a checkpoint from before "
-                    "that, or lower the learning rate"
+                    f"{name}.{parameter} is not finite: the model has diverged, or was trained on data that are not "
+                    "finite; look at the data first, then go back to a checkpoint from before that, or lower the "
+                    "learning rate"
                 )
     balancings = balance_layers(model, method, moments) if balancings is None else balancings
     ranks = choose_ranks({name: balancing.energy for name, balancing in balancings.items()}, rule)
@@ -358,8 +360,8 @@ def compress(
         what happened to each layer, with its certificate. A layer whose certificate fails stays as it was.
 
     Raises:
-        InvalidRankRuleError, UnsupportedModelError, UnsupportedOptimizerError, InvalidSystemError: before anything is
-            written.
+        InvalidRankRuleError, UnsupportedModelError, UnsupportedOptimizerError, InvalidSystemError, EvaluationError: the
+            model is as it was.
     """
     if (max_drop is None) != (evaluate is None):
         raise InvalidRankRuleError(
@@ -381,8 +383,10 @@ def compress(
         min_reduction=min_reduction,
         per_layer=per_layer,
     )
-    if optimizer is not None and carry != "reset":
-        check_optimizer(optimizer, {name: layer for name, (layer, _) in find_layers(model).items()})
+    layers = {name: layer for name, (layer, _) in find_layers(model).items()}
+    check_plain(layers)
+    if optimizer is not None:
+        check_optimizer(optimizer, layers, carry)
     moments = None if data is None else gather(model, data)
     if max_drop is not None and evaluate is not None:
         balancings = balance_layers(model, method, moments)
@@ -403,6 +407,11 @@ def _largest_harmless(
     """The plan with the largest tolerance at which the metric loses at most ``max_drop``; the model stays as it was."""
     dims, saved = state_dims(model), copy.deepcopy(model.state_dict())
     reference = measure(model, evaluate)
+    if not math.isfinite(reference):
+        raise EvaluationError(
+            f"evaluate returned {reference} before anything was cut, and no loss can be held against that; expected a "
+            "finite number: see that weights, data and the metric itself are finite"
+        )
     best = plan_reduction(
         model, rule, balancings=balancings, selection=selection
     )  # tolerance 0: only states that carry nothing
@@ -412,7 +421,8 @@ def _largest_harmless(
         plan = plan_reduction(model, replace(rule, tolerance=middle), balancings=balancings, selection=selection)
         plan.apply(model)
         try:
-            harmless = measure(model, evaluate) >= reference - max_drop
+            metric = measure(model, evaluate)
+            harmless = math.isfinite(metric) and metric >= reference - max_drop
         finally:
             resize_states(model, dims)
             model.load_state_dict(saved)
@@ -421,16 +431,6 @@ def _largest_harmless(
         else:
             high = middle
     return best
-
-
-def measure(model: nn.Module, evaluate: Callable[[nn.Module], float]) -> float:
-    """A metric of the model, leaving the training modes of all its parts and the random state as they were."""
-    rng = rng_state()
-    try:
-        with modes_kept(model):
-            return float(evaluate(model))
-    finally:
-        set_rng_state(rng)
 
 
 def state_dims(model: nn.Module) -> dict[str, int]:

@@ -52,6 +52,7 @@ class Signals:
             a gate of its own, or None for ones.
         erase: of the delta rule: the share of what is stored along ``B_t`` that is forgotten before ``x_t`` is stored,
             shape ``(batch, length, groups)``; None for nothing.
+        state: what the recurrence starts from, shape ``(batch, d, n)``; None for zero.
     """
 
     x: Tensor
@@ -61,6 +62,7 @@ class Signals:
     C: Tensor
     gain: Tensor | None = None
     erase: Tensor | None = None
+    state: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -95,21 +97,22 @@ class Moments:
 
 
 @torch.no_grad()
-def moments(signals: Signals, present: Tensor | None = None) -> Moments:
+def moments(signals: Signals, present: Tensor | None = None, *, padding_enters: bool = False) -> Moments:
     """Run the recurrence and gather its moments: ``O(batch length d n^2)``, one step of time after the other.
 
     Args:
         signals: what goes through the recurrence.
         present: 1 for tokens and 0 for padding, shape ``(batch, length)``: padding leaves nothing in the state, and
             nobody reads what the layer says there. None for no padding.
+        padding_enters: padding is still not read, but leaves its traces in the state like any input.
     """
     x, step, B, C = (value.float() for value in (signals.x, signals.step, signals.B, signals.C))
     (batch, length, d), (groups, n) = x.shape, B.shape[2:]
     rates = signals.rates.float().expand(d, n).reshape(groups, -1, n)
     present = torch.ones_like(x[..., 0]) if present is None else present.to(x)
     tokens = float(present.sum())
-    x = (x * present[..., None]).reshape(batch, length, groups, -1, 1)
-    B = B * present[..., None, None]
+    x = (x if padding_enters else x * present[..., None]).reshape(batch, length, groups, -1, 1)
+    keys, B = B, B * present[..., None, None]
     C = C if C.ndim == 3 else C * present[..., None, None]
     if step.ndim == 4:
         mean = (step * present[..., None, None]).sum((0, 1)) / max(tokens, 1.0)
@@ -123,9 +126,10 @@ def moments(signals: Signals, present: Tensor | None = None) -> Moments:
     gain = gain * present[..., None, None, None]
     erase = None if signals.erase is None else signals.erase.float()[..., None, None]
     h, P = torch.zeros_like(x[:, 0] * rates), x.new_zeros(groups, n, n)
+    h = h if signals.state is None else signals.state.to(h).reshape(h.shape)
     total = torch.zeros(groups, n, n, dtype=torch.float64)
     for t, decay in enumerate(decays):
-        h, key = decay * h, B[:, t, :, None]
+        h, key = decay * h, (keys if padding_enters else B)[:, t, :, None]
         if erase is not None:
             h = h - erase[:, t] * (h * key).sum(-1, keepdim=True) * key
         h = h + x[:, t] * key
@@ -170,8 +174,9 @@ def balance_selective(moments: Moments) -> SelectiveBalancing:
     bad = [name for name, value in moments.tensors().items() if not bool(torch.isfinite(value).all())]
     if bad:
         raise InvalidSystemError(
-            f"the moments {', '.join(bad)} of a selective layer are not finite; the layer has diverged: go back to a "
-            "checkpoint from before that, or lower the learning rate"
+            f"the moments {', '.join(bad)} of a selective layer are not finite: the data that they were gathered from "
+            "are not finite, or the layer has diverged; look at the data first, then go back to a checkpoint from "
+            "before that, or lower the learning rate"
         )
     P, W = moments.P / moments.tokens, moments.W / moments.tokens
     return SelectiveBalancing(P, W, torch.linalg.svdvals(root(W).mT @ root(P)), moments)

@@ -23,6 +23,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.optim import Optimizer
 
+from compressm.carry import begin_anew
 from compressm.distributed import from_first_rank, rank
 from compressm.errors import CheckpointError
 from compressm.fitting import fit
@@ -64,7 +65,7 @@ def compress_sharded(
     on_first = StateDictOptions(full_state_dict=True, cpu_offload=True)
     weights, states = get_state_dict(model, optimizer, options=on_first)  # empty on the other ranks
 
-    def cut() -> Report:
+    def cut() -> tuple[Report, list[str]]:
         whole = fit(build(), cast("dict[str, Tensor]", weights))
         whole.load_state_dict(weights)
         its_optimizer = build_optimizer(whole)
@@ -73,17 +74,20 @@ def compress_sharded(
         smaller = get_state_dict(whole, its_optimizer)
         weights.update(smaller[0])
         states.update(smaller[1])
-        return report
+        kept = {id(parameter) for parameter in its_optimizer.state}
+        return report, [name for name, one in whole.named_parameters() if kept and id(one) not in kept]
 
-    report = from_first_rank(cut)
+    report, begun_anew = from_first_rank(cut)
     smaller = build()
     resize_states(smaller, report.state_dims)
     shard(smaller)
     optimizer = build_optimizer(smaller)
     # Not set_state_dict: it takes the empty dict of the other ranks for "no model", and rank 0 would wait for them.
-    from_first = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+    from_first = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, strict=not begun_anew)
     set_model_state_dict(smaller, weights if rank() == 0 else {}, options=from_first)
     set_optimizer_state_dict(smaller, optimizer, states if rank() == 0 else {}, options=from_first)
+    if begun_anew:  # torch gives these the state of a step that has not been made
+        begin_anew(optimizer, [one for name, one in smaller.named_parameters() if name in begun_anew])
     return smaller, optimizer, report
 
 

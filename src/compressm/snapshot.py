@@ -10,6 +10,7 @@ from typing import Any, Protocol
 from torch import nn
 from torch.optim import Optimizer
 
+from compressm.carry import forget_sizes
 from compressm.distributed import gathered, rank
 from compressm.fitting import fit
 from compressm.rng import rng_state, set_rng_state
@@ -56,6 +57,7 @@ class Training:
         fit(self.model, snapshot["model"]).load_state_dict(snapshot["model"])
         settings = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict(snapshot["optimizer"])
+        forget_sizes(self.optimizer)
         for follower, state in zip(self.followers, snapshot["followers"], strict=True):
             fit(follower, state).load_state_dict(state)
         if not rewind:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from compressm.adapters import Adapter, find_layers
-from compressm.adapters.base import layer_values
+from compressm.adapters.base import check_plain, layer_values
 from compressm.balancing import Balancing, Method, balance
 from compressm.errors import MissingExtraError, UnsupportedModelError
 from compressm.plots import Backend, plot_spectrum
@@ -147,6 +147,7 @@ def balance_layers(
     balancings: dict[str, AnyBalancing] = {}
     for name, (layer, adapter) in find_layers(model).items():
         if isinstance(adapter, Adapter):
+            check_plain({name: layer})
             balancings[name] = balance(adapter.read(layer_values(layer)), method)
         elif moments is not None and name in moments:
             balancings[name] = balance_selective(moments[name])

@@ -1,13 +1,19 @@
 """Moments of selective layers, gathered while the model does its ordinary work.
 
-A layer is observed by a hook that fires once, at its next call, and then removes itself: it reads the layer's input for
-a sequence of the batch, and computes from that what the recurrence gets. So it works with every kernel behind the
-layer, fused ones included, and costs nothing between observations.
+A layer is observed by hooks that read its input, for a sequence of the batch, and compute from that what the recurrence
+gets. So it works with every kernel behind the layer, fused ones included, and costs nothing between observations.
+
+An observation lasts from `Statistics.observe_next` to the next one, or to `Statistics.close`; under a `Compressor` that
+is one training step. Every call of a layer in that time counts, whoever makes it: a layer that is used twice, that
+reads a sequence in both directions, or chunk by chunk. Of several calls of the whole model in one step (accumulated
+gradients, pairs of inputs) the first `MODEL_CALLS` count. So an observation costs at most that many times what it
+costs for one call, however many there are.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable, Mapping
+import warnings
+from collections.abc import Generator, Iterable, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,14 +22,31 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from compressm.adapters import SelectiveAdapter, find_layers
+from compressm.calls import (
+    LayerWatch,
+    ModelCalled,
+    ModelDone,
+    PaddingOver,
+    PaddingTold,
+    in_backward,
+    not_finite,
+    reversed_layers,
+    sequence_starts,
+    unpacked,
+)
 from compressm.distributed import gathered, world_size
-from compressm.errors import UnsupportedModelError
+from compressm.errors import InvalidSystemError, UnsupportedModelError
 from compressm.layers import SequenceClassifier
 from compressm.selective import Moments, moments
 
 # Moments of weights that have changed since are forgotten: the weight of all before, at every observation.
 MEMORY = 0.9
-_PADDING = "padding of "
+# Calls of the whole model that one observation looks at.
+MODEL_CALLS = 8
+
+
+class NotFiniteWarning(UserWarning):
+    """An observation met numbers that are not finite, and was left out."""
 
 
 class Statistics:
@@ -33,17 +56,30 @@ class Statistics:
         model: any model with layers that compressm knows; only read.
         sequences: how many sequences of a batch an observation looks at.
         memory: weight of what was observed before, at every observation; 1 for plain sums.
+        strict: whether data that are not finite are an error. Otherwise what they lead to is left out and counted, and
+            the first time is warned of.
+
+    Attributes:
+        dropped: how many calls of each layer were left out since their moments were not finite.
     """
 
-    def __init__(self, model: nn.Module, sequences: int = 1, memory: float = MEMORY) -> None:
-        self.sequences, self.memory = sequences, memory
+    def __init__(self, model: nn.Module, sequences: int = 1, memory: float = MEMORY, strict: bool = False) -> None:
+        self.sequences, self.memory, self.strict = sequences, memory, strict
+        self._model = model
         found = find_layers(model).items()
         self._layers = {name: (layer, a) for name, (layer, a) in found if isinstance(a, SelectiveAdapter)}
         self._moments: dict[str, Moments] = {}
-        self._hooks: dict[str, RemovableHandle] = {}
+        self.dropped: dict[str, int] = {}
+        self._why_dropped: dict[str, str] = {}
+        self._missed: dict[str, str] = {}  # calls that cannot be observed, by layer, in words
+        self._handles: list[RemovableHandle] = []
+        self._seen: set[str] = set()  # in this observation
+        self._training_only, self._when, self._calls, self._looking = True, "", 0, False
+        self._arguments: dict[str, Any] = {}  # of the model's call that is being made
         # Models that know which of their inputs are padding tell it before their layers are called.
         self._padded = [module for module in model.modules() if isinstance(module, SequenceClassifier)]
         self._present: Tensor | None = None
+        self._reversed = reversed_layers(model)
 
     @property
     def layers(self) -> list[str]:
@@ -55,17 +91,78 @@ class Statistics:
         """Names of those of them that there are no moments of."""
         return [name for name in self._layers if name not in self._moments]
 
-    def observe_next(self, training_only: bool = True) -> None:
-        """Observe every selective layer at its next call (by default its next call in training mode)."""
+    def problems(self) -> list[str]:
+        """A line for every layer that could not be observed, or not whole: which one, why, and what to do."""
+        return [problem for name in self._layers if (problem := self._problem(name)) is not None]
+
+    def _problem(self, name: str) -> str | None:
+        if name in self._missed:
+            return f"{name!r} is a selective layer that is not seen whole: {self._missed[name]}"
+        if name in self._moments:
+            return None
+        if name in self.dropped:
+            return f"all {self.dropped[name]} observations of {name!r} were left out: {self._why_dropped[name]}"
+        return not_seen(name)
+
+    def observe_next(self, training_only: bool = True, when: str = "") -> None:
+        """Begin an observation: every call of a selective layer counts, until this is called again or `close`.
+
+        Args:
+            training_only: leave out calls in evaluation mode.
+            when: what to call the coming data where something is wrong with them, such as ``"batch 3"``.
+        """
+        self._training_only, self._when, self._calls = training_only, when, 0
+        self._seen.clear()
+        if self._handles or not self._layers:
+            return
+        self._handles = [
+            self._model.register_forward_pre_hook(ModelCalled(self), with_kwargs=True, prepend=True),
+            self._model.register_forward_hook(ModelDone(self), always_call=True),
+        ]
+        for module in self._padded:
+            self._handles.append(module.register_forward_pre_hook(PaddingTold(self), with_kwargs=True))
+            self._handles.append(module.register_forward_hook(PaddingOver(self), always_call=True))
         for name, (layer, adapter) in self._layers.items():
-            if name not in self._hooks:
-                hook = _LayerHook(self, name, adapter, training_only)
-                self._hooks[name] = layer.register_forward_pre_hook(hook, with_kwargs=True)
-        for index, module in enumerate(self._padded if self._layers else ()):
-            if (name := f"{_PADDING}{index}") not in self._hooks:
-                self._hooks[name] = module.register_forward_pre_hook(
-                    _PaddingHook(self, name, training_only), with_kwargs=True
-                )
+            self._handles += LayerWatch(self, name, layer).install(adapter.entrance)
+
+    def counts(self, module: nn.Module) -> bool:
+        """Whether a call of a module that is made now belongs to the observation."""
+        wanted = bool(self._handles) and (module.training or not self._training_only) and not self._looking
+        return wanted and self._calls <= MODEL_CALLS and not in_backward()
+
+    def model_called(self, arguments: dict[str, Any]) -> None:
+        """The whole model is called."""
+        self._calls += 1
+        self._arguments = arguments
+
+    def model_done(self) -> None:
+        """Its call is over."""
+        self._arguments = {}
+
+    def layer_called(self, name: str, layer: nn.Module, arguments: dict[str, Any]) -> None:
+        """A layer is called."""
+        mask, adapter = arguments.get("attention_mask"), self._layers[name][1]
+        for value in arguments.values():
+            if isinstance(value, Tensor) and value.is_floating_point() and value.ndim == 3:
+                present = mask if isinstance(mask, Tensor) and mask.shape == value.shape[:2] else None
+                try:
+                    carried = adapter.carried(layer, arguments)
+                except UnsupportedModelError as error:
+                    self._missed[name] = str(error)
+                    return
+                self.observe(name, layer, adapter, value, present, sequence_starts(value, arguments), carried)
+                return
+
+    def entered_aside(self, name: str, layer: nn.Module, hidden: Any) -> None:
+        """A layer works without having been called: by ``layer.forward``, ``layer.step`` or a part of its own."""
+        adapter = self._layers[name][1]
+        if adapter.entrance is not None and isinstance(hidden, Tensor) and hidden.ndim == 3:
+            self.observe(name, layer, adapter, hidden)
+        else:
+            self._missed[name] = (
+                f"the model calls parts or methods of it ({type(layer).__name__}.step or .forward), where its states "
+                "cannot be followed; call the layer itself, layer(u), with u of shape (batch, length, d_model)"
+            )
 
     def observe(
         self,
@@ -75,63 +172,109 @@ class Statistics:
         hidden: Tensor,
         present: Tensor | None = None,
         starts: Tensor | None = None,
+        carried: Any = None,
     ) -> None:
         """Add what a layer does with some inputs.
 
         Args:
             name, layer, adapter: the layer.
             hidden: its input, shape ``(batch, length, d_model)``.
-            present: 1 for tokens and 0 for padding, shape ``(batch, length)``; by default what the model said before it
-                called its layers.
+            present: 1 for tokens and 0 for padding that the layer itself leaves out, shape ``(batch, length)``; by
+                default what the model said before it called its layers, which read their padding like any input.
             starts: True at the first token of every sequence, where a row holds several, shape ``(batch, length)``.
+            carried: what the call goes on from, see `SelectiveAdapter.carried`; None where states start at zero.
         """
-        present = self._present if present is None else present
+        told = present is None
+        if told and self._present is not None and self._present.shape == hidden.shape[:2]:
+            present = self._present.flip(1) if name in self._reversed else self._present
         present = None if present is None or present.shape != hidden.shape[:2] else present.detach()[: self.sequences]
         hidden = hidden.detach()[: self.sequences]
         if starts is not None:  # nothing is carried over from one to the next, by no convolution either
             starts = starts[: self.sequences]
             present = hidden.new_ones(hidden.shape[:2]) if present is None else present
-            hidden, present = _unpacked(hidden, starts), _unpacked(present, starts)
-        with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
-            hidden = hidden.to(next(layer.parameters()).dtype)
-            if present is not None:  # as transformers does, so that convolutions do not reach into padding either
-                hidden = hidden * present[..., None].to(hidden)
-            new = moments(adapter.signals(layer, hidden), present)
-        if float(new.tokens) == 0:
-            return
+            hidden, present = unpacked(hidden, starts), unpacked(present, starts)
+        self._looking = True
+        try:
+            with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
+                hidden = hidden.to(next(layer.parameters()).dtype)
+                if present is not None and not told:  # as transformers does: convolutions do not reach into it either
+                    hidden = hidden * present[..., None].to(hidden)
+                signals = (
+                    adapter.signals(layer, hidden) if carried is None else adapter.signals_after(layer, hidden, carried)
+                )
+                new = moments(signals, present, padding_enters=told)
+        finally:
+            self._looking = False
+        if not all(bool(value.isfinite().all()) for value in new.tensors().values()):
+            self._drop(name, hidden)
+        elif float(new.tokens) > 0:
+            self._add(name, new)
+
+    def _add(self, name: str, new: Moments) -> None:
         before = self._moments.get(name)
         if before is not None and before.P.shape == new.P.shape:
-            new = before.plus(new, self.memory)
+            new = before.plus(new, 1.0 if name in self._seen else self.memory)
         self._moments[name] = new
+        self._seen.add(name)
 
-    def remember_padding(self, model: SequenceClassifier, u: Tensor) -> None:
-        """Remember which inputs of the coming forward pass are tokens."""
-        self._present = model.present(u)
+    def _drop(self, name: str, hidden: Tensor) -> None:
+        """Leave an observation out, and say why, once."""
+        why = f"{self._when}: {self._reason(name, hidden)}" if self._when else self._reason(name, hidden)
+        if self.strict:
+            raise InvalidSystemError(f"moments of {name!r}: {why}")
+        if not self.dropped:
+            warnings.warn(
+                f"an observation of {name!r} is left out: {why}; further ones are only counted", NotFiniteWarning, 3
+            )
+        self.dropped[name] = self.dropped.get(name, 0) + 1
+        self._why_dropped[name] = why
 
-    def forget_hook(self, name: str) -> None:
-        """Remove a layer's hook, if there is one."""
-        if name in self._hooks:
-            self._hooks.pop(name).remove()
+    def _reason(self, name: str, hidden: Tensor) -> str:
+        """Whose fault it is that moments are not finite: the data's, the weights', or neither's."""
+        if bad := not_finite(self._arguments):
+            return f"the model's input {bad}; mend or leave out such data"
+        if bad := not_finite(dict(self._model.named_parameters())):
+            return (
+                f"the model has diverged, {bad}; go back to a checkpoint from before that, or lower the learning rate"
+            )
+        if bad := not_finite({"what enters the layer": hidden}):
+            return f"{bad}, though weights are finite; see that the data are, and that nothing before it overflows"
+        return f"the states of {name!r} overflow, though its weights and its input are finite"
+
+    def padding_told(self, model: nn.Module, arguments: dict[str, Any]) -> None:
+        """A model is called that knows which of its inputs are tokens."""
+        assert isinstance(model, SequenceClassifier)
+        self._present = model.present(next(iter(arguments.values())))
+
+    def padding_over(self) -> None:
+        """Its call is over."""
+        self._present = None
 
     def close(self) -> None:
-        """Remove all hooks; the moments stay."""
-        for name in list(self._hooks):
-            self.forget_hook(name)
+        """End the observation, and remove all hooks; the moments stay."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        self._present, self._arguments = None, {}
 
     def reset(self) -> None:
-        """Forget all moments."""
-        self._moments.clear()
+        """Forget all moments, and what was left out of them."""
+        for record in (self._moments, self._missed, self.dropped, self._why_dropped):
+            record.clear()
 
     def moments(self) -> dict[str, Moments]:
         """The moments by layer name, summed over the processes of `torch.distributed` where it is initialised; then
         every process must call this at the same time.
 
         Raises:
-            UnsupportedModelError: a layer was never observed; on all processes.
+            UnsupportedModelError: a layer was never observed, or not whole; on all processes.
+            InvalidSystemError: all that was observed of a layer was not finite; on all processes.
         """
-        unseen = [name for names in gathered(self.unseen) for name in names]
-        if unseen:
-            raise UnsupportedModelError(not_seen(unseen[0]))
+        dropped = any(name in self.dropped for name in self.unseen)
+        problems = [(line, bad) for lines, bad in gathered((self.problems(), dropped)) for line in lines]
+        if problems:
+            line, bad = problems[0]
+            raise (InvalidSystemError if bad else UnsupportedModelError)(line)
         return {name: _summed(self._moments[name]) for name in self._layers}
 
     def state_dict(self) -> dict[str, Any]:
@@ -141,83 +284,6 @@ class Statistics:
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Take up what `state_dict` returned."""
         self._moments = {name: Moments(**tensors) for name, tensors in state_dict.items()}
-
-
-class _Once:
-    """A forward pre-hook that sees one call, in training mode if only that counts, and removes itself."""
-
-    def __init__(self, statistics: Statistics, name: str, training_only: bool) -> None:
-        self.statistics, self.name, self.training_only = statistics, name, training_only
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Callable[..., None]:
-        """Copies of the model are nobody's training, and are not observed."""
-        return _nothing
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self.training_only and not module.training:
-            return
-        self.statistics.forget_hook(self.name)
-        self.see(module, args, kwargs)
-
-    def see(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """The call."""
-        raise NotImplementedError
-
-
-class _LayerHook(_Once):
-    """Observes a selective layer."""
-
-    def __init__(self, statistics: Statistics, name: str, adapter: SelectiveAdapter, training_only: bool) -> None:
-        super().__init__(statistics, name, training_only)
-        self.adapter = adapter
-
-    def see(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        mask = kwargs.get("attention_mask")
-        for value in (*args, *kwargs.values()):
-            if isinstance(value, Tensor) and value.is_floating_point() and value.ndim == 3:
-                present = mask if isinstance(mask, Tensor) and mask.shape == value.shape[:2] else None
-                self.statistics.observe(self.name, module, self.adapter, value, present, _starts(value, kwargs))
-                return
-
-
-def _starts(hidden: Tensor, kwargs: Mapping[str, Any]) -> Tensor | None:
-    """Where sequences begin that are packed one after the other, from the arguments that tell a layer so.
-
-    Args:
-        hidden: shape ``(batch, length, d_model)``.
-        kwargs: of the layer's call: ``seq_idx``, the number of every token's sequence, shape ``(batch, length)``; or
-            ``cu_seqlens``, the places where sequences begin in the only row, and its length.
-
-    Returns:
-        True at the first token of a sequence, shape ``(batch, length)``; None where nothing is packed.
-    """
-    numbers, places = kwargs.get("seq_idx"), kwargs.get("cu_seqlens")
-    if isinstance(numbers, Tensor) and numbers.shape == hidden.shape[:2]:
-        return nn.functional.pad(numbers.diff(dim=1) != 0, (1, 0), value=True)
-    if isinstance(places, Tensor) and hidden.shape[0] == 1:
-        starts = torch.zeros(hidden.shape[:2], dtype=torch.bool, device=hidden.device)
-        starts[0, places[:-1].long()] = True
-        return starts
-    return None
-
-
-def _unpacked(packed: Tensor, starts: Tensor) -> Tensor:
-    """Packed sequences one to a row, zeros after: ``(batch, length, ...)`` to ``(sequences, longest, ...)``."""
-    places = starts.flatten().nonzero().flatten().tolist()
-    lengths = [end - start for start, end in zip(places, [*places[1:], starts.numel()], strict=True)]
-    return nn.utils.rnn.pad_sequence(list(packed.flatten(0, 1).split(lengths)), batch_first=True)
-
-
-class _PaddingHook(_Once):
-    """Asks a model which of its inputs are tokens and which are padding."""
-
-    def see(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        assert isinstance(module, SequenceClassifier)
-        self.statistics.remember_padding(module, *args, **kwargs)
-
-
-def _nothing(*_: Any) -> None:
-    """A hook that does nothing."""
 
 
 def not_seen(name: str) -> str:
@@ -252,15 +318,16 @@ def gather(model: nn.Module, data: Iterable[Any], sequences: int = 4) -> dict[st
 
     Raises:
         UnsupportedModelError: no layer that compressm knows, or one that no data went through.
+        InvalidSystemError: data, or what they lead to in a layer, that are not finite.
     """
-    statistics = Statistics(model, sequences, memory=1.0)
+    statistics = Statistics(model, sequences, memory=1.0, strict=True)
     if not statistics.layers:
         return {}
     try:
         with modes_kept(model), torch.no_grad():
             model.eval()
-            for batch in data:
-                statistics.observe_next(training_only=False)
+            for index, batch in enumerate(data):
+                statistics.observe_next(training_only=False, when=f"batch {index} of data")
                 if isinstance(batch, Mapping):
                     model(**batch)
                 else:
@@ -281,4 +348,4 @@ def modes_kept(model: nn.Module) -> Generator[None]:
             module.training = training
 
 
-__all__ = ["Statistics", "gather", "modes_kept", "not_seen"]
+__all__ = ["MODEL_CALLS", "NotFiniteWarning", "Statistics", "gather", "modes_kept", "not_seen"]

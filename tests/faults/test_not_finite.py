@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 import compressm
 from compressm.errors import InvalidSystemError
 from compressm.layers import SequenceClassifier, parameter_groups
+from compressm.metrics import MetricWarning
 
 LAYERS = {"lru": {}, "mamba": {}, "mamba2": {"head_dim": 4}, "linear_attention": {"n_heads": 2}}
 
@@ -101,7 +103,8 @@ def test_the_cushion_undoes_a_divergence(value: float, tried: Record) -> None:
             before = bits(model, optimizer)
         if number == 11:
             poison_weights(model, optimizer, value)
-        event = compressor.step()
+        with pytest.warns(MetricWarning) if number == 12 else nullcontext():
+            event = compressor.step()
         kinds += [] if event is None else [event.kind]
     assert kinds == ["cut", "rolled_back"]
     assert alike(bits(model, optimizer), before)

@@ -16,9 +16,10 @@ transformers = pytest.importorskip("transformers")
 
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments  # noqa: E402
 
-from compressm.errors import InvalidRankRuleError, UnsupportedModelError  # noqa: E402
+from compressm.errors import EvaluationError, InvalidRankRuleError, UnsupportedModelError  # noqa: E402
 from compressm.integrations.transformers import CompressionCallback  # noqa: E402
 from compressm.layers import SequenceClassifier  # noqa: E402
+from compressm.metrics import MetricWarning  # noqa: E402
 from compressm.reduce import state_dims  # noqa: E402
 
 STEPS = 24
@@ -269,3 +270,32 @@ def test_refusals_come_before_training(tmp_path: Path) -> None:
     trainer.model = nn.Linear(1, 1)
     with pytest.raises(UnsupportedModelError):
         CompressionCallback(trainer, tolerance=0.1)
+
+
+def test_a_metric_that_no_evaluation_has_is_refused(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, metric_for_best_model="accuracy")
+    compressing(trainer, max_drop=0.1, check_after=2)
+    with pytest.raises(InvalidRankRuleError, match=r"metric_for_best_model='accuracy': .* no compute_metrics"):
+        trainer.train()
+    trainer = make_trainer(tmp_path)
+    trainer.eval_dataset = None
+    compressing(trainer, max_drop=0.1, check_after=2)
+    with pytest.raises(InvalidRankRuleError, match="give the Trainer an eval_dataset"):
+        trainer.train()
+    trainer = make_trainer(tmp_path, metric_for_best_model="accuracy")
+    trainer.compute_metrics = lambda prediction: {"f1": 0.5}
+    compressing(trainer, max_drop=0.1, check_after=2)
+    with pytest.raises(
+        EvaluationError, match=r"has no 'eval_accuracy' .* only eval_f1, eval_loss.*let compute_metrics"
+    ):
+        trainer.train()
+
+
+def test_a_metric_of_the_trainer_that_is_not_finite_makes_no_cut(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, metric_for_best_model="score")
+    values = iter([float("nan")] + [0.5] * 20)
+    trainer.compute_metrics = lambda prediction: {"score": next(values)}
+    callback = compressing(trainer, states=8, max_drop=0.1, cuts=1, check_after=2)
+    with pytest.warns(MetricWarning, match="evaluate returned nan at step 12, before a cut"):
+        trainer.train()
+    assert [event.kind for event in callback.compressor.history] == ["postponed", "cut", "kept"]

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from torch.nn.utils.prune import BasePruningMethod
 
 from compressm.balancing import Reduction
-from compressm.errors import UnsupportedModelError
+from compressm.errors import InvalidSystemError, UnsupportedModelError
 from compressm.selective import SelectiveReduction, Signals
 from compressm.systems import DiagonalSystem
 
@@ -118,11 +120,14 @@ class SelectiveAdapter(LayerAdapter):
             recurrence it cannot, and C is selected like B.
         rotates: whether the recurrence allows rotations of the states, the same for B and C, and no other change of
             basis: the delta rule.
+        entrance: a part of the layer that it calls once, with its own input, by which the layer is observed where its
+            ``forward`` is called and not the layer. None where there is none; such calls are then refused.
     """
 
     folds_into: bool = False
     folds_out: bool = False
     rotates: bool = False
+    entrance: str | None = None
 
     def maps(self, layer: nn.Module) -> tuple[bool, bool, bool]:
         """``folds_into``, ``folds_out`` and ``rotates`` of one layer, where they depend on its options."""
@@ -138,10 +143,46 @@ class SelectiveAdapter(LayerAdapter):
             hidden: some sequences of a batch that the layer was called with, shape ``(batch, length, d_model)``.
         """
 
+    def carried(self, layer: nn.Module, arguments: Mapping[str, Any]) -> Any:
+        """What a call of the layer goes on from, for `signals_after`; None where its states start at zero.
+
+        Args:
+            layer: the layer, about to be called.
+            arguments: of the call, by name.
+
+        Raises:
+            UnsupportedModelError: a state is carried over that the adapter cannot read.
+        """
+        for name in _CARRIERS:
+            if not _is_fresh(arguments.get(name)):
+                raise UnsupportedModelError(
+                    f"a call goes on from the state in {name}, which cannot be read for {type(layer).__name__}; gather "
+                    "moments from whole sequences, without it"
+                )
+        return None
+
+    def signals_after(self, layer: nn.Module, hidden: Tensor, carried: Any) -> Signals:
+        """As `signals`, for a call that goes on from what `carried` returned."""
+        raise NotImplementedError(f"{type(self).__name__}.carried reads states, and signals_after is not there")
+
     @abstractmethod
     def plan(self, values: Mapping[str, Tensor], reduction: SelectiveReduction) -> LayerChange:
         """What to write so that the recurrence gets ``into B`` and ``out C``, and the kept states' rates. Nothing is
         written yet."""
+
+
+# Arguments by which layers are given the state that they go on from.
+_CARRIERS = ("cache_params", "past_key_values", "past_key_value", "inference_params", "initial_state", "initial_states")
+
+
+def _is_fresh(carrier: Any) -> bool:
+    """Whether nothing has been stored yet in what a layer is given to store its state in."""
+    if carrier is None:
+        return True
+    length = getattr(carrier, "get_seq_length", None) or getattr(carrier, "__len__", None)
+    if length is None:
+        return getattr(carrier, "seqlen_offset", 1) == 0
+    return not isinstance(carrier, Tensor) and int(length()) == 0
 
 
 _REGISTRY: dict[type[nn.Module] | str, LayerAdapter] = {}
@@ -201,6 +242,69 @@ def _adapter(kind: type[nn.Module]) -> LayerAdapter | None:
 
 def _short_name(kind: type[nn.Module] | str) -> str:
     return kind.rpartition(".")[2] if isinstance(kind, str) else kind.__name__
+
+
+def check_plain(layers: Mapping[str, nn.Module]) -> None:
+    """Refuse layers of which a parameter that a cut reads or writes is computed from others at every call.
+
+    Such are weights under `torch.nn.utils.parametrize` (``weight_norm``, ``spectral_norm``), under the older hooks of
+    the same names, pruned ones, and those that an adapter such as LoRA wraps.
+
+    Args:
+        layers: by their names in the model.
+
+    Raises:
+        UnsupportedModelError: names the parameter, and how to make it a plain one again.
+    """
+    for layer_name, layer in layers.items():
+        adapter = _adapter(type(layer))
+        assert adapter is not None
+        computed = dict(_computed(layer))
+        try:
+            names = set(adapter.resized(layer, adapter.state_dim(layer)).values())
+            if isinstance(adapter, Adapter):
+                adapter.read(layer_values(layer))
+        except (KeyError, AttributeError) as error:
+            # The error names the parameter; get_parameter's own message has the last part of it only.
+            text = str(error.args[0]) if error.args else ""
+            names = {name for name in computed if name == text or f"`{name.rpartition('.')[2]}`" in text} or {text}
+        except InvalidSystemError:  # values, which others look at
+            names = set(layer_values(layer)) if not computed else set(computed)
+        for name in sorted(names):
+            full = f"{layer_name}.{name}".lstrip(".")
+            if name in computed:
+                raise UnsupportedModelError(
+                    f"{full} is computed from other parameters at every call ({computed[name][0]}), and a cut has to "
+                    f"write it: {computed[name][1]} first, and build the optimizer after that"
+                )
+            if name not in layer_values(layer):
+                raise UnsupportedModelError(
+                    f"{full} is not a parameter of {type(layer).__name__} any more, and a cut has to write it: undo "
+                    "what has replaced it (merge and unload adapters, dequantize), or leave this layer as it is built"
+                )
+
+
+def _computed(layer: nn.Module) -> Iterator[tuple[str, tuple[str, str]]]:
+    """Tensors of a layer that are computed from parameters: their names, by what, and how to undo it."""
+    for path, module in layer.named_modules():
+        if parametrize.is_parametrized(module):
+            for name in cast("nn.ModuleDict", module.parametrizations):
+                full = f"{path}.{name}".lstrip(".")
+                kinds = ", ".join(type(one).__name__ for one in cast("Any", module.parametrizations)[name])
+                advice = f"call torch.nn.utils.parametrize.remove_parametrizations(module, {name!r})"
+                yield full, (f"parametrization {kinds}", advice)
+        for hook in module._forward_pre_hooks.values():  # pyright: ignore[reportPrivateUsage]
+            kind = type(hook).__name__
+            if kind in ("WeightNorm", "SpectralNorm"):
+                name: str = cast("Any", hook).name
+                remover = "remove_weight_norm" if kind == "WeightNorm" else "remove_spectral_norm"
+                yield f"{path}.{name}".lstrip("."), (kind, f"call torch.nn.utils.{remover}(module, {name!r})")
+            elif isinstance(hook, BasePruningMethod):
+                name = cast("Any", hook)._tensor_name
+                yield (
+                    f"{path}.{name}".lstrip("."),
+                    (f"pruning {kind}", f"call torch.nn.utils.prune.remove(module, {name!r})"),
+                )
 
 
 def layer_values(layer: nn.Module) -> dict[str, Tensor]:

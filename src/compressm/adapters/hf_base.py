@@ -2,11 +2,49 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from compressm.adapters.base import SelectiveAdapter
+
+
+@dataclass(frozen=True)
+class Carried:
+    """What a layer's cache holds before a call, to be read by the layer's own forward; nothing is written to the cache.
+
+    Attributes:
+        conv: the convolution's last inputs, shape ``(batch, channels, taps)``.
+        recurrent: the recurrence's state.
+        recording: what the cache says to ``is_recording_past``.
+    """
+
+    conv: Tensor
+    recurrent: Tensor | None
+    recording: bool
+
+    def first(self, sequences: int) -> Carried:
+        """Of the first sequences of the batch; copies."""
+        recurrent = None if self.recurrent is None else self.recurrent[:sequences].clone()
+        return Carried(self.conv[:sequences].clone(), recurrent, self.recording)
+
+    def get_conv_state(self, *_: Any, **__: Any) -> Tensor:
+        return self.conv
+
+    def get_recurrent_state(self, *_: Any, **__: Any) -> Tensor | None:
+        return self.recurrent
+
+    def update_conv_state(self, conv_states: Tensor, *_: Any, **__: Any) -> Tensor:
+        return torch.cat([self.conv, conv_states], -1)
+
+    def update_recurrent_state(self, *_: Any, **__: Any) -> None:
+        """Nothing is stored."""
+
+    def is_recording_past(self, *_: Any) -> bool:
+        return self.recording
 
 
 class HuggingFaceAdapter(SelectiveAdapter):
@@ -25,6 +63,16 @@ class HuggingFaceAdapter(SelectiveAdapter):
     def __init__(self, layer_type: str) -> None:
         self.layer_type = layer_type
 
+    def carried(self, layer: nn.Module, arguments: Mapping[str, Any]) -> Any:
+        cache: Any = arguments.get("cache_params")
+        if not hasattr(cache, "get_conv_state"):
+            return super().carried(layer, arguments)
+        index: Any = layer.layer_idx
+        conv: Tensor | None = cache.get_conv_state(index)
+        if conv is None:  # an empty cache
+            return None
+        return Carried(conv.detach(), _detached(cache.get_recurrent_state(index)), bool(cache.is_recording_past(index)))
+
     def written(self, model: nn.Module) -> None:
         for module in model.modules():
             config: Any = getattr(module, "config", None)
@@ -38,3 +86,10 @@ class HuggingFaceAdapter(SelectiveAdapter):
             for layer in module.modules()
             if self.layer_type in [f"{kind.__module__}.{kind.__qualname__}" for kind in type(layer).__mro__]
         ]
+
+
+def _detached(value: Tensor | None) -> Tensor | None:
+    return None if value is None else value.detach()
+
+
+__all__ = ["Carried", "HuggingFaceAdapter"]

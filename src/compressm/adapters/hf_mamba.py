@@ -10,7 +10,7 @@ rank.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from compressm.adapters.base import LayerChange, ParameterChange, layer_values
-from compressm.adapters.hf_base import HuggingFaceAdapter
+from compressm.adapters.hf_base import Carried, HuggingFaceAdapter
 from compressm.adapters.mamba import projection_change, selection_change
 from compressm.adapters.rebind import not_fused, rebound_forward
 from compressm.selective import SelectiveReduction, Signals, first_states
@@ -31,19 +31,39 @@ class HFMambaAdapter(HuggingFaceAdapter):
     folds_out = True
 
     def signals(self, layer: nn.Module, hidden: Tensor) -> Signals:
+        return self.signals_after(layer, hidden, None)
+
+    def signals_after(self, layer: nn.Module, hidden: Tensor, carried: Carried | None) -> Signals:
         recorded: dict[str, Any] = {}
 
         def record(
             hidden_states: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, z: Tensor, delta_bias: Tensor, **_: Any
-        ) -> Tensor:
+        ) -> Any:
             delta = F.softplus(dt + delta_bias[:, None])
             u, delta, B, C, gate = (value.transpose(1, 2) for value in (hidden_states, delta, B, C, F.silu(z)))
             recorded.update(u=u, delta=delta, rates=-A, B=B[:, :, None], C=C[:, :, None], gate=gate)
-            return torch.zeros_like(hidden_states)
+            out = torch.zeros_like(hidden_states)
+            return out if carried is None else (out, None)
 
-        rebound_forward(layer, {"mamba_selective_scan": record, "mamba_inner_fn": not_fused})(hidden)
+        def record_step(
+            state: Tensor, u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, *_: Any,
+            z: Tensor, dt_bias: Tensor, **__: Any,
+        ) -> Tensor:  # fmt: skip
+            recorded["state"] = state
+            u, dt, B, C, z = (value[..., None] for value in (u, dt, B, C, z))
+            return record(u, dt, A, B, C, z=z, delta_bias=dt_bias)[0][..., 0]
+
+        functions: dict[str, Callable[..., Any]] = {
+            "mamba_selective_scan": record,
+            "mamba_selective_state_update": record_step,
+            "mamba_inner_fn": not_fused,
+        }
+        rebound_forward(layer, functions)(hidden, carried and carried.first(hidden.shape[0]))
         delta, gain = recorded["delta"], recorded["gate"] * layer.get_parameter("out_proj.weight").norm(dim=0)
-        return Signals(recorded["u"] * delta, delta, recorded["rates"], recorded["B"], recorded["C"], gain)
+        return Signals(
+            recorded["u"] * delta, delta, recorded["rates"], recorded["B"], recorded["C"], gain,
+            state=recorded.get("state"),
+        )  # fmt: skip
 
     def plan(self, values: Mapping[str, Tensor], reduction: SelectiveReduction) -> LayerChange:
         assert reduction.kept is not None

@@ -6,7 +6,7 @@ channels of ``conv1d``, group by group.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from compressm.adapters.base import LayerChange, layer_values
-from compressm.adapters.hf_base import HuggingFaceAdapter
+from compressm.adapters.hf_base import Carried, HuggingFaceAdapter
 from compressm.adapters.mamba import selection_change
 from compressm.adapters.mamba2 import kept_channels
 from compressm.adapters.rebind import not_fused, rebound_forward
@@ -34,6 +34,9 @@ class HFMamba2Adapter(HuggingFaceAdapter):
         self.config_field = config_field
 
     def signals(self, layer: nn.Module, hidden: Tensor) -> Signals:
+        return self.signals_after(layer, hidden, None)
+
+    def signals_after(self, layer: nn.Module, hidden: Tensor, carried: Carried | None) -> Signals:
         recorded: dict[str, Tensor] = {}
 
         def record(
@@ -45,19 +48,36 @@ class HFMamba2Adapter(HuggingFaceAdapter):
             *,
             dt_bias: Tensor,
             dt_limit: tuple[float, float],
+            initial_states: Tensor | None = None,
             **_: Any,
-        ) -> Tensor:
+        ) -> Any:
             delta = F.softplus(dt + dt_bias).clamp(*dt_limit)[..., None]
             recorded.update(x=hidden_states * delta, step=(-A[:, None] * delta).expand_as(hidden_states), B=B, C=C)
-            return torch.zeros_like(hidden_states)
+            if initial_states is not None:
+                recorded["state"] = initial_states.flatten(1, 2)
+            out = torch.zeros_like(hidden_states)
+            return out if carried is None else (out, None)
 
-        functions = {"mamba2_chunk_scan": record, "mamba2_split_conv1d_scan_combined": not_fused}
-        rebound_forward(layer, functions)(hidden)
+        def record_step(
+            state: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, *_: Any, dt_bias: Tensor, **__: Any
+        ) -> Tensor:
+            delta = F.softplus(dt + dt_bias)
+            parts = {"x": x * delta, "step": -A[..., 0] * delta, "B": B, "C": C}
+            recorded.update({name: value[:, None] for name, value in parts.items()}, state=state.flatten(1, 2))
+            return torch.zeros_like(x)
+
+        functions: dict[str, Callable[..., Any]] = {
+            "mamba2_chunk_scan": record,
+            "mamba2_selective_state_update": record_step,
+            "mamba2_split_conv1d_scan_combined": not_fused,
+        }
+        rebound_forward(layer, functions)(hidden, carried and carried.first(hidden.shape[0]))
         x, step = recorded["x"].flatten(-2), recorded["step"].flatten(-2)
         # The gated norm divides all channels of a token by one number, which is left out here.
         gain = F.silu(_gate(layer, hidden, x.shape[-1])) * layer.get_parameter("out_proj.weight").norm(dim=0)
         norm: Any = getattr(layer.norm, "weight", None)
-        return Signals(x, step, x.new_ones(1, 1), recorded["B"], recorded["C"], gain if norm is None else gain * norm)
+        gain = gain if norm is None else gain * norm
+        return Signals(x, step, x.new_ones(1, 1), recorded["B"], recorded["C"], gain, state=recorded.get("state"))
 
     def plan(self, values: Mapping[str, Tensor], reduction: SelectiveReduction) -> LayerChange:
         assert reduction.kept is not None

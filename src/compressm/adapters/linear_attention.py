@@ -21,6 +21,7 @@ class LinearAttentionAdapter(SelectiveAdapter):
     may be any."""
 
     layer_type = LinearAttention
+    entrance = "q_proj"
     folds_into = True
     folds_out = True
 

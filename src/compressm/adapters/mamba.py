@@ -18,6 +18,7 @@ class MambaAdapter(SelectiveAdapter):
     """Folds a reduction of an S6 layer into the rows of ``x_proj`` and the columns of ``A_log``."""
 
     layer_type = Mamba
+    entrance = "in_proj"
     folds_out = True
 
     def signals(self, layer: nn.Module, hidden: Tensor) -> Signals:

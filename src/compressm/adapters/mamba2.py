@@ -18,6 +18,7 @@ class Mamba2Adapter(SelectiveAdapter):
     """Keeps the rows of ``in_proj`` and the channels of ``conv1d`` that belong to the kept states."""
 
     layer_type = Mamba2
+    entrance = "in_proj"
 
     def signals(self, layer: nn.Module, hidden: Tensor) -> Signals:
         assert isinstance(layer, Mamba2)

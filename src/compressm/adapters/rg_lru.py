@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from compressm.adapters.base import LayerChange, ParameterChange, SelectiveAdapter, layer_values
 from compressm.adapters.hf_base import HuggingFaceAdapter
 from compressm.adapters.mamba import selection_change
+from compressm.errors import UnsupportedModelError
 from compressm.layers.parts import short_conv
 from compressm.layers.rg_lru import RecurrentBlock, recurrence_terms
 from compressm.selective import SelectiveReduction, Signals, first_states
@@ -30,11 +31,15 @@ class RecurrentBlockAdapter(SelectiveAdapter):
     """Keeps the same number of channels in every block of the gates."""
 
     layer_type = RecurrentBlock
+    entrance = "linear_x"
     folds_out = True
 
     def signals(self, layer: nn.Module, hidden: Tensor) -> Signals:
         module: Any = layer
-        x = short_conv(module.conv_1d, module.linear_x(hidden))
+        return self.driven_by(module, hidden, short_conv(module.conv_1d, module.linear_x(hidden)))
+
+    def driven_by(self, module: Any, hidden: Tensor, x: Tensor) -> Signals:
+        """`signals`, where the convolution has led to ``x``, shape ``(batch, length, width)``."""
         decay, driven = recurrence_terms(x, dict(module.rg_lru.named_parameters()))
         blocks = module.rg_lru.input_gate_weight.shape[:2]
         decay, driven = decay.unflatten(-1, blocks), driven.unflatten(-1, blocks)
@@ -86,6 +91,7 @@ class RecurrentGemmaAdapter(HuggingFaceAdapter, RecurrentBlockAdapter):
     """``RecurrentGemmaRecurrentBlock`` of transformers, whose config has the whole width."""
 
     config_field = "lru_width"
+    entrance = None
 
     def signals(self, layer: nn.Module, hidden: Tensor) -> Signals:
         """As the parent's, but for the first token, whose input RecurrentGemma does not scale by the decay."""
@@ -94,6 +100,32 @@ class RecurrentGemmaAdapter(HuggingFaceAdapter, RecurrentBlockAdapter):
         scale = (-torch.expm1(-2 * decay)).clamp_min(1e-6).sqrt()
         first = (driven / scale)[:, None]
         return replace(found, B=torch.cat([first, found.B[:, 1:]], 1))
+
+    def carried(self, layer: nn.Module, arguments: Mapping[str, Any]) -> tuple[Tensor, Tensor] | None:
+        """The convolution's last inputs and the state, which RecurrentGemma keeps in the layer, and starts anew from at
+        every position 0."""
+        module: Any = layer
+        positions, states = arguments.get("position_ids"), module.rg_lru.recurrent_states
+        if not isinstance(positions, Tensor) or states is None or not arguments.get("use_cache", True):
+            return None
+        begins = positions[:, 0] == 0
+        if bool(begins.all()):
+            return None
+        if bool(begins.any()):
+            raise UnsupportedModelError(
+                "a call goes on from a carried state in some rows of the batch and starts at position 0 in others; "
+                "gather moments from batches that do one of both"
+            )
+        return module.conv1d_state.detach(), states.detach()
+
+    def signals_after(self, layer: nn.Module, hidden: Tensor, carried: tuple[Tensor, Tensor]) -> Signals:
+        module: Any = layer
+        before, state = (value[: hidden.shape[0]].to(hidden) for value in carried)
+        x, length = module.linear_x(hidden), hidden.shape[1]
+        if length == 1:  # longer parts start the convolution anew, as the layer itself does
+            x = torch.cat([before.transpose(1, 2), x], 1)
+        found = self.driven_by(module, hidden, short_conv(module.conv_1d, x)[:, -length:])
+        return replace(found, state=state.unflatten(-1, module.rg_lru.input_gate_weight.shape[:2]))
 
     def activation(self, layer: Any) -> Any:
         return layer.act_fn

@@ -10,9 +10,10 @@ from torch import nn
 
 from compressm.checkpoint import load_tree, save_tree
 from compressm.compressor import Compressor
-from compressm.errors import MissingExtraError, UnsupportedModelError
+from compressm.errors import EvaluationError, InvalidRankRuleError, MissingExtraError, UnsupportedModelError
 from compressm.fitting import fit_any_size
 from compressm.history import Event
+from compressm.metrics import as_metric
 
 try:
     from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -66,6 +67,7 @@ class CompressionCallback(TrainerCallback):
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         arguments: dict[str, Any] = {"rewind": False, **self._arguments}
         if arguments.get("max_drop") is not None and arguments.get("evaluate") is None:
+            self._check_metric()
             arguments["evaluate"] = self._evaluate
         self.compressor = Compressor(self._model, self.trainer.optimizer, state.max_steps, **arguments)
         if _RECORD in _records(state):
@@ -107,14 +109,45 @@ class CompressionCallback(TrainerCallback):
         if metrics := event.metrics():
             self.trainer.log(metrics)
 
+    def _check_metric(self) -> None:
+        """Refuse, before training, a metric that an evaluation will not have."""
+        name = self._metric_name()
+        if self.trainer.eval_dataset is None:
+            raise InvalidRankRuleError(
+                "max_drop needs a metric: give the Trainer an eval_dataset, or CompressionCallback evaluate="
+            )
+        if isinstance(self.trainer.eval_dataset, dict):
+            names = ", ".join(self.trainer.eval_dataset)
+            raise InvalidRankRuleError(
+                f"max_drop needs one metric, and the Trainer's eval_dataset is a dict ({names}): give "
+                "CompressionCallback evaluate=, a function of the model"
+            )
+        if name != "eval_loss" and self.trainer.compute_metrics is None:
+            raise InvalidRankRuleError(
+                f"metric_for_best_model={self.trainer.args.metric_for_best_model!r}: the Trainer has no "
+                "compute_metrics that returns it; pass one, or leave the loss as the metric"
+            )
+
+    def _metric_name(self) -> str:
+        name = self.trainer.args.metric_for_best_model or "loss"
+        return name if name.startswith("eval_") else f"eval_{name}"
+
     def _evaluate(self, model: nn.Module) -> float:
-        """The Trainer's metric for the best model, as larger is better; no callback hears of it."""
-        args = self.trainer.args
-        name = args.metric_for_best_model or "loss"
-        name = name if name.startswith("eval_") else f"eval_{name}"
+        """The Trainer's metric for the best model, as larger is better; no callback hears of it.
+
+        Raises:
+            EvaluationError: the evaluation does not have it.
+        """
+        args, name = self.trainer.args, self._metric_name()
         output = self.trainer.evaluation_loop(self.trainer.get_eval_dataloader(), description="Cut")
+        metrics = output.metrics or {}
+        if name not in metrics:
+            raise EvaluationError(
+                f"the Trainer's evaluation has no {name!r} (metric_for_best_model), only {', '.join(sorted(metrics))}: "
+                "let compute_metrics return it, or see that the model returns a loss for the eval_dataset"
+            )
         larger_is_better = not name.endswith("loss") if args.greater_is_better is None else args.greater_is_better
-        return float((output.metrics or {})[name]) * (1 if larger_is_better else -1)
+        return as_metric(metrics[name]) * (1 if larger_is_better else -1)
 
 
 def _records(state: TrainerState) -> dict[str, Any]:

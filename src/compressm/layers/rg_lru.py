@@ -44,10 +44,15 @@ class RGLRU(nn.Module):
             self.register_parameter(f"{name}_weight", nn.Parameter(weight))
             self.register_parameter(f"{name}_bias", nn.Parameter(torch.zeros(n_blocks, d_state)))
 
+    def weights(self) -> dict[str, Tensor]:
+        """The parameters by name, also where they are computed from others."""
+        gates = [f"{gate}_{part}" for gate in ("input_gate", "recurrent_gate") for part in ("weight", "bias")]
+        return {name: getattr(self, name) for name in ("recurrent_param", *gates)}
+
     def terms(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """What the recurrence ``h_t = exp(-decay_t) h_{t-1} + input_t`` gets for ``x`` of shape ``(..., width)``: decay
         and input, of the same shape."""
-        return recurrence_terms(x, dict(self.named_parameters()))
+        return recurrence_terms(x, self.weights())
 
 
 def recurrence_terms(x: Tensor, parameters: dict[str, Tensor]) -> tuple[Tensor, Tensor]:

@@ -129,11 +129,12 @@ def _event(event: dict[str, Any]) -> dict[str, Any]:
     """A line of the history: step, what happened, and per layer what was promised and what was true."""
     titles = {
         "cut": "cut", "rolled_back": "cut undone", "kept": "cut kept", "unchanged": "nothing to cut",
-        "recompiled": "graphs recompiled",
+        "recompiled": "graphs recompiled", "postponed": "cut put off: the metric is not finite",
     }  # fmt: skip
     details = ""
     if event.get("metric") is not None:
-        details = f"metric {event['metric']:.4f} against {event.get('reference') or 0:.4f}"
+        against = f" against {event.get('reference') or 0:.4f}" if event["kind"] != "postponed" else ""
+        details = f"metric {event['metric']:.4f}{against}"
         if event.get("restored_step") is not None:
             details += f", back to step {event['restored_step']:,}"
     return {

@@ -12,9 +12,9 @@ from typing import Any, Literal, cast
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from compressm.compressor import cut_steps
 from compressm.errors import ConfigError
 from compressm.pruning import SCORES
+from compressm.schedule import cut_steps
 from compressm.selection import Selection
 
 _LARGEST_FILE = 1 << 20  # bytes

@@ -1,0 +1,233 @@
+"""What a call of a layer is, for those who observe it: hooks, arguments by name, packed sequences, bad numbers.
+
+A call counts where it belongs to the observed training. Calls in evaluation mode do not, and neither does a forward
+that a backward pass computes anew for gradient checkpointing: the same call was seen before.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from compressm.layers import Bidirectional
+
+
+class Observer(Protocol):
+    """Who hears of the calls."""
+
+    def counts(self, module: nn.Module) -> bool: ...
+    def model_called(self, arguments: dict[str, Any]) -> None: ...
+    def model_done(self) -> None: ...
+    def layer_called(self, name: str, layer: nn.Module, arguments: dict[str, Any]) -> None: ...
+    def entered_aside(self, name: str, layer: nn.Module, hidden: Any) -> None: ...
+    def padding_told(self, model: nn.Module, arguments: dict[str, Any]) -> None: ...
+    def padding_over(self) -> None: ...
+
+
+class _Hook:
+    """A hook that copies of the model do not inherit: they are nobody's training, and are not observed."""
+
+    def __init__(self, observer: Observer) -> None:
+        self.observer = observer
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Callable[..., None]:
+        return _nothing
+
+
+def _nothing(*_: Any) -> None:
+    """A hook that does nothing."""
+
+
+class ModelCalled(_Hook):
+    """A forward pre-hook of the whole model."""
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self.observer.counts(module):
+            self.observer.model_called(named_arguments(module, args, kwargs))
+
+
+class ModelDone(_Hook):
+    """A forward hook of the whole model."""
+
+    def __call__(self, *_: Any) -> None:
+        self.observer.model_done()
+
+
+class PaddingTold(_Hook):
+    """A forward pre-hook of a model that knows which of its inputs are padding."""
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self.observer.counts(module):
+            self.observer.padding_told(module, named_arguments(module, args, kwargs))
+
+
+class PaddingOver(_Hook):
+    """A forward hook of the same."""
+
+    def __call__(self, *_: Any) -> None:
+        self.observer.padding_over()
+
+
+class LayerWatch:
+    """The hooks of one layer: of the layer itself, and of the part through which every call of it goes.
+
+    Args:
+        observer: hears of the calls.
+        name, layer: the layer.
+    """
+
+    def __init__(self, observer: Observer, name: str, layer: nn.Module) -> None:
+        self.observer, self.name, self.layer = observer, name, layer
+        self._inside = 0
+
+    def install(self, entrance: str | None) -> list[Any]:
+        """Handles of the hooks.
+
+        Args:
+            entrance: the layer's part that reads the layer's own input; by default its first `nn.Linear`.
+        """
+        parts = dict(self.layer.named_children())
+        first = next((part for part in parts.values() if isinstance(part, nn.Linear)), None)
+        part = parts.get(entrance or "", first)
+        handles = [
+            self.layer.register_forward_pre_hook(_LayerBegins(self.observer, self), with_kwargs=True),
+            self.layer.register_forward_hook(_LayerEnds(self.observer, self), always_call=True),
+        ]
+        if part is not None:
+            handles.append(part.register_forward_pre_hook(_PartBegins(self.observer, self)))
+        return handles
+
+    def begins(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """The layer is called."""
+        self._inside += 1
+        if self.observer.counts(self.layer):
+            self.observer.layer_called(self.name, self.layer, named_arguments(self.layer, args, kwargs))
+
+    def ends(self) -> None:
+        """It returns, or raises."""
+        self._inside = max(0, self._inside - 1)
+
+    def part_begins(self, args: tuple[Any, ...]) -> None:
+        """Its part is called: by itself, or by another way into the layer, such as ``layer.forward`` or ``layer.step``,
+        which no hook of the layer sees."""
+        if self._inside == 0 and self.observer.counts(self.layer):
+            self.observer.entered_aside(self.name, self.layer, args[0] if args else None)
+
+
+class _LayerHook(_Hook):
+    def __init__(self, observer: Observer, watch: LayerWatch) -> None:
+        super().__init__(observer)
+        self.watch = watch
+
+
+class _LayerBegins(_LayerHook):
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.watch.begins(args, kwargs)
+
+
+class _LayerEnds(_LayerHook):
+    def __call__(self, *_: Any) -> None:
+        self.watch.ends()
+
+
+class _PartBegins(_LayerHook):
+    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        self.watch.part_begins(args)
+
+
+def in_backward() -> bool:
+    """Whether autograd is running a backward pass, in which gradient checkpointing calls layers again."""
+    return torch._C._current_graph_task_id() != -1  # pyright: ignore[reportPrivateUsage, reportAttributeAccessIssue]
+
+
+def named_arguments(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a module's call by their names in its forward; by their places where it does not name them."""
+    forward: Any = inspect.unwrap(type(module).forward)
+    try:
+        parameters = list(inspect.signature(forward).parameters.values())[1:]
+    except (TypeError, ValueError):
+        parameters = []
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    names = [parameter.name for parameter in parameters if parameter.kind in kinds]
+    places = {names[i] if i < len(names) else f"argument {i}": value for i, value in enumerate(args)}
+    return {**places, **kwargs}
+
+
+def sequence_starts(hidden: Tensor, arguments: Mapping[str, Any]) -> Tensor | None:
+    """Where sequences begin that are packed one after the other, from the arguments that tell a layer so.
+
+    Args:
+        hidden: shape ``(batch, length, d_model)``.
+        arguments: of the layer's call: ``seq_idx``, the number of every token's sequence, shape ``(batch, length)``; or
+            ``cu_seqlens``, the places where sequences begin in the only row, and its length.
+
+    Returns:
+        True at the first token of a sequence, shape ``(batch, length)``; None where nothing is packed.
+    """
+    numbers, places = arguments.get("seq_idx"), arguments.get("cu_seqlens")
+    if isinstance(numbers, Tensor) and numbers.shape == hidden.shape[:2]:
+        return nn.functional.pad(numbers.diff(dim=1) != 0, (1, 0), value=True)
+    if isinstance(places, Tensor) and hidden.shape[0] == 1:
+        starts = torch.zeros(hidden.shape[:2], dtype=torch.bool, device=hidden.device)
+        starts[0, places[:-1].long()] = True
+        return starts
+    return None
+
+
+def unpacked(packed: Tensor, starts: Tensor) -> Tensor:
+    """Packed sequences one to a row, zeros after: ``(batch, length, ...)`` to ``(sequences, longest, ...)``."""
+    places = starts.flatten().nonzero().flatten().tolist()
+    lengths = [end - start for start, end in zip(places, [*places[1:], starts.numel()], strict=True)]
+    return nn.utils.rnn.pad_sequence(list(packed.flatten(0, 1).split(lengths)), batch_first=True)
+
+
+def reversed_layers(model: nn.Module) -> set[str]:
+    """Names of the modules that read a model's sequences from their end: inside ``backwards`` of a `Bidirectional`."""
+    found: set[str] = set()
+    for name, module in model.named_modules():
+        if isinstance(module, Bidirectional):
+            inside = f"{name}.backwards".lstrip(".")
+            parts = {inside if part == "" else f"{inside}.{part}" for part, _ in module.backwards.named_modules()}
+            found ^= parts  # reversed twice is as it was
+    return found
+
+
+def not_finite(arguments: Mapping[str, Any]) -> str | None:
+    """Which tensor among the arguments of a call has entries that are no numbers, how many, and where the first is."""
+    for name, value in _tensors(arguments):
+        if value.is_floating_point() or value.is_complex():
+            bad = ~value.detach().isfinite()
+            if count := int(bad.sum()):
+                place = ", ".join(str(i) for i in bad.nonzero()[0].tolist())
+                what = "entry that is" if count == 1 else "entries that are"
+                return f"{name} has {count} {what} not finite, the first at [{place}]"
+    return None
+
+
+def _tensors(arguments: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
+    for name, value in arguments.items():
+        if isinstance(value, Tensor):
+            yield name, value
+        elif isinstance(value, Mapping):
+            yield from _tensors({f"{name}[{key!r}]": part for key, part in value.items()})
+        elif isinstance(value, list | tuple):
+            yield from _tensors({f"{name}[{index}]": part for index, part in enumerate(value)})
+
+
+__all__ = [
+    "LayerWatch",
+    "ModelCalled",
+    "ModelDone",
+    "PaddingOver",
+    "PaddingTold",
+    "in_backward",
+    "named_arguments",
+    "not_finite",
+    "reversed_layers",
+    "sequence_starts",
+    "unpacked",
+]
