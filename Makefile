@@ -10,11 +10,14 @@ ARGS   ?=
 KILLS  ?= 50
 MINUTES ?= 30
 FUZZ_JSON ?= results/fuzz.json
+TRITON_JSON ?= results/triton.json
 
 BIN := $(VENV)/bin
 # The pins of constraints.txt hold for Python 3.11 and later; on 3.10 the ranges of pyproject.toml decide alone.
 PINS = $$($(BIN)/python -c 'import sys; print("constraints.txt" if sys.version_info >= (3, 11) else "/dev/null")')
 INSTALL = $(BIN)/python -m pip install --quiet -c $(PINS)
+# Triton lies in a folder beside the environment's own packages, so that nothing but `make triton` finds it.
+WITH_TRITON = PYTHONPATH=$(abspath $(VENV))/triton TRITON_CACHE_DIR=$(abspath $(VENV))/triton-cache OMP_NUM_THREADS=1
 
 .PHONY: help demo test test-faults fuzz lint format types docs snippets clean
 .DEFAULT_GOAL := help
@@ -46,8 +49,18 @@ format: $(VENV)/.installed-dev  ## ruff: mend what can be mended
 types: $(VENV)/.installed-dev  ## pyright over src/
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
+triton: $(VENV)/.installed-dev $(VENV)/.triton  ## without a GPU: interpret the Triton kernels, and compile them for 8.0 and 9.0
+	$(WITH_TRITON) $(BIN)/python -c 'import triton; print("Triton", triton.__version__)'
+	TRITON_JSON=$(abspath $(TRITON_JSON)) $(WITH_TRITON) $(BIN)/python -m pytest tests/scans/test_triton.py -m "slow and not gpu"
+
 docs: $(VENV)/.installed-dev  ## build the documentation into site/
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+pages: $(VENV)/.installed-dev  ## rebuild the pages that are generated from stored results
+	$(BIN)/python scripts/pages.py
+
+check-pages: $(VENV)/.installed-dev  ## rebuild those pages in a temporary folder, and show where they differ
+	$(BIN)/python scripts/pages.py --check
 
 snippets: $(VENV)/.installed-dev  ## run the Python blocks of README and documentation
 	$(BIN)/python scripts/run_snippets.py README.md docs/*.md
@@ -70,3 +83,8 @@ $(VENV)/.installed-train: $(VENV)/.torch pyproject.toml
 $(VENV)/.installed-dev: $(VENV)/.torch pyproject.toml
 	$(INSTALL) -e ".[dev]"
 	@touch $@ $(VENV)/.installed-train
+
+$(VENV)/.triton: $(VENV)/.torch
+	rm -rf $(VENV)/triton
+	$(INSTALL) --no-deps --target $(VENV)/triton triton
+	@touch $@
