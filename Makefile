@@ -1,7 +1,7 @@
 # On a fresh clone `make demo` and `make test` need nothing but Python: they build the virtual environment themselves.
 #
 #   make demo ARGS="--json demo.json"    further arguments of `compressm demo`
-#   make test ARGS="-m slow"             further arguments of pytest
+#   make test ARGS="-m slow"             further arguments of pytest; of `make distributions` too
 #   make test PYTHON=python3.12 VENV=/tmp/venv312
 
 PYTHON ?= python3
@@ -19,11 +19,11 @@ INSTALL = $(BIN)/python -m pip install --quiet -c $(PINS)
 # Triton lies in a folder beside the environment's own packages, so that nothing but `make triton` finds it.
 WITH_TRITON = PYTHONPATH=$(abspath $(VENV))/triton TRITON_CACHE_DIR=$(abspath $(VENV))/triton-cache OMP_NUM_THREADS=1
 
-.PHONY: help demo test test-faults fuzz lint format types docs snippets clean
+.PHONY: help demo test test-faults fuzz triton distributions lint format types docs pages check-pages snippets clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
-	@sed -n 's/^\([a-z-]*\):.*  ## \(.*\)/\1\t\2/p' Makefile | expand -t 12
+	@sed -n 's/^\([a-z-]*\):.*  ## \(.*\)/\1\t\2/p' Makefile | expand -t 16
 
 demo: $(VENV)/.installed-train  ## compress a small model while it trains; the picture is demo.png
 	$(BIN)/compressm demo $(ARGS)
@@ -37,6 +37,9 @@ test-faults: $(VENV)/.installed-dev  ## kill, fill, flip and cut off: KILLS=50 k
 fuzz: $(VENV)/.installed-dev  ## fuzz the readers of checkpoints, configurations and arguments: MINUTES=30
 	$(INSTALL) -e .[fuzz]
 	$(BIN)/python tests/fuzz/loaders.py --minutes $(MINUTES) $(if $(FUZZ_JSON),--json $(FUZZ_JSON))
+
+distributions: $(VENV)/.installed-dev  ## build sdist and wheel, compare and install them, run tests of the unpacked sdist
+	$(BIN)/python scripts/distributions.py $(ARGS)
 
 lint: $(VENV)/.installed-dev  ## ruff: rules and format
 	$(BIN)/ruff check .
