@@ -26,6 +26,7 @@ from pathlib import Path, PurePosixPath
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "compressm"
+SHOWN = 20  # names of files
 
 
 class DistributionError(Exception):
@@ -80,7 +81,8 @@ def compare(what: str, found: Iterable[str], expected: Iterable[str]) -> None:
     if found != expected:
         lines = [f"  missing: {name}" for name in sorted(expected - found)]
         lines += [f"  not of the repository: {name}" for name in sorted(found - expected)]
-        raise DistributionError("\n".join([f"the {what} does not hold what the repository does:", *lines]))
+        more = [f"  and {len(lines) - SHOWN} more"] if len(lines) > SHOWN else []
+        raise DistributionError("\n".join([f"the {what} is not what the repository is:", *lines[:SHOWN], *more]))
     print(f"{what}: {len(found)} files, those of the repository", flush=True)
 
 
