@@ -1,7 +1,7 @@
 # On a fresh clone `make demo` and `make test` need nothing but Python: they build the virtual environment themselves.
 #
 #   make demo ARGS="--json demo.json"    further arguments of `compressm demo`
-#   make test ARGS="-m slow"             further arguments of pytest
+#   make test ARGS="-m slow"             further arguments of pytest; of `make distributions` too
 #   make test PYTHON=python3.12 VENV=/tmp/venv312
 
 PYTHON ?= python3
@@ -10,17 +10,20 @@ ARGS   ?=
 KILLS  ?= 50
 MINUTES ?= 30
 FUZZ_JSON ?= results/fuzz.json
+TRITON_JSON ?= results/triton.json
 
 BIN := $(VENV)/bin
 # The pins of constraints.txt hold for Python 3.11 and later; on 3.10 the ranges of pyproject.toml decide alone.
 PINS = $$($(BIN)/python -c 'import sys; print("constraints.txt" if sys.version_info >= (3, 11) else "/dev/null")')
 INSTALL = $(BIN)/python -m pip install --quiet -c $(PINS)
+# Triton lies in a folder beside the environment's own packages, so that nothing but `make triton` finds it.
+WITH_TRITON = PYTHONPATH=$(abspath $(VENV))/triton TRITON_CACHE_DIR=$(abspath $(VENV))/triton-cache OMP_NUM_THREADS=1
 
-.PHONY: help demo test test-faults fuzz lint format types docs snippets clean
+.PHONY: help demo test test-faults fuzz triton distributions lint format types docs pages check-pages snippets clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
-	@sed -n 's/^\([a-z-]*\):.*  ## \(.*\)/\1\t\2/p' Makefile | expand -t 12
+	@sed -n 's/^\([a-z-]*\):.*  ## \(.*\)/\1\t\2/p' Makefile | expand -t 16
 
 demo: $(VENV)/.installed-train  ## compress a small model while it trains; the picture is demo.png
 	$(BIN)/compressm demo $(ARGS)
@@ -35,6 +38,9 @@ fuzz: $(VENV)/.installed-dev  ## fuzz the readers of checkpoints, configurations
 	$(INSTALL) -e .[fuzz]
 	$(BIN)/python tests/fuzz/loaders.py --minutes $(MINUTES) $(if $(FUZZ_JSON),--json $(FUZZ_JSON))
 
+distributions: $(VENV)/.installed-dev  ## build sdist and wheel, compare and install them, run tests of the unpacked sdist
+	$(BIN)/python scripts/distributions.py $(ARGS)
+
 lint: $(VENV)/.installed-dev  ## ruff: rules and format
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -46,8 +52,18 @@ format: $(VENV)/.installed-dev  ## ruff: mend what can be mended
 types: $(VENV)/.installed-dev  ## pyright over src/
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
+triton: $(VENV)/.installed-dev $(VENV)/.triton  ## without a GPU: interpret the Triton kernels, and compile them for 8.0 and 9.0
+	$(WITH_TRITON) $(BIN)/python -c 'import triton; print("Triton", triton.__version__)'
+	TRITON_JSON=$(abspath $(TRITON_JSON)) $(WITH_TRITON) $(BIN)/python -m pytest tests/scans/test_triton.py -m "slow and not gpu"
+
 docs: $(VENV)/.installed-dev  ## build the documentation into site/
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+pages: $(VENV)/.installed-dev  ## rebuild the pages that are generated from stored results
+	$(BIN)/python scripts/pages.py
+
+check-pages: $(VENV)/.installed-dev  ## rebuild those pages in a temporary folder, and show where they differ
+	$(BIN)/python scripts/pages.py --check
 
 snippets: $(VENV)/.installed-dev  ## run the Python blocks of README and documentation
 	$(BIN)/python scripts/run_snippets.py README.md docs/*.md
@@ -70,3 +86,8 @@ $(VENV)/.installed-train: $(VENV)/.torch pyproject.toml
 $(VENV)/.installed-dev: $(VENV)/.torch pyproject.toml
 	$(INSTALL) -e ".[dev]"
 	@touch $@ $(VENV)/.installed-train
+
+$(VENV)/.triton: $(VENV)/.torch
+	rm -rf $(VENV)/triton
+	$(INSTALL) --no-deps --target $(VENV)/triton triton
+	@touch $@

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from collections.abc import Iterable
 from pathlib import Path
@@ -12,9 +13,10 @@ RESULTS, PAGE = ROOT / "results", ROOT / "docs" / "cases.md"
 
 HEAD = """# Cases
 
-Four kinds of models that people train, big, shrunk while training, small from the start, and cut to random states. The
-tables are made of stored results by `python scripts/cases.py`. One seed each; times are of one thread of a CPU that
-had other work as well.
+*Generated from stored results by `python scripts/cases.py` (`make pages`). Edit that script, not this page.*
+
+Four kinds of models that people train: big, shrunk while training, small from the start, and cut to random states. One
+seed each; times are of one thread of a CPU that had other work as well.
 """
 
 
@@ -177,8 +179,11 @@ def s4() -> list[str]:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description="Write docs/cases.md from stored results.")
+    parser.add_argument("--output", type=Path, default=PAGE, help="write the page to this file")
+    output = parser.parse_args().output
     parts = [HEAD.rstrip(), "", *ukrainian(), *identification(), *hyena(), *s4()]
-    PAGE.write_text("\n".join(parts).rstrip() + "\n", encoding="utf-8")
+    output.write_text("\n".join(parts).rstrip() + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

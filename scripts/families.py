@@ -1,20 +1,28 @@
-"""Run tests/test_families.py and write docs/families.md from what it measured: ``python scripts/families.py``."""
+"""Write docs/families.md from results/families.json, which tests/test_families.py measures.
+
+python scripts/families.py              write the page from the stored measurements
+python scripts/families.py --measure    measure first, and store the measurements
+"""
 
 from __future__ import annotations
 
+import argparse
 import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parent.parent
 RESULT, PAGE = ROOT / "results" / "families.json", ROOT / "docs" / "families.md"
 
 HEAD = """# Supported families
 
-Every line is made of what `tests/test_families.py` measured with untrained layers of width 16 and 24 states (distilled
-ones: 10), on slowly varying random input; `python scripts/families.py` runs it and writes this page. Trained models are
-in the [results](results.md).
+*Generated from stored results by `python scripts/families.py` (`make pages`). Edit that script, not this page.*
+
+`tests/test_families.py` measures every line with untrained layers of width 16 and 24 states (distilled ones: 10), on
+slowly varying random input; `python scripts/families.py --measure` runs it and stores what it measured in
+`results/families.json`. Trained models are in the [results](results.md).
 
 - *full rank*: relative difference of the outputs after a cut that keeps all states, in other coordinates where the
   family has any, in double and single precision;
@@ -52,17 +60,30 @@ What the families need:
 """
 
 
-def main() -> None:
+def measure() -> None:
+    """Run the tests and store what they measured."""
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", "tests/test_families.py", f"--families={RESULT}"]
     subprocess.run(command, check=True, cwd=ROOT)
+
+
+def line(row: dict[str, Any]) -> str:
+    """One family's row of the table."""
+    return (
+        f"| {row['title']} | {row['how']} | {row['full_rank_float64']:.0e}, {row['full_rank_float32']:.0e} "
+        f"| {row['half_rank']:.2f} | {row['said']:.2f} ({row['kind']}) | {row['random']:.2f} "
+        f"| {'yes' if row.get('trains') else 'no'} | {'yes' if row.get('generates') else 'no'} |"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Write docs/families.md from results/families.json.")
+    parser.add_argument("--measure", action="store_true", help="measure first, and store the measurements")
+    parser.add_argument("--output", type=Path, default=PAGE, help="write the page to this file")
+    arguments = parser.parse_args()
+    if arguments.measure:
+        measure()
     rows = json.loads(RESULT.read_text(encoding="utf-8")).values()
-    lines = [
-        f"| {r['title']} | {r['how']} | {r['full_rank_float64']:.0e}, {r['full_rank_float32']:.0e} "
-        f"| {r['half_rank']:.2f} | {r['said']:.2f} ({r['kind']}) | {r['random']:.2f} "
-        f"| {'yes' if r.get('trains') else 'no'} | {'yes' if r.get('generates') else 'no'} |"
-        for r in rows
-    ]
-    PAGE.write_text(HEAD + "\n".join(lines) + "\n" + TAIL, encoding="utf-8")
+    arguments.output.write_text(HEAD + "\n".join(map(line, rows)) + "\n" + TAIL, encoding="utf-8")
 
 
 if __name__ == "__main__":

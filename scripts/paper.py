@@ -1,8 +1,13 @@
-"""Put the stored comparison of variants into docs/paper.md: ``python scripts/paper.py``."""
+"""Put the stored comparison of variants into docs/paper.md: ``python scripts/paper.py``.
+
+The rest of the page is written by hand. The table stands between two marks.
+"""
 
 from __future__ import annotations
 
+import argparse
 import json
+import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -20,7 +25,8 @@ NAMES = {
 }
 
 
-def main() -> None:
+def table() -> str:
+    """The variants, one row each."""
     content = json.loads(RESULT.read_text(encoding="utf-8"))
     by = {(one["variant"], one["states"]): one for one in content["variants"]}
     lines = [
@@ -33,8 +39,18 @@ def main() -> None:
         ranks = ", ".join(str(rank) for rank in big["ranks"].values())
         accuracies = [f"{100 * one['validation_accuracy']:.1f} %" for one in (big, small)]
         lines.append(f"| {name} | {accuracies[0]} | {ranks} | {accuracies[1]} |")
-    before, rest = PAGE.read_text(encoding="utf-8").split(BEGIN)
-    PAGE.write_text(before + BEGIN + "\n".join(lines) + "\n" + END + rest.split(END)[1], encoding="utf-8")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Put the stored comparison of variants into docs/paper.md.")
+    parser.add_argument("--output", type=Path, default=PAGE, help="write the page to this file")
+    output = parser.parse_args().output
+    text = PAGE.read_text(encoding="utf-8")
+    if text.count(BEGIN) != 1 or END not in text.split(BEGIN)[1]:
+        sys.exit(f"{PAGE}: the table's marks {BEGIN.strip()} and {END.strip()} must be there, once each, in this order")
+    before, rest = text.split(BEGIN)
+    output.write_text(before + BEGIN + table() + END + rest.split(END, 1)[1], encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -35,6 +35,7 @@ from compressm.selection import _balanced_maps, reduce_selective
 from compressm.selective import ErrorEstimate, SelectiveReduction, balance_selective
 from compressm.statistics import gather
 
+ROOT = Path(__file__).parents[1]
 WIDTH, STATES = 16, 24
 
 
@@ -131,6 +132,14 @@ def measured(request: pytest.FixtureRequest) -> Iterator[dict[str, dict[str, Any
     target = request.config.getoption("--families")
     if target:
         Path(str(target)).write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+
+
+def test_the_stored_measurements_are_of_these_families() -> None:
+    """docs/families.md is made of them; ``python scripts/families.py --measure`` makes them anew."""
+    stored = json.loads((ROOT / "results" / "families.json").read_text(encoding="utf-8"))
+    assert [(name, row["title"], row["how"]) for name, row in stored.items()] == [
+        (name, family.title, family.how) for name, family in FAMILIES.items()
+    ]
 
 
 @pytest.mark.parametrize("name", FAMILIES)

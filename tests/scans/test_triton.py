@@ -1,17 +1,22 @@
-"""The Triton engines: on a CUDA device with ``-m gpu``, and anywhere by Triton's interpreter.
+"""The Triton engines: on a CUDA device with ``-m gpu``, and anywhere by Triton's interpreter and compiler.
 
 The interpreter must be chosen before Triton is imported, and PyTorch's compiler imports Triton in its own way: the
-interpreted tests run in a process of their own.
+interpreted tests run in a process of their own. ``make triton`` installs Triton beside the environment, interprets the
+kernels and compiles them; TRITON_JSON names the file for what the compiled kernels need of the device.
 """
 
 from __future__ import annotations
 
 import importlib
 import importlib.util
+import json
 import os
+import pkgutil
+import re
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -41,26 +46,25 @@ def test_engines_under_the_interpreter() -> None:
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-2000:]
+    assert " skipped" not in result.stdout, result.stdout[-4000:]
 
 
 SIZES = {"TILE": 8, "GROUPS": 2, "BLOCK": 4, "LANES": 32, "n": 12}
-KERNELS = [  # constants, all other arguments but sizes being pointers
-    ("triton_selective", "_local_kernel", {**SIZES, "REVERSE": False}),
-    ("triton_selective", "_local_kernel", {**SIZES, "REVERSE": True}),
-    ("triton_selective", "_link_kernel", {"n": 12, "REVERSE": True, "LANES": 128}),
-    ("triton_selective", "_forward_kernel", {**SIZES, "KEEP": 64}),
-    ("triton_selective", "_forward_kernel", {**SIZES, "KEEP": 0}),
-    ("triton_selective", "_backward_kernel", {**SIZES, "KEEP": 64}),
-    ("triton_chain", "_forward_kernel", {"TILE": 16, "LANES": 32}),
-    ("triton_chain", "_backward_kernel", {"TILE": 16, "LANES": 32}),
+KERNELS = [  # constants as the engines launch them, and warps; all other arguments but sizes are pointers
+    ("triton_selective", "_local_kernel", {**SIZES, "REVERSE": False}, 4),
+    ("triton_selective", "_local_kernel", {**SIZES, "REVERSE": True}, 4),
+    ("triton_selective", "_link_kernel", {"n": 12, "REVERSE": False, "LANES": 128}, 4),
+    ("triton_selective", "_link_kernel", {"n": 12, "REVERSE": True, "LANES": 128}, 4),
+    ("triton_selective", "_forward_kernel", {**SIZES, "KEEP": 64}, 4),
+    ("triton_selective", "_forward_kernel", {**SIZES, "KEEP": 0}, 4),
+    ("triton_selective", "_backward_kernel", {**SIZES, "KEEP": 64}, 4),
+    ("triton_chain", "_forward_kernel", {"TILE": 16, "LANES": 32}, 1),
+    ("triton_chain", "_backward_kernel", {"TILE": 16, "LANES": 32}, 1),
 ]
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
-@pytest.mark.parametrize(("module", "name", "constants"), KERNELS)
-def test_kernels_compile_without_a_device(module: str, name: str, constants: dict[str, Any]) -> None:
-    """For Hopper; and steps do not pass between threads, which only sums over states or channels may do."""
+def compiled(module: str, name: str, constants: dict[str, Any], warps: int, capability: int) -> Any:
+    """A kernel for a CUDA device of this compute capability (80 is 8.0), which need not be there."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -72,11 +76,70 @@ def test_kernels_compile_without_a_device(module: str, name: str, constants: dic
     signature = {a: {**types, **pointers}[a] for a in kernel.arg_names}
     aligned = {(i,): [["tt.divisibility", 16]] for i, a in enumerate(kernel.arg_names) if a in pointers}
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
-    warps = constants.get("BLOCK", 1)
     options = {"num_warps": warps, "enable_fp_fusion": True}
-    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+
+
+def needs(cubin: bytes, folder: Path) -> dict[str, int]:
+    """What one thread of a compiled kernel needs, as NVIDIA's own tool reads it out: registers, and bytes of memory."""
+    from triton import knobs
+
+    file = folder / "kernel.cubin"
+    file.write_bytes(cubin)
+    command = [knobs.nvidia.cuobjdump.path, "-res-usage", str(file)]
+    told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = {key: int(value) for key, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", told)}
+    return {"registers": found["REG"], "stack_bytes": found["STACK"], "local_bytes": found["LOCAL"]}
+
+
+@pytest.fixture(scope="module")
+def record() -> Iterator[list[dict[str, Any]]]:
+    """A row for each compiled kernel, stored where TRITON_JSON says."""
+    rows: list[dict[str, Any]] = []
+    yield rows
+    if rows and (target := os.environ.get("TRITON_JSON")):
+        import triton
+
+        content = {"triton": triton.__version__, "kernels": rows}
+        Path(target).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize(("module", "name", "constants", "warps"), KERNELS)
+def test_kernels_compile_without_a_device(
+    module: str,
+    name: str,
+    constants: dict[str, Any],
+    warps: int,
+    capability: int,
+    record: list[dict[str, Any]],
+    tmp_path: Path,
+) -> None:
+    """To machine code. Steps do not pass between threads, which only sums over states or channels may do."""
+    kernel = compiled(module, name, constants, warps, capability)
     with_sums = module == "triton_selective" and name in ("_forward_kernel", "_backward_kernel")
-    assert ("shfl" in compiled.asm["ptx"]) == with_sums
+    assert ("shfl" in kernel.asm["ptx"]) == with_sums
+    assert f".target sm_{capability}" in kernel.asm["ptx"]
+    found = needs(kernel.asm["cubin"], tmp_path)
+    row = {"kernel": f"{module}.{name}", "constants": constants, "warps": warps, "compute_capability": capability / 10}
+    record.append({**row, **found, "shared_bytes": kernel.metadata.shared})
+    # Registers that are not enough spill into local memory, which is the device's slow one.
+    assert found["stack_bytes"] == found["local_bytes"] == 0
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
+def test_every_kernel_is_compiled_here() -> None:
+    import compressm.scans
+
+    found = set[tuple[str, str]]()
+    for info in pkgutil.iter_modules(compressm.scans.__path__):
+        if info.name.startswith("triton_"):
+            values = vars(importlib.import_module(f"compressm.scans.{info.name}"))
+            found |= {(info.name, name) for name in values if name.endswith("_kernel")}
+    assert found == {(module, name) for module, name, *_ in KERNELS}
 
 
 def arguments(

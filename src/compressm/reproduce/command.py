@@ -16,7 +16,8 @@ from compressm.reproduce.report import draw, render, table
 
 _PREFACE = """# Results
 
-Made from the stored results of single runs by `compressm reproduce --show --markdown docs/results.md`, and not edited.
+*Generated from stored results by `compressm reproduce --show --markdown docs/results.md`. Do not edit this page.*
+
 Every run's file holds its configuration, seed, versions, command, the course of training and every cut with its
 certificate. Test data were read once per run, after training.
 
