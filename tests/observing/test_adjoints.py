@@ -156,7 +156,8 @@ def test_spread_is_the_sum_over_sequences(family: str) -> None:
     for k in range(5):
         single = covariances(system, Reading(u[k : k + 1], g[k : k + 1], system.C, None))
         scale = white_scales(system)[0]
-        spread = spread + (single.states / scale[..., :, None] / scale[..., None, :]).square().sum((-2, -1))
+        energy = (single.states.diagonal(dim1=-2, dim2=-1) / scale.square()).sum(-1)
+        spread = spread + energy.square()
     torch.testing.assert_close(whole.spread_states, spread)
 
 
@@ -187,7 +188,7 @@ def test_white_inputs_and_gradients_give_the_gramians(family: str) -> None:
 def test_blocks_of_sequences_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
     net, (x, y) = model("s4d"), inputs(7)
     results = []
-    for block in (2**24, 1):
+    for block in (2**22, 1):
         monkeypatch.setattr("compressm.observing.adjoints._BLOCK", block)
         observer = AdjointObserver(net)
         observer.observe_next()

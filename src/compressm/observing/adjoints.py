@@ -20,8 +20,8 @@ from compressm.scans.chain import chain, chain_engine
 from compressm.systems import DiagonalSystem
 from compressm.theory.evidence import Covariances, white_scales
 
-# Numbers in one tensor of states: 64 MB of float32.
-_BLOCK = 2**24
+# Numbers in one tensor of states: 16 MB of float32.
+_BLOCK = 2**22
 
 
 @dataclass(frozen=True)
@@ -76,11 +76,13 @@ def covariances(system: DiagonalSystem, reading: Reading, first: bool = True) ->
     for block in _blocks(reading, system.lam.numel()):
         both = _run(system.lam, system.B, block.u), _run(system.lam.conj(), block.C.mH, block.g.flip(1)).flip(1)
         for index, (total, x) in enumerate(zip((states, adjoints), both, strict=True)):
-            grams = _grams(x, block.present, system.lam.ndim > 1)
-            total += grams.sum(0, dtype=torch.float64).cpu()
-            scale = scales[index].to(grams)
-            scaled = grams / scale[..., :, None] / scale[..., None, :]
-            spreads[index] += scaled.square().sum((-2, -1)).sum(0, dtype=torch.float64).cpu()
+            stacked = _stacked(x, block.present, system.lam.ndim > 1)
+            tokens = stacked.flatten(-3, -2)
+            total += (tokens.mT @ tokens).to("cpu", torch.float64)
+            energies = (
+                stacked.square().sum(-2).to("cpu", torch.float64) @ scales[index].square().reciprocal()[..., None]
+            )
+            spreads[index] += energies[..., 0].square().sum(-1)
     tokens = float(batch * length if reading.present is None else reading.present.sum())
     count = torch.tensor(float(batch if first else 0), dtype=torch.float64)
     return Covariances(torch.tensor(tokens, dtype=torch.float64), count, count, states, adjoints, *spreads)
@@ -119,12 +121,11 @@ def _run(lam: Tensor, B: Tensor, u: Tensor) -> Tensor:
     return x if lam.ndim == 1 else x.unflatten(3, lam.shape)
 
 
-def _grams(x: Tensor, present: Tensor | None, systems: bool) -> Tensor:
-    """``sum_t x_t x_t^T`` of every sequence, shape ``(batch, 2n, 2n)``, or ``(batch, systems, 2n, 2n)``."""
+def _stacked(x: Tensor, present: Tensor | None, systems: bool) -> Tensor:
+    """States ``(Re x, Im x)``, zero at padding, shape ``(batch, length, 2n)``, or ``(systems, batch, length, 2n)``."""
     if present is not None:
         x = x * present.to(x).reshape(*present.shape, *(1,) * (x.ndim - 2))
-    stacked = x.permute(0, 3, 1, 2, 4).flatten(3) if systems else x.flatten(2)
-    return stacked.mT @ stacked
+    return x.permute(3, 0, 1, 2, 4).flatten(3) if systems else x.flatten(2)
 
 
 def _nothing(system: DiagonalSystem) -> Tensor:
