@@ -27,7 +27,7 @@ from compressm.adapters import Adapter, find_layers
 from compressm.adapters.base import layer_values, write
 from compressm.balancing import Reduction, balance, real_gramians, truncate
 from compressm.layers import SequenceClassifier, parameter_groups
-from compressm.observing.observer import gather_adjoints
+from compressm.observing.observer import gather_evidence
 from compressm.systems import DiagonalSystem
 from compressm.theory.covariance import balance_covariances, predicted_damage, truncate_covariances
 from compressm.theory.evidence import Covariances
@@ -87,8 +87,8 @@ def observed(model: nn.Module, data: SequenceData, count: int, labels: str) -> C
     batches = [data.batch(data.train, torch.arange(i * 50, (i + 1) * 50)) for i in range(count)]
     torch.manual_seed(1)
     if labels == "sampled":
-        return gather_adjoints(model, batches)["blocks.0.ssm"]
-    losses = gather_adjoints(model, batches, lambda out, batch: F.cross_entropy(out, batch[1], reduction="none"))
+        return gather_evidence(model, batches).evidence()["blocks.0.ssm"]
+    losses = gather_evidence(model, batches, lambda out, batch: F.cross_entropy(out, batch[1], reduction="none"))
     return losses["blocks.0.ssm"]
 
 

@@ -18,7 +18,7 @@ from compressm.layers import LRU, S4D, S5, SequenceClassifier
 from compressm.layers.bidirectional import Bidirectional
 from compressm.observing.adjoints import Reading, covariances, readings
 from compressm.observing.labels import sampled_losses
-from compressm.observing.observer import AdjointObserver, gather_adjoints
+from compressm.observing.observer import Observer, gather_evidence
 from compressm.systems import DiagonalSystem
 from compressm.theory.evidence import Covariances, white_scales
 
@@ -138,10 +138,10 @@ def test_the_loop_is_the_layer(family: str) -> None:
 def test_moments_are_those_of_a_loop_with_autograds_adjoints(family: str) -> None:
     net, (x, y) = model(family), inputs()
     expected = oracle(net, lambda m: F.cross_entropy(m(x), y, reduction="none"))
-    observer = AdjointObserver(net)
+    observer = Observer(net)
     observer.observe_next()
     F.cross_entropy(net(x), y).backward()
-    check(observer.covariances(), expected, 4)
+    check(observer.evidence(), expected, 4)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -190,10 +190,10 @@ def test_blocks_of_sequences_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
     results = []
     for block in (2**22, 1):
         monkeypatch.setattr("compressm.observing.adjoints._BLOCK", block)
-        observer = AdjointObserver(net)
+        observer = Observer(net)
         observer.observe_next()
         F.cross_entropy(net(x), y).backward()
-        results.append(observer.covariances())
+        results.append(observer.evidence())
     for name, value in results[0].items():
         for key, tensor in value.tensors().items():
             torch.testing.assert_close(results[1][name].tensors()[key], tensor)
@@ -203,10 +203,10 @@ def test_single_precision_is_close_to_double() -> None:
     net, (x, y) = model("lru"), inputs()
     found = []
     for one, data in ((net, x), (copy.deepcopy(net).float(), x.float())):
-        observer = AdjointObserver(one)
+        observer = Observer(one)
         observer.observe_next()
         F.cross_entropy(one(data), y).backward()
-        found.append(observer.covariances()["blocks.0.ssm"])
+        found.append(observer.evidence()["blocks.0.ssm"])
     for key in ("P", "Q"):
         single, double = getattr(found[1], key), getattr(found[0], key)
         assert (single - double).norm() < 1e-5 * double.norm()
@@ -217,11 +217,11 @@ def test_padding_is_not_counted_in_either_direction() -> None:
     tokens = torch.tensor([[1, 2, 3, 4, 5, 2, 1], [3, 4, 5, 0, 0, 0, 0], [2, 2, 1, 1, 4, 0, 0]])
     y = torch.tensor([0, 1, 2])
     expected = oracle(net, lambda m: F.cross_entropy(m(tokens), y, reduction="none"), tokens != 0)
-    observer = AdjointObserver(net)
+    observer = Observer(net)
     observer.observe_next()
     F.cross_entropy(net(tokens), y).backward()
-    check(observer.covariances(), expected, 3)
-    assert float(observer.covariances()["blocks.0.ssm"].tokens) == 2 * 15
+    check(observer.evidence(), expected, 3)
+    assert float(observer.evidence()["blocks.0.ssm"].tokens) == 2 * 15
 
 
 def test_padding_is_flipped_where_the_input_is() -> None:
@@ -233,10 +233,10 @@ def test_padding_is_flipped_where_the_input_is() -> None:
     net.blocks[0].ssm = Bidirectional(LRU(3, 4, r_max=0.9), LRU(3, 4, r_max=0.9))
     net.double()
     tokens = torch.tensor([[1, 2, 3, 4, 5], [3, 4, 0, 0, 0]])
-    observer = AdjointObserver(net)
+    observer = Observer(net)
     observer.observe_next()
     F.cross_entropy(net(tokens), torch.tensor([0, 1])).backward()
-    backwards = observer.covariances()["blocks.0.ssm.backwards"]
+    backwards = observer.evidence()["blocks.0.ssm.backwards"]
     assert float(backwards.tokens) == 7
     # The last two tokens that the reversed layer reads of the second sequence are its own, after three of padding.
     one, embedded = net.blocks[0].ssm.backwards, net.blocks[0].norm(net.encoder(tokens)).flip(1).detach()
@@ -263,50 +263,50 @@ def test_a_layer_that_is_called_twice_counts_tokens_twice_and_sequences_once() -
     net, y = Twice(), torch.tensor([0, 1, 2, 3])
     x = torch.randn(4, 6, 3, dtype=torch.float64)
     expected = oracle(net, lambda m: F.cross_entropy(m(x), y, reduction="none"))
-    observer = AdjointObserver(net)
+    observer = Observer(net)
     observer.observe_next()
     F.cross_entropy(net(x), y).backward()
-    check(observer.covariances(), expected, 4)
-    assert observer.covariances()["one"].length == 12
+    check(observer.evidence(), expected, 4)
+    assert observer.evidence()["one"].length == 12
 
 
 @pytest.mark.parametrize(("terms", "divisor"), [("sequences", 4), ("tokens", 4 * 9), ("sum", 1)])
 def test_the_loss_of_a_sequence_is_its_own_whatever_training_computes(terms: Any, divisor: int) -> None:
     net, (x, y) = model("lru"), inputs()
     expected = oracle(net, lambda m: F.cross_entropy(m(x), y, reduction="none"))
-    observer = AdjointObserver(net, terms)
+    observer = Observer(net, terms)
     observer.observe_next(loss_scale=1024.0)
     (1024.0 * F.cross_entropy(net(x), y, reduction="sum") / divisor).backward()
-    check(observer.covariances(), expected, 4)
+    check(observer.evidence(), expected, 4)
 
 
 def test_accumulated_batches_weigh_alike_and_one_pass_is_observed_at_a_time() -> None:
     net, y = model("lru"), torch.tensor([0, 1, 2, 3])
     batches = [inputs(seed=seed)[0] for seed in range(3)]
     expected = oracle(net, lambda m: F.cross_entropy(m(torch.cat(batches[:2])), y.repeat(2), reduction="none"))
-    observer = AdjointObserver(net, memory=1.0)
+    observer = Observer(net, memory=1.0)
     for x in batches[:2]:
         observer.observe_next(loss_scale=1 / 2)
         (F.cross_entropy(net(x), y) / 2).backward()
     F.cross_entropy(net(batches[2]), y).backward()  # nobody asked for it
-    check(observer.covariances(), expected, 8)
+    check(observer.evidence(), expected, 8)
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in net.modules())
 
 
 def test_what_was_seen_before_is_forgotten() -> None:
     net, y = model("lru"), torch.tensor([0, 1, 2, 3])
     (first, _), (second, _) = inputs(seed=0), inputs(seed=1)
-    observer, states = AdjointObserver(net, memory=0.5), []
+    observer, states = Observer(net, memory=0.5), []
     for x in (first, second):
         observer.reset()
         observer.observe_next()
         F.cross_entropy(net(x), y).backward()
-        states.append(observer.covariances()["blocks.0.ssm"].states)
+        states.append(observer.evidence()["blocks.0.ssm"].states)
     observer.reset()
     for x in (first, second):
         observer.observe_next()
         F.cross_entropy(net(x), y).backward()
-    found = observer.covariances()["blocks.0.ssm"]
+    found = observer.evidence()["blocks.0.ssm"]
     torch.testing.assert_close(found.states, 0.5 * states[0] + states[1])
     assert float(found.sequences) == 6
     assert float(found.weights) == 5
@@ -314,21 +314,21 @@ def test_what_was_seen_before_is_forgotten() -> None:
 
 def test_batches_that_are_not_finite_are_left_out_and_counted() -> None:
     net, (x, y) = model("lru", layers=1), inputs()
-    observer = AdjointObserver(net)
+    observer = Observer(net)
     observer.observe_next()
     (F.cross_entropy(net(x), y) * float("inf")).backward()
     assert observer.dropped == 1
-    with pytest.raises(UnsupportedModelError, match=r"'blocks.0.ssm'.*1 runs of layers"):
-        observer.covariances()
+    with pytest.raises(UnsupportedModelError, match=r"'blocks.0.ssm'.*1 calls of layers"):
+        observer.evidence()
     observer.observe_next()
     F.cross_entropy(net(x), y).backward()
-    assert bool(observer.covariances()["blocks.0.ssm"].Q.isfinite().all())
+    assert bool(observer.evidence()["blocks.0.ssm"].Q.isfinite().all())
 
 
 def test_observing_changes_no_gradient_and_waits_for_training() -> None:
     net, (x, y) = model("s5"), inputs()
     plain = copy.deepcopy(net)
-    observer = AdjointObserver(net)
+    observer = Observer(net)
     observer.observe_next()
     copied = copy.deepcopy(net)
     for module in (net.eval(), copied):
@@ -344,11 +344,11 @@ def test_observing_changes_no_gradient_and_waits_for_training() -> None:
 
 def test_a_part_of_a_model_may_be_trained_alone() -> None:
     net, (x, _) = model("lru", layers=1), inputs()
-    observer = AdjointObserver(net)
+    observer = Observer(net)
     observer.observe_next()
     for _ in range(3):  # the model itself is never called
         net.blocks[0](net.encoder(x)).square().sum().backward()
-    assert float(observer.covariances()["blocks.0.ssm"].sequences) == 4
+    assert float(observer.evidence()["blocks.0.ssm"].sequences) == 4
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
@@ -360,15 +360,15 @@ def test_checkpointed_layers_are_seen_once(reentrant: bool) -> None:
     for block in net.blocks:
         inner = block.forward
         block.forward = lambda u, inner=inner: checkpoint(inner, u, use_reentrant=reentrant)  # type: ignore[method-assign]
-    observer = AdjointObserver(net)
+    observer = Observer(net)
     observer.observe_next()
     F.cross_entropy(net(x), y).backward()
-    check(observer.covariances(), expected, 4)
+    check(observer.evidence(), expected, 4)
 
 
 def test_autocast_is_no_obstacle() -> None:
     net, (x, y) = model("lru").float(), inputs()
-    exact, found = AdjointObserver(net), AdjointObserver(net)
+    exact, found = Observer(net), Observer(net)
     exact.observe_next()
     F.cross_entropy(net(x.float()), y).backward()
     exact.close()
@@ -376,15 +376,15 @@ def test_autocast_is_no_obstacle() -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         loss = F.cross_entropy(net(x.float()), y)
     loss.backward()
-    for name, value in exact.covariances().items():
-        other = found.covariances()[name]
+    for name, value in exact.evidence().items():
+        other = found.evidence()[name]
         assert (other.P - value.P).norm() < 0.05 * value.P.norm()  # bfloat16 has eight bits
         assert (other.Q - value.Q).norm() < 0.05 * value.Q.norm()
 
 
 def test_after_a_cut_the_old_moments_go() -> None:
     net, (x, y) = model("lru", layers=1), inputs()
-    observer = AdjointObserver(net)
+    observer = Observer(net)
     for _ in range(2):
         observer.observe_next()
         F.cross_entropy(net(x), y).backward()
@@ -392,17 +392,17 @@ def test_after_a_cut_the_old_moments_go() -> None:
         write(one, adapter.plan(layer_values(one), truncate(balance(read(one)), 3)))  # type: ignore[union-attr]
     observer.observe_next()
     F.cross_entropy(net(x), y).backward()
-    assert observer.covariances()[name].states.shape == (6, 6)
+    assert observer.evidence()[name].states.shape == (6, 6)
 
 
 def test_state_dict_brings_back_what_was_observed() -> None:
     net, (x, y) = model("lru"), inputs()
-    observer, other = AdjointObserver(net), AdjointObserver(net)
+    observer, other = Observer(net), Observer(net)
     observer.observe_next()
     F.cross_entropy(net(x), y).backward()
     other.load_state_dict(copy.deepcopy(observer.state_dict()))
-    for name, value in observer.covariances().items():
-        assert torch.equal(other.covariances()[name].states, value.states)
+    for name, value in observer.evidence().items():
+        assert torch.equal(other.evidence()[name].states, value.states)
 
 
 @pytest.mark.parametrize("trained", [True, False])
@@ -412,8 +412,8 @@ def test_gathering_with_given_labels_is_the_oracle_and_leaves_no_trace(trained: 
     expected = oracle(net.eval(), lambda m: F.cross_entropy(m(x), y, reduction="none"))
     net.train()
     state = torch.get_rng_state()
-    found = gather_adjoints(net, [(x, y)], lambda out, batch: F.cross_entropy(out, batch[1], reduction="none"))
-    check(found, expected, 4)
+    found = gather_evidence(net, [(x, y)], lambda out, batch: F.cross_entropy(out, batch[1], reduction="none"))
+    check(found.evidence(), expected, 4)
     assert net.training
     assert torch.equal(state, torch.get_rng_state())
     assert all(p.requires_grad == trained and p.grad is None for p in net.parameters())
@@ -431,7 +431,7 @@ def test_sampled_labels_give_fisher_information() -> None:
             one = oracle(net, lambda m, k=k, y=y: F.cross_entropy(m(x[k : k + 1]), y, reduction="none"))
             exact = exact + float(probabilities[k, a]) * one["blocks.0.ssm"][1]
     draws = 400
-    found = gather_adjoints(net, [x.repeat(draws, 1, 1)])["blocks.0.ssm"].adjoints / draws
+    found = gather_evidence(net, [x.repeat(draws, 1, 1)]).evidence()["blocks.0.ssm"].adjoints / draws
     assert float((found - exact).norm() / exact.norm()) < 0.1
 
 
@@ -462,13 +462,13 @@ def test_bad_arguments_are_refused() -> None:
         ({"memory": 1.5}, "memory must be"),
     ):
         with pytest.raises(ConfigError, match=message):
-            AdjointObserver(net, **options)  # type: ignore[arg-type]
+            Observer(net, **options)  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="positive number"):
-        AdjointObserver(net).observe_next(loss_scale=0.0)
+        Observer(net).observe_next(loss_scale=0.0)
     x, _ = inputs()
     with pytest.raises(ConfigError, match="likelihood must be"):
-        gather_adjoints(net, [x], "poisson")  # type: ignore[arg-type]
+        gather_evidence(net, [x], "poisson")  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="loss of every sequence"):
-        gather_adjoints(net, [x], lambda out, _: out.mean())
+        gather_evidence(net, [x], lambda out, _: out.mean())
     with pytest.raises(ConfigError, match="object with such logits"):
         sampled_losses((1, 2), "classification")

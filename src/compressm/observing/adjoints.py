@@ -74,7 +74,7 @@ def covariances(system: DiagonalSystem, reading: Reading, first: bool = True) ->
     spreads = [torch.zeros(system.batch_shape, dtype=torch.float64) for _ in range(2)]
     scales = white_scales(system)
     for block in _blocks(reading, system.lam.numel()):
-        both = _run(system.lam, system.B, block.u), _run(system.lam.conj(), block.C.mH, block.g.flip(1)).flip(1)
+        both = run(system.lam, system.B, block.u), run(system.lam.conj(), block.C.mH, block.g.flip(1)).flip(1)
         for index, (total, x) in enumerate(zip((states, adjoints), both, strict=True)):
             stacked = _stacked(x, block.present, system.lam.ndim > 1)
             tokens = stacked.flatten(-3, -2)
@@ -98,7 +98,7 @@ def _blocks(reading: Reading, states: int) -> Iterator[Reading]:
         yield Reading(reading.u[part], reading.g[part], reading.C, present)
 
 
-def _run(lam: Tensor, B: Tensor, u: Tensor) -> Tensor:
+def run(lam: Tensor, B: Tensor, u: Tensor) -> Tensor:
     """All states of ``x_t = lam x_{t-1} + B u_t``.
 
     Args:
@@ -132,4 +132,4 @@ def _nothing(system: DiagonalSystem) -> Tensor:
     return torch.zeros(*system.batch_shape, 2 * system.n, 2 * system.n, dtype=torch.float64)
 
 
-__all__ = ["Reading", "covariances", "readings"]
+__all__ = ["Reading", "covariances", "readings", "run"]

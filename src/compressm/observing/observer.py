@@ -1,37 +1,40 @@
-"""Observation of linear layers in an ordinary forward and backward pass, and over data at hand."""
+"""Observation of layers in an ordinary forward and backward pass, and over data at hand."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from compressm.adapters import Adapter, find_layers
-from compressm.adapters.base import layer_values
+from compressm.adapters import Adapter, SelectiveAdapter, find_layers
 from compressm.distributed import gathered, world_size
 from compressm.errors import ConfigError, UnsupportedModelError
 from compressm.layers import SequenceClassifier
 from compressm.layers.bidirectional import Bidirectional
-from compressm.observing.adjoints import Reading, covariances, readings
+from compressm.observing.calls import Call, LinearCall, SelectiveCall, as_evidence
+from compressm.observing.damage import Sample
 from compressm.observing.labels import Likelihood, sampled_losses
+from compressm.observing.masks import can_be_masked
 from compressm.rng import rng_state, set_rng_state
 from compressm.statistics import MEMORY, modes_kept
-from compressm.systems import DiagonalSystem
 from compressm.theory.evidence import Covariances
+from compressm.theory.fisher import MaskFisher
 
 Terms = Literal["sequences", "tokens", "sum"]
+Evidence = Covariances | MaskFisher
+Kept = tuple[Sample, ...] | Tensor
 
 
-class AdjointObserver:
-    """Running second moments of the states and adjoint states of a model's linear layers.
+class Observer:
+    """Running evidence of what a model's layers do with the data, and of what the loss thinks of it.
 
-    `observe_next` arms it for one forward pass and the backward pass that follows it: every linear layer then leaves
-    its input and the gradient at its output. Nothing is kept of them but sums.
+    Of linear layers that is the second moments of states and adjoint states, of selective ones the Fisher matrix of a
+    mask on their states. `observe_next` arms it for one forward pass and the backward pass that follows it. Nothing is
+    kept but sums.
 
     What a loss of one sequence is must be known, since the loss that training computes is that of a batch:
 
@@ -48,16 +51,23 @@ class AdjointObserver:
         terms: what the training's loss is, see above.
         sequences: how many sequences of a batch are looked at; by default all.
         memory: weight of what was observed before, at every observation; 1 for plain sums.
+        keep: of how many sequences to keep what predictions need, see `samples`; the last ones.
 
     Attributes:
-        dropped: how many runs of layers were left out, because inputs or gradients were not finite.
+        dropped: how many calls of layers were left out, because inputs or gradients were not finite.
+        unsupported: names of the selective layers that it is not known how to mask.
 
     Raises:
         ConfigError: unknown ``terms``, or numbers out of range.
     """
 
     def __init__(
-        self, model: nn.Module, terms: Terms = "sequences", sequences: int | None = None, memory: float = MEMORY
+        self,
+        model: nn.Module,
+        terms: Terms = "sequences",
+        sequences: int | None = None,
+        memory: float = MEMORY,
+        keep: int = 0,
     ) -> None:
         if terms not in ("sequences", "tokens", "sum"):
             raise ConfigError(f"terms must be 'sequences', 'tokens' or 'sum'; got {terms!r}")
@@ -65,16 +75,22 @@ class AdjointObserver:
             raise ConfigError(f"sequences must be at least 1, or None for all; got {sequences}")
         if not 0 <= memory <= 1:
             raise ConfigError(f"memory must be in [0, 1]; got {memory}")
-        self.terms, self.sequences, self.memory, self.dropped = terms, sequences, memory, 0
-        found = find_layers(model).items()
-        self._layers = {name: (layer, a) for name, (layer, a) in found if isinstance(a, Adapter)}
-        self._model, self._observed = model, dict[str, Covariances]()
+        if keep < 0:
+            raise ConfigError(f"keep must be at least 0; got {keep}")
+        self.terms, self.sequences, self.memory, self.keep, self.dropped = terms, sequences, memory, keep, 0
+        found = find_layers(model)
+        self.unsupported = [
+            name for name, (layer, a) in found.items() if isinstance(a, SelectiveAdapter) and not can_be_masked(layer)
+        ]
+        self._layers = {name: both for name, both in found.items() if name not in self.unsupported}
+        self._model, self._observed, self._passes = model, dict[str, Evidence](), 0
+        self._samples: dict[str, dict[int, Kept]] = {}
         self._hooks: list[RemovableHandle] = []
         self._pass = _Pass()
 
     @property
     def layers(self) -> list[str]:
-        """Names of the linear layers."""
+        """Names of the layers that can be observed."""
         return list(self._layers)
 
     @property
@@ -96,18 +112,19 @@ class AdjointObserver:
         if not (math.isfinite(loss_scale) and loss_scale > 0):
             raise ConfigError(f"loss_scale must be a positive number; got {loss_scale!r}")
         self.close()
-        self._pass = now = _Pass(loss_scale, training_only, frozen)
+        self._passes += 1
+        self._pass = now = _Pass(self._passes, loss_scale, training_only, frozen)
         if not self._layers:
             return
-        self._hooks.append(self._model.register_forward_pre_hook(_Hook(self, now, self._begun), with_kwargs=True))
+        self._hooks.append(self._model.register_forward_pre_hook(_Hook(now, self._begun), with_kwargs=True))
         flipped = [m.backwards for m in self._model.modules() if isinstance(m, Bidirectional)]
         backwards = {id(part) for module in flipped for part in module.modules()}
         for module in self._model.modules():
             if isinstance(module, SequenceClassifier):  # knows which of its inputs are padding
-                self._hooks.append(module.register_forward_pre_hook(_Hook(self, now, _padding), with_kwargs=True))
+                self._hooks.append(module.register_forward_pre_hook(_Hook(now, _padding), with_kwargs=True))
         for name, (layer, adapter) in self._layers.items():
-            seen = _Seen(self, now, name, adapter, id(layer) in backwards)
-            self._hooks.append(layer.register_forward_hook(_Hook(self, now, seen)))
+            seen = _Seen(self, name, adapter, id(layer) in backwards)
+            self._hooks.append(layer.register_forward_hook(_Hook(now, seen), with_kwargs=True))
 
     def close(self) -> None:
         """Remove all hooks; what was observed stays."""
@@ -119,10 +136,11 @@ class AdjointObserver:
     def reset(self) -> None:
         """Forget what was observed."""
         self._observed.clear()
+        self._samples.clear()
 
-    def covariances(self) -> dict[str, Covariances]:
-        """The moments by layer name, summed over the processes of `torch.distributed` where it is initialised; then
-        every process must call this at the same time.
+    def evidence(self) -> dict[str, Evidence]:
+        """What was observed, by layer name, summed over the processes of `torch.distributed` where it is initialised;
+        then every process must call this at the same time.
 
         Raises:
             UnsupportedModelError: a layer was never observed; on all processes.
@@ -132,9 +150,19 @@ class AdjointObserver:
             raise UnsupportedModelError(
                 f"no gradient has passed through {unseen[0]!r} yet: call observe_next() before a forward and backward "
                 "pass in training mode, and see that the loss depends on this layer"
-                + (f"; {self.dropped} runs of layers were left out as not finite" if self.dropped else "")
+                + (f"; {self.dropped} calls of layers were left out as not finite" if self.dropped else "")
             )
         return {name: _summed(self._observed[name]) for name in self._layers}
+
+    def samples(self) -> dict[str, list[Kept]]:
+        """What `damage` predicts from, by layer name: one entry for every pass that all layers were seen in, in order.
+
+        Of a linear layer an entry has its calls, of a selective one the gradients of its mask, shape ``(sequences,
+        groups, n)``. These are of this process only.
+        """
+        common = [set(passes) for passes in self._samples.values()]
+        numbers = sorted(set.intersection(*common)) if common else []
+        return {name: [passes[number] for number in numbers] for name, passes in self._samples.items()}
 
     def state_dict(self) -> dict[str, Any]:
         """What was observed, as dicts of tensors."""
@@ -142,7 +170,49 @@ class AdjointObserver:
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Take up what `state_dict` returned."""
-        self._observed = {name: Covariances(**tensors) for name, tensors in state_dict.items()}
+        self._observed = {
+            name: Covariances(**tensors) if "states" in tensors else MaskFisher(**tensors)
+            for name, tensors in state_dict.items()
+        }
+
+    def add(self, now: _Pass, name: str, call: Call, g: Tensor) -> None:
+        """Add one call of a layer.
+
+        Args:
+            now: the pass that it belongs to.
+            name: of the layer.
+            call: what it was called with.
+            g: gradient of the loss that training computed, at its output.
+        """
+        batch, length = g.shape[:2]
+        tokens = batch * length if call.present is None else float(call.present.sum())
+        terms = {"sequences": batch, "tokens": tokens, "sum": 1}[self.terms]
+        call, g = call.first(self.sequences), g[: self.sequences]
+        g = g.to(torch.promote_types(g.dtype, torch.float32)) * (terms / now.loss_scale)
+        if not (call.finite() and bool(torch.isfinite(g).all())):
+            self.dropped += 1
+            return
+        before = now.before.setdefault(name, self._observed.get(name))
+        now.runs[name] = call.run(g, now.runs.get(name))
+        new = as_evidence(now.runs[name])
+        if isinstance(new, Covariances):
+            if isinstance(before, Covariances) and before.states.shape == new.states.shape:
+                new = before.plus(new, self.memory)
+        elif isinstance(before, MaskFisher) and before.products.shape == new.products.shape:
+            new = before.plus(new, self.memory)
+        self._observed[name] = new
+        if self.keep:
+            self._keep(now, name, call, g)
+
+    def _keep(self, now: _Pass, name: str, call: Call, g: Tensor) -> None:
+        """Keep the call for predictions, and no more sequences than are asked for."""
+        passes = self._samples.setdefault(name, {})
+        if isinstance(call, LinearCall):
+            passes[now.number] = (*passes.get(now.number, ()), Sample(call.u, g))
+        else:
+            passes[now.number] = now.runs[name]
+        while len(passes) > 1 and sum(len(_sequences(one)) for one in passes.values()) > self.keep:
+            del passes[min(passes)]
 
     def _begun(self, now: _Pass, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """The model is called: for the first time, or again, and then all is over."""
@@ -151,41 +221,25 @@ class AdjointObserver:
             self.close()
         now.begun = True
 
-    def add(self, now: _Pass, name: str, layer: nn.Module, system: DiagonalSystem, run: Reading) -> None:
-        """Add one call of a layer; its gradient is that of the loss that training computed."""
-        batch, length = run.u.shape[:2]
-        tokens = batch * length if run.present is None else float(run.present.sum())
-        terms = {"sequences": batch, "tokens": tokens, "sum": 1}[self.terms]
-        kept = slice(None, self.sequences)
-        g = run.g[kept].to(torch.promote_types(run.g.dtype, torch.float32)) * (terms / now.loss_scale)
-        u, present = run.u[kept], None if run.present is None else run.present[kept]
-        if not bool(torch.isfinite(u).all() and torch.isfinite(g).all()):
-            self.dropped += 1
-            return
-        for one in readings(layer, system, u, g, present):
-            new = covariances(system, one, first=name not in now.done)
-            before = self._observed.get(name)
-            if before is not None and before.states.shape == new.states.shape:
-                new = before.plus(new, 1.0 if name in now.done else self.memory)
-            self._observed[name] = new
-            now.done.add(name)
-
 
 class _Pass:
     """One forward pass and its backward pass."""
 
-    def __init__(self, loss_scale: float = 1.0, training_only: bool = True, frozen: bool = False) -> None:
-        self.loss_scale, self.training_only, self.frozen = loss_scale, training_only, frozen
+    def __init__(
+        self, number: int = 0, loss_scale: float = 1.0, training_only: bool = True, frozen: bool = False
+    ) -> None:
+        self.number, self.loss_scale, self.training_only, self.frozen = number, loss_scale, training_only, frozen
         self.begun = self.over = False
         self.present: Tensor | None = None
-        self.done: set[str] = set()  # layers that a gradient has reached
+        self.before: dict[str, Evidence | None] = {}  # what had been seen of each layer before
+        self.runs: dict[str, Any] = {}  # what its calls have left so far
 
 
 class _Hook:
     """A hook that copies of the model do not inherit: they are nobody's training."""
 
-    def __init__(self, observer: AdjointObserver, now: _Pass, action: Callable[..., Any]) -> None:
-        self.observer, self.now, self.action = observer, now, action
+    def __init__(self, now: _Pass, action: Callable[..., Any]) -> None:
+        self.now, self.action = now, action
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Callable[..., None]:
         return _nothing
@@ -199,31 +253,28 @@ class _Hook:
 class _Seen:
     """What is done at a call of one layer."""
 
-    def __init__(self, observer: AdjointObserver, now: _Pass, name: str, adapter: Adapter, flipped: bool) -> None:
+    def __init__(self, observer: Observer, name: str, adapter: Any, flipped: bool) -> None:
         self.observer, self.name, self.adapter, self.flipped = observer, name, adapter, flipped
-        del now
 
-    def __call__(self, now: _Pass, layer: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        if not now.begun and self.name in now.done:  # a part of the model was called, and is called again
+    def __call__(
+        self, now: _Pass, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> None:
+        if not now.begun and self.name in now.runs:  # a part of the model was called, and is called again
             self.observer.close()
-            return None
-        if not isinstance(output, Tensor) or not torch.is_grad_enabled():
-            return None
-        if not output.requires_grad:
+            return
+        y = output[0] if isinstance(output, tuple) else output
+        if not isinstance(y, Tensor) or not torch.is_grad_enabled():
+            return
+        if not y.requires_grad:
             if not now.frozen:
-                return None
-            output.requires_grad_()
-        u: Tensor = args[0].detach()
-        system = self.adapter.read(layer_values(layer))  # now: it may be sharded, or another one, after the pass
-        present = now.present if now.present is not None and now.present.shape == u.shape[:2] else None
+                return
+            y.requires_grad_()
+        present = now.present if now.present is not None and now.present.shape == y.shape[:2] else None
         if present is not None and self.flipped:
             present = present.flip(1)
-
-        def with_gradient(g: Tensor) -> None:
-            self.observer.add(now, self.name, layer, system, Reading(u, g.detach(), system.C, present))
-
-        output.register_hook(with_gradient)
-        return None
+        kind = LinearCall if isinstance(self.adapter, Adapter) else SelectiveCall
+        call = kind.of(layer, self.adapter, args, kwargs, present)
+        y.register_hook(lambda g: self.observer.add(now, self.name, call, g.detach()))
 
 
 def _padding(now: _Pass, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -235,23 +286,28 @@ def _nothing(*_: Any) -> None:
     """A hook that does nothing."""
 
 
-def _summed(observed: Covariances) -> Covariances:
+def _sequences(kept: Kept) -> Tensor:
+    return kept if isinstance(kept, Tensor) else kept[0].u
+
+
+def _summed(observed: Evidence) -> Evidence:
     if world_size() == 1:
         return observed
     device = "cuda" if torch.distributed.get_backend() == "nccl" else "cpu"
     tensors = {name: value.to(device, copy=True) for name, value in observed.tensors().items()}
     for value in tensors.values():
         torch.distributed.all_reduce(value)
-    return replace(observed, **{name: value.cpu() for name, value in tensors.items()})
+    return type(observed)(**{name: value.cpu() for name, value in tensors.items()})
 
 
-def gather_adjoints(
+def gather_evidence(
     model: nn.Module,
     data: Iterable[Any],
     loss: Likelihood | Callable[[Any, Any], Tensor] = "classification",
     sequences: int | None = None,
-) -> dict[str, Covariances]:
-    """Moments of every linear layer of a model over some data; empty where there is no such layer.
+    keep: int = 0,
+) -> Observer:
+    """Evidence of every layer of a model that can be observed, over some data.
 
     Args:
         model: called in evaluation mode; the modes of all its parts, gradients and the random state stay as they were.
@@ -260,16 +316,16 @@ def gather_adjoints(
             `labels`; or a function of the model's output and the batch that returns the loss of every sequence, shape
             ``(batch,)``, for example with the batch's own labels.
         sequences: how many sequences of each batch are looked at; by default all.
+        keep: see `Observer`.
 
-    In several processes all of them must call this, each with its share of the data.
+    Returns:
+        an observer that has seen the data; see its `Observer.evidence`.
 
     Raises:
-        UnsupportedModelError: no layer that compressm knows, or one that no gradient reached.
+        UnsupportedModelError: no layer that compressm knows.
         ConfigError: an output that the likelihood does not fit.
     """
-    observer = AdjointObserver(model, "sum", sequences, memory=1.0)
-    if not observer.layers:
-        return {}
+    observer = Observer(model, "sum", sequences, memory=1.0, keep=keep)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     rng = rng_state()
     try:
@@ -285,7 +341,7 @@ def gather_adjoints(
         for parameter in trained:
             parameter.requires_grad_()
         set_rng_state(rng)
-    return observer.covariances()
+    return observer
 
 
 def _losses(model: nn.Module, batch: Any, loss: Likelihood | Callable[[Any, Any], Tensor]) -> Tensor:
@@ -306,4 +362,4 @@ def _losses(model: nn.Module, batch: Any, loss: Likelihood | Callable[[Any, Any]
     return sampled_losses(output, loss, present)
 
 
-__all__ = ["AdjointObserver", "Terms", "gather_adjoints"]
+__all__ = ["Evidence", "Kept", "Observer", "Terms", "gather_evidence"]

@@ -1,0 +1,154 @@
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from compressm.adapters import find_layers
+from compressm.adapters.base import layer_values, write
+from compressm.balancing import balance, truncate
+from compressm.layers import SequenceClassifier
+from compressm.observing.damage import divergence, linear_changes, masked_changes
+from compressm.observing.masks import masked_forward
+from compressm.observing.observer import Observer, gather_evidence
+from compressm.theory.covariance import balance_covariances, truncate_covariances
+from compressm.theory.evidence import Covariances
+from compressm.theory.fisher import MaskFisher, select_by_fisher
+
+
+def model(family: str, n: int = 12, layers: int = 2) -> SequenceClassifier:
+    torch.manual_seed(0)
+    options = {"bidirectional": True} if family == "s5_both" else {}
+    kind = family.partition("_")[0]
+    return SequenceClassifier(2, 4, 4, n, layers, dropout=0.0, norm="layer", layer=kind, **options).double()
+
+
+def data(batch: int = 6, length: int = 20, seed: int = 0) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(batch, length, 2, dtype=torch.float64, generator=generator).cumsum(1) / 4
+    return x, torch.randint(4, (batch,), generator=generator)
+
+
+@pytest.mark.parametrize("family", ["lru", "s5", "s5_both", "s4d"])
+def test_changes_are_the_slope_of_the_loss_along_the_change_of_the_output(family: str) -> None:
+    net, (x, y) = model(family).eval(), data()
+    observer = gather_evidence(
+        net, [(x, y)], lambda out, batch: F.cross_entropy(out, batch[1], reduction="none"), keep=6
+    )
+    name, (layer, adapter) = next(iter(find_layers(net).items()))
+    system = adapter.read(layer_values(layer))  # type: ignore[union-attr]
+    reduction = truncate(balance(system), 4)
+    smaller: Any = copy.deepcopy(layer)
+    write(smaller, adapter.plan(layer_values(smaller), reduction))  # type: ignore[union-attr]
+    found = linear_changes(layer, system, reduction.system, observer.samples()[name][0])  # type: ignore[arg-type]
+
+    # The slope, by autograd: the layer's output moves by a share of what the cut changes.
+    share = torch.zeros(6, 1, 1, dtype=torch.float64, requires_grad=True)
+    moved, plain = copy.deepcopy(net), layer.forward
+    moved.get_submodule(name).forward = lambda u: plain(u) + share * (smaller(u) - plain(u))  # type: ignore[method-assign]
+    losses = F.cross_entropy(moved(x), y, reduction="none")
+    expected = torch.autograd.grad(losses.sum(), share)[0][:, 0, 0]
+    # A phase is written with 1e-8.
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-8)
+
+
+def test_changes_of_masks_are_the_slope_along_the_mask() -> None:
+    torch.manual_seed(0)
+    net = SequenceClassifier(2, 4, 8, 6, 1, dropout=0.0, layer="mamba2", head_dim=4, n_groups=2).double().eval()
+    x, y = data()
+    observer = gather_evidence(
+        net, [(x, y)], lambda out, batch: F.cross_entropy(out, batch[1], reduction="none"), keep=6
+    )
+    (fisher,) = observer.evidence().values()
+    assert isinstance(fisher, MaskFisher)
+    selection = select_by_fisher(fisher, 2, gains=True)
+    mask = torch.zeros(2, 6, dtype=torch.float64).scatter(1, selection.kept, selection.gains)
+    layer: Any = net.blocks[0].ssm
+    share = torch.zeros(6, 1, 1, dtype=torch.float64, requires_grad=True)
+    moved, plain = copy.deepcopy(net), copy.deepcopy(layer)
+    moved.blocks[0].ssm.forward = masked_forward(plain, 1 + share * (mask - 1))  # type: ignore[method-assign]
+    losses = F.cross_entropy(moved(x), y, reduction="none")
+    expected = torch.autograd.grad(losses.sum(), share)[0][:, 0, 0]
+    (samples,) = observer.samples().values()
+    assert isinstance(samples[0], Tensor)
+    changes = masked_changes(samples[0], selection)
+    torch.testing.assert_close(changes, expected)
+    assert divergence([changes, changes]) == pytest.approx(4 * divergence([changes]))
+
+
+def test_samples_of_all_layers_are_of_the_same_sequences() -> None:
+    net = model("lru", layers=2)
+    observer = Observer(net, keep=10)
+    for seed in range(4):
+        x, y = data(4, seed=seed)
+        observer.observe_next()
+        scale = float("inf") if seed == 1 else 1.0
+        (F.cross_entropy(net(x), y) * scale).backward()
+    samples = observer.samples()
+    assert {name: len(entries) for name, entries in samples.items()} == dict.fromkeys(samples, 2)
+    x, _ = data(4, seed=3)
+    first: Any = samples["blocks.0.ssm"][-1]
+    torch.testing.assert_close(first[0].u, net.blocks[0].norm(net.encoder(x)).detach())
+    observer.reset()
+    assert observer.samples() == {}
+
+
+def trained(seed: int = 0) -> tuple[SequenceClassifier, Any]:
+    """An LRU that tells which of four frequencies a noisy sequence has, and a source of such sequences."""
+
+    def draw(count: int, seed: int) -> tuple[Tensor, Tensor]:
+        generator = torch.Generator().manual_seed(seed)
+        y = torch.randint(4, (count,), generator=generator)
+        phase = 6.28 * torch.rand(count, 1, generator=generator)
+        wave = torch.sin(0.15 * (1 + y[:, None]) * torch.arange(60) + phase)
+        return (wave + 1.2 * torch.randn(count, 60, generator=generator))[..., None], y
+
+    torch.manual_seed(seed)
+    net = SequenceClassifier(1, 4, 6, 32, 2, dropout=0.0, norm="layer", r_min=0.8, r_max=0.99)
+    optimizer = torch.optim.AdamW(net.parameters(), 1e-2)
+    for step in range(150):
+        x, y = draw(32, step)
+        optimizer.zero_grad()
+        F.cross_entropy(net(x), y).backward()
+        optimizer.step()
+    return net.eval(), draw
+
+
+@torch.no_grad()
+def measured(before: SequenceClassifier, after: SequenceClassifier, x: Tensor) -> float:
+    p, q = before(x).log_softmax(-1).double(), after(x).log_softmax(-1).double()
+    return float((p.exp() * (p - q)).sum(-1).mean())
+
+
+@pytest.mark.slow
+def test_the_predicted_divergence_is_the_measured_one_within_a_factor_of_two() -> None:
+    net, draw = trained()
+    observer = gather_evidence(net, [draw(50, 1000 + k)[0] for k in range(16)], keep=800)
+    evidence, layers, checked = observer.evidence(), find_layers(net), 0
+    held_out, losses = draw(2000, 5000)[0], {}
+    for method in ("both", "white"):
+        for states in (20, 16, 12, 10, 8, 6, 5, 4, 3, 2):
+            smaller, changes = copy.deepcopy(net), []
+            for name, (layer, adapter) in layers.items():
+                system, seen = adapter.read(layer_values(layer)), evidence[name]  # type: ignore[union-attr]
+                assert isinstance(seen, Covariances)
+                if method == "both":
+                    reduction = truncate_covariances(balance_covariances(system, seen), states)
+                else:
+                    reduction = truncate(balance(system), states)
+                parts = observer.samples()[name]
+                changes.append(torch.cat([linear_changes(layer, system, reduction.system, p) for p in parts]))  # type: ignore[arg-type]
+                target = smaller.get_submodule(name)
+                write(target, adapter.plan(layer_values(target), reduction))  # type: ignore[union-attr]
+            predicted, found = divergence(changes), measured(net, smaller, held_out)
+            losses[method, states] = found
+            if 0.002 <= found <= 0.1:
+                checked += 1
+                assert 0.5 <= found / predicted <= 2.0, (method, states, predicted, found)
+    assert checked >= 5
+    # By states and adjoints far less is lost than by white noise.
+    assert losses["both", 4] < 0.5 * losses["white", 4]
