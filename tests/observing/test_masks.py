@@ -237,7 +237,7 @@ def test_the_block_of_recurrent_gemma() -> None:
     config = transformers.RecurrentGemmaConfig(
         hidden_size=8, lru_width=12, num_attention_heads=2, num_hidden_layers=1, vocab_size=40
     )
-    layer = RecurrentGemmaRecurrentBlock(config).eval()
+    layer = RecurrentGemmaRecurrentBlock(config, 0).eval()
     for parameter in layer.parameters():
         nn.init.normal_(parameter, std=0.4)
     u, position_ids = torch.randn(3, 9, 8), torch.arange(9)[None].expand(3, -1)

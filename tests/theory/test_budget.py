@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from compressm.errors import InvalidRankRuleError
-from compressm.theory.budget import linear_curve, within_loss, within_states
+from compressm.theory.budget import calibrated, linear_curve, within_loss, within_states
 
 
 def curve(*damages: float) -> torch.Tensor:
@@ -64,6 +64,19 @@ def test_every_layer_keeps_its_floor() -> None:
     assert within_loss(curves, 1e-3)["idle"] == 4
     assert within_states(curves, 48, floor=0.25) == {"used": 32, "idle": 16}
     assert within_loss(curves, 0.0) == {"used": 64, "idle": 64}
+
+
+def test_a_calibrated_curve_goes_through_what_was_measured_and_keeps_its_form_between() -> None:
+    estimate = linear_curve(torch.logspace(2, -4, 24, dtype=torch.float64))
+    found = calibrated(estimate, {2: float(estimate[2]) / 16, 8: float(estimate[8]) / 4})
+    ratio = estimate[:-1] / found[:-1]
+    torch.testing.assert_close(ratio[[0, 1, 2]], torch.full((3,), 16.0, dtype=torch.float64))
+    assert float(ratio[5]) == pytest.approx(8)
+    torch.testing.assert_close(ratio[8:], torch.full((16,), 4.0, dtype=torch.float64))
+    assert float(found[24]) == 0
+    assert torch.equal(calibrated(estimate, {}), estimate)
+    uneven = calibrated(estimate, {2: 1e-9, 8: 1.0})
+    assert bool((uneven[:-1] >= uneven[1:]).all())
 
 
 def test_bad_budgets_are_refused() -> None:

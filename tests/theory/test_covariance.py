@@ -235,6 +235,17 @@ def test_the_certificate_is_plain_json_and_promises_no_bound() -> None:
     assert 0 < stored["h2_error"] < stored["h2_norm"]
 
 
+def test_a_cut_that_is_only_tried_is_the_same() -> None:
+    for system, data in ((random_system(1, 6), None), unstable_example()):
+        seen = evidence(*real_gramians(system)) if data is None else data
+        balancing = balance_covariances(system, seen, 0.0)
+        full, quick = truncate_covariances(balancing, 2), truncate_covariances(balancing, 2, quick=True)
+        assert torch.equal(full.system.B, quick.system.B)
+        for name in ("spectral_radius", "condition", "predicted_damage", "fallback", "valid"):
+            assert getattr(full.certificate, name) == getattr(quick.certificate, name)
+        assert math.isnan(quick.certificate.h2_error)
+
+
 def test_bad_evidence_is_refused() -> None:
     system = random_system(0, 4)
     good = evidence(*real_gramians(system))

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from itertools import combinations, product
+from typing import Any
 
 import pytest
 import torch
@@ -9,8 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from compressm.errors import InvalidRankRuleError, InvalidSystemError
-from compressm.selection import select_by_removal
-from compressm.theory.fisher import MaskFisher, damage_curve, select_by_fisher
+from compressm.selection import compensation, select_by_removal
+from compressm.selective import moments
+from compressm.theory.fisher import MaskEstimate, MaskFisher, damage_curve, reduce_by_fisher, select_by_fisher
+from helpers import random_signals
 
 
 def scores(seed: int, sequences: int, groups: int, n: int) -> torch.Tensor:
@@ -132,6 +136,38 @@ def test_any_selection_is_whole_and_its_damage_no_less_than_nothing(
         assert all(len(set(row)) == states and row == sorted(row) for row in found.kept.tolist())
         assert found.damage >= 0
         assert bool(found.gains.isfinite().all())
+
+
+@pytest.mark.parametrize("takes_over", ["nobody", "gains", "least_squares"])
+def test_the_reduction_selects_and_says_what_to_expect(takes_over: Any) -> None:
+    signals = random_signals(0, batch=4, length=30, d=4, n=5, groups=2)
+    seen = moments(signals)
+    fisher = MaskFisher.of(scores(2, 300, 2, 5))
+    reduction = reduce_by_fisher(fisher, 3, seen, takes_over)
+    assert reduction.kept is not None
+    estimate = reduction.estimate
+    assert isinstance(estimate, MaskEstimate)
+    selection = select_by_fisher(fisher, 3, gains=takes_over == "gains")
+    assert torch.equal(reduction.kept, selection.kept)
+    assert estimate.predicted_damage == selection.damage > 0
+    for g in range(2):
+        expected = torch.eye(5, dtype=torch.float64)[selection.kept[g]]
+        assert torch.equal(reduction.into[g], expected)
+        if takes_over == "least_squares":
+            P = seen.P[g] / seen.tokens
+            assert torch.equal(reduction.out[g], compensation((P + P.mT) / 2, selection.kept[g]))
+        else:
+            assert torch.equal(reduction.out[g], expected * selection.gains[g][:, None])
+    # tr W (I - out^T into) P (I - out^T into)^T, summed over groups
+    lost = total = 0.0
+    for g in range(2):
+        P, W = seen.P[g] / seen.tokens, seen.W[g] / seen.tokens
+        rest = torch.eye(5, dtype=torch.float64) - reduction.out[g].T @ reduction.into[g]
+        lost, total = lost + float(torch.trace(W @ rest @ P @ rest.T)), total + float(torch.trace(W @ P))
+    assert estimate.relative_error == pytest.approx((lost / total) ** 0.5)
+    assert json.loads(json.dumps(estimate.to_dict(), allow_nan=False))["shrinkage"] == fisher.shrinkage()
+    with pytest.raises(InvalidSystemError, match="observe both"):
+        reduce_by_fisher(MaskFisher.of(scores(2, 30, 2, 4)), 3, seen)
 
 
 def test_bad_arguments_are_refused() -> None:

@@ -14,6 +14,7 @@ import heapq
 import math
 from collections.abc import Callable, Mapping
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -27,6 +28,27 @@ def linear_curve(damage: Tensor) -> Tensor:
     per_state = damage.reshape(-1, damage.shape[-1]).sum(0)
     tails = per_state.flip(0).cumsum(0).flip(0)
     return torch.cat([tails, tails.new_zeros(1)])
+
+
+def calibrated(curve: Tensor, measured: Mapping[int, float]) -> Tensor:
+    """A damage curve that goes through what was predicted better for some ranks.
+
+    Between these ranks the ratio of both is interpolated, linearly in its logarithm, and beyond them it stays.
+
+    Args:
+        curve: shape ``(n + 1,)``.
+        measured: damages by rank.
+
+    Returns:
+        shape ``(n + 1,)``, decreasing.
+    """
+    ranks = sorted(rank for rank in measured if float(curve[rank]) > 0 and measured[rank] > 0)
+    if not ranks:
+        return curve
+    ratios = [math.log(measured[rank] / float(curve[rank])) for rank in ranks]
+    between = np.interp(np.arange(curve.shape[0]), ranks, ratios)
+    scaled = curve * torch.from_numpy(np.exp(between))
+    return scaled.flip(0).cummax(0).values.flip(0)
 
 
 def within_loss(curves: Mapping[str, Tensor], max_loss: float, floor: float = FLOOR) -> dict[str, int]:
@@ -96,4 +118,4 @@ def _next_step(name: str, curve: Tensor, rank: int, floor: int) -> tuple[float, 
     return float(slopes[best]), name, floor + best
 
 
-__all__ = ["FLOOR", "linear_curve", "within_loss", "within_states"]
+__all__ = ["FLOOR", "calibrated", "linear_curve", "within_loss", "within_states"]

@@ -12,12 +12,16 @@ states may take over: the cost is then least over their masks too (optimal brain
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from compressm.errors import InvalidRankRuleError, InvalidSystemError
+from compressm.selection import compensation
+from compressm.selective import ErrorEstimate, Moments, SelectiveReduction, balance_selective
 
 EXCHANGES = 10
 # Share of the largest diagonal entry that is added to the diagonal of what is solved with.
@@ -144,6 +148,58 @@ def select_by_fisher(fisher: MaskFisher, states: int, gains: bool = False) -> Ma
     return MaskSelection(kept, factors.view(kept.shape), max(0.0, float(change @ F @ change) / 2))
 
 
+@dataclass(frozen=True)
+class MaskEstimate(ErrorEstimate):
+    """What a cut by the mask's Fisher matrix is expected to do.
+
+    Attributes:
+        predicted_damage: rise of a sequence's loss, in nats.
+        shrinkage: the share by which pairs of states were not believed; see `MaskFisher.shrinkage`.
+    """
+
+    predicted_damage: float = math.nan
+    shrinkage: float = math.nan
+
+
+def reduce_by_fisher(
+    fisher: MaskFisher,
+    states: int,
+    moments: Moments,
+    takes_over: Literal["nobody", "gains", "least_squares"] = "nobody",
+) -> SelectiveReduction:
+    """Reduce a selective recurrence to the states that `select_by_fisher` keeps.
+
+    Args:
+        fisher: of the layer.
+        states: how many to keep in each group, at most n.
+        moments: of the layer, from `selective.moments`.
+        takes_over: what the kept states do for the others, where the layer can take maps of C: nothing; one factor
+            each (see `select_by_fisher`); or what recovers the other states best by least squares, which the predicted
+            damage does not know of.
+
+    Raises:
+        InvalidRankRuleError, InvalidSystemError: see `select_by_fisher`; or moments of another layer.
+    """
+    if fisher.products.shape[:2] != moments.P.shape[:2]:
+        raise InvalidSystemError(
+            f"the mask has {tuple(fisher.products.shape[:2])} groups and states, and the moments "
+            f"{tuple(moments.P.shape[:2])}: observe both on the model as it is"
+        )
+    selection = select_by_fisher(fisher, states, gains=takes_over == "gains")
+    balancing = balance_selective(moments)
+    P, n = (balancing.P + balancing.P.mT) / 2, moments.P.shape[-1]
+    into = torch.eye(n, dtype=torch.float64)[selection.kept]
+    out = into * selection.gains[..., None]
+    if takes_over == "least_squares":
+        out = torch.stack([compensation(one, kept) for one, kept in zip(P, selection.kept, strict=True)])
+    rest = torch.eye(n, dtype=torch.float64) - out.mT @ into
+    power, lost = float((balancing.W * P).sum()), float((balancing.W * (rest @ P @ rest.mT)).sum())
+    least = float(balancing.hsv[..., into.shape[-2] :].square().sum())
+    errors = ((max(value, least, 0.0) / power) ** 0.5 if power > 0 else 0.0 for value in (lost, least))
+    estimate = MaskEstimate(n, into.shape[-2], *errors, (), selection.damage, fisher.shrinkage())
+    return SelectiveReduction(into, out, selection.kept, estimate, moments)
+
+
 def damage_curve(fisher: MaskFisher) -> Tensor:
     """Predicted damage of keeping 0, 1, ..., n states of every group, in nats per sequence, decreasing to 0.
 
@@ -204,4 +260,4 @@ def _gains(F: Tensor, stays: Tensor) -> Tensor:
     return 1 + torch.linalg.solve(inner + ridge * torch.eye(len(inner), dtype=F.dtype), pulled)
 
 
-__all__ = ["MaskFisher", "MaskSelection", "damage_curve", "select_by_fisher"]
+__all__ = ["MaskEstimate", "MaskFisher", "MaskSelection", "damage_curve", "reduce_by_fisher", "select_by_fisher"]
