@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,14 +10,17 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from compressm.adapters import LRUAdapter, find_layers
+from compressm.adapters import LRUAdapter, SelectiveAdapter, find_layers
 from compressm.adapters.base import layer_values, write
 from compressm.balancing import balance, truncate
 from compressm.layers import LRU, SequenceClassifier
 from compressm.observing.adjoints import Reading, covariances
-from compressm.observing.damage import Sample, calibrated_curve, divergence, linear_changes, masked_changes
+from compressm.observing.damage import Sample, calibrated_curve, divergence, linear_changes, selective_changes
 from compressm.observing.masks import masked_forward
 from compressm.observing.observer import Observer, gather_evidence
+from compressm.selection import reduce_selective
+from compressm.selective import SelectiveReduction, balance_selective
+from compressm.statistics import gather
 from compressm.systems import DiagonalSystem
 from compressm.theory.covariance import balance_covariances, predicted_damage, truncate_covariances
 from compressm.theory.evidence import Covariances
@@ -59,28 +63,53 @@ def test_changes_are_the_slope_of_the_loss_along_the_change_of_the_output(family
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-8)
 
 
-def test_changes_of_masks_are_the_slope_along_the_mask() -> None:
+FAMILIES: dict[str, Any] = {
+    "mamba": {},
+    "mamba2": {"head_dim": 4, "n_groups": 2},
+    "linear_attention": {"n_heads": 2},
+    "gated_linear_attention": {"n_heads": 2},
+    "delta_net": {"n_heads": 2},
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_changes_of_selective_layers_are_the_slope_towards_the_reduction(family: str) -> None:
     torch.manual_seed(0)
-    net = SequenceClassifier(2, 4, 8, 6, 1, dropout=0.0, layer="mamba2", head_dim=4, n_groups=2).double().eval()
+    net = SequenceClassifier(2, 4, 8, 6, 1, dropout=0.0, layer=family, **FAMILIES[family]).double().eval()
     x, y = data()
     observer = gather_evidence(
         net, [(x, y)], lambda out, batch: F.cross_entropy(out, batch[1], reduction="none"), keep=6
     )
-    (fisher,) = observer.evidence().values()
-    assert isinstance(fisher, MaskFisher)
-    selection = select_by_fisher(fisher, 2, gains=True)
-    mask = torch.zeros(2, 6, dtype=torch.float64).scatter(1, selection.kept, selection.gains)
-    layer: Any = net.blocks[0].ssm
-    share = torch.zeros(6, 1, 1, dtype=torch.float64, requires_grad=True)
-    moved, plain = copy.deepcopy(net), copy.deepcopy(layer)
-    moved.blocks[0].ssm.forward = masked_forward(plain, 1 + share * (mask - 1))  # type: ignore[method-assign]
+    ((name, (layer, adapter)),) = find_layers(net).items()
+    assert isinstance(adapter, SelectiveAdapter)
+    into, out, rotates = adapter.maps(layer)
+    reduction = reduce_selective(balance_selective(gather(net, [x])[name]), 3, into, out, rotates=rotates)
+    smaller: Any = copy.deepcopy(layer)
+    write(smaller, adapter.plan(layer_values(smaller), reduction))
+    towards = (reduction.out.mT @ reduction.into).expand(6, -1, -1, -1)
+    masked = masked_forward(copy.deepcopy(layer), towards)
+    assert masked is not None
+    inputs = net.blocks[0].norm(net.encoder(x)).detach()
+    # The whole way is the cut: the map stands where the adapter writes.
+    torch.testing.assert_close(masked(inputs), smaller(inputs), rtol=1e-6, atol=1e-8)
+
+    share = torch.zeros(6, 1, 1, 1, dtype=torch.float64, requires_grad=True)
+    identity, moved = torch.eye(6, dtype=torch.float64), copy.deepcopy(net)
+    moved.blocks[0].ssm.forward = masked_forward(copy.deepcopy(layer), identity + share * (towards - identity))  # type: ignore[method-assign]
     losses = F.cross_entropy(moved(x), y, reduction="none")
-    expected = torch.autograd.grad(losses.sum(), share)[0][:, 0, 0]
+    expected = torch.autograd.grad(losses.sum(), share)[0].flatten()
     (samples,) = observer.samples().values()
     assert isinstance(samples[0], Tensor)
-    changes = masked_changes(samples[0], selection)
+    changes = selective_changes(samples[0], reduction)
     torch.testing.assert_close(changes, expected)
     assert divergence([changes, changes]) == pytest.approx(4 * divergence([changes]))
+    # The mask's Fisher matrix says the same of a selection.
+    (fisher,) = observer.evidence().values()
+    assert isinstance(fisher, MaskFisher)
+    selection = select_by_fisher(replace(fisher, squares=fisher.products.square() / 6), 3)  # no variance, no shrinkage
+    rows = torch.eye(6, dtype=torch.float64)[selection.kept]
+    chosen = SelectiveReduction(rows, rows, selection.kept, reduction.estimate)
+    assert divergence([selective_changes(samples[0], chosen)]) == pytest.approx(selection.damage, rel=1e-6)
 
 
 def test_samples_of_all_layers_are_of_the_same_sequences() -> None:

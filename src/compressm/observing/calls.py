@@ -131,10 +131,10 @@ class SelectiveCall:
         return all(bool(torch.isfinite(value).all()) for value in tensors if value.is_floating_point())
 
     def run(self, g: Tensor, before: Tensor | None) -> Tensor:
-        """The mask's gradients, added to those of the calls before it in the same pass; see `LinearCall.run`.
+        """The gradients of M, added to those of the calls before it in the same pass; see `LinearCall.run`.
 
         Returns:
-            float64 on the CPU, shape ``(batch, groups, n)``.
+            float64 on the CPU, shape ``(batch, groups, n, n)``.
         """
         with self.precision():
             gradients = mask_gradients(self.layer, self.adapter, self.args, self.kwargs, g)
@@ -155,7 +155,7 @@ class _Autocast:
 
 def as_evidence(run: Covariances | Tensor) -> Covariances | MaskFisher:
     """What all calls of a layer in one pass are evidence of."""
-    return MaskFisher.of(run) if isinstance(run, Tensor) else run
+    return MaskFisher.of(run.diagonal(dim1=-2, dim2=-1)) if isinstance(run, Tensor) else run
 
 
 def _detached(value: Any) -> Any:

@@ -21,10 +21,10 @@ import torch
 from torch import Tensor, nn
 
 from compressm.observing.adjoints import readings, run
+from compressm.selective import SelectiveReduction
 from compressm.systems import DiagonalSystem
 from compressm.theory.budget import calibrated, linear_curve
 from compressm.theory.covariance import CovarianceBalancing, truncate_covariances
-from compressm.theory.fisher import MaskSelection
 
 # Numbers in one tensor of states: 16 MB of float32.
 _BLOCK = 2**22
@@ -110,18 +110,20 @@ def _transposed(C: Tensor, g: Tensor) -> Tensor:
     return g @ C if C.ndim == 2 else g * C[:, 0]
 
 
-def masked_changes(gradients: Tensor, selection: MaskSelection) -> Tensor:
-    """By how much the loss of every sequence changes, to first order, if a selection of a layer's states stays.
+def selective_changes(gradients: Tensor, reduction: SelectiveReduction) -> Tensor:
+    """By how much the loss of every sequence changes, to first order, if a selective layer is reduced.
+
+    In Griffin's block nothing is said of what the output projection takes over.
 
     Args:
-        gradients: of the mask, shape ``(sequences, groups, n)``.
-        selection: of the layer's states.
+        gradients: of a map on its states, see `masks`, shape ``(sequences, groups, n, n)``.
+        reduction: any, of this layer.
 
     Returns:
         float64, shape ``(sequences,)``.
     """
-    mask = torch.zeros(gradients.shape[1:], dtype=torch.float64).scatter(1, selection.kept, selection.gains)
-    return (gradients.to(torch.float64) * (mask - 1)).flatten(1).sum(1)
+    change = reduction.out.mT @ reduction.into - torch.eye(gradients.shape[-1], dtype=torch.float64)
+    return (gradients.to(torch.float64) * change).flatten(1).sum(1)
 
 
 def divergence(changes: Iterable[Tensor]) -> float:
@@ -134,4 +136,4 @@ def divergence(changes: Iterable[Tensor]) -> float:
     return float(total.square().mean() / 2)
 
 
-__all__ = ["Sample", "calibrated_curve", "divergence", "linear_changes", "masked_changes"]
+__all__ = ["Sample", "calibrated_curve", "divergence", "linear_changes", "selective_changes"]

@@ -1,12 +1,15 @@
-"""Gradients of the loss with respect to a mask on the states of selective and matrix-valued layers.
+"""Gradients of the loss with respect to a map on the states of selective and matrix-valued layers.
 
-A layer is run again on the input that it had, with every state multiplied by a number that is one, and the gradient at
-its output is pulled back to these numbers: one extra forward and backward pass of the layer, and of nothing else. All
-of the rest is the layer's own code: its projections, convolutions, norms and gates.
+Let ``y_t = C_t^T M h_t`` in the place of ``C_t^T h_t``, with M the identity. A reduction ``h' = into h, C' = out C``
+makes M into ``out^T into``, and taking out states makes zeros of entries of its diagonal, the *mask*.
 
-What is multiplied is what a cut takes away: the output vectors ``C_t`` of S6 and SSD and the queries of linear
-attention; keys and queries of the delta rule, which are then scaled to norm 1 again; the channels that reach the gates
-and the recurrence of Griffin's block.
+A layer is run again on the input that it had, with an M for every sequence, and the gradient at its output is pulled
+back to M: one extra forward and backward pass of the layer, and of nothing else. All of the rest is the layer's own
+code: its projections, convolutions, norms and gates.
+
+M stands where a cut changes a layer: at the output vectors ``C_t`` of S6 and SSD and the queries of linear attention;
+at keys and queries of the delta rule, which are then scaled to norm 1 again. The states of Griffin's block are the
+channels that reach its gates and its recurrence, where only the diagonal of M has a meaning.
 """
 
 from __future__ import annotations
@@ -38,25 +41,27 @@ _FUSED = {"mamba_inner_fn": not_fused, "mamba2_split_conv1d_scan_combined": not_
 
 
 def masked_forward(layer: nn.Module, mask: Tensor) -> Forward | None:
-    """The layer's forward with its states multiplied by a mask.
+    """The layer's forward with a map on its states.
 
     Args:
         layer: of ours, or of transformers.
-        mask: shape ``(batch, groups, n)``.
+        mask: M, shape ``(batch, groups, n, n)``, or its diagonal, shape ``(batch, groups, n)``.
 
     Returns:
         a function of the forward's arguments; None for a kind of layer that it is not known how to mask.
     """
+    M = mask if mask.ndim == 4 else mask.diag_embed()
+    channels = M.diagonal(dim1=-2, dim2=-1).flatten(1)[:, None]
     if isinstance(layer, MatrixStateLayer):
-        return lambda u: _masked_matrix_state(layer, mask, u)
+        return lambda u: _masked_matrix_state(layer, M, u)
     if isinstance(layer, RecurrentBlock):
-        return rebound_forward(layer, {"short_conv": _times(_original(layer, "short_conv"), mask.flatten(1)[:, None])})
+        return rebound_forward(layer, {"short_conv": _times(_original(layer, "short_conv"), channels)})
     if hasattr(layer, "rg_lru"):  # RecurrentGemma's
-        return lambda *args, **kwargs: _with_masked_input(layer, mask.flatten(1)[:, None], args, kwargs)
+        return lambda *args, **kwargs: _with_masked_input(layer, channels, args, kwargs)
     names = global_names(layer) & _SCANS.keys()
     if not names or not (isinstance(layer, Mamba | Mamba2) or type(layer).__module__.startswith("transformers.")):
         return None
-    functions = {name: _masked_scan(_original(layer, name), mask, *_SCANS[name]) for name in names}
+    functions = {name: _masked_scan(_original(layer, name), M, *_SCANS[name]) for name in names}
     return rebound_forward(layer, {**functions, **_FUSED})
 
 
@@ -82,7 +87,7 @@ def mask_gradients(
     kwargs: dict[str, Any],
     grad_output: Tensor,
 ) -> Tensor:
-    """``d loss / d mask`` of every sequence, at a mask of ones.
+    """``d loss / d M`` of every sequence, at the identity.
 
     Args:
         layer, adapter: a layer that `can_be_masked`.
@@ -90,12 +95,12 @@ def mask_gradients(
         grad_output: gradient of the loss at its output, shape ``(batch, length, d_model)``.
 
     Returns:
-        shape ``(batch, groups, n)``, of the dtype of the layer's parameters, at least float32.
+        shape ``(batch, groups, n, n)``, of the dtype of the layer's parameters, at least float32.
     """
     dtype = torch.promote_types(next(layer.parameters()).dtype, torch.float32)
     shape = grad_output.shape[0], groups_of(layer), adapter.state_dim(layer)
     with torch.enable_grad():
-        mask = grad_output.new_ones(shape, dtype=dtype).requires_grad_()
+        mask = grad_output.new_ones(shape, dtype=dtype).diag_embed().requires_grad_()
         forward = masked_forward(layer, mask)
         assert forward is not None
         output = forward(*args, **kwargs)
@@ -112,13 +117,17 @@ def _original(layer: nn.Module, name: str) -> Forward:
     return found if found is not None else inspect.unwrap(type(layer).forward).__globals__[name]
 
 
-def _masked_scan(scan: Forward, mask: Tensor, place: int, time_last: bool) -> Forward:
-    """A scan whose C is multiplied by the mask."""
+def _masked_scan(scan: Forward, M: Tensor, place: int, time_last: bool) -> Forward:
+    """A scan with ``M^T C`` in the place of C."""
 
     def masked(*args: Any, **kwargs: Any) -> Any:
         C: Tensor = args[place] if len(args) > place else kwargs["C"]
-        per_token = mask[:, 0, :, None] if time_last else mask[:, 0, None]
-        C = C * (mask[:, None] if C.ndim == 4 else per_token).to(C.dtype)
+        if C.ndim == 4:
+            C = _mapped(C, M)
+        elif time_last:
+            C = M[:, 0].mT.to(C.dtype) @ C
+        else:
+            C = C @ M[:, 0].to(C.dtype)
         if len(args) > place:
             return scan(*args[:place], C, *args[place + 1 :], **kwargs)
         return scan(*args, **{**kwargs, "C": C})
@@ -126,12 +135,16 @@ def _masked_scan(scan: Forward, mask: Tensor, place: int, time_last: bool) -> Fo
     return masked
 
 
-def _masked_matrix_state(layer: MatrixStateLayer, mask: Tensor, u: Tensor) -> Tensor:
+def _mapped(C: Tensor, M: Tensor) -> Tensor:
+    """``M^T C_t``, for vectors of shape ``(batch, length, groups, n)``."""
+    return torch.einsum("blgi,bgij->blgj", C, M.to(C.dtype))
+
+
+def _masked_matrix_state(layer: MatrixStateLayer, M: Tensor, u: Tensor) -> Tensor:
     *terms, k, q = layer.recurrence(u)
+    q = _mapped(q, M)
     if isinstance(layer, DeltaNet):
-        k, q = (F.normalize(x * mask[:, None].to(x.dtype), dim=-1) for x in (k, q))
-    else:
-        q = q * mask[:, None].to(q.dtype)
+        k, q = F.normalize(_mapped(k, M.mT), dim=-1), F.normalize(q, dim=-1)
     return layer.read_out(layer.scan(*terms, k, q), u)
 
 

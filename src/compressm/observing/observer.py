@@ -157,8 +157,8 @@ class Observer:
     def samples(self) -> dict[str, list[Kept]]:
         """What `damage` predicts from, by layer name: one entry for every pass that all layers were seen in, in order.
 
-        Of a linear layer an entry has its calls, of a selective one the gradients of its mask, shape ``(sequences,
-        groups, n)``. These are of this process only.
+        Of a linear layer an entry has its calls, of a selective one the gradients of a map on its states (see
+        `masks`), shape ``(sequences, groups, n, n)``. These are of this process only.
         """
         common = [set(passes) for passes in self._samples.values()]
         numbers = sorted(set.intersection(*common)) if common else []
