@@ -5,16 +5,20 @@
 An LRU of 256 states learns MNIST as sequences of 196 pixels (2 x 2 pixels averaged). Copies of it are then cut once, by
 white noise, by the states under the data (P), by the loss's adjoints (Q), and by both. Nothing is trained after the
 cut. Loss, accuracy and the Kullback-Leibler divergence from the uncut model are those on validation data that neither
-training nor the cuts have seen. The directory holds the original MNIST files; by default COMPRESSM_DATA names it.
+training nor the cuts have seen. Beside the divergence stand the one predicted from the observed sequences (see
+`compressm.observing.damage`), and the estimate by covariances (see `compressm.theory.covariance`). The directory holds
+the original MNIST files; by default COMPRESSM_DATA names it.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import functools
+import itertools
 import time
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +31,7 @@ from compressm.adapters import Adapter, find_layers
 from compressm.adapters.base import layer_values, write
 from compressm.balancing import Reduction, balance, real_gramians, truncate
 from compressm.layers import SequenceClassifier, parameter_groups
+from compressm.observing.damage import Sample, divergence, linear_changes
 from compressm.observing.observer import gather_evidence
 from compressm.systems import DiagonalSystem
 from compressm.theory.covariance import balance_covariances, predicted_damage, truncate_covariances
@@ -34,7 +39,8 @@ from compressm.theory.evidence import Covariances
 from compressm.training.config import DataConfig
 from compressm.training.data import BatchOrder, SequenceData, load_data
 
-STATES = (64, 40, 28, 22, 16, 12, 8, 6)
+STATES = (64, 40, 28, 22, 16, 12, 8, 6, 4)
+LAYER = "blocks.0.ssm"
 METHODS = ("white", "P from data", "Q from loss", "both")
 
 
@@ -55,11 +61,13 @@ def main() -> None:
         f"{count} batches, {labels} labels": observed(model, data, count, labels)
         for count, labels in ((arguments.observed, "sampled"), (1, "sampled"), (1, "the data's"))
     }
+    alphas = {source: shares(model, seen.moments) for source, seen in evidence.items()}
     before = predictions(model, held_out[0])
     rows = list(compare(model, evidence, held_out, before))
     uncut = evaluate(before, before, held_out[1])
     store(
         arguments.out, data=data.label, steps=arguments.steps, seed=arguments.seed, training_seconds=round(seconds),
+        observing_seconds_per_batch={source: seen.seconds for source, seen in evidence.items()}, alphas=alphas,
         uncut=uncut, states_for_98_percent=needed(model, evidence), rows=rows,
     )  # fmt: skip
     for row in ({"method": "uncut", **uncut}, *rows):
@@ -82,35 +90,51 @@ def trained(data: SequenceData, steps: int, seed: int) -> tuple[nn.Module, float
     return model.eval(), time.perf_counter() - started
 
 
-def observed(model: nn.Module, data: SequenceData, count: int, labels: str) -> Covariances:
-    """Moments of the model's layer over some training batches."""
+def observed(model: nn.Module, data: SequenceData, count: int, labels: str) -> Observed:
+    """What the model's layer does over some training batches."""
     batches = [data.batch(data.train, torch.arange(i * 50, (i + 1) * 50)) for i in range(count)]
+    started = time.perf_counter()
     torch.manual_seed(1)
     if labels == "sampled":
-        return gather_evidence(model, batches).evidence()["blocks.0.ssm"]
-    losses = gather_evidence(model, batches, lambda out, batch: F.cross_entropy(out, batch[1], reduction="none"))
-    return losses["blocks.0.ssm"]
+        observer = gather_evidence(model, batches, keep=50 * count)
+    else:
+        losses = functools.partial(F.cross_entropy, reduction="none")
+        observer = gather_evidence(model, batches, lambda out, batch: losses(out, batch[1]), keep=50 * count)
+    seconds = (time.perf_counter() - started) / count
+    moments, passes = observer.evidence()[LAYER], observer.samples()[LAYER]
+    assert isinstance(moments, Covariances)
+    return Observed(moments, [calls for calls in passes if isinstance(calls, tuple)], seconds)
+
+
+@dataclass(frozen=True)
+class Observed:
+    """Moments, the calls that they came from, and the seconds that a batch took."""
+
+    moments: Covariances
+    passes: list[tuple[Sample, ...]]
+    seconds: float
 
 
 def compare(
-    model: nn.Module, evidence: dict[str, Covariances], held_out: tuple[Tensor, Tensor], before: Tensor
+    model: nn.Module, evidence: dict[str, Observed], held_out: tuple[Tensor, Tensor], before: Tensor
 ) -> Iterator[dict[str, Any]]:
     """A row for every method, evidence and size."""
-    system = read(model)
-    for states in STATES:
-        for source, seen in evidence.items():
-            full = source == next(iter(evidence))
-            for method in METHODS if full else ("both",):
-                for alpha in (None, 0.0) if full and method == "both" else (None,):
-                    reduction = cut(system, seen, method, states, alpha)
-                    smaller = copy.deepcopy(model)
-                    write_into(smaller, reduction)
-                    yield {
-                        "states": states, "method": method, "observed": source, "alpha": alpha,
-                        "kept": reduction.system.n, "fallback": getattr(reduction.certificate, "fallback", None),
-                        "predicted": float(predicted_damage(seen, reduction.left, reduction.right)),
-                        **evaluate(predictions(smaller, held_out[0]), before, held_out[1]),
-                    }  # fmt: skip
+    system, layer = read(model), layer_of(model)[0]
+    for states, (source, seen) in itertools.product(STATES, evidence.items()):
+        full = source == next(iter(evidence))
+        for method in METHODS if full else ("both",):
+            for alpha in (None, 0.0) if full and method == "both" else (None,):
+                reduction = cut(system, seen.moments, method, states, alpha)
+                changes = [linear_changes(layer, system, reduction.system, calls) for calls in seen.passes]
+                smaller = copy.deepcopy(model)
+                write_into(smaller, reduction)
+                yield {
+                    "states": states, "method": method, "observed": source, "alpha": alpha,
+                    "kept": reduction.system.n, "fallback": getattr(reduction.certificate, "fallback", None),
+                    "estimate": float(predicted_damage(seen.moments, reduction.left, reduction.right)),
+                    "predicted": divergence([torch.cat(changes)]),
+                    **evaluate(predictions(smaller, held_out[0]), before, held_out[1]),
+                }  # fmt: skip
 
 
 def cut(system: DiagonalSystem, seen: Covariances, method: str, states: int, alpha: float | None) -> Reduction:
@@ -125,12 +149,18 @@ def cut(system: DiagonalSystem, seen: Covariances, method: str, states: int, alp
     return truncate_covariances(balance_covariances(system, seen, alpha), states)
 
 
-def needed(model: nn.Module, evidence: dict[str, Covariances]) -> dict[str, int]:
+def needed(model: nn.Module, evidence: dict[str, Observed]) -> dict[str, int]:
     """How many states hold 98 % of the energy."""
     system = read(model)
     energies = {"white": balance(system).energy}
-    energies |= {source: balance_covariances(system, seen).energy for source, seen in evidence.items()}
+    energies |= {source: balance_covariances(system, seen.moments).energy for source, seen in evidence.items()}
     return {name: int((e.cumsum(0) < 0.98 * e.sum()).sum()) + 1 for name, e in energies.items()}
+
+
+def shares(model: nn.Module, seen: Covariances) -> dict[str, float]:
+    """Shares of white noise in P and Q."""
+    balancing = balance_covariances(read(model), seen)
+    return {"P": float(balancing.alpha_P), "Q": float(balancing.alpha_Q)}
 
 
 def layer_of(model: nn.Module) -> tuple[nn.Module, Adapter]:

@@ -208,7 +208,9 @@ class Observer:
         """Keep the call for predictions, and no more sequences than are asked for."""
         passes = self._samples.setdefault(name, {})
         if isinstance(call, LinearCall):
-            passes[now.number] = (*passes.get(now.number, ()), Sample(call.u, g))
+            before = passes.get(now.number, ())
+            assert isinstance(before, tuple)
+            passes[now.number] = (*before, Sample(call.u, g))
         else:
             passes[now.number] = now.runs[name]
         while len(passes) > 1 and sum(len(_sequences(one)) for one in passes.values()) > self.keep:
@@ -272,8 +274,10 @@ class _Seen:
         present = now.present if now.present is not None and now.present.shape == y.shape[:2] else None
         if present is not None and self.flipped:
             present = present.flip(1)
-        kind = LinearCall if isinstance(self.adapter, Adapter) else SelectiveCall
-        call = kind.of(layer, self.adapter, args, kwargs, present)
+        if isinstance(self.adapter, Adapter):
+            call: Call = LinearCall.of(layer, self.adapter, args, kwargs, present)
+        else:
+            call = SelectiveCall.of(layer, self.adapter, args, kwargs, present)
         y.register_hook(lambda g: self.observer.add(now, self.name, call, g.detach()))
 
 

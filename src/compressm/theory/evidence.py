@@ -137,19 +137,19 @@ def shrunk(
     """
     P, Q = evidence.P, evidence.Q
     if alpha is None:
-        alphas = tuple(1 / (count + 1) for count in evidence.independent(system))
+        alpha_P, alpha_Q = (1 / (count + 1) for count in evidence.independent(system))
     else:
-        alphas = (torch.full(P.shape[:-2], float(alpha), dtype=torch.float64),) * 2
+        alpha_P = alpha_Q = torch.full(P.shape[:-2], float(alpha), dtype=torch.float64)
     if alpha == 0:
-        return P, Q, *alphas
+        return P, Q, alpha_P, alpha_Q
     white_P, white_Q = real_gramians(system)
-    power = _product(Q, P)
-    mixed = [
-        (1 - a)[..., None, None] * data
-        + (a * power / _product(other, white).clamp_min(1e-300))[..., None, None] * white
-        for a, data, white, other in ((alphas[0], P, white_P, Q), (alphas[1], Q, white_Q, P))
-    ]
-    return mixed[0], mixed[1], *alphas
+    return _mixed(P, white_P, Q, alpha_P), _mixed(Q, white_Q, P, alpha_Q), alpha_P, alpha_Q
+
+
+def _mixed(data: Tensor, white: Tensor, other: Tensor, alpha: Tensor) -> Tensor:
+    """``(1 - alpha) data + alpha c white``, with c from the traces of both with the other moment."""
+    scale = _product(other, data) / _product(other, white).clamp_min(1e-300)
+    return (1 - alpha)[..., None, None] * data + (alpha * scale)[..., None, None] * white
 
 
 def check_evidence(system: DiagonalSystem, evidence: Covariances) -> None:
