@@ -19,6 +19,7 @@ change of basis of both methods.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -186,7 +187,14 @@ def balance(system: DiagonalSystem, method: Method = "real") -> Balancing:
     return Balancing(system, method, hsv, factor_P, factor_Q, U, Vh.mH)
 
 
-def truncate(balancing: Balancing, states: int, exceed: bool = False) -> Reduction:
+def truncate(
+    balancing: Balancing,
+    states: int,
+    exceed: bool = False,
+    *,
+    certifier: Callable[..., Certificate] = certify,
+    lower: bool = True,
+) -> Reduction:
     """Cut a balanced system to at most ``states`` complex states, diagonalise it, and certify the result.
 
     In the real method an isolated real eigenvalue takes a whole complex state, so that fewer than ``2 states`` real
@@ -200,6 +208,8 @@ def truncate(balancing: Balancing, states: int, exceed: bool = False) -> Reducti
         balancing: from `balance`.
         states: how many states to keep, at least 1.
         exceed: see above.
+        certifier: checks every reduced system; takes the arguments of `certify`.
+        lower: keep fewer states where the system of the asked size is not stable.
 
     Returns:
         the reduction; look at ``reduction.certificate.valid`` before using it.
@@ -218,9 +228,12 @@ def truncate(balancing: Balancing, states: int, exceed: bool = False) -> Reducti
     certificates: list[Certificate] = []
     for index in range(count):
         one = DiagonalSystem(flat[0][index], flat[1][index], flat[2][index], system.real_output)
-        single = _truncate_one(one, balancing.method, *(x[index] for x in parts), states=states, exceed=exceed)
+        factored = (x[index] for x in parts)
+        single = _truncate_one(one, balancing.method, *factored, states=states, exceed=exceed, lower=lower)
         singles.append(single)
-        certificates.append(certify(one, single.lam, single.B, single.C, single.bound, single.scale, single.condition))
+        certificates.append(
+            certifier(one, single.lam, single.B, single.C, single.bound, single.scale, single.condition)
+        )
     width = max(single.lam.shape[0] for single in singles)
     padded = [single.padded(width) for single in singles]
 
@@ -273,6 +286,7 @@ def _truncate_one(
     V: Tensor,
     states: int,
     exceed: bool,
+    lower: bool,
 ) -> _Single:
     per_state = 2 if method == "real" else 1
     most = min(per_state * states, _resolved(hsv))
@@ -309,7 +323,7 @@ def _truncate_one(
             more = attempt(order + 1)
             if more[0].shape[0] <= states:
                 order, modes = order + 1, more
-    while order > 1 and not bool((modes[0].abs() < 1).all()):
+    while lower and order > 1 and not bool((modes[0].abs() < 1).all()):
         order -= 1  # equal HSVs on both sides of the cut leave a mode on the unit circle
         modes = attempt(order)
     lam, left, right, condition = modes

@@ -1,0 +1,139 @@
+"""What a cut will do to the loss, predicted from some sequences before anything is written.
+
+A cut changes the output of a layer by ``dy_t``. To first order the loss of a sequence changes by ``d = sum_t g_t .
+dy_t``, with ``g_t`` the gradient at the layer's output. Where targets are drawn from the model's own prediction, the
+predictions of the cut model differ from those of the uncut one by the Kullback-Leibler divergence
+
+    1/2 E_seq[(sum over layers of d)^2]     nats per sequence
+
+Nothing else is assumed: ``dy`` is exactly what the reduced recurrence gives on the layer's own input. The formula of
+`covariance`, ``1/2 L sum_{i>r} sigma_i^2``, takes states and adjoints of different tokens for uncorrelated besides. It
+ranks states well, and may be far off as a number: on MNIST, read pixel by pixel, it is about fifteen times too large
+(benchmarks/loss_aware_oneshot.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from compressm.observing.adjoints import readings, run
+from compressm.selective import SelectiveReduction
+from compressm.systems import DiagonalSystem
+from compressm.theory.budget import calibrated, linear_curve
+from compressm.theory.covariance import CovarianceBalancing, truncate_covariances
+
+# Numbers in one tensor of states: 16 MB of float32.
+_BLOCK = 2**22
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One call of a linear layer: its input, and the gradient of every sequence's own loss at its output.
+
+    Attributes:
+        u, g: shape ``(sequences, length, d_model)``.
+    """
+
+    u: Tensor
+    g: Tensor
+
+
+@torch.no_grad()
+def linear_changes(
+    layer: nn.Module, system: DiagonalSystem, reduced: DiagonalSystem, calls: Sequence[Sample]
+) -> Tensor:
+    """By how much the loss of every sequence changes, to first order, if a linear layer computes another system.
+
+    Args:
+        layer: the layer, as it is.
+        system, reduced: what its adapter reads, and what it would read after a cut.
+        calls: all calls of the layer over the same sequences.
+
+    Returns:
+        float64, shape ``(sequences,)``.
+    """
+    difference = reduced.minus(system)
+    total = torch.zeros(calls[0].u.shape[0], dtype=torch.float64)
+    for call in calls:
+        size = max(1, _BLOCK // (2 * difference.lam.numel() * call.u.shape[1]))
+        parts = zip(call.u.split(size), call.g.split(size), strict=True)
+        total += torch.cat([_changes(layer, difference, u, g) for u, g in parts])
+    return total
+
+
+def calibrated_curve(
+    layer: nn.Module, balancing: CovarianceBalancing, passes: Sequence[Sequence[Sample]], points: int = 8
+) -> Tensor:
+    """The damage curve of a linear layer, with cuts to some ranks tried on samples.
+
+    Args:
+        layer: the layer, as it is.
+        balancing: of the system that its adapter reads.
+        passes: from `Observer.samples`.
+        points: how many ranks are tried, from 1 up, each about as many times the one before.
+
+    Returns:
+        predicted damage of keeping 0, 1, ..., n states, in nats per sequence, shape ``(n + 1,)``.
+    """
+    system, n = balancing.system, balancing.system.n
+    silent = DiagonalSystem(system.lam[..., :1], 0 * system.B[..., :1, :], system.C[..., :, :1])
+    tried = {0: silent}
+    for rank in sorted({round(n ** (k / points)) for k in range(points)}):
+        reduction = truncate_covariances(balancing, rank, quick=True)
+        if reduction.certificate.valid:
+            tried[rank] = reduction.system
+    damages = {
+        rank: divergence([torch.cat([linear_changes(layer, system, reduced, calls) for calls in passes])])
+        for rank, reduced in tried.items()
+    }
+    return calibrated(linear_curve(balancing.damage), damages)
+
+
+def _changes(layer: nn.Module, difference: DiagonalSystem, u: Tensor, g: Tensor) -> Tensor:
+    change = torch.zeros(u.shape[0], dtype=torch.float64)
+    for one in readings(layer, difference, u, g, None):
+        x = run(difference.lam, difference.B, one.u)
+        adjoint = one.g.to(x) if difference.lam.ndim == 1 else one.g.to(x)[..., None]
+        re, im = (part.to(x) for part in (one.C.real, one.C.imag))
+        # g . Re(C x) = (C^T g) . x, real and imaginary part apart
+        seen = torch.stack([_transposed(re, adjoint), -_transposed(im, adjoint)], 2)
+        change += (seen * x).flatten(1).sum(1, dtype=torch.float64).cpu()
+    return change
+
+
+def _transposed(C: Tensor, g: Tensor) -> Tensor:
+    """``C^T g``, of shape ``(batch, length, n)``, or ``(batch, length, systems, n)``."""
+    return g @ C if C.ndim == 2 else g * C[:, 0]
+
+
+def selective_changes(gradients: Tensor, reduction: SelectiveReduction) -> Tensor:
+    """By how much the loss of every sequence changes, to first order, if a selective layer is reduced.
+
+    In Griffin's block nothing is said of what the output projection takes over.
+
+    Args:
+        gradients: of a map on its states, see `masks`, shape ``(sequences, groups, n, n)``.
+        reduction: any, of this layer.
+
+    Returns:
+        float64, shape ``(sequences,)``.
+    """
+    change = reduction.out.mT @ reduction.into - torch.eye(gradients.shape[-1], dtype=torch.float64)
+    return (gradients.to(torch.float64) * change).flatten(1).sum(1)
+
+
+def divergence(changes: Iterable[Tensor]) -> float:
+    """``1/2 E_seq[(sum over layers of d)^2]``, in nats per sequence.
+
+    Args:
+        changes: per layer, shape ``(sequences,)``, all over the same sequences in the same order.
+    """
+    total = torch.stack(list(changes)).sum(0)
+    return float(total.square().mean() / 2)
+
+
+__all__ = ["Sample", "calibrated_curve", "divergence", "linear_changes", "selective_changes"]

@@ -1,0 +1,177 @@
+"""Gradients of the loss with respect to a map on the states of selective and matrix-valued layers.
+
+Let ``y_t = C_t^T M h_t`` in the place of ``C_t^T h_t``, with M the identity. A reduction ``h' = into h, C' = out C``
+makes M into ``out^T into``, and taking out states makes zeros of entries of its diagonal, the *mask*.
+
+A layer is run again on the input that it had, with an M for every sequence, and the gradient at its output is pulled
+back to M: one extra forward and backward pass of the layer, and of nothing else. All of the rest is the layer's own
+code: its projections, convolutions, norms and gates.
+
+M stands where a cut changes a layer: at the output vectors ``C_t`` of S6 and SSD and the queries of linear attention;
+at keys and queries of the delta rule, which are then scaled to norm 1 again. The states of Griffin's block are the
+channels that reach its gates and its recurrence, where only the diagonal of M has a meaning.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from compressm.adapters.base import SelectiveAdapter
+from compressm.adapters.rebind import global_names, not_fused, rebound_forward
+from compressm.layers import DeltaNet, Mamba, Mamba2, RecurrentBlock
+from compressm.layers.linear_attention import MatrixStateLayer
+
+Forward = Callable[..., Any]
+
+# Scans by the names under which the forwards of layers call them; the places of C among their arguments, and whether
+# time is the last axis of it.
+_SCANS = {
+    "selective_scan": (4, False),
+    "ssd_scan": (3, False),
+    "mamba_selective_scan": (4, True),
+    "mamba2_chunk_scan": (4, False),
+}
+_FUSED = {"mamba_inner_fn": not_fused, "mamba2_split_conv1d_scan_combined": not_fused}
+
+
+def masked_forward(layer: nn.Module, mask: Tensor) -> Forward | None:
+    """The layer's forward with a map on its states.
+
+    Args:
+        layer: of ours, or of transformers.
+        mask: M, shape ``(batch, groups, n, n)``, or its diagonal, shape ``(batch, groups, n)``.
+
+    Returns:
+        a function of the forward's arguments; None for a kind of layer that it is not known how to mask.
+    """
+    M = mask if mask.ndim == 4 else mask.diag_embed()
+    channels = M.diagonal(dim1=-2, dim2=-1).flatten(1)[:, None]
+    if isinstance(layer, MatrixStateLayer):
+        return lambda u: _masked_matrix_state(layer, M, u)
+    if isinstance(layer, RecurrentBlock):
+        return rebound_forward(layer, {"short_conv": _times(_original(layer, "short_conv"), channels)})
+    if hasattr(layer, "rg_lru"):  # RecurrentGemma's
+        return lambda *args, **kwargs: _with_masked_input(layer, channels, args, kwargs)
+    names = global_names(layer) & _SCANS.keys()
+    if not names or not (isinstance(layer, Mamba | Mamba2) or type(layer).__module__.startswith("transformers.")):
+        return None
+    functions = {name: _masked_scan(_original(layer, name), M, *_SCANS[name]) for name in names}
+    return rebound_forward(layer, {**functions, **_FUSED})
+
+
+def groups_of(layer: nn.Module) -> int:
+    """How many groups of states a layer has, each with its own vectors: heads, groups of heads, blocks of gates."""
+    module: Any = layer
+    if hasattr(module, "rg_lru"):
+        return int(module.rg_lru.input_gate_weight.shape[0])
+    if isinstance(layer, MatrixStateLayer):
+        return layer.n_heads
+    return int(getattr(module, "n_groups", 1))
+
+
+def can_be_masked(layer: nn.Module) -> bool:
+    """Whether `mask_gradients` knows this kind of layer."""
+    return masked_forward(layer, torch.ones(1, 1, 1)) is not None
+
+
+def mask_gradients(
+    layer: nn.Module,
+    adapter: SelectiveAdapter,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    grad_output: Tensor,
+) -> Tensor:
+    """``d loss / d M`` of every sequence, at the identity.
+
+    Args:
+        layer, adapter: a layer that `can_be_masked`.
+        args, kwargs: what it was called with; sequences in the first dimension of every tensor.
+        grad_output: gradient of the loss at its output, shape ``(batch, length, d_model)``.
+
+    Returns:
+        shape ``(batch, groups, n, n)``, of the dtype of the layer's parameters, at least float32.
+    """
+    dtype = torch.promote_types(next(layer.parameters()).dtype, torch.float32)
+    shape = grad_output.shape[0], groups_of(layer), adapter.state_dim(layer)
+    with torch.enable_grad():
+        mask = grad_output.new_ones(shape, dtype=dtype).diag_embed().requires_grad_()
+        forward = masked_forward(layer, mask)
+        assert forward is not None
+        output = forward(*args, **kwargs)
+        output = output[0] if isinstance(output, tuple) else output
+        (gradient,) = torch.autograd.grad(output, mask, grad_output.to(output.dtype))
+    return gradient
+
+
+def _original(layer: nn.Module, name: str) -> Forward:
+    """A function that the layer's forward calls: that of the forward of this instance, where it was exchanged."""
+    exchanged: Any = layer.__dict__.get("forward")
+    forward: Any = getattr(exchanged, "__func__", None) or inspect.unwrap(type(layer).forward)
+    found: Any = getattr(forward, "__globals__", {}).get(name)
+    return found if found is not None else inspect.unwrap(type(layer).forward).__globals__[name]
+
+
+def _masked_scan(scan: Forward, M: Tensor, place: int, time_last: bool) -> Forward:
+    """A scan with ``M^T C`` in the place of C."""
+
+    def masked(*args: Any, **kwargs: Any) -> Any:
+        C: Tensor = args[place] if len(args) > place else kwargs["C"]
+        if C.ndim == 4:
+            C = _mapped(C, M)
+        elif time_last:
+            C = M[:, 0].mT.to(C.dtype) @ C
+        else:
+            C = C @ M[:, 0].to(C.dtype)
+        if len(args) > place:
+            return scan(*args[:place], C, *args[place + 1 :], **kwargs)
+        return scan(*args, **{**kwargs, "C": C})
+
+    return masked
+
+
+def _mapped(C: Tensor, M: Tensor) -> Tensor:
+    """``M^T C_t``, for vectors of shape ``(batch, length, groups, n)``."""
+    return torch.einsum("blgi,bgij->blgj", C, M.to(C.dtype))
+
+
+def _masked_matrix_state(layer: MatrixStateLayer, M: Tensor, u: Tensor) -> Tensor:
+    *terms, k, q = layer.recurrence(u)
+    q = _mapped(q, M)
+    if isinstance(layer, DeltaNet):
+        k, q = F.normalize(_mapped(k, M.mT), dim=-1), F.normalize(q, dim=-1)
+    return layer.read_out(layer.scan(*terms, k, q), u)
+
+
+def _times(function: Forward, factor: Tensor) -> Forward:
+    """The function, with its result multiplied."""
+
+    def multiplied(*args: Any) -> Tensor:
+        result: Tensor = function(*args)
+        return result * factor.to(result.dtype)
+
+    return multiplied
+
+
+def _with_masked_input(layer: nn.Module, factor: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """RecurrentGemma's block with the input of its recurrence multiplied."""
+    module: Any = layer
+
+    def multiply(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        return (inputs[0] * factor.to(inputs[0].dtype), *inputs[1:])
+
+    cached = module.conv1d_state, module.rg_lru.recurrent_states
+    hook = module.rg_lru.register_forward_pre_hook(multiply)
+    try:
+        return type(layer).forward(layer, *args, **{**kwargs, "use_cache": False})
+    finally:
+        hook.remove()
+        module.conv1d_state, module.rg_lru.recurrent_states = cached
+
+
+__all__ = ["can_be_masked", "groups_of", "mask_gradients", "masked_forward"]

@@ -1,0 +1,369 @@
+"""Observation of layers in an ordinary forward and backward pass, and over data at hand."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from compressm.adapters import Adapter, SelectiveAdapter, find_layers
+from compressm.distributed import gathered, world_size
+from compressm.errors import ConfigError, UnsupportedModelError
+from compressm.layers import SequenceClassifier
+from compressm.layers.bidirectional import Bidirectional
+from compressm.observing.calls import Call, LinearCall, SelectiveCall, as_evidence
+from compressm.observing.damage import Sample
+from compressm.observing.labels import Likelihood, sampled_losses
+from compressm.observing.masks import can_be_masked
+from compressm.rng import rng_state, set_rng_state
+from compressm.statistics import MEMORY, modes_kept
+from compressm.theory.evidence import Covariances
+from compressm.theory.fisher import MaskFisher
+
+Terms = Literal["sequences", "tokens", "sum"]
+Evidence = Covariances | MaskFisher
+Kept = tuple[Sample, ...] | Tensor
+
+
+class Observer:
+    """Running evidence of what a model's layers do with the data, and of what the loss thinks of it.
+
+    Of linear layers that is the second moments of states and adjoint states, of selective ones the Fisher matrix of a
+    mask on their states. `observe_next` arms it for one forward pass and the backward pass that follows it. Nothing is
+    kept but sums.
+
+    What a loss of one sequence is must be known, since the loss that training computes is that of a batch:
+
+    - ``terms="sequences"``: the mean over the batch's sequences, as for classifiers;
+    - ``terms="tokens"``: the mean over all tokens, as in language models. A sequence's own loss is then the sum over
+      its tokens;
+    - ``terms="sum"``: the sum over the sequences.
+
+    If the loss was multiplied by something before ``backward`` (a gradient scaler's factor, one over the number of
+    accumulated batches), `observe_next` must be told.
+
+    Args:
+        model: any model with layers that compressm knows; only read.
+        terms: what the training's loss is, see above.
+        sequences: how many sequences of a batch are looked at; by default all.
+        memory: weight of what was observed before, at every observation; 1 for plain sums.
+        keep: of how many sequences to keep what predictions need, see `samples`; the last ones.
+
+    Attributes:
+        dropped: how many calls of layers were left out, because inputs or gradients were not finite.
+        unsupported: names of the selective layers that it is not known how to mask.
+
+    Raises:
+        ConfigError: unknown ``terms``, or numbers out of range.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        terms: Terms = "sequences",
+        sequences: int | None = None,
+        memory: float = MEMORY,
+        keep: int = 0,
+    ) -> None:
+        if terms not in ("sequences", "tokens", "sum"):
+            raise ConfigError(f"terms must be 'sequences', 'tokens' or 'sum'; got {terms!r}")
+        if sequences is not None and sequences < 1:
+            raise ConfigError(f"sequences must be at least 1, or None for all; got {sequences}")
+        if not 0 <= memory <= 1:
+            raise ConfigError(f"memory must be in [0, 1]; got {memory}")
+        if keep < 0:
+            raise ConfigError(f"keep must be at least 0; got {keep}")
+        self.terms, self.sequences, self.memory, self.keep, self.dropped = terms, sequences, memory, keep, 0
+        found = find_layers(model)
+        self.unsupported = [
+            name for name, (layer, a) in found.items() if isinstance(a, SelectiveAdapter) and not can_be_masked(layer)
+        ]
+        self._layers = {name: both for name, both in found.items() if name not in self.unsupported}
+        self._model, self._observed, self._passes = model, dict[str, Evidence](), 0
+        self._samples: dict[str, dict[int, Kept]] = {}
+        self._hooks: list[RemovableHandle] = []
+        self._pass = _Pass()
+
+    @property
+    def layers(self) -> list[str]:
+        """Names of the layers that can be observed."""
+        return list(self._layers)
+
+    @property
+    def unseen(self) -> list[str]:
+        """Names of those of them that were never observed."""
+        return [name for name in self._layers if name not in self._observed]
+
+    def observe_next(self, loss_scale: float = 1.0, training_only: bool = True, *, frozen: bool = False) -> None:
+        """Observe the next forward pass of the model, and its backward pass.
+
+        Args:
+            loss_scale: by what the loss will be multiplied before ``backward``.
+            training_only: wait for a pass in training mode.
+            frozen: observe layers too that no gradient is computed for: their outputs are made to require one.
+
+        Raises:
+            ConfigError: a scale that is no positive number.
+        """
+        if not (math.isfinite(loss_scale) and loss_scale > 0):
+            raise ConfigError(f"loss_scale must be a positive number; got {loss_scale!r}")
+        self.close()
+        self._passes += 1
+        self._pass = now = _Pass(self._passes, loss_scale, training_only, frozen)
+        if not self._layers:
+            return
+        self._hooks.append(self._model.register_forward_pre_hook(_Hook(now, self._begun), with_kwargs=True))
+        flipped = [m.backwards for m in self._model.modules() if isinstance(m, Bidirectional)]
+        backwards = {id(part) for module in flipped for part in module.modules()}
+        for module in self._model.modules():
+            if isinstance(module, SequenceClassifier):  # knows which of its inputs are padding
+                self._hooks.append(module.register_forward_pre_hook(_Hook(now, _padding), with_kwargs=True))
+        for name, (layer, adapter) in self._layers.items():
+            seen = _Seen(self, name, adapter, id(layer) in backwards)
+            self._hooks.append(layer.register_forward_hook(_Hook(now, seen), with_kwargs=True))
+
+    def close(self) -> None:
+        """Remove all hooks; what was observed stays."""
+        self._pass.over = True
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+
+    def reset(self) -> None:
+        """Forget what was observed."""
+        self._observed.clear()
+        self._samples.clear()
+
+    def evidence(self) -> dict[str, Evidence]:
+        """What was observed, by layer name, summed over the processes of `torch.distributed` where it is initialised;
+        then every process must call this at the same time.
+
+        Raises:
+            UnsupportedModelError: a layer was never observed; on all processes.
+        """
+        unseen = [name for names in gathered(self.unseen) for name in names]
+        if unseen:
+            raise UnsupportedModelError(
+                f"no gradient has passed through {unseen[0]!r} yet: call observe_next() before a forward and backward "
+                "pass in training mode, and see that the loss depends on this layer"
+                + (f"; {self.dropped} calls of layers were left out as not finite" if self.dropped else "")
+            )
+        return {name: _summed(self._observed[name]) for name in self._layers}
+
+    def samples(self) -> dict[str, list[Kept]]:
+        """What `damage` predicts from, by layer name: one entry for every pass that all layers were seen in, in order.
+
+        Of a linear layer an entry has its calls, of a selective one the gradients of a map on its states (see
+        `masks`), shape ``(sequences, groups, n, n)``. These are of this process only.
+        """
+        common = [set(passes) for passes in self._samples.values()]
+        numbers = sorted(set.intersection(*common)) if common else []
+        return {name: [passes[number] for number in numbers] for name, passes in self._samples.items()}
+
+    def state_dict(self) -> dict[str, Any]:
+        """What was observed, as dicts of tensors."""
+        return {name: value.tensors() for name, value in self._observed.items()}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Take up what `state_dict` returned."""
+        self._observed = {
+            name: Covariances(**tensors) if "states" in tensors else MaskFisher(**tensors)
+            for name, tensors in state_dict.items()
+        }
+
+    def add(self, now: _Pass, name: str, call: Call, g: Tensor) -> None:
+        """Add one call of a layer.
+
+        Args:
+            now: the pass that it belongs to.
+            name: of the layer.
+            call: what it was called with.
+            g: gradient of the loss that training computed, at its output.
+        """
+        batch, length = g.shape[:2]
+        tokens = batch * length if call.present is None else float(call.present.sum())
+        terms = {"sequences": batch, "tokens": tokens, "sum": 1}[self.terms]
+        call, g = call.first(self.sequences), g[: self.sequences]
+        g = g.to(torch.promote_types(g.dtype, torch.float32)) * (terms / now.loss_scale)
+        if not (call.finite() and bool(torch.isfinite(g).all())):
+            self.dropped += 1
+            return
+        before = now.before.setdefault(name, self._observed.get(name))
+        now.runs[name] = call.run(g, now.runs.get(name))
+        new = as_evidence(now.runs[name])
+        if isinstance(new, Covariances):
+            if isinstance(before, Covariances) and before.states.shape == new.states.shape:
+                new = before.plus(new, self.memory)
+        elif isinstance(before, MaskFisher) and before.products.shape == new.products.shape:
+            new = before.plus(new, self.memory)
+        self._observed[name] = new
+        if self.keep:
+            self._keep(now, name, call, g)
+
+    def _keep(self, now: _Pass, name: str, call: Call, g: Tensor) -> None:
+        """Keep the call for predictions, and no more sequences than are asked for."""
+        passes = self._samples.setdefault(name, {})
+        if isinstance(call, LinearCall):
+            before = passes.get(now.number, ())
+            assert isinstance(before, tuple)
+            passes[now.number] = (*before, Sample(call.u, g))
+        else:
+            passes[now.number] = now.runs[name]
+        while len(passes) > 1 and sum(len(_sequences(one)) for one in passes.values()) > self.keep:
+            del passes[min(passes)]
+
+    def _begun(self, now: _Pass, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """The model is called: for the first time, or again, and then all is over."""
+        del module, args, kwargs
+        if now.begun:
+            self.close()
+        now.begun = True
+
+
+class _Pass:
+    """One forward pass and its backward pass."""
+
+    def __init__(
+        self, number: int = 0, loss_scale: float = 1.0, training_only: bool = True, frozen: bool = False
+    ) -> None:
+        self.number, self.loss_scale, self.training_only, self.frozen = number, loss_scale, training_only, frozen
+        self.begun = self.over = False
+        self.present: Tensor | None = None
+        self.before: dict[str, Evidence | None] = {}  # what had been seen of each layer before
+        self.runs: dict[str, Any] = {}  # what its calls have left so far
+
+
+class _Hook:
+    """A hook that copies of the model do not inherit: they are nobody's training."""
+
+    def __init__(self, now: _Pass, action: Callable[..., Any]) -> None:
+        self.now, self.action = now, action
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Callable[..., None]:
+        return _nothing
+
+    def __call__(self, module: nn.Module, *arguments: Any) -> Any:
+        if self.now.over or (self.now.training_only and not module.training):
+            return None
+        return self.action(self.now, module, *arguments)
+
+
+class _Seen:
+    """What is done at a call of one layer."""
+
+    def __init__(self, observer: Observer, name: str, adapter: Any, flipped: bool) -> None:
+        self.observer, self.name, self.adapter, self.flipped = observer, name, adapter, flipped
+
+    def __call__(
+        self, now: _Pass, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> None:
+        if not now.begun and self.name in now.runs:  # a part of the model was called, and is called again
+            self.observer.close()
+            return
+        y = output[0] if isinstance(output, tuple) else output
+        if not isinstance(y, Tensor) or not torch.is_grad_enabled():
+            return
+        if not y.requires_grad:
+            if not now.frozen:
+                return
+            y.requires_grad_()
+        present = now.present if now.present is not None and now.present.shape == y.shape[:2] else None
+        if present is not None and self.flipped:
+            present = present.flip(1)
+        if isinstance(self.adapter, Adapter):
+            call: Call = LinearCall.of(layer, self.adapter, args, kwargs, present)
+        else:
+            call = SelectiveCall.of(layer, self.adapter, args, kwargs, present)
+        y.register_hook(lambda g: self.observer.add(now, self.name, call, g.detach()))
+
+
+def _padding(now: _Pass, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    assert isinstance(module, SequenceClassifier)
+    now.present = module.present(*args, **kwargs)
+
+
+def _nothing(*_: Any) -> None:
+    """A hook that does nothing."""
+
+
+def _sequences(kept: Kept) -> Tensor:
+    return kept if isinstance(kept, Tensor) else kept[0].u
+
+
+def _summed(observed: Evidence) -> Evidence:
+    if world_size() == 1:
+        return observed
+    device = "cuda" if torch.distributed.get_backend() == "nccl" else "cpu"
+    tensors = {name: value.to(device, copy=True) for name, value in observed.tensors().items()}
+    for value in tensors.values():
+        torch.distributed.all_reduce(value)
+    return type(observed)(**{name: value.cpu() for name, value in tensors.items()})
+
+
+def gather_evidence(
+    model: nn.Module,
+    data: Iterable[Any],
+    loss: Likelihood | Callable[[Any, Any], Tensor] = "classification",
+    sequences: int | None = None,
+    keep: int = 0,
+) -> Observer:
+    """Evidence of every layer of a model that can be observed, over some data.
+
+    Args:
+        model: called in evaluation mode; the modes of all its parts, gradients and the random state stay as they were.
+        data: batches: a tensor, a mapping of keyword arguments, or a list or tuple whose first element is the input.
+        loss: ``"classification"`` or ``"regression"``, with targets drawn from the model's own prediction, see
+            `labels`; or a function of the model's output and the batch that returns the loss of every sequence, shape
+            ``(batch,)``, for example with the batch's own labels.
+        sequences: how many sequences of each batch are looked at; by default all.
+        keep: see `Observer`.
+
+    Returns:
+        an observer that has seen the data; see its `Observer.evidence`.
+
+    Raises:
+        UnsupportedModelError: no layer that compressm knows.
+        ConfigError: an output that the likelihood does not fit.
+    """
+    observer = Observer(model, "sum", sequences, memory=1.0, keep=keep)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    rng = rng_state()
+    try:
+        with modes_kept(model), torch.enable_grad():
+            model.eval()
+            for parameter in trained:  # only gradients of activations are needed
+                parameter.requires_grad_(False)
+            for batch in data:
+                observer.observe_next(training_only=False, frozen=True)
+                _losses(model, batch, loss).sum().backward()
+    finally:
+        observer.close()
+        for parameter in trained:
+            parameter.requires_grad_()
+        set_rng_state(rng)
+    return observer
+
+
+def _losses(model: nn.Module, batch: Any, loss: Likelihood | Callable[[Any, Any], Tensor]) -> Tensor:
+    if isinstance(batch, Mapping):
+        inputs, output = next(iter(batch.values())), model(**batch)
+        present = batch.get("attention_mask")
+    else:
+        inputs = batch[0] if isinstance(batch, list | tuple) else batch
+        present, output = None, model(inputs)
+    if callable(loss):
+        losses = loss(output, batch)
+        if losses.shape != inputs.shape[:1]:
+            raise ConfigError(
+                f"loss must return the loss of every sequence, shape {tuple(inputs.shape[:1])}; got "
+                f"{tuple(losses.shape)}: use reduction='none', and sum over tokens"
+            )
+        return losses
+    return sampled_losses(output, loss, present)
+
+
+__all__ = ["Evidence", "Kept", "Observer", "Terms", "gather_evidence"]

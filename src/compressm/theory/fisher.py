@@ -1,0 +1,263 @@
+"""Selection of states by the Fisher matrix of a mask on them: for recurrences whose states can only stay or go.
+
+Multiply state i of a layer by ``m_i``, at all times. To second order around ones, with ``g = d loss / d m`` of one
+sequence, and targets drawn from the model's own prediction,
+
+    KL(m) = 1/2 (m - 1)^T F (m - 1),    F = E_seq[g g^T]     nats per sequence
+
+so that taking out the set R costs ``1/2 sum_{i,j in R} F_ij``. Second moments of states and output vectors do not know
+what F knows: that contributions at different times add up or cancel. Where the output vectors can be scaled, the kept
+states may take over: the cost is then least over their masks too (optimal brain surgeon: Hassibi, Stork, NIPS 1992).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from compressm.errors import InvalidRankRuleError, InvalidSystemError
+from compressm.selection import compensation
+from compressm.selective import ErrorEstimate, Moments, SelectiveReduction, balance_selective
+
+EXCHANGES = 10
+# Share of the largest diagonal entry that is added to the diagonal of what is solved with.
+_RIDGE = 1e-6
+
+
+@dataclass(frozen=True)
+class MaskFisher:
+    """Second moments of the mask's gradients, as sums that add over batches and processes; float64 on the CPU.
+
+    Attributes:
+        sequences: number of sequences, shape ``()``.
+        weights: sum of the squares of their weights, shape ``()``.
+        products: sum of ``g g^T``, shape ``(groups, n, groups, n)``.
+        squares: sum of the squares of the entries of ``g g^T``, same shape.
+    """
+
+    sequences: Tensor
+    weights: Tensor
+    products: Tensor
+    squares: Tensor
+
+    @classmethod
+    def of(cls, gradients: Tensor) -> MaskFisher:
+        """Of the gradients of some sequences' own losses, shape ``(sequences, groups, n)``."""
+        g = gradients.detach().to("cpu", torch.float64)
+        flat, shape = g.flatten(1), (*g.shape[1:], *g.shape[1:])
+        count = torch.tensor(float(len(g)), dtype=torch.float64)
+        squares = flat.square()
+        return cls(count, count, (flat.mT @ flat).view(shape), (squares.mT @ squares).view(shape))
+
+    @property
+    def F(self) -> Tensor:
+        """``E_seq[g g^T]``, shape ``(groups, n, groups, n)``."""
+        return self.products / self.sequences
+
+    def plus(self, other: MaskFisher, memory: float = 1.0) -> MaskFisher:
+        """``memory * self + other``; sums of squares of weights fade with its square."""
+        quadratic = ("weights", "squares")
+        return MaskFisher(
+            *(
+                (memory**2 if f.name in quadratic else memory) * getattr(self, f.name) + getattr(other, f.name)
+                for f in fields(self)
+            )
+        )
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The sums by name."""
+        return {f.name: getattr(self, f.name) for f in fields(self)}
+
+    def shrinkage(self) -> float:
+        """The share by which the entries off the diagonal are to be shrunk, in [0, 1].
+
+        As many sequences as states, or fewer, give a singular F: there are sets of states that seem to cost nothing.
+        The expected squared error of ``(1 - alpha) F + alpha diag(F)`` is least at
+
+            alpha = sum_{i != j} Var(F_ij) / sum_{i != j} F_ij^2
+
+        (Ledoit, Wolf 2004; Schäfer, Strimmer 2005), with the variances estimated from the sequences.
+        """
+        once = float(self.weights / self.sequences**2)
+        if once >= 1:
+            return 1.0
+        off = 1 - torch.eye(self.products[..., 0, 0].numel(), dtype=torch.float64)
+        F = self.F.flatten(2).flatten(0, 1)
+        second = self.squares.flatten(2).flatten(0, 1) / self.sequences**2
+        variance = ((second - once * F.square()) / (1 - once) * off).sum()
+        size = (F.square() * off).sum()
+        return float((variance / size).clamp(0, 1)) if float(size) > 0 else 0.0
+
+    def shrunk(self) -> Tensor:
+        """F with the entries off its diagonal shrunk, shape ``(groups * n, groups * n)``.
+
+        Raises:
+            InvalidSystemError: no sequences, or gradients that are not finite.
+        """
+        if not float(self.sequences) > 0 or not bool(torch.isfinite(self.products).all()):
+            raise InvalidSystemError(
+                f"the mask's Fisher matrix is of {float(self.sequences):g} sequences and must be finite: pass data "
+                "through the model, or go back to a checkpoint from before it diverged"
+            )
+        F, alpha = self.F.flatten(2).flatten(0, 1), self.shrinkage()
+        return (1 - alpha) * F + alpha * torch.diag(F.diagonal())
+
+
+@dataclass(frozen=True)
+class MaskSelection:
+    """Which states stay.
+
+    Attributes:
+        kept: their indices in each group, ascending, shape ``(groups, r)``.
+        gains: by what the kept states are multiplied, shape ``(groups, r)``; ones where none takes over.
+        damage: predicted rise of a sequence's loss, in nats.
+    """
+
+    kept: Tensor
+    gains: Tensor
+    damage: float
+
+
+def select_by_fisher(fisher: MaskFisher, states: int, gains: bool = False) -> MaskSelection:
+    """The states of every group to keep: greedy removal, then exchanges one at a time while the cost falls.
+
+    Args:
+        fisher: of the layer.
+        states: how many to keep in each group, from 1 to n.
+        gains: let kept states take over what the others did, by one factor each.
+
+    Raises:
+        InvalidRankRuleError: fewer than one state asked for.
+        InvalidSystemError: see `MaskFisher.shrunk`.
+    """
+    groups, n = fisher.products.shape[:2]
+    if states < 1:
+        raise InvalidRankRuleError(f"states must be at least 1; got {states}")
+    F = fisher.shrunk()
+    gone = _exchanged(F, _removed(F, groups, n, min(states, n)), n)
+    stays = torch.ones(groups * n, dtype=torch.bool)
+    stays[gone] = False
+    kept = stays.view(groups, n).nonzero()[:, 1].view(groups, -1)
+    factors = _gains(F, stays) if gains else torch.ones(int(stays.sum()), dtype=torch.float64)
+    change = -torch.ones(groups * n, dtype=torch.float64)
+    change[stays] = factors - 1
+    return MaskSelection(kept, factors.view(kept.shape), max(0.0, float(change @ F @ change) / 2))
+
+
+@dataclass(frozen=True)
+class MaskEstimate(ErrorEstimate):
+    """What a cut by the mask's Fisher matrix is expected to do.
+
+    Attributes:
+        predicted_damage: rise of a sequence's loss, in nats.
+        shrinkage: the share by which pairs of states were not believed; see `MaskFisher.shrinkage`.
+    """
+
+    predicted_damage: float = math.nan
+    shrinkage: float = math.nan
+
+
+def reduce_by_fisher(
+    fisher: MaskFisher,
+    states: int,
+    moments: Moments,
+    takes_over: Literal["nobody", "gains", "least_squares"] = "nobody",
+) -> SelectiveReduction:
+    """Reduce a selective recurrence to the states that `select_by_fisher` keeps.
+
+    Args:
+        fisher: of the layer.
+        states: how many to keep in each group, at most n.
+        moments: of the layer, from `selective.moments`.
+        takes_over: what the kept states do for the others, where the layer can take maps of C: nothing; one factor
+            each (see `select_by_fisher`); or what recovers the other states best by least squares, which the predicted
+            damage does not know of.
+
+    Raises:
+        InvalidRankRuleError, InvalidSystemError: see `select_by_fisher`; or moments of another layer.
+    """
+    if fisher.products.shape[:2] != moments.P.shape[:2]:
+        raise InvalidSystemError(
+            f"the mask has {tuple(fisher.products.shape[:2])} groups and states, and the moments "
+            f"{tuple(moments.P.shape[:2])}: observe both on the model as it is"
+        )
+    selection = select_by_fisher(fisher, states, gains=takes_over == "gains")
+    balancing = balance_selective(moments)
+    P, n = (balancing.P + balancing.P.mT) / 2, moments.P.shape[-1]
+    into = torch.eye(n, dtype=torch.float64)[selection.kept]
+    out = into * selection.gains[..., None]
+    if takes_over == "least_squares":
+        out = torch.stack([compensation(one, kept) for one, kept in zip(P, selection.kept, strict=True)])
+    rest = torch.eye(n, dtype=torch.float64) - out.mT @ into
+    power, lost = float((balancing.W * P).sum()), float((balancing.W * (rest @ P @ rest.mT)).sum())
+    least = float(balancing.hsv[..., into.shape[-2] :].square().sum())
+    error, bound = ((max(value, least, 0.0) / power) ** 0.5 if power > 0 else 0.0 for value in (lost, least))
+    estimate = MaskEstimate(n, into.shape[-2], error, bound, (), selection.damage, fisher.shrinkage())
+    return SelectiveReduction(into, out, selection.kept, estimate, moments)
+
+
+def damage_curve(fisher: MaskFisher) -> Tensor:
+    """Predicted damage of keeping 0, 1, ..., n states of every group, in nats per sequence, decreasing to 0.
+
+    States go one after the other, as in `select_by_fisher` but without its exchanges: an upper estimate.
+    """
+    groups, n = fisher.products.shape[:2]
+    F = fisher.shrunk()
+    order = _removed(F, groups, n, 0)
+    costs = torch.zeros(n + 1, dtype=torch.float64)
+    for states in range(n):
+        gone = torch.tensor(order[: groups * (n - states)], dtype=torch.long)
+        costs[states] = F[gone][:, gone].sum() / 2
+    return costs.clamp_min(0).flip(0).cummax(0).values.flip(0)
+
+
+def _removed(F: Tensor, groups: int, n: int, states: int) -> list[int]:
+    """Which go, in their order: in every round each group loses the state that costs least after those gone."""
+    gone, cost = list[int](), F.diagonal().clone()
+    for _ in range(n - states):
+        open_groups = torch.ones(groups, dtype=torch.bool)
+        for _ in range(groups):
+            allowed = cost.masked_fill(~open_groups.repeat_interleave(n), torch.inf)
+            j = int(allowed.argmin())
+            gone.append(j)
+            open_groups[j // n] = False
+            cost = cost + 2 * F[j]
+            cost[j] = torch.inf
+    return gone
+
+
+def _exchanged(F: Tensor, gone: list[int], n: int) -> list[int]:
+    """With states that went and states of the same group that stay exchanged, while that lowers the cost."""
+    gone, diagonal = list(gone), F.diagonal()
+    group = torch.arange(F.shape[0]) // n
+    away = torch.zeros(F.shape[0], dtype=torch.bool)
+    away[gone] = True
+    cost = diagonal + 2 * F[:, gone].sum(1)  # of each state with all that are gone
+    for _ in range(EXCHANGES if gone else 0):
+        changed = False
+        for position, j in enumerate(gone):
+            alone = cost - 2 * F[j]  # with all others that are gone
+            candidates = alone.masked_fill(away | (group != j // n), torch.inf)
+            best = int(candidates.argmin())
+            if candidates[best] < alone[j] - 1e-6 * diagonal[j].abs():
+                gone[position], changed = best, True
+                away[j], away[best] = False, True
+                cost = alone + 2 * F[best]
+        if not changed:
+            break
+    return gone
+
+
+def _gains(F: Tensor, stays: Tensor) -> Tensor:
+    """``1 + F_SS^-1 F_SR 1``: the masks of the kept states at which the cost is least."""
+    inner = F[stays][:, stays]
+    ridge = _RIDGE * inner.diagonal().max().clamp_min(1e-300)
+    pulled = F[stays][:, ~stays].sum(1)
+    return 1 + torch.linalg.solve(inner + ridge * torch.eye(len(inner), dtype=F.dtype), pulled)
+
+
+__all__ = ["MaskEstimate", "MaskFisher", "MaskSelection", "damage_curve", "reduce_by_fisher", "select_by_fisher"]
