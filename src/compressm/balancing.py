@@ -149,6 +149,32 @@ class Reduction:
         """The certificate of the batch: the only one, or the one that failed, or the one with the largest error."""
         return max(self.certificates, key=lambda c: (not c.valid, c.hinf_error))
 
+    @property
+    def discarded(self) -> Tensor:
+        """The Hankel energy that goes with what was cut off, half of the error bound: of each system, ``(*batch,)``."""
+        bounds = torch.tensor([one.bound for one in self.certificates], dtype=torch.float64)
+        return bounds.reshape(self.system.batch_shape) / 2
+
+    def padded(self, states: int) -> Reduction:
+        """The same system in as many states, if it has fewer: the others are seen by no output.
+
+        They are driven as the first state is, and decay as it does. So training can make use of them, which it could
+        not if nothing reached them either.
+        """
+        system, r = self.system, self.system.n
+        if states <= r:
+            return self
+        pad, batch = torch.nn.functional.pad, system.batch_shape
+        first = torch.tensor([*range(r), *[0] * (states - r)])
+        C = pad(torch.view_as_real(system.C), (0, 0, 0, states - r))
+        wider = DiagonalSystem(
+            system.lam[..., first], system.B[..., first, :], torch.view_as_complex(C.contiguous()), system.real_output
+        )
+        n2 = self.left.shape[-1]
+        left = pad(self.left.reshape(*batch, 2, r, n2), (0, 0, 0, states - r)).reshape(*batch, 2 * states, n2)
+        right = pad(self.right.reshape(*batch, n2, 2, r), (0, states - r)).reshape(*batch, n2, 2 * states)
+        return Reduction(wider, left, right, self.certificates)
+
     def rescaled(self, factors: Tensor) -> Reduction:
         """The same system with states ``x'_i`` multiplied by ``factors_i > 0``, shape ``(*batch, r)``."""
         system = DiagonalSystem(
@@ -183,6 +209,10 @@ def balance(system: DiagonalSystem, method: Method = "real") -> Balancing:
     factor_P = factor(system.lam, system.B, P, method == "real")
     factor_Q = factor(system.lam.conj(), system.C.mH, Q, method == "real")
     U, hsv, Vh = torch.linalg.svd(factor_Q.mH @ factor_P)
+    # Where modes cancel each other altogether (a real output that is identically zero), all values are rounding: of a
+    # sum of terms of this size. They are then zero, so that no rule keeps states for them.
+    noise = hsv.shape[-1] * torch.finfo(torch.float64).eps * system.mode_energy()
+    hsv = torch.where(hsv[..., :1] > noise[..., None], hsv, 0.0)
     return Balancing(system, method, hsv, factor_P, factor_Q, U, Vh.mH)
 
 
@@ -281,7 +311,7 @@ def _truncate_one(
         n2 = 2 * system.n
         zeros = (torch.zeros(shape, dtype=torch.complex128) for shape in ((1,), (1, system.p), (system.q, 1)))
         empty = (torch.zeros(shape, dtype=torch.float64) for shape in ((2, n2), (n2, 2)))
-        return _Single(*zeros, *empty, bound=0.0, scale=0.0, condition=1.0)
+        return _Single(*zeros, *empty, bound=0.0, scale=float(system.mode_energy()), condition=1.0)
 
     def attempt(order: int) -> tuple[Tensor, Tensor, Tensor, float]:
         half = hsv[:order].rsqrt()
@@ -332,7 +362,7 @@ def _truncate_one(
         left[rows] * both[:, None],
         right[:, rows] / both,
         bound=2 * float(hsv[order:].sum()),
-        scale=float((factor_P.norm(dim=1) * factor_Q.norm(dim=1)).sum()),
+        scale=float(system.mode_energy()),
         condition=condition,
     )
 
