@@ -158,21 +158,18 @@ class Reduction:
     def padded(self, states: int) -> Reduction:
         """The same system in as many states, if it has fewer: the others are seen by no output.
 
-        They are driven as the first state is, and decay as it does. So training can make use of them, which it could
-        not if nothing reached them either.
+        They are copies of the first one but for that. So gradients reach what the output makes of them, and training
+        can use them, which it could not if nothing reached them either.
         """
-        system, r = self.system, self.system.n
-        if states <= r:
+        system, r, idle = self.system, self.system.n, states - self.system.n
+        if idle <= 0:
             return self
-        pad, batch = torch.nn.functional.pad, system.batch_shape
-        first = torch.tensor([*range(r), *[0] * (states - r)])
-        C = pad(torch.view_as_real(system.C), (0, 0, 0, states - r))
-        wider = DiagonalSystem(
-            system.lam[..., first], system.B[..., first, :], torch.view_as_complex(C.contiguous()), system.real_output
-        )
-        n2 = self.left.shape[-1]
-        left = pad(self.left.reshape(*batch, 2, r, n2), (0, 0, 0, states - r)).reshape(*batch, 2 * states, n2)
-        right = pad(self.right.reshape(*batch, n2, 2, r), (0, states - r)).reshape(*batch, n2, 2 * states)
+        rows = torch.tensor([*range(r), *[0] * idle])
+        C = torch.cat([system.C, torch.zeros_like(system.C[..., :1]).expand(*system.C.shape[:-1], idle)], -1)
+        wider = DiagonalSystem(system.lam[..., rows], system.B[..., rows, :], C, system.real_output)
+        left = self.left[..., torch.cat([rows, rows + r]), :]
+        n2, batch = left.shape[-1], system.batch_shape
+        right = torch.nn.functional.pad(self.right.reshape(*batch, n2, 2, r), (0, idle)).reshape(*batch, n2, 2 * states)
         return Reduction(wider, left, right, self.certificates)
 
     def rescaled(self, factors: Tensor) -> Reduction:

@@ -50,7 +50,7 @@ class RankRule:
             are selected, it is an ``r`` whose cut keeps as much while that to one state fewer does not; see
             `SelectiveReduction.discarded`.
         states: at most this many states in every layer.
-        fraction: at most this fraction of a layer's present states, in (0, 1]; but at least one state.
+        fraction: at most this fraction of a layer's present states, in (0, 1]; but at least one state, or multiple.
         max_error: the H-infinity error allowed per layer, in the units of output per input: the smallest ``r`` with ``2
             sum_{i>r} s_i <= max_error``. Selective layers have no such bound; for them it is twice the Hankel energy
             that the cut discards, which is at least twice the root mean square of the recurrence's output error.
@@ -321,13 +321,25 @@ def _shared_budget(
 
 def _shares(energy: Tensor, discards: Discards | None) -> Tensor:
     """The share of its energy that each state of a layer brings, the largest over its systems, shape ``(n,)``."""
-    energy = energy.to(torch.float64)
+    energy = energy.to(torch.float64).reshape(-1, energy.shape[-1])
     total, n = energy.sum(-1, keepdim=True), energy.shape[-1]
     if discards is not None:
-        # What cuts to some sizes discard, and in between along straight lines: every cut takes its time.
         tried = sorted({*torch.linspace(1, n, min(n, _SAMPLES)).round().int().tolist()})
-        lost = torch.stack([total[..., 0], *(discards(states) for states in tried)], -1)
-        steps = torch.tensor([0, *tried]).diff()
-        energy = (-lost.diff(dim=-1) / steps).clamp_min(0).repeat_interleave(steps, -1)
+        lost = torch.stack([total[:, 0], *(discards(states).reshape(-1) for states in tried)], -1)
+        energy = torch.tensor([_gains([0, *tried], one) for one in lost.tolist()], dtype=torch.float64)
     share = energy / total.clamp_min(torch.finfo(torch.float64).tiny)
-    return share.reshape(-1, n).amax(0)
+    return share.amax(0)
+
+
+def _gains(sizes: Sequence[int], lost: Sequence[float]) -> list[float]:
+    """What each state brings, decreasing, where cuts to some sizes are known to lose so much.
+
+    They are the slopes of the lower convex hull: a first state may bring nothing by itself and much with the second.
+    """
+    gains, here = list[float](), 0
+    while here < len(sizes) - 1:
+        slopes = [(lost[here] - lost[k]) / (sizes[k] - sizes[here]) for k in range(here + 1, len(sizes))]
+        best = max(range(len(slopes)), key=lambda k: (slopes[k], k))
+        gains += [max(0.0, slopes[best])] * (sizes[here + 1 + best] - sizes[here])
+        here += 1 + best
+    return gains
