@@ -152,14 +152,16 @@ def test_a_channel_that_is_zero_asks_for_no_states() -> None:
 
 
 def test_rounding_is_held_against_the_channel_that_it_is_made_in() -> None:
-    # A loud channel of one mode, of which nothing is cut off, is rounded to a ten millionth of itself. That is more than
-    # the whole error of a quiet one, which has the larger error by truncation.
+    # A loud channel of two equal modes, of which nothing is lost, but whose sum is rounded to a ten millionth. That is
+    # more than the whole error of a quiet one, which has the larger error by truncation.
     torch.manual_seed(0)
     layer: Any = S4D(2, 8, dt_min=1e-2)
     with torch.no_grad():
+        for poles in (layer.log_decay, layer.frequency):
+            poles[0, 1] = poles[0, 0]
         for part in (layer.C_re, layer.C_im):
-            part[0, 1:] = 0
-            part[0, 0] = 1e9
+            part[0, :2] = 1e9 * torch.randn(2)
+            part[0, 2:] = 0
             part[1] *= 0.1
     (report,) = compressm.compress(layer, states=2).layers
     assert report.outcome == "cut", report.reason
