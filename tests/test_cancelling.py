@@ -136,7 +136,7 @@ def test_a_channel_that_is_zero_asks_for_no_states() -> None:
         layer.C_im[:, 3:] *= 1e-5
     free = copy.deepcopy(layer)
     imaginary(layer, slice(0, 1))
-    ((_, adapter),) = find_layers(layer).values()
+    adapter: Any = next(iter(find_layers(layer).values()))[1]
     assert float(adapter.read(layer_values(layer)).kernel(40)[0].abs().max()) == 0
     u = torch.randn(2, 40, 4, dtype=torch.float64)
     before = layer(u)
@@ -171,7 +171,7 @@ def test_rounding_is_held_against_the_channel_that_it_is_made_in() -> None:
 def test_rounding_that_spoils_a_channel_is_still_refused() -> None:
     torch.manual_seed(0)
     layer: Any = S4D(2, 8, dt_min=1e-2)
-    ((_, adapter),) = find_layers(layer).values()
+    adapter: Any = next(iter(find_layers(layer).values()))[1]
     values = layer_values(layer)
     reduction = truncate(balance(adapter.read(values)), 4)
     first, second = reduction.certificates

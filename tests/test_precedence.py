@@ -28,7 +28,7 @@ RULES: list[dict[str, Any]] = [
     {"tolerance": 0.1}, {"max_error": 0.05}, {"states": 10}, {"fraction": 0.6}, {"total_states": 30},
     {"tolerance": 0.02}, {"states": 13}, {"fraction": 1.0}, {"total_states": 41}, {"total_states": 1000},
 ]  # fmt: skip
-OPTIONS = [
+OPTIONS: list[dict[str, Any]] = [
     dict(zip(("multiple_of", "per_layer", "min_reduction", "max_reduction"), values, strict=True))
     for values in product((1, 3, 8), (False, True), (0.0, 0.3), (1.0, 0.5))
 ]
@@ -246,7 +246,7 @@ def test_a_limit_that_holds_no_multiple_is_refused_before_anything_is_done() -> 
 @pytest.mark.parametrize("make", [lambda: LRU(2, 24, r_min=0.0, r_max=0.9), lambda: S5(2, 24), lambda: S4D(2, 24)])
 def test_a_linear_layer_is_filled_up_to_the_multiple_by_states_that_can_learn(make: Callable[[], nn.Module]) -> None:
     # A left-over real eigenvalue takes a whole state: fewer than asked for may fit, and 7 is no multiple of 8.
-    filled = 0
+    filled, layer = 0, None
     for seed in range(12):
         torch.manual_seed(seed)
         layer: Any = make()
