@@ -160,8 +160,9 @@ KINDS: dict[str, Callable[[], nn.Module]] = {
 }
 
 
-@pytest.mark.parametrize("kind", [pytest.param(k, marks=[pytest.mark.slow] if "s4d" in k else []) for k in KINDS])
-def test_models_of_every_kind_keep_to_it(kind: str) -> None:
+@pytest.mark.parametrize("options", [OPTIONS[::5], pytest.param(OPTIONS, marks=pytest.mark.slow)], ids=["some", "all"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_models_of_every_kind_keep_to_it(kind: str, options: list[dict[str, Any]]) -> None:
     torch.manual_seed(3)
     model = KINDS[kind]()
     shared = kind.startswith("shared")
@@ -169,8 +170,8 @@ def test_models_of_every_kind_keep_to_it(kind: str) -> None:
     balancings = balance_layers(model, moments=gather(model, [batch]))
     present = state_dims(model)
     cuts = MadeCuts(find_layers(model), balancings, "hankel")
-    for wanted, options in product(RULES[:5], OPTIONS):
-        rule = RankRule(**wanted, **options)
+    for wanted, option in product(RULES[:5], options):
+        rule = RankRule(**wanted, **option)
         try:
             report = plan_reduction(model, rule, balancings=balancings, cuts=cuts).report
         except InvalidRankRuleError as error:

@@ -223,7 +223,7 @@ def test_a_budget_is_shared_out_in_a_real_model() -> None:
         ]
         lost[first] = sum(1 - (kept or 0) for kept in made)
     found = sum(1 - (layer.energy_kept or 0) for layer in report.layers)
-    assert found <= 1.5 * min(lost.values())
+    assert found <= 2 * min(lost.values())  # between the sizes that were tried it is interpolated
     by_values = choose_ranks({name: one.energy for name, one in balancings.items()}, RankRule(total_states=32))
     assert lost[by_values["0"]] > 2 * found
 

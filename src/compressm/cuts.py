@@ -53,7 +53,7 @@ class MadeCuts:
         return self._made[name, states]
 
     def discards(self) -> dict[str, Discards]:
-        """What cuts of each layer discard, for `choose_ranks`."""
+        """What cuts of each layer discard, for `choose_ranks`: of those layers whose cuts are not the best possible."""
 
         def of(name: str) -> Discards:
             def discarded(states: int) -> Tensor:
@@ -63,7 +63,8 @@ class MadeCuts:
 
             return discarded
 
-        return {name: of(name) for name in self._layers}
+        best = self.selection in ("hankel", "least_squares")
+        return {name: of(name) for name, (_, (folds_into, *_)) in self._layers.items() if not (best and folds_into)}
 
 
 def linear_cut(ordered: Balancing, states: int, rule: RankRule, promises: bool = True) -> Reduction | None:

@@ -23,7 +23,7 @@ from compressm.errors import InvalidRankRuleError
 # The Hankel energy that the cut of a layer to so many states discards, in each of its systems: shape ``(*batch,)``.
 Discards = Callable[[int], Tensor]
 # Cuts that a budget looks at in a layer whose cuts have to be made to know what they discard.
-_SAMPLES = 16
+_SAMPLES = 8
 
 
 @dataclass(frozen=True)
@@ -290,8 +290,11 @@ def _shared_budget(
     discards: Mapping[str, Discards],
 ) -> list[int | None]:
     """From the least sizes on, the step that gains most of its layers' energy per state, as long as one fits."""
+    alone = len(groups) == 1  # then there is nothing to weigh against each other
     gains = [
-        torch.stack([_shares(energies[name], discards.get(name))[: max(s, default=1)] for name in g]).mean(0).tolist()
+        [0.0] * max(s, default=1)
+        if alone
+        else torch.stack([_shares(energies[n], discards.get(n))[: max(s, default=1)] for n in g]).mean(0).tolist()
         for g, s in zip(groups, sizes, strict=True)
     ]
     places = [0] * len(groups)
