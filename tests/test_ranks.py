@@ -35,8 +35,10 @@ def rank(rule: RankRule, energy: torch.Tensor = ENERGY) -> int:
         (RankRule(max_error=2.0), 4),  # twice the tail 1
         (RankRule(max_error=1e9), 1),
         (RankRule(total_states=4), 4),
-        (RankRule(states=3, multiple_of=4), 4),
-        (RankRule(states=5, multiple_of=4), 6),  # never more than there are
+        (RankRule(states=5, multiple_of=4), 4),  # at most
+        (RankRule(states=6, multiple_of=4), 6),  # within the limit already
+        (RankRule(tolerance=0.5, multiple_of=4), 4),  # at least
+        (RankRule(tolerance=0.0624, multiple_of=4), 6),  # never more than there are
         (RankRule(states=1, max_reduction=0.5), 3),
         (RankRule(states=1, max_reduction=0.4), 4),  # 2.4 may go
         (RankRule(tolerance=0.0624, max_reduction=0.5), 5),  # the rule cuts less

@@ -150,6 +150,29 @@ class Reduction:
         """The certificate of the batch: the only one, or the one that failed, or the one with the largest error."""
         return max(self.certificates, key=lambda c: (not c.valid, c.hinf_error))
 
+    @property
+    def discarded(self) -> Tensor:
+        """The Hankel energy that goes with what was cut off, half of the error bound: of each system, ``(*batch,)``."""
+        bounds = torch.tensor([one.bound for one in self.certificates], dtype=torch.float64)
+        return bounds.reshape(self.system.batch_shape) / 2
+
+    def padded(self, states: int) -> Reduction:
+        """The same system in as many states, if it has fewer: the others are seen by no output.
+
+        They are copies of the first one but for that. So gradients reach what the output makes of them, and training
+        can use them, which it could not if nothing reached them either.
+        """
+        system, r, idle = self.system, self.system.n, states - self.system.n
+        if idle <= 0:
+            return self
+        rows = torch.tensor([*range(r), *[0] * idle])
+        C = torch.cat([system.C, torch.zeros_like(system.C[..., :1]).expand(*system.C.shape[:-1], idle)], -1)
+        wider = DiagonalSystem(system.lam[..., rows], system.B[..., rows, :], C, system.real_output)
+        left = self.left[..., torch.cat([rows, rows + r]), :]
+        n2, batch = left.shape[-1], system.batch_shape
+        right = torch.nn.functional.pad(self.right.reshape(*batch, n2, 2, r), (0, idle)).reshape(*batch, n2, 2 * states)
+        return Reduction(wider, left, right, self.certificates)
+
     def rescaled(self, factors: Tensor) -> Reduction:
         """The same system with states ``x'_i`` multiplied by ``factors_i > 0``, shape ``(*batch, r)``."""
         system = DiagonalSystem(
@@ -184,6 +207,10 @@ def balance(system: DiagonalSystem, method: Method = "real") -> Balancing:
     factor_P = factor(system.lam, system.B, P, method == "real")
     factor_Q = factor(system.lam.conj(), system.C.mH, Q, method == "real")
     U, hsv, Vh = torch.linalg.svd(factor_Q.mH @ factor_P)
+    # Where modes cancel each other altogether (a real output that is identically zero), all values are rounding: of a
+    # sum of terms of this size. They are then zero, so that no rule keeps states for them.
+    noise = hsv.shape[-1] * torch.finfo(torch.float64).eps * system.mode_energy()
+    hsv = torch.where(hsv[..., :1] > noise[..., None], hsv, 0.0)
     return Balancing(system, method, hsv, factor_P, factor_Q, U, Vh.mH)
 
 
@@ -295,7 +322,7 @@ def _truncate_one(
         n2 = 2 * system.n
         zeros = (torch.zeros(shape, dtype=torch.complex128) for shape in ((1,), (1, system.p), (system.q, 1)))
         empty = (torch.zeros(shape, dtype=torch.float64) for shape in ((2, n2), (n2, 2)))
-        return _Single(*zeros, *empty, bound=0.0, scale=0.0, condition=1.0)
+        return _Single(*zeros, *empty, bound=0.0, scale=float(system.mode_energy()), condition=1.0)
 
     def attempt(order: int) -> tuple[Tensor, Tensor, Tensor, float]:
         half = hsv[:order].rsqrt()
@@ -346,7 +373,7 @@ def _truncate_one(
         left[rows] * both[:, None],
         right[:, rows] / both,
         bound=2 * float(hsv[order:].sum()),
-        scale=float((factor_P.norm(dim=1) * factor_Q.norm(dim=1)).sum()),
+        scale=float(system.mode_energy()),
         condition=condition,
     )
 

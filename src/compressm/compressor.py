@@ -24,7 +24,7 @@ from compressm.fitting import fit_any_size
 from compressm.history import Event
 from compressm.measure import StepCost, step_cost
 from compressm.metrics import measure_together, warn_not_finite
-from compressm.ranks import RankRule, check_choice, check_total
+from compressm.ranks import RankRule, check_choice, check_sizes
 from compressm.reduce import Report, plan_reduction, resize_states, state_dims
 from compressm.schedule import cut_steps, towards
 from compressm.selection import Selection
@@ -74,7 +74,7 @@ class Compressor:
             [0, 1]), as far as that shows after ``check_after`` steps. The rule above proposes and the metric disposes;
             without one, ``tolerance=0.02`` proposes, and at most half of the states.
         evaluate: ``evaluate(model)`` returns the validation metric, higher is better. Needed for ``max_drop``.
-        multiple_of: round state dimensions up to a multiple of this.
+        multiple_of: prefer state dimensions that are a multiple of this; see `RankRule` for what comes first.
         min_reduction: cut a layer only where this share of its states goes.
         per_layer: let the layers of a Hugging Face model differ in their state dimension; see `RankRule`.
         cuts: how many cuts.
@@ -202,9 +202,9 @@ class Compressor:
         check_plain(plain)
         check_optimizer(self.optimizer, plain, carry)
         check_trained(self.optimizer, layers)
-        if total_states is not None:
-            check_total(total_states, len(layers))
         self._initial_dims = state_dims(model)
+        alike = [] if per_layer else [name for name, (_, adapter) in layers.items() if adapter.uniform]
+        check_sizes(self._rule, self._initial_dims, alike)
         self._steps = 0
         self._cuts_done = 0
         self._stopped = False

@@ -15,8 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from compressm.adapters import find_layers
 from compressm.calls import not_finite
 from compressm.checkpoint import load, save
+from compressm.cuts import MadeCuts
 from compressm.errors import CheckpointError, ConfigError, MissingExtraError
 from compressm.layers import LanguageModel, SequenceClassifier
 from compressm.ranks import RankRule
@@ -208,12 +210,14 @@ def analyze_checkpoint(
         with _fast(model):
             moments = gather(model, [inputs for inputs, _ in batches])
     balancings = balance_layers(model, moments=moments)
-    prospects = tuple(_prospect(model, balancings, tolerance) for tolerance in tolerances)
+    cuts = MadeCuts(find_layers(model), balancings, "hankel")
+    prospects = tuple(_prospect(model, balancings, cuts, tolerance) for tolerance in tolerances)
     return Analysis(Spectrum.of(balancings), _parameters(model), prospects)
 
 
-def _prospect(model: nn.Module, balancings: Mapping[str, AnyBalancing], tolerance: float) -> Prospect:
-    plan = plan_reduction(model, RankRule(tolerance=tolerance, min_reduction=0.0), balancings=balancings)
+def _prospect(model: nn.Module, balancings: Mapping[str, AnyBalancing], cuts: MadeCuts, tolerance: float) -> Prospect:
+    rule = RankRule(tolerance=tolerance, min_reduction=0.0)
+    plan = plan_reduction(model, rule, balancings=balancings, cuts=cuts)
     smaller = copy.deepcopy(model)
     plan.apply(smaller)
     refused = {layer.name: layer.reason for layer in plan.report.layers if layer.outcome == "refused"}

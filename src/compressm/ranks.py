@@ -1,13 +1,17 @@
 """How many states to keep: one value that says what the user asked for, and one function that answers.
 
-Every rule reads the *energy per state* ``s_1 >= s_2 >= ...`` of a layer (see `balancing.Balancing.energy`), of which
-the truncation bound is twice the discarded sum. "Keep everything" is an ordinary answer of every rule.
+Every rule reads the *Hankel energy* that a cut discards. Where the smallest Hankel singular values are cut off, that is
+the sum of their energies ``s_1 >= s_2 >= ...`` (see `balancing.Balancing.energy`), and the truncation bound is twice as
+much. Where states are selected it is more, and the cuts that would really be made are asked for it. "Keep everything"
+is an ordinary answer of every rule.
 """
 
 from __future__ import annotations
 
+import heapq
 import math
-from collections.abc import Callable, Mapping
+from bisect import bisect_left
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, get_args
 
@@ -16,29 +20,52 @@ from torch import Tensor
 
 from compressm.errors import InvalidRankRuleError
 
+# The Hankel energy that the cut of a layer to so many states discards, in each of its systems: shape ``(*batch,)``.
+Discards = Callable[[int], Tensor]
+# Cuts that a budget looks at in a layer whose cuts have to be made to know what they discard.
+_SAMPLES = 8
+
 
 @dataclass(frozen=True)
 class RankRule:
     """What decides the state dimension. Exactly one of the first five is given.
 
+    ``tolerance`` and ``max_error`` promise a quality, and the cut that is really made keeps the promise. ``states``,
+    ``fraction`` and ``total_states`` are upper limits. Where wishes meet, the earlier one in this list holds:
+
+    1. ``max_reduction``: no larger share of a layer's states goes.
+    2. The promise or the limit. A layer that is within its limit already is not cut.
+    3. Layers that share one state dimension (see ``per_layer``) get one that suits all of them.
+    4. ``multiple_of``: a promise is rounded up to a multiple and a limit down to one, or up where ``max_reduction``
+       forbids to go down. A layer that has fewer states than ``multiple_of`` keeps them.
+    5. ``min_reduction``: a cut that takes less is not made at all.
+
+    A limit that holds no multiple is refused: ``states`` and ``total_states`` when the rule is made, and ``fraction``
+    or a ``total_states`` that is too small for all layers together before anything is computed (`check_sizes`).
+
     Args:
-        tolerance: the share of the Hankel energy that may be discarded in a layer (tau in the CompreSSM paper): the
-            smallest ``r`` with ``sum_{i<=r} s_i >= (1 - tolerance) sum_i s_i``. In [0, 1).
+        tolerance: the share of the Hankel energy that may be discarded in a layer (tau in the CompreSSM paper), and in
+            each of its systems (channels, heads, groups) where it has several. In [0, 1). Where Hankel singular values
+            are cut off, that is the smallest ``r`` with ``sum_{i<=r} s_i >= (1 - tolerance) sum_i s_i``. Where states
+            are selected, it is an ``r`` whose cut keeps as much while that to one state fewer does not; see
+            `SelectiveReduction.discarded`.
         states: at most this many states in every layer.
-        fraction: at most this fraction of a layer's present states, in (0, 1].
+        fraction: at most this fraction of a layer's present states, in (0, 1]; but at least one state, or multiple.
         max_error: the H-infinity error allowed per layer, in the units of output per input: the smallest ``r`` with ``2
-            sum_{i>r} s_i <= max_error``.
+            sum_{i>r} s_i <= max_error``. Selective layers have no such bound; for them it is twice the Hankel energy
+            that the cut discards, which is at least twice the root mean square of the recurrence's output error.
         total_states: a budget over all layers together: those states with the largest share of their own layer's
             energy are kept, wherever they are.
-        multiple_of: round the result up to a multiple (what the hardware likes), never above the present dimension.
+        multiple_of: prefer state dimensions that are a multiple of this (what the hardware likes); see above.
         min_reduction: cut a layer only if this share of its states goes (0.05: the paper's 0.95 gate).
         max_reduction: of a layer's states at most this share goes, rounded down, whatever the rule says. In (0, 1].
         per_layer: let layers differ in their state dimension even where the model's own checkpoint format has only one
             for all, as in Hugging Face's; `compressm.save` and `compressm.load` keep such a model. Otherwise these
-            layers all get the largest dimension that the rule gives any of them (under ``total_states``, the mean).
+            layers share one: the smallest that keeps the promise in all of them, the largest within the limit of each,
+            or an equal part of the budget.
 
     Raises:
-        InvalidRankRuleError: none or several of the five rules, or a value out of range.
+        InvalidRankRuleError: none or several of the five rules, a value out of range, or a limit below ``multiple_of``.
     """
 
     tolerance: float | None = None
@@ -65,6 +92,13 @@ class RankRule:
         _check("multiple_of", self.multiple_of, lambda v: v >= 1 and v == int(v), "a whole number of at least 1")
         _check("min_reduction", self.min_reduction, lambda v: 0 <= v < 1, "a share in [0, 1)")
         _check("max_reduction", self.max_reduction, lambda v: 0 < v <= 1, "a share in (0, 1]")
+        for name in ("states", "total_states"):
+            limit = getattr(self, name)
+            if limit is not None and limit < self.multiple_of:
+                raise InvalidRankRuleError(
+                    f"{name}={limit} is an upper limit, and less than multiple_of={self.multiple_of}: raise {name} or "
+                    "lower multiple_of"
+                )
 
     @property
     def guarantees_error(self) -> bool:
@@ -90,22 +124,44 @@ def _check(name: str, value: float | None, valid: Callable[[float], bool], expec
         raise InvalidRankRuleError(f"{name} must be {expected}; got {value!r}")
 
 
-def choose_ranks(energies: Mapping[str, Tensor], rule: RankRule) -> dict[str, int]:
-    """The number of states that each layer keeps under a rule, before the gate.
+def choose_ranks(
+    energies: Mapping[str, Tensor],
+    rule: RankRule,
+    *,
+    discards: Mapping[str, Discards] | None = None,
+    alike: Sequence[str] = (),
+) -> dict[str, int]:
+    """The number of states that each layer keeps under a rule, before the gate; see `RankRule` for what comes first.
 
     Args:
         energies: per layer, the energy of each of its present states, decreasing, shape ``(n,)``, or ``(*batch, n)``
-            where a layer holds a batch of systems that keep one common rank (the largest that any of them needs).
+            where a layer holds a batch of systems that keep one common rank (the largest that any of them needs). No
+            cut to r states discards less than the sum of those beyond the r-th.
         rule: what was asked for.
+        discards: of those layers whose cuts discard more than that: what they really discard.
+        alike: names of layers that share one state dimension.
 
     Returns:
         per layer a number in ``1..n``; ``n`` means that nothing may be cut.
+
+    Raises:
+        InvalidRankRuleError: a budget of fewer states than the layers must keep.
     """
+    present = {name: energy.shape[-1] for name, energy in energies.items()}
+    _check_total(rule, present, alike)
+    groups = _groups(present, alike)
+    sizes = [_sizes([present[name] for name in group], rule) for group in groups]
+    made = discards or {}
     if rule.total_states is not None:
-        ranks = _shared_budget(energies, rule.total_states)
+        chosen = _shared_budget(groups, sizes, energies, rule.total_states, made)
+    elif rule.guarantees_error:
+        chosen = [_promised(g, s, energies, rule, made) for g, s in zip(groups, sizes, strict=True)]
     else:
-        ranks = {name: _layer_rank(energy, rule) for name, energy in energies.items()}
-    return {name: _round(ranks[name], energy.shape[-1], rule) for name, energy in energies.items()}
+        chosen = [_limited([present[n] for n in g], s, rule) for g, s in zip(groups, sizes, strict=True)]
+    ranks = dict(present)
+    for group, size in zip(groups, chosen, strict=True):
+        ranks |= {} if size is None else dict.fromkeys(group, size)
+    return ranks
 
 
 def passes_gate(present: int, proposed: int, rule: RankRule) -> bool:
@@ -113,20 +169,111 @@ def passes_gate(present: int, proposed: int, rule: RankRule) -> bool:
     return proposed < present and present - proposed >= rule.min_reduction * present
 
 
-def _layer_rank(energy: Tensor, rule: RankRule) -> int:
-    n = energy.shape[-1]
-    if rule.states is not None:
-        return min(rule.states, n)
-    if rule.fraction is not None:
-        return max(1, math.floor(rule.fraction * n + 1e-9))
-    tails = _tails(energy)
+def keeps_promise(discarded: Tensor, energy: Tensor, rule: RankRule) -> bool:
+    """Whether a cut discards no more than a rule about quality allows, in every system of a layer.
+
+    Args:
+        discarded: Hankel energy that it discards, shape ``(*batch,)``. Rounding errors do not count.
+        energy: as in `choose_ranks`.
+        rule: with a tolerance or an error.
+    """
+    total = _tails(energy)[..., 0]
     if rule.tolerance is not None:
-        allowed = rule.tolerance * tails[..., :1]
+        allowed = rule.tolerance * total
     else:
         assert rule.max_error is not None
-        allowed = torch.full_like(tails[..., :1], rule.max_error / 2)
-    # The first index whose tail is within what is allowed; the last tail is exactly zero, so there always is one.
-    return int((tails <= allowed).int().argmax(-1).max())
+        allowed = torch.full_like(total, rule.max_error / 2)
+    rounding = energy.shape[-1] * torch.finfo(torch.float64).eps * total
+    return bool((discarded <= allowed * (1 + 1e-12) + rounding).all())
+
+
+def check_sizes(rule: RankRule, present: Mapping[str, int], alike: Sequence[str] = ()) -> None:
+    """Refuse a fraction that holds no multiple, or a budget that is too small, before anything is computed.
+
+    Args:
+        rule: what was asked for.
+        present: state dimension of every layer.
+        alike: names of layers that share one.
+
+    Raises:
+        InvalidRankRuleError: the field, what was met, and what to do.
+    """
+    _check_total(rule, present, alike)
+    if rule.fraction is None or rule.multiple_of == 1:
+        return
+    for name, n in present.items():
+        if (limit := _fraction(rule.fraction, n)) < min(rule.multiple_of, n):
+            raise InvalidRankRuleError(
+                f"fraction={rule.fraction:g} of the {n} states of {name!r} is {limit}, less than multiple_of="
+                f"{rule.multiple_of}: raise fraction or lower multiple_of"
+            )
+
+
+def _check_total(rule: RankRule, present: Mapping[str, int], alike: Sequence[str]) -> None:
+    if rule.total_states is None:
+        return
+    least = sum(len(g) * min(rule.multiple_of, *(present[n] for n in g)) for g in _groups(present, alike))
+    if rule.total_states >= least:
+        return
+    if rule.multiple_of == 1:
+        raise InvalidRankRuleError(
+            f"total_states={rule.total_states} is less than one state for each of {len(present)} layers"
+        )
+    raise InvalidRankRuleError(
+        f"total_states={rule.total_states} is less than the {least} states that {len(present)} layers keep at least "
+        f"with multiple_of={rule.multiple_of}: raise total_states or lower multiple_of"
+    )
+
+
+def _groups(present: Mapping[str, int], alike: Sequence[str]) -> list[list[str]]:
+    """The layers: those together that share one state dimension, the others alone."""
+    together = [name for name in present if name in alike]
+    return [*([together] if together else []), *([name] for name in present if name not in alike)]
+
+
+def _sizes(present: Sequence[int], rule: RankRule) -> list[int]:
+    """Sizes that layers of these dimensions can have in common, ascending: multiples, and the least present dimension.
+    Empty where one layer may not lose so many states as to be as small as another."""
+    top = min(present)
+    least = max(1, *(n - math.floor(rule.max_reduction * n + 1e-9) for n in present))
+    multiples = [*range(-(-least // rule.multiple_of) * rule.multiple_of, top + 1, rule.multiple_of)]
+    return multiples if top < least or top in multiples else [*multiples, top]
+
+
+def _promised(
+    group: Sequence[str],
+    sizes: Sequence[int],
+    energies: Mapping[str, Tensor],
+    rule: RankRule,
+    discards: Mapping[str, Discards],
+) -> int | None:
+    """A size at which all layers of a group keep the promise, while at the next smaller one they do not."""
+
+    def at_best(states: int) -> bool:
+        return all(keeps_promise(_tails(energies[n])[..., states], energies[n], rule) for n in group)
+
+    def made(states: int) -> bool:
+        return all(keeps_promise(discards[n](states), energies[n], rule) for n in group if n in discards)
+
+    sizes = sizes[bisect_left(sizes, True, key=at_best) :]
+    # Larger cuts by selection nearly always discard more, not always. What is found has been tried, and so has the size
+    # below it, unless no cut to that size can keep the promise.
+    found = bisect_left(sizes, True, key=made)
+    return sizes[found] if found < len(sizes) else None
+
+
+def _limited(present: Sequence[int], sizes: Sequence[int], rule: RankRule) -> int | None:
+    """The largest size within the limit of every layer of a group; the least one where none is within it."""
+    limits = [n if rule.states is None else rule.states for n in present]
+    if rule.fraction is not None:
+        limits = [_fraction(rule.fraction, n) for n in present]
+    if not sizes or all(n <= limit for n, limit in zip(present, limits, strict=True)):
+        return None
+    return max((size for size in sizes if size <= min(limits)), default=sizes[0])
+
+
+def _fraction(fraction: float, present: int) -> int:
+    return max(1, math.floor(fraction * present + 1e-9))
 
 
 def _tails(energy: Tensor) -> Tensor:
@@ -135,31 +282,67 @@ def _tails(energy: Tensor) -> Tensor:
     return torch.cat([reversed_sums, torch.zeros_like(reversed_sums[..., :1])], -1)
 
 
-def check_total(total: int, layers: int) -> None:
-    """A budget of at least one state for every layer.
+def _shared_budget(
+    groups: Sequence[Sequence[str]],
+    sizes: Sequence[Sequence[int]],
+    energies: Mapping[str, Tensor],
+    total: int,
+    discards: Mapping[str, Discards],
+) -> list[int | None]:
+    """From the least sizes on, the step that gains most of its layers' energy per state, as long as one fits."""
+    alone = len(groups) == 1  # then there is nothing to weigh against each other
+    gains = [
+        [0.0] * max(s, default=1)
+        if alone
+        else torch.stack([_shares(energies[n], discards.get(n))[: max(s, default=1)] for n in g]).mean(0).tolist()
+        for g, s in zip(groups, sizes, strict=True)
+    ]
+    places = [0] * len(groups)
+    spent = (
+        len(g) * s[0] if s else sum(energies[name].shape[-1] for name in g)
+        for g, s in zip(groups, sizes, strict=True)
+    )  # fmt: skip
+    left, waiting = total - sum(spent), list[tuple[float, int]]()
 
-    Raises:
-        InvalidRankRuleError: it is less.
+    def wait(index: int) -> None:
+        if places[index] + 1 < len(sizes[index]):
+            before, after = sizes[index][places[index] : places[index] + 2]
+            heapq.heappush(waiting, (-sum(gains[index][before:after]) / (after - before), index))
+
+    for index in range(len(groups)):
+        wait(index)
+    while waiting:
+        _, index = heapq.heappop(waiting)
+        before, after = sizes[index][places[index] : places[index] + 2]
+        cost = len(groups[index]) * (after - before)
+        if cost <= left:
+            left -= cost
+            places[index] += 1
+            wait(index)
+    return [s[place] if s else None for s, place in zip(sizes, places, strict=True)]
+
+
+def _shares(energy: Tensor, discards: Discards | None) -> Tensor:
+    """The share of its energy that each state of a layer brings, the largest over its systems, shape ``(n,)``."""
+    energy = energy.to(torch.float64).reshape(-1, energy.shape[-1])
+    total, n = energy.sum(-1, keepdim=True), energy.shape[-1]
+    if discards is not None:
+        tried = sorted({*torch.linspace(1, n, min(n, _SAMPLES)).round().int().tolist()})
+        lost = torch.stack([total[:, 0], *(discards(states).reshape(-1) for states in tried)], -1)
+        energy = torch.tensor([_gains([0, *tried], one) for one in lost.tolist()], dtype=torch.float64)
+    share = energy / total.clamp_min(torch.finfo(torch.float64).tiny)
+    return share.amax(0)
+
+
+def _gains(sizes: Sequence[int], lost: Sequence[float]) -> list[float]:
+    """What each state brings, decreasing, where cuts to some sizes are known to lose so much.
+
+    They are the slopes of the lower convex hull: a first state may bring nothing by itself and much with the second.
     """
-    if total < layers:
-        raise InvalidRankRuleError(f"total_states={total} is less than one state for each of {layers} layers")
-
-
-def _shared_budget(energies: Mapping[str, Tensor], total: int) -> dict[str, int]:
-    check_total(total, len(energies))
-    ranks = dict.fromkeys(energies, 1)
-    candidates: list[tuple[float, str]] = []
-    for name, energy in energies.items():
-        share = energy.to(torch.float64) / energy.sum(-1, keepdim=True).clamp_min(torch.finfo(torch.float64).tiny)
-        share = share.reshape(-1, share.shape[-1]).amax(0)
-        candidates += [(float(value), name) for value in share[1:]]
-    candidates.sort(key=lambda pair: -pair[0])
-    for _, name in candidates[: total - len(energies)]:
-        ranks[name] += 1
-    return ranks
-
-
-def _round(rank: int, present: int, rule: RankRule) -> int:
-    least = present - math.floor(rule.max_reduction * present + 1e-9)
-    rank = math.ceil(max(rank, least, 1) / rule.multiple_of) * rule.multiple_of
-    return min(rank, present)
+    gains, here = list[float](), 0
+    while here < len(sizes) - 1:
+        slopes = [(lost[here] - lost[k]) / (sizes[k] - sizes[here]) for k in range(here + 1, len(sizes))]
+        best = max(range(len(slopes)), key=lambda k: (slopes[k], k))
+        gains += [max(0.0, slopes[best])] * (sizes[here + 1 + best] - sizes[here])
+        here += 1 + best
+    return gains

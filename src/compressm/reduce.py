@@ -9,20 +9,22 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from compressm.adapters import Adapter, LayerChange, SelectiveAdapter, find_layers
+from compressm.adapters import Adapter, LayerAdapter, LayerChange, SelectiveAdapter, find_layers
 from compressm.adapters.base import check_plain, layer_values, tell_written, write
-from compressm.balancing import Balancing, Method, Reduction, truncate
+from compressm.balancing import Balancing, Method, Reduction
 from compressm.carry import Carry, carry_state, check_optimizer
 from compressm.certificate import Certificate
+from compressm.cuts import MadeCuts, linear_cut
 from compressm.errors import CheckpointError, EvaluationError, InvalidRankRuleError, InvalidSystemError
 from compressm.metrics import measure
 from compressm.pruning import SCORES, Score, prune
-from compressm.ranks import RankRule, check_choice, choose_ranks, passes_gate
-from compressm.selection import Selection, reduce_selective
-from compressm.selective import ErrorEstimate, Moments, SelectiveBalancing
+from compressm.ranks import RankRule, check_choice, check_sizes, choose_ranks, passes_gate
+from compressm.selection import Selection
+from compressm.selective import ErrorEstimate, Moments, SelectiveReduction
 from compressm.spectrum import AnyBalancing, balance_layers, mean_hsv
 from compressm.statistics import gather
 
@@ -39,8 +41,9 @@ class LayerReport:
         reason: why, in words, unless cut.
         certificate: of the truncation, or for a selective layer the error to expect; None where none was computed.
         hsv: Hankel singular values before the cut, decreasing; the mean over the systems of a layer that has several.
-        energy_kept: share of the Hankel energy that was not discarded; for a selective layer the share of its output's
-            power that is expected to stay. None without a cut, and where states were taken out as they are.
+        energy_kept: share of the layer's Hankel energy that the cut which was made keeps, all its systems together;
+            `RankRule.tolerance` promises it. See `SelectiveReduction.discarded` for selective layers. None without a
+            cut, and where states were taken out as they are.
         poles_before, poles_after: eigenvalues of a linear time-invariant layer that was cut; empty otherwise.
     """
 
@@ -143,6 +146,7 @@ def plan_reduction(
     moments: Mapping[str, Moments] | None = None,
     selection: Selection = "hankel",
     balancings: Mapping[str, AnyBalancing] | None = None,
+    cuts: MadeCuts | None = None,
 ) -> Plan:
     """Balance every layer, choose the ranks, truncate, certify. Nothing is written.
 
@@ -155,9 +159,10 @@ def plan_reduction(
             singular values are kept, but for ``"smallest"`` and ``"random"``; ``"modal"``, ``"hinf"``, ``"energy"``
             and ``"random_modes"`` leave out states as they are, see `pruning`. All of these are there for comparison.
         balancings: from `balance_layers` on the model as it is now, if at hand, instead of ``moments``.
+        cuts: of these balancings, where several plans are made from them.
 
     Raises:
-        InvalidRankRuleError: an unknown method or selection.
+        InvalidRankRuleError: an unknown method or selection, or a budget that is too small.
         InvalidSystemError: a layer's parameters or moments are not finite.
     """
     started = time.perf_counter()
@@ -173,13 +178,10 @@ def plan_reduction(
                     "learning rate"
                 )
     balancings = balance_layers(model, method, moments) if balancings is None else balancings
-    ranks = choose_ranks({name: balancing.energy for name, balancing in balancings.items()}, rule)
-    alike = [] if rule.per_layer else [name for name, (_, adapter) in layers.items() if adapter.uniform]
-    if alike:
-        present = [adapter.state_dim(layer) for layer, adapter in (layers[name] for name in alike)]
-        wanted = [ranks[name] for name in alike]
-        common = max(wanted) if rule.total_states is None else max(1, sum(wanted) // len(wanted))
-        ranks |= dict.fromkeys(alike, min(common, *present))
+    cuts = MadeCuts(layers, balancings, selection) if cuts is None else cuts
+    energies = {name: balancing.energy for name, balancing in balancings.items()}
+    alike = _alike(layers, rule)
+    ranks = choose_ranks(energies, rule, discards=cuts.discards(), alike=alike)
     shared = _shared_parameters(model)
     reports: list[LayerReport] = []
     changes: dict[str, LayerChange] = {}
@@ -191,8 +193,8 @@ def plan_reduction(
             report = replace(report, reason=_gate(present, rule))
         elif isinstance(adapter, Adapter) and isinstance(balancing, Balancing):
             report, change = _plan_linear(report, layer_values(layer), adapter, balancing, ranks[name], rule, selection)
-        elif isinstance(adapter, SelectiveAdapter) and isinstance(balancing, SelectiveBalancing):
-            report, change = _plan_selective(report, layer, adapter, balancing, ranks[name], selection)
+        elif isinstance(adapter, SelectiveAdapter):
+            report, change = _plan_selective(report, layer, adapter, cuts.reduction(name, ranks[name]))
         if change is not None and (other := _also_used(shared, layer, change)):
             reason = f"{other[0]} is also {other[1]}, which would change with it"
             report = replace(report, states_after=present, outcome="refused", reason=reason, energy_kept=None)
@@ -210,6 +212,11 @@ def plan_reduction(
                     report, states_after=report.states_before, outcome="refused", reason=reason, energy_kept=None
                 )
     return Plan(Report(tuple(reports), time.perf_counter() - started), changes)
+
+
+def _alike(layers: Mapping[str, tuple[nn.Module, LayerAdapter]], rule: RankRule) -> list[str]:
+    """The layers that must share one state dimension."""
+    return [] if rule.per_layer else [name for name, (_, adapter) in layers.items() if adapter.uniform]
 
 
 def _shared_parameters(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
@@ -238,40 +245,14 @@ def _gate(present: int, rule: RankRule) -> str:
 
 
 def _plan_selective(
-    report: LayerReport,
-    layer: nn.Module,
-    adapter: SelectiveAdapter,
-    balancing: SelectiveBalancing,
-    states: int,
-    selection: Selection,
+    report: LayerReport, layer: nn.Module, adapter: SelectiveAdapter, reduction: SelectiveReduction
 ) -> tuple[LayerReport, LayerChange | None]:
-    into, out, rotates = adapter.maps(layer)
-    reduction = reduce_selective(balancing, states, into, out, selection, rotates=rotates)
     estimate = reduction.estimate
     if not estimate.valid:
         return replace(report, outcome="refused", reason="; ".join(estimate.failures), certificate=estimate), None
     change = adapter.plan(layer_values(layer), reduction)
-    kept = 1 - estimate.relative_error**2
-    report = replace(report, states_after=reduction.states, outcome="cut", certificate=estimate, energy_kept=kept)
-    return report, change
-
-
-def _rounded_up(balancing: Balancing, reduction: Reduction, multiple_of: int) -> Reduction:
-    """The smallest reduction to a multiple of so many states whose bound is no larger; at most to the present order.
-
-    Left-over real eigenvalues take a whole state each, so that more states may stand for less of the system.
-    """
-    allowed = _bounds(reduction) * (1 + 1e-9)
-    for states in range(-(-reduction.system.n // multiple_of) * multiple_of, balancing.system.n, multiple_of):
-        rounded = truncate(balancing, states)
-        if rounded.system.n == states and _bounds(rounded) <= allowed:
-            return rounded
-    return truncate(balancing, balancing.system.n)
-
-
-def _bounds(reduction: Reduction) -> float:
-    """Of all systems of a layer together: twice the Hankel energy that was discarded."""
-    return sum(one.bound for one in reduction.certificates)
+    report = replace(report, states_after=reduction.states, outcome="cut", certificate=estimate)
+    return replace(report, energy_kept=estimate.energy_kept), change
 
 
 def _plan_linear(
@@ -289,11 +270,8 @@ def _plan_linear(
         reduction = prune(balancing.system, states, cast("Score", selection))
     else:
         ordered = balancing.rearranged(selection) if selection in ("smallest", "random") else balancing
-        reduction = truncate(ordered, states, exceed=rule.guarantees_error)
-        if rule.guarantees_error and reduction.system.n % rule.multiple_of:
-            reduction = _rounded_up(ordered, reduction, rule.multiple_of)
-    after = reduction.system.n
-    if not passes_gate(present, after, rule):
+        reduction = linear_cut(ordered, states, rule, promises=ordered is balancing)
+    if reduction is None or not passes_gate(present, reduction.system.n, rule):
         return replace(report, reason=_gate(present, rule)), None
     certificate = reduction.certificate
     if not certificate.valid:
@@ -302,18 +280,30 @@ def _plan_linear(
     # What the layer will really compute, after rounding to its dtype and parametrisation, must be the certified system.
     try:
         written = adapter.read({**values, **change.values()})
-        rounding = float(reduction.system.minus(written).h2_norm().max())
+        roundings = reduction.system.minus(written).h2_norm()
     except InvalidSystemError as error:
         return replace(report, outcome="refused", reason=f"after rounding: {error}", certificate=certificate), None
-    certificate = replace(certificate, rounding_error=rounding)
-    if rounding > max(1e-3 * certificate.h2_norm, certificate.h2_error):
-        reason = f"rounding to the layer's dtype adds an H2 error of {rounding:.3g}, more than the truncation's own"
+    certificate = replace(certificate, rounding_error=float(roundings.max()))
+    if (excess := _rounds_too_much(roundings, reduction, values)) is not None:
+        reason = f"rounding to the layer's dtype adds an H2 error of {excess:.3g}, more than the truncation's own"
         return replace(report, outcome="refused", reason=reason, certificate=certificate), None
     before, reduced = (tuple(system.lam.flatten().tolist()) for system in (balancing.system, reduction.system))
-    energy = 2 * float(balancing.hsv.sum())
-    kept = None if pruned or energy == 0 else max(0.0, 1 - _bounds(reduction) / energy)
-    report = replace(report, states_after=after, outcome="cut", certificate=certificate, energy_kept=kept)
+    energy = float(balancing.hsv.sum())
+    share = float(reduction.discarded.sum()) / energy if energy > 0 else 0.0  # of nothing, nothing goes
+    kept = None if pruned else max(0.0, 1 - share)
+    report = replace(report, states_after=reduction.system.n, outcome="cut", certificate=certificate, energy_kept=kept)
     return replace(report, poles_before=before, poles_after=reduced), change
+
+
+def _rounds_too_much(roundings: Tensor, reduction: Reduction, values: Mapping[str, Tensor]) -> float | None:
+    """The first H2 error by rounding, shape ``(*batch,)``, that is more than its own system's cut and than a thousandth
+    of that system, and than what rounding does to the largest system of the layer; None where there is none."""
+    eps = max(torch.finfo(value.dtype).eps for value in values.values() if value.is_floating_point())
+    least = eps * max(one.h2_norm for one in reduction.certificates)
+    for rounding, one in zip(roundings.reshape(-1).tolist(), reduction.certificates, strict=True):
+        if rounding > max(1e-3 * one.h2_norm, one.h2_error, least):
+            return rounding
+    return None
 
 
 def compress(
@@ -347,7 +337,8 @@ def compress(
         max_drop: as far as ``evaluate`` loses no more than this, right after the cut; the largest tolerance that does
             is found by bisection, in about ten evaluations.
         evaluate: ``evaluate(model)`` returns the metric, higher is better.
-        multiple_of: round state dimensions up to a multiple of this.
+        multiple_of: prefer state dimensions that are a multiple of this: the next larger one under a rule about
+            quality, the next smaller one under an upper limit; see `RankRule`.
         min_reduction: leave a layer alone unless this share of its states goes.
         per_layer: let the layers of a Hugging Face model differ in their state dimension; see `RankRule`.
         method: ``"real"`` or ``"complex"``, for linear time-invariant layers.
@@ -383,10 +374,12 @@ def compress(
         min_reduction=min_reduction,
         per_layer=per_layer,
     )
-    layers = {name: layer for name, (layer, _) in find_layers(model).items()}
-    check_plain(layers)
+    layers = find_layers(model)
+    check_sizes(rule, state_dims(model), _alike(layers, rule))
+    plain = {name: layer for name, (layer, _) in layers.items()}
+    check_plain(plain)
     if optimizer is not None:
-        check_optimizer(optimizer, layers, carry)
+        check_optimizer(optimizer, plain, carry)
     moments = None if data is None else gather(model, data)
     if max_drop is not None and evaluate is not None:
         balancings = balance_layers(model, method, moments)
@@ -412,13 +405,17 @@ def _largest_harmless(
             f"evaluate returned {reference} before anything was cut, and no loss can be held against that; expected a "
             "finite number: see that weights, data and the metric itself are finite"
         )
-    best = plan_reduction(
-        model, rule, balancings=balancings, selection=selection
-    )  # tolerance 0: only states that carry nothing
+    cuts = MadeCuts(find_layers(model), balancings, selection)
+
+    def planned(tolerance: float) -> Plan:
+        wanted = replace(rule, tolerance=tolerance)
+        return plan_reduction(model, wanted, balancings=balancings, selection=selection, cuts=cuts)
+
+    best = planned(0.0)  # only states that carry nothing
     low, high = 1e-5, 0.99
     for _ in range(10):
         middle = (low * high) ** 0.5
-        plan = plan_reduction(model, replace(rule, tolerance=middle), balancings=balancings, selection=selection)
+        plan = planned(middle)
         plan.apply(model)
         try:
             metric = measure(model, evaluate)

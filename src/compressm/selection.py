@@ -226,8 +226,23 @@ def _reduction(balancing: SelectiveBalancing, into: Tensor, out: Tensor, kept: T
     lost = max(lost, least)  # less than the least possible is rounding
     relative, bound = ((max(value, 0.0) / power) ** 0.5 if power > 0 else 0.0 for value in (lost, least))
     failures = () if bool(torch.isfinite(into).all() and torch.isfinite(out).all()) else ("the maps are not finite",)
-    estimate = ErrorEstimate(n, into.shape[-2], relative, bound, failures)
-    return SelectiveReduction(into, out, kept, estimate, balancing.moments)
+    discarded = _discarded(balancing, rest)
+    energy = float(balancing.hsv.sum())
+    share = max(0.0, 1 - float(discarded.sum()) / energy) if energy > 0 else 1.0
+    estimate = ErrorEstimate(n, into.shape[-2], relative, bound, failures, energy_kept=share)
+    return SelectiveReduction(into, out, kept, estimate, balancing.moments, discarded)
+
+
+def _discarded(balancing: SelectiveBalancing, rest: Tensor) -> Tensor:
+    """The Hankel energy of what a cut leaves out: see `SelectiveReduction.discarded`.
+
+    Args:
+        balancing: the moments.
+        rest: ``I - out^T into``, shape ``(groups, n, n)``.
+    """
+    if not bool(rest.isfinite().all()):
+        return torch.full_like(balancing.hsv[:, 0], torch.inf)
+    return torch.linalg.svdvals(root(balancing.W).mT @ rest @ root(balancing.P)).sum(-1)
 
 
 def _present(balancing: SelectiveBalancing, group: int) -> tuple[Tensor, Tensor]:

@@ -47,7 +47,8 @@ class LayerSpectrum:
         return self.energy.shape[-1]
 
     def states_for(self, tolerance: float) -> int:
-        """How many states hold all but this share of the Hankel energy."""
+        """How many states hold all but this share of the Hankel energy, at best: where states are selected, as in most
+        selective layers, a cut that keeps as much needs more of them."""
         return choose_ranks({self.name: self.energy}, RankRule(tolerance=tolerance))[self.name]
 
     def mean_energy(self) -> list[float]:
@@ -56,7 +57,7 @@ class LayerSpectrum:
 
     def discarded(self) -> list[float]:
         """Share of the Hankel energy that is lost if the first 1, 2, ... states are kept; the last entry is 0. Where a
-        layer has several systems, that of the one that loses most."""
+        layer has several systems, that of the one that loses most. Where states are selected, a cut loses more."""
         beyond = self.energy.flip(-1).cumsum(-1).flip(-1)
         share = beyond[..., 1:] / beyond[..., :1].clamp_min(1e-300)
         return [*share.reshape(-1, share.shape[-1]).amax(0).tolist(), 0.0]

@@ -35,7 +35,9 @@ class S5Adapter(DiagonalAdapter):
     def plan(self, values: Mapping[str, Tensor], reduction: Reduction) -> LayerChange:
         v = {name: value.detach().to("cpu", torch.float64) for name, value in values.items()}
         lam = reduction.system.lam
-        log_step = participation(reduction)[0] @ v["log_step"]
+        share = participation(reduction)[0]
+        made = share.sum(-1) > 0  # a state that was made of no old one learns at their mean rate
+        log_step = torch.where(made, share @ v["log_step"], v["log_step"].mean())
         decay = decay_rate(lam) / log_step.exp()
         frequency = phases(lam) / log_step.exp()
         gain, _ = hold(decay.log(), frequency, log_step)
