@@ -7,7 +7,7 @@ layer, fused ones included, and costs nothing between observations.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable, Mapping
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,13 +17,15 @@ from torch.utils.hooks import RemovableHandle
 
 from compressm.adapters import SelectiveAdapter, find_layers
 from compressm.distributed import gathered, world_size
-from compressm.errors import UnsupportedModelError
-from compressm.layers import SequenceClassifier
+from compressm.errors import ConfigError, UnsupportedModelError
+from compressm.inputs import calls
+from compressm.layers import Bidirectional, LanguageModel, SequenceClassifier
 from compressm.selective import Moments, moments
 
 # Moments of weights that have changed since are forgotten: the weight of all before, at every observation.
 MEMORY = 0.9
 _PADDING = "padding of "
+_TELLS = (SequenceClassifier, LanguageModel, Bidirectional)  # have present(u, lengths)
 
 
 class Statistics:
@@ -42,7 +44,7 @@ class Statistics:
         self._moments: dict[str, Moments] = {}
         self._hooks: dict[str, RemovableHandle] = {}
         # Models that know which of their inputs are padding tell it before their layers are called.
-        self._padded = [module for module in model.modules() if isinstance(module, SequenceClassifier)]
+        self._padded = [module for module in model.modules() if isinstance(module, _TELLS)]
         self._present: Tensor | None = None
 
     @property
@@ -104,9 +106,9 @@ class Statistics:
             new = before.plus(new, self.memory)
         self._moments[name] = new
 
-    def remember_padding(self, model: SequenceClassifier, u: Tensor) -> None:
-        """Remember which inputs of the coming forward pass are tokens."""
-        self._present = model.present(u)
+    def remember_padding(self, present: Tensor | None) -> None:
+        """Remember which inputs of the coming forward pass are no padding, bool, shape ``(batch, length)``."""
+        self._present = present
 
     def forget_hook(self, name: str) -> None:
         """Remove a layer's hook, if there is one."""
@@ -212,8 +214,8 @@ class _PaddingHook(_Once):
     """Asks a model which of its inputs are tokens and which are padding."""
 
     def see(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        assert isinstance(module, SequenceClassifier)
-        self.statistics.remember_padding(module, *args, **kwargs)
+        assert isinstance(module, _TELLS)
+        self.statistics.remember_padding(module.present(*args, **kwargs))
 
 
 def _nothing(*_: Any) -> None:
@@ -239,34 +241,38 @@ def _summed(moments: Moments) -> Moments:
     return Moments(**{name: value.cpu() for name, value in tensors.items()})
 
 
-def gather(model: nn.Module, data: Iterable[Any], sequences: int = 4) -> dict[str, Moments]:
+def gather(model: nn.Module, data: Any, sequences: int = 4) -> dict[str, Moments]:
     """Moments of every selective layer of a model over some data; empty where there is no such layer.
 
     Args:
         model: called in evaluation mode; the modes of all its parts are restored.
-        data: batches: a tensor, a mapping of keyword arguments, or a list or tuple whose first element is the input
-            (the rest, such as labels, is left out).
+        data: a batch, or an iterable of batches: tensors or arrays, pairs with labels, or mappings of keyword
+            arguments; see `compressm.inputs`. Not looked at where there is no selective layer.
         sequences: how many sequences of each batch are looked at.
 
     In several processes all of them must call this, each with its share of the data.
 
     Raises:
         UnsupportedModelError: no layer that compressm knows, or one that no data went through.
+        ConfigError: data without a batch, or that the model cannot take; in all processes.
     """
     statistics = Statistics(model, sequences, memory=1.0)
     if not statistics.layers:
         return {}
+    unfit = None
     try:
         with modes_kept(model), torch.no_grad():
             model.eval()
-            for batch in data:
+            for call in calls(model, data):
                 statistics.observe_next(training_only=False)
-                if isinstance(batch, Mapping):
-                    model(**batch)
-                else:
-                    model(batch[0] if isinstance(batch, list | tuple) else batch)
+                call(model)
+    except ConfigError as error:
+        unfit = error
     finally:
         statistics.close()
+    # The others must hear of it: they would wait for this process's moments for ever.
+    if all_unfit := [error for error in gathered(unfit) if error is not None]:
+        raise unfit or all_unfit[0]
     return statistics.moments()
 
 
