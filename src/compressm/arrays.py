@@ -2,8 +2,8 @@
 
 The arrays of an ``.npz`` file are found by their names (``x``, ``inputs``, ``tokens`` and so on; ``y``, ``labels``,
 ``targets``; ``lengths`` or ``mask``; in upper case too, and with a common ending such as ``_train``), or in the order
-in which `numpy.savez` got them without names. Labels are brought into the form of classes 0 to n - 1 where their
-meaning is plain.
+in which `numpy.savez` got them without names. Arrays of other names are not looked at. Labels are brought into the form
+of classes 0 to n - 1 where their meaning is plain.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from compressm.errors import ConfigError
-from compressm.expected import Expected, by_role, described, lengths_of, numeric, prepared
+from compressm.expected import Expected, by_role, described, lengths_of, numeric, prepared, role_of
 
 _SPLITS = ("_train", "_test", "_val", "_validation")
 
@@ -151,10 +151,11 @@ def _on_cpu(expected: Expected) -> Expected:
 def _found(content: Mapping[str, Any], where: str) -> dict[str, Any]:
     """The arrays by what they are for."""
     positional = [f"arr_{i}" for i in range(len(content))]
-    if sorted(content) == sorted(positional) and len(content) <= 2:
+    if 1 <= len(content) <= 2 and sorted(content) == positional:
         return dict(zip(("x", "y"), (content[name] for name in positional), strict=False))
     ending = next((e for e in _SPLITS if content and all(name.lower().endswith(e) for name in content)), "")
-    found = by_role({name[: len(name) - len(ending)]: value for name, value in content.items()}, where)
+    plain = {name[: len(name) - len(ending)]: value for name, value in content.items()}
+    found = by_role({name: value for name, value in plain.items() if role_of(name) is not None}, where)
     if "x" not in found:
         named = ", ".join(f"{name} ({described(value)})" for name, value in content.items()) or "nothing"
         raise ConfigError(f"{where} holds {named}: name the sequences x and the labels y")

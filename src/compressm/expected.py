@@ -116,6 +116,11 @@ def prepared(expected: Expected, x: Any, where: str, lengths: Tensor | None = No
     return _finite(tensor.to(expected.dtype) if expected.kind == "numbers" else tensor, where).to(expected.device)
 
 
+def role_of(name: str) -> str | None:
+    """What an array of this name is for: ``x``, ``y``, ``lengths``, ``mask``; None where the name does not say."""
+    return next((role for role, known in _ROLES.items() if name.lower() in known), None)
+
+
 def by_role(batch: Mapping[str, Any], where: str) -> dict[str, Any]:
     """Named arrays by what they are for: ``x``, ``y``, ``lengths``, ``mask``.
 
@@ -125,7 +130,7 @@ def by_role(batch: Mapping[str, Any], where: str) -> dict[str, Any]:
     found: dict[str, Any] = {}
     names: dict[str, str] = {}
     for key, value in batch.items():
-        role = next((role for role, known in _ROLES.items() if str(key).lower() in known), None)
+        role = role_of(str(key))
         if role is None:
             raise ConfigError(f"{where} has {key!r}: name the inputs x, labels y, lengths of padded sequences lengths")
         if role in found:
@@ -308,4 +313,4 @@ def _finite(x: Tensor, where: str) -> Tensor:
     return x
 
 
-__all__ = ["Expected", "by_role", "described", "ends_of", "is_array", "lengths_of", "numeric", "prepared"]
+__all__ = ["Expected", "by_role", "described", "ends_of", "is_array", "lengths_of", "numeric", "prepared", "role_of"]

@@ -42,7 +42,7 @@ def padded(parts: list[Tensor], fill: float = 0.0) -> Tensor:
 
 
 def gradients(model: nn.Module, loss: Tensor) -> list[Tensor]:
-    used = [p for p in model.parameters()]
+    used = list(model.parameters())
     found = torch.autograd.grad(loss, used, allow_unused=True)
     return [torch.zeros_like(p) if g is None else g for p, g in zip(used, found, strict=True)]
 
