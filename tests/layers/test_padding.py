@@ -101,6 +101,15 @@ def test_layers_that_read_backwards_reverse_within_the_length(make: Any) -> None
     assert not torch.allclose(layer(padded(parts, 2.0))[0, :9], layer(parts[0])[0])
 
 
+def test_a_bidirectional_layer_put_into_a_classifier_is_told_too() -> None:
+    model = classifier("lru").eval()
+    torch.manual_seed(2)
+    for block in model.blocks:
+        block.ssm = Bidirectional(LRU(6, 4), LRU(6, 4)).double()
+    alone = torch.cat([model(part) for part in sequences()])
+    torch.testing.assert_close(model(padded(sequences(), 9.0), torch.tensor(LENGTHS)), alone, rtol=1e-9, atol=1e-10)
+
+
 def test_reversal_is_that_of_each_sequence() -> None:
     u = torch.arange(12.0).view(2, 6, 1)
     assert reverse(u, torch.tensor([4, 6]))[..., 0].tolist() == [[3, 2, 1, 0, 4, 5], [11, 10, 9, 8, 7, 6]]
@@ -179,7 +188,7 @@ def test_lengths_that_cannot_be(lengths: Tensor, message: str) -> None:
             model(torch.randn(2, 5, 2, dtype=torch.float64), lengths)
 
 
-@pytest.mark.parametrize(("padding", "vocabulary"), [(9, 9), (-1, 9), (True, 9), (3, None)])
-def test_padding_that_cannot_be(padding: int, vocabulary: int | None) -> None:
+@pytest.mark.parametrize(("padding", "vocabulary"), [(9, 9), (-1, 9), (True, 9), (0.5, 9), ("a", 9), (3, None)])
+def test_padding_that_cannot_be(padding: Any, vocabulary: int | None) -> None:
     with pytest.raises(ValueError, match="padding"):
         SequenceClassifier(1, 3, 8, 4, vocabulary=vocabulary, padding=padding)

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from compressm.layers.bidirectional import Bidirectional
 from compressm.layers.hyena import Hyena
 from compressm.layers.linear_attention import DeltaNet, GatedLinearAttention, LinearAttention
 from compressm.layers.lru import LRU
@@ -60,9 +61,10 @@ def normed(norm: nn.Module, u: Tensor, present: Tensor | None) -> Tensor:
 
 def _recur(layer: nn.Module, z: Tensor, present: Tensor | None) -> Tensor:
     """A block's layer: only one that reads backwards needs to know where sequences end."""
-    if present is not None and isinstance(layer, S5) and layer.bidirectional:
-        return layer(z, ends(present))
-    return layer(z)
+    backwards = isinstance(layer, Bidirectional) or (isinstance(layer, S5) and layer.bidirectional)
+    if present is None or not backwards:
+        return layer(z)
+    return layer(z, ends(present).clamp_min(1))  # a row of nothing but padding is reversed as one of a single step
 
 
 def sequence_norm(kind: str, width: int) -> nn.Module:

@@ -11,14 +11,13 @@ import torch
 from torch import Tensor
 
 
-def checked_lengths(lengths: Tensor, batch: int, length: int, least: int = 1) -> Tensor:
+def checked_lengths(lengths: Tensor, batch: int, length: int) -> Tensor:
     """The lengths of a batch's sequences, if they can be that.
 
     Args:
-        lengths: whole numbers from ``least`` to ``length``, shape ``(batch,)``.
+        lengths: whole numbers from 1 to ``length``, shape ``(batch,)``.
         batch: number of sequences.
         length: of the rows, padding included.
-        least: the smallest that is allowed; 0 allows rows of nothing but padding.
 
     Raises:
         ValueError: another shape, fractions, or numbers outside of that range.
@@ -31,12 +30,12 @@ def checked_lengths(lengths: Tensor, batch: int, length: int, least: int = 1) ->
         )
     if torch.compiler.is_compiling() or not batch:
         return lengths
-    fits = (lengths >= least).logical_and(lengths <= length).all()
+    fits = (lengths >= 1).logical_and(lengths <= length).all()
     if lengths.device.type != "cpu":  # a look at the answer would make the host wait for the device
-        torch._assert_async(fits, f"lengths must be from {least} to {length}, the length of the padded rows")
+        torch.ops.aten._assert_async.msg(fits, f"lengths must be from 1 to {length}, the length of the padded rows")
     elif not fits:
         raise ValueError(
-            f"lengths must be from {least} to {length}, the length of the padded rows; got {int(lengths.min())} to "
+            f"lengths must be from 1 to {length}, the length of the padded rows; got {int(lengths.min())} to "
             f"{int(lengths.max())}"
         )
     return lengths
@@ -57,7 +56,8 @@ def checked_padding(padding: int | None, vocabulary: int | None) -> int | None:
         return None
     if vocabulary is None:
         raise ValueError(f"padding={padding!r} is a token, and this model takes numbers: pass lengths= to its forward")
-    if isinstance(padding, bool) or not 0 <= padding < vocabulary:
+    whole = isinstance(padding, int) and not isinstance(padding, bool)  # it may come from a file
+    if not whole or not 0 <= padding < vocabulary:
         raise ValueError(
             f"padding must be a token, 0 to {vocabulary - 1}, or None where every token counts; got {padding!r}"
         )

@@ -87,7 +87,7 @@ class S5(nn.Module):
         y = lti_scan(u, *discrete, C_re[:H], C_im[:H], D=self.D)
         if self.bidirectional:
             if lengths is not None:
-                lengths = checked_lengths(lengths, *u.shape[:2], least=0).to(u.device)
+                lengths = checked_lengths(lengths, *u.shape[:2]).to(u.device)
             y = y + reverse(lti_scan(reverse(u, lengths), *discrete, C_re[H:], C_im[H:]), lengths)
         return y
 
