@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -84,6 +85,8 @@ WORKS: dict[str, tuple[Make, Callable[[], Any], list[Tensor]]] = {
     "a pair in a list": (numbers, lambda: [X, Y], [X]),
     "a pair with one-hot labels": (numbers, lambda: (X, ONE_HOT), [X]),
     "a pair with names": (numbers, lambda: (X, ["a"] * N), [X]),
+    "a pair, big endian": (numbers, lambda: (X.numpy(), ONE_HOT.numpy().astype(">i4")), [X]),
+    "a pair with rows of names": (numbers, lambda: (X.numpy(), np.full((N, K), "a")), [X]),
     "a list of batches": (numbers, lambda: [X[:4], X[4:]], [X[:4], X[4:]]),
     "a list of arrays": (numbers, lambda: [X[:4].numpy(), X[4:].numpy()], [X[:4], X[4:]]),
     "a list of pairs": (numbers, lambda: [(X[:4], Y[:4]), [X[4:], Y[4:]]], [X[:4], X[4:]]),
@@ -147,6 +150,7 @@ REFUSED: dict[str, tuple[Make, Callable[[], Any], str]] = {
     "NaN": (numbers, lambda: X.where(X < 1, torch.nan), r"holds nan at \[\d+, \d+, \d+\]: data must be finite"),
     "infinite in float32": (numbers, lambda: X.double() * 1e300, "holds -?inf at .*must be finite in float32"),
     "labels in the second batch": (numbers, lambda: [(X, Y), Y], r"batch 1 of data has shape \(6,\)"),
+    "other channels in the second batch": (numbers, lambda: [X, X[..., :1]], r"batch 1 of data has shape \(6, 11, 1\)"),
     "an unknown name": (numbers, lambda: {"u": X, "weights": Y}, "has 'weights': name the inputs x"),
     "two inputs": (numbers, lambda: {"x": X, "u": X}, "both 'x' and 'u'"),
     "no input": (numbers, lambda: {"y": Y}, "has y: name the inputs u"),
@@ -256,3 +260,19 @@ def same(found: dict[str, Moments], expected: dict[str, Moments]) -> None:
     for name, moments in expected.items():
         for key, value in moments.tensors().items():
             torch.testing.assert_close(found[name].tensors()[key], value, rtol=1e-4, atol=1e-5)
+
+
+def gather_unfit(rank: int, folder: str) -> None:
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    try:
+        gather(numbers(), [X] if rank == 0 else [X, X[..., :1]])
+    except ConfigError as error:
+        Path(folder, str(rank)).write_text(str(error), encoding="utf-8")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_all_processes_hear_of_one_whose_data_are_unfit(tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(gather_unfit, (str(tmp_path),), nprocs=2)
+    for rank in range(2):
+        assert "batch 1 of data has shape (6, 11, 1)" in (tmp_path / str(rank)).read_text(encoding="utf-8")

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
-import torch
+import numpy as np
 from torch import nn
 from torch.nn.utils.rnn import PackedSequence
 
@@ -120,10 +120,13 @@ def _is_one_batch(expected: Expected, data: list[Any] | tuple[Any, ...]) -> bool
         return False  # batches of several forms
     if not all(is_array(part) for part in rest):
         return True
-    if any(not _alike(first, part) for part in rest):
-        return all(part.ndim == 0 or len(part) == len(first) for part in rest)
     if any(_is_one_hot(part, len(first), expected.classes) for part in rest):
         return True
+    if any(not _alike(first, part) for part in rest):
+        labels = isinstance(data, tuple) or all(
+            part.ndim < first.ndim for part in rest
+        )  # else a batch of its own, unfit
+        return labels and all(part.ndim == 0 or len(part) == len(first) for part in rest)
     if isinstance(data, tuple):
         raise ConfigError(
             f"data is a tuple of {len(data)} arrays of like shape, {tuple(first.shape)}, which may be inputs and "
@@ -141,7 +144,8 @@ def _alike(a: Any, b: Any) -> bool:
 def _is_one_hot(value: Any, count: int, classes: int) -> bool:
     if not classes or tuple(value.shape) != (count, classes):
         return False
-    value = torch.as_tensor(value)
+    if isinstance(value, np.ndarray) and value.dtype.kind not in "biuf":
+        return False
     return bool(((value == 0) | (value == 1)).all()) and bool((value.sum(1) == 1).all())
 
 
