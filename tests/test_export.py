@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 import compressm
 from compressm.cli import main
-from compressm.errors import ExportError
-from compressm.export import flatten_state, onnx_runner, to_onnx, to_torch
+from compressm.errors import ConfigError, ExportError
+from compressm.export import _example, flatten_state, onnx_runner, to_onnx, to_torch
 from compressm.layers import LRU, LanguageModel, Mamba, SequenceClassifier
 
 pytest.importorskip("onnxruntime")
@@ -189,3 +190,44 @@ def test_command_line_mistakes(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert "no checkpoint" in capsys.readouterr().err
     assert main(["export", str(tmp_path), "--format", "torch", "--int8"]) == 2
     assert "--int8 is for --format onnx" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_lengths_are_a_second_input(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = SequenceClassifier(2, 3, 8, 6, layer="s5", bidirectional=True).eval()
+    u, lengths = torch.randn(3, 20, 2), torch.tensor([7, 20, 1])
+    alone = torch.cat([model(u[i : i + 1, : int(n)]) for i, n in enumerate(lengths)])
+    report = to_onnx(model, tmp_path / "model.onnx", lengths=True, example=u)
+    assert report.inputs["lengths"] == ["batch"]
+    found = onnx_runner(tmp_path / "model.onnx")([u, lengths])[0]
+    torch.testing.assert_close(found, alone, atol=1e-5, rtol=1e-5)
+    to_torch(model, tmp_path / "model.pt2", lengths=True, example=u)
+    program = torch.export.load(tmp_path / "model.pt2").module()
+    torch.testing.assert_close(program(u, lengths), alone, atol=1e-5, rtol=1e-5)
+
+
+def test_lengths_that_cannot_be_exported(tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match=r"LRU.forward does not take them: leave it out"):
+        to_onnx(LRU(4, 6), tmp_path / "a.onnx", lengths=True)
+    with pytest.raises(ExportError, match="a step reads one input at a time"):
+        to_torch(classifier(), tmp_path / "a.pt2", step=True, lengths=True)
+
+
+def test_an_example_may_have_the_forms_of_data(tmp_path: Path) -> None:
+    u = torch.randn(4, 9, 3, generator=torch.Generator().manual_seed(0))
+    model = classifier()
+    for data in (u, u.double().numpy(), u.mT, (u, torch.zeros(4)), DataLoader(list(u), 4), {"u": u}):  # type: ignore[arg-type]
+        assert torch.equal(_example(model, data), u)
+    with pytest.raises(ConfigError, match=r"takes numbers of shape \(batch, length, 3\)"):
+        to_torch(model, tmp_path / "b.pt2", example=torch.zeros(2, 5, 7))
+    assert not (tmp_path / "b.pt2").exists()
+
+
+@pytest.mark.slow
+def test_an_export_is_checked_with_the_example(tmp_path: Path) -> None:
+    u, model = torch.randn(4, 9, 3, generator=torch.Generator().manual_seed(0)), classifier()
+    report = to_torch(model, tmp_path / "a.pt2", example=(u.numpy(), [0] * 4))
+    assert report.checked_steps == 9
+    largest = max(float(model(part).detach().abs().max()) for part in (u, u[:1, :1]))
+    assert report.largest_output == pytest.approx(largest, rel=1e-5)

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 import compressm
 from compressm.checkpoint import load_tree, save_tree
 from compressm.compressor import Compressor
-from compressm.errors import UnsupportedModelError
+from compressm.errors import ConfigError, UnsupportedModelError
 from compressm.layers import LanguageModel, Mamba, SequenceClassifier, parameter_groups
 from compressm.selective import Signals, moments
 from compressm.statistics import Statistics, gather
@@ -72,8 +72,10 @@ def test_models_without_selective_layers_need_no_data() -> None:
     for call in (compressm.analyze, lambda net: compressm.compress(net, states=4)):
         with pytest.raises(UnsupportedModelError, match=r"'blocks.0.ssm' is a selective layer.*pass data="):
             call(model())
-    with pytest.raises(UnsupportedModelError, match="of which none has passed through it yet"):
+    with pytest.raises(ConfigError, match="data hold no batch"):
         gather(model(), [])
+    with pytest.raises(UnsupportedModelError, match="of which none has passed through it yet"):
+        Statistics(model()).moments()
 
 
 @pytest.mark.parametrize("layer", ["mamba", "mamba2"])

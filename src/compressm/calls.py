@@ -61,8 +61,7 @@ class PaddingTold(_Hook):
     """A forward pre-hook of a model that knows which of its inputs are padding."""
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self.observer.counts(module):
-            self.observer.padding_told(module, named_arguments(module, args, kwargs))
+        self.observer.padding_told(module, named_arguments(module, args, kwargs))
 
 
 class PaddingOver(_Hook):

@@ -268,7 +268,9 @@ def _app(command_line: str) -> "typer.Typer":
     @app.command()
     def compress(  # pyright: ignore[reportUnusedFunction]
         checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="A Hugging Face folder, or our own.")],
-        data: Annotated[Path, typer.Option(help="Text for a language model; .npz with x, y for a classifier.")],
+        data: Annotated[
+            Path, typer.Option(help="Text for a language model; .npz with x, y for a classifier, or with x for tokens.")
+        ],
         output: Annotated[Path, typer.Option(help="Folder for the smaller checkpoint.")],
         states: Annotated[int | None, typer.Option(help="State dimension to cut every layer to.")] = None,
         tolerance: Annotated[float | None, typer.Option(help="Share of the Hankel energy to discard.")] = None,
@@ -328,6 +330,7 @@ def _app(command_line: str) -> "typer.Typer":
         format: Annotated[Literal["onnx", "torch"], typer.Option(help="ONNX, or a torch.export program.")] = "onnx",
         step: Annotated[bool, typer.Option("--step", help="One time step, its state as inputs and outputs.")] = False,
         int8: Annotated[bool, typer.Option("--int8", help="Weights as 8-bit integers; ONNX only.")] = False,
+        lengths: Annotated[bool, typer.Option("--lengths", help="A second input: lengths of padded rows.")] = False,
         output: Annotated[Path | None, file_option(help="The file [CHECKPOINT/model-step-int8.onnx].")] = None,
         json: Annotated[Path | None, json_file] = None,
     ) -> None:
@@ -340,7 +343,10 @@ def _app(command_line: str) -> "typer.Typer":
         model = load(checkpoint)
         name = "model" + "-step" * step + "-int8" * int8 + (".onnx" if format == "onnx" else ".pt2")
         path = output or checkpoint / name
-        report = to_onnx(model, path, step=step, int8=int8) if format == "onnx" else to_torch(model, path, step=step)
+        if format == "onnx":
+            report = to_onnx(model, path, step=step, int8=int8, lengths=lengths)
+        else:
+            report = to_torch(model, path, step=step, lengths=lengths)
         if str(json) != "-":
             print(
                 f"{report.path}: {report.bytes / 1000:.0f} kB; largest error against PyTorch {report.max_error:.1e} "

@@ -13,6 +13,7 @@ output ``next_state...``; the state starts as zeros.
 from __future__ import annotations
 
 import copy
+import inspect
 import json
 import logging
 import os
@@ -28,6 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from compressm.errors import ExportError, MissingExtraError, UnsupportedModelError
+from compressm.inputs import calls
 from compressm.reduce import state_dims
 
 StrPath = str | os.PathLike[str]
@@ -72,8 +74,9 @@ def to_onnx(
     *,
     step: bool = False,
     int8: bool = False,
-    example: Tensor | None = None,
+    example: Any = None,
     tolerance: float = 1e-4,
+    lengths: bool = False,
 ) -> ExportReport:
     """Write a model as one ONNX file, in float32.
 
@@ -83,9 +86,13 @@ def to_onnx(
         path: the file; its folder exists.
         step: export `step` instead of the forward pass.
         int8: store the weights of matrix products as 8-bit integers (ONNX Runtime's dynamic quantisation).
-        example: input sequences to check with, shape ``(batch, length, ...)``; by default two random ones of 1000
-            steps. Models of your own need it.
+        example: input sequences to check with, shape ``(batch, length, ...)``, or data in another form that
+            `compressm.inputs` knows, of which the first batch is taken; by default two random ones of 1000 steps.
+            Models of your own need it.
         tolerance: largest error allowed, times the largest output where that is above 1; not applied to ``int8``.
+        lengths: give the graph a second input, ``lengths``, int64 of shape ``(batch,)``, for rows that are padded at
+            their end; for models whose ``forward`` takes it, as those of `compressm.layers` do. Not for ``step``: of a
+            sequence that is over, no more steps are asked.
 
     Raises:
         ExportError: the model cannot be traced, the file cannot be written, or it computes something else.
@@ -93,7 +100,7 @@ def to_onnx(
     """
     _require_onnx()
     path = Path(path)
-    traced = _trace(model, example, step)
+    traced = _trace(model, example, step, lengths)
     with _scratch(path) as scratch:
         _write_onnx(traced, scratch)
         report = _verify(traced, scratch, onnx_runner(scratch), tolerance)  # of the float model, quantised or not
@@ -107,7 +114,13 @@ def to_onnx(
 
 
 def to_torch(
-    model: nn.Module, path: StrPath, *, step: bool = False, example: Tensor | None = None, tolerance: float = 1e-4
+    model: nn.Module,
+    path: StrPath,
+    *,
+    step: bool = False,
+    example: Any = None,
+    tolerance: float = 1e-4,
+    lengths: bool = False,
 ) -> ExportReport:
     """Write a model as a `torch.export` program (``.pt2``): it runs without compressm and without the model's code.
 
@@ -117,12 +130,13 @@ def to_torch(
         step: see `to_onnx`.
         example: see `to_onnx`.
         tolerance: see `to_onnx`.
+        lengths: see `to_onnx`.
 
     Raises:
         ExportError: the model cannot be traced, the file cannot be written, or it computes something else.
     """
     path = Path(path)
-    traced = _trace(model, example, step)
+    traced = _trace(model, example, step, lengths)
     with _scratch(path) as scratch, _quiet():
         torch.export.save(traced.program, scratch)
         program: Any = torch.export.load(scratch).module()
@@ -190,6 +204,7 @@ class _Traced:
     program: torch.export.ExportedProgram
     dynamic_shapes: Any
     example: Tensor
+    lengths: Tensor | None  # of the example's sequences, where they are an input
     state: dict[str, Tensor] | None  # of two sequences; None for the sequence model
     metadata: dict[str, Any]
 
@@ -197,6 +212,8 @@ class _Traced:
     def inputs(self) -> dict[str, list[int | str]]:
         free = 1 if self.state is not None else 2
         shapes: dict[str, list[int | str]] = {"input": [*("batch", "length")[:free], *self.example.shape[2:]]}
+        if self.lengths is not None:
+            shapes["lengths"] = ["batch"]
         return shapes | {name: ["batch", *leaf.shape[1:]] for name, leaf in (self.state or {}).items()}
 
     @property
@@ -204,16 +221,19 @@ class _Traced:
         return ("output", *(f"next_{name}" for name in self.state or {}))
 
 
-def _trace(model: nn.Module, example: Tensor | None, step: bool) -> _Traced:
+def _trace(model: nn.Module, example: Any, step: bool, padded: bool) -> _Traced:
     from compressm import __version__  # not at the top: the package may import this module
 
     model = copy.deepcopy(model).cpu().float().eval().requires_grad_(False)
+    if padded and (step or "lengths" not in inspect.signature(model.forward).parameters):
+        why = "a step reads one input at a time" if step else f"{type(model).__name__}.forward does not take them"
+        raise ExportError(f"lengths=True, but {why}: leave it out")
     if step and not (hasattr(model, "step") and hasattr(model, "initial_state")):
         raise ExportError(
             f"step=True, but {type(model).__name__} has no step(u, state) and initial_state(batch): add them, or "
             "export the sequence model"
         )
-    example = _random_example(model) if example is None else example.detach().cpu()
+    example = _random_example(model) if example is None else _example(model, example)
     if example.ndim < 2 or 0 in example.shape:
         raise ExportError(f"example must be (batch, length, ...), none of them 0; got shape {tuple(example.shape)}")
     # Traced with 2 sequences of 16 steps: torch takes sizes of 0 and 1 for constants.
@@ -222,6 +242,8 @@ def _trace(model: nn.Module, example: Tensor | None, step: bool) -> _Traced:
     state = flatten_state(getattr(model, "initial_state")(2)) if step else None  # noqa: B009  # not every nn.Module's
     if state is None:
         root, arguments, dynamic = model, (sequence,), ({0: batch, 1: length},)
+        if padded:
+            arguments, dynamic = (sequence, torch.tensor([16, 9])), (*dynamic, {0: batch})
     else:
         root, arguments = _Step(model), (sequence[:, 0], *state.values())
         dynamic = {"input": {0: batch}, "state": tuple({0: batch} for _ in state)}
@@ -240,7 +262,17 @@ def _trace(model: nn.Module, example: Tensor | None, step: bool) -> _Traced:
     }
     with suppress(UnsupportedModelError):  # a model of other layers
         metadata["state_dims"] = state_dims(model)
-    return _Traced(model, program, dynamic, example, state, metadata)
+    lengths = torch.linspace(1, example.shape[1], len(example)).round().long() if padded else None
+    return _Traced(model, program, dynamic, example, lengths, state, metadata)
+
+
+def _example(model: nn.Module, data: Any) -> Tensor:
+    """The input of the first batch of some data."""
+    if isinstance(data, Tensor) and 0 in data.shape:
+        return data  # refused with the example's own words
+    call = next(calls(model, data))
+    given = [value for value in (*call.args, *call.kwargs.values()) if isinstance(value, Tensor)]
+    return given[0].cpu()
 
 
 def _random_example(model: nn.Module) -> Tensor:
@@ -306,8 +338,10 @@ def _verify(traced: _Traced, path: Path, run: Runner, tolerance: float | None) -
 
     with torch.no_grad():
         if traced.state is None:
-            compare(run([example])[0], model(example))
-            compare(run([example[:1, :1]])[0], model(example[:1, :1]))  # the free axes are free
+            lengths = () if traced.lengths is None else (traced.lengths,)
+            compare(run([example, *lengths])[0], model(example, *lengths))
+            first = example[:1, :1], *(torch.ones_like(value[:1]) for value in lengths)
+            compare(run(list(first))[0], model(*first))  # the free axes are free
         else:
             stepper: Any = model
             state = stepper.initial_state(len(example))

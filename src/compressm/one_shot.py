@@ -16,10 +16,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from compressm.adapters import find_layers
-from compressm.calls import not_finite
+from compressm.arrays import Arrays, are_arrays, read_arrays
 from compressm.checkpoint import load, save
 from compressm.cuts import MadeCuts
 from compressm.errors import CheckpointError, ConfigError, MissingExtraError
+from compressm.expected import Expected
 from compressm.layers import LanguageModel, SequenceClassifier
 from compressm.ranks import RankRule
 from compressm.reduce import Report, plan_reduction
@@ -88,9 +89,10 @@ def compress_checkpoint(
     Args:
         checkpoint: a folder written by Hugging Face's ``save_pretrained`` (a causal language model), or by `save`.
         output: folder to write, new or empty.
-        data: for language models a text file, read with the checkpoint's tokenizer, or as bytes where there is none;
-            for a `SequenceClassifier` an ``.npz`` file with ``x`` of shape ``(N, length, channels)`` and ``y`` of shape
-            ``(N,)``.
+        data: for language models a text file, read with the checkpoint's tokenizer, or as bytes where there is none; or
+            an ``.npz`` or ``.npy`` file of tokens. For a `SequenceClassifier` an ``.npz`` file with ``x`` of shape
+            ``(N, length, channels)``, or ``(N, length)`` for tokens, and ``y`` of shape ``(N,)``; with ``lengths``,
+            shape ``(N,)``, where rows are padded. See `compressm.arrays`.
         states, tolerance, fraction: how far, exactly one of them; see `RankRule`.
         sequences: the cut is made from the first so many sequences of the data, and the loss is measured on the next.
         length: tokens per sequence.
@@ -119,7 +121,8 @@ def compress_checkpoint(
             tokenizer.save_pretrained(target)
     else:
         save(model, target)
-    return Loss(report, loss_before, loss_after, before, _parameters(model), half * _BATCH, batches[0][0].shape[1])
+    rows = next(iter(batches[0][0].values()))
+    return Loss(report, loss_before, loss_after, before, _parameters(model), half * _BATCH, rows.shape[1])
 
 
 @dataclass(frozen=True)
@@ -195,7 +198,7 @@ def analyze_checkpoint(
     """How many states every layer of a checkpoint really uses, and what cuts would save; see `compressm.analyze`.
 
     Args:
-        checkpoint, data: as `compress_checkpoint`; data are needed for selective layers only.
+        checkpoint, data: as `compress_checkpoint`; data are needed for selective layers only, and labels never.
         sequences: how many sequences of the data are looked at.
         length: tokens per sequence.
         tolerances: of the cuts that are tried.
@@ -206,7 +209,7 @@ def analyze_checkpoint(
     model, tokenizer, _ = _read(Path(checkpoint))
     moments = None
     if data is not None:
-        batches = _batches(model, tokenizer, Path(data), sequences, length)
+        batches = _batches(model, tokenizer, Path(data), sequences, length, labelled=False)
         with _fast(model):
             moments = gather(model, [inputs for inputs, _ in batches])
     balancings = balance_layers(model, moments=moments)
@@ -263,22 +266,43 @@ def _first_line(error: Exception) -> str:
 
 
 def _batches(
-    model: nn.Module, tokenizer: Any, path: Path, sequences: int, length: int, halves: int = 1
-) -> list[tuple[Any, Tensor]]:
-    """Inputs and what they should lead to: as many batches in each of the halves."""
+    model: nn.Module,
+    tokenizer: Any,
+    path: Path,
+    sequences: int,
+    length: int,
+    halves: int = 1,
+    labelled: bool = True,
+) -> list[tuple[dict[str, Tensor], Tensor]]:
+    """Inputs, by the names of the model's arguments, and what they should lead to: as many batches in each of the
+    halves."""
     if sequences < halves * _BATCH or length < 2:
         raise ConfigError(
             f"sequences must be at least {_BATCH} and length at least 2; got {sequences // halves} and {length}"
         )
-    x, y = _arrays(path) if isinstance(model, SequenceClassifier) else _windows(model, tokenizer, path, length)
-    count = halves * (min(sequences, len(x)) // (halves * _BATCH))
+    expected = Expected.of(model)
+    if isinstance(model, SequenceClassifier):
+        arrays = read_arrays(path, expected, labelled)
+    elif are_arrays(path):
+        arrays = _rows(read_arrays(path, expected, labelled=False), length)
+    else:
+        arrays = Arrays(_windows(model, tokenizer, path, length)[0])
+    count = halves * (min(sequences, len(arrays)) // (halves * _BATCH))
     if count == 0:
         why = ": half for the cut, half to measure the loss on" if halves == 2 else ""
         raise ConfigError(
-            f"{path} holds {len(x)} sequences of {length}; {halves * _BATCH} are needed{why}; give more data, or a "
-            "smaller length"
+            f"{path} holds {len(arrays)} sequences of {arrays.x.shape[1]}; {halves * _BATCH} are needed{why}; give "
+            "more data, or a smaller length"
         )
-    return [(x[i * _BATCH : (i + 1) * _BATCH], y[i * _BATCH : (i + 1) * _BATCH]) for i in range(count)]
+    targets = arrays.x if arrays.y is None else arrays.y
+    places = [(i * _BATCH, (i + 1) * _BATCH) for i in range(count)]
+    return [(arrays.batch(expected, start, stop), targets[start:stop]) for start, stop in places]
+
+
+def _rows(arrays: Arrays, length: int) -> Arrays:
+    """Sequences of tokens of at most this length: what goes beyond it is left out."""
+    lengths = None if arrays.lengths is None else arrays.lengths.clamp_max(length)
+    return Arrays(arrays.x[:, :length], None, lengths)
 
 
 def _windows(model: nn.Module, tokenizer: Any, path: Path, length: int) -> tuple[Tensor, Tensor]:
@@ -305,29 +329,23 @@ def _vocabulary(model: nn.Module) -> int:
     return int(cast("Any", model).get_input_embeddings().num_embeddings)
 
 
-def _arrays(path: Path) -> tuple[Tensor, Tensor]:
-    try:
-        with np.load(path, allow_pickle=False) as arrays:
-            x, y = torch.from_numpy(arrays["x"]).float(), torch.from_numpy(arrays["y"]).long()
-    except (OSError, ValueError, KeyError) as error:
-        raise ConfigError(
-            f"data {path} must be an .npz file with x of shape (N, length, channels) and y of shape (N,): {error}"
-        ) from error
-    if bad := not_finite({"x": x}):
-        raise ConfigError(f"data {path}: {bad}; mend or leave out such sequences")
-    return x, y
-
-
 @torch.no_grad()
-def _loss(model: nn.Module, batches: list[tuple[Any, Tensor]]) -> float:
+def _loss(model: nn.Module, batches: list[tuple[dict[str, Tensor], Tensor]]) -> float:
     losses: list[float] = []
     for inputs, targets in batches:
-        out = model(inputs)
+        out = model(**inputs)
         logits: Tensor = out if isinstance(out, Tensor) else out.logits
         if logits.ndim == 3:
+            targets = _without_padding(model, inputs, targets)
             logits, targets = logits[:, :-1].flatten(0, 1), targets[:, 1:].flatten()
         losses.append(float(F.cross_entropy(logits.float(), targets)))
     return sum(losses) / len(losses)
+
+
+def _without_padding(model: nn.Module, inputs: Mapping[str, Tensor], tokens: Tensor) -> Tensor:
+    """The tokens, with what cross entropy leaves out in the place of padding."""
+    present = model.present(**inputs) if isinstance(model, LanguageModel) else inputs.get("attention_mask")
+    return tokens if present is None else tokens.masked_fill(present == 0, -100)
 
 
 def _fast(model: nn.Module) -> contextlib.AbstractContextManager[Any]:

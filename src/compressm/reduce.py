@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -321,7 +321,7 @@ def compress(
     per_layer: bool = False,
     method: Method = "real",
     selection: Selection = "hankel",
-    data: Iterable[Any] | None = None,
+    data: Any = None,
     optimizer: Optimizer | None = None,
     carry: Carry = "transform",
 ) -> Report:
@@ -343,7 +343,8 @@ def compress(
         per_layer: let the layers of a Hugging Face model differ in their state dimension; see `RankRule`.
         method: ``"real"`` or ``"complex"``, for linear time-invariant layers.
         selection: how the states of selective layers are picked; see `compressm.selection`.
-        data: some batches of the model's inputs, which selective layers need; see `compressm.statistics.gather`.
+        data: a batch of the model's inputs, or an iterable of batches, which selective layers need; see
+            `compressm.inputs` for the forms.
         optimizer: if given, its state is carried over to the new parameters.
         carry: how; see `compressm.carry`.
 
@@ -351,8 +352,8 @@ def compress(
         what happened to each layer, with its certificate. A layer whose certificate fails stays as it was.
 
     Raises:
-        InvalidRankRuleError, UnsupportedModelError, UnsupportedOptimizerError, InvalidSystemError, EvaluationError: the
-            model is as it was.
+        InvalidRankRuleError, UnsupportedModelError, UnsupportedOptimizerError, InvalidSystemError, EvaluationError,
+            ConfigError (data that the model cannot take): the model is as it was.
     """
     if (max_drop is None) != (evaluate is None):
         raise InvalidRankRuleError(

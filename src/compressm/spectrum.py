@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -160,14 +160,15 @@ def balance_layers(
     return balancings
 
 
-def analyze(model: nn.Module, method: Method = "real", data: Iterable[Any] | None = None) -> Spectrum:
+def analyze(model: nn.Module, method: Method = "real", data: Any = None) -> Spectrum:
     """Hankel singular values of every layer of a model that has a state. The model is only read.
 
     Args:
         model: any module that contains layers compressm knows.
         method: for linear time-invariant layers, ``"real"`` (of the real system that the layer computes) or
             ``"complex"`` (as in the CompreSSM paper).
-        data: some batches of the model's inputs, which selective layers need; see `statistics.gather`.
+        data: a batch of the model's inputs, or an iterable of batches, which selective layers need; see
+            `compressm.inputs` for the forms.
 
     Returns:
         the spectra by layer, in the model's order; ``print`` shows how many states hold which share of the energy.
@@ -176,6 +177,7 @@ def analyze(model: nn.Module, method: Method = "real", data: Iterable[Any] | Non
         UnsupportedModelError: the model has no such layer, or has a selective one and no data were given.
         InvalidSystemError: a layer's parameters are not finite, its Gramians overflow, it is unstable (``|lam| >= 1``),
             or the method is unknown.
+        ConfigError: data that the model cannot take.
     """
     return Spectrum.of(balance_layers(model, method, None if data is None else gather(model, data)))
 

@@ -13,7 +13,7 @@ costs for one call, however many there are.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Generator, Iterable, Mapping
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -35,8 +35,9 @@ from compressm.calls import (
     unpacked,
 )
 from compressm.distributed import gathered, world_size
-from compressm.errors import InvalidSystemError, UnsupportedModelError
-from compressm.layers import SequenceClassifier
+from compressm.errors import ConfigError, InvalidSystemError, UnsupportedModelError
+from compressm.inputs import calls
+from compressm.layers import Bidirectional, LanguageModel, SequenceClassifier
 from compressm.selective import Moments, moments
 
 # Moments of weights that have changed since are forgotten: the weight of all before, at every observation.
@@ -47,6 +48,9 @@ MODEL_CALLS = 8
 
 class NotFiniteWarning(UserWarning):
     """An observation met numbers that are not finite, and was left out."""
+
+
+_TELLS = (SequenceClassifier, LanguageModel, Bidirectional)  # have present(u, lengths)
 
 
 class Statistics:
@@ -77,8 +81,8 @@ class Statistics:
         self._training_only, self._when, self._calls, self._looking = True, "", 0, False
         self._arguments: dict[str, Any] = {}  # of the model's call that is being made
         # Models that know which of their inputs are padding tell it before their layers are called.
-        self._padded = [module for module in model.modules() if isinstance(module, SequenceClassifier)]
-        self._present: Tensor | None = None
+        self._padded = [module for module in model.modules() if isinstance(module, _TELLS)]
+        self._told: list[tuple[Tensor | None, bool]] = []  # who is told what is padding, innermost last
         self._reversed = reversed_layers(model)
 
     @property
@@ -185,8 +189,10 @@ class Statistics:
             carried: what the call goes on from, see `SelectiveAdapter.carried`; None where states start at zero.
         """
         told = present is None
-        if told and self._present is not None and self._present.shape == hidden.shape[:2]:
-            present = self._present.flip(1) if name in self._reversed else self._present
+        if told and self._told:
+            present, stays = self._told[-1]
+            if present is not None and name in self._reversed and not stays:
+                present = present.flip(1)
         present = None if present is None or present.shape != hidden.shape[:2] else present.detach()[: self.sequences]
         hidden = hidden.detach()[: self.sequences]
         if starts is not None:  # nothing is carried over from one to the next, by no convolution either
@@ -242,20 +248,28 @@ class Statistics:
         return f"the states of {name!r} overflow, though its weights and its input are finite"
 
     def padding_told(self, model: nn.Module, arguments: dict[str, Any]) -> None:
-        """A model is called that knows which of its inputs are tokens."""
-        assert isinstance(model, SequenceClassifier)
-        self._present = model.present(next(iter(arguments.values())))
+        """A model is called that knows which of its inputs are tokens, or a part of one, in whose call that holds."""
+        assert isinstance(model, _TELLS)
+        before = self._told[-1] if self._told else (None, False)
+        if not self.counts(model):
+            self._told.append(before)
+            return
+        present = model.present(**arguments)
+        # A layer that is told the lengths reverses each sequence within its own, and padding stays where it is.
+        stays = isinstance(model, Bidirectional) and present is not None
+        self._told.append((before[0] if present is None else present, stays))
 
     def padding_over(self) -> None:
         """Its call is over."""
-        self._present = None
+        if self._told:
+            self._told.pop()
 
     def close(self) -> None:
         """End the observation, and remove all hooks; the moments stay."""
         for handle in self._handles:
             handle.remove()
         self._handles = []
-        self._present, self._arguments = None, {}
+        self._told, self._arguments = [], {}
 
     def reset(self) -> None:
         """Forget all moments, and what was left out of them."""
@@ -305,13 +319,13 @@ def _summed(moments: Moments) -> Moments:
     return Moments(**{name: value.cpu() for name, value in tensors.items()})
 
 
-def gather(model: nn.Module, data: Iterable[Any], sequences: int = 4) -> dict[str, Moments]:
+def gather(model: nn.Module, data: Any, sequences: int = 4) -> dict[str, Moments]:
     """Moments of every selective layer of a model over some data; empty where there is no such layer.
 
     Args:
         model: called in evaluation mode; the modes of all its parts are restored.
-        data: batches: a tensor, a mapping of keyword arguments, or a list or tuple whose first element is the input
-            (the rest, such as labels, is left out).
+        data: a batch, or an iterable of batches: tensors or arrays, pairs with labels, or mappings of keyword
+            arguments; see `compressm.inputs`. Not looked at where there is no selective layer.
         sequences: how many sequences of each batch are looked at.
 
     In several processes all of them must call this, each with its share of the data.
@@ -319,21 +333,25 @@ def gather(model: nn.Module, data: Iterable[Any], sequences: int = 4) -> dict[st
     Raises:
         UnsupportedModelError: no layer that compressm knows, or one that no data went through.
         InvalidSystemError: data, or what they lead to in a layer, that are not finite.
+        ConfigError: data without a batch, or that the model cannot take; in all processes.
     """
     statistics = Statistics(model, sequences, memory=1.0, strict=True)
     if not statistics.layers:
         return {}
+    unfit = None
     try:
         with modes_kept(model), torch.no_grad():
             model.eval()
-            for index, batch in enumerate(data):
+            for index, call in enumerate(calls(model, data)):
                 statistics.observe_next(training_only=False, when=f"batch {index} of data")
-                if isinstance(batch, Mapping):
-                    model(**batch)
-                else:
-                    model(batch[0] if isinstance(batch, list | tuple) else batch)
+                call(model)
+    except (ConfigError, InvalidSystemError) as error:
+        unfit = error
     finally:
         statistics.close()
+    # The others must hear of it: they would wait for this process's moments for ever.
+    if all_unfit := [error for error in gathered(unfit) if error is not None]:
+        raise unfit or all_unfit[0]
     return statistics.moments()
 
 

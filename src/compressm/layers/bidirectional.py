@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from compressm.layers.padding import checked_lengths, reverse, within
+
 
 class Bidirectional(nn.Module):
     """Reads a sequence in both directions and adds the outputs: ``y = forwards(u) + reversed(backwards(reversed(u)))``.
@@ -21,5 +23,18 @@ class Bidirectional(nn.Module):
             raise ValueError("forwards and backwards must be two layers; one layer for both has no states of its own")
         self.forwards, self.backwards = forwards, backwards
 
-    def forward(self, u: Tensor) -> Tensor:
-        return self.forwards(u) + self.backwards(u.flip(1)).flip(1)
+    def present(self, u: Tensor, lengths: Tensor | None = None) -> Tensor | None:
+        """Which of the inputs count and which are padding, bool, shape ``(batch, length)``; None where all count."""
+        return None if lengths is None else within(lengths.to(u.device), u.shape[1])
+
+    def forward(self, u: Tensor, lengths: Tensor | None = None) -> Tensor:
+        """The output, of the shape of ``u``; what it is at padding means nothing.
+
+        Args:
+            u: shape ``(batch, length, d_model)``.
+            lengths: how long each sequence is, whole numbers of at least 1, shape ``(batch,)``, where rows are padded
+                at their end. Each sequence is reversed within its own length. None for full rows.
+        """
+        if lengths is not None:
+            lengths = checked_lengths(lengths, *u.shape[:2]).to(u.device)
+        return self.forwards(u) + reverse(self.backwards(reverse(u, lengths)), lengths)

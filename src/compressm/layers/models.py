@@ -1,145 +1,32 @@
-"""Residual blocks, and the sequence classifier and the language model built from them."""
+"""The sequence classifier and the language model, built from residual blocks."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from compressm.layers.hyena import Hyena
-from compressm.layers.linear_attention import DeltaNet, GatedLinearAttention, LinearAttention
+from compressm.layers.blocks import (
+    GATED,
+    TIME_INVARIANT,
+    GLUBlock,
+    ResidualBlock,
+    SequenceBatchNorm,
+    build_blocks,
+    normed,
+    sequence_norm,
+)
 from compressm.layers.lru import LRU
 from compressm.layers.mamba import Mamba
 from compressm.layers.mamba2 import Mamba2
-from compressm.layers.narrow import batch_norm, gated_residual, linear, unhooked
-from compressm.layers.rg_lru import RecurrentBlock
+from compressm.layers.narrow import linear
+from compressm.layers.padding import blank, checked_padding, counted
 from compressm.layers.s4 import S4
 from compressm.layers.s4d import S4D
 from compressm.layers.s5 import S5
-
-# Layers without a gate of their own; their block has one.
-TIME_INVARIANT: dict[str, Callable[..., Any]] = {"lru": LRU, "s5": S5, "s4": S4, "s4d": S4D}
-GATED: dict[str, Callable[..., Any]] = {
-    "mamba": Mamba,
-    "mamba2": Mamba2,
-    "linear_attention": LinearAttention,
-    "gated_linear_attention": GatedLinearAttention,
-    "delta_net": DeltaNet,
-    "rg_lru": RecurrentBlock,
-    "hyena": Hyena,
-}
-
-
-class SequenceBatchNorm(nn.BatchNorm1d):
-    """Batch norm of ``(batch, length, channels)``, with statistics over batch and time.
-
-    Also of one step ``(batch, channels)``, by the running statistics: in evaluation mode only.
-    """
-
-    def forward(self, input: Tensor) -> Tensor:
-        return self.with_input(input)[0]
-
-    def with_input(self, input: Tensor) -> tuple[Tensor, Tensor]:
-        """The result, and the input for a residual connection: see `batch_norm`."""
-        if input.ndim == 2 and self.training:
-            raise RuntimeError("a single step has no batch statistics over time: call model.eval() before model.step()")
-        return batch_norm(self, input)
-
-
-def sequence_norm(kind: str, width: int) -> nn.Module:
-    """``"batch"`` (over batch and time, as in the CompreSSM paper's models), ``"layer"`` or ``"rms"``."""
-    kinds = {"batch": SequenceBatchNorm, "layer": nn.LayerNorm, "rms": lambda width: nn.RMSNorm(width, eps=1e-5)}
-    if kind not in kinds:
-        raise ValueError(f"norm must be one of {', '.join(kinds)}; got {kind!r}")
-    return kinds[kind](width)
-
-
-class GLUBlock(nn.Module):
-    """Norm, a time-invariant layer, GELU, GLU, with dropout, around a residual connection (Orvieto et al. 2023, figure
-    1; the blocks of S4D and S5 have the same form).
-
-        z = GELU(layer(norm(u)));   v = W1 z;   out = u + dropout(v * sigmoid(W2 z))
-
-    Args:
-        layer: a key of `TIME_INVARIANT`.
-        d_model: width H.
-        d_state: state dimension n.
-        dropout: probability of dropping an activation, after the GELU and after the GLU.
-        norm: see `sequence_norm`.
-        options: of that layer.
-    """
-
-    def __init__(
-        self, layer: str, d_model: int, d_state: int, dropout: float = 0.1, norm: str = "batch", **options: Any
-    ) -> None:
-        super().__init__()
-        self.norm = sequence_norm(norm, d_model)
-        self.ssm = TIME_INVARIANT[layer](d_model, d_state, **options)
-        self.glu = nn.Linear(d_model, 2 * d_model)
-        self.dropout = nn.Dropout(dropout)
-
-    def forward(self, u: Tensor) -> Tensor:
-        if isinstance(self.norm, SequenceBatchNorm) and unhooked(self.norm):
-            z, u = self.norm.with_input(u)
-        else:
-            z = self.norm(u)
-        return gated_residual(u, self.ssm(z), self.glu, self.dropout.p, self.training)
-
-    def initial_state(self, batch: int) -> Tensor:
-        """The zero state of `step`."""
-        return self.ssm.initial_state(batch)
-
-    def step(self, u: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-        """One time step: ``u`` of shape ``(batch, d_model)`` to the output of the same shape, and the next state."""
-        z, state = self.ssm.step(self.norm(u), state)
-        return gated_residual(u, z, self.glu, self.dropout.p, self.training), state
-
-
-class ResidualBlock(nn.Module):
-    """Norm and a layer around a residual connection: ``out = u + dropout(layer(norm(u)))``.
-
-    Args:
-        layer: a key of `GATED`.
-        d_model: width.
-        d_state: state dimension n.
-        dropout: probability of dropping an activation.
-        norm: see `sequence_norm`.
-        options: of that layer.
-    """
-
-    def __init__(
-        self, layer: str, d_model: int, d_state: int, dropout: float = 0.0, norm: str = "rms", **options: Any
-    ) -> None:
-        super().__init__()
-        self.norm = sequence_norm(norm, d_model)
-        self.ssm = GATED[layer](d_model, d_state, **options)
-        self.dropout = nn.Dropout(dropout)
-
-    def forward(self, u: Tensor) -> Tensor:
-        return u + self.dropout(self.ssm(self.norm(u)))
-
-    def initial_state(self, batch: int) -> Any:
-        """The zero state of `step`."""
-        return self.ssm.initial_state(batch)
-
-    def step(self, u: Tensor, state: Any) -> tuple[Tensor, Any]:
-        """One time step: ``u`` of shape ``(batch, d_model)`` to the output of the same shape, and the next state."""
-        z, state = self.ssm.step(self.norm(u), state)
-        return u + self.dropout(z), state
-
-
-def build_blocks(
-    layer: str, d_model: int, dims: Sequence[int], dropout: float, norm: str | None, options: dict[str, Any]
-) -> nn.ModuleList:
-    """A stack of blocks with state dimensions ``dims``; the layer's own norm where ``norm`` is None."""
-    if layer in TIME_INVARIANT:
-        return nn.ModuleList(GLUBlock(layer, d_model, n, dropout, norm or "batch", **options) for n in dims)
-    if layer not in GATED:
-        raise ValueError(f"layer must be one of {', '.join((*TIME_INVARIANT, *GATED))}; got {layer!r}")
-    return nn.ModuleList(ResidualBlock(layer, d_model, n, dropout, norm or "rms", **options) for n in dims)
 
 
 def _state_dims(d_state: int | Sequence[int], n_layers: int) -> list[int]:
@@ -162,7 +49,9 @@ class SequenceClassifier(nn.Module):
         dropout: probability of dropping an activation in the blocks.
         norm: see `sequence_norm`; by default ``"batch"`` for LRU, S5 and S4D and ``"rms"`` for the others.
         layer: a key of `TIME_INVARIANT` (`GLUBlock`) or of `GATED` (`ResidualBlock`).
-        vocabulary: number of tokens, where the input is tokens; 0 pads sequences at the end, and does not count.
+        vocabulary: number of tokens, where the input is tokens.
+        padding: the token that pads sequences at their end, and does not count; None where every token counts. For
+            tokens only: sequences of numbers that are padded need ``lengths``, see `forward`.
         options: of the layer, for example ``r_min`` of `LRU`, ``expand`` of `Mamba`, ``head_dim`` of `Mamba2`.
 
     Shape:
@@ -181,10 +70,13 @@ class SequenceClassifier(nn.Module):
         norm: str | None = None,
         layer: str = "lru",
         vocabulary: int | None = None,
+        padding: int | None = 0,
         **options: Any,
     ) -> None:
         super().__init__()
         dims = _state_dims(d_state, n_layers)
+        self.d_input, self.n_classes, self.vocabulary = d_input, n_classes, vocabulary
+        self.padding = checked_padding(padding or None if vocabulary is None else padding, vocabulary)
         self._arguments: dict[str, Any] = {
             "d_input": d_input,
             "n_classes": n_classes,
@@ -194,6 +86,7 @@ class SequenceClassifier(nn.Module):
             "norm": norm,
             "layer": layer,
             "vocabulary": vocabulary,
+            **({} if vocabulary is None else {"padding": padding}),
             **options,
         }
         self.encoder = nn.Linear(d_input, d_model) if vocabulary is None else nn.Embedding(vocabulary, d_model)
@@ -210,20 +103,27 @@ class SequenceClassifier(nn.Module):
             arguments.pop("max_length", None)
         return arguments
 
-    def present(self, u: Tensor) -> Tensor | None:
-        """Which of the inputs are tokens and which padding, bool, shape ``(batch, length)``; None where all are."""
-        return None if self._arguments["vocabulary"] is None else u != 0
+    def present(self, u: Tensor, lengths: Tensor | None = None) -> Tensor | None:
+        """Which of the inputs count and which are padding, bool, shape ``(batch, length)``; None where all count.
+        Lengths, where they are given, decide alone; see `forward`."""
+        return counted(u, lengths, self.padding)
 
-    def forward(self, u: Tensor) -> Tensor:
-        z = linear(self.encoder, u)
+    def forward(self, u: Tensor, lengths: Tensor | None = None) -> Tensor:
+        """Logits, shape ``(batch, n_classes)``.
+
+        Args:
+            u: sequences, see the class. Shorter ones stand at the beginning of their rows.
+            lengths: how long each sequence is, whole numbers of at least 1, shape ``(batch,)``. What stands behind has
+                no influence. None: rows are full, but for ``padding``.
+        """
+        present = self.present(u, lengths)
+        z = linear(self.encoder, u if lengths is None else blank(u, present))
         for block in self.blocks:
-            z = block(z)
-        z = self.norm(z)
-        present = self.present(u)
+            z = block(z) if present is None else block(z, present)
+        z = normed(self.norm, z, present)
         if present is None:
-            return self.decoder(
-                z.sum(1) / max(z.shape[1], 1)
-            )  # the gradient of a sum is no tensor of that size; a mean's is
+            # The gradient of a sum is no tensor of that size; a mean's is.
+            return self.decoder(z.sum(1) / max(z.shape[1], 1))
         present = present.to(z.dtype)
         return self.decoder(torch.einsum("blh,bl->bh", z, present) / present.sum(1, keepdim=True).clamp_min(1))
 
@@ -235,17 +135,22 @@ class SequenceClassifier(nn.Module):
             "steps": self.decoder.bias.new_zeros(batch, 1),
         }
 
-    def step(self, u: Tensor, state: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
+    def step(self, u: Tensor, state: dict[str, Any], present: Tensor | None = None) -> tuple[Tensor, dict[str, Any]]:
         """One time step, in evaluation mode.
 
         ``u`` of shape ``(batch, d_input)``, or tokens ``(batch,)``, to the logits of the sequence so far, shape
         ``(batch, n_classes)``, and the next state. After the last input they are those of the whole sequence.
+
+        ``present``, bool, shape ``(batch,)``, says which sequences still go on: the logits of the others stay as they
+        are. None: all, but for those whose token is ``padding``.
         """
+        if present is not None:
+            u = blank(u, present)
         z, blocks = self.encoder(u), list[Any]()
         for block, before in zip(self.blocks, state["blocks"], strict=True):
             z, after = block.step(z, before)  # type: ignore[operator]
             blocks.append(after)
-        present = self.present(u)
+        present = self.present(u) if present is None else present
         counts = torch.ones_like(state["steps"]) if present is None else present[:, None].to(z.dtype)
         steps = state["steps"] + counts
         mean = state["mean"] + counts * (self.norm(z) - state["mean"]) / steps.clamp_min(1)
@@ -262,6 +167,8 @@ class LanguageModel(nn.Module):
         n_layers: number of blocks.
         dropout: probability of dropping an activation in the blocks.
         layer: a key of `GATED`.
+        padding: the token that pads sequences at their end, where there is one; it stands for no text, and is left out
+            when the model's states are observed. None where every token counts.
         options: of the layer.
 
     Shape:
@@ -276,18 +183,21 @@ class LanguageModel(nn.Module):
         n_layers: int = 2,
         dropout: float = 0.0,
         layer: str = "mamba",
+        padding: int | None = None,
         **options: Any,
     ) -> None:
         super().__init__()
         if layer not in GATED:
             raise ValueError(f"layer must be one of {', '.join(GATED)}; got {layer!r}")
         dims = _state_dims(d_state, n_layers)
+        self.vocabulary, self.padding = vocabulary, checked_padding(padding, vocabulary)
         self._arguments: dict[str, Any] = {
             "vocabulary": vocabulary,
             "d_model": d_model,
             "n_layers": n_layers,
             "dropout": dropout,
             "layer": layer,
+            "padding": padding,
             **options,
         }
         self.embedding = nn.Embedding(vocabulary, d_model)
@@ -300,8 +210,19 @@ class LanguageModel(nn.Module):
         """The arguments that rebuild this model as it is now, with its present state dimensions."""
         return {**self._arguments, "d_state": [block.ssm.d_state for block in self.blocks]}  # type: ignore[union-attr]
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        z = self.embedding(tokens)
+    def present(self, tokens: Tensor, lengths: Tensor | None = None) -> Tensor | None:
+        """Which of the tokens count; see `SequenceClassifier.present`."""
+        return counted(tokens, lengths, self.padding)
+
+    def forward(self, tokens: Tensor, lengths: Tensor | None = None) -> Tensor:
+        """Logits, shape ``(batch, length, vocabulary)``; what they are at padding means nothing.
+
+        Args:
+            tokens: see the class.
+            lengths: how long each sequence is, as for `SequenceClassifier.forward`. The layers are causal: logits at
+                tokens are the same without.
+        """
+        z = self.embedding(tokens if lengths is None else blank(tokens, self.present(tokens, lengths)))
         for block in self.blocks:
             z = block(z)
         return F.linear(self.norm(z), self.embedding.weight)
@@ -324,10 +245,15 @@ class LanguageModel(nn.Module):
         random state; ``temperature=0`` takes the most likely token.
 
         Raises:
-            ValueError: sequences of no token.
+            ValueError: sequences of no token, or padding among the given tokens, which would be read as text.
         """
         if tokens.shape[1] == 0:
             raise ValueError(f"generate continues sequences of at least one token; got tokens {tuple(tokens.shape)}")
+        if self.padding is not None and bool((tokens == self.padding).any()):
+            raise ValueError(
+                f"the given sequences hold the padding token {self.padding}: generate for sequences of one length at a "
+                "time"
+            )
         state, logits = self.initial_state(tokens.shape[0]), torch.empty(0)
         for token in tokens.unbind(1):
             logits, state = self.step(token, state)
@@ -380,6 +306,7 @@ __all__ = [
     "GLUBlock",
     "LanguageModel",
     "ResidualBlock",
+    "SequenceBatchNorm",
     "SequenceClassifier",
     "parameter_groups",
 ]

@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from compressm.layers.padding import checked_lengths, reverse
 from compressm.scans import lti_scan, lti_step
 
 
@@ -74,11 +75,20 @@ class S5(nn.Module):
         """State dimension n: the number of complex states, read off the parameters."""
         return self.log_decay.shape[0]
 
-    def forward(self, u: Tensor) -> Tensor:
+    def forward(self, u: Tensor, lengths: Tensor | None = None) -> Tensor:
+        """The output, of the shape of ``u``.
+
+        Args:
+            u: shape ``(batch, length, d_model)``.
+            lengths: how long each sequence is, shape ``(batch,)``, where rows are padded at their end; matters only
+                where they are read backwards too. None for full rows.
+        """
         discrete, C_re, C_im, H = self._discrete(), 2 * self.C_re, 2 * self.C_im, self.d_model
         y = lti_scan(u, *discrete, C_re[:H], C_im[:H], D=self.D)
         if self.bidirectional:
-            y = y + lti_scan(u.flip(1), *discrete, C_re[H:], C_im[H:]).flip(1)
+            if lengths is not None:
+                lengths = checked_lengths(lengths, *u.shape[:2]).to(u.device)
+            y = y + reverse(lti_scan(reverse(u, lengths), *discrete, C_re[H:], C_im[H:]), lengths)
         return y
 
     def initial_state(self, batch: int) -> Tensor:

@@ -49,11 +49,14 @@ _CIFAR_SCALE = ((125.31, 122.95, 113.87), (62.99, 62.09, 66.70))
 class Split:
     """Sequences and labels: ``x`` uint8 of shape ``(N, length, channels)``, ``y`` int64 of shape ``(N,)``.
 
-    Tokens have one channel, and end with zeros where a sequence is shorter than others.
+    Tokens have one channel, and end with zeros where a sequence is shorter than others. Sequences of numbers stand at
+    the beginning of their rows, and ``lengths``, int64 of shape ``(N,)``, says how long they are; None where all are
+    equal.
     """
 
     x: Tensor
     y: Tensor
+    lengths: Tensor | None = None
 
     def __len__(self) -> int:
         return self.y.shape[0]
@@ -69,6 +72,7 @@ class SequenceData:
         mean, std: normalisation per channel, shape ``(channels,)``.
         n_classes: number of classes.
         vocabulary: number of different tokens, padding included; None where sequences are of numbers.
+        padding: the token that pads; None where every token counts.
     """
 
     label: str
@@ -79,6 +83,7 @@ class SequenceData:
     std: Tensor
     n_classes: int
     vocabulary: int | None = None
+    padding: int | None = 0
 
     @property
     def channels(self) -> int:
@@ -89,17 +94,27 @@ class SequenceData:
         """Sequences and their labels.
 
         Numbers are normalised: float32 of shape ``(len(indices), length, channels)``. Tokens are int64 of shape
-        ``(len(indices), length)``, as long as the longest of these sequences.
+        ``(len(indices), length)``. Both are as long as the longest of these sequences; see `lengths` for how long each
+        is.
         """
         if self.vocabulary is not None:
             tokens = split.x.index_select(0, indices)[..., 0]
-            length = int((tokens != 0).any(0).sum())
-            return tokens[:, :length].long(), split.y[indices]
-        return (split.x.index_select(0, indices).float() - self.mean) / self.std, split.y[indices]
+            if self.padding is not None:
+                tokens = tokens[:, : int((tokens != self.padding).any(0).sum())]
+            return tokens.long(), split.y[indices]
+        x, lengths = split.x.index_select(0, indices), self.lengths(split, indices)
+        if lengths is not None and len(lengths):
+            x = x[:, : int(lengths.max())]
+        return (x.float() - self.mean) / self.std, split.y[indices]
+
+    def lengths(self, split: Split, indices: Tensor) -> Tensor | None:
+        """How long the sequences of a batch are, where a model has to be told: its ``lengths``, shape
+        ``(len(indices),)``. None where rows are full, and for tokens, whose padding is a token of its own."""
+        return None if self.vocabulary is not None or split.lengths is None else split.lengths[indices]
 
     def batches(self, split: Split, size: int, rank: int = 0, world: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
         """All of a split in order, or every ``world``-th sequence of it, in batches of at most ``size``."""
-        for indices in torch.arange(rank, len(split), world, device=split.y.device).split(size):
+        for indices in _shares(split, size, rank, world):
             yield self.batch(split, indices)
 
     @torch.no_grad()
@@ -110,18 +125,26 @@ class SequenceData:
         """
         model.eval()
         count = torch.zeros((), device=split.y.device)
-        for u, y in self.batches(split, size, rank, world):
-            count += (model(u).argmax(-1) == y).sum()
+        for indices in _shares(split, size, rank, world):
+            (u, y), lengths = self.batch(split, indices), self.lengths(split, indices)
+            logits = model(u) if lengths is None else model(u, lengths)
+            count += (logits.argmax(-1) == y).sum()
         return count
 
     def to(self, device: torch.device) -> SequenceData:
         """The same data on another device."""
         train, validation, test = (
-            Split(s.x.to(device), s.y.to(device)) for s in (self.train, self.validation, self.test)
+            Split(s.x.to(device), s.y.to(device), None if s.lengths is None else s.lengths.to(device))
+            for s in (self.train, self.validation, self.test)
         )
         return replace(
             self, train=train, validation=validation, test=test, mean=self.mean.to(device), std=self.std.to(device)
         )
+
+
+def _shares(split: Split, size: int, rank: int, world: int) -> tuple[Tensor, ...]:
+    """Indices of every ``world``-th sequence of a split, in batches of at most ``size``."""
+    return torch.arange(rank, len(split), world, device=split.y.device).split(size)
 
 
 class BatchOrder:

@@ -161,7 +161,8 @@ class _Run:
         self.objective = Objective(config.loss, self.accelerator.device)
         self.order = BatchOrder(len(self.data.train), run.batch_size, run.seed)
         _seed(run.seed)
-        model = build_model(config, self.data.channels, self.data.n_classes, self.data.vocabulary)
+        data = self.data
+        model = build_model(config, data.channels, data.n_classes, data.vocabulary, data.padding)
         self.model: nn.Module = model.to(self.accelerator.device)
         _seed(run.seed + 1_000_003 * self.rank)  # the same weights, other dropout
         self.optimizer = build_optimizer(config.optimizer, self.model)
@@ -235,9 +236,9 @@ class _Run:
 
     def _train_step(self) -> None:
         self.clock.begin()
-        u, y = self._batch()
+        u, y, lengths = self._batch()
         self.wrapped.train()
-        loss = self.objective(self.wrapped, u, y, self.step)
+        loss = self.objective(self.wrapped, u, y, self.step, lengths)
         self.accelerator.backward(loss)
         if self.config.optimizer.max_grad_norm is not None:
             nn.utils.clip_grad_norm_(self.model.parameters(), self.config.optimizer.max_grad_norm)
@@ -269,13 +270,13 @@ class _Run:
     def _measure(self) -> None:
         """Count what a step of the present size takes in this process."""
         with self._timed("evaluation"):
-            u, y = self._batch()
-            self.clock.measured(step_cost(self.model, lambda model: self.objective(model.train(), u, y, 0)))
+            u, y, lengths = self._batch()
+            self.clock.measured(step_cost(self.model, lambda model: self.objective(model.train(), u, y, 0, lengths)))
 
-    def _batch(self) -> tuple[Tensor, Tensor]:
-        """This process's share of the present step's batch."""
+    def _batch(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """This process's share of the present step's batch: sequences, labels, and lengths where they are padded."""
         indices = self.order.indices(self.step)[self.rank :: self.world].to(self.accelerator.device)
-        return self.data.batch(self.data.train, indices)
+        return *self.data.batch(self.data.train, indices), self.data.lengths(self.data.train, indices)
 
     def _look_at_spectra(self, log: RunLog) -> None:
         every = self.config.run.spectrum_every

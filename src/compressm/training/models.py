@@ -17,9 +17,12 @@ from compressm.layers import SequenceClassifier, parameter_groups
 from compressm.training.config import Config, OptimizerConfig
 
 
-def build_model(config: Config, channels: int, n_classes: int, vocabulary: int | None = None) -> SequenceClassifier:
+def build_model(
+    config: Config, channels: int, n_classes: int, vocabulary: int | None = None, padding: int | None = 0
+) -> SequenceClassifier:
     """A model with weights drawn from torch's present random state."""
-    return SequenceClassifier(channels, n_classes, vocabulary=vocabulary, **config.model.model_dump(exclude_none=True))
+    options: dict[str, Any] = {} if vocabulary is None else {"vocabulary": vocabulary, "padding": padding}
+    return SequenceClassifier(channels, n_classes, **options, **config.model.model_dump(exclude_none=True))
 
 
 def build_optimizer(config: OptimizerConfig, model: nn.Module) -> Optimizer:

@@ -37,14 +37,16 @@ class Objective:
                     f"loss.teacher = {config.teacher!r}: no model there ({error}); name the model/ of a finished run"
                 ) from error
 
-    def __call__(self, model: nn.Module, u: Tensor, y: Tensor, step: int) -> Tensor:
-        """The loss of sequences ``u`` with labels ``y`` at a step, counted from 0."""
-        config, logits = self.config, model(u)
+    def __call__(self, model: nn.Module, u: Tensor, y: Tensor, step: int, lengths: Tensor | None = None) -> Tensor:
+        """The loss of sequences ``u``, of these lengths where they are padded, with labels ``y`` at a step, counted
+        from 0."""
+        inputs = (u,) if lengths is None else (u, lengths)
+        config, logits = self.config, model(*inputs)
         if self.teacher is None:
             loss = F.cross_entropy(logits, y)
         else:
             with torch.no_grad():
-                opinion = self.teacher(u)
+                opinion = self.teacher(*inputs)
             if opinion.shape != logits.shape:
                 raise ConfigError(
                     f"loss.teacher = {config.teacher!r}: gives {opinion.shape[-1]} logits, the model "
