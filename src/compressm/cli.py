@@ -247,6 +247,7 @@ def _app(command_line: str) -> "typer.Typer":
         from rich.console import Console
 
         from compressm.one_shot import analyze_checkpoint
+        from compressm.storage import replacing
 
         analysis = analyze_checkpoint(checkpoint, data, sequences=sequences, length=length)
         if str(json) != "-":
@@ -255,10 +256,11 @@ def _app(command_line: str) -> "typer.Typer":
                 print(line)
         if plot is not None:
             try:
-                if plot.suffix == ".html":
-                    analysis.spectrum.plot("plotly").write_html(plot)
-                else:
-                    analysis.spectrum.plot("matplotlib").savefig(plot, dpi=150)
+                with replacing(plot) as new:
+                    if plot.suffix == ".html":
+                        analysis.spectrum.plot("plotly").write_html(new)
+                    else:
+                        analysis.spectrum.plot("matplotlib").savefig(new, dpi=150, format=plot.suffix[1:])
             except OSError as error:
                 raise ConfigError(
                     f"--plot {plot}: cannot be written ({error.strerror}); choose another place"
