@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -57,28 +57,8 @@ def save(
         CheckpointError: the folder cannot be written, or a tensor cannot be stored: it is named.
         UnsupportedModelError: the model has no state space layer that compressm knows.
     """
-    from compressm import __version__  # not at the top: the package imports this module
-
-    tensors = _model_tensors(model)
-    own = _OWN_CLASSES.get(type(model).__name__) is type(model)
-    if changed := _changed(model) if own else None:
-        own = False
-        warnings.warn(
-            f"this {type(model).__name__} was changed after it was built ({changed}), so that compressm.load cannot "
-            "build it by itself: load it with load(folder, model=...), a model changed in the same way",
-            stacklevel=2,
-        )
-    description = {
-        "format": FORMAT,
-        "compressm": __version__,
-        "class": type(model).__name__,
-        "config": model.config if own else None,
-        "changed": changed,
-        "structure": describe(model).to_dict(),
-        "state_dims": state_dims(model),
-        "history": [] if compressor is None else finite([event.to_dict() for event in compressor.history]),
-    }
-    write_pair(Path(folder), "model.safetensors", "compressm.json", tensors, description)
+    events = [] if compressor is None else [event.to_dict() for event in compressor.history]
+    own = save_with_history(model, folder, events)
     if card:
         name = Path(folder).name
         expression = (
@@ -89,6 +69,33 @@ def save(
             write_text(Path(folder) / "README.md", model_card(model, history, saved, expression))
         except ConfigError as error:
             raise CheckpointError(str(error)) from error
+
+
+def save_with_history(model: nn.Module, folder: str | os.PathLike[str], history: Sequence[Mapping[str, Any]]) -> bool:
+    """As `save`, with the events of a history as plain values; returns whether `load` can build the model by itself."""
+    from compressm import __version__  # not at the top: the package imports this module
+
+    tensors = _model_tensors(model)
+    own = _OWN_CLASSES.get(type(model).__name__) is type(model)
+    if changed := _changed(model) if own else None:
+        own = False
+        warnings.warn(
+            f"this {type(model).__name__} was changed after it was built ({changed}), so that compressm.load cannot "
+            "build it by itself: load it with load(folder, model=...), a model changed in the same way",
+            stacklevel=3,
+        )
+    description = {
+        "format": FORMAT,
+        "compressm": __version__,
+        "class": type(model).__name__,
+        "config": model.config if own else None,
+        "changed": changed,
+        "structure": describe(model).to_dict(),
+        "state_dims": state_dims(model),
+        "history": finite(list(history)),
+    }
+    write_pair(Path(folder), "model.safetensors", "compressm.json", tensors, description)
+    return own
 
 
 def _model_tensors(model: nn.Module) -> dict[str, Tensor]:

@@ -23,7 +23,15 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """The steps of the checkpoints that are there, damaged or not, ascending."""
-        names = (path.parent.name.removeprefix("step-") for path in self._folder.glob("step-*/state.json"))
+        while True:
+            listed = self._listed()
+            # Ascending: the run that writes here deletes an old one only when a newer one is whole.
+            steps = [step for step in listed if (self.path(step) / "state.json").exists()]
+            if steps or listed == self._listed():
+                return steps
+
+    def _listed(self) -> list[int]:
+        names = (path.name.removeprefix("step-") for path in self._folder.glob("step-*"))
         return sorted(int(name) for name in names if name.isdecimal())
 
     def path(self, step: int) -> Path:
