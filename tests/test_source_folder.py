@@ -46,7 +46,8 @@ def text(tmp_path: Path) -> Path:
 def nemotron(folder: Path, vocabulary: int = 256, shards: str = "50GB", tied: bool = False) -> Any:
     """Two Mamba-2 layers and one of attention, with a promise of one layer that predicts further tokens."""
     torch.manual_seed(0)
-    config = transformers.NemotronHConfig(
+    build: Any = transformers.NemotronHConfig
+    config = build(
         vocab_size=vocabulary, hidden_size=8, num_hidden_layers=3, layers_block_type=["mamba", "attention", "mamba"],
         intermediate_size=12, num_attention_heads=2, num_key_value_heads=2, head_dim=4, ssm_state_size=6,
         mamba_num_heads=4, mamba_head_dim=4, n_groups=1, chunk_size=8, n_routed_experts=2, moe_intermediate_size=8,
@@ -133,7 +134,8 @@ def test_every_tensor_and_every_file_reaches_the_output(shards: str, tied: bool,
         assert {name: small / file for name, file in index["weight_map"].items()} == tensors_of(weight_files(small))
         sizes = sum(value.numel() * value.element_size() for value in after.values())
         assert index["metadata"]["total_size"] == sizes
-    again, info = transformers.AutoModelForCausalLM.from_pretrained(small, output_loading_info=True)
+    loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(small, output_loading_info=True)
+    again, info = loaded
     assert not info["missing_keys"]
     assert not info["mismatched_keys"]
     assert again.config.ssm_state_size == 2

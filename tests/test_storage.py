@@ -171,7 +171,7 @@ def interleavings(folder: Path, monkeypatch: pytest.MonkeyPatch, read: Callable[
 def test_a_save_between_any_two_looks(by_name: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where open files have no names of their own, as on other systems than Linux."""
     if by_name:
-        real = storage._is_at
+        real: Any = getattr(storage, "_is_at")  # noqa: B009
         monkeypatch.setattr(
             storage, "_is_at", lambda file, path: not str(path).startswith("/dev/") and real(file, path)
         )

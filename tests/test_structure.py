@@ -72,7 +72,7 @@ def test_frozen_weights_come_back_frozen(tmp_path: Path) -> None:
 def test_shared_layers_and_tied_weights_come_back_shared(tmp_path: Path) -> None:
     model = classifier(3)
     model.blocks[2] = model.blocks[0]
-    model.blocks[1].glu.weight = model.blocks[0].glu.weight
+    model.blocks[1].glu.weight = model.blocks[0].glu.weight  # type: ignore[union-attr]
     compressm.compress(model, states=3)
     save(model, tmp_path)
     loaded: Any = load(tmp_path)

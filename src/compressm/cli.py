@@ -330,24 +330,32 @@ def _app(command_line: str) -> "typer.Typer":
         format: Annotated[Literal["onnx", "torch"], typer.Option(help="ONNX, or a torch.export program.")] = "onnx",
         step: Annotated[bool, typer.Option("--step", help="One time step, its state as inputs and outputs.")] = False,
         int8: Annotated[bool, typer.Option("--int8", help="Weights as 8-bit integers; ONNX only.")] = False,
+        int8_error: Annotated[
+            float,
+            typer.Option(help="Most that 8 bits may change the outputs: RMS, in their standard deviations."),
+        ] = 0.02,
+        data: Annotated[
+            Path | None, typer.Option(help="Sequences to check with: .npz with x (N, length, ...) [random ones].")
+        ] = None,
         output: Annotated[Path | None, file_option(help="The file [CHECKPOINT/model-step-int8.onnx].")] = None,
         json: Annotated[Path | None, json_file] = None,
     ) -> None:
         """Export a model for deployment, and check that it computes the same."""
         from compressm.checkpoint import load
-        from compressm.export import to_onnx, to_torch
+        from compressm.export import read_sequences, to_onnx, to_torch
 
         if int8 and format == "torch":
             raise ConfigError("--int8 is for --format onnx; leave it out, or export to ONNX")
         model = load(checkpoint)
         name = "model" + "-step" * step + "-int8" * int8 + (".onnx" if format == "onnx" else ".pt2")
         path = output or checkpoint / name
-        report = to_onnx(model, path, step=step, int8=int8) if format == "onnx" else to_torch(model, path, step=step)
+        example = None if data is None else read_sequences(data)
+        if format == "onnx":
+            report = to_onnx(model, path, step=step, int8=int8, example=example, int8_error=int8_error)
+        else:
+            report = to_torch(model, path, step=step, example=example)
         if str(json) != "-":
-            print(
-                f"{report.path}: {report.bytes / 1000:.0f} kB; largest error against PyTorch {report.max_error:.1e} "
-                f"over {report.checked_steps} steps, where outputs reach {report.largest_output:.1e}"
-            )
+            print(report)
         _write_result(json, {"command": command_line, **report.to_dict()})
 
     return app

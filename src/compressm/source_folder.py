@@ -217,7 +217,7 @@ def _add_shard(folder: Path, tensors: dict[str, Tensor]) -> None:
     new = [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
     index_path = folder / "model.safetensors.index.json"
     if index_path.is_file():
-        index = json.loads(index_path.read_text(encoding="utf-8"))
+        index: dict[str, Any] = json.loads(index_path.read_text(encoding="utf-8"))
     else:
         names = tensors_of([folder / old[0]])
         total = sum(value.numel() * value.element_size() for value in _tensors(names).values())

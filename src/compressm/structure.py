@@ -122,7 +122,7 @@ def difference(model: nn.Module, twin: nn.Module) -> str | None:
 def _overlap(tensors: Mapping[str, Tensor]) -> tuple[str, str] | None:
     """Two names of different tensors with memory in common."""
     spans: list[tuple[Any, int, int, str]] = []
-    for name, value in {id(value): (name, value) for name, value in reversed(tensors.items())}.values():
+    for name, value in {id(value): (name, value) for name, value in tensors.items()}.values():
         if value.layout != torch.strided or value.numel() == 0 or value.is_meta:
             continue
         last = sum((size - 1) * stride for size, stride in zip(value.shape, value.stride(), strict=True))
@@ -170,7 +170,7 @@ def _all_known(names: Iterable[str], known: Mapping[str, object]) -> None:
 def _put(model: nn.Module, name: str, tensor: Tensor) -> None:
     parent, _, leaf = name.rpartition(".")
     owner = model.get_submodule(parent)
-    (owner._parameters if leaf in owner._parameters else owner._buffers)[leaf] = cast("Any", tensor)
+    setattr(owner, leaf, tensor)
 
 
 def put_left_out(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
@@ -180,7 +180,9 @@ def put_left_out(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
         parent, _, leaf = name.rpartition(".")
         owner = model.get_submodule(parent)
         present = buffers.get(name)
-        owner._buffers[leaf] = value if present is None else value.to(present.device, present.dtype)
+        owner.register_buffer(
+            leaf, value if present is None else value.to(present.device, present.dtype), persistent=False
+        )
 
 
 def check_fit(model: nn.Module, structure: Structure | None, tensors: Mapping[str, Tensor]) -> None:
