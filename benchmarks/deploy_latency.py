@@ -95,6 +95,7 @@ def main() -> None:
                     "pytorch_microseconds_quartiles": pytorch,
                     "max_error": report.max_error,
                     "largest_output": report.largest_output,
+                    "relative_error": report.relative_error,
                 }
                 rows.append(row)
                 low, median, high = (f"{value:.0f}" for value in onnx)

@@ -247,6 +247,7 @@ def _app(command_line: str) -> "typer.Typer":
         from rich.console import Console
 
         from compressm.one_shot import analyze_checkpoint
+        from compressm.storage import replacing
 
         analysis = analyze_checkpoint(checkpoint, data, sequences=sequences, length=length)
         if str(json) != "-":
@@ -255,10 +256,11 @@ def _app(command_line: str) -> "typer.Typer":
                 print(line)
         if plot is not None:
             try:
-                if plot.suffix == ".html":
-                    analysis.spectrum.plot("plotly").write_html(plot)
-                else:
-                    analysis.spectrum.plot("matplotlib").savefig(plot, dpi=150)
+                with replacing(plot) as new:
+                    if plot.suffix == ".html":
+                        analysis.spectrum.plot("plotly").write_html(new)
+                    else:
+                        analysis.spectrum.plot("matplotlib").savefig(new, dpi=150, format=plot.suffix[1:])
             except OSError as error:
                 raise ConfigError(
                     f"--plot {plot}: cannot be written ({error.strerror}); choose another place"
@@ -331,11 +333,20 @@ def _app(command_line: str) -> "typer.Typer":
         step: Annotated[bool, typer.Option("--step", help="One time step, its state as inputs and outputs.")] = False,
         int8: Annotated[bool, typer.Option("--int8", help="Weights as 8-bit integers; ONNX only.")] = False,
         lengths: Annotated[bool, typer.Option("--lengths", help="A second input: lengths of padded rows.")] = False,
+        int8_error: Annotated[
+            float,
+            typer.Option(help="Most that 8 bits may change the outputs: RMS, in their standard deviations."),
+        ] = 0.02,
+        data: Annotated[
+            Path | None, typer.Option(help="Sequences to check with: .npz with x (N, length, ...) [random ones].")
+        ] = None,
         output: Annotated[Path | None, file_option(help="The file [CHECKPOINT/model-step-int8.onnx].")] = None,
         json: Annotated[Path | None, json_file] = None,
     ) -> None:
         """Export a model for deployment, and check that it computes the same."""
+        from compressm.arrays import read_arrays
         from compressm.checkpoint import load
+        from compressm.expected import Expected
         from compressm.export import to_onnx, to_torch
 
         if int8 and format == "torch":
@@ -343,15 +354,13 @@ def _app(command_line: str) -> "typer.Typer":
         model = load(checkpoint)
         name = "model" + "-step" * step + "-int8" * int8 + (".onnx" if format == "onnx" else ".pt2")
         path = output or checkpoint / name
+        example = None if data is None else read_arrays(data, Expected.of(model), labelled=False).x
         if format == "onnx":
-            report = to_onnx(model, path, step=step, int8=int8, lengths=lengths)
+            report = to_onnx(model, path, step=step, int8=int8, example=example, int8_error=int8_error, lengths=lengths)
         else:
-            report = to_torch(model, path, step=step, lengths=lengths)
+            report = to_torch(model, path, step=step, example=example, lengths=lengths)
         if str(json) != "-":
-            print(
-                f"{report.path}: {report.bytes / 1000:.0f} kB; largest error against PyTorch {report.max_error:.1e} "
-                f"over {report.checked_steps} steps, where outputs reach {report.largest_output:.1e}"
-            )
+            print(report)
         _write_result(json, {"command": command_line, **report.to_dict()})
 
     return app

@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from compressm.reproduce import Arm, Experiment, plan_runs, run_grid
+from compressm.storage import replacing
 
 WAYS = ("full", "shrunk", "small")
 LABELS = {"full": "big all the way", "shrunk": "big, then shrunk", "small": "small from the start"}
@@ -164,7 +165,8 @@ def draw(result: Mapping[str, Any], runs: Mapping[tuple[str, int], Mapping[str, 
     for axis in axes:
         axis.spines[["top", "right"]].set_visible(False)
         axis.title.set_fontsize(10)
-    figure.savefig(picture, dpi=130)
+    with replacing(picture) as new:
+        figure.savefig(new, dpi=130, format=picture.suffix[1:] or None)
     plt.close(figure)
 
 

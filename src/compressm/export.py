@@ -12,6 +12,7 @@ output ``next_state...``; the state starts as zeros.
 
 from __future__ import annotations
 
+import ast
 import copy
 import inspect
 import json
@@ -19,9 +20,9 @@ import logging
 import os
 import tempfile
 import warnings
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,43 +30,13 @@ import torch
 from torch import Tensor, nn
 
 from compressm.errors import ExportError, MissingExtraError, UnsupportedModelError
+from compressm.export_report import ExportReport
 from compressm.inputs import calls
+from compressm.quantise import quantise
 from compressm.reduce import state_dims
 
 StrPath = str | os.PathLike[str]
 Runner = Callable[[Sequence[Tensor]], list[Tensor]]
-
-
-@dataclass(frozen=True)
-class ExportReport:
-    """What was written, and how well it agrees with the model.
-
-    Attributes:
-        path: the file.
-        format: ``"onnx"`` or ``"torch"``.
-        step: whether it is one time step instead of the sequence model.
-        int8: whether its weights are 8-bit integers.
-        bytes: size of the file.
-        max_error: largest absolute difference between its outputs and PyTorch's.
-        largest_output: largest absolute output of PyTorch, to hold the error against.
-        checked_steps: length of the sequences that were compared.
-        inputs, outputs: names in the graph, with shapes.
-    """
-
-    path: str
-    format: str
-    step: bool
-    int8: bool
-    bytes: int
-    max_error: float
-    largest_output: float
-    checked_steps: int
-    inputs: dict[str, list[int | str]]
-    outputs: tuple[str, ...]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
-        return {**asdict(self), "outputs": list(self.outputs)}
 
 
 def to_onnx(
@@ -77,6 +48,7 @@ def to_onnx(
     example: Any = None,
     tolerance: float = 1e-4,
     lengths: bool = False,
+    int8_error: float = 0.02,
 ) -> ExportReport:
     """Write a model as one ONNX file, in float32.
 
@@ -85,32 +57,46 @@ def to_onnx(
             ``initial_state(batch)`` and ``step(u, state)``, with nested dicts, lists or tuples of tensors as state.
         path: the file; its folder exists.
         step: export `step` instead of the forward pass.
-        int8: store the weights of matrix products as 8-bit integers (ONNX Runtime's dynamic quantisation).
+        int8: store the weights of matrix products as 8-bit integers, and compute with such (see
+            `compressm.quantise`), in all layers where ``int8_error`` allows it.
         example: input sequences to check with, shape ``(batch, length, ...)``, or data in another form that
             `compressm.inputs` knows, of which the first batch is taken; by default two random ones of 1000 steps.
-            Models of your own need it.
+            Models of your own need it. With ``int8`` give sequences of your data: what rounding costs depends on them,
+            and recurrences add it up over the whole length.
         tolerance: largest error allowed, times the largest output where that is above 1; not applied to ``int8``.
         lengths: give the graph a second input, ``lengths``, int64 of shape ``(batch,)``, for rows that are padded at
             their end; for models whose ``forward`` takes it, as those of `compressm.layers` do. Not for ``step``: of a
             sequence that is over, no more steps are asked.
+        int8_error: largest error that ``int8`` may cause: root mean square over the whole example sequences, as a
+            share of the outputs' standard deviation. Layers that would cost more keep a higher precision; the report
+            says which, and what each would have cost.
 
     Raises:
-        ExportError: the model cannot be traced, the file cannot be written, or it computes something else.
+        ExportError: the model cannot be traced, the file cannot be written, it computes something else, or no layer can
+            be stored in 8 bits within ``int8_error``.
         MissingExtraError: the ``deploy`` extra is not installed.
     """
     _require_onnx()
+    if not 0 < int8_error < float("inf"):
+        raise ExportError(f"int8_error must be a positive number, a share of the outputs' deviation; got {int8_error}")
     path = Path(path)
     traced = _trace(model, example, step, lengths)
     with _scratch(path) as scratch:
-        _write_onnx(traced, scratch)
-        report = _verify(traced, scratch, onnx_runner(scratch), tolerance)  # of the float model, quantised or not
+        scopes, reference = _write_onnx(traced, scratch), _reference(traced)
+        report = _verify(traced, reference, onnx_runner(scratch), tolerance)  # of the float model, quantised or not
         if int8:
-            quantised = scratch.with_suffix(".int8")
-            _quantise(scratch, quantised)
-            report = _verify(traced, quantised, onnx_runner(quantised), None)
-            os.replace(quantised, scratch)
+            rounded = scratch.with_suffix(".int8")
+
+            def error_of(file: Path) -> float:
+                return _verify(traced, reference, onnx_runner(file), None)["relative_error"]
+
+            with _quiet():
+                made = quantise(scratch, rounded, error_of, int8_error, scopes)
+            report = _verify(traced, reference, onnx_runner(rounded), None)
+            report |= {"precisions": made.precisions, "costs": made.costs}
+            os.replace(rounded, scratch)
         os.replace(scratch, path)
-    return _report(traced, path, "onnx", int8, report)
+    return _report(traced, path, "onnx", int8, {**report, "calibrated": example is not None})
 
 
 def to_torch(
@@ -145,9 +131,9 @@ def to_torch(
             outputs = program(*inputs)
             return [outputs] if isinstance(outputs, Tensor) else list(outputs)
 
-        report = _verify(traced, scratch, run, tolerance)
+        report = _verify(traced, _reference(traced), run, tolerance)
         os.replace(scratch, path)
-    return _report(traced, path, "torch", False, report)
+    return _report(traced, path, "torch", False, {**report, "calibrated": example is not None})
 
 
 def onnx_runner(path: StrPath) -> Runner:
@@ -289,7 +275,8 @@ def _random_example(model: nn.Module) -> Tensor:
     return torch.randn(*shape, width, generator=generator)
 
 
-def _write_onnx(traced: _Traced, path: Path) -> None:
+def _write_onnx(traced: _Traced, path: Path) -> dict[str, str]:
+    """Write the file; returns the module that every node of the graph comes from, where the exporter knows it."""
     import onnx_ir
     from onnx_ir.passes import common
     from onnxscript import optimizer
@@ -307,57 +294,86 @@ def _write_onnx(traced: _Traced, path: Path) -> None:
             graph = program.model
             # What depends on parameters only (lam, gamma B) is computed now, whatever its size.
             optimizer.optimize_ir(graph, input_size_limit=2**40, output_size_limit=2**40)
+            scopes = _scopes(graph.graph)
             # Names of modules and histories of foldings, larger than many a model.
             common.ClearMetadataAndDocStringPass()(graph)
             common.RemoveUnusedNodesPass()(graph)
             graph.metadata_props["compressm"] = json.dumps(traced.metadata)
             onnx_ir.save(graph, path)
+        return scopes
     except Exception as error:  # conversion errors, of onnx_ir's and torch's own kinds
         raise ExportError(f"{type(traced.model).__name__} cannot be written as ONNX: {_first_line(error)}") from error
 
 
-def _quantise(source: Path, target: Path) -> None:
-    from onnxruntime.quantization import QuantType, quantize_dynamic
+def _scopes(graph: Iterable[Any]) -> dict[str, str]:
+    """The innermost module of every node, or what it follows where that is not known: a `step` is no module's call."""
+    found, last = dict[str, str](), "the input"
+    for node in graph:
+        try:
+            names = ast.literal_eval(node.metadata_props.get("pkg.torch.onnx.name_scopes", "[]"))[:-1]
+        except (ValueError, SyntaxError):
+            names = []
+        inner = str(names[-1]).removeprefix("model.") if names else ""
+        last = inner or last
+        found[str(node.name)] = f"in {inner}" if inner else f"after {last}"
+    return found
 
-    with _quiet():
-        quantize_dynamic(source, target, weight_type=QuantType.QInt8, per_channel=True)
 
-
-def _verify(traced: _Traced, path: Path, run: Runner, tolerance: float | None) -> dict[str, Any]:
-    """Compare with the model over the example sequences; in the step's case each side goes on from its own state."""
+def _reference(traced: _Traced) -> list[Tensor]:
+    """The model's own outputs over the example sequences: of the whole and of a single step, or step by step."""
     example, model = traced.example, traced.model
-    error = largest = 0.0
-
-    def compare(got: Tensor, expected: Tensor) -> None:
-        nonlocal error, largest
-        if got.shape != expected.shape:
-            raise ExportError(f"the exported model gives shape {tuple(got.shape)}, PyTorch {tuple(expected.shape)}")
-        difference = (got - expected).abs().max().item()
-        error = max(error, difference if difference == difference else float("inf"))
-        largest = max(largest, expected.abs().max().item())
-
     with torch.no_grad():
         if traced.state is None:
-            lengths = () if traced.lengths is None else (traced.lengths,)
-            compare(run([example, *lengths])[0], model(example, *lengths))
-            first = example[:1, :1], *(torch.ones_like(value[:1]) for value in lengths)
-            compare(run(list(first))[0], model(*first))  # the free axes are free
-        else:
-            stepper: Any = model
-            state = stepper.initial_state(len(example))
-            leaves = list(flatten_state(state).values())
-            for now in example.unbind(1):
-                expected, state = stepper.step(now, state)
-                got, *leaves = run([now.contiguous(), *leaves])
-                compare(got, expected)
+            return [model(*inputs) for inputs in _whole_and_least(traced)]
+        stepper: Any = model
+        state, outputs = stepper.initial_state(len(example)), list[Tensor]()
+        for now in example.unbind(1):
+            output, state = stepper.step(now, state)
+            outputs.append(output)
+        return outputs
+
+
+def _whole_and_least(traced: _Traced) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """The inputs of the whole example, and of one step of one sequence: batch and length are free axes."""
+    lengths = () if traced.lengths is None else (traced.lengths,)
+    least = (traced.example[:1, :1], *(torch.ones_like(value[:1]) for value in lengths))
+    return (traced.example, *lengths), least
+
+
+def _outputs(traced: _Traced, run: Runner) -> Iterator[Tensor]:
+    """The exported file's outputs, in the order of `_reference`; a step goes on from its own state."""
+    example = traced.example
+    if traced.state is None:
+        yield from (run(list(inputs))[0] for inputs in _whole_and_least(traced))
+        return
+    initial: Any = getattr(traced.model, "initial_state")(len(example))  # noqa: B009  # not every nn.Module's
+    leaves = list(flatten_state(initial).values())
+    for now in example.unbind(1):
+        output, *leaves = run([now.contiguous(), *leaves])
+        yield output
+
+
+def _verify(traced: _Traced, reference: list[Tensor], run: Runner, tolerance: float | None) -> dict[str, Any]:
+    """Compare with the model over the example sequences."""
+    error = largest = squares = 0.0
+    for index, (got, expected) in enumerate(zip(_outputs(traced, run), reference, strict=True)):
+        if got.shape != expected.shape:
+            raise ExportError(f"the exported model gives shape {tuple(got.shape)}, PyTorch {tuple(expected.shape)}")
+        difference = (got - expected).abs().nan_to_num(float("inf"), float("inf"))
+        error = max(error, difference.max().item())
+        largest = max(largest, expected.abs().max().item())
+        if traced.state is not None or index == 0:  # the whole sequence
+            squares += difference.double().square().sum().item()
     if tolerance is not None and error > tolerance * max(1.0, largest):
         raise ExportError(
             f"the exported model differs from PyTorch by {error:.1e} where outputs reach {largest:.1e}, more than the "
             f"tolerance {tolerance:.0e}; nothing was written"
         )
-    if tolerance is None and error == float("inf"):
-        raise ExportError("the quantised model gives NaN; export without int8")
-    return {"max_error": error, "largest_output": largest, "checked_steps": example.shape[1]}
+    whole = torch.stack(reference) if traced.state is not None else reference[0]
+    spread = (whole.double() - whole.double().mean()).square().sum().item() or whole.double().square().sum().item()
+    relative = (squares / spread) ** 0.5 if spread else float("inf") if squares else 0.0
+    steps = traced.example.shape[1]
+    return {"max_error": error, "largest_output": largest, "checked_steps": steps, "relative_error": relative}
 
 
 def _report(traced: _Traced, path: Path, format: str, int8: bool, check: dict[str, Any]) -> ExportReport:

@@ -6,7 +6,7 @@ import contextlib
 import copy
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -17,20 +17,24 @@ from torch.nn import functional as F
 
 from compressm.adapters import find_layers
 from compressm.arrays import Arrays, are_arrays, read_arrays
-from compressm.checkpoint import load, save
+from compressm.card import model_card
+from compressm.checkpoint import load, save_with_history
 from compressm.cuts import MadeCuts
 from compressm.errors import CheckpointError, ConfigError, MissingExtraError
 from compressm.expected import Expected
 from compressm.layers import LanguageModel, SequenceClassifier
 from compressm.ranks import RankRule
 from compressm.reduce import Report, plan_reduction
+from compressm.source_folder import Carried, carry, contents, copy_files, new_folder, some, unloaded
 from compressm.spectrum import AnyBalancing, Spectrum, balance_layers
 from compressm.statistics import gather
+from compressm.storage import read_pair
 
 if TYPE_CHECKING:
     from rich.table import Table
 
 _BATCH = 4  # sequences
+_TOKENIZERS = ("tokenizer*", "vocab.*", "merges.txt", "spiece.model", "sentencepiece*")  # files of one
 
 
 @dataclass(frozen=True)
@@ -44,6 +48,7 @@ class Loss:
         parameters_before, parameters_after: number of the model's parameters.
         sequences: how many sequences the cut was made from, and as many the loss was measured on.
         length: tokens per sequence.
+        carried: what the smaller checkpoint got from its source as it was, and what it did not get.
     """
 
     report: Report
@@ -53,10 +58,11 @@ class Loss:
     parameters_after: int
     sequences: int
     length: int
+    carried: Carried = field(default_factory=Carried)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
-        return {**self.__dict__, "report": self.report.to_dict()}
+        return {**self.__dict__, "report": self.report.to_dict(), "carried": asdict(self.carried)}
 
     def __str__(self) -> str:
         width = max(len(layer.name) for layer in self.report.layers)
@@ -70,7 +76,7 @@ class Loss:
             f"loss {self.loss_before:.4f} → {self.loss_after:.4f} ({self.sequences} sequences of {self.length}), "
             f"parameters {self.parameters_before:,} → {self.parameters_after:,}"
         )
-        return "\n".join(rows)
+        return "\n".join([*rows, str(self.carried)]).rstrip()
 
 
 def compress_checkpoint(
@@ -86,19 +92,23 @@ def compress_checkpoint(
 ) -> Loss:
     """Cut a checkpoint once, and save the smaller model in the format that it came in.
 
+    All that the checkpoint's folder holds beside the model reaches the output: files, and tensors that transformers
+    does not load. What does not, such as weights in other formats, is named in `Loss.carried`.
+
     Args:
         checkpoint: a folder written by Hugging Face's ``save_pretrained`` (a causal language model), or by `save`.
         output: folder to write, new or empty.
-        data: for language models a text file, read with the checkpoint's tokenizer, or as bytes where there is none; or
-            an ``.npz`` or ``.npy`` file of tokens. For a `SequenceClassifier` an ``.npz`` file with ``x`` of shape
-            ``(N, length, channels)``, or ``(N, length)`` for tokens, and ``y`` of shape ``(N,)``; with ``lengths``,
-            shape ``(N,)``, where rows are padded. See `compressm.arrays`.
+        data: for language models a text file, read with the checkpoint's tokenizer, or as bytes where there is none and
+            the vocabulary is 256; or an ``.npz`` or ``.npy`` file of tokens. For a `SequenceClassifier` an ``.npz``
+            file with ``x`` of shape ``(N, length, channels)``, or ``(N, length)`` for tokens, and ``y`` of shape
+            ``(N,)``; with ``lengths``, shape ``(N,)``, where rows are padded. See `compressm.arrays`.
         states, tolerance, fraction: how far, exactly one of them; see `RankRule`.
         sequences: the cut is made from the first so many sequences of the data, and the loss is measured on the next.
         length: tokens per sequence.
 
     Raises:
-        CheckpointError: a checkpoint that cannot be read, or an output folder that is not empty.
+        CheckpointError: a checkpoint that cannot be read, or holds what cannot reach the output; or an output folder
+            that is not empty.
         ConfigError: data that cannot be used.
         InvalidRankRuleError, UnsupportedModelError: as `compress`.
     """
@@ -106,23 +116,38 @@ def compress_checkpoint(
     folder, target = Path(checkpoint), Path(output)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise CheckpointError(f"output {target} exists and is not an empty folder: choose another")
-    model, tokenizer, hugging_face = _read(folder)
+    model, tokenizer, unexpected = _read(folder)
+    extra = None if unexpected is None else unloaded(model, folder, unexpected)
     batches = _batches(model, tokenizer, Path(data), 2 * sequences, length, halves=2)
     half = len(batches) // 2
-    before = _parameters(model)
+    before, contained = _parameters(model), contents(model)
     with _fast(model):
         balancings = balance_layers(model, moments=gather(model, [inputs for inputs, _ in batches[:half]], _BATCH))
         loss_before = _loss(model, batches[half:])
         report = plan_reduction(model, rule, balancings=balancings).apply(model)
         loss_after = _loss(model, batches[half:])
-    if hugging_face:
-        cast("Any", model).save_pretrained(target)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(target)
-    else:
-        save(model, target)
+    with new_folder(target) as new:
+        if extra is None:
+            carried = _resave(model, folder, new)
+        else:
+            cast("Any", model).save_pretrained(new)
+            carried = carry(folder, new, model, extra, contained)
     rows = next(iter(batches[0][0].values()))
-    return Loss(report, loss_before, loss_after, before, _parameters(model), half * _BATCH, rows.shape[1])
+    counts = (before, _parameters(model), half * _BATCH, rows.shape[1])
+    return Loss(report, loss_before, loss_after, *counts, carried)
+
+
+def _resave(model: nn.Module, source: Path, target: Path) -> Carried:
+    """As `save`, with the history that the source has, and its other files."""
+    names = ("model.safetensors", "compressm.json")
+    history = read_pair(source, *names)[0].get("history")
+    save_with_history(model, target, history if isinstance(history, list) else [])
+    card = source / "README.md"
+    ours = card.is_file() and "\nlibrary_name: compressm\n" in card.read_text(encoding="utf-8", errors="replace")
+    if ours:  # it tells sizes from before the cut
+        (target / card.name).write_text(model_card(model), encoding="utf-8")
+    files, left = copy_files(source, target, [source / name for name in (*names, *([card.name] * ours))])
+    return Carried((), files, left)
 
 
 @dataclass(frozen=True)
@@ -231,18 +256,18 @@ def _parameters(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def _read(folder: Path) -> tuple[nn.Module, Any, bool]:
-    """Model in evaluation mode, tokenizer or None, and whether the checkpoint is one of Hugging Face."""
+def _read(folder: Path) -> tuple[nn.Module, Any, list[str] | None]:
+    """Model in evaluation mode, tokenizer or None, and what transformers found no place for; None for our own."""
     own = (folder / "compressm.json").is_file()
     if not own and not (folder / "config.json").is_file():
         raise CheckpointError(
             f"{folder} is no checkpoint: expected a folder with config.json (Hugging Face) or compressm.json"
         )
-    model, tokenizer = (load(folder), None) if own else _hugging_face(folder)
-    return model.eval(), tokenizer, not own
+    model, tokenizer, unexpected = (load(folder), None, None) if own else _hugging_face(folder)
+    return model.eval(), tokenizer, unexpected
 
 
-def _hugging_face(folder: Path) -> tuple[nn.Module, Any]:
+def _hugging_face(folder: Path) -> tuple[nn.Module, Any, list[str]]:
     try:
         from transformers import AutoModelForCausalLM, AutoTokenizer
     except ModuleNotFoundError as error:
@@ -250,13 +275,20 @@ def _hugging_face(folder: Path) -> tuple[nn.Module, Any]:
             'a Hugging Face checkpoint needs transformers: pip install "compressm[transformers]"'
         ) from error
     try:
-        model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, output_loading_info=True)
     except (OSError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"{folder} cannot be loaded as a causal language model: {_first_line(error)}") from error
-    if not any(folder.glob("tokenizer*")):
-        return model, None
+    model, info = loaded
+    if missing := sorted(info["missing_keys"]):
+        raise CheckpointError(
+            f"{folder} lacks {some(missing)}, which transformers would draw at random: copy the folder again, or save "
+            "the model that you trained"
+        )
+    unexpected = list(info["unexpected_keys"])
+    if not any(path for pattern in _TOKENIZERS for path in folder.glob(pattern)):
+        return model, None, unexpected
     try:
-        return model, AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        return model, AutoTokenizer.from_pretrained(folder, local_files_only=True), unexpected
     except (OSError, ValueError) as error:
         raise CheckpointError(f"the tokenizer in {folder} cannot be loaded: {_first_line(error)}") from error
 
@@ -312,13 +344,18 @@ def _windows(model: nn.Module, tokenizer: Any, path: Path, length: int) -> tuple
         raise ConfigError(f"data {path} cannot be read: {error.strerror}") from error
     vocabulary = cast("Any", model).config["vocabulary"] if isinstance(model, LanguageModel) else _vocabulary(model)
     if tokenizer is not None:
-        tokens = torch.tensor(tokenizer(content.decode("utf-8", "replace"))["input_ids"])
-    elif vocabulary >= 256:
+        tokens = torch.tensor(tokenizer(content.decode("utf-8", "replace"))["input_ids"], dtype=torch.long)
+    elif vocabulary == 256:  # the only size at which every byte has an id and no id is anything else
         tokens = torch.from_numpy(np.frombuffer(content, np.uint8).astype(np.int64))
     else:
         raise ConfigError(
-            f"the checkpoint has no tokenizer and a vocabulary of {vocabulary}, so {path} cannot be read as bytes: "
-            "save the tokenizer in the checkpoint's folder"
+            f"the checkpoint has no tokenizer and a vocabulary of {vocabulary}, and only one of 256 is that of bytes: "
+            "save the tokenizer in the checkpoint's folder, or call compressm.compress from Python, with ids as data"
+        )
+    if len(tokens) and (largest := int(tokens.max())) >= vocabulary:
+        raise ConfigError(
+            f"the tokenizer gives ids up to {largest}, and the model's vocabulary has {vocabulary}: save the model's "
+            "own tokenizer in the checkpoint's folder"
         )
     count = len(tokens) // length
     windows = tokens[: count * length].view(count, length)

@@ -4,17 +4,22 @@ The tensors are in a safetensors file; a JSON file says what they mean and holds
 are first written beside their final names and flushed to disk. Renaming the JSON file is the instant at which the new
 pair counts; the tensors' file follows. Whoever reads between the two renames, or after a kill there, finds by the
 checksum that the tensors still lie under their temporary name.
+
+Other processes may read meanwhile. A reader opens the description and every file that may hold its tensors, and from
+then on uses these open files and no names: a renamed or deleted file stays what it was for whoever has it open.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
 import os
-from collections.abc import Mapping
+import uuid
+from collections.abc import Generator, Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import IO, Any, BinaryIO, cast
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -24,6 +29,7 @@ from compressm.errors import CheckpointError, ConfigError
 
 FORMAT = 1
 _LARGEST_JSON = 256 << 20  # bytes; a description of a hundred thousand tensors takes some 10 MB
+_ATTEMPTS = 1000  # to read a pair that is replaced between two calls to open, again and again
 
 
 def write_pair(
@@ -46,13 +52,13 @@ def write_pair(
         folder.mkdir(parents=True, exist_ok=True)
         if tensors_new.exists():
             # Left by a kill. If the JSON file speaks of this one, it is the only copy of the present checkpoint.
-            if json_path.exists() and _expected_sha256(json_path) == _sha256(tensors_new):
+            if json_path.exists() and _expected_sha256(json_path) == _sha256_at(tensors_new):
                 os.replace(tensors_new, tensors_path)
             else:
                 tensors_new.unlink()
         save_file(tensors, tensors_new)
         _flush(tensors_new)
-        signed = {**description, "sha256": _sha256(tensors_new)}
+        signed = {**description, "sha256": _sha256_at(tensors_new)}
         text = json.dumps({**signed, "own_sha256": _own_sha256(signed)}, indent=1, allow_nan=False)
         json_new.write_text(text + "\n", encoding="utf-8")
         _flush(json_new)
@@ -71,49 +77,106 @@ def write_pair(
 
 
 def read_pair(folder: Path, tensors_name: str, json_name: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The description and the tensors, on the CPU.
+    """The description and the tensors of one and the same save, on the CPU.
+
+    Another process may write the pair meanwhile: what is read is then the old pair or the new one.
 
     Raises:
         CheckpointError: nothing there, unreadable, of another format, or the checksum does not agree.
     """
     json_path = folder / json_name
-    description = _description(json_path)
-    if description.get("format") != FORMAT:
-        raise CheckpointError(
-            f"{json_path}: format {description.get('format')!r}, and this version reads format {FORMAT}; load it with "
-            "the version of compressm that wrote it"
-        )
-    expected, found = description.get("sha256"), False
-    for path in (folder / tensors_name, folder / f"{tensors_name}.new"):
-        try:
-            found = found or path.exists()
-            if path.exists() and _sha256(path) == expected:
-                # Copies: tensors of a mapped file would lie at addresses of any alignment, and change if the file does.
-                return description, {name: tensor.clone() for name, tensor in load_file(path).items()}
-        except OSError as error:
-            raise CheckpointError(
-                f"{path}: cannot be read ({error.strerror or error}); check its permissions"
-            ) from error
-        except SafetensorError as error:
-            raise CheckpointError(f"{path}: no safetensors file ({error}); use an older checkpoint") from error
-    state = "is not the file that was saved (SHA-256 differs)" if found else "is missing"
-    raise CheckpointError(f"{folder / tensors_name} {state}: copy the folder again, or use an older checkpoint")
+    for _ in range(_ATTEMPTS):
+        with _opened_description(json_path) as file:
+            description = _description(json_path, file)
+            if description.get("format") != FORMAT:
+                raise CheckpointError(
+                    f"{json_path}: format {description.get('format')!r}, and this version reads format {FORMAT}; load "
+                    "it with the version of compressm that wrote it"
+                )
+            tensors = _tensors(folder / tensors_name, description.get("sha256"))
+            if isinstance(tensors, dict):
+                return description, tensors
+            # While the description is still this one, its tensors lie under one of the names that were opened.
+            if tensors is not None and _is_at(file, json_path):
+                raise CheckpointError(
+                    f"{folder / tensors_name} {tensors}: copy the folder again, or use an older checkpoint"
+                )
+    raise CheckpointError(
+        f"{folder} was written anew {_ATTEMPTS} times while it was being read; read it when its writer pauses"
+    )
 
 
-def _description(json_path: Path) -> dict[str, Any]:
+def _tensors(path: Path, sha256: object) -> dict[str, Tensor] | str | None:
+    """The tensors with this checksum, from the file or its successor beside it; or what is wrong with both; or None
+    if they were replaced meanwhile.
+
+    The last of the names repeats the first: between a look at the first and one at the second, the writer may have
+    renamed the second to the first.
+    """
+    successor = path.with_name(f"{path.name}.new")
+    with contextlib.ExitStack() as stack:
+        files: list[tuple[Path, BinaryIO]] = []
+        for name in (path, successor, path):
+            try:
+                files.append((name, stack.enter_context(name.open("rb"))))
+            except FileNotFoundError:
+                continue
+            except OSError as error:
+                raise _unreadable(name, error) from error
+        for name, file in files:
+            try:
+                if _sha256(file) == sha256:
+                    return _loaded(file, name)
+            except OSError as error:
+                raise _unreadable(name, error) from error
+            except SafetensorError as error:
+                raise CheckpointError(f"{name}: no safetensors file ({error}); use an older checkpoint") from error
+    return "is not the file that was saved (SHA-256 differs)" if files else "is missing"
+
+
+def _loaded(file: BinaryIO, path: Path) -> dict[str, Tensor] | None:
+    """The tensors of an open file; None if they could be read by its name only, and the name is another file's now."""
+    descriptor = Path(f"/dev/fd/{file.fileno()}")
+    name = descriptor if _is_at(file, descriptor) else path
     try:
-        if (size := json_path.stat().st_size) > _LARGEST_JSON:
-            raise CheckpointError(f"{json_path}: {size} bytes are too many for a description; use another checkpoint")
-        description = json.loads(json_path.read_text(encoding="utf-8"))
-        whole = isinstance(description, dict) and description.pop("own_sha256", None) == _own_sha256(description)
+        # Copies: tensors of a mapped file would lie at addresses of any alignment, and change if the file does.
+        tensors = {key: tensor.clone() for key, tensor in load_file(name).items()}
+    except FileNotFoundError:
+        return None
+    return tensors if name is descriptor or _is_at(file, path) else None
+
+
+def _is_at(file: IO[Any], path: Path) -> bool:
+    """Whether a path names an open file."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except OSError:
+        return False
+
+
+def _unreadable(path: Path, error: OSError) -> CheckpointError:
+    return CheckpointError(f"{path}: cannot be read ({error.strerror or error}); check its permissions")
+
+
+def _opened_description(json_path: Path) -> BinaryIO:
+    try:
+        return json_path.open("rb")
     except (FileNotFoundError, NotADirectoryError):
         raise CheckpointError(
             f"no checkpoint in {json_path.parent}: {json_path.name} is missing; check the path"
         ) from None
     except OSError as error:
-        raise CheckpointError(
-            f"{json_path}: cannot be read ({error.strerror or error}); check its permissions"
-        ) from error
+        raise _unreadable(json_path, error) from error
+
+
+def _description(json_path: Path, file: BinaryIO) -> dict[str, Any]:
+    try:
+        if (size := os.fstat(file.fileno()).st_size) > _LARGEST_JSON:
+            raise CheckpointError(f"{json_path}: {size} bytes are too many for a description; use another checkpoint")
+        description = json.loads(file.read().decode("utf-8"))
+        whole = isinstance(description, dict) and description.pop("own_sha256", None) == _own_sha256(description)
+    except OSError as error:
+        raise _unreadable(json_path, error) from error
     except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, or nested without end
         raise CheckpointError(
             f"{json_path}: damaged ({error}); copy the folder again, or use an older checkpoint"
@@ -136,17 +199,22 @@ def _own_sha256(description: Mapping[str, Any]) -> str:
 
 def _expected_sha256(json_path: Path) -> object:
     try:
-        return _description(json_path).get("sha256")
+        with _opened_description(json_path) as file:
+            return _description(json_path, file).get("sha256")
     except CheckpointError:
         return None
 
 
-def _sha256(path: Path) -> str:
+def _sha256(file: BinaryIO) -> str:
     digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
+    while block := file.read(1 << 20):
+        digest.update(block)
     return digest.hexdigest()
+
+
+def _sha256_at(path: Path) -> str:
+    with path.open("rb") as file:
+        return _sha256(file)
 
 
 def _flush(path: Path) -> None:
@@ -169,18 +237,34 @@ def finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Write a JSON file that is at no instant half written.
+@contextlib.contextmanager
+def replacing(path: Path) -> Generator[Path]:
+    """A name beside a path for a new file, which takes the path's place when it is whole.
+
+    A reader finds the old file or the new one, and so does whoever comes after a kill.
+    """
+    new = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.new")  # of this writer alone
+    try:
+        yield new
+        _flush(new)
+        os.replace(new, path)
+    finally:
+        new.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file that is at no instant half written.
 
     Raises:
         ConfigError: it cannot be written.
     """
-    new = path.with_name(f"{path.name}.new")
     try:
-        with new.open("w", encoding="utf-8") as file:
-            file.write(json.dumps(value, indent=1, allow_nan=False) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(new, path)
+        with replacing(path) as new:
+            new.write_text(text, encoding="utf-8")
     except OSError as error:
-        raise ConfigError(f"{path} cannot be written ({error.strerror}); choose another place") from error
+        raise ConfigError(f"{path} cannot be written ({error.strerror or error}); choose another place") from error
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Write a JSON file that is at no instant half written; see `write_text`."""
+    write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n")

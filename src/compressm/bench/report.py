@@ -12,6 +12,7 @@ import torch
 
 from compressm import __version__
 from compressm.errors import MissingExtraError
+from compressm.storage import replacing
 
 
 def versions() -> dict[str, str | None]:
@@ -142,7 +143,8 @@ def plot(result: Mapping[str, Any], path: Path) -> None:
             panel.set_title(f"{suite}: {_others(chosen[0], axis)}", fontsize=9)
         line[0].set_ylabel("ms a step, forward and backward")
         line[0].legend(frameon=False, fontsize=8)
-    figure.savefig(path, dpi=140)
+    with replacing(path) as new:
+        figure.savefig(new, dpi=140, format=path.suffix[1:] or None)
     plt.close(figure)
 
 

@@ -17,6 +17,7 @@ from compressm.bench.roofline import measure_rates
 from compressm.bench.rows import QUICK, Effort, measure
 from compressm.bench.suites import SUITES, sweep
 from compressm.errors import ConfigError
+from compressm.storage import write_text
 
 
 def run_bench(
@@ -91,7 +92,7 @@ def run_bench(
     }
     _print(result)
     if table is not None:
-        table.write_text(markdown(result), encoding="utf-8")
+        write_text(table, markdown(result))
     if picture is not None:
         plot(result, picture)
     return result

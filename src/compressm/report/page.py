@@ -14,6 +14,7 @@ from compressm import __version__
 from compressm.errors import ConfigError, MissingExtraError
 from compressm.report.charts import Chart, comparison_charts, run_charts
 from compressm.report.runs import Run
+from compressm.storage import write_text
 
 _HERE = Path(__file__).parent
 
@@ -32,11 +33,7 @@ def write_report(runs: Sequence[Run], path: Path, command: str | None = None) ->
     """
     if not runs:
         raise ConfigError("report: no run was named")
-    page = render(runs, command)
-    try:
-        path.write_text(page, encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be written ({error.strerror}); choose another --output") from error
+    write_text(path, render(runs, command))
 
 
 def render(runs: Sequence[Run], command: str | None = None) -> str:

@@ -13,6 +13,7 @@ from compressm.errors import ConfigError
 from compressm.reproduce.experiments import EXPERIMENTS, experiment
 from compressm.reproduce.grid import plan_runs, read_results, run_grid
 from compressm.reproduce.report import draw, render, table
+from compressm.storage import write_text
 
 _PREFACE = """# Results
 
@@ -84,7 +85,7 @@ def show_experiments(
                 draw(experiment(name), stored, markdown.parent / image)
                 pages.append(render(experiment(name), stored, image))
         if markdown is not None:
-            markdown.write_text("\n".join(pages), encoding="utf-8")
+            write_text(markdown, "\n".join(pages))
         if picture is not None:
             if len(names) != 1:
                 raise ConfigError("--picture: draws one experiment; name it")

@@ -11,6 +11,7 @@ from typing import Any
 from rich.table import Table
 
 from compressm.reproduce.experiments import Arm, Experiment
+from compressm.storage import replacing
 from compressm.training.result import RunResult
 from compressm.training.spectra import settled_at
 
@@ -263,8 +264,8 @@ def draw(experiment: Experiment, results: Results, picture: Path) -> None:
     for axis in axes:
         axis.spines[["top", "right"]].set_visible(False)
     reproducible = {"Date": None} if picture.suffix == ".svg" else None
-    with matplotlib.rc_context({"svg.hashsalt": experiment.name}):
-        figure.savefig(picture, dpi=130, metadata=reproducible)
+    with matplotlib.rc_context({"svg.hashsalt": experiment.name}), replacing(picture) as new:
+        figure.savefig(new, dpi=130, metadata=reproducible, format=picture.suffix[1:] or None)
     plt.close(figure)
 
 

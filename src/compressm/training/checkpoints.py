@@ -23,7 +23,15 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """The steps of the checkpoints that are there, damaged or not, ascending."""
-        names = (path.parent.name.removeprefix("step-") for path in self._folder.glob("step-*/state.json"))
+        while True:
+            listed = self._listed()
+            # Ascending: the run that writes here deletes an old one only when a newer one is whole.
+            steps = [step for step in listed if (self.path(step) / "state.json").exists()]
+            if steps or listed == self._listed():
+                return steps
+
+    def _listed(self) -> list[int]:
+        names = (path.name.removeprefix("step-") for path in self._folder.glob("step-*"))
         return sorted(int(name) for name in names if name.isdecimal())
 
     def path(self, step: int) -> Path:
@@ -40,6 +48,7 @@ class Checkpoints:
         steps = self.steps()
         kept = [other for other in steps if other <= step][-self._keep :]
         for other in set(steps) - set(kept):
+            (self.path(other) / "state.json").unlink(missing_ok=True)  # first: without it there is no checkpoint
             shutil.rmtree(self.path(other), ignore_errors=True)
 
     def read(self) -> tuple[Any, list[str]]:
@@ -48,10 +57,11 @@ class Checkpoints:
         Raises:
             CheckpointError: none is whole.
         """
-        damaged: list[str] = []
-        for step in reversed(self.steps()):
+        damaged: dict[int, str] = {}
+        while steps := [step for step in self.steps() if step not in damaged]:
             try:
-                return load_tree(self.path(step)), damaged
+                return load_tree(self.path(steps[-1])), list(damaged.values())
             except CheckpointError as error:
-                damaged.append(str(error))
-        raise CheckpointError("; ".join(damaged) or f"no checkpoint in {self._folder}")
+                if steps[-1] in self.steps():  # otherwise the run that is writing here has deleted it meanwhile
+                    damaged[steps[-1]] = str(error)
+        raise CheckpointError("; ".join(damaged.values()) or f"no checkpoint in {self._folder}")

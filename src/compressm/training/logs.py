@@ -15,6 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from compressm.errors import ConfigError, MissingExtraError
 from compressm.history import Event
+from compressm.storage import write_text
 
 
 class Tracker(Protocol):
@@ -85,7 +86,7 @@ class WeightsAndBiases:
         self._wandb: Any = wandb
         marker = folder / "wandb-id"
         identity = marker.read_text(encoding="utf-8") if marker.exists() else uuid.uuid4().hex
-        marker.write_text(identity, encoding="utf-8")
+        write_text(marker, identity)
         try:
             self._run: Any = wandb.init(
                 project=project, name=folder.name, dir=str(folder), id=identity, resume="allow", config=dict(config)

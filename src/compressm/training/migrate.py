@@ -17,6 +17,7 @@ from typing import Any, cast
 import yaml
 
 from compressm.errors import ConfigError
+from compressm.storage import write_text
 from compressm.training.config import Config, parse_config, read_yaml
 
 _SELECTIONS = {"largest": "hankel", "smallest": "smallest", "random": "random_modes"}
@@ -153,10 +154,7 @@ def write_config(config: Config, path: Path) -> None:
         ConfigError: the file cannot be written.
     """
     tree = config.model_dump(mode="json", exclude_defaults=True)
-    try:
-        path.write_text(yaml.safe_dump(tree, sort_keys=False), encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be written ({error.strerror}); choose another --output") from error
+    write_text(path, yaml.safe_dump(tree, sort_keys=False))
 
 
 __all__ = ["import_config", "write_config"]
