@@ -67,6 +67,9 @@ class Statistics:
         dropped: how many calls of each layer were left out since their moments were not finite.
     """
 
+    # Whether some observer computes what a layer got, and calls parts of it for that: no observer counts such calls.
+    _looking = False
+
     def __init__(self, model: nn.Module, sequences: int = 1, memory: float = MEMORY, strict: bool = False) -> None:
         self.sequences, self.memory, self.strict = sequences, memory, strict
         self._model = model
@@ -78,7 +81,7 @@ class Statistics:
         self._missed: dict[str, str] = {}  # calls that cannot be observed, by layer, in words
         self._handles: list[RemovableHandle] = []
         self._seen: set[str] = set()  # in this observation
-        self._training_only, self._when, self._calls, self._looking = True, "", 0, False
+        self._training_only, self._when, self._calls = True, "", 0
         self._arguments: dict[str, Any] = {}  # of the model's call that is being made
         # Models that know which of their inputs are padding tell it before their layers are called.
         self._padded = [module for module in model.modules() if isinstance(module, _TELLS)]
@@ -131,7 +134,7 @@ class Statistics:
 
     def counts(self, module: nn.Module) -> bool:
         """Whether a call of a module that is made now belongs to the observation."""
-        wanted = bool(self._handles) and (module.training or not self._training_only) and not self._looking
+        wanted = bool(self._handles) and (module.training or not self._training_only) and not Statistics._looking
         return wanted and self._calls <= MODEL_CALLS and not in_backward()
 
     def model_called(self, arguments: dict[str, Any]) -> None:
@@ -199,7 +202,7 @@ class Statistics:
             starts = starts[: self.sequences]
             present = hidden.new_ones(hidden.shape[:2]) if present is None else present
             hidden, present = unpacked(hidden, starts), unpacked(present, starts)
-        self._looking = True
+        Statistics._looking = True
         try:
             with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
                 hidden = hidden.to(next(layer.parameters()).dtype)
@@ -210,7 +213,7 @@ class Statistics:
                 )
                 new = moments(signals, present, padding_enters=told)
         finally:
-            self._looking = False
+            Statistics._looking = False
         if not all(bool(value.isfinite().all()) for value in new.tensors().values()):
             self._drop(name, hidden)
         elif float(new.tokens) > 0:
