@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -26,20 +27,34 @@ MEMORY = 0.9
 _PADDING = "padding of "
 
 
+@dataclass(frozen=True)
+class Sample:
+    """A sequence that a layer read.
+
+    Attributes:
+        hidden: the layer's input, shape ``(1, length, d_model)``.
+        present: 1 for tokens and 0 for padding, shape ``(1, length)``; None for no padding.
+    """
+
+    hidden: Tensor
+    present: Tensor | None = None
+
+
 class Statistics:
     """Running moments of a model's selective layers.
 
     Args:
         model: any model with layers that compressm knows; only read.
-        sequences: how many sequences of a batch an observation looks at.
+        sequences: how many sequences of a batch an observation looks at; None for all.
         memory: weight of what was observed before, at every observation; 1 for plain sums.
     """
 
-    def __init__(self, model: nn.Module, sequences: int = 1, memory: float = MEMORY) -> None:
+    def __init__(self, model: nn.Module, sequences: int | None = 1, memory: float = MEMORY) -> None:
         self.sequences, self.memory = sequences, memory
         found = find_layers(model).items()
         self._layers = {name: (layer, a) for name, (layer, a) in found if isinstance(a, SelectiveAdapter)}
         self._moments: dict[str, Moments] = {}
+        self._samples: dict[str, Sample] = {}
         self._hooks: dict[str, RemovableHandle] = {}
         # Models that know which of their inputs are padding tell it before their layers are called.
         self._padded = [module for module in model.modules() if isinstance(module, SequenceClassifier)]
@@ -99,6 +114,7 @@ class Statistics:
             new = moments(adapter.signals(layer, hidden), present)
         if float(new.tokens) == 0:
             return
+        self._samples[name] = Sample(hidden[:1].clone(), None if present is None else present[:1].clone())
         before = self._moments.get(name)
         if before is not None and before.P.shape == new.P.shape:
             new = before.plus(new, self.memory)
@@ -119,8 +135,9 @@ class Statistics:
             self.forget_hook(name)
 
     def reset(self) -> None:
-        """Forget all moments."""
+        """Forget all moments and samples."""
         self._moments.clear()
+        self._samples.clear()
 
     def moments(self) -> dict[str, Moments]:
         """The moments by layer name, summed over the processes of `torch.distributed` where it is initialised; then
@@ -132,7 +149,16 @@ class Statistics:
         unseen = [name for names in gathered(self.unseen) for name in names]
         if unseen:
             raise UnsupportedModelError(not_seen(unseen[0]))
-        return {name: _summed(self._moments[name]) for name in self._layers}
+        return {name: summed(self._moments[name]) for name in self._layers}
+
+    @property
+    def samples(self) -> dict[str, Sample]:
+        """The sequence that every layer read last while it was observed."""
+        return dict(self._samples)
+
+    @samples.setter
+    def samples(self, samples: Mapping[str, Sample]) -> None:
+        self._samples = dict(samples)
 
     def state_dict(self) -> dict[str, Any]:
         """The moments, as dicts of tensors."""
@@ -229,7 +255,8 @@ def not_seen(name: str) -> str:
     )
 
 
-def _summed(moments: Moments) -> Moments:
+def summed(moments: Moments) -> Moments:
+    """Over all processes; all of them must call this at the same time."""
     if world_size() == 1:
         return moments
     device = "cuda" if torch.distributed.get_backend() == "nccl" else "cpu"
@@ -239,14 +266,17 @@ def _summed(moments: Moments) -> Moments:
     return Moments(**{name: value.cpu() for name, value in tensors.items()})
 
 
-def gather(model: nn.Module, data: Iterable[Any], sequences: int = 4) -> dict[str, Moments]:
+def gather(model: nn.Module, data: Iterable[Any], sequences: int | None = None) -> dict[str, Moments]:
     """Moments of every selective layer of a model over some data; empty where there is no such layer.
 
     Args:
         model: called in evaluation mode; the modes of all its parts are restored.
         data: batches: a tensor, a mapping of keyword arguments, or a list or tuple whose first element is the input
             (the rest, such as labels, is left out).
-        sequences: how many sequences of each batch are looked at.
+        sequences: how many sequences of each batch are looked at; by default all.
+
+    Every layer takes as many operations as the data have tokens, times its width, times the square of its state
+    dimension; and memory for one state of every sequence of a batch. Give fewer or smaller batches to spend less.
 
     In several processes all of them must call this, each with its share of the data.
 
@@ -256,18 +286,28 @@ def gather(model: nn.Module, data: Iterable[Any], sequences: int = 4) -> dict[st
     statistics = Statistics(model, sequences, memory=1.0)
     if not statistics.layers:
         return {}
+    observe_all(statistics, model, data)
+    return statistics.moments()
+
+
+def observe_all(statistics: Statistics, model: nn.Module, data: Iterable[Any]) -> None:
+    """Let a model read some data, in evaluation mode, while its selective layers are observed."""
     try:
         with modes_kept(model), torch.no_grad():
             model.eval()
             for batch in data:
                 statistics.observe_next(training_only=False)
-                if isinstance(batch, Mapping):
-                    model(**batch)
-                else:
-                    model(batch[0] if isinstance(batch, list | tuple) else batch)
+                feed(model, batch)
     finally:
         statistics.close()
-    return statistics.moments()
+
+
+def feed(model: nn.Module, batch: Any) -> Any:
+    """Call a model on a batch: a tensor, a mapping of keyword arguments, or a list or tuple that begins with the
+    input."""
+    if isinstance(batch, Mapping):
+        return model(**batch)
+    return model(batch[0] if isinstance(batch, list | tuple) else batch)
 
 
 @contextmanager
@@ -281,4 +321,4 @@ def modes_kept(model: nn.Module) -> Generator[None]:
             module.training = training
 
 
-__all__ = ["Statistics", "gather", "modes_kept", "not_seen"]
+__all__ = ["Sample", "Statistics", "feed", "gather", "modes_kept", "not_seen", "observe_all", "summed"]

@@ -116,8 +116,8 @@ class SelectiveAdapter(LayerAdapter):
             Where not, states are selected.
         folds_out: whether any linear map of C can be folded in. Where a non-linearity stands between projection and
             recurrence it cannot, and C is selected like B.
-        rotates: whether the recurrence allows rotations of the states, the same for B and C, and no other change of
-            basis: the delta rule.
+        rotates: whether the recurrence allows rotations of the states and no other change of basis: the delta rule.
+            B is then projected by an orthonormal basis, and so is C unless ``folds_out`` allows any map of it.
     """
 
     folds_into: bool = False
@@ -137,6 +137,10 @@ class SelectiveAdapter(LayerAdapter):
             layer: the layer, which must not be changed; autograd is off.
             hidden: some sequences of a batch that the layer was called with, shape ``(batch, length, d_model)``.
         """
+
+    def run(self, layer: nn.Module, hidden: Tensor) -> Any:
+        """What the layer returns for its own input alone; override it where the layer needs more arguments."""
+        return layer(hidden)
 
     @abstractmethod
     def plan(self, values: Mapping[str, Tensor], reduction: SelectiveReduction) -> LayerChange:
