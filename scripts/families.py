@@ -26,9 +26,10 @@ slowly varying random input; `python scripts/families.py --measure` runs it and 
 
 - *full rank*: relative difference of the outputs after a cut that keeps all states, in other coordinates where the
   family has any, in double and single precision;
-- *half rank*: relative error of the outputs after a cut to half of the states; *expected*: what the certificate said,
-  the relative H2 error of the system (exact) or the error expected under the data's second moments (selective layers),
-  before gates and norms that follow; *random*: the same cut with states picked at random;
+- *half rank*: relative error of the outputs after a cut to half of the states, which the report calls `error_on_data`;
+  *expected*: what the certificate said, the relative H2 error of the system (exact) or the error of the recurrence
+  expected under the data's second moments (selective layers), before norms and projections that follow; *random*: the
+  same cut with states picked at random;
 - *trains*, *generates*: after a cut every parameter has a gradient and moves, the optimizer's state is carried over,
   and stepping through a sequence gives what the layer gives for the whole of it.
 
@@ -42,8 +43,8 @@ What the families need:
 - **S4D** has a system per channel and one state dimension for all, so that the channel that needs most decides.
   A system of one input and one output has little to spare: from 32 states to 8 a training step takes 1.4 times less,
   and half a point of accuracy is lost ([results](results.md)).
-- **DeltaNet** allows rotations only: they alone keep `I - beta k k^T` what it is. At full rank a rotation is exact;
-  below, the layer scales what is left of a key to norm 1 again.
+- **DeltaNet** allows rotations of its keys only: they alone keep `I - beta k k^T` what it is. At full rank, or where
+  the keys lie in the kept subspace, that is exact; else the layer scales what is left of a key to norm 1 again.
 - **RG-LRU** has one state per channel, and a system of order one cannot be reduced. What is cut is the width of the
   recurrent block, and with it every projection, convolution and gate.
 - **S4** is diagonal plus low rank, and its own eigenvectors are too ill-conditioned to diagonalise it by.

@@ -56,6 +56,7 @@ class Family:
 
 EXACT = "balanced truncation"
 HANKEL = "Hankel SVD of the filter"
+ROTATED = "keys rotated; queries take over the others' work, per head"
 SELECTED = "states selected; the others' work folds into C"
 FAMILIES = {
     "lru": Family("LRU", lambda: LRU(WIDTH, STATES, r_min=0.9, max_phase=0.5), EXACT),
@@ -76,10 +77,8 @@ FAMILIES = {
         "linear attention, gated decay", lambda: LinearAttention(WIDTH, STATES, 2, decay="gated"), f"{EXACT} per head"
     ),
     "gla": Family("gated linear attention", lambda: GatedLinearAttention(WIDTH, STATES, 2), SELECTED + ", per head"),
-    "delta-net": Family("DeltaNet", lambda: DeltaNet(WIDTH, STATES, 2), "one rotation of q and k, per head"),
-    "gated-delta-net": Family(
-        "Gated DeltaNet", lambda: DeltaNet(WIDTH, STATES, 2, gated=True), "one rotation of q and k, per head"
-    ),
+    "delta-net": Family("DeltaNet", lambda: DeltaNet(WIDTH, STATES, 2), ROTATED),
+    "gated-delta-net": Family("Gated DeltaNet", lambda: DeltaNet(WIDTH, STATES, 2, gated=True), ROTATED),
     "rg-lru": Family(
         "RG-LRU (Griffin)", lambda: RecurrentBlock(WIDTH, STATES, 2), "channels selected; the others' work folds out"
     ),

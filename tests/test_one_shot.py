@@ -189,7 +189,10 @@ def test_arrays_that_are_not_finite_are_named(tmp_path: Path, capsys: pytest.Cap
     x[5, 3, 1] = np.nan
     np.savez(tmp_path / "data.npz", x=x, y=np.zeros(16, dtype=np.int64))
     arguments = [str(tmp_path / "model"), "--data", str(tmp_path / "data.npz")]
-    for command in (["analyze", *arguments], ["compress", *arguments, "--output", str(tmp_path / "out"), "--states", "4"]):
+    for command in (
+        ["analyze", *arguments],
+        ["compress", *arguments, "--output", str(tmp_path / "out"), "--states", "4"],
+    ):
         assert main(command) == 2
         said = capsys.readouterr().err
         assert "data.npz holds nan at [5, 3, 1]: data must be finite" in said

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 import compressm
 from compressm.cli import main
-from compressm.errors import ConfigError, ExportError
-from compressm.export import flatten_state, onnx_runner, read_sequences, to_onnx
+from compressm.errors import ExportError
+from compressm.export import flatten_state, onnx_runner, to_onnx
 from compressm.layers import LRU, SequenceClassifier
 
 onnx = pytest.importorskip("onnx")

@@ -57,7 +57,7 @@ def _lines(event: Event) -> list[str]:
     layers = [layer for layer in event.layers if layer["outcome"] == "cut"]
     return [
         f"step {event.step}: `{layer['name']}` from {layer['states_before']} to {layer['states_after']} states"
-        f"{_certificate(layer['certificate'] or {})}"
+        f"{_certificate(layer['certificate'] or {})}{_measured(layer.get('error_on_data'))}"
         for layer in layers
     ]
 
@@ -69,6 +69,10 @@ def _certificate(values: Mapping[str, Any]) -> str:
         expected, least = values["relative_error"], values["least_error"]
         return f"; expected error of the recurrence {expected:.2%}, least possible {least:.2%}"
     return ""
+
+
+def _measured(error: float | None) -> str:
+    return "" if error is None else f"; error of its output on a sequence of the training data {error:.2%}"
 
 
 __all__ = ["model_card"]

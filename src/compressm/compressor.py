@@ -25,12 +25,13 @@ from compressm.history import Event
 from compressm.measure import StepCost, step_cost
 from compressm.metrics import measure_together, warn_not_finite
 from compressm.ranks import RankRule, check_choice, check_sizes
-from compressm.reduce import Report, plan_reduction, resize_states, state_dims
+from compressm.reduce import Plan, Report, plan_reduction, resize_states, state_dims
+from compressm.replay import errors_on_samples
 from compressm.schedule import cut_steps, towards
 from compressm.selection import Selection
 from compressm.snapshot import Stateful, Training
 from compressm.spectrum import AnyBalancing, balance_layers, snapshot, snapshot_state, spectrum_changes
-from compressm.statistics import Statistics
+from compressm.statistics import Sample, Statistics
 
 When = Literal["schedule", "settled"]
 OnSetback = Literal["halve", "stop"]
@@ -350,11 +351,12 @@ class Compressor:
                 return self._postpone(metric)
             reference = metric if self._best is None else max(self._best, metric)
         moments = self._statistics.moments()  # sums over all ranks
-        plan = from_first_rank(
-            lambda: plan_reduction(
-                self.model, self._rule_now(), self.method, moments=moments, selection=self.selection
-            ).cpu()
-        )
+
+        def decide() -> Plan:
+            plan = plan_reduction(self.model, self._rule_now(), self.method, moments=moments, selection=self.selection)
+            return plan.with_errors(errors_on_samples(self.model, plan.changes, self._statistics.samples)).cpu()
+
+        plan = from_first_rank(decide)
         before = None
         if plan.changes and self.max_drop is not None:
             before = {
@@ -455,6 +457,7 @@ class Compressor:
             "observed": self._observed,
             "probe": {name: snapshot_state(balancing) for name, balancing in self._probe.items()},
             "moments": self._statistics.state_dict(),
+            "samples": {name: [one.hidden, one.present] for name, one in self._statistics.samples.items()},
             "history": [event.to_dict() for event in self.history],
             "phases": self.clock.state_dict(),
         }
@@ -486,6 +489,7 @@ class Compressor:
         self._observed = state_dict["observed"]
         self._probe = {n: snapshot(state, self.method) for n, state in state_dict["probe"].items()}
         self._statistics.load_state_dict(state_dict["moments"])
+        self._statistics.samples = {name: Sample(*one) for name, one in state_dict.get("samples", {}).items()}
         self._observe()
         self.history = [Event.from_dict(event) for event in state_dict["history"]]
         self.clock.load_state_dict(state_dict["phases"])

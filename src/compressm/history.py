@@ -50,12 +50,15 @@ class Event:
         return f"step {self.step}: {what[self.kind]}"
 
     def metrics(self) -> dict[str, float]:
-        """Numbers for a logger: after a cut, states and kept share of Hankel energy per layer, and its seconds."""
+        """Numbers for a logger: after a cut, states, kept share of Hankel energy and, where measured, the error of the
+        output per layer, and its seconds."""
         values: dict[str, float] = {}
         for layer in self.layers:
             values[f"compressm/states/{layer['name']}"] = float(layer["states_after"])
             if (kept := layer.get("energy_kept")) is not None:
                 values[f"compressm/energy_kept/{layer['name']}"] = float(kept)
+            if (error := layer.get("error_on_data")) is not None:
+                values[f"compressm/error_on_data/{layer['name']}"] = float(error)
         if self.kind in ("cut", "rolled_back"):
             values["compressm/cut_seconds"] = self.seconds
         if self.kind == "recompiled":

@@ -22,6 +22,7 @@ from compressm.checkpoint import load, save_with_history
 from compressm.cuts import MadeCuts
 from compressm.errors import CheckpointError, ConfigError, MissingExtraError
 from compressm.expected import Expected
+from compressm.held_out import gather_halves, joined
 from compressm.layers import LanguageModel, SequenceClassifier
 from compressm.ranks import RankRule
 from compressm.reduce import Report, plan_reduction
@@ -66,12 +67,14 @@ class Loss:
 
     def __str__(self) -> str:
         width = max(len(layer.name) for layer in self.report.layers)
-        rows = [f"{'layer':{width}}  {'states':>10}  {'energy discarded':>16}"]
+        rows = [f"{'layer':{width}}  {'states':>10}  {'energy discarded':>16}  {'error on data':>13}"]
         for layer in self.report.layers:
             discarded = 0.0 if layer.energy_kept is None else 1 - layer.energy_kept
             dims = f"{layer.states_before} → {layer.states_after}"
             note = f"  {layer.outcome}: {layer.reason}" if layer.reason else ""
-            rows.append(f"{layer.name:{width}}  {dims:>10}  {discarded:16.2%}{note}")
+            measured = layer.error_on_data if layer.error_held_out is None else layer.error_held_out
+            error = "" if measured is None else f"{measured:.2%}"
+            rows.append(f"{layer.name:{width}}  {dims:>10}  {discarded:16.2%}  {error:>13}{note}")
         rows.append(
             f"loss {self.loss_before:.4f} → {self.loss_after:.4f} ({self.sequences} sequences of {self.length}), "
             f"parameters {self.parameters_before:,} → {self.parameters_after:,}"
@@ -121,10 +124,12 @@ def compress_checkpoint(
     batches = _batches(model, tokenizer, Path(data), 2 * sequences, length, halves=2)
     half = len(batches) // 2
     before, contained = _parameters(model), contents(model)
+    seen = [inputs for inputs, _ in batches[:half]]
     with _fast(model):
-        balancings = balance_layers(model, moments=gather(model, [inputs for inputs, _ in batches[:half]], _BATCH))
+        halves = gather_halves(model, seen)
+        balancings = balance_layers(model, moments=joined(halves))
         loss_before = _loss(model, batches[half:])
-        report = plan_reduction(model, rule, balancings=balancings).apply(model)
+        report = plan_reduction(model, rule, balancings=balancings).measured(model, seen, halves).apply(model)
         loss_after = _loss(model, batches[half:])
     with new_folder(target) as new:
         if extra is None:

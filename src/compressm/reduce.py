@@ -20,13 +20,14 @@ from compressm.carry import Carry, carry_state, check_optimizer
 from compressm.certificate import Certificate
 from compressm.cuts import MadeCuts, linear_cut
 from compressm.errors import CheckpointError, EvaluationError, InvalidRankRuleError, InvalidSystemError
+from compressm.held_out import Halves, gather_halves, halved, joined, twice_readable
 from compressm.metrics import measure
 from compressm.pruning import SCORES, Score, prune
 from compressm.ranks import RankRule, check_choice, check_sizes, choose_ranks, passes_gate
-from compressm.selection import Selection
-from compressm.selective import ErrorEstimate, Moments, SelectiveReduction
+from compressm.replay import Errors, errors_on_data
+from compressm.selection import Selection, reduce_selective
+from compressm.selective import ErrorEstimate, Moments, SelectiveReduction, balance_selective
 from compressm.spectrum import AnyBalancing, balance_layers, mean_hsv
-from compressm.statistics import gather
 
 
 @dataclass(frozen=True)
@@ -39,11 +40,18 @@ class LayerReport:
         outcome: ``"cut"``, ``"kept"`` (the rule asks for no cut worth making) or ``"refused"`` (the certificate
             failed).
         reason: why, in words, unless cut.
-        certificate: of the truncation, or for a selective layer the error to expect; None where none was computed.
+        certificate: of the truncation, or for a selective layer the error to expect of its recurrence; None where none
+            was computed.
         hsv: Hankel singular values before the cut, decreasing; the mean over the systems of a layer that has several.
         energy_kept: share of the layer's Hankel energy that the cut which was made keeps, all its systems together;
             `RankRule.tolerance` promises it. See `SelectiveReduction.discarded` for selective layers. None without a
             cut, and where states were taken out as they are.
+        error_on_data: relative error of the layer's output on the data that the cut was made from, measured by running
+            the layer before and after on the same inputs, see `compressm.replay`. In training on the sequence that was
+            observed last, and for selective layers only. None without a cut or without data.
+        error_held_out: the same on data that the cut was not made from, what to expect on others: measured with cuts to
+            as many states, made from half of the sequences each, on the other half. None where the cut does not depend
+            on the data (time-invariant layers), or there is only one sequence, or in training.
         poles_before, poles_after: eigenvalues of a linear time-invariant layer that was cut; empty otherwise.
     """
 
@@ -55,6 +63,8 @@ class LayerReport:
     certificate: Certificate | ErrorEstimate | None
     hsv: tuple[float, ...]
     energy_kept: float | None = None
+    error_on_data: float | None = None
+    error_held_out: float | None = None
     poles_before: tuple[complex, ...] = ()
     poles_after: tuple[complex, ...] = ()
 
@@ -76,7 +86,13 @@ def _pairs(values: tuple[complex, ...]) -> list[list[float]]:
 
 @dataclass(frozen=True)
 class Report:
-    """What a reduction did to a model, layer by layer, and how long it took in seconds."""
+    """What a reduction did to a model, layer by layer, and how long it took in seconds.
+
+    ``print`` shows for every layer the error measured at its output on the data, and on held-out data; the error
+    expected: of a linear
+    time-invariant layer the relative H2 error, which is that under white noise, of a selective one the error of its
+    recurrence, before the norm and the projection that follow; the H-infinity error and its bound.
+    """
 
     layers: tuple[LayerReport, ...]
     seconds: float
@@ -96,16 +112,19 @@ class Report:
         return {"seconds": self.seconds, "layers": [layer.to_dict() for layer in self.layers]}
 
     def __str__(self) -> str:
-        rows = [f"{'layer':32} {'states':>14} {'error':>9} {'H∞ error':>10} {'bound':>10}  outcome"]
+        titles = f"{'on data':>9} {'held out':>9} {'expected':>9} {'H∞ error':>10} {'bound':>10}"
+        rows = [f"{'layer':32} {'states':>14} {titles}  outcome"]
         for layer in self.layers:
             dims, c = f"{layer.states_before} → {layer.states_after}", layer.certificate
             if isinstance(c, Certificate):
                 numbers = f"{c.relative_h2_error:9.2e} {c.hinf_error:10.3e} {c.bound:10.3e}"
             else:
                 numbers = f"{c.relative_error:9.2e} {'':21}" if c else f"{'':31}"
-            rows.append(
-                f"{layer.name:32} {dims:>14} {numbers}  {layer.outcome}{': ' + layer.reason if layer.reason else ''}"
+            measured = " ".join(
+                f"{'' if value is None else f'{value:.2e}':>9}" for value in (layer.error_on_data, layer.error_held_out)
             )
+            outcome = f"{layer.outcome}{': ' + layer.reason if layer.reason else ''}"
+            rows.append(f"{layer.name:32} {dims:>14} {measured} {numbers}  {outcome}")
         return "\n".join(rows)
 
 
@@ -119,6 +138,36 @@ class Plan:
     def cpu(self) -> Plan:
         """The same plan with all tensors on the CPU, to be sent to other processes."""
         return replace(self, changes={name: change.cpu() for name, change in self.changes.items()})
+
+    def measured(
+        self,
+        model: nn.Module,
+        data: Any,
+        halves: Halves | None = None,
+        selection: Selection = "hankel",
+    ) -> Plan:
+        """The same plan, with the error of every layer on some data in its report; see `compressm.replay`.
+
+        Args:
+            model: that it was made for, not cut yet.
+            data: what it was made from.
+            halves: moments of both halves of these data, to measure on what is held out.
+            selection: how states were picked.
+        """
+        started = time.perf_counter()
+        by_halves = {} if halves is None else _changes_by_halves(model, self.changes, halves, selection)
+        errors = errors_on_data(model, self.changes, data, by_halves)
+        return self.with_errors(errors, time.perf_counter() - started)
+
+    def with_errors(self, errors: Mapping[str, Errors], seconds: float = 0.0) -> Plan:
+        """The same plan, with errors on data by layer name, and the time that it took to measure them."""
+        layers = tuple(
+            replace(layer, error_on_data=errors[layer.name].on_data, error_held_out=errors[layer.name].held_out)
+            if layer.name in errors
+            else layer
+            for layer in self.report.layers
+        )
+        return replace(self, report=Report(layers, self.report.seconds + seconds))
 
     def apply(self, model: nn.Module, optimizer: Optimizer | None = None, carry: Carry = "transform") -> Report:
         """Write it into the model that it was planned for, and carry the optimizer's state over.
@@ -255,6 +304,26 @@ def _plan_selective(
     return replace(report, energy_kept=estimate.energy_kept), change
 
 
+def _changes_by_halves(
+    model: nn.Module, changes: Mapping[str, LayerChange], halves: Halves, selection: Selection
+) -> dict[str, tuple[LayerChange, LayerChange]]:
+    """Of the selective layers among those that are cut: what each half of the data alone would write, with as many
+    states."""
+    found: dict[str, tuple[LayerChange, LayerChange]] = {}
+    for name, (layer, adapter) in find_layers(model).items():
+        if name in changes and isinstance(adapter, SelectiveAdapter) and halved(halves, name):
+            smaller = copy.deepcopy(layer)
+            write(smaller, changes[name])
+            states, (into, out, rotates) = adapter.state_dim(smaller), adapter.maps(layer)
+            first, second = (
+                reduce_selective(balance_selective(half[name]), states, into, out, selection, rotates=rotates)
+                for half in halves
+            )
+            values = layer_values(layer)
+            found[name] = (adapter.plan(values, first), adapter.plan(values, second))
+    return found
+
+
 def _plan_linear(
     report: LayerReport,
     values: Mapping[str, Tensor],
@@ -344,7 +413,9 @@ def compress(
         method: ``"real"`` or ``"complex"``, for linear time-invariant layers.
         selection: how the states of selective layers are picked; see `compressm.selection`.
         data: a batch of the model's inputs, or an iterable of batches, which selective layers need; see
-            `compressm.inputs` for the forms.
+            `compressm.inputs` for the forms. All of their tokens count. They are read twice, the second time to measure
+            `LayerReport.error_on_data` and `error_held_out`; batches that might come in another order then, as from a
+            `DataLoader` that shuffles, are kept in memory meanwhile where the model has selective layers.
         optimizer: if given, its state is carried over to the new parameters.
         carry: how; see `compressm.carry`.
 
@@ -381,12 +452,16 @@ def compress(
     check_plain(plain)
     if optimizer is not None:
         check_optimizer(optimizer, plain, carry)
-    moments = None if data is None else gather(model, data)
+    batches = None if data is None else twice_readable(model, data)
+    halves = None if batches is None else gather_halves(model, batches)
+    moments = None if halves is None else joined(halves)
     if max_drop is not None and evaluate is not None:
         balancings = balance_layers(model, method, moments)
         plan = _largest_harmless(model, rule, balancings, selection, max_drop, evaluate)
     else:
         plan = plan_reduction(model, rule, method, moments=moments, selection=selection)
+    if batches is not None:
+        plan = plan.measured(model, batches, halves, selection)
     return plan.apply(model, optimizer, carry)
 
 

@@ -70,8 +70,10 @@ def reduce_selective(
         raise InvalidRankRuleError(f"selection must be one of {', '.join(known)}; got {selection!r}")
     states = min(states, n)
     if rotates and selection in ("hankel", "least_squares") and states < n:
-        basis = torch.stack([subspace(*_present(balancing, g), states) for g in range(groups)]).mT
-        return _reduction(balancing, basis, basis, None)
+        pairs = [_present(balancing, g) for g in range(groups)]
+        bases = [subspace(P, W, states) for P, W in pairs]
+        reads = [readout(P, basis) if folds_out else basis.mT for (P, _), basis in zip(pairs, bases, strict=True)]
+        return _reduction(balancing, torch.stack(bases).mT, torch.stack(reads), None)
     if folds_into and selection in ("hankel", "least_squares") and states < n:
         into, out = _balanced_maps(balancing, states)
         return _reduction(balancing, into, out, None)
@@ -204,6 +206,25 @@ def subspace(P: Tensor, W: Tensor, states: int) -> Tensor:
                 best = (error, vectors[:, n - states :])
             matrix = P @ rest @ W
     return best[1].flip(-1)
+
+
+def readout(P: Tensor, basis: Tensor) -> Tensor:
+    """The map ``out`` for which ``out^T U^T h`` is the best linear estimate of the state ``h`` from its part in a
+    subspace with orthonormal basis U: ``(U^T P U)^-1 U^T P``, which is ``U^T`` on the subspace itself.
+
+    Args:
+        P: second moment of the states, shape ``(n, n)``.
+        basis: shape ``(n, r)``.
+
+    Returns:
+        shape ``(r, n)``.
+    """
+    inner = basis.mT @ P @ basis
+    across = basis.mT @ P - inner @ basis.mT  # with what lies outside of the subspace
+    scale = inner.diagonal().clamp_min(0).sqrt()
+    scale = torch.where(scale > 0, scale, 1.0)
+    unit = inner / scale[:, None] / scale + RIDGE * torch.eye(inner.shape[0], dtype=P.dtype)
+    return basis.mT + torch.linalg.solve(unit, across / scale[:, None]) / scale[:, None]
 
 
 def _balanced_maps(balancing: SelectiveBalancing, states: int) -> tuple[Tensor, Tensor]:

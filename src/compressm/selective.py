@@ -17,7 +17,8 @@ and the output vector uncorrelated beyond their second moments ``P = E[gain^2 h 
 and a lower bound for r states is ``sum_{i>r} sigma_i^2``, where ``sigma`` are the singular values of ``L_W^T L_P``, ``P
 = L_P L_P^T``, ``W = L_W L_W^T``. With one decay per head, which commutes with every change of basis, the bound is
 attained, and ``sigma`` are the Hankel singular values. P is taken from the states themselves: no assumption is made on
-how the input varies in time.
+how the input varies in time. The delta rule reads its state twice, by the output along ``C_t`` and by what it erases
+along ``B_t``; there ``W = E[C C^T] + c E[B B^T]`` with c such that both have the same trace.
 """
 
 from __future__ import annotations
@@ -72,7 +73,8 @@ class Moments:
     Attributes:
         tokens: number of tokens, shape ``()``.
         P: sum of ``gain^2 h h^T`` over tokens and the channels of a group, shape ``(groups, n, n)``.
-        W, V: sums of ``C C^T`` and ``B B^T`` over tokens, shape ``(groups, n, n)``.
+        W, V: sums of ``C C^T`` and ``B B^T`` over tokens, shape ``(groups, n, n)``. Under the delta rule W has V beside
+            it, scaled to the same trace: the state is read along C by the output, and along B by what it erases.
         B, C: sums over tokens, shape ``(groups, n)``.
         rates: ``tokens`` times the decay rates averaged over the channels of a group, shape ``(groups, n)``.
 
@@ -139,9 +141,16 @@ def moments(signals: Signals, present: Tensor | None = None, *, padding_enters: 
             total, P = total + P.to("cpu", torch.float64), torch.zeros_like(P)
     B, C = (vectors.to("cpu", torch.float64).reshape(-1, groups, n) for vectors in (B, C))
     W, V = (vectors.mT @ vectors for vectors in (v.transpose(0, 1) for v in (C, B)))
+    if erase is not None:
+        W = W + V * (_trace(W) / _trace(V).clamp_min(1e-300))
     weight = tokens if signals.C.ndim == 3 else 1.0
     sums = (total, weight * W, V, B.sum(0), weight * C.sum(0), tokens * rates.mean(1).to("cpu", torch.float64))
     return Moments(torch.tensor(tokens, dtype=torch.float64), *sums)
+
+
+def _trace(matrices: Tensor) -> Tensor:
+    """Shape ``(groups, 1, 1)``, of matrices ``(groups, n, n)``."""
+    return matrices.diagonal(dim1=-2, dim2=-1).sum(-1)[:, None, None]
 
 
 @dataclass(frozen=True)
@@ -195,7 +204,8 @@ class ErrorEstimate:
     Attributes:
         states_before, states_after: state dimension.
         relative_error: root of the recurrence's mean squared output error, relative to that of its output. Expected
-            under the moments; inputs that are not like the data can do worse.
+            under the moments, before the norm and the projection that follow; what leaves the layer is measured, see
+            `LayerReport.error_on_data`.
         least_error: the same for the best linear map of the states to as few; no cut to this size can do better.
         failures: why the cut must not be made; empty if it may.
         energy_kept: share of the layer's Hankel energy that the cut keeps, all groups together; see

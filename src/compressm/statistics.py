@@ -15,6 +15,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -50,7 +51,20 @@ class NotFiniteWarning(UserWarning):
     """An observation met numbers that are not finite, and was left out."""
 
 
-_TELLS = (SequenceClassifier, LanguageModel, Bidirectional)  # have present(u, lengths)
+TELLS = (SequenceClassifier, LanguageModel, Bidirectional)  # have present(u, lengths)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A sequence that a layer read.
+
+    Attributes:
+        hidden: the layer's input, shape ``(1, length, d_model)``.
+        present: 1 for tokens and 0 for padding, shape ``(1, length)``; None for no padding.
+    """
+
+    hidden: Tensor
+    present: Tensor | None = None
 
 
 class Statistics:
@@ -58,7 +72,7 @@ class Statistics:
 
     Args:
         model: any model with layers that compressm knows; only read.
-        sequences: how many sequences of a batch an observation looks at.
+        sequences: how many sequences of a batch an observation looks at; None for all.
         memory: weight of what was observed before, at every observation; 1 for plain sums.
         strict: whether data that are not finite are an error. Otherwise what they lead to is left out and counted, and
             the first time is warned of.
@@ -70,12 +84,15 @@ class Statistics:
     # Whether some observer computes what a layer got, and calls parts of it for that: no observer counts such calls.
     _looking = False
 
-    def __init__(self, model: nn.Module, sequences: int = 1, memory: float = MEMORY, strict: bool = False) -> None:
+    def __init__(
+        self, model: nn.Module, sequences: int | None = 1, memory: float = MEMORY, strict: bool = False
+    ) -> None:
         self.sequences, self.memory, self.strict = sequences, memory, strict
         self._model = model
         found = find_layers(model).items()
         self._layers = {name: (layer, a) for name, (layer, a) in found if isinstance(a, SelectiveAdapter)}
         self._moments: dict[str, Moments] = {}
+        self._samples: dict[str, Sample] = {}
         self.dropped: dict[str, int] = {}
         self._why_dropped: dict[str, str] = {}
         self._missed: dict[str, str] = {}  # calls that cannot be observed, by layer, in words
@@ -84,7 +101,7 @@ class Statistics:
         self._training_only, self._when, self._calls = True, "", 0
         self._arguments: dict[str, Any] = {}  # of the model's call that is being made
         # Models that know which of their inputs are padding tell it before their layers are called.
-        self._padded = [module for module in model.modules() if isinstance(module, _TELLS)]
+        self._padded = [module for module in model.modules() if isinstance(module, TELLS)]
         self._told: list[tuple[Tensor | None, bool]] = []  # who is told what is padding, innermost last
         self._reversed = reversed_layers(model)
 
@@ -196,8 +213,23 @@ class Statistics:
             present, stays = self._told[-1]
             if present is not None and name in self._reversed and not stays:
                 present = present.flip(1)
-        present = None if present is None or present.shape != hidden.shape[:2] else present.detach()[: self.sequences]
-        hidden = hidden.detach()[: self.sequences]
+        present = None if present is None or present.shape != hidden.shape[:2] else present.detach()
+        self._look(name, layer, adapter, hidden.detach(), present, starts, carried, told)
+
+    def _look(
+        self,
+        name: str,
+        layer: nn.Module,
+        adapter: SelectiveAdapter,
+        hidden: Tensor,
+        present: Tensor | None,
+        starts: Tensor | None,
+        carried: Any,
+        told: bool,
+    ) -> None:
+        """As `observe`; ``told``: the padding is what the model said, and the layer reads it like any input."""
+        present = None if present is None else present[: self.sequences]
+        hidden = hidden[: self.sequences]
         if starts is not None:  # nothing is carried over from one to the next, by no convolution either
             starts = starts[: self.sequences]
             present = hidden.new_ones(hidden.shape[:2]) if present is None else present
@@ -218,6 +250,8 @@ class Statistics:
             self._drop(name, hidden)
         elif float(new.tokens) > 0:
             self._add(name, new)
+            if carried is None:
+                self._samples[name] = Sample(hidden[:1].clone(), None if present is None else present[:1].clone())
 
     def _add(self, name: str, new: Moments) -> None:
         before = self._moments.get(name)
@@ -252,7 +286,7 @@ class Statistics:
 
     def padding_told(self, model: nn.Module, arguments: dict[str, Any]) -> None:
         """A model is called that knows which of its inputs are tokens, or a part of one, in whose call that holds."""
-        assert isinstance(model, _TELLS)
+        assert isinstance(model, TELLS)
         before = self._told[-1] if self._told else (None, False)
         if not self.counts(model):
             self._told.append(before)
@@ -275,8 +309,8 @@ class Statistics:
         self._told, self._arguments = [], {}
 
     def reset(self) -> None:
-        """Forget all moments, and what was left out of them."""
-        for record in (self._moments, self._missed, self.dropped, self._why_dropped):
+        """Forget all moments and samples, and what was left out of them."""
+        for record in (self._moments, self._samples, self._missed, self.dropped, self._why_dropped):
             record.clear()
 
     def moments(self) -> dict[str, Moments]:
@@ -292,7 +326,16 @@ class Statistics:
         if problems:
             line, bad = problems[0]
             raise (InvalidSystemError if bad else UnsupportedModelError)(line)
-        return {name: _summed(self._moments[name]) for name in self._layers}
+        return {name: summed(self._moments[name]) for name in self._layers}
+
+    @property
+    def samples(self) -> dict[str, Sample]:
+        """The sequence that every layer read last while it was observed."""
+        return dict(self._samples)
+
+    @samples.setter
+    def samples(self, samples: Mapping[str, Sample]) -> None:
+        self._samples = dict(samples)
 
     def state_dict(self) -> dict[str, Any]:
         """The moments, as dicts of tensors."""
@@ -312,7 +355,8 @@ def not_seen(name: str) -> str:
     )
 
 
-def _summed(moments: Moments) -> Moments:
+def summed(moments: Moments) -> Moments:
+    """Over all processes; all of them must call this at the same time."""
     if world_size() == 1:
         return moments
     device = "cuda" if torch.distributed.get_backend() == "nccl" else "cpu"
@@ -322,14 +366,17 @@ def _summed(moments: Moments) -> Moments:
     return Moments(**{name: value.cpu() for name, value in tensors.items()})
 
 
-def gather(model: nn.Module, data: Any, sequences: int = 4) -> dict[str, Moments]:
+def gather(model: nn.Module, data: Any, sequences: int | None = None) -> dict[str, Moments]:
     """Moments of every selective layer of a model over some data; empty where there is no such layer.
 
     Args:
         model: called in evaluation mode; the modes of all its parts are restored.
         data: a batch, or an iterable of batches: tensors or arrays, pairs with labels, or mappings of keyword
             arguments; see `compressm.inputs`. Not looked at where there is no selective layer.
-        sequences: how many sequences of each batch are looked at.
+        sequences: how many sequences of each batch are looked at; by default all.
+
+    Every layer takes as many operations as the data have tokens, times its width, times the square of its state
+    dimension; and memory for one state of every sequence of a batch. Give fewer or smaller batches to spend less.
 
     In several processes all of them must call this, each with its share of the data.
 
@@ -341,6 +388,16 @@ def gather(model: nn.Module, data: Any, sequences: int = 4) -> dict[str, Moments
     statistics = Statistics(model, sequences, memory=1.0, strict=True)
     if not statistics.layers:
         return {}
+    observe_all(statistics, model, data)
+    return statistics.moments()
+
+
+def observe_all(statistics: Statistics, model: nn.Module, data: Any) -> None:
+    """Let a model read some data, in evaluation mode, while its selective layers are observed; see `gather`.
+
+    Raises:
+        InvalidSystemError, ConfigError: as `gather`.
+    """
     unfit = None
     try:
         with modes_kept(model), torch.no_grad():
@@ -355,7 +412,6 @@ def gather(model: nn.Module, data: Any, sequences: int = 4) -> dict[str, Moments
     # The others must hear of it: they would wait for this process's moments for ever.
     if all_unfit := [error for error in gathered(unfit) if error is not None]:
         raise unfit or all_unfit[0]
-    return statistics.moments()
 
 
 @contextmanager
@@ -369,4 +425,15 @@ def modes_kept(model: nn.Module) -> Generator[None]:
             module.training = training
 
 
-__all__ = ["MODEL_CALLS", "NotFiniteWarning", "Statistics", "gather", "modes_kept", "not_seen"]
+__all__ = [
+    "MODEL_CALLS",
+    "TELLS",
+    "NotFiniteWarning",
+    "Sample",
+    "Statistics",
+    "gather",
+    "modes_kept",
+    "not_seen",
+    "observe_all",
+    "summed",
+]

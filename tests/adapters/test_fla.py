@@ -97,6 +97,23 @@ def test_states_are_cut_where_they_matter_least(make: Any) -> None:
     assert all(now is parameters[name] for name, now in layer.named_parameters())
 
 
+@pytest.mark.parametrize("make", [delta_net, gated_delta_net])
+def test_what_the_delta_rule_erases_along_counts_as_read(make: Any) -> None:
+    """Queries that read half of the key dimensions: the output does not see the others, but keys erase along them."""
+    pytest.importorskip("fla")
+    torch.manual_seed(0)
+    layer = make()
+    with torch.no_grad():
+        layer.q_proj.weight.view(HEADS, STATES, WIDTH)[:, STATES // 2 :] = 0
+    u = torch.randn(3, 80, WIDTH)
+    cut = copy.deepcopy(layer)
+    (report,) = _compress(cut, u, "hankel").layers
+    before = outputs(layer, u)
+    made = float((outputs(cut, u) - before).norm() / before.norm())
+    assert made > 0.1
+    assert 0.4 < report.certificate.relative_error / made < 2.5
+
+
 def _compress(layer: Any, u: torch.Tensor, selection: Any) -> compressm.Report:
     """With moments gathered from the layer's inputs; its forward needs a GPU."""
     from compressm.ranks import RankRule

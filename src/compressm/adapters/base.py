@@ -118,8 +118,8 @@ class SelectiveAdapter(LayerAdapter):
             Where not, states are selected.
         folds_out: whether any linear map of C can be folded in. Where a non-linearity stands between projection and
             recurrence it cannot, and C is selected like B.
-        rotates: whether the recurrence allows rotations of the states, the same for B and C, and no other change of
-            basis: the delta rule.
+        rotates: whether the recurrence allows rotations of the states and no other change of basis: the delta rule.
+            B is then projected by an orthonormal basis, and so is C unless ``folds_out`` allows any map of it.
         entrance: a part of the layer that it calls once, with its own input, by which the layer is observed where its
             ``forward`` is called and not the layer. None where there is none; such calls are then refused.
     """
@@ -164,6 +164,10 @@ class SelectiveAdapter(LayerAdapter):
     def signals_after(self, layer: nn.Module, hidden: Tensor, carried: Any) -> Signals:
         """As `signals`, for a call that goes on from what `carried` returned."""
         raise NotImplementedError(f"{type(self).__name__}.carried reads states, and signals_after is not there")
+
+    def run(self, layer: nn.Module, hidden: Tensor) -> Any:
+        """What the layer returns for its own input alone; override it where the layer needs more arguments."""
+        return layer(hidden)
 
     @abstractmethod
     def plan(self, values: Mapping[str, Tensor], reduction: SelectiveReduction) -> LayerChange:

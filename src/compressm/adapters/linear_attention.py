@@ -93,12 +93,15 @@ class GatedLinearAttentionAdapter(LinearAttentionAdapter):
 
 
 class DeltaNetAdapter(LinearAttentionAdapter):
-    """Rotates keys and queries of a head alike, and keeps the directions that matter. At full rank that is exact. At a
-    smaller one keys are scaled to norm 1 again, by the layer itself, after what was cut from them."""
+    """Rotates the keys of a head, and keeps the directions that matter for what is read of the state, by the output
+    along queries and by the erasure along keys. Queries take over the work of the other directions.
+
+    That is exact where the keys lie in the kept subspace, at full rank always. Where they do not, the layer itself
+    scales what is left of a key to norm 1 again: it then erases and writes along another direction than before.
+    """
 
     layer_type = DeltaNet
     folds_into = False
-    folds_out = False
     rotates = True
 
 

@@ -130,6 +130,10 @@ class RecurrentGemmaAdapter(HuggingFaceAdapter, RecurrentBlockAdapter):
     def activation(self, layer: Any) -> Any:
         return layer.act_fn
 
+    def run(self, layer: nn.Module, hidden: Tensor) -> Any:
+        positions = torch.arange(hidden.shape[1], device=hidden.device).expand(hidden.shape[:2])
+        return layer(hidden, positions, None, use_cache=False)
+
     def plan(self, values: Mapping[str, Tensor], reduction: SelectiveReduction) -> LayerChange:
         change = super().plan(values, reduction)
         blocks, r = reduction.into.shape[:2]

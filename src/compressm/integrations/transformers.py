@@ -23,7 +23,7 @@ except ImportError as error:
 log = logging.getLogger(__name__)
 _RECORD = "compressm"
 # What of the compressor's state is tensors, and lies beside the Trainer's own state, which is JSON.
-_TENSORS = ("observed", "probe", "moments")
+_TENSORS = ("observed", "probe", "moments", "samples")
 
 
 class CompressionCallback(TrainerCallback):
@@ -97,7 +97,8 @@ class CompressionCallback(TrainerCallback):
 
     def _resume(self, args: TrainingArguments, state: TrainerState) -> None:
         assert self.compressor is not None
-        record: dict[str, Any] = {"observed": None, "probe": {}, "moments": {}, **_records(state)[_RECORD]}
+        nothing: dict[str, Any] = {"observed": None, "probe": {}, "moments": {}, "samples": {}}
+        record = {**nothing, **_records(state)[_RECORD]}
         folder = _checkpoint(args, state) / _RECORD
         if folder.is_dir():
             record.update(load_tree(folder))

@@ -151,6 +151,7 @@ def _layer(layer: dict[str, Any]) -> dict[str, str]:
         "states": f"{layer['states_before']} → {layer['states_after']}",
         "outcome": layer["outcome"] + (f": {layer['reason']}" if layer["reason"] else ""),
         "relative": "" if relative is None else f"{100 * relative:.2g} %",
+        "on_data": "" if (measured := layer.get("error_on_data")) is None else f"{100 * measured:.2g} %",
         "bound": "" if bound is None else f"{bound:.3g}",
         "error": "" if error is None else f"{error:.3g}",
     }
