@@ -192,7 +192,7 @@ def test_forms_that_work(form: str) -> None:
         assert mine.dtype == expected.dtype
         assert torch.equal(mine, expected)
     spectrum = compressm.analyze(model, data=data())
-    statistics = Statistics(model, 4, memory=1.0)  # by hand: the moments of those batches and no others
+    statistics = Statistics(model, None, memory=1.0)  # by hand: the moments of those batches and no others
     for batch in batches:
         statistics.observe_next(training_only=False)
         with torch.no_grad():

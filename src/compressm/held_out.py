@@ -109,7 +109,7 @@ def twice_readable(model: nn.Module, data: Any) -> Any:
     only what cannot be read again is kept.
     """
     ordered = any(isinstance(adapter, SelectiveAdapter) for _, adapter in find_layers(model).values())
-    whole = is_array(data) or isinstance(data, list | tuple | Mapping) or not isinstance(data, Iterable)
+    whole = is_array(data) or isinstance(data, list | tuple | Mapping | str | bytes) or not isinstance(data, Iterable)
     if whole or not (ordered or isinstance(data, Iterator)):
         return data
     return list(cast("Iterable[Any]", data))

@@ -122,7 +122,7 @@ class Statistics:
     def _problem(self, name: str) -> str | None:
         if name in self._missed:
             return f"{name!r} is a selective layer that is not seen whole: {self._missed[name]}"
-        if name in self._moments:
+        if name not in self.unseen:
             return None
         if name in self.dropped:
             return f"all {self.dropped[name]} observations of {name!r} were left out: {self._why_dropped[name]}"
