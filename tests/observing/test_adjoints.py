@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor, multiprocessing, nn
 from torch.nn import functional as F
 
 from compressm.adapters import find_layers
@@ -323,6 +324,44 @@ def test_batches_that_are_not_finite_are_left_out_and_counted() -> None:
     observer.observe_next()
     F.cross_entropy(net(x), y).backward()
     assert bool(observer.evidence()["blocks.0.ssm"].Q.isfinite().all())
+
+
+def test_a_layer_that_has_diverged_disturbs_nobody() -> None:
+    net, (x, y) = model("lru", layers=1), inputs()
+    observer = Observer(net)
+    with torch.no_grad():
+        net.blocks[0].ssm.B_re[0, 0] = float("nan")  # type: ignore[index]
+    observer.observe_next()
+    F.cross_entropy(net(x), y).backward()
+    assert observer.dropped == 1
+    assert observer.unseen == ["blocks.0.ssm"]
+
+
+def observe_share(rank: int, folder: str) -> None:
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
+    net, (x, y) = model("lru"), inputs(6)
+    observer = Observer(net, memory=1.0)
+    observer.observe_next()
+    mine = slice(3 * rank, 3 * rank + 3)
+    F.cross_entropy(net(x[mine]), y[mine]).backward()
+    torch.save({name: one.tensors() for name, one in observer.evidence().items()}, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_processes_sum_what_they_have_seen(tmp_path: Path) -> None:
+    multiprocessing.spawn(observe_share, (str(tmp_path),), nprocs=2)
+    net, (x, y) = model("lru"), inputs(6)
+    observer = Observer(net)
+    observer.observe_next()
+    F.cross_entropy(net(x), y).backward()
+    shares = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+    for name, whole in observer.evidence().items():
+        for key, tensor in whole.tensors().items():
+            assert torch.equal(shares[0][name][key], shares[1][name][key])
+            torch.testing.assert_close(shares[0][name][key], tensor)
 
 
 def test_observing_changes_no_gradient_and_waits_for_training() -> None:

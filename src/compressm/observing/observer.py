@@ -12,7 +12,7 @@ from torch.utils.hooks import RemovableHandle
 
 from compressm.adapters import Adapter, SelectiveAdapter, find_layers
 from compressm.distributed import gathered, world_size
-from compressm.errors import ConfigError, UnsupportedModelError
+from compressm.errors import ConfigError, InvalidSystemError, UnsupportedModelError
 from compressm.layers import SequenceClassifier
 from compressm.layers.bidirectional import Bidirectional
 from compressm.observing.calls import Call, LinearCall, SelectiveCall, as_evidence
@@ -54,7 +54,8 @@ class Observer:
         keep: of how many sequences to keep what predictions need, see `samples`; the last ones.
 
     Attributes:
-        dropped: how many calls of layers were left out, because inputs or gradients were not finite.
+        dropped: how many calls of layers were left out, because inputs, gradients or
+            the layer's parameters were not finite.
         unsupported: names of the selective layers that it is not known how to mask.
 
     Raises:
@@ -212,7 +213,10 @@ class Observer:
             assert isinstance(before, tuple)
             passes[now.number] = (*before, Sample(call.u, g))
         else:
-            passes[now.number] = now.runs[name]
+            run: Tensor = now.runs[name]
+            if any(_sequences(one).shape[1:] != run.shape[1:] for one in passes.values()):
+                passes.clear()  # from before a cut
+            passes[now.number] = run
         while len(passes) > 1 and sum(len(_sequences(one)) for one in passes.values()) > self.keep:
             del passes[min(passes)]
 
@@ -274,10 +278,14 @@ class _Seen:
         present = now.present if now.present is not None and now.present.shape == y.shape[:2] else None
         if present is not None and self.flipped:
             present = present.flip(1)
-        if isinstance(self.adapter, Adapter):
-            call: Call = LinearCall.of(layer, self.adapter, args, kwargs, present)
-        else:
-            call = SelectiveCall.of(layer, self.adapter, args, kwargs, present)
+        try:
+            if isinstance(self.adapter, Adapter):
+                call: Call = LinearCall.of(layer, self.adapter, args, kwargs, present)
+            else:
+                call = SelectiveCall.of(layer, self.adapter, args, kwargs, present)
+        except InvalidSystemError:  # diverged; training itself is not disturbed
+            self.observer.dropped += 1
+            return
         y.register_hook(lambda g: self.observer.add(now, self.name, call, g.detach()))
 
 
