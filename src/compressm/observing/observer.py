@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal
 
@@ -34,7 +35,7 @@ class Observer:
 
     Of linear layers that is the second moments of states and adjoint states, of selective ones the Fisher matrix of a
     mask on their states. `observe_next` arms it for one forward pass and the backward pass that follows it. Nothing is
-    kept but sums.
+    kept but sums. A model that `torch.compile` has compiled runs eagerly from there until it is called again.
 
     What a loss of one sequence is must be known, since the loss that training computes is that of a batch:
 
@@ -88,6 +89,7 @@ class Observer:
         self._samples: dict[str, dict[int, Kept]] = {}
         self._hooks: list[RemovableHandle] = []
         self._pass = _Pass()
+        self._eager: Any = None
 
     @property
     def layers(self) -> list[str]:
@@ -114,6 +116,8 @@ class Observer:
             raise ConfigError(f"loss_scale must be a positive number; got {loss_scale!r}")
         self.close()
         self._passes += 1
+        if self._layers and "torch._dynamo" in sys.modules:  # compiled graphs know no hooks that came later
+            self._eager = torch.compiler.set_stance("force_eager")
         self._pass = now = _Pass(self._passes, loss_scale, training_only, frozen)
         if not self._layers:
             return
@@ -130,6 +134,9 @@ class Observer:
     def close(self) -> None:
         """Remove all hooks; what was observed stays."""
         self._pass.over = True
+        if self._eager is not None:
+            self._eager.__exit__(None, None, None)
+            self._eager = None
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
