@@ -10,6 +10,10 @@ Nothing else is assumed: ``dy`` is exactly what the reduced recurrence gives on 
 `covariance`, ``1/2 L sum_{i>r} sigma_i^2``, takes states and adjoints of different tokens for uncorrelated besides. It
 ranks states well, and may be far off as a number: on MNIST, read pixel by pixel, it is about fifteen times too large
 (benchmarks/loss_aware_oneshot.py).
+
+How good the prediction is depends on the sequences. There, 800 of them with sampled targets predicted 0.6 to 1.6 times
+the divergence that was measured, of cuts by white noise as of cuts by data and loss; 50 with the data's own labels were
+up to nine times too low.
 """
 
 from __future__ import annotations

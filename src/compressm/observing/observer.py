@@ -35,7 +35,8 @@ class Observer:
 
     Of linear layers that is the second moments of states and adjoint states, of selective ones the Fisher matrix of a
     mask on their states. `observe_next` arms it for one forward pass and the backward pass that follows it. Nothing is
-    kept but sums. A model that `torch.compile` has compiled runs eagerly from there until it is called again.
+    kept but sums. Compiled graphs know no hooks that came later: what `torch.compile` has compiled runs eagerly until
+    that forward pass is over, and `close` ends the wait for it.
 
     What a loss of one sequence is must be known, since the loss that training computes is that of a batch:
 
@@ -116,12 +117,13 @@ class Observer:
             raise ConfigError(f"loss_scale must be a positive number; got {loss_scale!r}")
         self.close()
         self._passes += 1
-        if self._layers and "torch._dynamo" in sys.modules:  # compiled graphs know no hooks that came later
+        if self._layers and "torch._dynamo" in sys.modules:
             self._eager = torch.compiler.set_stance("force_eager")
         self._pass = now = _Pass(self._passes, loss_scale, training_only, frozen)
         if not self._layers:
             return
         self._hooks.append(self._model.register_forward_pre_hook(_Hook(now, self._begun), with_kwargs=True))
+        self._hooks.append(self._model.register_forward_hook(_Hook(now, self._compiled_again), always_call=True))
         flipped = [m.backwards for m in self._model.modules() if isinstance(m, Bidirectional)]
         backwards = {id(part) for module in flipped for part in module.modules()}
         for module in self._model.modules():
@@ -134,9 +136,7 @@ class Observer:
     def close(self) -> None:
         """Remove all hooks; what was observed stays."""
         self._pass.over = True
-        if self._eager is not None:
-            self._eager.__exit__(None, None, None)
-            self._eager = None
+        self._compiled_again()
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
@@ -233,6 +233,12 @@ class Observer:
         if now.begun:
             self.close()
         now.begun = True
+
+    def _compiled_again(self, *_: Any) -> None:
+        """The model's forward is over: compiled graphs may be used again."""
+        if self._eager is not None:
+            self._eager.__exit__(None, None, None)
+            self._eager = None
 
 
 class _Pass:
