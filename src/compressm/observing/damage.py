@@ -11,9 +11,10 @@ Nothing else is assumed: ``dy`` is exactly what the reduced recurrence gives on 
 ranks states well, and may be far off as a number: on MNIST, read pixel by pixel, it is about fifteen times too large
 (benchmarks/loss_aware_oneshot.py).
 
-How good the prediction is depends on the sequences. There, 800 of them with sampled targets predicted 0.6 to 1.6 times
-the divergence that was measured, of cuts by white noise as of cuts by data and loss; 50 with the data's own labels were
-up to nine times too low.
+How good the prediction is depends on the sequences. There, with 800 of them and sampled targets, the divergence that
+was measured was 0.6 to 1.1 times the predicted one between 0.001 and 0.1 nats, and up to 2.2 times above that, after
+cuts by white noise as after those by data and loss. With 50 sequences and the data's own labels it was up to nine times
+the predicted one.
 """
 
 from __future__ import annotations
