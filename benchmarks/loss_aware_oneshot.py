@@ -39,7 +39,7 @@ from compressm.theory.evidence import Covariances
 from compressm.training.config import DataConfig
 from compressm.training.data import BatchOrder, SequenceData, load_data
 
-STATES = (64, 40, 28, 22, 16, 12, 8, 6, 4)
+STATES = (40, 28, 16, 12, 8, 6)
 LAYER = "blocks.0.ssm"
 METHODS = ("white", "P from data", "Q from loss", "both")
 
@@ -56,10 +56,10 @@ def main() -> None:
     root = None if arguments.data is None else str(arguments.data)
     data = load_data(DataConfig(name="smnist", pool=2, validation=0.1, root=root))
     model, seconds = trained(data, arguments.steps, arguments.seed)
-    held_out = data.batch(data.validation, torch.arange(3000))
+    held_out = data.batch(data.validation, torch.arange(2000))
     evidence = {
         f"{count} batches, {labels} labels": observed(model, data, count, labels)
-        for count, labels in ((arguments.observed, "sampled"), (1, "sampled"), (1, "the data's"))
+        for count, labels in ((arguments.observed, "sampled"), (1, "the data's"))
     }
     alphas = {source: shares(model, seen.moments) for source, seen in evidence.items()}
     before = predictions(model, held_out[0])

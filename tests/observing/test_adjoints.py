@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor, multiprocessing, nn
 from torch.nn import functional as F
 
 from compressm.adapters import find_layers
@@ -20,6 +21,7 @@ from compressm.observing.adjoints import Reading, covariances, readings
 from compressm.observing.labels import sampled_losses
 from compressm.observing.observer import Observer, gather_evidence
 from compressm.systems import DiagonalSystem
+from compressm.theory.covariance import balance_covariances, truncate_covariances
 from compressm.theory.evidence import Covariances, white_scales
 
 FAMILIES = ("lru", "s5", "s5_both", "s4d")
@@ -156,8 +158,7 @@ def test_spread_is_the_sum_over_sequences(family: str) -> None:
     for k in range(5):
         single = covariances(system, Reading(u[k : k + 1], g[k : k + 1], system.C, None))
         scale = white_scales(system)[0]
-        energy = (single.states.diagonal(dim1=-2, dim2=-1) / scale.square()).sum(-1)
-        spread = spread + energy.square()
+        spread = spread + (single.states / scale[..., :, None] / scale[..., None, :]).square().sum((-2, -1))
     torch.testing.assert_close(whole.spread_states, spread)
 
 
@@ -325,6 +326,44 @@ def test_batches_that_are_not_finite_are_left_out_and_counted() -> None:
     assert bool(observer.evidence()["blocks.0.ssm"].Q.isfinite().all())
 
 
+def test_a_layer_that_has_diverged_disturbs_nobody() -> None:
+    net, (x, y) = model("lru", layers=1), inputs()
+    observer = Observer(net)
+    with torch.no_grad():
+        net.blocks[0].ssm.B_re[0, 0] = float("nan")  # type: ignore[index]
+    observer.observe_next()
+    F.cross_entropy(net(x), y).backward()
+    assert observer.dropped == 1
+    assert observer.unseen == ["blocks.0.ssm"]
+
+
+def observe_share(rank: int, folder: str) -> None:
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
+    net, (x, y) = model("lru"), inputs(6)
+    observer = Observer(net, memory=1.0)
+    observer.observe_next()
+    mine = slice(3 * rank, 3 * rank + 3)
+    F.cross_entropy(net(x[mine]), y[mine]).backward()
+    torch.save({name: one.tensors() for name, one in observer.evidence().items()}, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_processes_sum_what_they_have_seen(tmp_path: Path) -> None:
+    multiprocessing.spawn(observe_share, (str(tmp_path),), nprocs=2)
+    net, (x, y) = model("lru"), inputs(6)
+    observer = Observer(net)
+    observer.observe_next()
+    F.cross_entropy(net(x), y).backward()
+    shares = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+    for name, whole in observer.evidence().items():
+        for key, tensor in whole.tensors().items():
+            assert torch.equal(shares[0][name][key], shares[1][name][key])
+            torch.testing.assert_close(shares[0][name][key], tensor)
+
+
 def test_observing_changes_no_gradient_and_waits_for_training() -> None:
     net, (x, y) = model("s5"), inputs()
     plain = copy.deepcopy(net)
@@ -366,6 +405,27 @@ def test_checkpointed_layers_are_seen_once(reentrant: bool) -> None:
     check(observer.evidence(), expected, 4)
 
 
+@pytest.mark.slow
+def test_compiled_models_are_observed_eagerly_and_compiled_again_after() -> None:
+    net, (x, y) = model("lru"), inputs()
+    expected = oracle(net, lambda m: F.cross_entropy(m(x), y, reduction="none"))
+    compiled = torch.compile(net, backend="eager")
+    F.cross_entropy(compiled(x), y).backward()  # hooks that come later are not in the graph
+    for root in (net, compiled):
+        observer = Observer(root)
+        observer.observe_next()
+        F.cross_entropy(compiled(x), y).backward()
+        found = {name.removeprefix("_orig_mod."): one for name, one in observer.evidence().items()}
+        check(found, expected, 4)  # type: ignore[arg-type]
+        F.cross_entropy(compiled(x), y).backward()
+        called: list[int] = []
+        hook = net.blocks[0].ssm.register_forward_hook(lambda *_, called=called: called.append(1))
+        compiled(x)
+        hook.remove()
+        assert called == []  # the compiled graph is back
+    torch._dynamo.reset()
+
+
 def test_autocast_is_no_obstacle() -> None:
     net, (x, y) = model("lru").float(), inputs()
     exact, found = Observer(net), Observer(net)
@@ -380,6 +440,21 @@ def test_autocast_is_no_obstacle() -> None:
         other = found.evidence()[name]
         assert (other.P - value.P).norm() < 0.05 * value.P.norm()  # bfloat16 has eight bits
         assert (other.Q - value.Q).norm() < 0.05 * value.Q.norm()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_cut_by_what_was_observed_is_written_as_it_was_certified(family: str) -> None:
+    net, (x, _) = model(family), inputs(20)
+    evidence = gather_evidence(net, [x]).evidence()
+    for name, (one, adapter) in find_layers(net).items():
+        seen = evidence[name]
+        assert isinstance(seen, Covariances)
+        reduction = truncate_covariances(balance_covariances(read(one), seen), 3)
+        assert reduction.certificate.valid
+        write(one, adapter.plan(layer_values(one), reduction))  # type: ignore[union-attr]
+        assert adapter.state_dim(one) == reduction.system.n <= 3
+        # 1e-6: real eigenvalues are written with a phase of 1e-8, and off the axis by a millionth of their rate.
+        assert bool((reduction.system.minus(read(one)).h2_norm() <= 1e-6 * reduction.system.h2_norm()).all())
 
 
 def test_after_a_cut_the_old_moments_go() -> None:

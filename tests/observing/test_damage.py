@@ -15,13 +15,21 @@ from compressm.adapters.base import layer_values, write
 from compressm.balancing import balance, truncate
 from compressm.layers import LRU, SequenceClassifier
 from compressm.observing.adjoints import Reading, covariances
-from compressm.observing.damage import Sample, calibrated_curve, divergence, linear_changes, selective_changes
+from compressm.observing.damage import (
+    Sample,
+    divergence,
+    linear_changes,
+    linear_damages,
+    selective_changes,
+    selective_damages,
+)
 from compressm.observing.masks import masked_forward
 from compressm.observing.observer import Observer, gather_evidence
 from compressm.selection import reduce_selective
 from compressm.selective import SelectiveReduction, balance_selective
 from compressm.statistics import gather
 from compressm.systems import DiagonalSystem
+from compressm.theory.budget import within_loss, within_states
 from compressm.theory.covariance import balance_covariances, predicted_damage, truncate_covariances
 from compressm.theory.evidence import Covariances
 from compressm.theory.fisher import MaskFisher, select_by_fisher
@@ -155,13 +163,35 @@ def test_the_calibrated_curve_is_the_divergence_of_the_cuts_that_were_tried() ->
     seen, passes = observer.evidence()[name], observer.samples()[name]
     assert isinstance(seen, Covariances)
     balancing = balance_covariances(adapter.read(layer_values(layer)), seen)  # type: ignore[union-attr]
-    curve = calibrated_curve(layer, balancing, passes, points=3)  # type: ignore[arg-type]
+    curve = linear_damages(layer, balancing, passes, points=3)  # type: ignore[arg-type]
     assert curve.shape == (13,)
     assert bool((curve[:-1] >= curve[1:]).all())
     for rank in (1, 2, 5):
         reduced = truncate_covariances(balancing, rank).system
         expected = divergence([linear_changes(layer, balancing.system, reduced, passes[0])])  # type: ignore[arg-type]
         assert float(curve[rank]) == pytest.approx(expected, rel=1e-9)
+
+
+def test_so_is_that_of_a_selective_layer() -> None:
+    torch.manual_seed(0)
+    net, (x, _) = SequenceClassifier(2, 4, 8, 9, 1, dropout=0.0, layer="mamba").double().eval(), data(40)
+    observer = gather_evidence(net, [x[:20], x[20:]], keep=40)
+    name = observer.layers[0]
+    balancing, passes = balance_selective(gather(net, [x])[name]), observer.samples()[name]
+    curve = selective_damages(balancing, passes, lambda states: reduce_selective(balancing, states), points=3)  # type: ignore[arg-type]
+    assert curve.shape == (10,)
+    assert float(curve[9]) == 0
+    for rank in (1, 2, 4):
+        changes = torch.cat([selective_changes(part, reduce_selective(balancing, rank)) for part in passes])  # type: ignore[arg-type]
+        assert float(curve[rank]) >= divergence([changes]) * (1 - 1e-9)  # and no less than that of larger ranks
+    changes = torch.cat([selective_changes(part, reduce_selective(balancing, 4)) for part in passes])  # type: ignore[arg-type]
+    assert float(curve[4]) == pytest.approx(divergence([changes]), rel=1e-9)
+    silent = copy.deepcopy(net)
+    with torch.no_grad():  # without states the layer is what its feedthrough does
+        rows = silent.blocks[0].ssm.x_proj.weight
+        rows[-9:] = 0
+    assert float(curve[0]) > 0
+    assert measured(net, silent, x) == pytest.approx(float(curve[0]), rel=1.0)
 
 
 def trained(seed: int = 0) -> tuple[SequenceClassifier, Any]:
@@ -220,3 +250,29 @@ def test_the_predicted_divergence_is_the_measured_one_within_a_factor_of_two() -
     # By states and adjoints far less is lost than by white noise.
     for states in (16, 12, 10, 8, 6, 5):
         assert losses["both", states] < 0.3 * losses["white", states]
+
+
+@pytest.mark.slow
+def test_a_loss_that_is_allowed_is_kept_and_spent_where_states_are_worth_least() -> None:
+    net, draw = trained()
+    observer = gather_evidence(net, [draw(50, 1000 + k)[0] for k in range(8)], keep=400)
+    evidence, samples, layers = observer.evidence(), observer.samples(), find_layers(net)
+    balancings, curves = {}, {}
+    for name, (layer, adapter) in layers.items():
+        seen = evidence[name]
+        assert isinstance(seen, Covariances)
+        balancings[name] = balance_covariances(adapter.read(layer_values(layer)), seen)  # type: ignore[union-attr]
+        curves[name] = linear_damages(layer, balancings[name], samples[name])  # type: ignore[arg-type]
+    held_out = draw(2000, 5000)[0]
+    for allowed in (0.003, 0.02):
+        plan = within_loss(curves, allowed)
+        assert all(2 <= states < 32 for states in plan.values())
+        smaller = copy.deepcopy(net)
+        for name, (_, adapter) in layers.items():
+            target = smaller.get_submodule(name)
+            reduction = truncate_covariances(balancings[name], plan[name])
+            write(target, adapter.plan(layer_values(target), reduction))  # type: ignore[union-attr]
+        assert allowed / 4 < measured(net, smaller, held_out) < 2 * allowed
+    spent = within_states(curves, 16)
+    even = {name: float(curve[8]) for name, curve in curves.items()}
+    assert sum(float(curves[name][states]) for name, states in spent.items()) <= sum(even.values())

@@ -293,15 +293,34 @@ def test_autocast_is_as_it_was_at_the_call() -> None:
     assert 0 < float((found[1] - found[0]).norm()) < 0.1 * float(found[0].norm())  # eight bits
 
 
-def test_a_layer_of_another_package_is_named_and_left_out() -> None:
-    class Theirs(Mamba):
-        __module__ = "mamba_ssm.modules.mamba_simple"
+def test_samples_from_before_a_cut_go() -> None:
+    net, y = nn.Sequential(build("mamba")), torch.tensor([0, 1, 2])
+    observer = Observer(net, keep=100)
+    for _ in range(2):
+        observer.observe_next()
+        F.cross_entropy(net(hidden()).mean(1), y).backward()
+    net = nn.Sequential(cut(net[0], KEPT[1]))
+    after = Observer(net, keep=100)
+    after.load_state_dict(observer.state_dict())
+    after._samples = observer._samples
+    after._passes = 2
+    after.observe_next()
+    F.cross_entropy(net(hidden()).mean(1), y).backward()
+    (samples,) = after.samples().values()
+    assert [tuple(one.shape) for one in samples] == [(3, 1, 3, 3)]  # type: ignore[union-attr]
+    (fisher,) = after.evidence().values()
+    assert float(fisher.sequences) == 3
 
-    class Plain(nn.Module):
+
+def test_a_layer_of_another_package_is_named_and_left_out() -> None:
+    class Theirs(nn.Module):
+        """A layer whose class has the name of the authors', and whose kernels are not known here."""
+
         def forward(self, u: Tensor) -> Tensor:
             return u
 
-    assert masked_forward(Plain(), torch.ones(1, 1, 1)) is None
-    net = nn.Sequential(build("mamba"), build("delta_net"))
-    assert Observer(net).unsupported == []
-    assert Observer(net).layers == ["0", "1"]
+    Theirs.__module__, Theirs.__qualname__ = "mamba_ssm.modules.mamba_simple", "Mamba"
+    assert masked_forward(Theirs(), torch.ones(1, 1, 1)) is None
+    observer = Observer(nn.Sequential(build("mamba"), Theirs()))
+    assert observer.unsupported == ["1"]
+    assert observer.layers == ["0"]

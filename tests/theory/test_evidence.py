@@ -13,7 +13,7 @@ from helpers import random_system
 def gathered(x: torch.Tensor, adjoints: torch.Tensor, system: DiagonalSystem) -> Covariances:
     """From samples, shape ``(sequences, length, 2n)``."""
     spread = [
-        (samples / scale).square().sum((1, 2)).square().sum()
+        ((samples / scale).mT @ (samples / scale)).square().sum()
         for samples, scale in zip((x, adjoints), white_scales(system), strict=True)
     ]
     sums = [samples.flatten(0, 1).mT @ samples.flatten(0, 1) for samples in (x, adjoints)]
@@ -37,6 +37,16 @@ def test_independent_tokens_are_counted(sequences: int, length: int) -> None:
     tokens, single = gathered(x, adjoints, system).independent(system)
     assert float(tokens) == pytest.approx(sequences * length, rel=0.25)  # an estimate from so many sequences
     assert float(single) == pytest.approx(sequences, rel=0.25)
+
+
+def test_sequences_of_different_weight_are_still_many() -> None:
+    # Most sequences of a fitted model have small gradients, and some large ones. That is no lack of directions.
+    system = random_system(0, 3)
+    Q = real_gramians(system)[1]
+    weights = torch.distributions.LogNormal(0.0, 0.5).sample((400, 1, 1)).double()
+    adjoints = draws(2, 400, 30, Q) * weights
+    _, count = gathered(draws(1, 400, 30, Q), adjoints, system).independent(system)
+    assert float(count) > 200
 
 
 def test_one_sequence_is_one_token() -> None:

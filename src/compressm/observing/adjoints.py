@@ -79,10 +79,7 @@ def covariances(system: DiagonalSystem, reading: Reading, first: bool = True) ->
             stacked = _stacked(x, block.present, system.lam.ndim > 1)
             tokens = stacked.flatten(-3, -2)
             total += (tokens.mT @ tokens).to("cpu", torch.float64)
-            energies = (
-                stacked.square().sum(-2).to("cpu", torch.float64) @ scales[index].square().reciprocal()[..., None]
-            )
-            spreads[index] += energies[..., 0].square().sum(-1)
+            spreads[index] += _spread(stacked / scales[index].to(stacked)[..., None, None, :])
     tokens = float(batch * length if reading.present is None else reading.present.sum())
     count = torch.tensor(float(batch if first else 0), dtype=torch.float64)
     return Covariances(torch.tensor(tokens, dtype=torch.float64), count, count, states, adjoints, *spreads)
@@ -126,6 +123,16 @@ def _stacked(x: Tensor, present: Tensor | None, systems: bool) -> Tensor:
     if present is not None:
         x = x * present.to(x).reshape(*present.shape, *(1,) * (x.ndim - 2))
     return x.permute(3, 0, 1, 2, 4).flatten(3) if systems else x.flatten(2)
+
+
+def _spread(x: Tensor) -> Tensor:
+    """``sum over sequences of ||sum_t x_t x_t^T||_F^2``, by whichever Gram matrix is smaller.
+
+    Args:
+        x: shape ``(*systems, batch, length, 2n)``.
+    """
+    gram = x @ x.mT if x.shape[-2] < x.shape[-1] else x.mT @ x
+    return gram.square().sum((-2, -1)).sum(-1, dtype=torch.float64).cpu()
 
 
 def _nothing(system: DiagonalSystem) -> Tensor:

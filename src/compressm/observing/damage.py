@@ -10,18 +10,23 @@ Nothing else is assumed: ``dy`` is exactly what the reduced recurrence gives on 
 `covariance`, ``1/2 L sum_{i>r} sigma_i^2``, takes states and adjoints of different tokens for uncorrelated besides. It
 ranks states well, and may be far off as a number: on MNIST, read pixel by pixel, it is about fifteen times too large
 (benchmarks/loss_aware_oneshot.py).
+
+How good the prediction is depends on the sequences. There, with 800 of them and sampled targets, the divergence that
+was measured was 0.6 to 1.1 times the predicted one between 0.001 and 0.1 nats, and up to 2.2 times above that, after
+cuts by white noise as after those by data and loss. With 50 sequences and the data's own labels it was up to nine times
+the predicted one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from compressm.observing.adjoints import readings, run
-from compressm.selective import SelectiveReduction
+from compressm.selective import SelectiveBalancing, SelectiveReduction
 from compressm.systems import DiagonalSystem
 from compressm.theory.budget import calibrated, linear_curve
 from compressm.theory.covariance import CovarianceBalancing, truncate_covariances
@@ -65,7 +70,7 @@ def linear_changes(
     return total
 
 
-def calibrated_curve(
+def linear_damages(
     layer: nn.Module, balancing: CovarianceBalancing, passes: Sequence[Sequence[Sample]], points: int = 8
 ) -> Tensor:
     """The damage curve of a linear layer, with cuts to some ranks tried on samples.
@@ -79,18 +84,52 @@ def calibrated_curve(
     Returns:
         predicted damage of keeping 0, 1, ..., n states, in nats per sequence, shape ``(n + 1,)``.
     """
-    system, n = balancing.system, balancing.system.n
-    silent = DiagonalSystem(system.lam[..., :1], 0 * system.B[..., :1, :], system.C[..., :, :1])
-    tried = {0: silent}
-    for rank in sorted({round(n ** (k / points)) for k in range(points)}):
-        reduction = truncate_covariances(balancing, rank, quick=True)
-        if reduction.certificate.valid:
-            tried[rank] = reduction.system
-    damages = {
-        rank: divergence([torch.cat([linear_changes(layer, system, reduced, calls) for calls in passes])])
-        for rank, reduced in tried.items()
-    }
-    return calibrated(linear_curve(balancing.damage), damages)
+    system = balancing.system
+
+    def tried(rank: int) -> float | None:
+        if rank == 0:
+            reduced = DiagonalSystem(system.lam[..., :1], 0 * system.B[..., :1, :], system.C[..., :, :1])
+        else:
+            reduction = truncate_covariances(balancing, rank, quick=True)
+            reduced = reduction.system if reduction.certificate.valid else None
+        if reduced is None:
+            return None
+        return divergence([torch.cat([linear_changes(layer, system, reduced, calls) for calls in passes])])
+
+    return _through(linear_curve(balancing.damage), tried, points)
+
+
+def selective_damages(
+    balancing: SelectiveBalancing,
+    passes: Sequence[Tensor],
+    reduce: Callable[[int], SelectiveReduction],
+    points: int = 8,
+) -> Tensor:
+    """The damage curve of a selective layer, with cuts to some ranks tried on samples; see `linear_damages`.
+
+    Args:
+        balancing: of the layer, from its moments; the curve's form between the ranks that are tried.
+        passes: from `Observer.samples`.
+        reduce: how the layer would be reduced to so many states.
+        points: see `linear_damages`.
+    """
+    gradients = torch.cat(list(passes))
+
+    def tried(rank: int) -> float:
+        if rank == 0:
+            nothing = gradients.diagonal(dim1=-2, dim2=-1).flatten(1).sum(1, dtype=torch.float64)
+            return divergence([-nothing])
+        return divergence([selective_changes(gradients, reduce(rank))])
+
+    return _through(linear_curve(balancing.hsv.square()), tried, points)
+
+
+def _through(curve: Tensor, tried: Callable[[int], float | None], points: int) -> Tensor:
+    """A curve that goes through the damages of some ranks."""
+    n = curve.shape[0] - 1
+    ranks = {0, *(round(n ** (k / points)) for k in range(points))}
+    damages = {rank: damage for rank in sorted(ranks) if rank < n and (damage := tried(rank)) is not None}
+    return calibrated(curve, damages)
 
 
 def _changes(layer: nn.Module, difference: DiagonalSystem, u: Tensor, g: Tensor) -> Tensor:
@@ -136,4 +175,4 @@ def divergence(changes: Iterable[Tensor]) -> float:
     return float(total.square().mean() / 2)
 
 
-__all__ = ["Sample", "calibrated_curve", "divergence", "linear_changes", "selective_changes"]
+__all__ = ["Sample", "divergence", "linear_changes", "linear_damages", "selective_changes", "selective_damages"]

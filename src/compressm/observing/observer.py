@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal
 
@@ -12,7 +13,7 @@ from torch.utils.hooks import RemovableHandle
 
 from compressm.adapters import Adapter, SelectiveAdapter, find_layers
 from compressm.distributed import gathered, world_size
-from compressm.errors import ConfigError, UnsupportedModelError
+from compressm.errors import ConfigError, InvalidSystemError, UnsupportedModelError
 from compressm.layers import SequenceClassifier
 from compressm.layers.bidirectional import Bidirectional
 from compressm.observing.calls import Call, LinearCall, SelectiveCall, as_evidence
@@ -34,7 +35,8 @@ class Observer:
 
     Of linear layers that is the second moments of states and adjoint states, of selective ones the Fisher matrix of a
     mask on their states. `observe_next` arms it for one forward pass and the backward pass that follows it. Nothing is
-    kept but sums.
+    kept but sums. Compiled graphs know no hooks that came later: what `torch.compile` has compiled runs eagerly until
+    that forward pass is over, and `close` ends the wait for it.
 
     What a loss of one sequence is must be known, since the loss that training computes is that of a batch:
 
@@ -54,7 +56,8 @@ class Observer:
         keep: of how many sequences to keep what predictions need, see `samples`; the last ones.
 
     Attributes:
-        dropped: how many calls of layers were left out, because inputs or gradients were not finite.
+        dropped: how many calls of layers were left out, because inputs, gradients or
+            the layer's parameters were not finite.
         unsupported: names of the selective layers that it is not known how to mask.
 
     Raises:
@@ -87,6 +90,7 @@ class Observer:
         self._samples: dict[str, dict[int, Kept]] = {}
         self._hooks: list[RemovableHandle] = []
         self._pass = _Pass()
+        self._eager: Any = None
 
     @property
     def layers(self) -> list[str]:
@@ -113,10 +117,13 @@ class Observer:
             raise ConfigError(f"loss_scale must be a positive number; got {loss_scale!r}")
         self.close()
         self._passes += 1
+        if self._layers and "torch._dynamo" in sys.modules:
+            self._eager = torch.compiler.set_stance("force_eager")
         self._pass = now = _Pass(self._passes, loss_scale, training_only, frozen)
         if not self._layers:
             return
         self._hooks.append(self._model.register_forward_pre_hook(_Hook(now, self._begun), with_kwargs=True))
+        self._hooks.append(self._model.register_forward_hook(_Hook(now, self._compiled_again), always_call=True))
         flipped = [m.backwards for m in self._model.modules() if isinstance(m, Bidirectional)]
         backwards = {id(part) for module in flipped for part in module.modules()}
         for module in self._model.modules():
@@ -129,6 +136,7 @@ class Observer:
     def close(self) -> None:
         """Remove all hooks; what was observed stays."""
         self._pass.over = True
+        self._compiled_again()
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
@@ -212,7 +220,10 @@ class Observer:
             assert isinstance(before, tuple)
             passes[now.number] = (*before, Sample(call.u, g))
         else:
-            passes[now.number] = now.runs[name]
+            run: Tensor = now.runs[name]
+            if any(_sequences(one).shape[1:] != run.shape[1:] for one in passes.values()):
+                passes.clear()  # from before a cut
+            passes[now.number] = run
         while len(passes) > 1 and sum(len(_sequences(one)) for one in passes.values()) > self.keep:
             del passes[min(passes)]
 
@@ -222,6 +233,12 @@ class Observer:
         if now.begun:
             self.close()
         now.begun = True
+
+    def _compiled_again(self, *_: Any) -> None:
+        """The model's forward is over: compiled graphs may be used again."""
+        if self._eager is not None:
+            self._eager.__exit__(None, None, None)
+            self._eager = None
 
 
 class _Pass:
@@ -274,10 +291,14 @@ class _Seen:
         present = now.present if now.present is not None and now.present.shape == y.shape[:2] else None
         if present is not None and self.flipped:
             present = present.flip(1)
-        if isinstance(self.adapter, Adapter):
-            call: Call = LinearCall.of(layer, self.adapter, args, kwargs, present)
-        else:
-            call = SelectiveCall.of(layer, self.adapter, args, kwargs, present)
+        try:
+            if isinstance(self.adapter, Adapter):
+                call: Call = LinearCall.of(layer, self.adapter, args, kwargs, present)
+            else:
+                call = SelectiveCall.of(layer, self.adapter, args, kwargs, present)
+        except InvalidSystemError:  # diverged; training itself is not disturbed
+            self.observer.dropped += 1
+            return
         y.register_hook(lambda g: self.observer.add(now, self.name, call, g.detach()))
 
 

@@ -31,7 +31,7 @@ class Covariances:
         sequences: number of sequences, shape ``()``.
         weights: sum of the squares of the sequences' weights, shape ``()``; ``sequences`` where all weigh 1.
         states, adjoints: sums of ``x x^T`` and of ``lambda lambda^T``, shape ``(*batch, 2n, 2n)``.
-        spread_states, spread_adjoints: sums over sequences of ``(sum_t |x_t|^2)^2``, with every state divided by its
+        spread_states, spread_adjoints: sums over sequences of ``||sum_t x x^T||_F^2``, with every state divided by its
             amplitude under white noise (see `white_scales`), shape ``(*batch,)``.
 
     All are float64 on the CPU.
@@ -77,9 +77,9 @@ class Covariances:
     def independent(self, system: DiagonalSystem) -> tuple[Tensor, Tensor]:
         """How many independent tokens P and Q are worth, at least 1, shape ``(*batch,)`` each.
 
-        Tokens of a sequence resemble each other; sequences are independent. The mean power of N independent Gaussian
-        vectors of covariance P has the variance ``2 ||P||_F^2 / N``. That variance is estimated from how much the
-        sequences differ in power, and N is solved for. Sequences count as equally long; where they are not, N comes out
+        Tokens of a sequence resemble each other; sequences are independent. The mean of N independent Gaussian vectors
+        of covariance P has ``E||P_N - P||_F^2 = (tr(P)^2 + ||P||_F^2) / N``. The left side is estimated from how much
+        the sequences differ, and N is solved for. Sequences count as equally long; where they are not, N comes out
         smaller.
         """
         scales = white_scales(system)
@@ -93,8 +93,9 @@ class Covariances:
         once = float(self.weights / self.sequences**2)  # 1 / number of sequences, where they weigh alike
         if once >= 1:
             return torch.ones_like(trace)
-        variance = (spread / self.tokens**2 - trace.square() * once) / (1 - once)
-        return (2 * square / variance.clamp_min(1e-300)).clamp(1.0, max(1.0, float(self.tokens)))
+        variance = (spread / self.tokens**2 - square * once) / (1 - once)
+        count = (trace.square() + square) / variance.clamp_min(1e-300)
+        return count.clamp(1.0, max(1.0, float(self.tokens)))
 
 
 def white_scales(system: DiagonalSystem) -> tuple[Tensor, Tensor]:
