@@ -25,9 +25,9 @@ from stored import store
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from compressm.cutting.reduce import plan_reduction
 from compressm.layers import SequenceClassifier, parameter_groups
-from compressm.ranks import RankRule
-from compressm.reduce import plan_reduction
+from compressm.theory.ranks import RankRule
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt

@@ -22,8 +22,8 @@ import torch
 from stored import store
 
 import compressm
-from compressm.export import flatten_state, onnx_runner, to_onnx
 from compressm.layers import SequenceClassifier
+from compressm.saving.export import flatten_state, onnx_runner, to_onnx
 
 MODELS: dict[str, dict[str, Any]] = {
     "LRU": {"d_state": 256, "r_min": 0.9},

@@ -23,10 +23,10 @@ from rich.progress import track
 from stored import store
 from torch import Tensor
 
-from compressm.balancing import Method, Reduction, balance, truncate
 from compressm.errors import CompressmError
-from compressm.ranks import RankRule, choose_ranks
-from compressm.systems import DiagonalSystem
+from compressm.theory.balancing import Method, Reduction, balance, truncate
+from compressm.theory.ranks import RankRule, choose_ranks
+from compressm.theory.systems import DiagonalSystem
 
 KINDS = ("crowded", "edge", "scaled", "deficient", "cancelling", "repeated", "real", "huge")
 RULES = (

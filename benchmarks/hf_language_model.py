@@ -29,8 +29,8 @@ from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import compressm
+from compressm.cutting.reduce import state_dims
 from compressm.integrations.hf_scan import fast_scan
-from compressm.reduce import state_dims
 
 
 class Windows(Dataset[dict[str, torch.Tensor]]):

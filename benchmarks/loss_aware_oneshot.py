@@ -29,15 +29,15 @@ from torch.nn import functional as F
 
 from compressm.adapters import Adapter, find_layers
 from compressm.adapters.base import layer_values, write
-from compressm.balancing import Reduction, balance, real_gramians, truncate
+from compressm.lab.config import DataConfig
+from compressm.lab.data.datasets import BatchOrder, SequenceData, load_data
 from compressm.layers import SequenceClassifier, parameter_groups
 from compressm.observing.damage import Sample, divergence, linear_changes
 from compressm.observing.observer import gather_evidence
-from compressm.systems import DiagonalSystem
+from compressm.theory.balancing import Reduction, balance, real_gramians, truncate
 from compressm.theory.covariance import balance_covariances, predicted_damage, truncate_covariances
 from compressm.theory.evidence import Covariances
-from compressm.training.config import DataConfig
-from compressm.training.data import BatchOrder, SequenceData, load_data
+from compressm.theory.systems import DiagonalSystem
 
 STATES = (40, 28, 16, 12, 8, 6)
 LAYER = "blocks.0.ssm"

@@ -14,9 +14,9 @@ from pathlib import Path
 import matplotlib
 import torch
 
-from compressm.balancing import balance, truncate
-from compressm.pruning import prune
-from compressm.systems import DiagonalSystem
+from compressm.theory.balancing import balance, truncate
+from compressm.theory.pruning import prune
+from compressm.theory.systems import DiagonalSystem
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt

@@ -37,11 +37,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import compressm
+from compressm.lab.config import load_config
+from compressm.lab.data.datasets import BatchOrder, SequenceData, load_data
+from compressm.lab.runs.models import build_model, build_optimizer
 from compressm.layers import LRU, GLUBlock
-from compressm.systems import decay_rate
-from compressm.training.config import load_config
-from compressm.training.data import BatchOrder, SequenceData, load_data
-from compressm.training.models import build_model, build_optimizer
+from compressm.theory.systems import decay_rate
 
 VARIANTS = ("ours", "norm", "dropout", "inputs", "all", "no-dropout", "rate", "phase", "eigenvalues")
 TOLERANCES = (0.01, 0.02, 0.04)

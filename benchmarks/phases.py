@@ -21,9 +21,9 @@ from stored import store
 from torch import Tensor
 
 import compressm
+from compressm.lab.config import Config
+from compressm.lab.runs.models import build_model
 from compressm.layers import LRU
-from compressm.training.config import Config
-from compressm.training.models import build_model
 
 EXPERIMENTS = ("smnist-quarter", "psmnist")
 

@@ -48,7 +48,7 @@ def import_theirs(checkout: Path) -> types.ModuleType:
             setattr(module, attribute, None)
         sys.modules[name] = module
     sys.path.insert(0, str(checkout))
-    from compressm.training import trainer
+    from compressm.lab.runs import trainer
 
     if Path(trainer.__file__).resolve().is_relative_to(checkout.resolve()):
         return trainer

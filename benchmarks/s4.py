@@ -22,9 +22,9 @@ from torch import nn
 from torch.nn import functional as F
 
 import compressm
+from compressm.lab.config import load_config
+from compressm.lab.data.datasets import BatchOrder, SequenceData, load_data
 from compressm.layers import SequenceClassifier, parameter_groups
-from compressm.training.config import load_config
-from compressm.training.data import BatchOrder, SequenceData, load_data
 
 ARMS = ("big", "shrunk", "small", "random")
 

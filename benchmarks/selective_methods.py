@@ -25,15 +25,15 @@ from torch.nn import functional as F
 from compressm.adapters import ParameterChange, SelectiveAdapter, find_layers
 from compressm.adapters.base import LayerChange, layer_values
 from compressm.adapters.mamba import projection_change
+from compressm.cutting.reduce import Plan, plan_reduction
+from compressm.lab.config import DataConfig
+from compressm.lab.data.datasets import SequenceData, Split, load_data
 from compressm.layers import Mamba, SequenceClassifier, parameter_groups
 from compressm.layers.activations import causal_conv
-from compressm.ranks import RankRule
-from compressm.reduce import Plan, plan_reduction
-from compressm.selection import compensation
-from compressm.selective import ErrorEstimate, Moments, SelectiveReduction, Signals, root
-from compressm.statistics import gather
-from compressm.training.config import DataConfig
-from compressm.training.data import SequenceData, Split, load_data
+from compressm.observing.moments import gather
+from compressm.theory.ranks import RankRule
+from compressm.theory.recurrence import ErrorEstimate, Moments, SelectiveReduction, Signals, root
+from compressm.theory.selection import compensation
 
 RANKS = (32, 16, 12, 8)
 PLAIN = ("hankel", "least_squares", "gramians", "magnitude", "random", "means")

@@ -30,7 +30,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from compressm import Compressor, compress
 from compressm.layers import SequenceClassifier, parameter_groups
-from compressm.snapshot import Training
+from compressm.training.snapshot import Training
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt

@@ -18,8 +18,8 @@ from stored import store
 import compressm
 from compressm.adapters import find_layers
 from compressm.adapters.base import layer_values
-from compressm.balancing import balance, truncate
 from compressm.layers import LRU
+from compressm.theory.balancing import balance, truncate
 
 STATES = (128, 64, 32, 16)
 

@@ -18,8 +18,8 @@ import torch
 from byte_models import VOCABULARY, bits_per_byte, root, tokens, train
 from stored import store
 
+from compressm.cutting.reduce import state_dims
 from compressm.layers import LanguageModel
-from compressm.reduce import state_dims
 
 ARMS = ("big", "shrunk", "small", "random")
 

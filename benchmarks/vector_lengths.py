@@ -22,8 +22,8 @@ from pathlib import Path
 import torch
 from stored import store
 
-from compressm.bench.ours import lru_training_step
-from compressm.bench.report import machine
+from compressm.lab.bench.ours import lru_training_step
+from compressm.lab.bench.report import machine
 from compressm.scans.native import vector_bytes
 
 FLAGS = {"widest": "", "AVX2": "-mno-avx512f", "SSE2, no fused multiply-add": "-march=x86-64"}

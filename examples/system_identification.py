@@ -31,8 +31,8 @@ import torch
 from torch import Tensor, nn
 
 import compressm  # (1)
-from compressm.export import flatten_state, onnx_runner, to_onnx
 from compressm.layers import GLUBlock, parameter_groups
+from compressm.saving.export import flatten_state, onnx_runner, to_onnx
 
 WASHOUT = 64  # samples in which a model may forget that it did not start where the system did
 

@@ -13,6 +13,8 @@ sys.path[:0] = [
     str(Path(__file__).parent),
     str(Path(__file__).parent / "adapters"),
     str(Path(__file__).parent / "faults"),
+    str(Path(__file__).parent / "theory"),
+    str(Path(__file__).parent / "cutting"),
 ]  # tests share `helpers` and `suite`
 
 # Derandomized: the same examples in every run. No deadline: the first example pays for imports and thread pools.

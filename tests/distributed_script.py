@@ -18,9 +18,9 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from compressm import Compressor
+from compressm.cutting.reduce import state_dims
 from compressm.layers import SequenceClassifier, parameter_groups
-from compressm.reduce import state_dims
-from compressm.snapshot import Training
+from compressm.training.snapshot import Training
 
 STEPS = 24
 

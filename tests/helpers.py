@@ -13,8 +13,8 @@ import torch
 from hypothesis import strategies as st
 
 from compressm.layers import LRU
-from compressm.selective import Signals
-from compressm.systems import DiagonalSystem
+from compressm.theory.recurrence import Signals
+from compressm.theory.systems import DiagonalSystem
 
 EPS = torch.finfo(torch.float64).eps
 

@@ -16,9 +16,9 @@ from torch.nn import functional as F
 from torch.optim import Optimizer
 
 from compressm import compress
+from compressm.cutting.reduce import state_dims
+from compressm.integrations.sharding import compress_sharded, fit_to_checkpoint
 from compressm.layers import SequenceClassifier
-from compressm.reduce import state_dims
-from compressm.sharding import compress_sharded, fit_to_checkpoint
 from distributed_script import batch
 
 STEPS, CUTS = 14, {4: 10, 8: 5}

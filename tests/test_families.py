@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import compressm
 from compressm.adapters import Adapter, find_layers
 from compressm.adapters.base import layer_values, write
-from compressm.balancing import balance, truncate
+from compressm.cutting.reduce import state_dims
 from compressm.layers import (
     LRU,
     S4,
@@ -30,10 +30,10 @@ from compressm.layers import (
     Mamba2,
     RecurrentBlock,
 )
-from compressm.reduce import state_dims
-from compressm.selection import _balanced_maps, reduce_selective
-from compressm.selective import ErrorEstimate, SelectiveReduction, balance_selective
-from compressm.statistics import gather
+from compressm.observing.moments import gather
+from compressm.theory.balancing import balance, truncate
+from compressm.theory.recurrence import ErrorEstimate, SelectiveReduction, balance_selective
+from compressm.theory.selection import _balanced_maps, reduce_selective
 
 ROOT = Path(__file__).parents[1]
 WIDTH, STATES = 16, 24

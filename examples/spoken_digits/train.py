@@ -25,8 +25,8 @@ from recognise import BANDS, Recogniser, frames, log_mel, read_wav
 from torch.nn import functional as F
 
 import compressm
-from compressm.export import to_onnx
 from compressm.layers import SequenceClassifier, parameter_groups
+from compressm.saving.export import to_onnx
 
 
 @dataclass(frozen=True)

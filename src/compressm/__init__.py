@@ -1,15 +1,16 @@
 """compressm: train big, finish small. State space models that shrink while they train."""
 
-from compressm.balancing import balance, truncate
-from compressm.checkpoint import load, save
-from compressm.compressor import Compressor
+import compressm._moved  # noqa: F401  # former module names go on working
+from compressm.cutting.distil import distil
+from compressm.cutting.reduce import Report, compress
+from compressm.cutting.spectrum import Spectrum, analyze
 from compressm.errors import CompressmError
-from compressm.filters import distil
-from compressm.history import Event
-from compressm.ranks import RankRule
-from compressm.reduce import Report, compress
-from compressm.spectrum import Spectrum, analyze
-from compressm.systems import DiagonalSystem
+from compressm.saving.checkpoint import load, save
+from compressm.theory.balancing import balance, truncate
+from compressm.theory.ranks import RankRule
+from compressm.theory.systems import DiagonalSystem
+from compressm.training.compressor import Compressor
+from compressm.training.history import Event
 
 __version__ = "0.1.0.dev1"
 

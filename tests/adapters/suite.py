@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from compressm.adapters import find_layers
 from compressm.adapters.base import layer_values, write
-from compressm.balancing import balance, truncate
-from compressm.reduce import compress
+from compressm.cutting.reduce import compress
+from compressm.theory.balancing import balance, truncate
 
 
 class AdapterSuite:

@@ -6,12 +6,12 @@ import copy
 
 import pytest
 import torch
+from test_said_and_measured import sequences, stated
 from torch import Tensor
 
 import compressm
 from compressm.layers import DeltaNet
-from compressm.selective import ErrorEstimate
-from test_said_and_measured import sequences, stated
+from compressm.theory.recurrence import ErrorEstimate
 
 
 def by_definition(layer: DeltaNet, u: Tensor) -> Tensor:

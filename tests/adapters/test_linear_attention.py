@@ -14,8 +14,8 @@ from compressm.adapters import find_layers
 from compressm.adapters.base import layer_values, write
 from compressm.adapters.linear_attention import LinearAttentionAdapter
 from compressm.layers import LinearAttention, SequenceClassifier
-from compressm.selection import _balanced_maps, reduce_selective
-from compressm.selective import ErrorEstimate, SelectiveReduction, balance_selective, moments
+from compressm.theory.recurrence import ErrorEstimate, SelectiveReduction, balance_selective, moments
+from compressm.theory.selection import _balanced_maps, reduce_selective
 
 ADAPTER = LinearAttentionAdapter()
 

@@ -6,8 +6,8 @@ from torch import Tensor
 
 from compressm.adapters import LRUAdapter
 from compressm.adapters.base import layer_values, write
-from compressm.balancing import balance, truncate
 from compressm.layers import LRU
+from compressm.theory.balancing import balance, truncate
 from helpers import lru
 
 

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from compressm.adapters import SelectiveAdapter, find_layers
 from compressm.adapters.base import layer_values, write
-from compressm.carry import carry_state
+from compressm.cutting.carry import carry_state
 from compressm.layers import Mamba, Mamba2
-from compressm.selection import reduce_selective
-from compressm.selective import SelectiveReduction, balance_selective, moments
+from compressm.theory.recurrence import SelectiveReduction, balance_selective, moments
+from compressm.theory.selection import reduce_selective
 
 
 @st.composite

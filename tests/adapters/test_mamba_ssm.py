@@ -7,8 +7,8 @@ from torch import nn
 from compressm.adapters import Mamba2Adapter, MambaAdapter, MambaSSM2Adapter, MambaSSMAdapter
 from compressm.adapters.base import layer_values
 from compressm.layers import Mamba, Mamba2
-from compressm.selection import reduce_selective
-from compressm.selective import balance_selective, moments
+from compressm.theory.recurrence import balance_selective, moments
+from compressm.theory.selection import reduce_selective
 
 HIDDEN = torch.randn(3, 20, 8, generator=torch.Generator().manual_seed(0))
 

@@ -13,8 +13,8 @@ from torch.nn import functional as F
 import compressm
 from compressm.adapters import RecurrentBlockAdapter
 from compressm.adapters.base import layer_values
+from compressm.cutting.reduce import state_dims
 from compressm.layers import RecurrentBlock
-from compressm.reduce import state_dims
 
 
 def by_definition(layer: RecurrentBlock, u: Tensor) -> Tensor:
@@ -87,8 +87,8 @@ def test_optimizer_state_goes_and_stays_with_its_channels() -> None:
 
 
 def _kept(layer: nn.Module, u: Tensor, states: int) -> Tensor:
-    from compressm.selection import reduce_selective
-    from compressm.selective import balance_selective, moments
+    from compressm.theory.recurrence import balance_selective, moments
+    from compressm.theory.selection import reduce_selective
 
     with torch.no_grad():
         balancing = balance_selective(moments(RecurrentBlockAdapter().signals(layer, u)))

@@ -6,8 +6,8 @@ from torch import Tensor
 
 from compressm.adapters import S4DAdapter
 from compressm.adapters.base import layer_values, write
-from compressm.balancing import balance, truncate
 from compressm.layers import S4D
+from compressm.theory.balancing import balance, truncate
 
 
 class TestS4D(AdapterSuite):

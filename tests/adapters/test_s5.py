@@ -9,9 +9,9 @@ from torch import Tensor
 import compressm
 from compressm.adapters import S5Adapter
 from compressm.adapters.base import layer_values, write
-from compressm.balancing import balance, truncate
-from compressm.certificate import Certificate
 from compressm.layers import S5
+from compressm.theory.balancing import balance, truncate
+from compressm.theory.certificate import Certificate
 
 
 def s5(seed: int, d_model: int = 5, d_state: int = 24) -> S5:

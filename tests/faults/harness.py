@@ -41,7 +41,7 @@ Record = Callable[..., None]  # the fixture `tried`
 def forkserver() -> ForkServerContext:
     """Makes processes that have everything imported already, and nothing else of this one's state."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["compressm.training.loop", "compressm.cli", "typer", "sklearn.datasets"])
+    context.set_forkserver_preload(["compressm.lab.runs.loop", "compressm.cli", "typer", "sklearn.datasets"])
     return context
 
 
@@ -97,7 +97,7 @@ class Training:
 
 def _run(arguments: list[str], log: Path, sabotage: Sabotage | None, step: Any) -> None:
     from compressm.cli import main
-    from compressm.training.loop import _Run
+    from compressm.lab.runs.loop import _Run
 
     signal.signal(signal.SIGINT, signal.default_int_handler)  # which shells have their background jobs ignore
     torch.set_num_threads(1)

@@ -19,10 +19,10 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from torch import Tensor
 from torch.nn import functional as F
 
-from compressm.checkpoint import load_tree, save_tree
-from compressm.compressor import Compressor
 from compressm.layers import SequenceClassifier, parameter_groups
-from compressm.rng import rng_state, set_rng_state
+from compressm.runtime.random_state import rng_state, set_rng_state
+from compressm.saving.checkpoint import load_tree, save_tree
+from compressm.training.compressor import Compressor
 
 LAYERS = ("lru", "mamba")
 STEPS = 45

@@ -14,7 +14,7 @@ from harness import STEPS, Record, Training, finish, outcome
 
 import compressm
 from compressm.errors import CheckpointError
-from compressm.training.checkpoints import Checkpoints
+from compressm.lab.runs.checkpoints import Checkpoints
 from helpers import newest_checkpoint
 
 REGIONS = 48

@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from compressm.errors import CompressmError
-from compressm.selection import Selection, reduce_selective
-from compressm.selective import Signals, balance_selective, moments
+from compressm.theory.recurrence import Signals, balance_selective, moments
+from compressm.theory.selection import Selection, reduce_selective
 
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 from hard_systems import examine, hard_system

@@ -17,12 +17,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from compressm import load, save
-from compressm.checkpoint import load_tree, save_tree
 from compressm.cli import main
 from compressm.errors import CheckpointError, ConfigError
+from compressm.lab.config import load_config
 from compressm.layers import SequenceClassifier
-from compressm.storage import _own_sha256
-from compressm.training.config import load_config
+from compressm.runtime.files import _own_sha256
+from compressm.saving.checkpoint import load_tree, save_tree
 
 
 def model() -> SequenceClassifier:

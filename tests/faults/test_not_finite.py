@@ -13,9 +13,9 @@ from harness import Record
 from torch import Tensor, nn
 
 import compressm
+from compressm.cutting.metrics import MetricWarning
 from compressm.errors import InvalidSystemError
 from compressm.layers import SequenceClassifier, parameter_groups
-from compressm.metrics import MetricWarning
 
 LAYERS = {"lru": {}, "mamba": {}, "mamba2": {"head_dim": 4}, "linear_attention": {"n_heads": 2}}
 

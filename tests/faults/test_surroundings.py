@@ -95,7 +95,7 @@ def test_out_of_memory(tmp_path: Path, truth: list[bytes], tried: Record) -> Non
 
 def _limit_memory() -> None:
     """At step 42 all memory that this process may have is taken."""
-    from compressm.training import loop
+    from compressm.lab.runs import loop
 
     real = loop._Run._train_step
 

@@ -35,11 +35,11 @@ with atheris.instrument_imports(["compressm", "yaml", "json", "safetensors"]) if
     import torch
 
     from compressm import __version__, load
-    from compressm.checkpoint import load_tree
     from compressm.cli import main as command_line
     from compressm.errors import CompressmError
-    from compressm.storage import _own_sha256
-    from compressm.training.config import load_config, parse_config
+    from compressm.lab.config import load_config, parse_config
+    from compressm.runtime.files import _own_sha256
+    from compressm.saving.checkpoint import load_tree
 
 HERE = Path(__file__).parent
 SEEDS, FOUND = HERE / "corpus", Path(".fuzz")

@@ -10,9 +10,9 @@ import numpy as np
 import torch
 
 from compressm import save
-from compressm.checkpoint import save_tree
+from compressm.lab.config import builtin_configs
 from compressm.layers import LanguageModel, SequenceClassifier
-from compressm.training.config import builtin_configs
+from compressm.saving.checkpoint import save_tree
 
 CORPUS = Path(__file__).parent / "corpus"
 

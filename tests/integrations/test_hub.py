@@ -11,8 +11,8 @@ from torch import nn
 from torch.nn import functional as F
 
 import compressm
-from compressm.card import model_card
 from compressm.layers import LRU, SequenceClassifier
+from compressm.saving.card import model_card
 
 hub = pytest.importorskip("huggingface_hub")
 

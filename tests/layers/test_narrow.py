@@ -14,8 +14,8 @@ from torch.nn import functional as F
 from compressm.layers import SequenceClassifier, narrow
 from compressm.layers.models import GLUBlock, SequenceBatchNorm
 from compressm.layers.narrow import gated_residual, linear
-from compressm.measure import step_cost
 from compressm.scans import native
+from compressm.training.step_cost import step_cost
 
 pytestmark = pytest.mark.skipif(not native.available(), reason="no compiler: others are used")
 WIDTHS = [1, 2, 3, 4, 8, 13, 16, 17, 33]  # 17 and 33 are beyond some, or all, of the kernels

@@ -13,16 +13,16 @@ from torch.nn import functional as F
 
 from compressm.adapters import find_layers
 from compressm.adapters.base import layer_values, write
-from compressm.balancing import balance, real_gramians, truncate
 from compressm.errors import ConfigError, UnsupportedModelError
 from compressm.layers import LRU, S4D, S5, SequenceClassifier
 from compressm.layers.bidirectional import Bidirectional
 from compressm.observing.adjoints import Reading, covariances, readings
 from compressm.observing.labels import sampled_losses
 from compressm.observing.observer import Observer, gather_evidence
-from compressm.systems import DiagonalSystem
+from compressm.theory.balancing import balance, real_gramians, truncate
 from compressm.theory.covariance import balance_covariances, truncate_covariances
 from compressm.theory.evidence import Covariances, white_scales
+from compressm.theory.systems import DiagonalSystem
 
 FAMILIES = ("lru", "s5", "s5_both", "s4d")
 

@@ -12,7 +12,6 @@ from torch.nn import functional as F
 
 from compressm.adapters import LRUAdapter, SelectiveAdapter, find_layers
 from compressm.adapters.base import layer_values, write
-from compressm.balancing import balance, truncate
 from compressm.layers import LRU, SequenceClassifier
 from compressm.observing.adjoints import Reading, covariances
 from compressm.observing.damage import (
@@ -24,15 +23,16 @@ from compressm.observing.damage import (
     selective_damages,
 )
 from compressm.observing.masks import masked_forward
+from compressm.observing.moments import gather
 from compressm.observing.observer import Observer, gather_evidence
-from compressm.selection import reduce_selective
-from compressm.selective import SelectiveReduction, balance_selective
-from compressm.statistics import gather
-from compressm.systems import DiagonalSystem
+from compressm.theory.balancing import balance, truncate
 from compressm.theory.budget import within_loss, within_states
 from compressm.theory.covariance import balance_covariances, predicted_damage, truncate_covariances
 from compressm.theory.evidence import Covariances
 from compressm.theory.fisher import MaskFisher, select_by_fisher
+from compressm.theory.recurrence import SelectiveReduction, balance_selective
+from compressm.theory.selection import reduce_selective
+from compressm.theory.systems import DiagonalSystem
 
 
 def model(family: str, n: int = 12, layers: int = 2) -> SequenceClassifier:

@@ -25,8 +25,8 @@ from compressm.layers import (
 )
 from compressm.observing.masks import can_be_masked, groups_of, mask_gradients, masked_forward
 from compressm.observing.observer import Observer, gather_evidence
-from compressm.selective import ErrorEstimate, SelectiveReduction
 from compressm.theory.fisher import MaskFisher
+from compressm.theory.recurrence import ErrorEstimate, SelectiveReduction
 
 WIDTH, N = 8, 6
 LAYERS: dict[str, Any] = {

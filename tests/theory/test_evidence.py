@@ -3,10 +3,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from compressm.balancing import real_gramians
-from compressm.systems import DiagonalSystem
+from compressm.theory.balancing import real_gramians
 from compressm.theory.covariance import balance_covariances
 from compressm.theory.evidence import Covariances, shrunk, white_scales
+from compressm.theory.systems import DiagonalSystem
 from helpers import random_system
 
 

@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from compressm.errors import InvalidRankRuleError, InvalidSystemError
-from compressm.selection import compensation, select_by_removal
-from compressm.selective import moments
 from compressm.theory.fisher import MaskEstimate, MaskFisher, damage_curve, reduce_by_fisher, select_by_fisher
+from compressm.theory.recurrence import moments
+from compressm.theory.selection import compensation, select_by_removal
 from helpers import random_signals
 
 

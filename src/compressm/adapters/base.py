@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.nn.utils.prune import BasePruningMethod
 
-from compressm.balancing import Reduction
 from compressm.errors import InvalidSystemError, UnsupportedModelError
-from compressm.selective import SelectiveReduction, Signals
-from compressm.systems import DiagonalSystem
+from compressm.theory.balancing import Reduction
+from compressm.theory.recurrence import SelectiveReduction, Signals
+from compressm.theory.systems import DiagonalSystem
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from compressm.adapters.base import Adapter, LayerChange, ParameterChange, layer_values
-from compressm.balancing import Reduction
-from compressm.systems import DiagonalSystem, decay_rate
+from compressm.theory.balancing import Reduction
+from compressm.theory.systems import DiagonalSystem, decay_rate
 
 _OFF_THE_AXIS = 1e-6  # of the decay rate
 

@@ -23,7 +23,7 @@ from compressm.adapters.linear_attention import mapped_rows
 from compressm.adapters.mamba import selection_change
 from compressm.adapters.rebind import rebound_forward
 from compressm.errors import UnsupportedModelError
-from compressm.selective import SelectiveReduction, Signals, first_states
+from compressm.theory.recurrence import SelectiveReduction, Signals, first_states
 
 
 class _KernelReachedError(Exception):

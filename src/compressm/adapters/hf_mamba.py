@@ -22,7 +22,7 @@ from compressm.adapters.base import LayerChange, ParameterChange, layer_values
 from compressm.adapters.hf_base import Carried, HuggingFaceAdapter
 from compressm.adapters.mamba import projection_change, selection_change
 from compressm.adapters.rebind import not_fused, rebound_forward
-from compressm.selective import SelectiveReduction, Signals, first_states
+from compressm.theory.recurrence import SelectiveReduction, Signals, first_states
 
 
 class HFMambaAdapter(HuggingFaceAdapter):

@@ -18,7 +18,7 @@ from compressm.adapters.hf_base import Carried, HuggingFaceAdapter
 from compressm.adapters.mamba import selection_change
 from compressm.adapters.mamba2 import kept_channels
 from compressm.adapters.rebind import not_fused, rebound_forward
-from compressm.selective import SelectiveReduction, Signals, first_states
+from compressm.theory.recurrence import SelectiveReduction, Signals, first_states
 
 
 class HFMamba2Adapter(HuggingFaceAdapter):

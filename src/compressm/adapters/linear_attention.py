@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from compressm.adapters.base import LayerChange, ParameterChange, SelectiveAdapter, layer_values
 from compressm.adapters.mamba import selection_change
 from compressm.layers.linear_attention import DeltaNet, GatedLinearAttention, LinearAttention, MatrixStateLayer
-from compressm.selective import SelectiveReduction, Signals, first_states
+from compressm.theory.recurrence import SelectiveReduction, Signals, first_states
 
 
 class LinearAttentionAdapter(SelectiveAdapter):

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from compressm.adapters.base import LayerChange, ParameterChange, SelectiveAdapter, layer_values
 from compressm.layers.activations import causal_conv
 from compressm.layers.mamba import Mamba
-from compressm.selective import SelectiveReduction, Signals, first_states
+from compressm.theory.recurrence import SelectiveReduction, Signals, first_states
 
 
 class MambaAdapter(SelectiveAdapter):

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from compressm.adapters.base import LayerChange, SelectiveAdapter, layer_values
 from compressm.adapters.mamba import selection_change
 from compressm.layers.mamba2 import Mamba2
-from compressm.selective import SelectiveReduction, Signals, first_states
+from compressm.theory.recurrence import SelectiveReduction, Signals, first_states
 
 
 class Mamba2Adapter(SelectiveAdapter):

@@ -13,7 +13,7 @@ from compressm.adapters.base import LayerChange, layer_values
 from compressm.adapters.hf_mamba import HFMambaAdapter
 from compressm.adapters.hf_mamba2 import HFMamba2Adapter
 from compressm.layers.activations import causal_conv
-from compressm.selective import SelectiveReduction, Signals, first_states
+from compressm.theory.recurrence import SelectiveReduction, Signals, first_states
 
 
 class MambaSSMAdapter(HFMambaAdapter):

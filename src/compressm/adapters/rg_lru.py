@@ -22,7 +22,7 @@ from compressm.adapters.mamba import selection_change
 from compressm.errors import UnsupportedModelError
 from compressm.layers.parts import short_conv
 from compressm.layers.rg_lru import RecurrentBlock, recurrence_terms
-from compressm.selective import SelectiveReduction, Signals, first_states
+from compressm.theory.recurrence import SelectiveReduction, Signals, first_states
 
 _GATES = ("rg_lru.input_gate_weight", "rg_lru.recurrent_gate_weight")
 

@@ -11,9 +11,9 @@ from torch import Tensor
 from compressm.adapters.base import LayerChange
 from compressm.adapters.diagonal import DiagonalAdapter, PerState, phases, pullback_of_C, scaled
 from compressm.adapters.s5 import hold
-from compressm.balancing import Reduction
 from compressm.layers.s4d import S4D
-from compressm.systems import DiagonalSystem, decay_rate
+from compressm.theory.balancing import Reduction
+from compressm.theory.systems import DiagonalSystem, decay_rate
 
 
 class S4DAdapter(DiagonalAdapter):

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from compressm.adapters.base import LayerChange
 from compressm.adapters.diagonal import DiagonalAdapter, PerState, participation, phases, row_norm_kept
-from compressm.balancing import Reduction
 from compressm.layers.s5 import S5, zero_order_hold
-from compressm.systems import DiagonalSystem, decay_rate
+from compressm.theory.balancing import Reduction
+from compressm.theory.systems import DiagonalSystem, decay_rate
 
 
 class S5Adapter(DiagonalAdapter):

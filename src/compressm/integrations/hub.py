@@ -7,9 +7,9 @@ from typing import Any
 
 from torch import nn
 
-from compressm.checkpoint import load, save
-from compressm.compressor import Compressor
 from compressm.errors import MissingExtraError
+from compressm.saving.checkpoint import load, save
+from compressm.training.compressor import Compressor
 
 try:
     from huggingface_hub import ModelHubMixin, snapshot_download

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from compressm.compressor import Compressor
+from compressm.cutting.fitting import fit_any_size
 from compressm.errors import MissingExtraError, UnsupportedModelError
-from compressm.fitting import fit_any_size
-from compressm.history import Event
+from compressm.training.compressor import Compressor
+from compressm.training.history import Event
 
 try:
     from lightning.pytorch import Callback, LightningModule, Trainer
@@ -52,7 +52,8 @@ class CompressionCallback(Callback):
         if not isinstance(trainer.strategy, SingleDeviceStrategy | DDPStrategy):
             raise UnsupportedModelError(
                 f"{type(trainer.strategy).__name__} shards the model, and shards cannot be resized in place: use one "
-                "device or strategy='ddp', or compress between trainings with compressm.sharding.compress_sharded"
+                "device or strategy='ddp', or compress between trainings with "
+                "compressm.integrations.sharding.compress_sharded"
             )
         fit_any_size(pl_module)
         for average in _averages(trainer):

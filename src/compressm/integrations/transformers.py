@@ -8,12 +8,12 @@ from typing import Any, cast
 
 from torch import nn
 
-from compressm.checkpoint import load_tree, save_tree
-from compressm.compressor import Compressor
+from compressm.cutting.fitting import fit_any_size
+from compressm.cutting.metrics import as_metric
 from compressm.errors import EvaluationError, InvalidRankRuleError, MissingExtraError, UnsupportedModelError
-from compressm.fitting import fit_any_size
-from compressm.history import Event
-from compressm.metrics import as_metric
+from compressm.saving.checkpoint import load_tree, save_tree
+from compressm.training.compressor import Compressor
+from compressm.training.history import Event
 
 try:
     from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -60,7 +60,8 @@ class CompressionCallback(TrainerCallback):
         if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
             raise UnsupportedModelError(
                 "Trainer shards the model with DeepSpeed or FSDP, and shards cannot be resized in place: train with "
-                "DistributedDataParallel, or compress with compressm.sharding.compress_sharded between two trainings"
+                "DistributedDataParallel, or compress between two trainings with "
+                "compressm.integrations.sharding.compress_sharded"
             )
         fit_any_size(self._model)
 

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from compressm.scans.chain import chain, chain_engine
-from compressm.systems import DiagonalSystem
 from compressm.theory.evidence import Covariances, white_scales
+from compressm.theory.systems import DiagonalSystem
 
 # Numbers in one tensor of states: 16 MB of float32.
 _BLOCK = 2**22

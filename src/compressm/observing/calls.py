@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from compressm.adapters.base import Adapter, SelectiveAdapter, layer_values
 from compressm.observing.adjoints import covariances, readings
 from compressm.observing.masks import mask_gradients
-from compressm.systems import DiagonalSystem
 from compressm.theory.evidence import Covariances
 from compressm.theory.fisher import MaskFisher
+from compressm.theory.systems import DiagonalSystem
 
 _CACHES = ("cache_params", "past_key_value", "past_key_values")
 

@@ -26,10 +26,10 @@ import torch
 from torch import Tensor, nn
 
 from compressm.observing.adjoints import readings, run
-from compressm.selective import SelectiveBalancing, SelectiveReduction
-from compressm.systems import DiagonalSystem
 from compressm.theory.budget import calibrated, linear_curve
 from compressm.theory.covariance import CovarianceBalancing, truncate_covariances
+from compressm.theory.recurrence import SelectiveBalancing, SelectiveReduction
+from compressm.theory.systems import DiagonalSystem
 
 # Numbers in one tensor of states: 16 MB of float32.
 _BLOCK = 2**22

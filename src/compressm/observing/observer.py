@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from compressm.adapters import Adapter, SelectiveAdapter, find_layers
-from compressm.distributed import gathered, world_size
 from compressm.errors import ConfigError, InvalidSystemError, UnsupportedModelError
 from compressm.layers import SequenceClassifier
 from compressm.layers.bidirectional import Bidirectional
@@ -20,8 +19,9 @@ from compressm.observing.calls import Call, LinearCall, SelectiveCall, as_eviden
 from compressm.observing.damage import Sample
 from compressm.observing.labels import Likelihood, sampled_losses
 from compressm.observing.masks import can_be_masked
-from compressm.rng import rng_state, set_rng_state
-from compressm.statistics import MEMORY, modes_kept
+from compressm.observing.moments import MEMORY, modes_kept
+from compressm.runtime.processes import gathered, world_size
+from compressm.runtime.random_state import rng_state, set_rng_state
 from compressm.theory.evidence import Covariances
 from compressm.theory.fisher import MaskFisher
 

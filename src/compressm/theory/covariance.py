@@ -29,11 +29,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from compressm.balancing import Balancing, Reduction, real_gramians, truncate
-from compressm.certificate import Certificate, certify
 from compressm.errors import InvalidSystemError
-from compressm.systems import DiagonalSystem
+from compressm.theory.balancing import Balancing, Reduction, real_gramians, truncate
+from compressm.theory.certificate import Certificate, certify
 from compressm.theory.evidence import Covariances, check_evidence, shrunk
+from compressm.theory.systems import DiagonalSystem
 
 Fallback = Literal["none", "states", "adjoints", "both"]
 

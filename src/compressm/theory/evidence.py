@@ -13,9 +13,9 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from compressm.balancing import real_gramians
 from compressm.errors import InvalidSystemError
-from compressm.systems import DiagonalSystem
+from compressm.theory.balancing import real_gramians
+from compressm.theory.systems import DiagonalSystem
 
 # Negative eigenvalues up to this share of the largest are rounding of float32 sums.
 _ROUNDING = 1e-4

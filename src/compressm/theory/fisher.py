@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from compressm.errors import InvalidRankRuleError, InvalidSystemError
-from compressm.selection import compensation
-from compressm.selective import ErrorEstimate, Moments, SelectiveReduction, balance_selective
+from compressm.theory.recurrence import ErrorEstimate, Moments, SelectiveReduction, balance_selective
+from compressm.theory.selection import compensation
 
 EXCHANGES = 10
 # Share of the largest diagonal entry that is added to the diagonal of what is solved with.

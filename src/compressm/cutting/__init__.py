@@ -1,0 +1,1 @@
+"""Spectrum, plan, report, write, carry: one reduction of one model."""

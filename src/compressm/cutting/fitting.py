@@ -1,0 +1,131 @@
+"""Checkpoints of any size: a model's layers take the state dimensions of the weights that are loaded into them.
+
+Cuts change the shapes of parameters, so that weights from before a cut no longer fit, nor do weights from after one
+fit a model that was built at its first size. But the shapes are in the weights: before a layer loads them, it is given
+their state dimension. This works in every host, since all of them end in `torch.nn.Module.load_state_dict`: Trainer's
+best model, Lightning's ``ckpt_path``, Accelerate's ``load_state``, averaged copies.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
+
+from torch import Tensor, nn
+
+from compressm.adapters import LayerAdapter, find_layers
+from compressm.adapters.base import layer_values, tell_written, write
+from compressm.errors import CheckpointError
+from compressm.runtime.processes import rebuild_replicas
+
+Model = TypeVar("Model", bound=nn.Module)
+# On every module with hooks: whether the load that it sees was asked of it, and not of a module around it.
+_OUTERMOST, _RESIZED = "_outermost_of_a_load", "_resized_for_weights"
+
+
+def fit_any_size(model: Model) -> Model:
+    """Let ``model.load_state_dict`` accept weights of any state dimension, from now on, in place.
+
+    What a model stores beside its weights, such as a Hugging Face config's state size, follows. `Compressor` and the
+    integrations call this. Call it yourself where a compressed checkpoint is loaded into a model that was built at its
+    first size and no compressor is at hand. Copies of the model inherit it.
+
+    Args:
+        model: any model with layers that compressm knows.
+
+    Returns:
+        the same model.
+
+    Raises:
+        UnsupportedModelError: the model has no layer that compressm knows.
+    """
+    layers = {id(layer) for layer, _ in find_layers(model).values()}
+    for module in model.modules():
+        if hasattr(module, _OUTERMOST) or layers.isdisjoint(id(part) for part in module.modules()):
+            continue
+        module.register_load_state_dict_pre_hook(_before_loading)
+        if id(module) in layers:
+            module.register_load_state_dict_pre_hook(_resize_for_weights)
+        module.register_load_state_dict_post_hook(_after_loading)
+        setattr(module, _OUTERMOST, False)
+    return model
+
+
+def fit(model: Model, weights: Mapping[str, Tensor | Sequence[int]]) -> Model:
+    """Give a model's layers the state dimensions that weights of these names have, in place.
+
+    For checkpoints that are not read by ``load_state_dict``: `torch.distributed.checkpoint`, for example, reads into
+    tensors that have their shapes already.
+
+    Args:
+        model: any model with layers that compressm knows.
+        weights: a state dict of the model, or only the shapes in it. Parameters that it does not name stay as they are.
+
+    Returns:
+        the same model; the parameters that were resized hold zeros.
+
+    Raises:
+        CheckpointError: shapes that the layer has at no state dimension.
+    """
+    shapes = {
+        name: tuple(value.shape if isinstance(value, Tensor) else value)
+        for name, value in weights.items()
+        if isinstance(value, Tensor | Sequence)
+    }
+    for name, (layer, adapter) in find_layers(model).items():
+        _fit_layer(layer, adapter, shapes, f"{name}." if name else "")
+    tell_written(model)
+    return model
+
+
+def _before_loading(module: nn.Module, _state_dict: Mapping[str, Any], prefix: str, *_: Any) -> None:
+    """Any part may be the one that a load was asked of, and see its end: a model, one in a wrapper, a backbone."""
+    setattr(module, _OUTERMOST, not prefix)
+
+
+def _resize_for_weights(layer: nn.Module, state_dict: Mapping[str, Any], prefix: str, *_: Any) -> None:
+    (adapter,) = (adapter for found, adapter in find_layers(layer).values() if found is layer)
+    shapes = {name: tuple(v.shape) for name, v in state_dict.items() if name.startswith(prefix) and hasattr(v, "shape")}
+    if _fit_layer(layer, adapter, shapes, prefix):
+        setattr(layer, _RESIZED, True)
+
+
+def _after_loading(module: nn.Module, _: Any) -> None:
+    if not getattr(module, _OUTERMOST):
+        return
+    resized = [layer for layer in module.modules() if hasattr(layer, _RESIZED)]
+    for layer in resized:
+        delattr(layer, _RESIZED)
+    if resized:
+        tell_written(module)
+        rebuild_replicas(module)
+
+
+def _fit_layer(layer: nn.Module, adapter: LayerAdapter, shapes: Mapping[str, tuple[int, ...]], prefix: str) -> bool:
+    """Whether it had to be resized."""
+    values = layer_values(layer)
+    wanted = {name: shapes[prefix + name] for name in values if prefix + name in shapes}
+    differing = {name: shape for name, shape in wanted.items() if shape != tuple(values[name].shape)}
+    if not differing:
+        return False
+
+    def shapes_at(states: int) -> dict[str, tuple[int, ...]]:
+        return {n: tuple(v.shape) for n, v in {**values, **adapter.resized(layer, states).values()}.items()}
+
+    # Every size is a linear function of the state dimension: two points of it tell which one is wanted.
+    one, two = shapes_at(1), shapes_at(2)
+    name, shape = next(iter(differing.items()))
+    for size, at_one, at_two in zip(shape, one[name], two[name], strict=False):
+        if at_one != at_two:
+            states = 1 + (size - at_one) // (at_two - at_one)
+            if states >= 1 and all(shapes_at(states)[other] == asked for other, asked in wanted.items()):
+                write(layer, adapter.resized(layer, states))
+                return True
+            break
+    raise CheckpointError(
+        f"{prefix.rstrip('.') or type(layer).__name__}: weights of shapes {list(differing.values())} belong to no "
+        "state dimension of this layer; build the model as it was built when saved"
+    )
+
+
+__all__ = ["fit", "fit_any_size"]

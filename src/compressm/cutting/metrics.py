@@ -1,0 +1,106 @@
+"""What `evaluate` may return, and what becomes of a model while it is evaluated."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+
+from compressm.errors import EvaluationError
+from compressm.observing.moments import modes_kept
+from compressm.runtime.processes import from_first_rank, gathered
+from compressm.runtime.random_state import rng_state, set_rng_state
+
+_EXPECTED = "expected one real number, higher is better"
+
+
+class MetricWarning(UserWarning):
+    """A metric is not finite, and nothing is compared with it."""
+
+
+def measure(model: nn.Module, evaluate: Callable[[nn.Module], Any]) -> float:
+    """A metric of the model, leaving the training modes of all its parts and the random state as they were.
+
+    Returns:
+        what ``evaluate(model)`` does: any real number, a tensor or array of one element included. It may be NaN or
+        infinite.
+
+    Raises:
+        EvaluationError: it returned something else, or raised.
+    """
+    rng = rng_state()
+    try:
+        with modes_kept(model):
+            value = evaluate(model)
+    except EvaluationError:
+        raise
+    except Exception as error:
+        raise EvaluationError(f"evaluate raised {_one_line(error)}; {_EXPECTED}") from error
+    finally:
+        set_rng_state(rng)
+    return as_metric(value)
+
+
+def measure_together(model: nn.Module, evaluate: Callable[[nn.Module], Any]) -> float:
+    """`measure` in every process of `torch.distributed` at once: the metric of rank 0, on all ranks.
+
+    Raises:
+        EvaluationError: on all ranks, where one of them has it.
+    """
+    metric, error = math.nan, None
+    try:
+        metric = measure(model, evaluate)  # by all ranks, since it may add up their shares
+    except EvaluationError as mine:
+        error = mine
+    problems = [one for one in gathered(None if error is None else str(error)) if one is not None]
+    if error is not None:
+        raise error
+    if problems:
+        raise EvaluationError(problems[0])
+    return from_first_rank(lambda: metric)
+
+
+def warn_not_finite(metric: float, what: str) -> None:
+    """Say at once that a metric is not finite, when, and what follows from it."""
+    advice = "see that weights, data and the metric itself are finite"
+    warnings.warn(f"evaluate returned {metric} {what}; {advice}", MetricWarning, stacklevel=6)
+
+
+def as_metric(value: Any) -> float:
+    """A number that `evaluate` returned.
+
+    Raises:
+        EvaluationError: it is none.
+    """
+    if isinstance(value, str | bytes) or value is None:
+        raise _refused(value)
+    if isinstance(value, Tensor) and (value.numel() != 1 or value.is_complex()):
+        raise _refused(value)
+    size = getattr(value, "size", 1)  # of NumPy's arrays
+    if isinstance(size, int) and size != 1:
+        raise _refused(value)
+    try:
+        return float(value.item() if isinstance(getattr(value, "size", None), int) else value)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise _refused(value) from error
+
+
+def _refused(value: Any) -> EvaluationError:
+    shape = getattr(value, "shape", None)
+    what = repr(value).replace("\n", " ")
+    what = what if len(what) <= 60 else f"{what[:57]}..."
+    kind = type(value).__name__ if shape is None else f"{type(value).__name__} of shape {tuple(shape)}"
+    remedy = "return one of its elements, or their mean" if shape is not None or isinstance(value, tuple | list) else ""
+    remedy = "see that it returns its metric" if value is None else remedy or "return the number itself"
+    return EvaluationError(f"evaluate returned {what} ({kind}); {_EXPECTED}: {remedy}")
+
+
+def _one_line(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+__all__ = ["MetricWarning", "as_metric", "measure", "measure_together", "warn_not_finite"]

@@ -1,0 +1,77 @@
+"""Pictures of a spectrum, by matplotlib or plotly, whichever the reader has."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Mapping, Sequence
+from importlib import import_module
+from typing import Any, Literal
+
+from compressm.errors import MissingExtraError
+
+Backend = Literal["plotly", "matplotlib"]
+# Told apart also by who sees few colours (most are Okabe and Ito's), and on white as on black.
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8f7fee", "#999999")
+_TITLE, _X, _Y = "Energy beyond the first r states", "states kept, r", "share of the Hankel energy discarded"
+_FLOOR = 1e-8  # of what is discarded: the rest is nothing
+
+
+def plot_discarded(discarded: Mapping[str, Sequence[float]], backend: Backend | None = None) -> Any:
+    """What keeping r states would discard, a line per layer; see `Spectrum.plot`.
+
+    Args:
+        discarded: by layer name, the share of the Hankel energy that is lost with the first 1, 2, ... states.
+        backend: ``"plotly"`` or ``"matplotlib"``; by default plotly where it is installed.
+    """
+    if backend is None:
+        backend = "plotly" if _found("plotly") else "matplotlib"
+    if backend not in ("plotly", "matplotlib"):
+        raise ValueError(f"backend must be 'plotly' or 'matplotlib'; got {backend!r}")
+    lines = [(name, [max(share, _FLOOR) for share in shares]) for name, shares in discarded.items()]
+    return _plotly(lines) if backend == "plotly" else _matplotlib(lines)
+
+
+def _found(name: str) -> bool:
+    try:
+        import_module(name)
+    except ImportError:
+        return False
+    return True
+
+
+def _plotly(lines: list[tuple[str, list[float]]]) -> Any:
+    try:
+        from plotly import graph_objects
+    except ImportError as error:
+        raise MissingExtraError('this picture needs plotly: pip install "compressm[train]"') from error
+    figure = graph_objects.Figure(layout={"title": _TITLE, "xaxis_title": _X, "yaxis_title": _Y})
+    for index, (name, shares) in enumerate(lines):
+        figure.add_scatter(
+            x=list(range(1, len(shares) + 1)),
+            y=shares,
+            name=html.escape(name, quote=False),
+            line={"color": COLOURS[index % len(COLOURS)]},
+        )
+    figure.update_yaxes(type="log", exponentformat="power")
+    return figure
+
+
+def _matplotlib(lines: list[tuple[str, list[float]]]) -> Any:
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise MissingExtraError('this picture needs matplotlib: pip install "compressm[train]"') from error
+    figure = Figure(figsize=(7, 4.5), layout="constrained")  # no pyplot: nothing global, no window
+    axis = figure.subplots()
+    for index, (name, shares) in enumerate(lines):
+        axis.semilogy(range(1, len(shares) + 1), shares, label=name, color=COLOURS[index % len(COLOURS)])
+    for tolerance in (0.1, 0.01, 0.001):
+        axis.axhline(tolerance, color="#999999", linewidth=0.6, linestyle=":")
+    axis.set(title=_TITLE, xlabel=_X, ylabel=_Y, xlim=(0, None))
+    axis.spines[["top", "right"]].set_visible(False)
+    if len(lines) <= 12:
+        axis.legend(frameon=False, fontsize=8)
+    return figure
+
+
+__all__ = ["COLOURS", "plot_discarded"]

@@ -1,0 +1,269 @@
+"""What a cut does to a layer's output on data: measured, by running the layer before and after on the same inputs.
+
+While the model reads the data, every layer that is to be cut gets each input a second time, in a copy that holds the
+smaller recurrence already. With ``y`` the layer's output and ``y'`` that of the copy,
+
+    error = sqrt(sum |y' - y|^2 / sum |y|^2)
+
+over all tokens of all calls, padding left out. Everything between the layer's input and its output is in it: gates,
+norms, projections, the path that goes past the state. No other layer's cut is: each layer reads what it read before.
+
+The copies take no more memory than the layers themselves. One pass over the data is one run of the model, and one more
+of these layers. Nothing is kept from one batch to the next but some sums per layer.
+
+Where a cut is fitted to the data, as in selective layers, that error is one of fitting. `error_held_out` comes from two
+more cuts, each made from half of the sequences and measured on the other half (see `held_out`): what to expect on other
+data of the same kind, and rather too much than too little, since each half is less than the whole.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from compressm.adapters import LayerChange, SelectiveAdapter, find_layers
+from compressm.adapters.base import tell_written, write
+from compressm.observing.held_out import Dealer
+from compressm.observing.inputs import calls
+from compressm.observing.layer_calls import named_arguments
+from compressm.observing.moments import TELLS, Sample, modes_kept
+from compressm.runtime.processes import gathered
+
+
+class NotMeasuredWarning(UserWarning):
+    """A layer's error on the data could not be measured, because the smaller copy of it could not be run on them."""
+
+
+@dataclass(frozen=True)
+class Errors:
+    """Relative errors of one layer's output; see the module's text.
+
+    Attributes:
+        on_data: of the cut itself, on the data that it was made from.
+        held_out: of cuts made from half of the sequences, on the other half; None where there are none.
+    """
+
+    on_data: float
+    held_out: float | None = None
+
+
+@torch.no_grad()
+def errors_on_data(
+    model: nn.Module,
+    changes: Mapping[str, LayerChange],
+    data: Any,
+    by_halves: Mapping[str, tuple[LayerChange, LayerChange]] | None = None,
+) -> dict[str, Errors]:
+    """Relative error of each layer's output on some data, if the changes were written; see the module's text.
+
+    Args:
+        model: as it is before the changes, in evaluation mode while it reads the data. Only read.
+        changes: by layer name.
+        data: batches, as `compressm.observing.moments.gather` takes them.
+        by_halves: by layer name, the changes that the first and that the second half of the sequences lead to; these
+            must be the same data in the same order.
+
+    In several processes all of them must call this, each with its share of the data.
+
+    Returns:
+        by layer name; without the layers that the data did not reach. Infinite where an output that was zero is not
+        zero any more.
+    """
+    if not changes:
+        return {}
+    padding = _Padding()
+    replays = {
+        name: _Replay(name, model.get_submodule(name), change, padding, (by_halves or {}).get(name, ()))
+        for name, change in changes.items()
+    }
+    handles = [
+        model.get_submodule(name).register_forward_hook(replay.compare, with_kwargs=True)
+        for name, replay in replays.items()
+    ]
+    for module in model.modules():
+        if isinstance(module, TELLS):
+            handles.append(module.register_forward_pre_hook(padding.remember, with_kwargs=True))
+            handles.append(module.register_forward_hook(padding.forget, always_call=True))
+    try:
+        with modes_kept(model):
+            model.eval()
+            for call in calls(model, data):
+                padding.of_batch(call.kwargs)
+                call(model)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return _errors(replays)
+
+
+@torch.no_grad()
+def errors_on_samples(
+    model: nn.Module, changes: Mapping[str, LayerChange], samples: Mapping[str, Sample]
+) -> dict[str, Errors]:
+    """The same, on one sequence that each layer has read before: what a training loop can afford.
+
+    Args:
+        model: as it is before the changes. Only read.
+        changes: by layer name.
+        samples: by layer name; layers without one are left out.
+    """
+    replays: dict[str, _Replay] = {}
+    for name, (layer, adapter) in find_layers(model).items():
+        if name not in changes or name not in samples or not isinstance(adapter, SelectiveAdapter):
+            continue
+        hidden, present = samples[name].hidden.to(next(layer.parameters()).device), samples[name].present
+        replays[name] = replay = _Replay(name, layer, changes[name], _Padding(present), run=adapter.run)
+        with modes_kept(layer), torch.autocast(hidden.device.type, enabled=False):
+            layer.eval()
+            try:
+                output = adapter.run(layer, hidden)
+            except _FAILURES as error:
+                replay.failed = _first_line(error)
+            else:
+                replay.compare(layer, (hidden,), {}, output)
+    return _errors(replays)
+
+
+class _Padding:
+    """Which tokens of the batch that is being read are tokens, as far as the model or the batch says so."""
+
+    def __init__(self, present: Tensor | None = None) -> None:
+        self.said: list[Tensor | None] = [present]  # by the batch, then by the model and its parts, innermost last
+
+    def of_batch(self, arguments: Mapping[str, Any]) -> None:
+        """Forget the batch before."""
+        mask = arguments.get("attention_mask")
+        self.said = [mask if isinstance(mask, Tensor) and mask.ndim == 2 else None]
+
+    def remember(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """A forward pre-hook of a model, or a part of one, that knows which of its inputs are padding."""
+        assert isinstance(model, TELLS)
+        present = model.present(**named_arguments(model, args, kwargs))
+        self.said.append(self.said[-1] if present is None else present)
+
+    def forget(self, *_: Any) -> None:
+        """A forward hook of the same."""
+        self.said.pop()
+
+    def weights(self, output: Tensor, kwargs: Mapping[str, Any]) -> Tensor | None:
+        """1 for tokens and 0 for padding, shape ``(batch, length)``, where it is known for this output."""
+        for mask in (kwargs.get("attention_mask"), self.said[-1]):
+            if isinstance(mask, Tensor) and mask.shape == output.shape[:-1]:
+                return mask.to(output.device, torch.float64)
+        return None
+
+
+class _Replay:
+    """Compares one layer with what a change makes of it.
+
+    ``sums`` has the squares of what changes in the output, of the output, and of what the halves' cuts change in it;
+    then the number of tokens.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        layer: nn.Module,
+        change: LayerChange,
+        padding: _Padding,
+        by_halves: Sequence[LayerChange] = (),
+        run: Callable[..., Any] | None = None,
+    ) -> None:
+        self.name, self.padding, self.run = name, padding, run or _called
+        self.smaller = _copy(layer, change)
+        self.of_halves = [_copy(layer, one) for one in by_halves]
+        self.dealer = Dealer()
+        self.sums = [0.0, 0.0, 0.0, 0.0]
+        self.failed = ""
+
+    def compare(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        """A forward hook: add one call of the layer."""
+        del layer
+        if self.failed:
+            return
+        args = tuple(None if _is_cache(value) else value for value in args)
+        kwargs = {key: None if _is_cache(value) else value for key, value in kwargs.items()}
+        if "use_cache" in kwargs:
+            kwargs["use_cache"] = False  # some keep their states in themselves
+        try:
+            y = _sequence(output)
+            others = [_sequence(self.run(one, *args, **kwargs)) for one in (self.smaller, *self.of_halves)]
+            changed, *by_halves = [(other.double() - y.double()).square().sum(-1) for other in others]
+        except _FAILURES as error:
+            self.failed = _first_line(error)
+            return
+        held_out = torch.zeros_like(changed)
+        half = self.dealer.halves(self.name, y.shape[0]).to(y.device)
+        for which, of_half in enumerate(by_halves):
+            held_out[half != which] = of_half[half != which]
+        weights = self.padding.weights(y, kwargs)
+        weights = torch.ones_like(changed) if weights is None else weights
+        for place, value in enumerate((changed, y.double().square().sum(-1), held_out, torch.ones_like(changed))):
+            self.sums[place] += float((value * weights).sum())
+
+
+# Of a copy with a smaller state, in layers that nobody here has seen. The cut is sound without these numbers.
+_FAILURES = (RuntimeError, TypeError, ValueError, AttributeError)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0] or type(error).__name__
+
+
+def _called(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    return layer(*args, **kwargs)
+
+
+def _copy(layer: nn.Module, change: LayerChange) -> nn.Module:
+    smaller = copy.deepcopy(layer).eval()
+    write(smaller, change)
+    tell_written(smaller)
+    return smaller
+
+
+def relative(changed: float, before: float) -> float:
+    """The root of ``changed / before``: 0 where nothing changed."""
+    if before == 0:
+        return 0.0 if changed == 0 else float("inf")
+    return (changed / before) ** 0.5
+
+
+def _errors(replays: Mapping[str, _Replay]) -> dict[str, Errors]:
+    """Over all processes together."""
+    shares = gathered({name: (one.sums, one.failed) for name, one in replays.items()})
+    found: dict[str, Errors] = {}
+    for name, replay in replays.items():
+        failed = next((share[name][1] for share in shares if share[name][1]), "")
+        changed, before, held_out, tokens = (sum(share[name][0][place] for share in shares) for place in range(4))
+        if failed:
+            message = f"the error of {name!r} on the data could not be measured, its smaller copy failed: {failed}"
+            warnings.warn(message, NotMeasuredWarning, stacklevel=4)
+        elif tokens > 0:
+            found[name] = Errors(relative(changed, before), relative(held_out, before) if replay.of_halves else None)
+    return found
+
+
+def _is_cache(value: object) -> bool:
+    """Whether a layer was handed this to leave its state in: it has the shape of the larger state, and the layer itself
+    has written into it by now."""
+    return "Cache" in type(value).__name__
+
+
+def _sequence(output: Any) -> Tensor:
+    """The sequence among what a layer returns: the output itself, or the first tensor in it."""
+    if isinstance(output, Tensor):
+        return output
+    values = output.values() if isinstance(output, Mapping) else output
+    for value in values:
+        if isinstance(value, Tensor) and value.is_floating_point():
+            return value
+    raise TypeError(f"no sequence in a layer's output of type {type(output).__name__}")
+
+
+__all__ = ["Errors", "NotMeasuredWarning", "errors_on_data", "errors_on_samples"]

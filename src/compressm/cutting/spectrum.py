@@ -1,0 +1,293 @@
+"""Hankel singular values of a model's layers, and how far two snapshots of them are apart."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from compressm.adapters import Adapter, find_layers
+from compressm.adapters.base import check_plain, layer_values
+from compressm.cutting.plots import Backend, plot_discarded
+from compressm.errors import MissingExtraError, UnsupportedModelError
+from compressm.observing.moments import gather
+from compressm.theory.balancing import Balancing, Method, balance
+from compressm.theory.ranks import RankRule, choose_ranks
+from compressm.theory.recurrence import Moments, SelectiveBalancing, balance_selective, root
+from compressm.theory.systems import DiagonalSystem
+
+if TYPE_CHECKING:
+    import pandas
+
+AnyBalancing = Balancing | SelectiveBalancing
+
+
+@dataclass(frozen=True)
+class LayerSpectrum:
+    """One layer's Hankel singular values.
+
+    Attributes:
+        name: the layer's name in the model.
+        hsv: Hankel singular values, decreasing along the last axis, float64, shape ``(m,)`` with one or two values per
+            state (see `Balancing`); ``(*batch, m)`` where a layer has several systems.
+        energy: Hankel energy per complex state, decreasing, shape ``(n,)`` (see `Balancing.energy`); ``(*batch, n)``
+            where a layer has several systems, one per channel or head, that keep one common rank.
+    """
+
+    name: str
+    hsv: Tensor
+    energy: Tensor
+
+    @property
+    def states(self) -> int:
+        """State dimension of the layer."""
+        return self.energy.shape[-1]
+
+    def states_for(self, tolerance: float) -> int:
+        """How many states hold all but this share of the Hankel energy, at best: where states are selected, as in most
+        selective layers, a cut that keeps as much needs more of them."""
+        return choose_ranks({self.name: self.energy}, RankRule(tolerance=tolerance))[self.name]
+
+    def mean_energy(self) -> list[float]:
+        """Energy per state, averaged over the layer's systems."""
+        return self.energy.reshape(-1, self.states).mean(0).tolist()
+
+    def discarded(self) -> list[float]:
+        """Share of the Hankel energy that is lost if the first 1, 2, ... states are kept; the last entry is 0. Where a
+        layer has several systems, that of the one that loses most. Where states are selected, a cut loses more."""
+        beyond = self.energy.flip(-1).cumsum(-1).flip(-1)
+        share = beyond[..., 1:] / beyond[..., :1].clamp_min(1e-300)
+        return [*share.reshape(-1, share.shape[-1]).amax(0).tolist(), 0.0]
+
+
+@dataclass(frozen=True)
+class Spectrum:
+    """Spectra of all layers of a model, in the order in which the model lists them."""
+
+    layers: tuple[LayerSpectrum, ...]
+
+    @classmethod
+    def of(cls, balancings: Mapping[str, AnyBalancing]) -> Spectrum:
+        """Of balanced layers by name."""
+        return cls(tuple(LayerSpectrum(name, one.hsv, one.energy) for name, one in balancings.items()))
+
+    def __iter__(self) -> Iterator[LayerSpectrum]:
+        return iter(self.layers)
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+    def __getitem__(self, name: str) -> LayerSpectrum:
+        for layer in self.layers:
+            if layer.name == name:
+                return layer
+        raise KeyError(f"no layer {name!r}; there are {[layer.name for layer in self.layers]}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Lists of numbers by layer name, for JSON."""
+        return {layer.name: {"hsv": layer.hsv.tolist(), "energy": layer.energy.tolist()} for layer in self.layers}
+
+    def to_dataframe(self) -> pandas.DataFrame:
+        """A row per layer and state, with the columns ``layer``, ``state`` (from 1), ``energy``, and ``discarded``: the
+        share of the layer's Hankel energy that is lost if the states up to this one are kept.
+
+        Raises:
+            MissingExtraError: pandas is not installed.
+        """
+        try:
+            import pandas
+        except ImportError as error:
+            raise MissingExtraError("a data frame needs pandas: pip install pandas") from error
+        rows = [
+            {"layer": layer.name, "state": state, "energy": energy, "discarded": discarded}
+            for layer in self.layers
+            for state, (energy, discarded) in enumerate(zip(layer.mean_energy(), layer.discarded(), strict=True), 1)
+        ]
+        return pandas.DataFrame(rows)
+
+    def plot(self, backend: Backend | None = None) -> Any:
+        """What keeping r states of every layer would discard, on a logarithmic axis.
+
+        Args:
+            backend: ``"plotly"`` or ``"matplotlib"``; by default plotly where it is installed.
+
+        Returns:
+            a ``plotly.graph_objects.Figure`` or a ``matplotlib.figure.Figure``, which a notebook shows by itself.
+
+        Raises:
+            MissingExtraError: the backend is not installed.
+            ValueError: another backend.
+        """
+        return plot_discarded({layer.name: layer.discarded() for layer in self}, backend)
+
+    def __str__(self) -> str:
+        rows = [f"{'layer':32} {'states':>6} {'τ=0.1':>6} {'0.01':>6} {'0.001':>6}"]
+        for layer in self.layers:
+            kept = " ".join(f"{layer.states_for(tolerance):6d}" for tolerance in (0.1, 0.01, 0.001))
+            rows.append(f"{layer.name:32} {layer.states:6d} {kept}")
+        return "\n".join(rows)
+
+
+def balance_layers(
+    model: nn.Module, method: Method = "real", moments: Mapping[str, Moments] | None = None
+) -> dict[str, AnyBalancing]:
+    """Balance every layer that has a state, by layer name.
+
+    Args:
+        model: only read.
+        method: for linear time-invariant layers, see `balancing`.
+        moments: of every selective layer, from `statistics`.
+
+    Raises:
+        UnsupportedModelError: no layer, or a selective one without moments.
+        InvalidSystemError: parameters or moments that are not finite.
+    """
+    balancings: dict[str, AnyBalancing] = {}
+    for name, (layer, adapter) in find_layers(model).items():
+        if isinstance(adapter, Adapter):
+            check_plain({name: layer})
+            balancings[name] = balance(adapter.read(layer_values(layer)), method)
+        elif moments is not None and name in moments:
+            balancings[name] = balance_selective(moments[name])
+        else:
+            raise UnsupportedModelError(
+                f"{name!r} is a selective layer, and what its states carry depends on the data: pass data=, some "
+                "batches of the model's inputs"
+            )
+    return balancings
+
+
+def analyze(model: nn.Module, method: Method = "real", data: Any = None) -> Spectrum:
+    """Hankel singular values of every layer of a model that has a state. The model is only read.
+
+    Args:
+        model: any module that contains layers compressm knows.
+        method: for linear time-invariant layers, ``"real"`` (of the real system that the layer computes) or
+            ``"complex"`` (as in the CompreSSM paper).
+        data: a batch of the model's inputs, or an iterable of batches, which selective layers need; see
+            `compressm.observing.inputs` for the forms.
+
+    Returns:
+        the spectra by layer, in the model's order; ``print`` shows how many states hold which share of the energy.
+
+    Raises:
+        UnsupportedModelError: the model has no such layer, or has a selective one and no data were given.
+        InvalidSystemError: a layer's parameters are not finite, its Gramians overflow, it is unstable (``|lam| >= 1``),
+            or the method is unknown.
+        ConfigError: data that the model cannot take.
+    """
+    return Spectrum.of(balance_layers(model, method, None if data is None else gather(model, data)))
+
+
+def snapshot_state(balancing: AnyBalancing) -> Any:
+    """What a balanced layer is computed from, as dicts or lists of tensors."""
+    if isinstance(balancing, SelectiveBalancing):
+        return balancing.moments.tensors()
+    return [balancing.system.lam, balancing.system.B, balancing.system.C]
+
+
+def snapshot(state: Any, method: Method) -> AnyBalancing:
+    """The inverse of `snapshot_state`."""
+    if isinstance(state, Mapping):
+        return balance_selective(Moments(**state))
+    return balance(DiagonalSystem(*state), method)
+
+
+def mean_hsv(balancing: AnyBalancing) -> Tensor:
+    """Hankel singular values of a layer, decreasing: the mean over its systems where it has several (channels of S4D,
+    heads, groups), shape ``(m,)``."""
+    return balancing.hsv.reshape(-1, balancing.hsv.shape[-1]).mean(0)
+
+
+@dataclass(frozen=True)
+class SpectrumChange:
+    """How far a layer's Hankel spectrum moved between two snapshots.
+
+    Attributes:
+        weyl_bound: ``max |eig(H' - H)|`` with ``H = (P^1/2 Q P^1/2)^1/2``; by Weyl's inequality no Hankel singular
+            value moved by more. In units of the largest value of the first snapshot.
+        largest_move: the largest change of a value, in the same units.
+        rank_correlation: Spearman's, between the places in the order that the state directions had and have.
+        share_moved: total change of the values over their sum.
+        bottom_share_before, bottom_share_after: energy share of the smallest half.
+        crossings: share of all pairs of state directions that changed places in the order. A direction (an eigenvector
+            of ``H``) is recognised in the second snapshot by the largest total overlap.
+    """
+
+    weyl_bound: float
+    largest_move: float
+    rank_correlation: float
+    share_moved: float
+    bottom_share_before: float
+    bottom_share_after: float
+    crossings: float
+
+    def settled(self, threshold: float) -> bool:
+        """Whether the spectrum held still: little energy moved, and the bottom half's share stayed what it was."""
+        return self.share_moved <= threshold and abs(self.bottom_share_after - self.bottom_share_before) <= threshold
+
+
+def compare(before: AnyBalancing, after: AnyBalancing) -> SpectrumChange:
+    """Compare two snapshots of one layer, of the same state dimension and method.
+
+    The values are compared in their order, as Weyl's inequality does; that is also the matching of least total change.
+    Directions are matched by their overlap (`scipy.optimize.linear_sum_assignment`).
+
+    Raises:
+        ValueError: snapshots of different order.
+    """
+    a, b = (snapshot.hsv.flatten().sort(descending=True).values for snapshot in (before, after))
+    if a.shape != b.shape:
+        raise ValueError(f"snapshots of different order: {a.shape[-1]} and {b.shape[-1]} Hankel singular values")
+    scale = float(a[0]) or 1.0
+    old, new = _hankel_operator(before), _hankel_operator(after)
+    # Imported here: they take as long as the rest of the library, and few need them.
+    from scipy.optimize import linear_sum_assignment
+    from scipy.stats import spearmanr
+
+    half = a.shape[0] // 2
+    overlap = (torch.linalg.eigh(old).eigenvectors.mH @ torch.linalg.eigh(new).eigenvectors).abs().square()
+    _, places = linear_sum_assignment(overlap.reshape(-1, *overlap.shape[-2:]).sum(0).numpy(), maximize=True)
+    correlation: Any = spearmanr(range(len(places)), places) if len(places) > 1 else None
+    return SpectrumChange(
+        weyl_bound=float(torch.linalg.eigvalsh(new - old).abs().max()) / scale,
+        largest_move=float((a - b).abs().max()) / scale,
+        rank_correlation=1.0 if correlation is None else float(correlation.statistic),
+        share_moved=float((a - b).abs().sum() / a.sum().clamp_min(1e-300)),
+        bottom_share_before=float(a[half:].sum() / a.sum().clamp_min(1e-300)),
+        bottom_share_after=float(b[half:].sum() / b.sum().clamp_min(1e-300)),
+        crossings=_crossings(places.tolist()),
+    )
+
+
+def _crossings(places: Sequence[int]) -> float:
+    """Share of the pairs that stand in another order than their places."""
+    order = torch.tensor(places)
+    inverted = (order[:, None] > order[None, :]).triu(1).sum()
+    return float(inverted) / max(1, len(places) * (len(places) - 1) // 2)
+
+
+def _hankel_operator(balancing: AnyBalancing) -> Tensor:
+    """``(P^1/2 Q P^1/2)^1/2``, whose eigenvalues are the Hankel singular values, in the layer's own coordinates."""
+    if isinstance(balancing, Balancing):
+        P, factor_Q = balancing.factor_P @ balancing.factor_P.mH, balancing.factor_Q
+    else:
+        P, factor_Q = balancing.P, root(balancing.W)
+    values, vectors = torch.linalg.eigh(P)
+    root_P = (vectors * values.clamp_min(0).sqrt()[..., None, :]) @ vectors.mH
+    left, singular, _ = torch.linalg.svd(root_P @ factor_Q)
+    return (left * singular[..., None, :]) @ left.mH
+
+
+def spectrum_changes(
+    before: Mapping[str, AnyBalancing], after: Mapping[str, AnyBalancing]
+) -> dict[str, SpectrumChange]:
+    """`compare` for every layer present in both snapshots with the same order."""
+    return {
+        name: compare(before[name], now)
+        for name, now in after.items()
+        if name in before and before[name].hsv.shape == now.hsv.shape
+    }

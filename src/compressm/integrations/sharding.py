@@ -1,0 +1,127 @@
+"""Models sharded by FSDP2 (`torch.distributed.fsdp.fully_shard`).
+
+A sharded parameter cannot be resized in place: FSDP2 fixes padding, all-gather buffers and the layout of shards when it
+takes a parameter over, and has no way to let it go. So a cut gathers the model on rank 0, cuts it there, and shards the
+smaller one anew: once per cut, with all that training needs.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, cast
+
+from torch import Tensor, nn
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.optim import Optimizer
+
+from compressm.cutting.carry import begin_anew
+from compressm.cutting.fitting import fit
+from compressm.cutting.reduce import Report, compress, resize_states
+from compressm.errors import CheckpointError
+from compressm.runtime.processes import from_first_rank, rank
+
+
+def compress_sharded(
+    model: nn.Module,
+    optimizer: Optimizer,
+    *,
+    build: Callable[[], nn.Module],
+    shard: Callable[[nn.Module], Any],
+    build_optimizer: Callable[[nn.Module], Optimizer],
+    **rule: Any,
+) -> tuple[nn.Module, Optimizer, Report]:
+    """Reduce a sharded model once, with its optimizer's state. All ranks call it, between two steps.
+
+        model, optimizer, report = compress_sharded(
+            model, optimizer, build=build, shard=shard, build_optimizer=build_optimizer, tolerance=0.02
+        )
+
+    A scheduler must be given the new optimizer afterwards (``scheduler.optimizer = optimizer``): its learning rates
+    come along with the optimizer's state.
+
+    Args:
+        model: sharded by ``shard``. Do not use it any more.
+        optimizer: of its parameters; likewise.
+        build: returns the model as it was built at first, unsharded.
+        shard: calls `fully_shard` on a model from ``build``, in place.
+        build_optimizer: returns the optimizer of a model.
+        **rule: how far to cut, and how: see `compressm.compress`.
+
+    Returns:
+        the smaller model, sharded; its optimizer; and what was done.
+
+    Raises:
+        InvalidRankRuleError, UnsupportedModelError, UnsupportedOptimizerError, InvalidSystemError: on all ranks.
+    """
+    on_first = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    weights, states = get_state_dict(model, optimizer, options=on_first)  # empty on the other ranks
+
+    def cut() -> tuple[Report, list[str]]:
+        whole = fit(build(), cast("dict[str, Tensor]", weights))
+        whole.load_state_dict(weights)
+        its_optimizer = build_optimizer(whole)
+        set_optimizer_state_dict(whole, its_optimizer, states)
+        report = compress(whole, optimizer=its_optimizer, **rule)
+        smaller = get_state_dict(whole, its_optimizer)
+        weights.update(smaller[0])
+        states.update(smaller[1])
+        kept = {id(parameter) for parameter in its_optimizer.state}
+        return report, [name for name, one in whole.named_parameters() if kept and id(one) not in kept]
+
+    report, begun_anew = from_first_rank(cut)
+    smaller = build()
+    resize_states(smaller, report.state_dims)
+    shard(smaller)
+    optimizer = build_optimizer(smaller)
+    # Not set_state_dict: it takes the empty dict of the other ranks for "no model", and rank 0 would wait for them.
+    from_first = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, strict=not begun_anew)
+    set_model_state_dict(smaller, weights if rank() == 0 else {}, options=from_first)
+    set_optimizer_state_dict(smaller, optimizer, states if rank() == 0 else {}, options=from_first)
+    if begun_anew:  # torch gives these the state of a step that has not been made
+        begin_anew(optimizer, [one for name, one in smaller.named_parameters() if name in begun_anew])
+    return smaller, optimizer, report
+
+
+def fit_to_checkpoint(model: nn.Module, folder: str | os.PathLike[str], key: str = "model") -> nn.Module:
+    """Give an unsharded model the state dimensions of a `torch.distributed.checkpoint`, in place.
+
+    That checkpoint is read into tensors that have their shapes already, so call this before `fully_shard`.
+
+    Args:
+        model: as it was built at first.
+        folder: the checkpoint.
+        key: under which the model's state dict was saved, as in ``dcp.save({"model": ..., "optimizer": ...})``.
+
+    Returns:
+        the same model, for the checkpoint to be read into.
+
+    Raises:
+        CheckpointError: no such checkpoint, or of another model.
+    """
+    try:
+        entries = FileSystemReader(Path(folder)).read_metadata().state_dict_metadata
+    except OSError as error:
+        raise CheckpointError(
+            f"{folder}: no distributed checkpoint there ({error.strerror}); check the path"
+        ) from error
+    prefix = f"{key}."
+    shapes = {
+        name.removeprefix(prefix): tuple(entry.size)
+        for name, entry in entries.items()
+        if isinstance(entry, TensorStorageMetadata) and name.startswith(prefix)
+    }
+    if not shapes:
+        raise CheckpointError(f"{folder} holds nothing under {key!r}; give the key that the model was saved under")
+    return fit(model, shapes)
+
+
+__all__ = ["compress_sharded", "fit_to_checkpoint"]

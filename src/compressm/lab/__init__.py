@@ -1,0 +1,1 @@
+"""What `compressm train`, `demo`, `reproduce`, `bench` and `report` run."""

@@ -1,0 +1,185 @@
+"""What is compared: the rows of every suite, and the points of the sweeps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from compressm.lab.bench import roofline
+from compressm.lab.bench.rows import Case, Side
+
+_OURS, _TORCH, _JAX = "compressm.lab.bench.ours", "compressm.lab.bench.peers_torch", "compressm.lab.bench.peers_jax"
+_HF, _PYMOR = "compressm.lab.bench.peers_hf", "compressm.lab.bench.peers_pymor"
+
+JAX = "JAX/Equinox, associative scan"
+LOOP = "PyTorch, loop over time"
+HF = "transformers, slow path"
+
+_SMNIST: dict[str, int] = {"width": 8, "layers": 1, "batch": 50, "length": 784}
+_DEEP: dict[str, int] = {"width": 64, "layers": 6, "batch": 16, "length": 1024}
+_WIDE: dict[str, int] = {"width": 256, "layers": 6, "batch": 8, "length": 1024}
+
+
+def lru(device: str) -> Iterator[Case]:
+    """Training steps of LRU classifiers, and the scan alone."""
+    for name, n, sizes in (
+        ("lru/smnist-n256", 256, _SMNIST),
+        ("lru/smnist-n28", 28, _SMNIST),
+        ("lru/6x64-n128", 128, _DEEP),
+        ("lru/6x256-n384", 384, _WIDE),
+        ("lru/6x256-n93", 93, _WIDE),
+    ):
+        yield _lru_step(name, n, sizes, device)
+    small, large = (_lru_step("", n, _WIDE, device) for n in (93, 384))
+    yield Case("lru/6x256-n384-over-n93", small.ours, "ours at n = 384", large.ours, small.work)
+    slow, fast = (_lru_step("", 256, _SMNIST, device, radius=radius) for radius in ([0.99, 0.999], [0.5, 0.9]))
+    yield Case("lru/no-denormals", slow.ours, "ours with |lam| in [0.5, 0.9], not [0.99, 0.999]", fast.ours, slow.work)
+    for n, width in ((256, 8), (128, 64)):
+        sizes: dict[str, Any] = {"n": n, "width": width, "batch": 16, "length": 784}
+        work = roofline.lti_training(sizes["batch"], sizes["length"], n, width, width)
+        arguments = {**sizes, "device": device}
+        yield Case(
+            f"lru/scan-n{n}-h{width}",
+            Side(f"{_OURS}:lti", arguments),
+            LOOP,
+            Side(f"{_TORCH}:lti_loop", arguments),
+            work,
+        )
+
+
+def _lru_step(name: str, n: int, sizes: dict[str, int], device: str, **more: Any) -> Case:
+    arguments = {"n": n, **sizes, **more, "device": device}
+    return Case(
+        name,
+        Side(f"{_OURS}:lru_training_step", arguments),
+        JAX,
+        Side(f"{_JAX}:lru_training_step", arguments),
+        roofline.lru_training_step(n=n, **sizes),
+    )
+
+
+def selective(device: str) -> Iterator[Case]:
+    """Mamba's scan, forward and backward, alone and inside a mixer."""
+    cases = {n: _selective(f"selective/scan-n{n}", n, device) for n in (128, 64, 16, 12)}
+    yield from cases.values()
+    yield Case("selective/n128-over-n12", cases[12].ours, "ours at n = 128", cases[128].ours, cases[12].work)
+    yield Case(
+        "selective/scan-n16-hf", cases[16].ours, HF, Side(f"{_HF}:selective", cases[16].ours.arguments), cases[16].work
+    )
+    sizes = {"n": 16, "d": 128, "batch": 8, "length": 784, "device": device}
+    yield Case(
+        "selective/mixer-n16-hf",
+        Side(f"{_HF}:mamba_mixer", {**sizes, "scan": "ours"}),
+        "transformers' MambaMixer, slow path; ours: the same mixer with our scan in it",
+        Side(f"{_HF}:mamba_mixer", {**sizes, "scan": "theirs"}),
+        cases[16].work,
+    )
+
+
+def _selective(name: str, n: int, device: str, batch: int = 8, length: int = 784, d: int = 128) -> Case:
+    arguments = {"n": n, "d": d, "batch": batch, "length": length, "device": device}
+    work = roofline.selective_training(batch, length, d, n)
+    return Case(name, Side(f"{_OURS}:selective", arguments), LOOP, Side(f"{_TORCH}:selective_loop", arguments), work)
+
+
+def ssd(device: str) -> Iterator[Case]:
+    """Mamba-2's scan, forward and backward, alone and inside a mixer."""
+    for heads, p in ((4, 64), (8, 32)):
+        for n in (16, 64, 128):
+            case = _ssd(f"ssd/scan-n{n}-heads{heads}-p{p}", n, device, heads=heads, p=p)
+            yield case
+            if n == 64:
+                yield Case(
+                    f"{case.name}-loop", case.ours, LOOP, Side(f"{_TORCH}:ssd_loop", case.ours.arguments), case.work
+                )
+    sizes = {"n": 64, "heads": 4, "p": 64, "batch": 8, "length": 1024, "device": device}
+    yield Case(
+        "ssd/mixer-n64-hf",
+        Side(f"{_HF}:mamba2_mixer", {**sizes, "scan": "ours"}),
+        "transformers' Mamba2Mixer, torch path; ours: the same mixer with our scan in it",
+        Side(f"{_HF}:mamba2_mixer", {**sizes, "scan": "theirs"}),
+        roofline.ssd_training(8, 1024, 4, 64, 64),
+    )
+
+
+def _ssd(name: str, n: int, device: str, batch: int = 8, length: int = 1024, heads: int = 4, p: int = 64) -> Case:
+    arguments = {"n": n, "heads": heads, "p": p, "batch": batch, "length": length, "device": device}
+    work = roofline.ssd_training(batch, length, heads, p, n)
+    return Case(name, Side(f"{_OURS}:ssd", arguments), HF, Side(f"{_HF}:ssd", arguments), work)
+
+
+def reduction(device: str) -> Iterator[Case]:
+    """One reduction of one LRU layer, on the CPU."""
+    for n, width, states in ((256, 8, 32), (512, 512, 64)):
+        arguments = {"n": n, "width": width, "states": states}
+        yield Case(
+            f"reduction/n{n}-h{width}-to-{states}",
+            Side(f"{_OURS}:reduction", arguments),
+            "pyMOR, BTReductor on the same real system",
+            Side(f"{_PYMOR}:reduction", arguments),
+            roofline.reduction(n, states),
+        )
+
+
+def train(device: str) -> Iterator[Case]:
+    """A narrow LRU model, full and compressed: a step before and after the cut, and a whole run."""
+    sizes: dict[str, int] = {"width": 16, "layers": 1, "batch": 50, "length": 64}
+    arguments = {"n": 128, **sizes, "device": device}
+    yield Case(
+        "train/step-after-cut",
+        Side(f"{_OURS}:lru_training_step", {**arguments, "cut_to": 24}),
+        "ours before the cut, 128 states",
+        Side(f"{_OURS}:lru_training_step", arguments),
+        roofline.lru_training_step(n=24, **sizes),
+    )
+    steps = 400
+    run: dict[str, int] = {"n": 128, "width": 16, "steps": steps}
+    small, large = (roofline.lru_training_step(n=n, **sizes) for n in (24, 128))
+    yield Case(
+        "train/run-400-steps-shrunk",
+        Side(f"{_OURS}:training_run", {**run, "cut_to": 24}),
+        "ours without a cut, 128 states all the way",
+        Side(f"{_OURS}:training_run", run),
+        0.9 * steps * small + 0.1 * steps * large,
+    )
+
+
+SUITES: dict[str, Callable[[str], Iterator[Case]]] = {
+    "lru": lru,
+    "selective": selective,
+    "ssd": ssd,
+    "reduction": reduction,
+    "train": train,
+}
+
+
+@dataclass(frozen=True)
+class Point:
+    """A row of a sweep: time against one size, the others kept."""
+
+    suite: str
+    axis: str
+    value: int
+    case: Case
+
+
+def sweep(suite: str, device: str) -> Iterator[Point]:
+    """Points over state dimension, length and batch around a middle size; none for suites without a scan."""
+    middle = {"lru": {"n": 64, "length": 784, "batch": 8}, "selective": {"n": 16, "length": 512, "batch": 4},
+              "ssd": {"n": 64, "length": 1024, "batch": 4}}.get(suite)  # fmt: skip
+    if middle is None:
+        return
+    axes = {"n": (8, 16, 32, 64, 128, 256), "length": (64, 128, 256, 512, 1024, 2048), "batch": (1, 2, 4, 8, 16, 32)}
+    for axis, values in axes.items():
+        for value in values:
+            sizes: dict[str, int] = {**middle, axis: value}
+            name = f"{suite}/sweep-{axis}{value}"
+            if suite == "lru":
+                n = sizes.pop("n")
+                case = _lru_step(name, n, {"width": 8, "layers": 1, **sizes}, device)
+            elif suite == "selective":
+                case = _selective(name, device=device, **sizes)
+            else:
+                case = _ssd(name, device=device, **sizes)
+            yield Point(suite, axis, value, case)

@@ -1,0 +1,1 @@
+"""Data sets: downloaded, embedded or generated."""

@@ -1,0 +1,184 @@
+"""Sequences and labels from files of arrays: ``.npz`` and ``.npy``.
+
+The arrays of an ``.npz`` file are found by their names (``x``, ``inputs``, ``tokens`` and so on; ``y``, ``labels``,
+``targets``; ``lengths`` or ``mask``; in upper case too, and with a common ending such as ``_train``), or in the order
+in which `numpy.savez` got them without names. Arrays of other names are not looked at. Labels are brought into the form
+of classes 0 to n - 1 where their meaning is plain.
+"""
+
+from __future__ import annotations
+
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from compressm.errors import ConfigError
+from compressm.observing.expected import Expected, by_role, described, lengths_of, numeric, prepared, role_of
+
+_SPLITS = ("_train", "_test", "_val", "_validation")
+
+
+@dataclass(frozen=True)
+class Arrays:
+    """What a file holds, as the model takes it.
+
+    Attributes:
+        x: sequences, shape ``(N, length, channels)`` or ``(N, length)``.
+        y: labels, int64, shape ``(N,)``; None where they were not asked for, or there are none.
+        lengths: of the sequences, where rows are padded, int64, shape ``(N,)``.
+    """
+
+    x: Tensor
+    y: Tensor | None = None
+    lengths: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def batch(self, expected: Expected, start: int, stop: int) -> dict[str, Tensor]:
+        """Some of the sequences as keyword arguments of the model."""
+        inputs = {expected.argument: self.x[start:stop]}
+        if self.lengths is None:
+            return inputs
+        lengths = self.lengths[start:stop]
+        if expected.own:
+            return inputs | {"lengths": lengths}
+        within = torch.arange(self.x.shape[1]) < lengths[:, None]
+        return inputs | {"attention_mask": within.long()}
+
+
+def are_arrays(path: Path) -> bool:
+    """Whether a file holds arrays: by its first bytes, whatever its name.
+
+    Raises:
+        ConfigError: it cannot be read.
+    """
+    try:
+        with path.open("rb") as file:
+            return file.read(6) == b"\x93NUMPY" or zipfile.is_zipfile(file)
+    except OSError as error:
+        raise ConfigError(f"data {path} cannot be read: {error.strerror}") from error
+
+
+def read_arrays(path: Path, expected: Expected, labelled: bool) -> Arrays:
+    """Read a file of sequences.
+
+    Args:
+        path: an ``.npz`` or ``.npy`` file.
+        expected: by the model.
+        labelled: whether the labels are needed.
+
+    Raises:
+        ConfigError: it cannot be read, or holds something else.
+    """
+    where = f"data {path}"
+    if not are_arrays(path):
+        raise ConfigError(
+            f"{where} is no file of arrays: save one with numpy.savez(file, x=..., y=...), x of shape (N, length, "
+            "channels), or (N, length) for tokens, and y of shape (N,)"
+        )
+    try:
+        loaded: Any = np.load(path, allow_pickle=False)
+        content = {"x": loaded} if isinstance(loaded, np.ndarray) else {name: loaded[name] for name in loaded.files}
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise ConfigError(
+            f"{where} cannot be read ({' '.join(str(error).split())}): save plain arrays of numbers in it"
+        ) from error
+    found = _found(content, where)
+    lengths = lengths_of(found, where)
+    x = prepared(_on_cpu(expected), found["x"], f"x in {where}", lengths)
+    if not labelled:
+        return Arrays(x, None, lengths)
+    if "y" not in found:
+        raise ConfigError(f"{where} holds no labels: save them as y, shape ({len(x)},), to measure the loss on")
+    return Arrays(x, labels(found["y"], expected.classes, len(x), f"y in {where}"), lengths)
+
+
+def labels(y: Any, classes: int, count: int, where: str) -> Tensor:
+    """Labels as classes, 0 to ``classes - 1``, int64, shape ``(count,)``.
+
+    Plain are: whole numbers of any type, as numbers or as text; one column of them; one-hot rows; and numbers from 1 to
+    ``classes`` of which every one occurs.
+
+    Args:
+        y: array or tensor.
+        classes: of the model.
+        count: of sequences.
+        where: what messages are to call it.
+
+    Raises:
+        ConfigError: their meaning is not plain.
+    """
+    if isinstance(y, np.ndarray) and y.dtype.kind in "US":
+        y = _spelled(y, classes, where)
+    values = numeric(Expected("the model"), y, where)
+    if values.ndim == 2 and values.shape[1] == 1:
+        values = values[:, 0]
+    if tuple(values.shape) not in ((count,), (count, classes)):
+        raise ConfigError(
+            f"{where} has shape {tuple(values.shape)}: expected one label for each of the {count} sequences, shape "
+            f"({count},), or one-hot rows, ({count}, {classes})"
+        )
+    if values.ndim == 2:
+        return _from_one_hot(values, where)
+    if values.is_floating_point() and not bool((values == values.round()).all()):
+        odd = values[values != values.round()][0]
+        raise ConfigError(
+            f"{where} holds {float(odd):g}: labels must be classes, whole numbers from 0 to {classes - 1}"
+        )
+    whole = values.long()
+    if bool((whole >= 0).all() & (whole < classes).all()):
+        return whole
+    kinds = whole.unique().tolist()
+    if kinds == list(range(1, classes + 1)):
+        return whole - 1
+    raise ConfigError(
+        f"{where} holds labels from {kinds[0]} to {kinds[-1]}: the model's {classes} classes are 0 to {classes - 1}; "
+        "number them in the order that the model was trained with"
+    )
+
+
+def _on_cpu(expected: Expected) -> Expected:
+    return replace(expected, device=torch.device("cpu"))
+
+
+def _found(content: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """The arrays by what they are for."""
+    positional = [f"arr_{i}" for i in range(len(content))]
+    if 1 <= len(content) <= 2 and sorted(content) == positional:
+        return dict(zip(("x", "y"), (content[name] for name in positional), strict=False))
+    ending = next((e for e in _SPLITS if content and all(name.lower().endswith(e) for name in content)), "")
+    plain = {name[: len(name) - len(ending)]: value for name, value in content.items()}
+    found = by_role({name: value for name, value in plain.items() if role_of(name) is not None}, where)
+    if "x" not in found:
+        named = ", ".join(f"{name} ({described(value)})" for name, value in content.items()) or "nothing"
+        raise ConfigError(f"{where} holds {named}: name the sequences x and the labels y")
+    return found
+
+
+def _spelled(y: np.ndarray[Any, Any], classes: int, where: str) -> np.ndarray[Any, Any]:
+    """Labels written as text: numbers only, for names have no order that the model could know."""
+    try:
+        return y.astype(np.int64)
+    except ValueError:
+        some = ", ".join(repr(str(name)) for name in np.unique(y)[:3])
+        raise ConfigError(
+            f"{where} holds names ({some}): the model knows its classes as 0 to {classes - 1}; save their numbers, in "
+            "the order that the model was trained with"
+        ) from None
+
+
+def _from_one_hot(values: Tensor, where: str) -> Tensor:
+    on = values == 1
+    if not bool(((values == 0) | on).all() & (on.sum(1) == 1).all()):
+        raise ConfigError(f"{where} has rows that are not one-hot: give one 1 in each and 0 elsewhere, or the classes")
+    return on.long().argmax(1)
+
+
+__all__ = ["Arrays", "are_arrays", "labels", "read_arrays"]

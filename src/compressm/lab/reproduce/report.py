@@ -1,0 +1,272 @@
+"""Tables and figures of an experiment, from its stored results."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from compressm.lab.reproduce.experiments import Arm, Experiment
+from compressm.lab.runs.result import RunResult
+from compressm.lab.runs.spectra import settled_at
+from compressm.runtime.files import replacing
+
+Results = Mapping[tuple[str, int], RunResult]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One arm over its seeds.
+
+    Attributes:
+        arm: which.
+        runs: its results, in the order of the seeds.
+        seconds: computing time of every run, a teacher's training included; None unknown.
+        step_ms: milliseconds of computing that the last training steps took each, the median over seeds; None unknown.
+        step_speedup: the same of the first arm's runs over it, of those seeds that both have; likewise None.
+        run_speedup: computing time of the first arm's whole training over this one's, likewise.
+    """
+
+    arm: Arm
+    runs: Sequence[RunResult]
+    seconds: Sequence[float | None]
+    step_ms: float | None
+    step_speedup: float | None
+    run_speedup: float | None
+
+    @property
+    def accuracies(self) -> list[float]:
+        """Test accuracies in percent."""
+        return [100 * run.test_accuracy for run in self.runs]
+
+    @property
+    def accuracy(self) -> str:
+        """Mean and, with several seeds, sample standard deviation."""
+        mean = f"{statistics.fmean(self.accuracies):.2f}"
+        return f"{mean} ± {statistics.stdev(self.accuracies):.2f}" if len(self.runs) > 1 else mean
+
+    @property
+    def outdated(self) -> bool:
+        """Whether linear layers were cut by the version whose cuts left Adam's steps too long; see docs/carry.md."""
+        return any(
+            run.versions.get("compressm") == "0.1.0.dev0"
+            and any("bound" in (layer["certificate"] or {}) for event in run.history for layer in event["layers"])
+            and run.phases[-1]["steps"] > 1  # something was trained after it
+            for run in self.runs
+        )
+
+    @property
+    def states(self) -> str:
+        """Final state dimensions: the mean over seeds, layer by layer."""
+        means = [statistics.fmean(dims) for dims in zip(*(run.state_dims for run in self.runs), strict=True)]
+        return " + ".join(f"{mean:.0f}" for mean in means)
+
+
+def rows(experiment: Experiment, results: Results) -> list[Row]:
+    """The arms that have results, in the experiment's order."""
+    by_arm = {
+        arm.name: {seed: run for (name, seed), run in results.items() if name == arm.name} for arm in experiment.arms
+    }
+    first = experiment.arms[0].name
+    made = []
+    for arm in experiment.arms:
+        runs = by_arm[arm.name]
+        if not runs:
+            continue
+        seconds = {seed: _computing(arm, seed, results) for seed in sorted(runs)}
+        both = [seed for seed in runs if (first, seed) in results]
+        steps = [step for run in runs.values() if (step := _last_step(run)) is not None]
+        made.append(
+            Row(
+                arm,
+                [runs[seed] for seed in sorted(runs)],
+                list(seconds.values()),
+                statistics.median(steps) * 1000 if steps else None,
+                _ratio([(_last_step(results[first, seed]), _last_step(runs[seed])) for seed in both]),
+                _ratio([(_computing(experiment.arms[0], seed, results), seconds[seed]) for seed in both]),
+            )
+        )
+    return made
+
+
+def _last_step(run: RunResult) -> float | None:
+    """Computing seconds of the last training steps, one of them; a size with which nothing was trained has none."""
+    trained = [phase for phase in run.phases if phase["steps"]]
+    return trained[-1]["step_cpu_seconds"] if trained else None
+
+
+def _computing(arm: Arm, seed: int, results: Results) -> float | None:
+    """Computing seconds of all steps, each phase at its median, of the cuts, and of the teacher whom the run needs."""
+    own = _own_computing(results[arm.name, seed])
+    if own is None or arm.teacher is None:
+        return own
+    teacher = results.get((arm.teacher, seed))
+    teaching = None if teacher is None else _own_computing(teacher)
+    return None if teaching is None else own + teaching
+
+
+def _own_computing(run: RunResult) -> float | None:
+    """The same of one run alone."""
+    if _last_step(run) is None:
+        return None
+    typical = next(phase["step_cpu_seconds"] for phase in run.phases if phase["step_cpu_seconds"] is not None)
+    return run.reduction_seconds + sum(phase["steps"] * (phase["step_cpu_seconds"] or typical) for phase in run.phases)
+
+
+def _ratio(pairs: Sequence[tuple[float | None, float | None]]) -> float | None:
+    ratios = [one / other for one, other in pairs if one is not None and other is not None]
+    return statistics.median(ratios) if ratios else None
+
+
+HEADER = ("", "states", "test accuracy, %", "paper", "difference", "step", "faster", "whole run", "seeds")
+
+
+def cells(row: Row) -> tuple[str, ...]:
+    """One line of the table."""
+    paper = row.arm.paper
+    return (
+        row.arm.name + " †" * row.outdated,
+        row.states,
+        row.accuracy,
+        "" if paper is None else f"{paper:.1f}",
+        "" if paper is None else f"{statistics.fmean(row.accuracies) - paper:+.1f}",
+        "" if row.step_ms is None else f"{row.step_ms:.0f} ms",
+        "" if row.step_speedup is None else f"{row.step_speedup:.1f}×",
+        "" if row.run_speedup is None else f"{row.run_speedup:.1f}×",
+        str(len(row.runs)),
+    )
+
+
+def table(experiment: Experiment, results: Results) -> Table:
+    """For the terminal."""
+    made = Table(title=experiment.title, title_justify="left")
+    for column in HEADER:
+        made.add_column(column, justify="right" if column else "left")
+    for row in rows(experiment, results):
+        made.add_row(*cells(row))
+    return made
+
+
+def render(experiment: Experiment, results: Results, picture: str | None = None) -> str:
+    """For the documentation: title, table, what the columns are, the command, and the picture's address."""
+    lines = [f"## {experiment.title}", ""]
+    lines += ["| " + " | ".join(HEADER) + " |", "|---|" + "---:|" * (len(HEADER) - 1)]
+    made = rows(experiment, results)
+    lines += ["| " + " | ".join(cells(row)) + " |" for row in made]
+    if any(row.outdated for row in made):
+        lines += ["", "† made before cuts carried Adam's averages of eigenvalues over in their sizes: see the top."]
+    steps = sorted({run.steps for run in results.values()})
+    lines += [
+        "",
+        f"{' and '.join(f'{count:,}' for count in steps)} steps. Results of every run: `results/{experiment.name}/`.",
+        "",
+        "```console",
+        f"compressm reproduce {experiment.name} --data DIRECTORY",
+        "```",
+    ]
+    if picture is not None:
+        lines += ["", f"![Accuracy over the steps, and against computing time]({picture})"]
+    for (arm, seed), run in results.items():
+        if run.spectra:
+            lines += ["", *_spectra(f"`{arm}`, seed {seed}", run.spectra)]
+    return "\n".join(lines) + "\n"
+
+
+def _spectra(title: str, record: Sequence[Mapping[str, Any]]) -> list[str]:
+    """How the Hankel singular values of every layer moved, at steps that double."""
+    lines: list[str] = []
+    for layer in record[0]["layers"]:
+        settled = settled_at(record, layer)
+        lines += [
+            f"### Hankel singular values over training: {title}, {layer}",
+            "",
+            "Changes since the look before. *Moved* is the total change of the values over their sum; *bound* is "
+            "Weyl's on the change of any of them and *largest change* the true one, both over the largest value; "
+            "*crossings* is the share of pairs of state directions that changed places; *lower half* is the energy "
+            f"share of the smallest half of the values. With a threshold of 2 % the spectrum held still from step "
+            f"{'(never)' if settled is None else f'{settled:,}'} on.",
+            "",
+            "| step | largest value | states at τ = 0.02 | moved | bound | largest change | crossings | lower half |",
+            "|---:|---:|---:|---:|---:|---:|---:|---:|",
+        ]
+        for index in sorted({2**power for power in range(len(record).bit_length())} | {len(record) - 1}):
+            entry = record[index] if index < len(record) else None
+            if entry is None or layer not in entry["layers"]:
+                continue
+            values, change = entry["layers"][layer]["hsv"], entry["layers"][layer]["change"]
+            cells = [
+                f"{entry['step']:,}",
+                f"{values[0]:.3g}",
+                str(_states_at(values, entry["layers"][layer]["states"], 0.02)),
+            ]
+            if change is None:
+                cells += [""] * 5
+            else:
+                cells += [
+                    f"{100 * change['share_moved']:.1f} %",
+                    f"{change['weyl_bound']:.3g}",
+                    f"{change['largest_move']:.3g}",
+                    f"{100 * change['crossings']:.1f} %",
+                    f"{100 * change['bottom_share_after']:.2f} %",
+                ]
+            lines.append("| " + " | ".join(cells) + " |")
+    return lines
+
+
+def _states_at(hsv: Sequence[float], states: int, tolerance: float) -> int:
+    """States that hold all but this share of the energy; two values are one state where a real system was balanced."""
+    each = len(hsv) // states
+    energies = [sum(hsv[each * state : each * (state + 1)]) for state in range(states)]
+    kept, total = 0.0, sum(energies)
+    for count, energy in enumerate(energies, 1):
+        kept += energy
+        if kept >= (1 - tolerance) * total:
+            return count
+    return len(energies)
+
+
+def draw(experiment: Experiment, results: Results, picture: Path) -> None:
+    """Validation accuracy over the computing time, and test accuracy against the time of the whole run."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    looked = next((run.spectra for run in results.values() if run.spectra), None)
+    figure, axes = plt.subplots(1, 3 if looked else 2, figsize=(15 if looked else 11, 4), layout="constrained")
+    curve, points = axes[0], axes[1]
+    shades = plt.get_cmap("tab10")
+    for index, row in enumerate(rows(experiment, results)):
+        colour = shades(index % 10)
+        for run in row.runs:
+            at = [point["step"] for point in run.curve]
+            values = [100 * point["validation_accuracy"] for point in run.curve]
+            curve.plot(at, values, color=colour, linewidth=1.5, alpha=0.8)
+        seconds = [value for value in row.seconds if value is not None]
+        if len(seconds) == len(row.runs):
+            points.scatter(seconds, row.accuracies, color=colour, s=40, label=f"{row.arm.name}: {row.accuracy} %")
+    curve.set(title="Validation accuracy, %", xlabel="training step")
+    points.set(title="Test accuracy, %, against computing time", xlabel="seconds of training", xlim=(0, None))
+    points.legend(frameon=False, fontsize=8)
+    if looked:
+        trajectories, layer = axes[2], next(iter(looked[0]["layers"]))
+        steps = [entry["step"] for entry in looked if layer in entry["layers"]]
+        values = [entry["layers"][layer]["hsv"] for entry in looked if layer in entry["layers"]]
+        for index in range(0, len(values[0]), 2):
+            shade = plt.get_cmap("viridis")(index / len(values[0]))
+            line = [max(at[index], 1e-12) if index < len(at) else float("nan") for at in values]
+            trajectories.semilogy(steps, line, color=shade, linewidth=0.6)
+        trajectories.set(title=f"Hankel singular values, {layer}", xlabel="training step")
+    for axis in axes:
+        axis.spines[["top", "right"]].set_visible(False)
+    reproducible = {"Date": None} if picture.suffix == ".svg" else None
+    with matplotlib.rc_context({"svg.hashsalt": experiment.name}), replacing(picture) as new:
+        figure.savefig(new, dpi=130, metadata=reproducible, format=picture.suffix[1:] or None)
+    plt.close(figure)
+
+
+__all__ = ["Row", "draw", "render", "rows", "table"]

@@ -1,0 +1,439 @@
+"""Moments of selective layers, gathered while the model does its ordinary work.
+
+A layer is observed by hooks that read its input, for a sequence of the batch, and compute from that what the recurrence
+gets. So it works with every kernel behind the layer, fused ones included, and costs nothing between observations.
+
+An observation lasts from `Statistics.observe_next` to the next one, or to `Statistics.close`; under a `Compressor` that
+is one training step. Every call of a layer in that time counts, whoever makes it: a layer that is used twice, that
+reads a sequence in both directions, or chunk by chunk. Of several calls of the whole model in one step (accumulated
+gradients, pairs of inputs) the first `MODEL_CALLS` count. So an observation costs at most that many times what it
+costs for one call, however many there are.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from compressm.adapters import SelectiveAdapter, find_layers
+from compressm.errors import ConfigError, InvalidSystemError, UnsupportedModelError
+from compressm.layers import Bidirectional, LanguageModel, SequenceClassifier
+from compressm.observing.inputs import calls
+from compressm.observing.layer_calls import (
+    LayerWatch,
+    ModelCalled,
+    ModelDone,
+    PaddingOver,
+    PaddingTold,
+    in_backward,
+    not_finite,
+    reversed_layers,
+    sequence_starts,
+    unpacked,
+)
+from compressm.runtime.processes import gathered, world_size
+from compressm.theory.recurrence import Moments, moments
+
+# Moments of weights that have changed since are forgotten: the weight of all before, at every observation.
+MEMORY = 0.9
+# Calls of the whole model that one observation looks at.
+MODEL_CALLS = 8
+
+
+class NotFiniteWarning(UserWarning):
+    """An observation met numbers that are not finite, and was left out."""
+
+
+TELLS = (SequenceClassifier, LanguageModel, Bidirectional)  # have present(u, lengths)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A sequence that a layer read.
+
+    Attributes:
+        hidden: the layer's input, shape ``(1, length, d_model)``.
+        present: 1 for tokens and 0 for padding, shape ``(1, length)``; None for no padding.
+    """
+
+    hidden: Tensor
+    present: Tensor | None = None
+
+
+class Statistics:
+    """Running moments of a model's selective layers.
+
+    Args:
+        model: any model with layers that compressm knows; only read.
+        sequences: how many sequences of a batch an observation looks at; None for all.
+        memory: weight of what was observed before, at every observation; 1 for plain sums.
+        strict: whether data that are not finite are an error. Otherwise what they lead to is left out and counted, and
+            the first time is warned of.
+
+    Attributes:
+        dropped: how many calls of each layer were left out since their moments were not finite.
+    """
+
+    # Whether some observer computes what a layer got, and calls parts of it for that: no observer counts such calls.
+    _looking = False
+
+    def __init__(
+        self, model: nn.Module, sequences: int | None = 1, memory: float = MEMORY, strict: bool = False
+    ) -> None:
+        self.sequences, self.memory, self.strict = sequences, memory, strict
+        self._model = model
+        found = find_layers(model).items()
+        self._layers = {name: (layer, a) for name, (layer, a) in found if isinstance(a, SelectiveAdapter)}
+        self._moments: dict[str, Moments] = {}
+        self._samples: dict[str, Sample] = {}
+        self.dropped: dict[str, int] = {}
+        self._why_dropped: dict[str, str] = {}
+        self._missed: dict[str, str] = {}  # calls that cannot be observed, by layer, in words
+        self._handles: list[RemovableHandle] = []
+        self._seen: set[str] = set()  # in this observation
+        self._training_only, self._when, self._calls = True, "", 0
+        self._arguments: dict[str, Any] = {}  # of the model's call that is being made
+        # Models that know which of their inputs are padding tell it before their layers are called.
+        self._padded = [module for module in model.modules() if isinstance(module, TELLS)]
+        self._told: list[tuple[Tensor | None, bool]] = []  # who is told what is padding, innermost last
+        self._reversed = reversed_layers(model)
+
+    @property
+    def layers(self) -> list[str]:
+        """Names of the selective layers."""
+        return list(self._layers)
+
+    @property
+    def unseen(self) -> list[str]:
+        """Names of those of them that there are no moments of."""
+        return [name for name in self._layers if name not in self._moments]
+
+    def problems(self) -> list[str]:
+        """A line for every layer that could not be observed, or not whole: which one, why, and what to do."""
+        return [problem for name in self._layers if (problem := self._problem(name)) is not None]
+
+    def _problem(self, name: str) -> str | None:
+        if name in self._missed:
+            return f"{name!r} is a selective layer that is not seen whole: {self._missed[name]}"
+        if name not in self.unseen:
+            return None
+        if name in self.dropped:
+            return f"all {self.dropped[name]} observations of {name!r} were left out: {self._why_dropped[name]}"
+        return not_seen(name)
+
+    def observe_next(self, training_only: bool = True, when: str = "") -> None:
+        """Begin an observation: every call of a selective layer counts, until this is called again or `close`.
+
+        Args:
+            training_only: leave out calls in evaluation mode.
+            when: what to call the coming data where something is wrong with them, such as ``"batch 3"``.
+        """
+        self._training_only, self._when, self._calls = training_only, when, 0
+        self._seen.clear()
+        if self._handles or not self._layers:
+            return
+        self._handles = [
+            self._model.register_forward_pre_hook(ModelCalled(self), with_kwargs=True, prepend=True),
+            self._model.register_forward_hook(ModelDone(self), always_call=True),
+        ]
+        for module in self._padded:
+            self._handles.append(module.register_forward_pre_hook(PaddingTold(self), with_kwargs=True))
+            self._handles.append(module.register_forward_hook(PaddingOver(self), always_call=True))
+        for name, (layer, adapter) in self._layers.items():
+            self._handles += LayerWatch(self, name, layer).install(adapter.entrance)
+
+    def counts(self, module: nn.Module) -> bool:
+        """Whether a call of a module that is made now belongs to the observation."""
+        wanted = bool(self._handles) and (module.training or not self._training_only) and not Statistics._looking
+        return wanted and self._calls <= MODEL_CALLS and not in_backward()
+
+    def model_called(self, arguments: dict[str, Any]) -> None:
+        """The whole model is called."""
+        self._calls += 1
+        self._arguments = arguments
+
+    def model_done(self) -> None:
+        """Its call is over."""
+        self._arguments = {}
+
+    def layer_called(self, name: str, layer: nn.Module, arguments: dict[str, Any]) -> None:
+        """A layer is called."""
+        mask, adapter = arguments.get("attention_mask"), self._layers[name][1]
+        for value in arguments.values():
+            if isinstance(value, Tensor) and value.is_floating_point() and value.ndim == 3:
+                present = mask if isinstance(mask, Tensor) and mask.shape == value.shape[:2] else None
+                try:
+                    carried = adapter.carried(layer, arguments)
+                except UnsupportedModelError as error:
+                    self._missed[name] = str(error)
+                    return
+                self.observe(name, layer, adapter, value, present, sequence_starts(value, arguments), carried)
+                return
+
+    def entered_aside(self, name: str, layer: nn.Module, hidden: Any) -> None:
+        """A layer works without having been called: by ``layer.forward``, ``layer.step`` or a part of its own."""
+        adapter = self._layers[name][1]
+        if adapter.entrance is not None and isinstance(hidden, Tensor) and hidden.ndim == 3:
+            self.observe(name, layer, adapter, hidden)
+        else:
+            self._missed[name] = (
+                f"the model calls parts or methods of it ({type(layer).__name__}.step or .forward), where its states "
+                "cannot be followed; call the layer itself, layer(u), with u of shape (batch, length, d_model)"
+            )
+
+    def observe(
+        self,
+        name: str,
+        layer: nn.Module,
+        adapter: SelectiveAdapter,
+        hidden: Tensor,
+        present: Tensor | None = None,
+        starts: Tensor | None = None,
+        carried: Any = None,
+    ) -> None:
+        """Add what a layer does with some inputs.
+
+        Args:
+            name, layer, adapter: the layer.
+            hidden: its input, shape ``(batch, length, d_model)``.
+            present: 1 for tokens and 0 for padding that the layer itself leaves out, shape ``(batch, length)``; by
+                default what the model said before it called its layers, which read their padding like any input.
+            starts: True at the first token of every sequence, where a row holds several, shape ``(batch, length)``.
+            carried: what the call goes on from, see `SelectiveAdapter.carried`; None where states start at zero.
+        """
+        told = present is None
+        if told and self._told:
+            present, stays = self._told[-1]
+            if present is not None and name in self._reversed and not stays:
+                present = present.flip(1)
+        present = None if present is None or present.shape != hidden.shape[:2] else present.detach()
+        self._look(name, layer, adapter, hidden.detach(), present, starts, carried, told)
+
+    def _look(
+        self,
+        name: str,
+        layer: nn.Module,
+        adapter: SelectiveAdapter,
+        hidden: Tensor,
+        present: Tensor | None,
+        starts: Tensor | None,
+        carried: Any,
+        told: bool,
+    ) -> None:
+        """As `observe`; ``told``: the padding is what the model said, and the layer reads it like any input."""
+        present = None if present is None else present[: self.sequences]
+        hidden = hidden[: self.sequences]
+        if starts is not None:  # nothing is carried over from one to the next, by no convolution either
+            starts = starts[: self.sequences]
+            present = hidden.new_ones(hidden.shape[:2]) if present is None else present
+            hidden, present = unpacked(hidden, starts), unpacked(present, starts)
+        Statistics._looking = True
+        try:
+            with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
+                hidden = hidden.to(next(layer.parameters()).dtype)
+                if present is not None and not told:  # as transformers does: convolutions do not reach into it either
+                    hidden = hidden * present[..., None].to(hidden)
+                signals = (
+                    adapter.signals(layer, hidden) if carried is None else adapter.signals_after(layer, hidden, carried)
+                )
+                new = moments(signals, present, padding_enters=told)
+        finally:
+            Statistics._looking = False
+        if not all(bool(value.isfinite().all()) for value in new.tensors().values()):
+            self._drop(name, hidden)
+        elif float(new.tokens) > 0:
+            self._add(name, new)
+            if carried is None:
+                self._samples[name] = Sample(hidden[:1].clone(), None if present is None else present[:1].clone())
+
+    def _add(self, name: str, new: Moments) -> None:
+        before = self._moments.get(name)
+        if before is not None and before.P.shape == new.P.shape:
+            new = before.plus(new, 1.0 if name in self._seen else self.memory)
+        self._moments[name] = new
+        self._seen.add(name)
+
+    def _drop(self, name: str, hidden: Tensor) -> None:
+        """Leave an observation out, and say why, once."""
+        why = f"{self._when}: {self._reason(name, hidden)}" if self._when else self._reason(name, hidden)
+        if self.strict:
+            raise InvalidSystemError(f"moments of {name!r}: {why}")
+        if not self.dropped:
+            warnings.warn(
+                f"an observation of {name!r} is left out: {why}; further ones are only counted", NotFiniteWarning, 3
+            )
+        self.dropped[name] = self.dropped.get(name, 0) + 1
+        self._why_dropped[name] = why
+
+    def _reason(self, name: str, hidden: Tensor) -> str:
+        """Whose fault it is that moments are not finite: the data's, the weights', or neither's."""
+        if bad := not_finite(self._arguments):
+            return f"the model's input {bad}; mend or leave out such data"
+        if bad := not_finite(dict(self._model.named_parameters())):
+            return (
+                f"the model has diverged, {bad}; go back to a checkpoint from before that, or lower the learning rate"
+            )
+        if bad := not_finite({"what enters the layer": hidden}):
+            return f"{bad}, though weights are finite; see that the data are, and that nothing before it overflows"
+        return f"the states of {name!r} overflow, though its weights and its input are finite"
+
+    def padding_told(self, model: nn.Module, arguments: dict[str, Any]) -> None:
+        """A model is called that knows which of its inputs are tokens, or a part of one, in whose call that holds."""
+        assert isinstance(model, TELLS)
+        before = self._told[-1] if self._told else (None, False)
+        if not self.counts(model):
+            self._told.append(before)
+            return
+        present = model.present(**arguments)
+        # A layer that is told the lengths reverses each sequence within its own, and padding stays where it is.
+        stays = isinstance(model, Bidirectional) and present is not None
+        self._told.append((before[0] if present is None else present, stays))
+
+    def padding_over(self) -> None:
+        """Its call is over."""
+        if self._told:
+            self._told.pop()
+
+    def close(self) -> None:
+        """End the observation, and remove all hooks; the moments stay."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        self._told, self._arguments = [], {}
+
+    def reset(self) -> None:
+        """Forget all moments and samples, and what was left out of them."""
+        for record in (self._moments, self._samples, self._missed, self.dropped, self._why_dropped):
+            record.clear()
+
+    def moments(self) -> dict[str, Moments]:
+        """The moments by layer name, summed over the processes of `torch.distributed` where it is initialised; then
+        every process must call this at the same time.
+
+        Raises:
+            UnsupportedModelError: a layer was never observed, or not whole; on all processes.
+            InvalidSystemError: all that was observed of a layer was not finite; on all processes.
+        """
+        dropped = any(name in self.dropped for name in self.unseen)
+        problems = [(line, bad) for lines, bad in gathered((self.problems(), dropped)) for line in lines]
+        if problems:
+            line, bad = problems[0]
+            raise (InvalidSystemError if bad else UnsupportedModelError)(line)
+        return {name: summed(self._moments[name]) for name in self._layers}
+
+    @property
+    def samples(self) -> dict[str, Sample]:
+        """The sequence that every layer read last while it was observed."""
+        return dict(self._samples)
+
+    @samples.setter
+    def samples(self, samples: Mapping[str, Sample]) -> None:
+        self._samples = dict(samples)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The moments, as dicts of tensors."""
+        return {name: value.tensors() for name, value in self._moments.items()}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Take up what `state_dict` returned."""
+        self._moments = {name: Moments(**tensors) for name, tensors in state_dict.items()}
+
+
+def not_seen(name: str) -> str:
+    """What is wrong where a layer was never observed, and what to do."""
+    return (
+        f"{name!r} is a selective layer, and what its states carry depends on the data, of which none has passed "
+        "through it yet: call model.train() before training, and see that the model's forward calls this layer, with "
+        "data of shape (batch, length, d_model)"
+    )
+
+
+def summed(moments: Moments) -> Moments:
+    """Over all processes; all of them must call this at the same time."""
+    if world_size() == 1:
+        return moments
+    device = "cuda" if torch.distributed.get_backend() == "nccl" else "cpu"
+    tensors = {name: value.to(device, copy=True) for name, value in moments.tensors().items()}
+    for value in tensors.values():
+        torch.distributed.all_reduce(value)
+    return Moments(**{name: value.cpu() for name, value in tensors.items()})
+
+
+def gather(model: nn.Module, data: Any, sequences: int | None = None) -> dict[str, Moments]:
+    """Moments of every selective layer of a model over some data; empty where there is no such layer.
+
+    Args:
+        model: called in evaluation mode; the modes of all its parts are restored.
+        data: a batch, or an iterable of batches: tensors or arrays, pairs with labels, or mappings of keyword
+            arguments; see `compressm.observing.inputs`. Not looked at where there is no selective layer.
+        sequences: how many sequences of each batch are looked at; by default all.
+
+    Every layer takes as many operations as the data have tokens, times its width, times the square of its state
+    dimension; and memory for one state of every sequence of a batch. Give fewer or smaller batches to spend less.
+
+    In several processes all of them must call this, each with its share of the data.
+
+    Raises:
+        UnsupportedModelError: no layer that compressm knows, or one that no data went through.
+        InvalidSystemError: data, or what they lead to in a layer, that are not finite.
+        ConfigError: data without a batch, or that the model cannot take; in all processes.
+    """
+    statistics = Statistics(model, sequences, memory=1.0, strict=True)
+    if not statistics.layers:
+        return {}
+    observe_all(statistics, model, data)
+    return statistics.moments()
+
+
+def observe_all(statistics: Statistics, model: nn.Module, data: Any) -> None:
+    """Let a model read some data, in evaluation mode, while its selective layers are observed; see `gather`.
+
+    Raises:
+        InvalidSystemError, ConfigError: as `gather`.
+    """
+    unfit = None
+    try:
+        with modes_kept(model), torch.no_grad():
+            model.eval()
+            for index, call in enumerate(calls(model, data)):
+                statistics.observe_next(training_only=False, when=f"batch {index} of data")
+                call(model)
+    except (ConfigError, InvalidSystemError) as error:
+        unfit = error
+    finally:
+        statistics.close()
+    # The others must hear of it: they would wait for this process's moments for ever.
+    if all_unfit := [error for error in gathered(unfit) if error is not None]:
+        raise unfit or all_unfit[0]
+
+
+@contextmanager
+def modes_kept(model: nn.Module) -> Generator[None]:
+    """Put every module back into its own training mode at the end: some may be frozen, in evaluation mode."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+__all__ = [
+    "MODEL_CALLS",
+    "TELLS",
+    "NotFiniteWarning",
+    "Sample",
+    "Statistics",
+    "gather",
+    "modes_kept",
+    "not_seen",
+    "observe_all",
+    "summed",
+]

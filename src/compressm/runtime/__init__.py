@@ -1,0 +1,1 @@
+"""What the machine needs: processes, random state, compiled graphs, files on disk."""

@@ -1,0 +1,1 @@
+"""Checkpoints, model cards and exports."""

@@ -1,0 +1,78 @@
+"""The model card: what a compressed model is, how it came to its size, and how to load it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import nn
+
+from compressm.cutting.reduce import state_dims
+from compressm.training.history import Event
+
+_HEAD = """---
+library_name: compressm
+tags:
+- state-space-model
+- compressed
+---
+"""
+
+
+def model_card(
+    model: nn.Module, history: Sequence[Event] = (), saved: object = None, load: str = "compressm.load(FOLDER)"
+) -> str:
+    """A model card in Markdown, with the metadata that model hubs read.
+
+    Args:
+        model: the model as it is now.
+        history: `Compressor.history`.
+        saved: what the cuts saved, for example `Compressor.savings`; left out where it is None.
+        load: the expression that loads the model.
+    """
+    from compressm import __version__  # not at the top: the package imports this module's users
+
+    cuts = [event for event in history if event.kind == "cut"]
+    first: dict[str, int] = {}
+    for event in cuts:
+        for layer in event.layers:
+            first.setdefault(layer["name"], layer["states_before"])
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    lines = [_HEAD, f"# {type(model).__name__}", ""]
+    lines += [f"{parameters:,} parameters. State dimensions by compressm {__version__}:", ""]
+    lines += ["| layer | at first | now |", "|---|---:|---:|"]
+    lines += [f"| `{name}` | {first.get(name, states)} | {states} |" for name, states in state_dims(model).items()]
+    if history:
+        lines += ["", "## How it was compressed", "", "While it trained. What was done after which step:", ""]
+        lines += [f"- {line}" for event in history for line in _lines(event)]
+    if saved is not None:
+        lines += ["", f"{saved} (an estimate)."]
+    lines += ["", "## Loading it", "", "```python", "import compressm", "", f"model = {load}", "```", ""]
+    return "\n".join(lines)
+
+
+def _lines(event: Event) -> list[str]:
+    if event.kind != "cut":
+        return [str(event)]
+    layers = [layer for layer in event.layers if layer["outcome"] == "cut"]
+    return [
+        f"step {event.step}: `{layer['name']}` from {layer['states_before']} to {layer['states_after']} states"
+        f"{_certificate(layer['certificate'] or {})}{_measured(layer.get('error_on_data'))}"
+        for layer in layers
+    ]
+
+
+def _certificate(values: Mapping[str, Any]) -> str:
+    if "bound" in values:
+        return f"; H-infinity error {values['hinf_error']:.3g}, its bound {values['bound']:.3g}"
+    if "relative_error" in values:
+        expected, least = values["relative_error"], values["least_error"]
+        return f"; expected error of the recurrence {expected:.2%}, least possible {least:.2%}"
+    return ""
+
+
+def _measured(error: float | None) -> str:
+    return "" if error is None else f"; error of its output on a sequence of the training data {error:.2%}"
+
+
+__all__ = ["model_card"]

@@ -1,0 +1,211 @@
+"""Diagonal linear time-invariant systems: the values that everything else computes with.
+
+A system maps an input sequence ``u`` (real, ``p`` channels) to an output sequence ``y`` (``q`` channels):
+
+    x_k = diag(lam) x_{k-1} + B u_k,      y_k = C x_k          (complex output)
+                                          y_k = Re(C x_k)      (real output, what LRU, S5 and S4D layers compute)
+
+The feed-through term ``D u_k`` of a layer is left out: no reduction touches it. The input enters before the output
+is read, as in those layers, so the impulse response is ``K_j = C diag(lam)^j B`` with ``j >= 0`` and the transfer
+function is ``G(z) = sum_j K_j z^-j = C (I - diag(lam) z^-1)^-1 B``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from compressm.errors import InvalidSystemError
+from compressm.theory.factors import displacement_factor
+
+LARGEST_EXACT_NORM = 5e7  # multiplications; about a second
+
+
+@dataclass(frozen=True)
+class DiagonalSystem:
+    """One diagonal system, or a batch of them that share their dimensions.
+
+    Args:
+        lam: eigenvalues, shape ``(*batch, n)``, strictly inside the unit disc.
+        B: input matrix, shape ``(*batch, n, p)``.
+        C: output matrix, shape ``(*batch, q, n)``.
+        real_output: whether the layer outputs ``Re(C x)`` (the default) or ``C x``.
+
+    All three are converted to complex128 on the CPU: every computation on systems is done in double precision, and
+    on one device, so that all replicas of a model come to the same result.
+
+    Raises:
+        InvalidSystemError: shapes that do not fit, entries that are not finite, or ``|lam| >= 1``.
+    """
+
+    lam: Tensor
+    B: Tensor
+    C: Tensor
+    real_output: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("lam", "B", "C"):
+            value = getattr(self, name)
+            if not isinstance(value, Tensor):
+                raise InvalidSystemError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+            object.__setattr__(self, name, value.detach().to(device="cpu", dtype=torch.complex128))
+        lam, B, C = self.lam, self.B, self.C
+        if lam.ndim < 1 or B.ndim != lam.ndim + 1 or C.ndim != lam.ndim + 1:
+            raise InvalidSystemError(
+                "expected lam (*batch, n), B (*batch, n, p), C (*batch, q, n); "
+                f"got {_shape(lam)}, {_shape(B)}, {_shape(C)}"
+            )
+        if B.shape[:-1] != lam.shape or (*C.shape[:-2], C.shape[-1]) != lam.shape:
+            raise InvalidSystemError(
+                f"lam {_shape(lam)}, B {_shape(B)} and C {_shape(C)} disagree: lam is (*batch, n), "
+                "B must be (*batch, n, p) and C (*batch, q, n)"
+            )
+        if 0 in (lam.shape[-1], B.shape[-1], C.shape[-2]):
+            raise InvalidSystemError(
+                f"n, p and q must be at least 1; got lam {_shape(lam)}, B {_shape(B)}, C {_shape(C)}"
+            )
+        for name, value in (("lam", lam), ("B", B), ("C", C)):
+            bad = int((~torch.isfinite(torch.view_as_real(value))).any(-1).sum())
+            if bad:
+                raise InvalidSystemError(
+                    f"{name} has {bad} entries that are NaN or infinite; the layer has diverged: "
+                    "go back to a checkpoint from before that, or lower the learning rate"
+                )
+        radius = float(lam.abs().max())
+        if radius >= 1.0:
+            raise InvalidSystemError(
+                f"the largest |lam| is {radius:.9g}; "
+                "balanced truncation needs every eigenvalue strictly inside the unit disc"
+            )
+
+    @property
+    def n(self) -> int:
+        """State dimension (number of complex states)."""
+        return self.lam.shape[-1]
+
+    @property
+    def p(self) -> int:
+        """Number of input channels."""
+        return self.B.shape[-1]
+
+    @property
+    def q(self) -> int:
+        """Number of output channels."""
+        return self.C.shape[-2]
+
+    @property
+    def batch_shape(self) -> torch.Size:
+        """Leading batch dimensions; empty for a single system."""
+        return self.lam.shape[:-1]
+
+    def kernel(self, length: int) -> Tensor:
+        """Impulse response ``K_j = C diag(lam)^j B`` (its real part where the output is real).
+
+        Returns:
+            shape ``(*batch, length, q, p)``, float64 for real output and complex128 otherwise.
+        """
+        steps = torch.arange(length, dtype=torch.float64)
+        powers = torch.where(steps[:, None] == 0, 1.0, self.lam[..., None, :] ** steps[:, None])  # 0^0 = 1
+        kernel = (self.C[..., None, :, :] * powers[..., None, :]) @ self.B[..., None, :, :]
+        return kernel.real.clone() if self.real_output else kernel
+
+    def transfer_function(self, omega: Tensor) -> Tensor:
+        """``G(e^{i omega})`` of the system that the layer realises.
+
+        For a real output this is ``(F(z) + conj(F(conj z))) / 2`` with ``F(z) = C (I - diag(lam)/z)^-1 B``: the layer
+        is the real system whose modes are ``lam`` and their conjugates.
+
+        Args:
+            omega: frequencies in radians per step, shape ``(f,)``.
+
+        Returns:
+            complex128, shape ``(*batch, f, q, p)``.
+        """
+        lam, B, C = self.modes()
+        z_inverse = torch.exp(-1j * omega.to(torch.float64))
+        resolvent = 1.0 / (1.0 - z_inverse[:, None] * lam[..., None, :])  # (*batch, f, m)
+        return (C[..., None, :, :] * resolvent[..., None, :]) @ B[..., None, :, :]
+
+    def modes(self) -> tuple[Tensor, Tensor, Tensor]:
+        """All complex modes of the input-output map: ``(lam, B, C)`` with conjugates appended for a real output.
+
+        ``Re(C x)`` for real input is the output of the system of order ``2n`` with eigenvalues ``(lam, conj lam)``,
+        inputs ``(B; conj B)`` and outputs ``(C, conj C) / 2``.
+        """
+        if not self.real_output:
+            return self.lam, self.B, self.C
+        return (
+            torch.cat([self.lam, self.lam.conj()], -1),
+            torch.cat([self.B, self.B.conj()], -2),
+            torch.cat([self.C, self.C.conj()], -1) / 2,
+        )
+
+    def h2_norm(self) -> Tensor:
+        """``sqrt(sum_j ||K_j||_F^2)``, by Gramians, not by simulation; shape ``(*batch,)``, float64.
+
+        White noise at the input gives the state the covariances ``E[x x*] = P`` and ``E[x x^T] = S`` (see
+        `stein_solution`), and the output ``y = Re(C x)`` the power ``(tr(C P C*) + Re tr(C S C^T)) / 2``.
+        """
+        terms = (self.C.mH @ self.C).mT * stein_solution(self.lam, self.B)
+        power, size = terms.sum((-2, -1)).real, terms.abs().sum((-2, -1))
+        if self.real_output:
+            terms = (self.C.mT @ self.C).mT * stein_solution(self.lam, self.B, False)
+            power, size = (power + terms.sum((-2, -1)).real) / 2, (size + terms.abs().sum((-2, -1))) / 2
+        norm = power.clamp_min(0).sqrt()
+        # Where modes cancel each other, the difference of large terms is rounding; a sum of squares is not. It is left
+        # where it would take minutes, and what remains is less than eps of what the modes could do alone.
+        work = (1 + self.real_output) ** 2 * self.n**2 * min(self.p, self.n)
+        lost = (power < 1e-9 * size) & torch.isfinite(size) & (work < LARGEST_EXACT_NORM)
+        if bool(lost.any()):
+            lam, B, C = (x.reshape(-1, *x.shape[x.ndim - k :]) for x, k in zip(self.modes(), (1, 2, 2), strict=True))
+            for index in torch.nonzero(lost.reshape(-1)).squeeze(1).tolist():
+                factor = displacement_factor(lam[index].resolve_conj().numpy(), B[index].resolve_conj().numpy())
+                norm.reshape(-1)[index] = (C[index] @ torch.from_numpy(factor)).norm()
+        return norm
+
+    def mode_energy(self) -> Tensor:
+        """``sum_i ||B_i|| ||C_i|| / (1 - |lam_i|^2)``, shape ``(*batch,)``: the sum of all HSVs if no mode cancelled
+        another, and so the scale of rounding errors in them. With ``P_ii = ||B_i||^2 / (1 - |lam_i|^2)`` and Q alike it
+        is ``sum_i sqrt(P_ii Q_ii)``, which is never less than the sum of the HSVs, in both methods of `balancing`."""
+        leak = (1 - self.lam.abs()) * (1 + self.lam.abs())
+        return (self.B.norm(dim=-1) * self.C.norm(dim=-2) / leak).sum(-1)
+
+    def minus(self, other: DiagonalSystem) -> DiagonalSystem:
+        """The difference system ``self - other``, of order ``self.n + other.n``."""
+        if self.real_output != other.real_output:
+            raise InvalidSystemError("a system with real and one with complex output cannot be subtracted")
+        return DiagonalSystem(
+            torch.cat([self.lam, other.lam], -1),
+            torch.cat([self.B, other.B], -2),
+            torch.cat([self.C, -other.C], -1),
+            self.real_output,
+        )
+
+
+def stein_solution(lam: Tensor, B: Tensor, conjugate: bool = True) -> Tensor:
+    """Closed-form solution of the Stein (discrete Lyapunov) equation of a diagonal system.
+
+    ``P = diag(lam) P diag(lam)* + B B*`` has ``P_ij = (B B*)_ij / (1 - lam_i conj(lam_j))``; without conjugation,
+    ``S = diag(lam) S diag(lam) + B B^T`` has ``S_ij = (B B^T)_ij / (1 - lam_i lam_j)``.
+
+    Args:
+        lam: shape ``(*batch, n)``; B: shape ``(*batch, n, p)``.
+        conjugate: which of the two.
+
+    Returns:
+        shape ``(*batch, n, n)``, Hermitian (or complex symmetric without conjugation).
+    """
+    if conjugate:
+        return (B @ B.mH) / (1 - lam[..., :, None] * lam.conj()[..., None, :])
+    return (B @ B.mT) / (1 - lam[..., :, None] * lam[..., None, :])
+
+
+def decay_rate(lam: Tensor) -> Tensor:
+    """``-log|lam|``, per step: finite also where an eigenvalue is zero, whose mode is over after one step."""
+    return -lam.abs().clamp_min(1e-30).log()
+
+
+def _shape(tensor: Tensor) -> tuple[int, ...]:
+    return tuple(tensor.shape)

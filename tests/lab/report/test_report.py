@@ -1,0 +1,162 @@
+"""The report: what it reads, what it says, and that nothing in the data can become a part of the page."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import plotly.graph_objects as go
+import pytest
+
+from compressm import __version__
+from compressm.cli import main
+from compressm.errors import CheckpointError, ConfigError
+from compressm.lab.report import load_runs, write_report
+from compressm.lab.report.charts import comparison_charts, run_charts
+from compressm.lab.report.page import render
+
+HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)>"
+
+
+def test_every_chart_of_a_run(runs: Path) -> None:
+    (run,) = load_runs([runs / "cut"])
+    charts = {chart.title: chart for chart in run_charts(run)}
+    assert list(charts) == [
+        "Loss and accuracy", "State dimension", "Hankel singular values", "Eigenvalues in the unit disc",
+        "Certificates", "Cost of a step",
+    ]  # fmt: skip
+    for chart in charts.values():
+        for frames in chart.views.values():
+            for frame in frames:  # plotly refuses what it does not know
+                go.Figure(data=frame.traces, layout={**chart.layout, **frame.layout})
+    assert list(charts["Hankel singular values"].views) == ["blocks.0.ssm", "blocks.1.ssm"]
+    labels = [frame.label for frame in charts["Hankel singular values"].views["blocks.0.ssm"]]
+    assert labels[0] == "step 0"
+    assert any("→" in label for label in labels)
+    cuts = [event for event in run.history if event["kind"] == "cut"]
+    assert len(charts["Eigenvalues in the unit disc"].views["blocks.0.ssm"]) == len(cuts)
+    shapes = charts["Loss and accuracy"].layout["shapes"]
+    assert len(shapes) == len([event for event in run.history if event["kind"] in ("cut", "rolled_back")])
+
+
+def test_a_roll_back_gives_the_states_back_in_the_picture(runs: Path) -> None:
+    (run,) = load_runs([runs / "cut"])
+    chart = next(chart for chart in run_charts(run) if chart.title == "State dimension")
+    line = chart.views[""][0].traces[0]
+    undone = next(event for event in run.history if event["kind"] == "rolled_back")
+    cut = [event for event in run.history if event["kind"] == "cut" and event["step"] <= undone["step"]][-1]
+    at = max(index for index, step in enumerate(line["x"]) if step <= undone["step"])
+    assert line["y"][at] == cut["layers"][0]["states_before"] > cut["layers"][0]["states_after"]
+    assert line["y"][-1] == load_runs([runs / "cut"])[0].result.state_dims[0]  # type: ignore[union-attr]
+
+
+def test_eigenvalues_are_those_of_the_layer(runs: Path) -> None:
+    (run,) = load_runs([runs / "cut"])
+    for layer in run.cuts[0]["layers"]:
+        assert len(layer["poles_before"]) == layer["states_before"] == 16
+        assert len(layer["poles_after"]) == layer["states_after"]
+        assert all(abs(complex(*pole)) < 1 for pole in layer["poles_before"] + layer["poles_after"])
+
+
+def test_runs_are_compared(runs: Path) -> None:
+    both = load_runs([runs / "cut", runs / "big"])
+    _, states, seconds = comparison_charts(both)
+    x = [trace["x"] for trace in states.views[""][0].traces]
+    assert x == [[sum(run.result.state_dims)] for run in both if run.result]
+    assert [trace["y"] for trace in seconds.views[""][0].traces] == [
+        [100 * r.result.test_accuracy] for r in both if r.result
+    ]
+    assert comparison_charts(both[:1]) == []
+    page = render(both, "compressm report")
+    assert "Compared" in page
+    assert "Compared" not in render(both[:1])
+
+
+def test_the_page_is_whole_and_small(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "report.html"
+    assert main(["report", str(runs / "cut"), str(runs / "big"), "--output", str(out)]) == 0
+    assert " MB)" in capsys.readouterr().out
+    page = out.read_text(encoding="utf-8")
+    assert len(page) < 5e6
+    assert not re.search(r"""(src|href)=["']?\s*(https?:)?//""", page)  # nothing is fetched
+    for text in ("compressm train digits", "cut undone", "blocks.1.ssm", __version__):
+        assert text in page
+
+
+def test_nothing_in_the_data_becomes_a_part_of_the_page(runs: Path, tmp_path: Path) -> None:
+    content = json.loads((runs / "cut/result.json").read_text())
+    text = json.dumps(content).replace("blocks.0.ssm", HOSTILE.replace("/", "\\/"))
+    content = {
+        **json.loads(text),
+        "command": HOSTILE,
+        "data": HOSTILE,
+        "versions": {HOSTILE: HOSTILE},
+        "device": HOSTILE,
+    }
+    content["history"][0]["layers"][0]["reason"] = HOSTILE
+    hostile = tmp_path / f"{HOSTILE.replace('/', '')}.json"
+    hostile.write_text(json.dumps(content))
+    page = render(load_runs([hostile]), HOSTILE)
+    assert page.count("<script") == 3  # data, plotly, and the page's own
+    assert "<img" not in page
+    assert "alert(1)" in page
+
+
+def test_energy_of_a_part_of_the_steps_is_said_to_be_that(runs: Path, tmp_path: Path) -> None:
+    content = json.loads((runs / "big/result.json").read_text())
+    for steps, label in ((90, "energy (estimate)"), (30, "energy (estimate, of 30 of 90 steps)")):
+        content["energy"] = {"kwh": 1e-3, "steps": steps}
+        (tmp_path / f"{steps}.json").write_text(json.dumps(content))
+        assert label in render(load_runs([tmp_path / f"{steps}.json"]))
+
+
+def test_a_saved_model_tells_its_history(runs: Path) -> None:
+    (run,) = load_runs([runs / "cut/model"])
+    assert run.result is None
+    titles = [chart.title for chart in run_charts(run)]
+    assert titles == ["State dimension", "Hankel singular values", "Eigenvalues in the unit disc", "Certificates"]
+    assert "What the compressor did" in render([run])
+
+
+def test_a_folder_of_results(runs: Path, tmp_path: Path) -> None:
+    for name in ("full-seed0", "full-seed1", "small-seed0"):
+        (tmp_path / f"{name}.json").write_text((runs / "big/result.json").read_text())
+    loaded = load_runs([tmp_path])
+    assert [run.name for run in loaded] == ["full-seed0", "full-seed1", "small-seed0"]
+    colours = [trace["marker"]["color"] for trace in comparison_charts(loaded)[1].views[""][0].traces]
+    assert colours[0] == colours[1] != colours[2]
+    twice = load_runs([tmp_path / "full-seed0.json", tmp_path / "full-seed0.json"])
+    assert len({run.name for run in twice}) == 2
+
+
+def test_results_of_older_versions(runs: Path, tmp_path: Path) -> None:
+    content = json.loads((runs / "cut/result.json").read_text())
+    del content["spectra"]
+    for event in content["history"]:
+        for layer in event["layers"]:
+            del layer["poles_before"], layer["poles_after"]
+    (tmp_path / "old.json").write_text(json.dumps(content))
+    titles = [chart.title for chart in run_charts(load_runs([tmp_path / "old.json"])[0])]
+    assert "Hankel singular values" in titles
+    assert "Eigenvalues in the unit disc" not in titles
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [("[1]", "not the result"), ("{", "damaged"), ("{}", "damaged"), ("é".encode("latin-1"), "damaged")],
+)
+def test_damaged_results(content: str | bytes, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "result.json"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(CheckpointError, match=message):
+        load_runs([tmp_path])
+
+
+def test_nothing_to_report(tmp_path: Path, runs: Path) -> None:
+    with pytest.raises(ConfigError, match="neither a run's folder nor a result file"):
+        load_runs([tmp_path])
+    with pytest.raises(ConfigError, match="no run"):
+        write_report([], tmp_path / "report.html")
+    with pytest.raises(ConfigError, match="cannot be written"):
+        write_report(load_runs([runs / "big"]), tmp_path / "none/report.html")

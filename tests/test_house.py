@@ -1,0 +1,67 @@
+"""The order of the packages: a lower one never imports a higher one, and no modules import each other in a circle."""
+
+from __future__ import annotations
+
+import ast
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+import compressm
+
+SOURCE = Path(compressm.__file__).parent
+# From the lowest floor up; modules on the ground, of no room, may import all of them.
+ROOMS = (
+    "errors", "runtime", "scans", "layers", "theory", "adapters", "observing", "cutting", "training", "saving",
+    "integrations", "lab", "cli",
+)  # fmt: skip
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(SOURCE.parent).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def imports(path: Path, *, at_import_only: bool) -> set[str]:
+    """Modules of ours that a file imports; with ``at_import_only`` those it needs before its first function runs."""
+    tree = ast.parse(path.read_text())
+    names: set[str] = set()
+    nodes = tree.body if at_import_only else list(ast.walk(tree))
+    for node in nodes:
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("compressm"):
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+    known = {module_name(file) for file in SOURCE.rglob("*.py")}
+    found: set[str] = set()
+    for name in names:
+        while name and name not in known:
+            name = name.rpartition(".")[0]
+        found |= {name} - {""}
+    return found
+
+
+def test_a_lower_room_never_imports_a_higher_one() -> None:
+    for path in SOURCE.rglob("*.py"):
+        name = module_name(path)
+        if name.count(".") == 0 or name in ("compressm.__main__", "compressm._moved"):
+            continue
+        room = name.split(".")[1]
+        for other in imports(path, at_import_only=False) - {"compressm"}:
+            above = other.split(".")[1]
+            assert ROOMS.index(above) <= ROOMS.index(room), f"{name} imports {other}"
+
+
+def test_no_circles() -> None:
+    graph = {module_name(path): imports(path, at_import_only=True) for path in SOURCE.rglob("*.py")}
+    order = list(TopologicalSorter({name: needs - {name} for name, needs in graph.items()}).static_order())
+    assert len(order) == len(graph)
+
+
+def test_theory_and_scans_know_no_layers_and_layers_no_compression() -> None:
+    for room in ("theory", "scans", "layers"):
+        for path in (SOURCE / room).rglob("*.py"):
+            rooms = {name.split(".")[1] for name in imports(path, at_import_only=False) if "." in name}
+            allowed = {"theory": {"errors", "runtime", "theory"}, "scans": {"errors", "runtime", "scans"}}.get(
+                room, {"errors", "runtime", "scans", "layers"}
+            )
+            assert rooms <= allowed, f"{module_name(path)} imports {rooms - allowed}"

@@ -1,0 +1,129 @@
+"""Operations against hand counts and PyTorch's own, memory against what is known to be kept."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from compressm import Compressor
+from compressm.layers import LRU, SequenceClassifier
+from compressm.scans import lti_scan, native
+from compressm.scans.selective import selective_scan
+from compressm.training.step_cost import StepCost, step_cost
+
+needs_compiler = pytest.mark.skipif(not native.available(), reason="no C++ compiler")
+
+
+def test_a_linear_layer_is_three_matrix_products_less_one() -> None:
+    layer, x = nn.Linear(5, 7), torch.randn(11, 5)
+    cost = step_cost(layer, lambda layer: layer(x).square().sum())
+    assert cost.flops == 2 * (2 * 11 * 5 * 7)  # forward, and the weight's gradient: the input needs none
+    # x for the weight's gradient and the output for the square's; not the weight.
+    assert cost.kept_bytes == 4 * (11 * 5 + 11 * 7)
+
+
+class Scan(nn.Module):
+    def __init__(self, n: int) -> None:
+        super().__init__()
+        self.A = nn.Parameter(-torch.rand(16, n))
+
+    def forward(self, u: Tensor) -> Tensor:
+        n = self.A.shape[1]
+        return selective_scan(u, torch.ones_like(u), self.A, u.new_ones(2, 20, n), u.new_ones(2, 20, n))
+
+
+@needs_compiler
+def test_selective_scans_count_in_proportion_to_their_states() -> None:
+    u = torch.randn(2, 20, 16)  # as many channels as the kernel takes at a time
+    small, large = (step_cost(Scan(n), lambda model: model(u).sum()) for n in (4, 12))
+    assert small.flops == (7 + 20) * u.numel() * 4
+    assert large.flops == 3 * small.flops
+
+
+@needs_compiler
+def test_compiled_convolutions_are_counted() -> None:
+    batch, length, h = 3, 20, 4
+
+    class Convolution(nn.Module):
+        def __init__(self, n: int) -> None:
+            super().__init__()
+            tensors = (-torch.rand(n), torch.rand(n), *(torch.rand(n, h) for _ in range(2)))
+            self.system = nn.ParameterList([*tensors, *(torch.rand(h, n) for _ in range(2))])
+
+        def forward(self, u: Tensor) -> Tensor:
+            return lti_scan(u, *self.system, engine="fft")
+
+    u = torch.randn(batch, length, h)
+    small, large = (step_cost(Convolution(n), lambda model: model(u).sum()).flops for n in (8, 16))
+    impulse = large - small  # in proportion to n, and the rest does not depend on it
+    assert small - impulse == pytest.approx(
+        24 * batch * length * h * h + 5 * length * math.log2(length) * (5 * batch * h + 2 * h * h), abs=4
+    )
+
+
+def test_a_real_fourier_transform() -> None:
+    class Transform(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(()))
+
+        def forward(self, u: Tensor) -> Tensor:
+            return torch.fft.rfft(self.scale * u, dim=1).abs()
+
+    u = torch.randn(4, 64)
+    forward = 2.5 * 4 * 64 * math.log2(64)
+    assert step_cost(Transform(), lambda model: model(u).sum()).flops >= forward
+
+
+def test_nothing_changes() -> None:
+    torch.manual_seed(0)
+    model = SequenceClassifier(1, 3, 4, 8, dropout=0.5)  # batch norm has running statistics
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    state = torch.get_rng_state()
+    u = torch.randn(2, 12, 1, generator=torch.Generator().manual_seed(0))
+    first = step_cost(model, lambda model: model.train()(u).sum())
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert step_cost(model, lambda model: model.train()(u).sum()) == first
+
+
+def test_fewer_states_cost_less_and_savings_say_so() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(LRU(4, 32))
+    optimizer = torch.optim.Adam(model.parameters(), 1e-3)
+    compressor = Compressor(model, optimizer, 20, states=4, cuts=1, window=0.5)
+    u = torch.randn(8, 40, 4)
+    before = compressor.measure(lambda model: F.mse_loss(model(u), u))
+    for _ in range(20):
+        F.mse_loss(model(u), u).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if compressor.step():
+            after = compressor.measure(lambda model: F.mse_loss(model(u), u))
+    assert after.flops < before.flops
+    saved = compressor.savings()
+    assert saved is not None
+    assert saved.flops == 10 * before.flops + 10 * after.flops
+    assert saved.flops_if_big == 20 * before.flops
+    assert f"{1 - saved.flops / saved.flops_if_big:.0%} of the operations were spared" in str(saved)
+
+
+def test_what_a_compressor_observes_is_no_part_of_a_step() -> None:
+    torch.manual_seed(0)
+    model = SequenceClassifier(1, 3, 8, 32, layer="mamba")
+    u = torch.randn(4, 40, 1)
+
+    def cost() -> StepCost:
+        return step_cost(model, lambda model: model.train()(u).sum())
+
+    before = cost()
+    compressor = Compressor(model, torch.optim.Adam(model.parameters()), 20, states=4)
+    assert cost() == before
+    assert not compressor.state_dict()["moments"]  # the copy has observed nothing for it
+    model.train()(u)
+    assert compressor.state_dict()["moments"]
