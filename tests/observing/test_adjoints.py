@@ -49,8 +49,15 @@ def read(module: nn.Module) -> DiagonalSystem:
     return next(iter(find_layers(module).values()))[1].read(layer_values(module))  # type: ignore[union-attr]
 
 
+def mirrored(u: Tensor, lengths: list[int]) -> Tensor:
+    """Each sequence from its last input to its first; padding stays."""
+    return torch.stack([torch.cat([row[:k].flip(0), row[k:]]) for row, k in zip(u, lengths, strict=True)])
+
+
 class Explicit(nn.Module):
     """A linear layer as a loop in stacked real coordinates, that remembers its states with their gradients."""
+
+    lengths: list[int] | None = None  # within which sequences are reversed
 
     def __init__(self, original: nn.Module) -> None:
         super().__init__()
@@ -64,9 +71,10 @@ class Explicit(nn.Module):
     def forward(self, u: Tensor) -> Tensor:
         out = self.D * u
         for index, (lam, B, C) in enumerate(self.runs):
-            v = u.flip(1) if index else u
+            lengths = [u.shape[1]] * len(u) if self.lengths is None else self.lengths
+            v = mirrored(u, lengths) if index else u
             y = self._run(lam, B, C, v)
-            out = out + (y.flip(1) if index else y)
+            out = out + (mirrored(y, lengths) if index else y)
         return out
 
     def _run(self, lam: Tensor, B: Tensor, C: Tensor, u: Tensor) -> Tensor:
@@ -96,14 +104,15 @@ def oracle(net: nn.Module, losses: Any, present: Tensor | None = None) -> dict[s
     for name, (original, _) in find_layers(net).items():
         parent, _, child = name.rpartition(".")
         explicit[name] = Explicit(original)
+        explicit[name].lengths = None if present is None else present.sum(1).tolist()
         setattr(net.get_submodule(parent), child, explicit[name])
     losses(net).sum().backward()
     found = {}
     for name, one in explicit.items():
         P, Q, tokens = 0.0, 0.0, 0.0
-        for index, states in enumerate(one.states):
+        for states in one.states:
             for t, x in enumerate(states):
-                seen = torch.ones(x.shape[0]) if present is None else present[:, -1 - t if index % len(one.runs) else t]
+                seen = torch.ones(x.shape[0]) if present is None else present[:, t]
                 for k in range(x.shape[0]):
                     if seen[k] and x.grad is not None:
                         P = P + x[k, ..., :, None].detach() * x[k, ..., None, :].detach()
@@ -225,7 +234,7 @@ def test_padding_is_not_counted_in_either_direction() -> None:
     assert float(observer.evidence()["blocks.0.ssm"].tokens) == 2 * 15
 
 
-def test_padding_is_flipped_where_the_input_is() -> None:
+def test_sequences_are_reversed_within_their_own_lengths() -> None:
     class Net(SequenceClassifier):
         pass
 
@@ -239,15 +248,15 @@ def test_padding_is_flipped_where_the_input_is() -> None:
     F.cross_entropy(net(tokens), torch.tensor([0, 1])).backward()
     backwards = observer.evidence()["blocks.0.ssm.backwards"]
     assert float(backwards.tokens) == 7
-    # The last two tokens that the reversed layer reads of the second sequence are its own, after three of padding.
-    one, embedded = net.blocks[0].ssm.backwards, net.blocks[0].norm(net.encoder(tokens)).flip(1).detach()
+    # The first two tokens that the reversed layer reads of the second sequence are its own, before three of padding.
+    one, embedded = net.blocks[0].ssm.backwards, mirrored(net.blocks[0].norm(net.encoder(tokens)), [5, 2]).detach()
     system = read(one)
     x, total = torch.zeros(2, system.n, dtype=torch.complex128), 0.0
     for t, now in enumerate(embedded.to(torch.complex128).unbind(1)):
         x = system.lam * x + now @ system.B.mT
         stacked = torch.cat([x.real, x.imag], 1)
         for k in range(2):
-            if k == 0 or t >= 3:
+            if k == 0 or t < 2:
                 total = total + torch.outer(stacked[k], stacked[k])
     torch.testing.assert_close(backwards.states, total)
 

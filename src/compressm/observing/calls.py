@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from compressm.adapters.base import Adapter, SelectiveAdapter, layer_values
 from compressm.observing.adjoints import covariances, readings
+from compressm.observing.layer_calls import named_arguments
 from compressm.observing.masks import mask_gradients
 from compressm.theory.evidence import Covariances
 from compressm.theory.fisher import MaskFisher
@@ -35,6 +36,7 @@ class LinearCall:
     system: DiagonalSystem
     u: Tensor
     present: Tensor | None
+    lengths: Tensor | None = None
 
     @classmethod
     def of(
@@ -42,12 +44,13 @@ class LinearCall:
     ) -> LinearCall:
         """A call that was made."""
         u: Tensor = (*args, *kwargs.values())[0]
-        return cls(layer, adapter.read(layer_values(layer)), u.detach(), present)
+        lengths = named_arguments(layer, args, kwargs).get("lengths")
+        return cls(layer, adapter.read(layer_values(layer)), u.detach(), present, lengths)
 
     def first(self, sequences: int | None) -> LinearCall:
         """The same with the first sequences of the batch only."""
-        present = None if self.present is None else self.present[:sequences]
-        return replace(self, u=self.u[:sequences], present=present)
+        present, lengths = (None if value is None else value[:sequences] for value in (self.present, self.lengths))
+        return replace(self, u=self.u[:sequences], present=present, lengths=lengths)
 
     def finite(self) -> bool:
         """Whether the layer's input is."""
@@ -60,7 +63,7 @@ class LinearCall:
             g: gradient of every sequence's own loss at the layer's output.
             before: from the calls before it.
         """
-        for reading in readings(self.layer, self.system, self.u, g, self.present):
+        for reading in readings(self.layer, self.system, self.u, g, self.present, self.lengths):
             new = covariances(self.system, reading, first=before is None)
             before = new if before is None else before.plus(new)
         assert before is not None

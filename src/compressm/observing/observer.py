@@ -18,6 +18,7 @@ from compressm.layers.bidirectional import Bidirectional
 from compressm.observing.calls import Call, LinearCall, SelectiveCall, as_evidence
 from compressm.observing.damage import Sample
 from compressm.observing.labels import Likelihood, sampled_losses
+from compressm.observing.layer_calls import named_arguments
 from compressm.observing.masks import can_be_masked
 from compressm.observing.moments import MEMORY, modes_kept
 from compressm.runtime.processes import gathered, world_size
@@ -124,13 +125,15 @@ class Observer:
             return
         self._hooks.append(self._model.register_forward_pre_hook(_Hook(now, self._begun), with_kwargs=True))
         self._hooks.append(self._model.register_forward_hook(_Hook(now, self._compiled_again), always_call=True))
-        flipped = [m.backwards for m in self._model.modules() if isinstance(m, Bidirectional)]
-        backwards = {id(part) for module in flipped for part in module.modules()}
+        backwards: dict[int, Bidirectional] = {}  # the innermost one that reads a part's sequences from their end
         for module in self._model.modules():
+            if isinstance(module, Bidirectional):
+                backwards |= {id(part): module for part in module.backwards.modules()}
+                self._hooks.append(module.register_forward_pre_hook(_Hook(now, _lengths), with_kwargs=True))
             if isinstance(module, SequenceClassifier):  # knows which of its inputs are padding
                 self._hooks.append(module.register_forward_pre_hook(_Hook(now, _padding), with_kwargs=True))
         for name, (layer, adapter) in self._layers.items():
-            seen = _Seen(self, name, adapter, id(layer) in backwards)
+            seen = _Seen(self, name, adapter, backwards.get(id(layer)))
             self._hooks.append(layer.register_forward_hook(_Hook(now, seen), with_kwargs=True))
 
     def close(self) -> None:
@@ -218,7 +221,7 @@ class Observer:
         if isinstance(call, LinearCall):
             before = passes.get(now.number, ())
             assert isinstance(before, tuple)
-            passes[now.number] = (*before, Sample(call.u, g))
+            passes[now.number] = (*before, Sample(call.u, g, call.lengths))
         else:
             run: Tensor = now.runs[name]
             if any(_sequences(one).shape[1:] != run.shape[1:] for one in passes.values()):
@@ -250,6 +253,7 @@ class _Pass:
         self.number, self.loss_scale, self.training_only, self.frozen = number, loss_scale, training_only, frozen
         self.begun = self.over = False
         self.present: Tensor | None = None
+        self.told: set[Bidirectional] = set()  # that reverse each sequence within its own length
         self.before: dict[str, Evidence | None] = {}  # what had been seen of each layer before
         self.runs: dict[str, Any] = {}  # what its calls have left so far
 
@@ -272,8 +276,8 @@ class _Hook:
 class _Seen:
     """What is done at a call of one layer."""
 
-    def __init__(self, observer: Observer, name: str, adapter: Any, flipped: bool) -> None:
-        self.observer, self.name, self.adapter, self.flipped = observer, name, adapter, flipped
+    def __init__(self, observer: Observer, name: str, adapter: Any, backwards_of: Bidirectional | None) -> None:
+        self.observer, self.name, self.adapter, self.backwards_of = observer, name, adapter, backwards_of
 
     def __call__(
         self, now: _Pass, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
@@ -289,7 +293,7 @@ class _Seen:
                 return
             y.requires_grad_()
         present = now.present if now.present is not None and now.present.shape == y.shape[:2] else None
-        if present is not None and self.flipped:
+        if present is not None and self.backwards_of is not None and self.backwards_of not in now.told:
             present = present.flip(1)
         try:
             if isinstance(self.adapter, Adapter):
@@ -305,6 +309,14 @@ class _Seen:
 def _padding(now: _Pass, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     assert isinstance(module, SequenceClassifier)
     now.present = module.present(*args, **kwargs)
+
+
+def _lengths(now: _Pass, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    assert isinstance(module, Bidirectional)
+    if named_arguments(module, args, kwargs).get("lengths") is None:
+        now.told.discard(module)
+    else:
+        now.told.add(module)
 
 
 def _nothing(*_: Any) -> None:

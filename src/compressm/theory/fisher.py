@@ -196,7 +196,9 @@ def reduce_by_fisher(
     power, lost = float((balancing.W * P).sum()), float((balancing.W * (rest @ P @ rest.mT)).sum())
     least = float(balancing.hsv[..., into.shape[-2] :].square().sum())
     error, bound = ((max(value, least, 0.0) / power) ** 0.5 if power > 0 else 0.0 for value in (lost, least))
-    estimate = MaskEstimate(n, into.shape[-2], error, bound, (), selection.damage, fisher.shrinkage())
+    estimate = MaskEstimate(
+        n, into.shape[-2], error, bound, predicted_damage=selection.damage, shrinkage=fisher.shrinkage()
+    )
     return SelectiveReduction(into, out, selection.kept, estimate, moments)
 
 
