@@ -16,7 +16,7 @@ def report(
     output: Annotated[Path, file_option(help="The HTML file.")] = Path("report.html"),
 ) -> None:
     """One page about one run, or several beside each other; it opens in a browser, offline."""
-    from compressm.lab.report import load_runs, write_report
+    from compressm.lab.pages import load_runs, write_page
 
-    write_report(load_runs(runs), output, command_line(context))
+    write_page(load_runs(runs), output, command_line(context))
     print(f"report: {output} ({output.stat().st_size / 1e6:.1f} MB)")

@@ -95,7 +95,7 @@ QUICK = Effort(repetitions=3, fewest=1, seconds=3.0)
 _TURN_SECONDS, _TURN_STEPS = 0.5, 10
 
 
-def measure(case: Case, rates: Rates, effort: Effort, threads: int, cpus: Sequence[int] | None) -> Row:
+def compare(case: Case, rates: Rates, effort: Effort, threads: int, cpus: Sequence[int] | None) -> Row:
     """Measure one row.
 
     Args:

@@ -26,9 +26,12 @@ from compressm.lab.runs.loop import differences, train
 from compressm.lab.runs.result import RunResult
 from compressm.runtime.files import write_json
 
+Results = dict[tuple[str, int], RunResult]
+"""Results by arm and seed."""
+
 
 @dataclass(frozen=True)
-class Run:
+class PlannedRun:
     """One run of a grid: an arm, a seed, and where its files are."""
 
     experiment: Experiment
@@ -36,6 +39,9 @@ class Run:
     seed: int
     folder: Path
     result: Path
+
+    def __str__(self) -> str:
+        return f"{self.arm.name}, seed {self.seed}"
 
     def folder_of(self, arm: str) -> Path:
         """Where another arm trains with the same seed."""
@@ -48,7 +54,7 @@ def plan_runs(
     arms: Sequence[str] | None = None,
     results: Path = Path("results"),
     runs: Path = Path("runs"),
-) -> list[Run]:
+) -> list[PlannedRun]:
     """The runs of a grid, seed by seed, so that one that is stopped early has whole comparisons.
 
     Raises:
@@ -57,7 +63,7 @@ def plan_runs(
     chosen = experiment.arms if arms is None else [experiment.arm(name) for name in arms]
     wanted = {arm.name for arm in chosen}.union(*(arm.needs for arm in chosen))
     return [
-        Run(
+        PlannedRun(
             experiment,
             arm,
             seed,
@@ -71,7 +77,10 @@ def plan_runs(
 
 
 def configuration(
-    run: Run, steps: int | None = None, data: str | None = None, done: Mapping[tuple[str, int], RunResult] | None = None
+    run: PlannedRun,
+    steps: int | None = None,
+    data: str | None = None,
+    done: Mapping[tuple[str, int], RunResult] | None = None,
 ) -> Config:
     """What one run is trained with.
 
@@ -115,7 +124,7 @@ def _window(start: int, window: float, planned: int, steps: int) -> dict[str, An
 
 
 def run_grid(
-    runs: Sequence[Run],
+    runs: Sequence[PlannedRun],
     *,
     steps: int | None = None,
     data: str | None = None,
@@ -140,50 +149,62 @@ def run_grid(
         ConfigError: unfit data or values, a result that was made with others, or training that diverged.
         RunError: a process that was killed.
     """
-    done: dict[tuple[str, int], RunResult] = {}
-    waiting: dict[Future[RunResult], Run] = {}
-    failures: list[CompressmError] = []
-    pending = list(runs)
-    for run in pending:
+    for run in runs:
         configuration(run, steps, data)  # mistakes come before any work
         _check_teacher(run)
-    workers = workers or os.cpu_count() or 1
     bar = Progress(
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
         console=Console(stderr=True),
     )  # fmt: skip
-    with bar, (executor or _processes)(workers) as pool:
-        task = bar.add_task("runs", total=len(runs))
-        while True:
-            for run in [run for run in pending if _ready(run, done)]:
-                pending.remove(run)
-                config = configuration(run, steps, data, done)
-                waiting[pool.submit(_train, run, config, command)] = run
-            if not waiting:
-                break
-            finished, _ = wait(waiting, return_when=FIRST_COMPLETED)
-            for future in finished:
-                run = waiting.pop(future)
-                try:
-                    done[run.arm.name, run.seed] = future.result()
-                except BrokenExecutor as error:  # the pool and all that it ran are gone
-                    raise RunError(
-                        f"{run.arm.name}, seed {run.seed}: a process was killed (out of memory?); take fewer "
-                        "--workers, and the same command goes on where it was"
-                    ) from error
-                except CompressmError as error:  # the others go on: they may take hours
-                    failures.append(error)
-                    bar.console.print(f"{run.arm.name}, seed {run.seed}: {error}", markup=False)
-                bar.update(task, advance=1, description=f"{run.arm.name}, seed {run.seed}")
-        if pending:
-            names = ", ".join(f"{run.arm.name}, seed {run.seed}" for run in pending)
-            bar.console.print(f"not made, since they need one of those that failed: {names}")
+    with bar, (executor or _processes)(workers or os.cpu_count() or 1) as pool:
+
+        def start(run: PlannedRun, done: Results) -> Future[RunResult]:
+            return pool.submit(_train, run, configuration(run, steps, data, done), command)
+
+        return _run_all(runs, start, bar)
+
+
+def _run_all(
+    runs: Sequence[PlannedRun], start: Callable[[PlannedRun, Results], Future[RunResult]], bar: Progress
+) -> Results:
+    """Start every run as soon as those are done that it needs, and collect the results.
+
+    When a run fails, the others go on, since they may take hours. The first failure is raised at the end.
+    """
+    done: Results = {}
+    waiting: dict[Future[RunResult], PlannedRun] = {}
+    failures: list[CompressmError] = []
+    pending = list(runs)
+    task = bar.add_task("runs", total=len(runs))
+    while True:
+        for run in [run for run in pending if _ready(run, done)]:
+            pending.remove(run)
+            waiting[start(run, done)] = run
+        if not waiting:
+            break
+        finished, _ = wait(waiting, return_when=FIRST_COMPLETED)
+        for future in finished:
+            run = waiting.pop(future)
+            try:
+                done[run.arm.name, run.seed] = future.result()
+            except BrokenExecutor as error:  # the pool and all that it ran are gone
+                raise RunError(
+                    f"{run}: a process was killed (out of memory?); take fewer --workers, and the same command goes on "
+                    "where it was"
+                ) from error
+            except CompressmError as error:
+                failures.append(error)
+                bar.console.print(f"{run}: {error}", markup=False)
+            bar.update(task, advance=1, description=str(run))
+    if pending:
+        names = ", ".join(map(str, pending))
+        bar.console.print(f"not made, since they need one of those that failed: {names}")
     if failures:
         raise failures[0]
     return done
 
 
-def _check_teacher(run: Run) -> None:
+def _check_teacher(run: PlannedRun) -> None:
     """A teacher whose result is stored is not trained again, so its model must be there for a pupil that is due."""
     if run.arm.teacher is None or run.result.exists():
         return
@@ -196,7 +217,7 @@ def _check_teacher(run: Run) -> None:
         )
 
 
-def _ready(run: Run, done: dict[tuple[str, int], RunResult]) -> bool:
+def _ready(run: PlannedRun, done: dict[tuple[str, int], RunResult]) -> bool:
     return all((arm, run.seed) in done for arm in run.arm.needs)
 
 
@@ -218,7 +239,7 @@ def _end_with_parent() -> None:
     threading.Thread(target=wait_for_end, daemon=True).start()
 
 
-def _train(run: Run, config: Config, command: str | None) -> RunResult:
+def _train(run: PlannedRun, config: Config, command: str | None) -> RunResult:
     """One run, in a process of its own; its result file appears when it is complete."""
     if run.result.exists():
         result = RunResult.read(run.result)
@@ -253,4 +274,4 @@ def read_results(experiment: Experiment, results: Path = Path("results")) -> dic
     return found
 
 
-__all__ = ["Run", "configuration", "plan_runs", "read_results", "run_grid"]
+__all__ = ["PlannedRun", "configuration", "plan_runs", "read_results", "run_grid"]

@@ -12,14 +12,14 @@ from typing import Any
 
 from compressm import __version__
 from compressm.errors import ConfigError, MissingExtraError
-from compressm.lab.report.charts import Chart, comparison_charts, run_charts
-from compressm.lab.report.runs import Run
+from compressm.lab.pages.charts import Chart, comparison_charts, run_charts
+from compressm.lab.pages.runs import Run
 from compressm.runtime.files import write_text
 
 _HERE = Path(__file__).parent
 
 
-def write_report(runs: Sequence[Run], path: Path, command: str | None = None) -> None:
+def write_page(runs: Sequence[Run], path: Path, command: str | None = None) -> None:
     """Write the report of some runs.
 
     Args:
@@ -37,7 +37,7 @@ def write_report(runs: Sequence[Run], path: Path, command: str | None = None) ->
 
 
 def render(runs: Sequence[Run], command: str | None = None) -> str:
-    """The page as text; see `write_report`."""
+    """The page as text; see `write_page`."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     charts: dict[str, Chart] = {}
@@ -188,4 +188,4 @@ def _row(run: Run) -> dict[str, str]:
     }
 
 
-__all__ = ["render", "write_report"]
+__all__ = ["render", "write_page"]

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from compressm.cutting.plots import COLOURS
-from compressm.lab.report.runs import Run
+from compressm.lab.pages.runs import Run
 
 Trace = dict[str, Any]
 
