@@ -1,4 +1,4 @@
-"""The charts of a report, as plain data for plotly: what is drawn, not how the page around it looks."""
+"""The charts of a page, as plain data for plotly."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ BEFORE, AFTER, CUT, UNDONE = "#8d99ae", "#009e73", "#009e73", "#d55e00"
 
 @dataclass(frozen=True)
 class Frame:
-    """One state of a chart: what its slider chooses.
+    """One position of a chart's slider.
 
     Attributes:
         label: says which.

@@ -22,8 +22,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from compressm.errors import CompressmError, ConfigError, RunError
 from compressm.lab.config import Config, load_config, parse_config
 from compressm.lab.reproduce.experiments import Arm, Experiment
-from compressm.lab.runs.loop import differences, train
+from compressm.lab.runs.loop import train
 from compressm.lab.runs.result import RunResult
+from compressm.lab.runs.same_settings import differences
 from compressm.runtime.files import write_json
 
 Results = dict[tuple[str, int], RunResult]
@@ -82,13 +83,13 @@ def configuration(
     data: str | None = None,
     done: Mapping[tuple[str, int], RunResult] | None = None,
 ) -> Config:
-    """What one run is trained with.
+    """The configuration that one run is trained with.
 
     Args:
         run: which.
         steps: instead of the experiment's; evaluations and checkpoints move with it.
         data: the directory with the data.
-        done: the results so far, where the run needs others'; without them it is only checked.
+        done: the results so far, for a run that needs those of others; None to check the values before any work.
 
     Raises:
         ConfigError: values that do not fit.
@@ -115,7 +116,7 @@ def configuration(
 
 
 def _window(start: int, window: float, planned: int, steps: int) -> dict[str, Any]:
-    """Where the cuts come when a training of so many planned steps is made with others: after the same share of it."""
+    """Start and window of the cuts in a training of another length than planned: they come at the same share of it."""
     if not start:
         return {}
     left = max(1, round((planned - start) * steps / planned))
@@ -205,7 +206,7 @@ def _run_all(
 
 
 def _check_teacher(run: PlannedRun) -> None:
-    """A teacher whose result is stored is not trained again, so its model must be there for a pupil that is due."""
+    """Check that a teacher's model is there. A teacher whose result is stored is not trained again."""
     if run.arm.teacher is None or run.result.exists():
         return
     result = run.result.with_name(f"{run.arm.teacher}-seed{run.seed}.json")
@@ -226,9 +227,10 @@ def _processes(workers: int) -> Executor:
 
 
 def _end_with_parent() -> None:
-    """Let this process end when the one that started it was killed: nobody would hear of its result.
+    """End this process when the one that started it has ended, by a kill for example.
 
-    It would go on for hours, and the same command, given again, would train the same run beside it.
+    Otherwise it would train on for hours although nobody waits for its result. The same command, given again, would
+    train the same run beside it.
     """
 
     def wait_for_end() -> None:
@@ -240,7 +242,7 @@ def _end_with_parent() -> None:
 
 
 def _train(run: PlannedRun, config: Config, command: str | None) -> RunResult:
-    """One run, in a process of its own; its result file appears when it is complete."""
+    """Train one run, in a process of its own, and write its result."""
     if run.result.exists():
         result = RunResult.read(run.result)
         different = [key for key, *_ in differences(result.config, config) if key != "loss.teacher"]  # named by its arm
@@ -251,7 +253,7 @@ def _train(run: PlannedRun, config: Config, command: str | None) -> RunResult:
         return result
     origin = None if run.arm.continues is None else run.folder_of(run.arm.continues)
     if origin is not None and not origin.exists():
-        origin = None  # only its result is here: all steps are made again, to the same end
+        origin = None  # only its result is here, so all steps are made again
     result = train(config, output=run.folder, resume=True, origin=origin, command=command, quiet=True)
     content = result.to_dict()
     content["config"]["data"]["root"] = content["config"]["run"]["output"] = None  # another machine has others
