@@ -23,7 +23,7 @@ import torch
 from stored import store
 
 from compressm.lab.bench.ours import lru_training_step
-from compressm.lab.bench.report import machine
+from compressm.lab.bench.results import machine
 from compressm.scans.native import vector_bytes
 
 FLAGS = {"widest": "", "AVX2": "-mno-avx512f", "SSE2, no fused multiply-add": "-march=x86-64"}

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import ast
+import subprocess
 from graphlib import TopologicalSorter
 from pathlib import Path
+
+import pytest
 
 import compressm
 
@@ -65,3 +68,14 @@ def test_theory_and_scans_know_no_layers_and_layers_no_compression() -> None:
                 room, {"errors", "runtime", "scans", "layers"}
             )
             assert rooms <= allowed, f"{module_name(path)} imports {rooms - allowed}"
+
+
+def test_git_ignores_no_module() -> None:
+    """A module that git ignores is missing from a clone and from the distributions, and ruff does not look at it."""
+    files = [str(path) for path in SOURCE.rglob("*.py")]
+    done = subprocess.run(
+        ["git", "check-ignore", "--no-index", *files], cwd=SOURCE, capture_output=True, text=True, check=False
+    )
+    if done.returncode == 128:
+        pytest.skip("no git repository here")
+    assert done.stdout.split() == []

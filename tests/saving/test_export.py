@@ -15,7 +15,8 @@ import compressm
 from compressm.cli import main
 from compressm.errors import ConfigError, ExportError
 from compressm.layers import LRU, LanguageModel, Mamba, SequenceClassifier
-from compressm.saving.export import _example, flatten_state, onnx_runner, to_onnx, to_torch
+from compressm.saving.export import flatten_state, onnx_runner, to_onnx, to_torch
+from compressm.saving.tracing import example_of
 
 pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
@@ -218,7 +219,7 @@ def test_an_example_may_have_the_forms_of_data(tmp_path: Path) -> None:
     u = torch.randn(4, 9, 3, generator=torch.Generator().manual_seed(0))
     model = classifier()
     for data in (u, u.double().numpy(), u.mT, (u, torch.zeros(4)), DataLoader(list(u), 4), {"u": u}):  # type: ignore[arg-type]
-        assert torch.equal(_example(model, data), u)
+        assert torch.equal(example_of(model, data), u)
     with pytest.raises(ConfigError, match=r"takes numbers of shape \(batch, length, 3\)"):
         to_torch(model, tmp_path / "b.pt2", example=torch.zeros(2, 5, 7))
     assert not (tmp_path / "b.pt2").exists()

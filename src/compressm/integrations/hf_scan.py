@@ -1,7 +1,7 @@
-"""Mamba models of Hugging Face transformers with our scans, where their CUDA kernels are not at hand.
+"""Our scans inside the Mamba models of Hugging Face transformers, for machines that cannot use their CUDA kernels.
 
 Without these kernels transformers runs a Python loop over all steps (Mamba), or one large product per chunk (Mamba-2).
-On a CPU that is what makes training them impossible. Change
+On a CPU that is too slow for training. Change
 
     trainer.train()
 
@@ -10,8 +10,8 @@ to
     with fast_scan(model):
         trainer.train()
 
-Only the layers of this one model are touched, by an attribute of each that the end of the block removes. Masks, caches,
-norms and convolutions stay transformers' own code, and so do weights, state dict and checkpoints.
+Only the layers of this model are changed: each gets an attribute, which the end of the block removes. Masks, caches,
+norms and convolutions stay transformers' own code. Weights, state dict and checkpoints stay the same.
 """
 
 from __future__ import annotations

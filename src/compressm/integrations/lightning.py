@@ -24,10 +24,10 @@ class CompressionCallback(Callback):
         trainer = Trainer(..., callbacks=[CompressionCallback(tolerance=0.02)])
 
     Optimizer, scheduler, accumulation, clipping, mixed precision and DDP go on through cuts; so does a
-    `WeightAveraging` callback. Checkpoints of every size are resumed from (``fit(ckpt_path=...)``) and reloaded
-    (``test(ckpt_path="best")``), wherever this callback is among the Trainer's. Each cut is logged by the Trainer's
-    loggers. Lightning goes on counting steps through a roll-back, which takes back what was learnt and not what was
-    read: see ``rewind`` in `Compressor`.
+    `WeightAveraging` callback. Training resumes from checkpoints of every size (``fit(ckpt_path=...)``), and they can
+    be reloaded (``test(ckpt_path="best")``); the order of the Trainer's callbacks does not matter. The Trainer's
+    loggers log each cut. A roll-back restores the weights and does not set Lightning's count of steps back, since the
+    data of these steps have been read: see ``rewind`` in `Compressor`.
 
     Args:
         **arguments: those of `Compressor`, which says what can be asked for; ``tolerance=0.02`` for example. Its

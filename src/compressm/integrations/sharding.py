@@ -1,8 +1,8 @@
 """Models sharded by FSDP2 (`torch.distributed.fsdp.fully_shard`).
 
 A sharded parameter cannot be resized in place: FSDP2 fixes padding, all-gather buffers and the layout of shards when it
-takes a parameter over, and has no way to let it go. So a cut gathers the model on rank 0, cuts it there, and shards the
-smaller one anew: once per cut, with all that training needs.
+takes a parameter over, and never releases it. A cut therefore gathers the model on rank 0, with its optimizer's state,
+cuts it there, and shards the smaller model anew.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def compress_sharded(
 
     Args:
         model: sharded by ``shard``. Do not use it any more.
-        optimizer: of its parameters; likewise.
+        optimizer: the optimizer of its parameters. Do not use it any more either.
         build: returns the model as it was built at first, unsharded.
         shard: calls `fully_shard` on a model from ``build``, in place.
         build_optimizer: returns the optimizer of a model.
@@ -82,11 +82,11 @@ def compress_sharded(
     resize_states(smaller, report.state_dims)
     shard(smaller)
     optimizer = build_optimizer(smaller)
-    # Not set_state_dict: it takes the empty dict of the other ranks for "no model", and rank 0 would wait for them.
+    # set_state_dict takes the empty dict of the other ranks for "no model", and rank 0 would wait for them for ever.
     from_first = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, strict=not begun_anew)
     set_model_state_dict(smaller, weights if rank() == 0 else {}, options=from_first)
     set_optimizer_state_dict(smaller, optimizer, states if rank() == 0 else {}, options=from_first)
-    if begun_anew:  # torch gives these the state of a step that has not been made
+    if begun_anew:  # torch gives these parameters a state as if a step had been made with them
         begin_anew(optimizer, [one for name, one in smaller.named_parameters() if name in begun_anew])
     return smaller, optimizer, report
 

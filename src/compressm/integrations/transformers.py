@@ -22,7 +22,7 @@ except ImportError as error:
 
 log = logging.getLogger(__name__)
 _RECORD = "compressm"
-# What of the compressor's state is tensors, and lies beside the Trainer's own state, which is JSON.
+# The parts of the compressor's state that are tensors. The Trainer's own state is JSON, so they are saved beside it.
 _TENSORS = ("observed", "probe", "moments", "samples")
 
 
@@ -34,12 +34,13 @@ class CompressionCallback(TrainerCallback):
         trainer.add_callback(CompressionCallback(trainer, tolerance=0.02))
 
     Optimizer, scheduler, accumulation, clipping, mixed precision and DistributedDataParallel go on through cuts.
-    Checkpoints of every size are resumed from and reloaded (``load_best_model_at_end``). Each cut is logged where the
-    Trainer logs.
+    Training resumes from checkpoints of every size, and reloads them (``load_best_model_at_end``). Each cut is logged
+    where the Trainer logs.
 
     With ``max_drop`` and no ``evaluate`` the metric is the Trainer's own: ``metric_for_best_model`` on the
-    ``eval_dataset`` (the loss by default), as larger is better or smaller is. The Trainer goes on counting steps
-    through a roll-back, which takes back what was learnt and not what was read: see ``rewind`` in `Compressor`.
+    ``eval_dataset`` (the loss by default), with its sign changed where smaller is better. A roll-back restores the
+    weights and does not set the Trainer's count of steps back, since the data of these steps have been read: see
+    ``rewind`` in `Compressor`.
 
     Args:
         trainer: the Trainer that the callback is added to.
@@ -80,7 +81,7 @@ class CompressionCallback(TrainerCallback):
         self.compressor.step()
         for event in self.compressor.history[seen:]:
             self._log(event)
-        # What a checkpoint of this step is to hold, apart from tensors: see on_save.
+        # A checkpoint of this step holds this record; on_save adds its tensors.
         record = self.compressor.state_dict()
         _records(state)[_RECORD] = {key: value for key, value in record.items() if key not in _TENSORS}
         _records(state)[_RECORD]["beside"] = [key for key in _TENSORS if record[key]]
@@ -135,7 +136,7 @@ class CompressionCallback(TrainerCallback):
         return name if name.startswith("eval_") else f"eval_{name}"
 
     def _evaluate(self, model: nn.Module) -> float:
-        """The Trainer's metric for the best model, as larger is better; no callback hears of it.
+        """The Trainer's metric for the best model, with the sign that makes larger better. It calls no callback.
 
         Raises:
             EvaluationError: the evaluation does not have it.

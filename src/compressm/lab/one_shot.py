@@ -10,7 +10,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -19,28 +18,24 @@ from compressm.adapters import find_layers
 from compressm.cutting.made_cuts import MadeCuts
 from compressm.cutting.reduce import Report, plan_reduction
 from compressm.cutting.spectrum import AnyBalancing, Spectrum, balance_layers
-from compressm.errors import CheckpointError, ConfigError, MissingExtraError
-from compressm.lab.data.arrays import Arrays, are_arrays, read_arrays
-from compressm.layers import LanguageModel, SequenceClassifier
-from compressm.observing.expected import Expected
+from compressm.errors import CheckpointError
+from compressm.lab.one_shot_inputs import BATCH, read_batches, read_checkpoint
+from compressm.layers import LanguageModel
 from compressm.observing.held_out import gather_halves, joined
 from compressm.observing.moments import gather
 from compressm.runtime.files import read_pair
 from compressm.saving.card import model_card
-from compressm.saving.checkpoint import load, save_with_history
-from compressm.saving.source_folder import Carried, carry, contents, copy_files, new_folder, some, unloaded
+from compressm.saving.checkpoint import save_with_history
+from compressm.saving.source_folder import Carried, carry, contents, copy_files, new_folder, unloaded
 from compressm.theory.ranks import RankRule
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-_BATCH = 4  # sequences
-_TOKENIZERS = ("tokenizer*", "vocab.*", "merges.txt", "spiece.model", "sentencepiece*")  # files of one
-
 
 @dataclass(frozen=True)
 class Loss:
-    """What a cut took from a model.
+    """How a model changed by a cut: its states, its loss, its parameters.
 
     Attributes:
         report: the cut itself, layer by layer.
@@ -95,8 +90,8 @@ def compress_checkpoint(
 ) -> Loss:
     """Cut a checkpoint once, and save the smaller model in the format that it came in.
 
-    All that the checkpoint's folder holds beside the model reaches the output: files, and tensors that transformers
-    does not load. What does not, such as weights in other formats, is named in `Loss.carried`.
+    Everything else in the checkpoint's folder is copied too: files, and tensors that transformers does not load.
+    `Loss.carried` names what was not copied, such as weights in other formats.
 
     Args:
         checkpoint: a folder written by Hugging Face's ``save_pretrained`` (a causal language model), or by `save`.
@@ -119,9 +114,9 @@ def compress_checkpoint(
     folder, target = Path(checkpoint), Path(output)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise CheckpointError(f"output {target} exists and is not an empty folder: choose another")
-    model, tokenizer, unexpected = _read(folder)
+    model, tokenizer, unexpected = read_checkpoint(folder)
     extra = None if unexpected is None else unloaded(model, folder, unexpected)
-    batches = _batches(model, tokenizer, Path(data), 2 * sequences, length, halves=2)
+    batches = read_batches(model, tokenizer, Path(data), 2 * sequences, length, halves=2)
     half = len(batches) // 2
     before, contained = _parameters(model), contents(model)
     seen = [inputs for inputs, _ in batches[:half]]
@@ -138,18 +133,18 @@ def compress_checkpoint(
             cast("Any", model).save_pretrained(new)
             carried = carry(folder, new, model, extra, contained)
     rows = next(iter(batches[0][0].values()))
-    counts = (before, _parameters(model), half * _BATCH, rows.shape[1])
+    counts = (before, _parameters(model), half * BATCH, rows.shape[1])
     return Loss(report, loss_before, loss_after, *counts, carried)
 
 
 def _resave(model: nn.Module, source: Path, target: Path) -> Carried:
-    """As `save`, with the history that the source has, and its other files."""
+    """Save as `save` does, with the history and the other files of the source."""
     names = ("model.safetensors", "compressm.json")
     history = read_pair(source, *names)[0].get("history")
     save_with_history(model, target, history if isinstance(history, list) else [])
     card = source / "README.md"
     ours = card.is_file() and "\nlibrary_name: compressm\n" in card.read_text(encoding="utf-8", errors="replace")
-    if ours:  # it tells sizes from before the cut
+    if ours:  # our own card, which says the sizes from before the cut
         (target / card.name).write_text(model_card(model), encoding="utf-8")
     files, left = copy_files(source, target, [source / name for name in (*names, *([card.name] * ours))])
     return Carried((), files, left)
@@ -174,12 +169,12 @@ class Prospect:
 
 @dataclass(frozen=True)
 class Analysis:
-    """What a checkpoint's states are good for.
+    """How many of its states a checkpoint needs.
 
     Attributes:
         spectrum: Hankel singular values of every layer.
         parameters: number of the model's parameters.
-        prospects: what cuts would do, for growing care.
+        prospects: what cuts would do, one for every tolerance that was tried.
     """
 
     spectrum: Spectrum
@@ -236,10 +231,10 @@ def analyze_checkpoint(
     Raises:
         CheckpointError, ConfigError, UnsupportedModelError: as `compress_checkpoint`.
     """
-    model, tokenizer, _ = _read(Path(checkpoint))
+    model, tokenizer, _ = read_checkpoint(Path(checkpoint))
     moments = None
     if data is not None:
-        batches = _batches(model, tokenizer, Path(data), sequences, length, labelled=False)
+        batches = read_batches(model, tokenizer, Path(data), sequences, length, labelled=False)
         with _fast(model):
             moments = gather(model, [inputs for inputs, _ in batches])
     balancings = balance_layers(model, moments=moments)
@@ -261,116 +256,6 @@ def _parameters(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def _read(folder: Path) -> tuple[nn.Module, Any, list[str] | None]:
-    """Model in evaluation mode, tokenizer or None, and what transformers found no place for; None for our own."""
-    own = (folder / "compressm.json").is_file()
-    if not own and not (folder / "config.json").is_file():
-        raise CheckpointError(
-            f"{folder} is no checkpoint: expected a folder with config.json (Hugging Face) or compressm.json"
-        )
-    model, tokenizer, unexpected = (load(folder), None, None) if own else _hugging_face(folder)
-    return model.eval(), tokenizer, unexpected
-
-
-def _hugging_face(folder: Path) -> tuple[nn.Module, Any, list[str]]:
-    try:
-        from transformers import AutoModelForCausalLM, AutoTokenizer
-    except ModuleNotFoundError as error:
-        raise MissingExtraError(
-            'a Hugging Face checkpoint needs transformers: pip install "compressm[transformers]"'
-        ) from error
-    try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, output_loading_info=True)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise CheckpointError(f"{folder} cannot be loaded as a causal language model: {_first_line(error)}") from error
-    model, info = loaded
-    if missing := sorted(info["missing_keys"]):
-        raise CheckpointError(
-            f"{folder} lacks {some(missing)}, which transformers would draw at random: copy the folder again, or save "
-            "the model that you trained"
-        )
-    unexpected = list(info["unexpected_keys"])
-    if not any(path for pattern in _TOKENIZERS for path in folder.glob(pattern)):
-        return model, None, unexpected
-    try:
-        return model, AutoTokenizer.from_pretrained(folder, local_files_only=True), unexpected
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"the tokenizer in {folder} cannot be loaded: {_first_line(error)}") from error
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0]
-
-
-def _batches(
-    model: nn.Module,
-    tokenizer: Any,
-    path: Path,
-    sequences: int,
-    length: int,
-    halves: int = 1,
-    labelled: bool = True,
-) -> list[tuple[dict[str, Tensor], Tensor]]:
-    """Inputs, by the names of the model's arguments, and what they should lead to: as many batches in each of the
-    halves."""
-    if sequences < halves * _BATCH or length < 2:
-        raise ConfigError(
-            f"sequences must be at least {_BATCH} and length at least 2; got {sequences // halves} and {length}"
-        )
-    expected = Expected.of(model)
-    if isinstance(model, SequenceClassifier):
-        arrays = read_arrays(path, expected, labelled)
-    elif are_arrays(path):
-        arrays = _rows(read_arrays(path, expected, labelled=False), length)
-    else:
-        arrays = Arrays(_windows(model, tokenizer, path, length)[0])
-    count = halves * (min(sequences, len(arrays)) // (halves * _BATCH))
-    if count == 0:
-        why = ": half for the cut, half to measure the loss on" if halves == 2 else ""
-        raise ConfigError(
-            f"{path} holds {len(arrays)} sequences of {arrays.x.shape[1]}; {halves * _BATCH} are needed{why}; give "
-            "more data, or a smaller length"
-        )
-    targets = arrays.x if arrays.y is None else arrays.y
-    places = [(i * _BATCH, (i + 1) * _BATCH) for i in range(count)]
-    return [(arrays.batch(expected, start, stop), targets[start:stop]) for start, stop in places]
-
-
-def _rows(arrays: Arrays, length: int) -> Arrays:
-    """Sequences of tokens of at most this length: what goes beyond it is left out."""
-    lengths = None if arrays.lengths is None else arrays.lengths.clamp_max(length)
-    return Arrays(arrays.x[:, :length], None, lengths)
-
-
-def _windows(model: nn.Module, tokenizer: Any, path: Path, length: int) -> tuple[Tensor, Tensor]:
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise ConfigError(f"data {path} cannot be read: {error.strerror}") from error
-    vocabulary = cast("Any", model).config["vocabulary"] if isinstance(model, LanguageModel) else _vocabulary(model)
-    if tokenizer is not None:
-        tokens = torch.tensor(tokenizer(content.decode("utf-8", "replace"))["input_ids"], dtype=torch.long)
-    elif vocabulary == 256:  # the only size at which every byte has an id and no id is anything else
-        tokens = torch.from_numpy(np.frombuffer(content, np.uint8).astype(np.int64))
-    else:
-        raise ConfigError(
-            f"the checkpoint has no tokenizer and a vocabulary of {vocabulary}, and only one of 256 is that of bytes: "
-            "save the tokenizer in the checkpoint's folder, or call compressm.compress from Python, with ids as data"
-        )
-    if len(tokens) and (largest := int(tokens.max())) >= vocabulary:
-        raise ConfigError(
-            f"the tokenizer gives ids up to {largest}, and the model's vocabulary has {vocabulary}: save the model's "
-            "own tokenizer in the checkpoint's folder"
-        )
-    count = len(tokens) // length
-    windows = tokens[: count * length].view(count, length)
-    return windows, windows
-
-
-def _vocabulary(model: nn.Module) -> int:
-    return int(cast("Any", model).get_input_embeddings().num_embeddings)
-
-
 @torch.no_grad()
 def _loss(model: nn.Module, batches: list[tuple[dict[str, Tensor], Tensor]]) -> float:
     losses: list[float] = []
@@ -385,7 +270,7 @@ def _loss(model: nn.Module, batches: list[tuple[dict[str, Tensor], Tensor]]) -> 
 
 
 def _without_padding(model: nn.Module, inputs: Mapping[str, Tensor], tokens: Tensor) -> Tensor:
-    """The tokens, with what cross entropy leaves out in the place of padding."""
+    """The tokens, with padding replaced by the label that cross entropy ignores."""
     present = model.present(**inputs) if isinstance(model, LanguageModel) else inputs.get("attention_mask")
     return tokens if present is None else tokens.masked_fill(present == 0, -100)
 

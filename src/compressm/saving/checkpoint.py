@@ -21,14 +21,14 @@ from compressm.saving.card import model_card
 from compressm.saving.structure import Structure, check_fit, describe, difference, put_left_out, take_over
 from compressm.training.compressor import Compressor
 
-# What safetensors can hold, complex numbers aside, which its older versions cannot.
+# The dtypes that safetensors can hold, without complex numbers, which its older versions cannot hold.
 _STORED = {
     *(torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2),
     *(torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool),
     *(torch.uint16, torch.uint32, torch.uint64),
 }
 
-# The classes that `load` can build by itself. Nothing else is ever imported or called on a checkpoint's word.
+# The classes that `load` can build by itself. No other class is imported or called because a checkpoint names it.
 _OWN_CLASSES: dict[str, type[nn.Module]] = {
     "SequenceClassifier": SequenceClassifier,
     "LanguageModel": LanguageModel,
@@ -40,12 +40,13 @@ def save(
 ) -> None:
     """Save a model, compressed or not, as ``model.safetensors`` and ``compressm.json`` in a folder.
 
-    The folder is created if needed; a model that is already there is replaced, other files are left alone. A kill at
-    any instant leaves the old model or the new one, and so does any instant to another process that loads.
+    The folder is created if needed. A model that is already there is replaced; other files are left alone. If this
+    process is killed, the folder holds the old model or the new one. Another process that loads meanwhile gets one of
+    the two.
 
-    Saved are all parameters and buffers with their dtypes, which of them are one tensor, and which need no gradient.
-    A model of one of compressm's classes that was changed after it was built (a layer replaced, a weight parametrised)
-    is saved with a warning: it can only be loaded into a model that was changed in the same way.
+    All parameters and buffers are saved with their dtypes, and with the record of which are one tensor and which need
+    no gradient. A model of one of compressm's classes that was changed after it was built (a layer replaced, a weight
+    parametrised) is saved with a warning: it can only be loaded into a model that was changed in the same way.
 
     Args:
         model: any model with a layer that compressm knows.
@@ -177,7 +178,7 @@ def _build(
 ) -> nn.Module:
     """A model of one of our own classes, no larger than the tensors that are to be loaded into it.
 
-    What a file claims about sizes is tried on the meta device first, which allocates nothing.
+    The sizes that a file claims are first tried on the meta device, which allocates no memory.
     """
     own = _OWN_CLASSES.get(name)
     if own is None:
@@ -212,7 +213,7 @@ def save_tree(folder: str | os.PathLike[str], tree: Any, *, metadata: Mapping[st
     """Save nested dicts, lists and tuples of tensors, arrays, numbers, strings, booleans and None.
 
     Written are ``state.safetensors`` and ``state.json`` in the folder, which is created if needed. What was saved there
-    before is replaced; a kill at any instant leaves the old state or the new one.
+    before is replaced. If this process is killed, the folder holds the old state or the new one.
 
     Args:
         folder: where to.
@@ -244,7 +245,7 @@ def load_tree(folder: str | os.PathLike[str]) -> Any:
         ) from error
 
 
-# What JSON has no word for is an object with one key that starts with "$".
+# A value that JSON cannot express becomes an object with one key, which starts with "$".
 
 
 def _encode(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
@@ -314,7 +315,7 @@ def _decode(value: Any, tensors: Mapping[str, Tensor]) -> Any:
 
 
 def _storable(value: Tensor, path: str) -> Tensor:
-    """An own, contiguous copy on the CPU: safetensors refuses tensors that share memory."""
+    """A contiguous copy on the CPU, since safetensors refuses tensors that share memory."""
     path = path or "the tree"
     if nn.parameter.is_lazy(value):
         raise CheckpointError(f"{path} has no shape yet: run the model on one batch before it is saved")

@@ -7,8 +7,8 @@ A layer is a matrix of weights and the products with it. It has one of three pre
 - ``int8 weights``: the weights only. The file is as small; the product is one of floating point numbers.
 - ``float32``: as it was.
 
-A recurrence adds up what rounding its inputs costs, over thousands of steps, so that no look at a single product says
-what a layer's precision does to the output. It is measured: by running the file that is written.
+A recurrence accumulates the rounding errors of its inputs over thousands of steps. A single product therefore does not
+show what a layer's precision does to the output, so this module measures it: it runs the file that it has written.
 """
 
 from __future__ import annotations
@@ -74,13 +74,13 @@ def quantise(
     for now, better in itertools.pairwise(PRECISIONS):
         if error <= tolerance:
             break
-        # What each layer would cost by itself, the others being exact.
+        # The error if only this layer is rounded.
         alone = {name: error_of({**dict.fromkeys(layers, "float32"), name: now}) for name in layers}
         costs = costs or alone
-        waiting = sorted(layers, key=alone.__getitem__)  # the dearest last
+        waiting = sorted(layers, key=alone.__getitem__)  # the most expensive last
         while waiting and error > tolerance:
             chosen[waiting.pop()] = better
-            # Errors of layers add up as squares if they are independent; where that is far above, no need to look.
+            # Squares of independent errors add up. While their sum is far above the tolerance, no run is needed.
             if sum(alone[name] ** 2 for name in waiting) ** 0.5 <= 2 * tolerance or not waiting:
                 error = error_of(chosen)
     if set(chosen.values()) == {"float32"} or error > tolerance:
@@ -125,13 +125,13 @@ def _write(source: Path, target: Path, precisions: Mapping[str, str]) -> None:
         if not wanted:
             os.replace(between, target)
             return
-        # Products with a bias are taken apart first, into nodes of names of their own.
+        # ONNX Runtime first splits products with a bias, into nodes with names of their own.
         both = [f"{name}{end}" for name in wanted for end in ("", "_MatMul")]
         quantize_dynamic(between, target, weight_type=QuantType.QInt8, per_channel=True, nodes_to_quantize=both)
 
 
 def _store_weights(source: Path, target: Path, nodes: Iterable[str]) -> None:
-    """Store the weights of some nodes as integers, with a node that makes numbers of them again."""
+    """Store the weights of some nodes as integers, each with a node that turns them back into numbers."""
     import onnx
     from onnx import numpy_helper
 

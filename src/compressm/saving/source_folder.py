@@ -1,7 +1,7 @@
 """Re-saving a checkpoint of transformers without losing anything: tensors that it does not load, files, config entries.
 
-What `save_pretrained` writes is what was loaded. A folder often holds more: layers for multi-token prediction that
-transformers ignores, a tokenizer, a licence, a card, code. All of it is carried over, or named.
+`save_pretrained` writes only what was loaded. A checkpoint's folder often holds more: layers for multi-token prediction
+that transformers ignores, a tokenizer, a licence, a card, code. This module copies all of it, and names what it leaves.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from compressm.adapters import find_layers
 from compressm.errors import CheckpointError
 
-# What transformers loads, in its order of preference: one file, or an index of several.
+# The weight files that transformers looks for, in this order. Each is one file, or an index of several.
 _SINGLE = ("model.safetensors", "pytorch_model.bin")
 _WEIGHTS = {
     *(".safetensors", ".bin", ".pt", ".pth", ".pt2", ".ckpt", ".h5", ".msgpack", ".npz", ".pkl", ".nemo"),
@@ -39,7 +39,7 @@ _PASSED_OVER = (r"rotary_emb\.inv_freq", r"(^|\.)position_ids$")
 
 @dataclass(frozen=True)
 class Carried:
-    """What a re-saved checkpoint got from its source as it was.
+    """What was copied unchanged from a checkpoint's folder to that of the smaller model.
 
     Attributes:
         tensors: names of the tensors that transformers does not load.
@@ -155,7 +155,7 @@ def _sized_by_states(model: nn.Module) -> set[str]:
 
 
 def carry(source: Path, target: Path, model: nn.Module, extra: Mapping[str, Path], before: set[bytes]) -> Carried:
-    """Complete what `save_pretrained` wrote with all that the source has besides.
+    """Add everything else that the source has to what `save_pretrained` wrote.
 
     Args:
         source: the folder that the model was loaded from.
@@ -169,7 +169,7 @@ def carry(source: Path, target: Path, model: nn.Module, extra: Mapping[str, Path
     """
     written = set(tensors_of(weight_files(target)))
     missing = {name: file for name, file in tensors_of(weight_files(source)).items() if name not in written}
-    # Loaded, and of another name in the model, or one of two names of one tensor: it was written under its other name.
+    # A missing name is no loss if its values were loaded: the model has them under another name, and wrote that one.
     dtypes = {value.dtype for value in model.state_dict().values()}
     lost = [
         name
@@ -197,12 +197,12 @@ def contents(model: nn.Module) -> set[bytes]:
 
 
 def _digests(value: Tensor, dtypes: Iterable[torch.dtype]) -> set[bytes]:
-    """Of a tensor as it is, and as a model of these dtypes would load it."""
+    """Digests of a tensor, as it is and as a model of these dtypes would load it."""
     return {_digest(value), *(_digest(value.to(dtype)) for dtype in dtypes)}
 
 
 def _digest(value: Tensor) -> bytes:
-    """Of shape, dtype and some 65,536 elements from all over the tensor: enough to know it by."""
+    """A digest of shape, dtype and about 65,536 elements from all over the tensor, which is enough to recognise it."""
     flat = value.detach().flatten()
     some = flat[:: max(1, len(flat) >> 16)].cpu().contiguous()
     return hashlib.sha256(
@@ -252,7 +252,7 @@ def _complete_config(source: Path, target: Path, config: Any) -> None:
 
 
 def copy_files(source: Path, target: Path, replaced: Iterable[Path]) -> tuple[tuple[str, ...], dict[str, str]]:
-    """Copy all files of a folder but weights and those that were replaced, with all folders in it.
+    """Copy the files of a folder and of all folders in it, except weights and files that were replaced.
 
     Returns:
         the names of the copied ones; those that were left, with the reason.
@@ -282,7 +282,7 @@ def copy_files(source: Path, target: Path, replaced: Iterable[Path]) -> tuple[tu
 
 @contextlib.contextmanager
 def new_folder(target: Path) -> Generator[Path]:
-    """A folder beside a path, which takes its place when it is complete; an empty folder may be there.
+    """A folder to write into. It is renamed to ``target``, which may be an empty folder, when it is complete.
 
     Raises:
         CheckpointError: it cannot be written.

@@ -1,7 +1,7 @@
-"""What a state dict does not tell of a model: which names are one tensor, what is frozen, buffers that it leaves out.
+"""What a state dict does not say about a model: names that share a tensor, frozen parameters, buffers that it omits.
 
-`describe` puts it into plain values that a checkpoint holds beside the tensors; the other functions hold a model
-against them, or give it what it lacks.
+`describe` turns these into plain values, which a checkpoint holds beside the tensors. The other functions compare a
+model with them, or change the model to match them.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Groups = list[list[str]]
 
 @dataclass(frozen=True)
 class Structure:
-    """See the module.
+    """What a checkpoint says about a model beside its state dict.
 
     Attributes:
         shared: groups of names that are one parameter or one buffer.
@@ -98,10 +98,10 @@ def _shared_modules(model: nn.Module) -> Groups:
 
 
 def difference(model: nn.Module, twin: nn.Module) -> str | None:
-    """What of a model another one of its class, built from its configuration, does not have; None if nothing.
+    """The first difference between a model and a twin, built from the model's configuration; None if there is none.
 
-    Looked at are the classes of all modules, names and shapes of all tensors, and whether tensors that are not the same
-    share memory.
+    Compared are the classes of all modules, and names and shapes of all tensors. Different tensors that share memory
+    count as a difference too.
     """
     ours, theirs = (
         {name: type(part) for name, part in one.named_modules(remove_duplicate=False)} for one in (model, twin)
@@ -136,7 +136,7 @@ def _overlap(tensors: Mapping[str, Tensor]) -> tuple[str, str] | None:
 
 
 def take_over(model: nn.Module, structure: Structure | None, tensors: Mapping[str, Tensor]) -> None:
-    """Give a freshly built model what its configuration does not say: ties, dtypes, what is frozen.
+    """Give a freshly built model the ties, dtypes and frozen parameters that its configuration does not record.
 
     Raises:
         ValueError: names that the model does not have.
@@ -174,7 +174,7 @@ def _put(model: nn.Module, name: str, tensor: Tensor) -> None:
 
 
 def put_left_out(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Give buffers that are in no state dict the values of a checkpoint, in the model's own dtype and place."""
+    """Load a checkpoint's values into buffers that are in no state dict. Dtype and device stay those of the model."""
     buffers = dict(model.named_buffers(remove_duplicate=False))
     for name, value in tensors.items():
         parent, _, leaf = name.rpartition(".")
@@ -186,7 +186,7 @@ def put_left_out(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
 
 
 def check_fit(model: nn.Module, structure: Structure | None, tensors: Mapping[str, Tensor]) -> None:
-    """Whether a caller's own model can hold a checkpoint's values as they are.
+    """Check that a caller's own model can hold a checkpoint's values unchanged.
 
     Raises:
         CheckpointError: it ties other tensors, has no memory for values, or its dtypes would change them.

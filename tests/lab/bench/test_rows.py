@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from compressm.lab.bench.roofline import Rates, Work
-from compressm.lab.bench.rows import Case, Effort, Row, Side, measure, quartiles
+from compressm.lab.bench.rows import Case, Effort, Row, Side, compare, quartiles
 from compressm.lab.bench.worker import Step
 
 RATES = Rates(gflops=1.0, gexps=1.0, gbytes=1.0)
@@ -55,7 +55,7 @@ def row(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(folders))
 
     def measured(ours: Side, peer: Side, effort: Effort = BRIEF) -> Row:
-        return measure(Case("suite/row", ours, "somebody", peer, Work(flops=2e6)), RATES, effort, 1, None)
+        return compare(Case("suite/row", ours, "somebody", peer, Work(flops=2e6)), RATES, effort, 1, None)
 
     return measured
 
@@ -126,7 +126,7 @@ def test_quartiles() -> None:
 def test_threads_and_processors_are_limited() -> None:
     one = sorted(os.sched_getaffinity(0))[:1] if hasattr(os, "sched_getaffinity") else None
     limit = side("limited", processors=one and 1)
-    result = measure(Case("suite/row", limit, "same", limit, Work(flops=1.0)), RATES, BRIEF, threads=1, cpus=one)
+    result = compare(Case("suite/row", limit, "same", limit, Work(flops=1.0)), RATES, BRIEF, threads=1, cpus=one)
     assert result.reason is None
 
 

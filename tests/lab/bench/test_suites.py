@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from compressm.cli import main
-from compressm.lab.bench.report import markdown, plot
+from compressm.lab.bench.results import markdown, plot
 from compressm.lab.bench.suites import SUITES, sweep
 
 CASES = [case for suite in SUITES.values() for case in suite("cpu")]

@@ -19,8 +19,9 @@ import pytest
 from compressm.cli import main
 from compressm.errors import CompressmError, ConfigError, RunError
 from compressm.lab.reproduce import EXPERIMENTS, Arm, Experiment, plan_runs, read_results, run_grid
+from compressm.lab.reproduce.figures import draw
 from compressm.lab.reproduce.grid import configuration
-from compressm.lab.reproduce.report import draw, render, rows
+from compressm.lab.reproduce.tables import render, rows
 from compressm.lab.runs.loop import train
 from compressm.lab.runs.result import RunResult
 from compressm.saving.checkpoint import load_tree

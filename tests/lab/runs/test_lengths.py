@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from compressm.saving.checkpoint import load
-from compressm.layers import SequenceClassifier
-from compressm.lab.runs import loop
 from compressm.lab.config import LossConfig, parse_config
-from compressm.lab.data.datasets import SequenceData, Split
+from compressm.lab.data.sequences import SequenceData, Split
+from compressm.lab.runs import loop
 from compressm.lab.runs.objective import Objective
+from compressm.layers import SequenceClassifier
+from compressm.saving.checkpoint import load
 
 
 def data(fill: int = 0, longer: int = 0, count: int = 60) -> SequenceData:

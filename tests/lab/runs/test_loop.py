@@ -17,15 +17,15 @@ from typing import Any, NoReturn
 import pytest
 import torch
 
-from compressm.saving.checkpoint import load, load_tree
-from compressm.training.compressor import Compressor
 from compressm.errors import CheckpointError, ConfigError
-from compressm.training.history import Event
-from compressm.layers import SequenceClassifier
 from compressm.lab.config import Config, parse_config
 from compressm.lab.data.datasets import BatchOrder, load_data
 from compressm.lab.runs.loop import train
 from compressm.lab.runs.models import build_model, build_optimizer, learning_rate_factor
+from compressm.layers import SequenceClassifier
+from compressm.saving.checkpoint import load, load_tree
+from compressm.training.compressor import Compressor
+from compressm.training.history import Event
 from helpers import newest_checkpoint
 
 # 53 batches an epoch; cuts after steps 6 and 12; checkpoints after every 4 steps.

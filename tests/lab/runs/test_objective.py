@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 import torch
 
-from compressm.theory import balancing
 from compressm.adapters import find_layers
 from compressm.adapters.base import Adapter, layer_values
-from compressm.saving.checkpoint import load
 from compressm.errors import ConfigError
 from compressm.lab.config import Config, parse_config
 from compressm.lab.runs.loop import train
+from compressm.saving.checkpoint import load
+from compressm.theory import balancing
 
 
 def config(layer: str = "lru", **loss: Any) -> Config:
@@ -49,8 +49,8 @@ def test_the_hankel_norm_is_pressed_down_also_by_rare_steps(tmp_path: Path) -> N
 
 
 def test_a_teacher_of_another_kind_of_data(tmp_path: Path) -> None:
-    from compressm.saving.checkpoint import save
     from compressm.layers import SequenceClassifier
+    from compressm.saving.checkpoint import save
 
     torch.manual_seed(0)
     save(SequenceClassifier(1, 7, d_model=4, d_state=4), tmp_path / "teacher")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-# PyTorch loads it, 150 MB, with the first custom operator: that is no memory of a step.
+# PyTorch loads this module, 150 MB, with the first custom operator. Loaded here, it does not count as a step's memory.
 import torch._dynamo  # pyright: ignore[reportUnusedImport]
 from torch import Tensor
 from torch.nn import functional as F

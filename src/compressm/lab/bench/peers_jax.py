@@ -19,7 +19,7 @@ from jax import Array
 from compressm.lab.bench.ours import classifier, sequences
 from compressm.lab.bench.worker import Step
 
-jax.devices()  # what the backend needs by itself is there before memory is measured
+jax.devices()  # loads the backend before memory is measured
 
 Statistics = tuple[Array, Array]
 """Running mean and variance of a batch norm."""

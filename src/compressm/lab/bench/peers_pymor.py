@@ -1,7 +1,7 @@
 """The reduction peer: balanced truncation by pyMOR, on the same real system, to the same number of states.
 
-pyMOR solves two dense Lyapunov equations, takes the singular values, and projects. It neither brings the result back to
-diagonal form nor certifies it, both of which are in our time.
+pyMOR solves two dense Lyapunov equations, takes the singular values, and projects. Our time also includes the way back
+to diagonal form and the certificate, which pyMOR does not compute.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Measures rows: two sides, each in a process of its own, one after the other in turn."""
+"""Measures rows. The two sides of a row take turns, each in a process of its own."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ QUICK = Effort(repetitions=3, fewest=1, seconds=3.0)
 _TURN_SECONDS, _TURN_STEPS = 0.5, 10
 
 
-def measure(case: Case, rates: Rates, effort: Effort, threads: int, cpus: Sequence[int] | None) -> Row:
+def compare(case: Case, rates: Rates, effort: Effort, threads: int, cpus: Sequence[int] | None) -> Row:
     """Measure one row.
 
     Args:
@@ -175,14 +175,14 @@ class Process:
     def turn(self) -> None:
         """A few steps one after the other, as in training; or one, if steps are slow.
 
-        The first of several is not counted: after the other side's turn it finds the caches cold and the processor's
-        threads asleep, which no step but the first of a training does.
+        The first of several is not counted. After the other side's turn the caches are cold and the processor's threads
+        asleep, which in a training happens at the first step only.
         """
         spent, fast = 0.0, bool(self.times_ms) and self.times_ms[-1] < 1e3 * _TURN_SECONDS
         for index in range(_TURN_STEPS):
             answer = self._ask("step")
             if self.unavailable is not None:
-                self.times_ms.clear()  # half a measurement is none
+                self.times_ms.clear()  # a side that fails half-way has no times
                 return
             if fast and index == 0:
                 continue

@@ -13,10 +13,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from compressm.errors import ConfigError
-from compressm.lab.bench.report import machine, markdown, number, plot, versions
+from compressm.lab.bench.results import machine, markdown, number, plot, versions
 from compressm.lab.bench.roofline import measure_rates
-from compressm.lab.bench.rows import QUICK, Effort, measure
-from compressm.lab.bench.suites import SUITES, sweep
+from compressm.lab.bench.rows import QUICK, Case, Effort, compare
+from compressm.lab.bench.suites import SUITES, Point, sweep
 from compressm.runtime.files import write_text
 
 
@@ -48,10 +48,7 @@ def run_bench(
     Raises:
         ConfigError: an unknown suite or device, or no row left.
     """
-    names = list(dict.fromkeys(n for suite in suites for n in (SUITES if suite == "all" else (suite,))))
-    unknown = [name for name in names if name not in SUITES]
-    if unknown:
-        raise ConfigError(f"suite {unknown[0]!r} is not known; choose from {', '.join(SUITES)} or all")
+    names = _known(suites)
     if device not in ("cpu", "cuda") or (device == "cuda" and not torch.cuda.is_available()):
         raise ConfigError(f"device {device!r} is not there; choose cpu, or cuda on a machine that has it")
     if picture is not None and not sweeps:
@@ -60,7 +57,26 @@ def run_bench(
     points = [p for name in names for p in sweep(name, device) if only is None or only in p.case.name] if sweeps else []
     if not cases and not points:
         raise ConfigError(f"only: no row's name contains {only!r}; leave it out to see them all")
+    result = {"command": command, "versions": versions(), **_measured(cases, points, quick, device)}
+    _print(result)
+    if table is not None:
+        write_text(table, markdown(result))
+    if picture is not None:
+        plot(result, picture)
+    return result
 
+
+def _known(suites: Sequence[str]) -> list[str]:
+    """The names of the suites, each once, with all of them in the place of ``"all"``."""
+    names = list(dict.fromkeys(n for suite in suites for n in (SUITES if suite == "all" else (suite,))))
+    unknown = [name for name in names if name not in SUITES]
+    if unknown:
+        raise ConfigError(f"suite {unknown[0]!r} is not known; choose from {', '.join(SUITES)} or all")
+    return names
+
+
+def _measured(cases: Sequence[Case], points: Sequence[Point], quick: bool, device: str) -> dict[str, Any]:
+    """The machine, its rates, and what was measured for the rows and for the points of the sweeps."""
     threads = torch.get_num_threads()
     cpus = _cpus(threads)
     console = Console(stderr=True)
@@ -70,38 +86,28 @@ def run_bench(
     with bar:
         task = bar.add_task("rates of this machine", total=len(cases) + len(points))
         rates = measure_rates(device, 0.2 if quick else 1.0)
-        rows: list[dict[str, Any]] = []
-        for case in cases:
+
+        def row(case: Case, effort: Effort) -> dict[str, Any]:
             bar.update(task, description=case.name)
-            rows.append(measure(case, rates, QUICK if quick else Effort(), threads, cpus).to_dict())
+            made = compare(case, rates, effort, threads, cpus).to_dict()
             bar.advance(task)
-        swept: list[dict[str, Any]] = []
-        for point in points:
-            bar.update(task, description=point.case.name)
-            row = measure(point.case, rates, QUICK if quick else Effort(10, 2, 5.0), threads, cpus).to_dict()
-            place = {"suite": point.suite, "axis": point.axis, "value": point.value, "sizes": point.case.ours.arguments}
-            swept.append({**place, **row})
-            bar.advance(task)
-    result: dict[str, Any] = {
-        "command": command,
-        "versions": versions(),
-        "machine": machine(device, threads, cpus),
-        "rates": rates.to_dict(),
-        "rows": rows,
-        "sweep": swept,
-    }
-    _print(result)
-    if table is not None:
-        write_text(table, markdown(result))
-    if picture is not None:
-        plot(result, picture)
-    return result
+            return made
+
+        rows = [row(case, QUICK if quick else Effort()) for case in cases]
+        swept = [_place(point) | row(point.case, QUICK if quick else Effort(10, 2, 5.0)) for point in points]
+    return {"machine": machine(device, threads, cpus), "rates": rates.to_dict(), "rows": rows, "sweep": swept}
+
+
+def _place(point: Point) -> dict[str, Any]:
+    """Where a point stands in its sweep."""
+    return {"suite": point.suite, "axis": point.axis, "value": point.value, "sizes": point.case.ours.arguments}
 
 
 def _cpus(threads: int) -> list[int] | None:
-    """As many processors as PyTorch has threads, out of those that this process may use; None where one cannot ask.
+    """As many processors as PyTorch has threads, out of those that this process may use.
 
-    XLA starts as many threads as it may use processors: so both sides have the same.
+    XLA starts one thread for each processor that it may use, so both sides get the same number of threads. None where
+    the system cannot be asked.
     """
     if not hasattr(os, "sched_getaffinity"):
         return None

@@ -2,8 +2,8 @@
 
 The arrays of an ``.npz`` file are found by their names (``x``, ``inputs``, ``tokens`` and so on; ``y``, ``labels``,
 ``targets``; ``lengths`` or ``mask``; in upper case too, and with a common ending such as ``_train``), or in the order
-in which `numpy.savez` got them without names. Arrays of other names are not looked at. Labels are brought into the form
-of classes 0 to n - 1 where their meaning is plain.
+in which `numpy.savez` got them without names. Arrays of other names are not looked at. Labels are converted to classes
+0 to n - 1 where their meaning is clear.
 """
 
 from __future__ import annotations
@@ -103,8 +103,8 @@ def read_arrays(path: Path, expected: Expected, labelled: bool) -> Arrays:
 def labels(y: Any, classes: int, count: int, where: str) -> Tensor:
     """Labels as classes, 0 to ``classes - 1``, int64, shape ``(count,)``.
 
-    Plain are: whole numbers of any type, as numbers or as text; one column of them; one-hot rows; and numbers from 1 to
-    ``classes`` of which every one occurs.
+    These forms are understood: whole numbers of any type, as numbers or as text; one column of them; one-hot rows; and
+    numbers from 1 to ``classes``, if every one occurs.
 
     Args:
         y: array or tensor.
@@ -113,7 +113,7 @@ def labels(y: Any, classes: int, count: int, where: str) -> Tensor:
         where: what messages are to call it.
 
     Raises:
-        ConfigError: their meaning is not plain.
+        ConfigError: their meaning is not clear.
     """
     if isinstance(y, np.ndarray) and y.dtype.kind in "US":
         y = _spelled(y, classes, where)
@@ -163,7 +163,7 @@ def _found(content: Mapping[str, Any], where: str) -> dict[str, Any]:
 
 
 def _spelled(y: np.ndarray[Any, Any], classes: int, where: str) -> np.ndarray[Any, Any]:
-    """Labels written as text: numbers only, for names have no order that the model could know."""
+    """Labels written as text. They must be numbers, since the model cannot know an order of names."""
     try:
         return y.astype(np.int64)
     except ValueError:

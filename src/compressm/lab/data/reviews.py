@@ -23,7 +23,7 @@ from compressm.errors import ConfigError
 ARCHIVE, ARCHIVE_MD5 = "aclImdb_v1.tar.gz", "7c2ac02c03563afcf9b574c7e56c153a"
 TABLES = {"train": "imdb_train.tsv.xz", "test": "imdb_test.tsv.xz"}
 PADDING, UNKNOWN = 0, 1
-_RAREST = 15  # how often a character must occur to be one of its own
+_RAREST = 15  # a character that occurs less often is unknown
 _CHARACTERS = 254  # at most, besides padding and unknown: a token is a byte
 
 Reviews = tuple[list[str], list[int]]

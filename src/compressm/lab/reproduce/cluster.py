@@ -1,8 +1,8 @@
 """Runs of a grid on other machines, through the scheduler that is there: Slurm, by submitit.
 
-submitit and not Ray: a grid is some dozens of independent runs of hours each, which is what a batch scheduler is for.
-Ray would bring a cluster of its own, to be started, watched and paid for. A run that is cut off goes on from its last
-checkpoint, so the folders of runs and results must be on a file system that all machines share.
+submitit serves better than Ray here. A grid is some dozens of independent runs of hours each, and batch schedulers are
+made for such jobs; Ray would need a cluster of its own. A run that is cut off goes on from its last checkpoint, so the
+folders of runs and results must be on a file system that all machines share.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class Submitted(ThreadPoolExecutor):
 
 
 def _outcome(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """What a function returns, or raises on purpose: the scheduler would hand on only the text of an exception."""
+    """The result of a function, or the error that it raised on purpose. submitit would pass on the text only."""
     try:
         return fn(*args, **kwargs)
     except CompressmError as error:
@@ -76,7 +76,7 @@ def _outcome(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 
 
 def on_cluster(cluster: Cluster, folder: Path, options: Mapping[str, Any]) -> Callable[[int], Executor]:
-    """What `run_grid` takes as its executor."""
+    """An executor for `run_grid`."""
     return lambda workers: Submitted(workers, cluster, folder, options)
 
 

@@ -11,8 +11,9 @@ from rich.table import Table
 
 from compressm.errors import ConfigError
 from compressm.lab.reproduce.experiments import EXPERIMENTS, experiment
+from compressm.lab.reproduce.figures import draw
 from compressm.lab.reproduce.grid import plan_runs, read_results, run_grid
-from compressm.lab.reproduce.report import draw, render, table
+from compressm.lab.reproduce.tables import render, table
 from compressm.runtime.files import write_text
 
 _PREFACE = """# Results

@@ -1,4 +1,4 @@
-"""The experiments: what each trains, and what the CompreSSM paper (arXiv 2510.02823) says comes out."""
+"""The experiments: what each trains, and the accuracies that the CompreSSM paper (arXiv 2510.02823) reports."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ class Arm:
     Attributes:
         name: names its files.
         changes: what differs from the experiment's configuration, by dotted names.
-        same_states_as: another arm, at whose final state dimensions this one starts, seed by seed.
-        teacher: another arm, from whose final model this one learns, seed by seed.
-        continues: another arm, the same without compression: its steps before the first cut are not made again.
+        same_states_as: another arm. This one starts with that arm's final state dimensions, seed by seed.
+        teacher: another arm. This one learns from that arm's final model, seed by seed.
+        continues: the same arm without compression. Its steps before the first cut are not made again.
         paper: the paper's accuracy in percent; None where it has none.
     """
 

@@ -22,13 +22,17 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from compressm.errors import CompressmError, ConfigError, RunError
 from compressm.lab.config import Config, load_config, parse_config
 from compressm.lab.reproduce.experiments import Arm, Experiment
-from compressm.lab.runs.loop import differences, train
+from compressm.lab.runs.loop import train
 from compressm.lab.runs.result import RunResult
+from compressm.lab.runs.same_settings import differences
 from compressm.runtime.files import write_json
+
+Results = dict[tuple[str, int], RunResult]
+"""Results by arm and seed."""
 
 
 @dataclass(frozen=True)
-class Run:
+class PlannedRun:
     """One run of a grid: an arm, a seed, and where its files are."""
 
     experiment: Experiment
@@ -36,6 +40,9 @@ class Run:
     seed: int
     folder: Path
     result: Path
+
+    def __str__(self) -> str:
+        return f"{self.arm.name}, seed {self.seed}"
 
     def folder_of(self, arm: str) -> Path:
         """Where another arm trains with the same seed."""
@@ -48,7 +55,7 @@ def plan_runs(
     arms: Sequence[str] | None = None,
     results: Path = Path("results"),
     runs: Path = Path("runs"),
-) -> list[Run]:
+) -> list[PlannedRun]:
     """The runs of a grid, seed by seed, so that one that is stopped early has whole comparisons.
 
     Raises:
@@ -57,7 +64,7 @@ def plan_runs(
     chosen = experiment.arms if arms is None else [experiment.arm(name) for name in arms]
     wanted = {arm.name for arm in chosen}.union(*(arm.needs for arm in chosen))
     return [
-        Run(
+        PlannedRun(
             experiment,
             arm,
             seed,
@@ -71,15 +78,18 @@ def plan_runs(
 
 
 def configuration(
-    run: Run, steps: int | None = None, data: str | None = None, done: Mapping[tuple[str, int], RunResult] | None = None
+    run: PlannedRun,
+    steps: int | None = None,
+    data: str | None = None,
+    done: Mapping[tuple[str, int], RunResult] | None = None,
 ) -> Config:
-    """What one run is trained with.
+    """The configuration that one run is trained with.
 
     Args:
         run: which.
         steps: instead of the experiment's; evaluations and checkpoints move with it.
         data: the directory with the data.
-        done: the results so far, where the run needs others'; without them it is only checked.
+        done: the results so far, for a run that needs those of others; None to check the values before any work.
 
     Raises:
         ConfigError: values that do not fit.
@@ -106,7 +116,7 @@ def configuration(
 
 
 def _window(start: int, window: float, planned: int, steps: int) -> dict[str, Any]:
-    """Where the cuts come when a training of so many planned steps is made with others: after the same share of it."""
+    """Start and window of the cuts in a training of another length than planned: they come at the same share of it."""
     if not start:
         return {}
     left = max(1, round((planned - start) * steps / planned))
@@ -115,7 +125,7 @@ def _window(start: int, window: float, planned: int, steps: int) -> dict[str, An
 
 
 def run_grid(
-    runs: Sequence[Run],
+    runs: Sequence[PlannedRun],
     *,
     steps: int | None = None,
     data: str | None = None,
@@ -140,51 +150,63 @@ def run_grid(
         ConfigError: unfit data or values, a result that was made with others, or training that diverged.
         RunError: a process that was killed.
     """
-    done: dict[tuple[str, int], RunResult] = {}
-    waiting: dict[Future[RunResult], Run] = {}
-    failures: list[CompressmError] = []
-    pending = list(runs)
-    for run in pending:
+    for run in runs:
         configuration(run, steps, data)  # mistakes come before any work
         _check_teacher(run)
-    workers = workers or os.cpu_count() or 1
     bar = Progress(
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
         console=Console(stderr=True),
     )  # fmt: skip
-    with bar, (executor or _processes)(workers) as pool:
-        task = bar.add_task("runs", total=len(runs))
-        while True:
-            for run in [run for run in pending if _ready(run, done)]:
-                pending.remove(run)
-                config = configuration(run, steps, data, done)
-                waiting[pool.submit(_train, run, config, command)] = run
-            if not waiting:
-                break
-            finished, _ = wait(waiting, return_when=FIRST_COMPLETED)
-            for future in finished:
-                run = waiting.pop(future)
-                try:
-                    done[run.arm.name, run.seed] = future.result()
-                except BrokenExecutor as error:  # the pool and all that it ran are gone
-                    raise RunError(
-                        f"{run.arm.name}, seed {run.seed}: a process was killed (out of memory?); take fewer "
-                        "--workers, and the same command goes on where it was"
-                    ) from error
-                except CompressmError as error:  # the others go on: they may take hours
-                    failures.append(error)
-                    bar.console.print(f"{run.arm.name}, seed {run.seed}: {error}", markup=False)
-                bar.update(task, advance=1, description=f"{run.arm.name}, seed {run.seed}")
-        if pending:
-            names = ", ".join(f"{run.arm.name}, seed {run.seed}" for run in pending)
-            bar.console.print(f"not made, since they need one of those that failed: {names}")
+    with bar, (executor or _processes)(workers or os.cpu_count() or 1) as pool:
+
+        def start(run: PlannedRun, done: Results) -> Future[RunResult]:
+            return pool.submit(_train, run, configuration(run, steps, data, done), command)
+
+        return _run_all(runs, start, bar)
+
+
+def _run_all(
+    runs: Sequence[PlannedRun], start: Callable[[PlannedRun, Results], Future[RunResult]], bar: Progress
+) -> Results:
+    """Start every run as soon as those are done that it needs, and collect the results.
+
+    When a run fails, the others go on, since they may take hours. The first failure is raised at the end.
+    """
+    done: Results = {}
+    waiting: dict[Future[RunResult], PlannedRun] = {}
+    failures: list[CompressmError] = []
+    pending = list(runs)
+    task = bar.add_task("runs", total=len(runs))
+    while True:
+        for run in [run for run in pending if _ready(run, done)]:
+            pending.remove(run)
+            waiting[start(run, done)] = run
+        if not waiting:
+            break
+        finished, _ = wait(waiting, return_when=FIRST_COMPLETED)
+        for future in finished:
+            run = waiting.pop(future)
+            try:
+                done[run.arm.name, run.seed] = future.result()
+            except BrokenExecutor as error:  # the pool and all that it ran are gone
+                raise RunError(
+                    f"{run}: a process was killed (out of memory?); take fewer --workers, and the same command goes on "
+                    "where it was"
+                ) from error
+            except CompressmError as error:
+                failures.append(error)
+                bar.console.print(f"{run}: {error}", markup=False)
+            bar.update(task, advance=1, description=str(run))
+    if pending:
+        names = ", ".join(map(str, pending))
+        bar.console.print(f"not made, since they need one of those that failed: {names}")
     if failures:
         raise failures[0]
     return done
 
 
-def _check_teacher(run: Run) -> None:
-    """A teacher whose result is stored is not trained again, so its model must be there for a pupil that is due."""
+def _check_teacher(run: PlannedRun) -> None:
+    """Check that a teacher's model is there. A teacher whose result is stored is not trained again."""
     if run.arm.teacher is None or run.result.exists():
         return
     result = run.result.with_name(f"{run.arm.teacher}-seed{run.seed}.json")
@@ -196,7 +218,7 @@ def _check_teacher(run: Run) -> None:
         )
 
 
-def _ready(run: Run, done: dict[tuple[str, int], RunResult]) -> bool:
+def _ready(run: PlannedRun, done: dict[tuple[str, int], RunResult]) -> bool:
     return all((arm, run.seed) in done for arm in run.arm.needs)
 
 
@@ -205,9 +227,10 @@ def _processes(workers: int) -> Executor:
 
 
 def _end_with_parent() -> None:
-    """Let this process end when the one that started it was killed: nobody would hear of its result.
+    """End this process when the one that started it has ended, by a kill for example.
 
-    It would go on for hours, and the same command, given again, would train the same run beside it.
+    Otherwise it would train on for hours although nobody waits for its result. The same command, given again, would
+    train the same run beside it.
     """
 
     def wait_for_end() -> None:
@@ -218,8 +241,8 @@ def _end_with_parent() -> None:
     threading.Thread(target=wait_for_end, daemon=True).start()
 
 
-def _train(run: Run, config: Config, command: str | None) -> RunResult:
-    """One run, in a process of its own; its result file appears when it is complete."""
+def _train(run: PlannedRun, config: Config, command: str | None) -> RunResult:
+    """Train one run, in a process of its own, and write its result."""
     if run.result.exists():
         result = RunResult.read(run.result)
         different = [key for key, *_ in differences(result.config, config) if key != "loss.teacher"]  # named by its arm
@@ -230,7 +253,7 @@ def _train(run: Run, config: Config, command: str | None) -> RunResult:
         return result
     origin = None if run.arm.continues is None else run.folder_of(run.arm.continues)
     if origin is not None and not origin.exists():
-        origin = None  # only its result is here: all steps are made again, to the same end
+        origin = None  # only its result is here, so all steps are made again
     result = train(config, output=run.folder, resume=True, origin=origin, command=command, quiet=True)
     content = result.to_dict()
     content["config"]["data"]["root"] = content["config"]["run"]["output"] = None  # another machine has others
@@ -253,4 +276,4 @@ def read_results(experiment: Experiment, results: Path = Path("results")) -> dic
     return found
 
 
-__all__ = ["Run", "configuration", "plan_runs", "read_results", "run_grid"]
+__all__ = ["PlannedRun", "configuration", "plan_runs", "read_results", "run_grid"]

@@ -22,7 +22,7 @@ from compressm.layers.lru import LRU
 from compressm.theory.systems import stein_solution
 
 FLOOR = 1e-6
-_RIDGE = 1e-13  # of the Gramian's diagonal: what keeps the factorisation alive where directions are not reached
+_RIDGE = 1e-13  # a share of the Gramian's diagonal; it lets the factorisation succeed in directions without energy
 
 
 class _TraceOfRoot(torch.autograd.Function):

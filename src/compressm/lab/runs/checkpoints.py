@@ -1,4 +1,4 @@
-"""The last checkpoints of a run, each in a folder of its own: where the newest is damaged, an older one serves."""
+"""The last checkpoints of a run, each in a folder of its own. If the newest is damaged, an older one is read."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from compressm.saving.checkpoint import load_tree, save_tree
 from compressm.errors import CheckpointError
+from compressm.saving.checkpoint import load_tree, save_tree
 
 
 class Checkpoints:
@@ -39,7 +39,7 @@ class Checkpoints:
         return self._folder / f"step-{step:08d}"
 
     def write(self, step: int, tree: Any) -> None:
-        """Save, and then delete what is now too old, or of a time that a roll-back has undone.
+        """Save a checkpoint. Then delete those that are too old, and those of steps that a roll-back has undone.
 
         Raises:
             CheckpointError: the folder cannot be written; what was there before is untouched.
@@ -62,6 +62,6 @@ class Checkpoints:
             try:
                 return load_tree(self.path(steps[-1])), list(damaged.values())
             except CheckpointError as error:
-                if steps[-1] in self.steps():  # otherwise the run that is writing here has deleted it meanwhile
+                if steps[-1] in self.steps():  # otherwise a run that is writing here has deleted it meanwhile
                     damaged[steps[-1]] = str(error)
         raise CheckpointError("; ".join(damaged.values()) or f"no checkpoint in {self._folder}")

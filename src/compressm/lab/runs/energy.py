@@ -43,7 +43,7 @@ class Energy:
         def keep(output: Any, total: Any, delta: Any) -> None:
             self._reading = total
 
-        reading = type("Reading", (BaseOutput,), {"out": keep})  # the tracker shows only its outputs what it measured
+        reading = type("Reading", (BaseOutput,), {"out": keep})  # only its outputs are told what the tracker measured
         self._tracker = OfflineEmissionsTracker(
             country_iso_code=country, save_to_file=False, log_level="error", output_handlers=[reading()]
         )
@@ -63,7 +63,7 @@ class Energy:
         return self
 
     def used(self, step: int) -> dict[str, Any] | None:
-        """What the run has used by now. What a process used between its last checkpoint and its end is lost.
+        """What the run has used by now. If a process is killed, what it used since its last checkpoint is not counted.
 
         Args:
             step: that the training has reached.

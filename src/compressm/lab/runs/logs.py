@@ -1,4 +1,4 @@
-"""What a run tells while it goes: a progress line on the terminal, and what TensorBoard or Weights & Biases show."""
+"""What a run shows while it trains: a progress line on the terminal, and curves in TensorBoard or Weights & Biases."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from compressm.errors import ConfigError, MissingExtraError
-from compressm.training.history import Event
 from compressm.runtime.files import write_text
+from compressm.training.history import Event
 
 
 class Tracker(Protocol):
@@ -30,7 +30,7 @@ class Tracker(Protocol):
         ...
 
     def close(self) -> None:
-        """Nothing comes any more."""
+        """The run is over."""
         ...
 
 
@@ -65,7 +65,7 @@ class TensorBoard:
 
 
 class WeightsAndBiases:
-    """A run of Weights & Biases, named after the run's folder; taken up again if the run is.
+    """A run of Weights & Biases, named after the run's folder. A resumed run goes on in the same one.
 
     Args:
         project: its project.

@@ -1,6 +1,6 @@
 """From a configuration of the CompreSSM paper's published code (camail-official/compressm) to one of ours.
 
-That code writes no weights, so that a configuration is all there is to bring along. What it calls otherwise:
+That code writes no weights, so only a configuration can be brought over. Its settings differ from ours:
 
 - ``tol`` is the share of the Hankel energy to keep, ours is the one to discard;
 - it cuts after every ``red_interval``-th step from ``red_start`` to ``red_end``, ours makes ``cuts`` in a ``window``;
@@ -17,8 +17,8 @@ from typing import Any, cast
 import yaml
 
 from compressm.errors import ConfigError
-from compressm.runtime.files import write_text
 from compressm.lab.config import Config, parse_config, read_yaml
+from compressm.runtime.files import write_text
 
 _SELECTIONS = {"largest": "hankel", "smallest": "smallest", "random": "random_modes"}
 _DATA = ("smnist", "scifar", "imdb", "listops")
@@ -81,7 +81,7 @@ def import_config(path: Path) -> Config:
             "eval_every": training["eval_steps"],
             "checkpoint_every": training["eval_steps"],
             "spectrum_every": reduction["hsv_interval"],
-            "select": "best",  # it reports the test accuracy of the best validation accuracy
+            "select": "best",  # that code reports the test accuracy at the best validation accuracy
         },
     }
     return parse_config(config, str(path))
@@ -122,7 +122,7 @@ def _compression(reduction: Mapping[str, Any], steps: int, evaluated: int, path:
     if mode == "none":
         return {"enabled": False}
     asked, start = _whole(reduction, "red_interval", path), _whole(reduction, "red_start", path, 0)
-    interval = math.lcm(asked, evaluated)  # it thinks of reductions only where it evaluates
+    interval = math.lcm(asked, evaluated)  # that code reduces only at steps at which it evaluates
     end = min(_whole(reduction, "red_end", path), steps)
     before = start // interval  # intervals until the window opens
     cuts = end // interval - before

@@ -11,10 +11,10 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from compressm.training.compressor import Compressor
 from compressm.errors import ConfigError, InvalidRankRuleError
-from compressm.layers import SequenceClassifier, parameter_groups
 from compressm.lab.config import Config, OptimizerConfig
+from compressm.layers import SequenceClassifier, parameter_groups
+from compressm.training.compressor import Compressor
 
 
 def build_model(

@@ -1,4 +1,4 @@
-"""What training minimises: cross entropy; for rivals of compression also a teacher's opinion, or a penalty."""
+"""The loss that training minimises: cross entropy. Rivals of compression add a teacher's opinion or a penalty."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from compressm.saving.checkpoint import load
 from compressm.errors import CompressmError, ConfigError
+from compressm.lab.config import LossConfig
 from compressm.lab.rivals.distillation import distillation_loss
 from compressm.lab.rivals.hankel_norm import hankel_penalty
-from compressm.lab.config import LossConfig
+from compressm.saving.checkpoint import load
 
 
 class Objective:

@@ -1,4 +1,4 @@
-"""What a run came to, and how that is written down."""
+"""The result of a run, and the file that holds it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from compressm.runtime.files import finite
 
 @dataclass(frozen=True)
 class RunResult:
-    """What a run came to; the content of ``result.json``.
+    """The result of a run; the content of ``result.json``.
 
     Attributes:
         data: name of the data set.
@@ -29,11 +29,11 @@ class RunResult:
         evaluation_seconds: in evaluations, the compressor's included.
         checkpoint_seconds: in writing checkpoints.
         history: what the compressor did, as `Event.to_dict`.
-        phases: the steps at every size that the model had, with the median times of one; see `costs.Phase`.
-        savings: what the cuts saved, an estimate; see `costs.Savings`. None without cuts.
+        phases: the steps at every size that the model had, with the median times of one; see `clock.Phase`.
+        savings: what the cuts saved, an estimate; see `clock.Savings`. None without cuts.
         curve: at every evaluation step, training loss, validation accuracy, learning rate and state dimensions.
-        spectra: Hankel singular values over the steps, see `training.spectra`; None if they were not asked for.
-        energy: what codecarbon says that the training took, if it was asked; see `training.energy`. An estimate.
+        spectra: Hankel singular values over the steps, see `SpectrumLog`; None if they were not asked for.
+        energy: codecarbon's estimate of what the training took, see `Energy`; None where it was not asked for.
     """
 
     data: str

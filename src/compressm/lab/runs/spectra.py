@@ -10,22 +10,28 @@ from torch import nn
 
 from compressm.adapters import Adapter, find_layers
 from compressm.adapters.base import layer_values
+from compressm.cutting.spectrum import (
+    AnyBalancing,
+    SpectrumChange,
+    mean_hsv,
+    snapshot,
+    snapshot_state,
+    spectrum_changes,
+)
 from compressm.theory.balancing import Method, balance
-from compressm.cutting.spectrum import AnyBalancing, SpectrumChange, mean_hsv, snapshot, snapshot_state, spectrum_changes
 
 _DIGITS = 5  # of a singular value in the record
 
 
 class SpectrumLog:
-    """Looks at the linear time-invariant layers from time to time. What selective layers do depends on the data.
+    """Records the Hankel singular values of linear time-invariant layers. Those of selective layers depend on the data.
 
     Args:
         method: see `balancing`.
 
     Attributes:
-        record: for every look ``step``, and by layer name under ``layers``: ``states``; ``hsv``, see
-            `mean_hsv`; and
-            ``change``, a `SpectrumChange` since the look before, None where there is none of the same order.
+        record: for every look its ``step``, and under ``layers``, by layer name: ``states``; ``hsv``, see `mean_hsv`;
+            and ``change``, a `SpectrumChange` since the look before. It is None where that one was of another order.
     """
 
     def __init__(self, method: Method) -> None:
@@ -73,7 +79,7 @@ class SpectrumLog:
 
 
 def settled_at(record: Sequence[Mapping[str, Any]], layer: str, threshold: float = 0.02) -> int | None:
-    """The step from which on a layer's spectrum held still, see `SpectrumChange.settled`: None if it never did.
+    """The step from which on a layer's spectrum held still, see `SpectrumChange.settled`. None if it never did.
 
     Only looks that could be compared with the one before count.
     """

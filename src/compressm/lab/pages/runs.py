@@ -1,4 +1,4 @@
-"""What a report is made from: the results of runs, or what a saved model tells of its history."""
+"""What a page is made from: the results of runs, or the history in a saved model."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Run:
     """One run, as far as its files tell.
 
     Attributes:
-        name: what the report calls it.
+        name: what the page calls it.
         history: what the compressor did, as `Event.to_dict`.
         result: everything else; None where only a saved model was there.
     """
@@ -50,7 +50,7 @@ def load_runs(paths: Sequence[Path]) -> list[Run]:
             other JSON files); or result files.
 
     Raises:
-        ConfigError: nothing there that a report could be made from.
+        ConfigError: there is nothing that a page could be made from.
         CheckpointError: a damaged file.
     """
     runs: list[Run] = []

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from compressm.lab.report import load_runs, write_report
+from compressm.lab.pages import load_runs, write_page
 
 playwright = pytest.importorskip("playwright.sync_api")
 pytestmark = pytest.mark.slow
@@ -32,7 +32,7 @@ def browser() -> Iterator[Any]:
 @pytest.fixture(scope="module")
 def page_file(tmp_path_factory: pytest.TempPathFactory, runs: Path) -> Path:
     path = tmp_path_factory.mktemp("page") / "report.html"
-    write_report(load_runs([runs / "cut", runs / "big"]), path, "compressm report <img src=x onerror=alert(1)>")
+    write_page(load_runs([runs / "cut", runs / "big"]), path, "compressm report <img src=x onerror=alert(1)>")
     return path
 
 

@@ -1,11 +1,10 @@
-"""Tables and figures of an experiment, from its stored results."""
+"""Tables of an experiment, from its stored results."""
 
 from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from rich.table import Table
@@ -13,7 +12,6 @@ from rich.table import Table
 from compressm.lab.reproduce.experiments import Arm, Experiment
 from compressm.lab.runs.result import RunResult
 from compressm.lab.runs.spectra import settled_at
-from compressm.runtime.files import replacing
 
 Results = Mapping[tuple[str, int], RunResult]
 
@@ -229,44 +227,4 @@ def _states_at(hsv: Sequence[float], states: int, tolerance: float) -> int:
     return len(energies)
 
 
-def draw(experiment: Experiment, results: Results, picture: Path) -> None:
-    """Validation accuracy over the computing time, and test accuracy against the time of the whole run."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    looked = next((run.spectra for run in results.values() if run.spectra), None)
-    figure, axes = plt.subplots(1, 3 if looked else 2, figsize=(15 if looked else 11, 4), layout="constrained")
-    curve, points = axes[0], axes[1]
-    shades = plt.get_cmap("tab10")
-    for index, row in enumerate(rows(experiment, results)):
-        colour = shades(index % 10)
-        for run in row.runs:
-            at = [point["step"] for point in run.curve]
-            values = [100 * point["validation_accuracy"] for point in run.curve]
-            curve.plot(at, values, color=colour, linewidth=1.5, alpha=0.8)
-        seconds = [value for value in row.seconds if value is not None]
-        if len(seconds) == len(row.runs):
-            points.scatter(seconds, row.accuracies, color=colour, s=40, label=f"{row.arm.name}: {row.accuracy} %")
-    curve.set(title="Validation accuracy, %", xlabel="training step")
-    points.set(title="Test accuracy, %, against computing time", xlabel="seconds of training", xlim=(0, None))
-    points.legend(frameon=False, fontsize=8)
-    if looked:
-        trajectories, layer = axes[2], next(iter(looked[0]["layers"]))
-        steps = [entry["step"] for entry in looked if layer in entry["layers"]]
-        values = [entry["layers"][layer]["hsv"] for entry in looked if layer in entry["layers"]]
-        for index in range(0, len(values[0]), 2):
-            shade = plt.get_cmap("viridis")(index / len(values[0]))
-            line = [max(at[index], 1e-12) if index < len(at) else float("nan") for at in values]
-            trajectories.semilogy(steps, line, color=shade, linewidth=0.6)
-        trajectories.set(title=f"Hankel singular values, {layer}", xlabel="training step")
-    for axis in axes:
-        axis.spines[["top", "right"]].set_visible(False)
-    reproducible = {"Date": None} if picture.suffix == ".svg" else None
-    with matplotlib.rc_context({"svg.hashsalt": experiment.name}), replacing(picture) as new:
-        figure.savefig(new, dpi=130, metadata=reproducible, format=picture.suffix[1:] or None)
-    plt.close(figure)
-
-
-__all__ = ["Row", "draw", "render", "rows", "table"]
+__all__ = ["Results", "Row", "render", "rows", "table"]

@@ -12,9 +12,9 @@ import pytest
 from compressm import __version__
 from compressm.cli import main
 from compressm.errors import CheckpointError, ConfigError
-from compressm.lab.report import load_runs, write_report
-from compressm.lab.report.charts import comparison_charts, run_charts
-from compressm.lab.report.page import render
+from compressm.lab.pages import load_runs, write_page
+from compressm.lab.pages.charts import comparison_charts, run_charts
+from compressm.lab.pages.page import render
 
 HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)>"
 
@@ -157,6 +157,6 @@ def test_nothing_to_report(tmp_path: Path, runs: Path) -> None:
     with pytest.raises(ConfigError, match="neither a run's folder nor a result file"):
         load_runs([tmp_path])
     with pytest.raises(ConfigError, match="no run"):
-        write_report([], tmp_path / "report.html")
+        write_page([], tmp_path / "report.html")
     with pytest.raises(ConfigError, match="cannot be written"):
-        write_report(load_runs([runs / "big"]), tmp_path / "none/report.html")
+        write_page(load_runs([runs / "big"]), tmp_path / "none/report.html")

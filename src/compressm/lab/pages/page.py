@@ -12,15 +12,15 @@ from typing import Any
 
 from compressm import __version__
 from compressm.errors import ConfigError, MissingExtraError
-from compressm.lab.report.charts import Chart, comparison_charts, run_charts
-from compressm.lab.report.runs import Run
+from compressm.lab.pages.charts import Chart, comparison_charts, run_charts
+from compressm.lab.pages.runs import Run
 from compressm.runtime.files import write_text
 
 _HERE = Path(__file__).parent
 
 
-def write_report(runs: Sequence[Run], path: Path, command: str | None = None) -> None:
-    """Write the report of some runs.
+def write_page(runs: Sequence[Run], path: Path, command: str | None = None) -> None:
+    """Write the page about some runs.
 
     Args:
         runs: from `load_runs`, at least one.
@@ -37,7 +37,7 @@ def write_report(runs: Sequence[Run], path: Path, command: str | None = None) ->
 
 
 def render(runs: Sequence[Run], command: str | None = None) -> str:
-    """The page as text; see `write_report`."""
+    """The page as text; see `write_page`."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     charts: dict[str, Chart] = {}
@@ -66,7 +66,7 @@ def render(runs: Sequence[Run], command: str | None = None) -> str:
         ],
         command=command,
         version=__version__,
-        # Scripts and styles come from the package. The charts' data do not: nothing in them may end the script.
+        # Scripts and styles are the package's own. The charts' data are not, and must not end the script.
         data=_in_script({name: chart.to_dict() for name, chart in charts.items()}),
         plotly=_plotly(),
         style=(_HERE / "page.css").read_text(encoding="utf-8"),
@@ -123,7 +123,7 @@ def _seconds(seconds: float) -> str:
 
 
 def _event(event: dict[str, Any]) -> dict[str, Any]:
-    """A line of the history: step, what happened, and per layer what was promised and what was true."""
+    """A line of the history: the step, what happened, and for every layer the promised and the true error."""
     titles = {
         "cut": "cut", "rolled_back": "cut undone", "kept": "cut kept", "unchanged": "nothing to cut",
         "recompiled": "graphs recompiled", "postponed": "cut put off: the metric is not finite",
@@ -158,7 +158,7 @@ def _layer(layer: dict[str, Any]) -> dict[str, str]:
 
 
 def _record(run: Run) -> dict[str, str]:
-    """What it was made with."""
+    """What the run was made with."""
     result = run.result
     if result is None:
         return {}
@@ -188,4 +188,4 @@ def _row(run: Run) -> dict[str, str]:
     }
 
 
-__all__ = ["render", "write_report"]
+__all__ = ["render", "write_page"]

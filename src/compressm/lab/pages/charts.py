@@ -1,4 +1,4 @@
-"""The charts of a report, as plain data for plotly: what is drawn, not how the page around it looks."""
+"""The charts of a page, as plain data for plotly."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from compressm.cutting.plots import COLOURS
-from compressm.lab.report.runs import Run
+from compressm.lab.pages.runs import Run
 
 Trace = dict[str, Any]
 
@@ -19,7 +19,7 @@ BEFORE, AFTER, CUT, UNDONE = "#8d99ae", "#009e73", "#009e73", "#d55e00"
 
 @dataclass(frozen=True)
 class Frame:
-    """One state of a chart: what its slider chooses.
+    """One position of a chart's slider.
 
     Attributes:
         label: says which.

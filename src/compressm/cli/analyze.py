@@ -1,0 +1,54 @@
+"""``compressm analyze``."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from compressm.cli.common import printed, write_result
+from compressm.cli.options import PICTURES, Checkpoint, JsonFile, Length, command_line, file_option
+from compressm.errors import ConfigError
+
+if TYPE_CHECKING:
+    from compressm.cutting.spectrum import Spectrum
+
+
+def analyze(
+    context: typer.Context,
+    checkpoint: Checkpoint,
+    data: Annotated[
+        Path | None, typer.Option(help="As for compress; needed for layers whose states depend on the data.")
+    ] = None,
+    sequences: Annotated[int, typer.Option(help="Sequences to look at.")] = 32,
+    length: Length = 512,
+    plot: Annotated[
+        Path | None, file_option(help="Draw the spectra into this file.", endings=(".html", *PICTURES))
+    ] = None,
+    json: JsonFile = None,
+) -> None:
+    """Show how many states each layer of a trained model really uses, and what a cut would save."""
+    from rich.console import Console
+
+    from compressm.lab.one_shot import analyze_checkpoint
+
+    analysis = analyze_checkpoint(checkpoint, data, sequences=sequences, length=length)
+    if not printed(json):
+        Console().print(analysis.table())
+        for line in analysis.refusals:
+            print(line)
+    if plot is not None:
+        _draw(analysis.spectrum, plot)
+    write_result(json, {"command": command_line(context), **analysis.to_dict()})
+
+
+def _draw(spectrum: "Spectrum", path: Path) -> None:
+    from compressm.runtime.files import replacing
+
+    try:
+        with replacing(path) as new:
+            if path.suffix == ".html":
+                spectrum.plot("plotly").write_html(new)
+            else:
+                spectrum.plot("matplotlib").savefig(new, dpi=150, format=path.suffix[1:])
+    except OSError as error:
+        raise ConfigError(f"--plot {path}: cannot be written ({error.strerror}); choose another place") from error

@@ -1,0 +1,40 @@
+"""What all commands share: how an error is said, and where a result goes."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+
+def fail(message: str) -> int:
+    """Print one line about a user's mistake on standard error.
+
+    Returns:
+        the exit code of a mistake, 2.
+    """
+    # A file or an argument may hold control characters, and those must not reach the terminal.
+    line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in " ".join(message.split()))
+    print(f"error: {line}", file=sys.stderr)
+    return 2
+
+
+def printed(path: Path | None) -> bool:
+    """Whether ``--json -`` asks for the result on standard output, which then holds nothing else."""
+    return str(path) == "-"
+
+
+def write_result(path: Path | None, result: dict[str, Any]) -> None:
+    """Write the machine-readable result to a file, or print it for ``-``. Without a path nothing is written."""
+    if path is None:
+        return
+    from compressm.runtime.files import finite, write_json
+
+    if printed(path):
+        print(json.dumps(finite(result), indent=1))
+    else:
+        write_json(path, finite(result))
+
+
+__all__ = ["fail", "printed", "write_result"]

@@ -1,0 +1,35 @@
+"""``compressm compress``."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from compressm.cli.common import printed, write_result
+from compressm.cli.options import Checkpoint, JsonFile, Length, command_line
+
+
+def compress(
+    context: typer.Context,
+    checkpoint: Checkpoint,
+    data: Annotated[
+        Path, typer.Option(help="Text for a language model; .npz with x, y for a classifier, or with x for tokens.")
+    ],
+    output: Annotated[Path, typer.Option(help="Folder for the smaller checkpoint.")],
+    states: Annotated[int | None, typer.Option(help="State dimension to cut every layer to.")] = None,
+    tolerance: Annotated[float | None, typer.Option(help="Share of the Hankel energy to discard.")] = None,
+    fraction: Annotated[float | None, typer.Option(help="Share of the states to keep.")] = None,
+    sequences: Annotated[int, typer.Option(help="Sequences to cut by, and as many to measure the loss on.")] = 32,
+    length: Length = 512,
+    json: JsonFile = None,
+) -> None:
+    """Cut a trained checkpoint once, and show what was lost."""
+    from compressm.lab.one_shot import compress_checkpoint
+
+    loss = compress_checkpoint(
+        checkpoint, output, data, states=states, tolerance=tolerance, fraction=fraction, sequences=sequences,
+        length=length,
+    )  # fmt: skip
+    if not printed(json):
+        print(loss)
+    write_result(json, {"command": command_line(context), "output": str(output), **loss.to_dict()})

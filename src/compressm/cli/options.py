@@ -1,0 +1,45 @@
+"""Arguments and options that several commands have, and the command line that a result records.
+
+This module and those of the commands import typer, so `compressm.cli.main` imports them only when it needs them.
+"""
+
+# No `from __future__ import annotations` here, nor in the modules of the commands: typer reads the annotations.
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from compressm.errors import ConfigError
+
+PICTURES = (".png", ".svg", ".pdf")
+
+
+def file_option(*names: str, help: str, endings: Sequence[str] = ()) -> Any:
+    """An option for a file to write. The path is checked before the work whose result goes there."""
+
+    def check(parameter: typer.CallbackParam, path: Path | None) -> Path | None:
+        if path is None or str(path) == "-":
+            return path
+        given = f"{parameter.opts[0]} {path}"
+        if endings and path.suffix not in endings:
+            raise ConfigError(f"{given}: the name must end with {' or '.join(endings)}")
+        if not path.absolute().parent.is_dir():
+            raise ConfigError(f"{given}: its folder does not exist; create it or choose another place")
+        return path
+
+    return typer.Option(*names, help=help, callback=check)
+
+
+def command_line(context: typer.Context) -> str:
+    """The exact command line, for the record."""
+    return context.obj
+
+
+JsonFile = Annotated[Path | None, file_option("--json", help="Write the result to this file; - prints it.")]
+MarkdownFile = Annotated[Path | None, file_option("--markdown", help="Write the table to this file.")]
+Checkpoint = Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="A Hugging Face folder, or our own.")]
+Length = Annotated[int, typer.Option(help="Tokens per sequence.")]
+
+__all__ = ["PICTURES", "Checkpoint", "JsonFile", "Length", "MarkdownFile", "command_line", "file_option"]

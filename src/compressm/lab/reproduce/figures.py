@@ -1,0 +1,69 @@
+"""Figures of an experiment, from its stored results."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from compressm.lab.reproduce.experiments import Experiment
+from compressm.lab.reproduce.tables import Results, rows
+from compressm.runtime.files import replacing
+
+
+def draw(experiment: Experiment, results: Results, picture: Path) -> None:
+    """Draw validation accuracy over the steps, and test accuracy against the computing time of the whole run.
+
+    Where Hankel singular values were recorded, a third panel shows those of one run over the steps.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    looked = next((run.spectra for run in results.values() if run.spectra), None)
+    figure, axes = plt.subplots(1, 3 if looked else 2, figsize=(15 if looked else 11, 4), layout="constrained")
+    _accuracies(axes[0], axes[1], experiment, results)
+    if looked:
+        _trajectories(axes[2], looked)
+    for axis in axes:
+        axis.spines[["top", "right"]].set_visible(False)
+    reproducible = {"Date": None} if picture.suffix == ".svg" else None
+    with matplotlib.rc_context({"svg.hashsalt": experiment.name}), replacing(picture) as new:
+        figure.savefig(new, dpi=130, metadata=reproducible, format=picture.suffix[1:] or None)
+    plt.close(figure)
+
+
+def _accuracies(curve: Any, points: Any, experiment: Experiment, results: Results) -> None:
+    from matplotlib import pyplot as plt
+
+    shades = plt.get_cmap("tab10")
+    for index, row in enumerate(rows(experiment, results)):
+        colour = shades(index % 10)
+        for run in row.runs:
+            at = [point["step"] for point in run.curve]
+            values = [100 * point["validation_accuracy"] for point in run.curve]
+            curve.plot(at, values, color=colour, linewidth=1.5, alpha=0.8)
+        seconds = [value for value in row.seconds if value is not None]
+        if len(seconds) == len(row.runs):
+            points.scatter(seconds, row.accuracies, color=colour, s=40, label=f"{row.arm.name}: {row.accuracy} %")
+    curve.set(title="Validation accuracy, %", xlabel="training step")
+    points.set(title="Test accuracy, %, against computing time", xlabel="seconds of training", xlim=(0, None))
+    points.legend(frameon=False, fontsize=8)
+
+
+def _trajectories(axis: Any, record: Sequence[Mapping[str, Any]]) -> None:
+    """Every second Hankel singular value of the first layer over the steps."""
+    from matplotlib import pyplot as plt
+
+    layer = next(iter(record[0]["layers"]))
+    steps = [entry["step"] for entry in record if layer in entry["layers"]]
+    values = [entry["layers"][layer]["hsv"] for entry in record if layer in entry["layers"]]
+    for index in range(0, len(values[0]), 2):
+        shade = plt.get_cmap("viridis")(index / len(values[0]))
+        line = [max(at[index], 1e-12) if index < len(at) else float("nan") for at in values]
+        axis.semilogy(steps, line, color=shade, linewidth=0.6)
+    axis.set(title=f"Hankel singular values, {layer}", xlabel="training step")
+
+
+__all__ = ["draw"]

@@ -1,0 +1,44 @@
+"""Where a run computes: its processes and their device, and their random states at the start."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+
+from compressm.errors import ConfigError
+from compressm.lab.config import RunConfig
+
+
+def accelerator(run: RunConfig) -> Accelerator:
+    """Accelerate on the device that the configuration asks for.
+
+    Raises:
+        ConfigError: no such device, or a batch that the processes cannot share.
+    """
+    if run.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("run.device = 'cuda': torch sees no CUDA device here; use run.device=auto or cpu")
+    made = Accelerator(cpu=run.device == "cpu" or not torch.cuda.is_available())
+    if run.batch_size % made.num_processes:
+        raise ConfigError(
+            f"run.batch_size = {run.batch_size}: {made.num_processes} processes cannot share it evenly; choose a "
+            "multiple"
+        )
+    return made
+
+
+def device_name(device: torch.device) -> str:
+    """The name of a GPU, or the kind of another device."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def seed_all(seed: int) -> None:
+    """Seed Python, NumPy and torch."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)  # noqa: NPY002
+    torch.manual_seed(seed)
+
+
+__all__ = ["accelerator", "device_name", "seed_all"]
