@@ -36,7 +36,7 @@ from compressm.theory.balancing import Method
 from compressm.theory.ranks import RankRule, check_choice, check_sizes
 from compressm.theory.selection import Selection
 from compressm.training.clock import Savings, StepClock, savings
-from compressm.training.history import Event
+from compressm.training.history import Cut, Event, Kept, Postponed, Recompiled, RolledBack, Unchanged
 from compressm.training.schedule import cut_steps, towards
 from compressm.training.snapshot import Stateful, Training
 from compressm.training.step_cost import StepCost, step_cost
@@ -324,7 +324,7 @@ class Compressor:
         new = graphs_compiled() - self._graphs if self._graphs else 0
         if new > 0:
             self._graphs += new
-            self.history.append(Event("recompiled", self._steps, graphs=new))
+            self.history.append(Recompiled(self._steps, graphs=new))
             log.info("%s", self.history[-1])
 
     def _shapes_changed(self) -> None:
@@ -380,12 +380,12 @@ class Compressor:
         self._probe, self._observed = {}, before
         self._best = self._best if reference is None else reference
         if not plan.changes:
-            return self._event("unchanged", report, reference)
+            return Unchanged(self._steps, report.seconds, _layers(report), reference)
         for follower in self.followers:
             follow(follower, self.model, plan.changes)
         self._statistics.reset()
         self._shapes_changed()
-        return self._event("cut", report, reference)
+        return Cut(self._steps, report.seconds, _layers(report), reference)
 
     def _postpone(self, metric: float) -> Event:
         """No cut now, since no later metric could be held against this one; soon again, while there is time."""
@@ -393,7 +393,7 @@ class Compressor:
         self._stopped = self._postponed + self.check_after > self.total_steps
         again = "no more cuts are made" if self._stopped else f"it is tried again at step {self._postponed}"
         warn_not_finite(metric, f"at step {self._steps}, before a cut, and no cut can be held against that: {again}")
-        return Event("postponed", self._steps, metric=metric)
+        return Postponed(self._steps, metric=metric)
 
     def _rule_now(self) -> RankRule:
         """The rule for the cut that is due: sizes are approached geometrically, and setbacks make it milder."""
@@ -422,7 +422,7 @@ class Compressor:
             warn_not_finite(metric, f"at step {self._steps}, after a cut, which is therefore undone")
         elif metric >= reference - self.max_drop:
             self._best = max(reference, metric)
-            return Event("kept", self._steps, metric=metric, reference=reference)
+            return Kept(self._steps, metric=metric, reference=reference)
         at, started = self._steps, time.perf_counter()
         self._training.restore(before, self.rewind)
         self._statistics.load_state_dict(before["moments"])
@@ -438,15 +438,11 @@ class Compressor:
             # What the cut was to take is still there: the milder one is due at the next chance, not an interval later.
             self._cuts_done = max(0, self._cuts_done - 1)
         seconds = time.perf_counter() - started
-        return Event("rolled_back", at, seconds, metric=metric, reference=reference, restored_step=before["step"])
+        return RolledBack(at, seconds, metric, reference, restored_step=before["step"])
 
     def _evaluate(self) -> float:
         assert self.evaluate is not None
         return measure_together(self.model, self.evaluate)
-
-    def _event(self, kind: str, report: Report, reference: float | None) -> Event:
-        layers = tuple(layer.to_dict() for layer in report.layers)
-        return Event(kind, self._steps, report.seconds, layers, reference=reference)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that `load_state_dict` needs to go on in the middle of a schedule or of an observation.
@@ -501,6 +497,10 @@ class Compressor:
         self._observe()
         self.history = [Event.from_dict(event) for event in state_dict["history"]]
         self.clock.load_state_dict(state_dict["phases"])
+
+
+def _layers(report: Report) -> tuple[dict[str, Any], ...]:
+    return tuple(layer.to_dict() for layer in report.layers)
 
 
 def _require(name: str, value: object, valid: bool, expected: str) -> None:

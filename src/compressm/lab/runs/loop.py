@@ -28,7 +28,7 @@ from compressm import __version__
 from compressm.saving.checkpoint import load, load_tree, save
 from compressm.training.clock import StepClock, savings
 from compressm.errors import ConfigError
-from compressm.training.history import Event
+from compressm.training.history import Cut, Event, RolledBack
 from compressm.training.step_cost import step_cost
 from compressm.cutting.reduce import state_dims
 from compressm.runtime.random_state import rng_state, set_rng_state
@@ -230,7 +230,7 @@ class _Run:
         self._look_at_spectra(log)
         if last or (run.eval_every and self.step % run.eval_every == 0):
             self._evaluate(log)
-        undone = event is not None and event.kind == "rolled_back"
+        undone = isinstance(event, RolledBack)
         if last or (run.checkpoint_every and self.step % run.checkpoint_every == 0 and not undone):
             self._checkpoint()
 
@@ -254,11 +254,11 @@ class _Run:
             return None
         with self._timed("reduction"):
             event = self.compressor.step()
-        if event is None or event.kind not in ("cut", "rolled_back"):
+        if not isinstance(event, Cut | RolledBack):
             return event
         self.best = None  # weights of another size are no candidates for the result
         self._measure()
-        if event.restored_step is not None and event.kind == "rolled_back":
+        if isinstance(event, RolledBack):
             self.step = event.restored_step
             for point in self.curve:
                 if point["step"] == self.step:
