@@ -46,6 +46,7 @@ PAGES = (
     Page("families.md", "python scripts/families.py"),
     Page("cases.md", "python scripts/cases.py"),
     Page("paper.md", "python scripts/paper.py"),
+    Page("options.md", "python scripts/options.py"),
     Page("results.md", "compressm reproduce --show", "--markdown", "images/results-*.svg"),
 )
 

@@ -158,7 +158,7 @@ def test_a_setback_is_undone_and_resizes() -> None:
     metrics = iter([0.9, 0.1])
     loop = Loop(states=2, cuts=1, max_drop=0.1, evaluate=lambda _: next(metrics), check_after=3, on_setback="stop")
     loop.run(20)
-    before = copy.deepcopy(loop.compressor._observed["model"])  # type: ignore[index]
+    before = copy.deepcopy(loop.compressor.state_dict()["observed"]["model"])
     loop.run(23)
     assert loop.compressor.history[-1].kind == "rolled_back"
     assert set(loop.compressor.state_dims.values()) == {16}

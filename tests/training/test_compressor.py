@@ -300,7 +300,7 @@ def test_settled_trigger_resumes_between_probes() -> None:
         ({}, "say how far to cut"),
         ({"tolerance": 0.1, "states": 3}, "exactly one"),
         ({"max_drop": 0.1}, "max_drop needs evaluate"),
-        ({"max_drop": -0.1, "evaluate": lambda m: 0.0}, "max_drop must be at least 0"),
+        ({"max_drop": -0.1, "evaluate": lambda m: 0.0}, "max_drop must be a number of at least 0"),
         ({"tolerance": 0.1, "cuts": 0}, "cuts must be"),
         ({"tolerance": 0.1, "window": 0.0}, "window must be"),
         ({"tolerance": 0.1, "start": -1}, "start must be"),

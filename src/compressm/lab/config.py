@@ -12,13 +12,16 @@ from typing import Any, Literal, cast
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from compressm.cutting.carry import Carry
 from compressm.errors import ConfigError
+from compressm.theory.balancing import Method
 from compressm.theory.pruning import SCORES
 from compressm.theory.selection import Selection
-from compressm.training.schedule import cut_steps
+from compressm.training.cushion import OnSetback
+from compressm.training.options import OPTIONS, SIZE_RULES
+from compressm.training.schedule import When, cut_steps
 
 _LARGEST_FILE = 1 << 20  # bytes
-SIZE_RULES = ("tolerance", "states", "fraction", "max_error", "total_states")
 
 
 class Section(BaseModel):
@@ -195,28 +198,34 @@ class LossConfig(Section):
     teacher_weight: float = Field(0.5, ge=0, le=1)
 
 
+def _option(name: str) -> Any:
+    """A key with the default, the range and the meaning of the `Compressor`'s argument of that name."""
+    option = OPTIONS[name]
+    return Field(option.default, description=option.help, **option.bounds)
+
+
 class CompressionConfig(Section):
     """Arguments of `compressm.Compressor`; see there. Unless disabled, needs one size rule or ``max_drop`` or both."""
 
     enabled: bool = True
-    tolerance: float | None = Field(None, ge=0, lt=1)
-    states: int | None = Field(None, ge=1)
-    fraction: float | None = Field(None, gt=0, le=1)
-    max_error: float | None = Field(None, ge=0)
-    total_states: int | None = Field(None, ge=1)
-    max_drop: float | None = Field(None, ge=0)
-    cuts: int = Field(4, ge=1)
-    window: float = Field(0.1, gt=0, le=1)
-    start: int = Field(0, ge=0)
-    when: Literal["schedule", "settled"] = "schedule"
-    min_reduction: float = Field(0.05, ge=0, lt=1)
-    multiple_of: int = Field(1, ge=1)
-    method: Literal["real", "complex"] = "real"
-    selection: Selection = "hankel"
-    per_layer: bool = False
-    carry: Literal["transform", "slice", "reset"] = "transform"
-    check_after: int | None = Field(None, ge=1)
-    on_setback: Literal["halve", "stop"] = "halve"
+    tolerance: float | None = _option("tolerance")
+    states: int | None = _option("states")
+    fraction: float | None = _option("fraction")
+    max_error: float | None = _option("max_error")
+    total_states: int | None = _option("total_states")
+    max_drop: float | None = _option("max_drop")
+    cuts: int = _option("cuts")
+    window: float = _option("window")
+    start: int = _option("start")
+    when: When = _option("when")
+    min_reduction: float = _option("min_reduction")
+    multiple_of: int = _option("multiple_of")
+    method: Method = _option("method")
+    selection: Selection = _option("selection")
+    per_layer: bool = _option("per_layer")
+    carry: Carry = _option("carry")
+    check_after: int | None = _option("check_after")
+    on_setback: OnSetback = _option("on_setback")
 
     @model_validator(mode="after")
     def _one_rule(self) -> CompressionConfig:

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from compressm.cutting.reduce import state_dims
-from compressm.training.history import Event
+from compressm.training.history import Cut, Event
 
 _HEAD = """---
 library_name: compressm
@@ -32,7 +32,7 @@ def model_card(
     """
     from compressm import __version__  # not at the top: the package imports this module's users
 
-    cuts = [event for event in history if event.kind == "cut"]
+    cuts = [event for event in history if isinstance(event, Cut)]
     first: dict[str, int] = {}
     for event in cuts:
         for layer in event.layers:
@@ -52,7 +52,7 @@ def model_card(
 
 
 def _lines(event: Event) -> list[str]:
-    if event.kind != "cut":
+    if not isinstance(event, Cut):
         return [str(event)]
     layers = [layer for layer in event.layers if layer["outcome"] == "cut"]
     return [

@@ -1,77 +1,210 @@
-"""What a compressor did and when: the lines of its history."""
+"""What a compressor did and when: the lines of its history, one small class for each kind."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, ClassVar
+
+from compressm.errors import CheckpointError
+
+# Every line is stored with all of these keys, in this order; a kind that has no such value stores this one.
+_ABSENT: dict[str, Any] = {
+    "seconds": 0.0, "layers": (), "metric": None, "reference": None, "restored_step": None, "graphs": 0,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Event:
     """Something that the compressor did after a training step.
 
+    The kinds are `Cut`, `Unchanged`, `Kept`, `RolledBack`, `Postponed` and `Recompiled`.
+
     Attributes:
-        kind: ``"cut"``; ``"unchanged"`` (it looked, and no layer was to be cut); ``"postponed"`` (a cut was due, and
-            the metric not finite); ``"kept"`` (a cut under observation proved harmless); ``"rolled_back"`` (it did not,
-            and everything is as it was before it); ``"recompiled"`` (graphs were compiled anew after a cut).
+        kind: the kind as a word: ``"cut"``, ``"unchanged"``, ``"kept"``, ``"rolled_back"``, ``"postponed"`` or
+            ``"recompiled"``.
         step: training steps done when it happened.
         seconds: time that it took, without evaluations.
-        layers: per layer what was done, with its certificate (see `LayerReport.to_dict`); empty unless it looked.
-        metric, reference: the metric after the cut, and the one that it was held against; None without ``evaluate``.
-        restored_step: the step to which a roll-back went back.
-        graphs: how many graphs were recompiled.
     """
 
-    kind: str
+    kind: ClassVar[str]
+
     step: int
     seconds: float = 0.0
-    layers: tuple[dict[str, Any], ...] = ()
-    metric: float | None = None
-    reference: float | None = None
-    restored_step: int | None = None
-    graphs: int = 0
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
-        return {**self.__dict__, "layers": [dict(layer) for layer in self.layers]}
+    @property
+    def layers(self) -> tuple[dict[str, Any], ...]:
+        """What was done to each layer, with its certificate (see `LayerReport.to_dict`); empty unless it looked."""
+        return ()
 
     def __str__(self) -> str:
-        changed = ", ".join(f"{layer['states_before']} → {layer['states_after']}" for layer in self.layers)
-        metrics = "" if self.metric is None else f"metric {self.metric:.4g} against {self.reference or 0:.4g}"
-        what = {
-            "cut": f"cut, states {changed}",
-            "unchanged": "nothing to cut",
-            "postponed": f"no cut, since the metric is {self.metric}",
-            "kept": f"cut kept, {metrics}",
-            "rolled_back": f"cut undone, back to step {self.restored_step}, {metrics}",
-            "recompiled": f"{self.graphs} graphs recompiled",
-        }
-        return f"step {self.step}: {what[self.kind]}"
+        return f"step {self.step}: {self._what()}"
+
+    def _what(self) -> str:
+        raise NotImplementedError
 
     def metrics(self) -> dict[str, float]:
-        """Numbers for a logger: after a cut, states, kept share of Hankel energy and, where measured, the error of the
-        output per layer, and its seconds."""
+        """Numbers for a logger, by name. Most kinds have none."""
+        return {}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON. All kinds have the same keys."""
+        values = {name: getattr(self, name) for name in self._names()}
+        return {"kind": self.kind, "step": self.step, **_ABSENT, **values, "layers": [dict(one) for one in self.layers]}
+
+    @staticmethod
+    def from_dict(values: Mapping[str, Any]) -> Event:
+        """The inverse of `to_dict`. It reads histories of earlier versions too, which have fewer keys.
+
+        Raises:
+            CheckpointError: a kind that this version does not know.
+        """
+        kind = _KINDS.get(values["kind"])
+        if kind is None:
+            raise CheckpointError(
+                f"a history has an event of kind {values['kind']!r}; this version knows {', '.join(_KINDS)}: read it "
+                "with the version that wrote it"
+            )
+        known = {name: values[name] for name in kind._names() if name in values}  # later versions may tell more
+        if "layers" in known:
+            known["layers"] = tuple(known["layers"])
+        return kind(**known)
+
+    @classmethod
+    def _names(cls) -> list[str]:
+        return [field.name for field in fields(cls)]
+
+
+@dataclass(frozen=True)
+class _Looked(Event):
+    """The compressor looked at all layers.
+
+    Attributes:
+        layers: what was done to each layer, with its certificate (see `LayerReport.to_dict`).
+        reference: the metric that the cut will be held against; None without ``max_drop``.
+    """
+
+    layers: tuple[dict[str, Any], ...] = ()  # pyright: ignore[reportIncompatibleMethodOverride]
+    reference: float | None = None
+
+    def metrics(self) -> dict[str, float]:
+        """Numbers for a logger, per layer: states, kept share of Hankel energy and, where measured, the error of the
+        output; after a cut its seconds too."""
         values: dict[str, float] = {}
         for layer in self.layers:
             values[f"compressm/states/{layer['name']}"] = float(layer["states_after"])
-            if (kept := layer.get("energy_kept")) is not None:
-                values[f"compressm/energy_kept/{layer['name']}"] = float(kept)
-            if (error := layer.get("error_on_data")) is not None:
-                values[f"compressm/error_on_data/{layer['name']}"] = float(error)
-        if self.kind in ("cut", "rolled_back"):
-            values["compressm/cut_seconds"] = self.seconds
-        if self.kind == "recompiled":
-            values["compressm/graphs_recompiled"] = float(self.graphs)
+            for name in ("energy_kept", "error_on_data"):
+                if (value := layer.get(name)) is not None:
+                    values[f"compressm/{name}/{layer['name']}"] = float(value)
         return values
 
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Event:
-        """The inverse of `to_dict`."""
-        names = {field.name for field in fields(cls)}
-        known: dict[str, Any] = {name: value for name, value in values.items() if name in names}  # later ones tell more
-        known["layers"] = tuple(values["layers"])
-        return cls(**known)
+
+@dataclass(frozen=True)
+class Cut(_Looked):
+    """At least one layer was cut."""
+
+    kind = "cut"
+
+    def _what(self) -> str:
+        changed = ", ".join(f"{layer['states_before']} → {layer['states_after']}" for layer in self.layers)
+        return f"cut, states {changed}"
+
+    def metrics(self) -> dict[str, float]:
+        return {**super().metrics(), "compressm/cut_seconds": self.seconds}
 
 
-__all__ = ["Event"]
+@dataclass(frozen=True)
+class Unchanged(_Looked):
+    """The compressor looked, and no layer was to be cut."""
+
+    kind = "unchanged"
+
+    def _what(self) -> str:
+        return "nothing to cut"
+
+
+@dataclass(frozen=True)
+class _Examined(Event):
+    """A cut was examined.
+
+    Attributes:
+        metric: the metric now. None in a stored history where it was not finite.
+        reference: the metric that it was held against.
+    """
+
+    metric: float | None = None
+    reference: float | None = None
+
+    def _against(self) -> str:
+        return "" if self.metric is None else f"metric {self.metric:.4g} against {self.reference or 0:.4g}"
+
+
+@dataclass(frozen=True)
+class Kept(_Examined):
+    """A cut under observation proved harmless."""
+
+    kind = "kept"
+
+    def _what(self) -> str:
+        return f"cut kept, {self._against()}"
+
+
+@dataclass(frozen=True)
+class RolledBack(_Examined):
+    """A cut under observation did harm, and everything is as it was before it.
+
+    Attributes:
+        restored_step: the step whose weights and optimizer are back.
+    """
+
+    kind = "rolled_back"
+
+    restored_step: int = 0
+
+    def _what(self) -> str:
+        return f"cut undone, back to step {self.restored_step}, {self._against()}"
+
+    def metrics(self) -> dict[str, float]:
+        """The seconds that it took, for a logger."""
+        return {"compressm/cut_seconds": self.seconds}
+
+
+@dataclass(frozen=True)
+class Postponed(Event):
+    """A cut was due, and the metric was not finite.
+
+    Attributes:
+        metric: the metric. None in a stored history, since JSON has no such number.
+    """
+
+    kind = "postponed"
+
+    metric: float | None = None
+
+    def _what(self) -> str:
+        return f"no cut, since the metric is {self.metric}"
+
+
+@dataclass(frozen=True)
+class Recompiled(Event):
+    """`torch.compile` compiled graphs anew after a cut.
+
+    Attributes:
+        graphs: how many.
+    """
+
+    kind = "recompiled"
+
+    graphs: int = 0
+
+    def _what(self) -> str:
+        return f"{self.graphs} graphs recompiled"
+
+    def metrics(self) -> dict[str, float]:
+        """The number of graphs, for a logger."""
+        return {"compressm/graphs_recompiled": float(self.graphs)}
+
+
+_KINDS: dict[str, type[Event]] = {kind.kind: kind for kind in (Cut, Unchanged, Kept, RolledBack, Postponed, Recompiled)}
+
+__all__ = ["Cut", "Event", "Kept", "Postponed", "Recompiled", "RolledBack", "Unchanged"]

@@ -1,8 +1,20 @@
-"""When cuts come, and how far each goes on the way to a size."""
+"""When cuts come, when each of them is examined, and when it is too late for another one."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+from compressm.cutting.spectrum import AnyBalancing, spectrum_changes
+from compressm.errors import InvalidRankRuleError
+from compressm.runtime.processes import from_first_rank
+
+When = Literal["schedule", "settled"]
+
+_PROBES = 10  # of the spectrum, between a cut and the next
+_STILL = 0.02  # share of the Hankel energy that may move between two probes of a settled spectrum
+_OBSERVE_EVERY = 8  # steps between two observations of selective layers, at most
 
 
 def cut_steps(total_steps: int, cuts: int, window: float, start: int) -> tuple[int, ...]:
@@ -17,9 +29,133 @@ def cut_steps(total_steps: int, cuts: int, window: float, start: int) -> tuple[i
     return tuple(start + distance * (index + 1) for index in range(cuts))
 
 
-def towards(present: int, target: int, share: float) -> int:
-    """A size on the way to a target, in proportions: a share of the way from the present one."""
-    return present if target >= present else max(target, round(present * (target / present) ** share))
+class Schedule:
+    """Decides after which training steps something is due.
+
+    A cut is due at its step in ``cut_steps``, or with ``when="settled"`` as soon as two probes in a row find the same
+    spectrum. A cut that cannot be made yet is postponed. No cut is made that could not be examined any more.
+
+    Args:
+        total_steps, cuts, window, start, when, check_after: as in `Compressor`.
+        examined: whether cuts are examined, so that the last one needs ``check_after`` more steps.
+
+    Attributes:
+        cut_steps: the steps after which cuts are scheduled.
+        check_after: steps between a cut and its examination.
+        cuts_done: how many of the cuts have been made.
+        stopped: whether no more cuts are to be made.
+        postponed: no cut is made before this step; 0 where none was postponed.
+        probe: the layers as they were balanced at the last probe.
+
+    Raises:
+        InvalidRankRuleError: the last cut, or its examination, would come after the last step.
+    """
+
+    def __init__(
+        self,
+        total_steps: int,
+        cuts: int = 4,
+        window: float = 0.1,
+        start: int = 0,
+        when: When = "schedule",
+        check_after: int | None = None,
+        *,
+        examined: bool = False,
+    ) -> None:
+        self.total_steps, self.start = total_steps, start
+        self.when: When = when
+        self.cut_steps = cut_steps(total_steps, int(cuts), window, start)
+        distance, last = self.cut_steps[0] - start, self.cut_steps[-1]
+        self.check_after = max(1, distance // 2) if check_after is None else check_after
+        if last > total_steps:
+            raise InvalidRankRuleError(
+                f"the last of {cuts} cuts would come at step {last}, after total_steps={total_steps}: "
+                "lower start, window or cuts"
+            )
+        if examined and not self.leaves_time(last):
+            raise InvalidRankRuleError(
+                f"the last cut, at step {last}, would be examined {self.check_after} steps later, after "
+                f"total_steps={total_steps}: lower start, window or check_after"
+            )
+        self.probe_every = max(1, distance // _PROBES)
+        self.observe_every = min(_OBSERVE_EVERY, self.probe_every)
+        self.cuts_done, self.stopped, self.postponed = 0, False, 0
+        self.probe: dict[str, AnyBalancing] = {}
+
+    @property
+    def over(self) -> bool:
+        """Whether no more cut will be made."""
+        return self.stopped or self.cuts_done >= len(self.cut_steps)
+
+    @property
+    def cuts_left(self) -> int:
+        """How many cuts are still to come."""
+        return len(self.cut_steps) - self.cuts_done
+
+    def leaves_time(self, step: int) -> bool:
+        """Whether a cut after this step could be examined before training ends."""
+        return step + self.check_after <= self.total_steps
+
+    def due(self, step: int, look: Callable[[], Mapping[str, AnyBalancing]]) -> bool:
+        """Whether a cut is to be made after this step.
+
+        Args:
+            step: training steps done.
+            look: balances the layers as they are now; called where the spectrum is probed.
+        """
+        if self.over:
+            return False
+        if self.postponed and not self.leaves_time(step):
+            self.stopped = True
+        if self.stopped or step < self.postponed:
+            return False
+        scheduled = self.cut_steps[self.cuts_done]
+        if step >= scheduled or self.when == "schedule":
+            return step >= scheduled
+        return step >= self.start and step % self.probe_every == 0 and self._settled(look())
+
+    def _settled(self, now: Mapping[str, AnyBalancing]) -> bool:
+        """Whether all spectra are what they were at the probe before."""
+        before, self.probe = self.probe, dict(now)
+        changes = spectrum_changes(before, now)
+        settled = bool(changes) and len(changes) == len(now) and all(c.settled(_STILL) for c in changes.values())
+        return from_first_rank(lambda: settled)
+
+    def observes(self, step: int, unseen: bool = False) -> bool:
+        """Whether layers whose states depend on the data are to be observed in the step after this one.
+
+        Args:
+            step: training steps done.
+            unseen: whether a layer has not been observed since the last cut.
+        """
+        return not self.over and (unseen or step % self.observe_every == 0)
+
+    def made(self) -> None:
+        """The cut that was due has been made."""
+        self.cuts_done += 1
+        self.probe = {}
+
+    def once_more(self) -> None:
+        """The last cut was undone, and is due again at once."""
+        self.cuts_done = max(0, self.cuts_done - 1)
+
+    def stop(self) -> None:
+        """No more cuts."""
+        self.stopped = True
+
+    def postpone(self, step: int) -> None:
+        """The cut that is due cannot be made now. It is tried again soon, while there is time to examine it."""
+        self.postponed = step + self.probe_every
+        self.stopped = not self.leaves_time(self.postponed)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What `load_state_dict` needs, without the probe."""
+        return {"cuts_done": self.cuts_done, "stopped": self.stopped, "postponed": self.postponed}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from `state_dict`."""
+        self.cuts_done, self.stopped = int(state["cuts_done"]), bool(state["stopped"])
+        self.postponed = int(state.get("postponed", 0))  # the oldest have none
 
 
-__all__ = ["cut_steps", "towards"]
+__all__ = ["Schedule", "When", "cut_steps"]

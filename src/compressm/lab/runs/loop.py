@@ -42,7 +42,7 @@ from compressm.runtime.memory import keep_freed_memory
 from compressm.runtime.random_state import rng_state, set_rng_state
 from compressm.saving.checkpoint import load, save
 from compressm.training.clock import StepClock, savings
-from compressm.training.history import Event
+from compressm.training.history import Cut, Event, RolledBack
 from compressm.training.step_cost import step_cost
 
 
@@ -174,7 +174,7 @@ class _Run:
         self._look_at_spectra(log)
         if last or (run.eval_every and self.step % run.eval_every == 0):
             self._evaluate(log)
-        undone = event is not None and event.kind == "rolled_back"
+        undone = isinstance(event, RolledBack)
         if last or (run.checkpoint_every and self.step % run.checkpoint_every == 0 and not undone):
             self._checkpoint()
 
@@ -198,11 +198,11 @@ class _Run:
             return None
         with self.timers.timed("reduction"):
             event = self.compressor.step()
-        if event is None or event.kind not in ("cut", "rolled_back"):
+        if not isinstance(event, Cut | RolledBack):
             return event
         self.best = None  # weights of another size are no candidates for the result
         self._measure()
-        if event.restored_step is not None and event.kind == "rolled_back":
+        if isinstance(event, RolledBack):
             self.step = event.restored_step
             for point in self.curve:
                 if point["step"] == self.step:

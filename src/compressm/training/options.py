@@ -1,0 +1,241 @@
+"""The options of compression, each defined once: name, type, default, range, and what it means.
+
+From this table come the checks of `Compressor`'s arguments, the section ``compression`` of configuration files
+(`compressm.lab.config`) and the page docs/options.md. Tests hold the signatures of `Compressor` and `compress`, and
+`Compressor`'s docstring, against it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_origin
+
+from torch import nn
+
+from compressm.cutting.carry import Carry
+from compressm.errors import InvalidRankRuleError
+from compressm.theory.balancing import Method
+from compressm.theory.ranks import check_choice
+from compressm.theory.selection import Selection
+from compressm.training.cushion import OnSetback
+from compressm.training.schedule import When
+from compressm.training.snapshot import Stateful
+
+Part = Literal["goal", "schedule", "cushion", "cut", "training"]
+REQUIRED: Any = ...  # the default of what has none
+ABSENT: Any = type("Absent", (), {"__repr__": lambda _: "ABSENT"})()  # of what `compress` does not take
+
+SIZE_RULES = ("tolerance", "states", "fraction", "max_error", "total_states")
+
+
+@dataclass(frozen=True)
+class Option:
+    """An argument of `Compressor`.
+
+    Attributes:
+        name: of the argument.
+        type: what it is; None is allowed besides where it is the default.
+        default: `REQUIRED` where there is none.
+        part: what it tells: how far (goal), when (schedule), what if it hurts (cushion), how a cut is made, or what
+            else takes part in the training.
+        help: what it means, as in the docstring of `Compressor`.
+        bounds: least and largest value, under pydantic's names: ``ge``, ``gt``, ``le``, ``lt``.
+        example: a value to name in messages.
+        once: the default in `compress`; `ABSENT` where it has no such argument.
+        file: whether it is a key of the section ``compression`` of configuration files.
+    """
+
+    name: str
+    type: Any
+    default: Any
+    part: Part
+    help: str
+    bounds: Mapping[str, float] = field(default_factory=dict[str, float])
+    example: str = ""
+    once: Any = ABSENT
+    file: bool = True
+
+    @property
+    def annotation(self) -> Any:
+        """The type in a signature."""
+        return self.type | None if self.default is None else self.type
+
+    @property
+    def expected(self) -> str:
+        """The values that are fit, in words."""
+        low, high = (self.bounds.get(a, self.bounds.get(b)) for a, b in (("ge", "gt"), ("le", "lt")))
+        if self.type is bool:
+            return "True or False"
+        if high is None:
+            return f"a {'whole number' if self.type is int else 'number'} of at least {low}"
+        interval = f"{'[' if 'ge' in self.bounds else '('}{low}, {high}{']' if 'le' in self.bounds else ')'}"
+        return f"a share in {interval}" + (f", for example {self.example}" if self.example else "")
+
+    def check(self, value: Any) -> None:
+        """Refuse an unfit value.
+
+        Raises:
+            InvalidRankRuleError: the option, the value, and what is expected.
+        """
+        if value is None and self.default is None:
+            return
+        if get_origin(self.type) is Literal:
+            check_choice(self.name, value, self.type)
+        elif self.type in (int, float, bool) and not self._fits(value):
+            raise InvalidRankRuleError(f"{self.name} must be {self.expected}; got {value!r}")
+
+    def _fits(self, value: Any) -> bool:
+        if self.type is bool:
+            return bool(value in (True, False))  # 0, 1 and NumPy's are fit too; words are not
+        if isinstance(value, bool | str | bytes):
+            return False
+        try:
+            number = float(value)
+        except (TypeError, ValueError, OverflowError):
+            return False
+        within = all(_COMPARE[name](number, bound) for name, bound in self.bounds.items())
+        return math.isfinite(number) and within and (self.type is not int or number == int(number))
+
+
+_COMPARE: dict[str, Callable[[float, float], bool]] = {
+    "ge": lambda value, bound: value >= bound,
+    "gt": lambda value, bound: value > bound,
+    "le": lambda value, bound: value <= bound,
+    "lt": lambda value, bound: value < bound,
+}
+_POSITIVE, _NOT_NEGATIVE = {"ge": 1}, {"ge": 0}
+_SHARE, _PART = {"ge": 0, "lt": 1}, {"gt": 0, "le": 1}
+
+_TABLE = (
+    Option(
+        "total_steps", int, REQUIRED, "schedule", "planned number of optimizer steps.",
+        bounds=_POSITIVE, file=False,
+    ),
+    Option(
+        "tolerance", float, None, "goal",
+        "share of a layer's Hankel energy that each cut may discard (tau in the paper).",
+        bounds=_SHARE, example="0.02", once=None,
+    ),
+    Option(
+        "states", int, None, "goal",
+        "state dimension to arrive at with the last cut; the cuts before approach it geometrically.",
+        bounds=_POSITIVE, once=None,
+    ),
+    Option(
+        "fraction", float, None, "goal", "share of the states at the start to arrive at with the last cut.",
+        bounds=_PART, example="0.25", once=None,
+    ),
+    Option(
+        "max_error", float, None, "goal",
+        "H-infinity error that each cut may make in a layer, in units of output per input.",
+        bounds=_NOT_NEGATIVE, once=None,
+    ),
+    Option(
+        "total_states", int, None, "goal",
+        "states of all layers together to arrive at with the last cut. One of these five or ``max_drop`` is needed.",
+        bounds=_POSITIVE, once=None,
+    ),
+    Option(
+        "max_drop", float, None, "cushion",
+        "how much of the metric a cut may cost, in the metric's own units (0.002 is 0.2 points of an accuracy in "
+        "[0, 1]). A cut after which the metric lost more, ``check_after`` steps later, is undone. Without one of the "
+        "five rules above, a cut discards what ``tolerance=0.02`` allows, and half of a layer's states at most.",
+        bounds=_NOT_NEGATIVE, once=None,
+    ),
+    Option(
+        "evaluate", Callable[[nn.Module], float], None, "cushion",
+        "``evaluate(model)`` returns the validation metric, higher is better. Needed for ``max_drop``.",
+        once=None, file=False,
+    ),
+    Option(
+        "multiple_of", int, 1, "goal",
+        "prefer state dimensions that are a multiple of this; see `RankRule` for what comes first.",
+        bounds=_POSITIVE, once=1,
+    ),
+    Option(
+        "min_reduction", float, 0.05, "goal", "cut a layer only where this share of its states goes.",
+        bounds=_SHARE, once=0.0,
+    ),
+    Option(
+        "per_layer", bool, False, "goal",
+        "let the layers of a Hugging Face model differ in their state dimension; see `RankRule`.",
+        once=False,
+    ),
+    Option("cuts", int, 4, "schedule", "how many cuts.", bounds=_POSITIVE),
+    Option("window", float, 0.1, "schedule", "share of ``total_steps`` in which they are made.", bounds=_PART),
+    Option("start", int, 0, "schedule", "steps to wait before the window.", bounds=_NOT_NEGATIVE),
+    Option(
+        "when", When, "schedule", "schedule",
+        "``\"schedule\"`` cuts at fixed steps; ``\"settled\"`` probes the spectrum at those steps, and at nine more "
+        "between each two, and cuts as soon as it holds still (less than 2 % of the Hankel energy moved since the "
+        "probe before), or at the scheduled step at the latest.",
+    ),
+    Option(
+        "method", Method, "real", "cut",
+        "``\"real\"`` or ``\"complex\"`` truncation of linear time-invariant layers; see `compressm.theory.balancing`.",
+        once="real",
+    ),
+    Option(
+        "selection", Selection, "hankel", "cut",
+        "how states of selective layers are picked; see `compressm.theory.selection`. What those layers do with the "
+        "data is observed at every eighth step while cuts are pending, on one sequence of the batch.",
+        once="hankel",
+    ),
+    Option(
+        "carry", Carry, "transform", "cut", "what becomes of the optimizer's state; see `compressm.cutting.carry`.",
+        once="transform",
+    ),
+    Option(
+        "check_after", int, None, "cushion",
+        "steps between a cut and its examination; by default half the distance between cuts.",
+        bounds=_POSITIVE,
+    ),
+    Option(
+        "on_setback", OnSetback, "halve", "cushion",
+        "after a roll-back ``\"halve\"`` the next cut, or ``\"stop\"`` cutting.",
+    ),
+    Option(
+        "scheduler", Stateful, None, "training", "learning rate scheduler, rolled back with the rest.",
+        file=False,
+    ),
+    Option("scaler", Stateful, None, "training", "gradient scaler, rolled back with the rest.", file=False),
+    Option(
+        "followers", Sequence[nn.Module], (), "training",
+        "averaged copies of the model (`torch.optim.swa_utils.AveragedModel`). What a cut changes in the model, it "
+        "sets in them to the model's new values. Averaging starts again there; an average over all steps counts them "
+        "from there.",
+        file=False,
+    ),
+    Option(
+        "rewind", bool, True, "cushion",
+        "a roll-back turns back time as well. False where a host counts the steps: then only what was learnt goes back "
+        "(weights, the optimizer's state, averages), and steps, learning rates, scaler and random state go on.",
+        file=False,
+    ),
+)  # fmt: skip
+
+OPTIONS: dict[str, Option] = {option.name: option for option in _TABLE}
+
+
+def check_options(given: Mapping[str, Any]) -> None:
+    """Refuse arguments of `Compressor` that are unfit by themselves, or leave open how far to cut.
+
+    Args:
+        given: values by name; other names are left alone.
+
+    Raises:
+        InvalidRankRuleError: the option, the value, what is expected, and what to do.
+    """
+    if given["max_drop"] is None and all(given[name] is None for name in SIZE_RULES):
+        raise InvalidRankRuleError("say how far to cut: tolerance=0.02 for example, or max_drop=0.002 with evaluate=")
+    if given["max_drop"] is not None and given["evaluate"] is None:
+        raise InvalidRankRuleError(
+            "max_drop needs evaluate: a function of the model that returns the validation metric"
+        )
+    for option in OPTIONS.values():
+        option.check(given[option.name])
+
+
+__all__ = ["ABSENT", "OPTIONS", "REQUIRED", "SIZE_RULES", "Option", "check_options"]
