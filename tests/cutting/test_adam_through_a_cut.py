@@ -1,7 +1,8 @@
 """Adam's averages after a cut, held against the gradients that autograd finds at the new parameters.
 
 After one step Adam keeps ``(1 - beta1) g`` and ``(1 - beta2) g^2``. With a rate of zero the point stays where it is. A
-cut at full order is a change of coordinates, so that the carried average must be ``(1 - beta1)`` times the new gradient.
+cut at full order is a change of coordinates, so that the carried average must be ``(1 - beta1)`` times the new
+gradient.
 """
 
 from __future__ import annotations
