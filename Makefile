@@ -11,6 +11,9 @@ KILLS  ?= 50
 MINUTES ?= 30
 FUZZ_JSON ?= results/fuzz.json
 TRITON_JSON ?= results/triton.json
+PACKAGE ?= theory
+SAMPLE  ?= 200
+TESTS   ?=
 
 BIN := $(VENV)/bin
 # The pins of constraints.txt hold for Python 3.11 and later; on 3.10 the ranges of pyproject.toml decide alone.
@@ -19,7 +22,7 @@ INSTALL = $(BIN)/python -m pip install --quiet -c $(PINS)
 # Triton lies in a folder beside the environment's own packages, so that nothing but `make triton` finds it.
 WITH_TRITON = PYTHONPATH=$(abspath $(VENV))/triton TRITON_CACHE_DIR=$(abspath $(VENV))/triton-cache OMP_NUM_THREADS=1
 
-.PHONY: help demo test test-faults fuzz triton distributions lint format types docs pages check-pages snippets clean
+.PHONY: help demo test test-faults fuzz mutants triton distributions lint format types docs pages check-pages snippets clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -37,6 +40,10 @@ test-faults: $(VENV)/.installed-dev  ## kill, fill, flip and cut off: KILLS=50 k
 fuzz: $(VENV)/.installed-dev  ## fuzz the readers of checkpoints, configurations and arguments: MINUTES=30
 	$(INSTALL) -e .[fuzz]
 	$(BIN)/python tests/fuzz/loaders.py --minutes $(MINUTES) $(if $(FUZZ_JSON),--json $(FUZZ_JSON))
+
+mutants: $(VENV)/.installed-dev  ## which mistakes do tests notice: PACKAGE=theory SAMPLE=200, results in results/mutants.json
+	$(INSTALL) -e .[mutants]
+	$(BIN)/python scripts/mutants.py $(PACKAGE) --sample $(SAMPLE) $(if $(TESTS),--tests $(TESTS)) $(ARGS)
 
 distributions: $(VENV)/.installed-dev  ## build sdist and wheel, compare and install them, run tests of the unpacked sdist
 	$(BIN)/python scripts/distributions.py $(ARGS)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 
+import pytest
 import torch
 from suite import AdapterSuite
 from torch import Tensor
@@ -77,3 +78,28 @@ def test_a_state_that_a_cut_leaves_real_can_learn_to_oscillate() -> None:
         loss.backward()
         optimizer.step()
     assert float(loss.detach()) < 0.1  # a real state leaves more than 0.5
+
+
+def test_two_directions_that_err_alike_err_by_the_root_of_two_more_than_both_stacked() -> None:
+    # Slow real modes, read in both directions by the same matrix: both errors are largest at frequency zero, where
+    # they are the same real number E and add up to 2 E. Stacked, as one system with two outputs, they have sqrt(2) E.
+    layer = S5(1, 3, bidirectional=True).double()
+    with torch.no_grad():
+        values = {"log_decay": [0.0, 0.5, 1.0], "frequency": [0.0] * 3, "log_step": [-3.0] * 3}
+        for name, value in values.items():
+            getattr(layer, name).copy_(torch.tensor(value))
+        layer.B_re.copy_(torch.tensor([[1.0], [0.8], [0.6]]))
+        layer.C_re.copy_(torch.tensor([[1.0, 0.7, 0.9]] * 2))
+        for parameter in (layer.B_im, layer.C_im, layer.D):
+            parameter.zero_()
+    smaller, length = copy.deepcopy(layer), 2000
+    certificate = compressm.compress(smaller, states=1).layers[0].certificate
+    assert isinstance(certificate, Certificate)
+    with torch.no_grad():
+        impulse = torch.zeros(1, length, 1, dtype=torch.float64)
+        impulse[0, length // 2] = 1
+        error = (layer(impulse) - smaller(impulse))[0, :, 0]
+    gain = float(error.sum().abs())  # at frequency zero
+    assert gain == pytest.approx(float(torch.fft.fft(error).abs().max()), rel=1e-6)
+    assert gain == pytest.approx(certificate.hinf_error, rel=1e-4)
+    assert 0.75 * certificate.bound < gain <= certificate.bound * (1 + 1e-9)

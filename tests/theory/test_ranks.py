@@ -109,3 +109,36 @@ def test_gate() -> None:
 def test_bad_rules_are_refused_by_name(arguments: dict[str, float], named: str) -> None:
     with pytest.raises(InvalidRankRuleError, match=named):
         RankRule(**arguments)  # type: ignore[arg-type]
+
+
+def test_a_budget_is_paid_for_by_every_layer_that_shares_a_size() -> None:
+    # Two layers of one size cost two states a step; with a third on its own, the budget is spent and not overspent.
+    flat = {"a": torch.ones(10), "b": torch.ones(10)}
+    for total, each in ((12, 6), (13, 6), (2, 1), (3, 1), (20, 10), (99, 10)):
+        assert choose_ranks(flat, RankRule(total_states=total), alike=["a", "b"]) == {"a": each, "b": each}
+    energies = {**flat, "alone": torch.ones(10) * torch.tensor([0.5] * 2 + [2.0] + [0.5] * 7).sort().values.flip(0)}
+    for total in range(3, 31):
+        ranks = choose_ranks(energies, RankRule(total_states=total), alike=["a", "b"])
+        assert ranks["a"] == ranks["b"]
+        assert sum(ranks.values()) <= total
+        left = total - sum(ranks.values())
+        assert left < 1 or ranks["alone"] == 10  # nothing is left over that a layer could have had
+        assert left < 2 or ranks["a"] == 10
+    with pytest.raises(InvalidRankRuleError, match="less than one state for each of 2 layers"):
+        choose_ranks(flat, RankRule(total_states=1), alike=["a", "b"])
+
+
+def test_a_shared_size_goes_to_layers_by_the_mean_of_their_shares() -> None:
+    # The third state brings the two layers 0.10 on average, and the lone one 0.15 or 0.05.
+    shared = {"a": torch.tensor([0.5, 0.3, 0.2]), "b": torch.tensor([0.7, 0.3, 0.0])}
+    for third, expected in ((0.15, {"a": 2, "b": 2, "alone": 3}), (0.05, {"a": 3, "b": 3, "alone": 2})):
+        energies = {**shared, "alone": torch.tensor([0.5, 0.5 - third, third])}
+        total = sum(expected.values())
+        assert choose_ranks(energies, RankRule(total_states=total), alike=["a", "b"]) == expected
+
+
+@pytest.mark.parametrize("allowed", [2.0, 1.99, 1.0, 4.0, 8.0, 7.99])
+def test_an_error_allows_half_as_much_energy(allowed: float) -> None:
+    # The bound of a truncation is twice the sum of what goes: 1 state 0.5, 2 states 1, then 2, 4, 8.
+    kept = next(r for r in range(1, 7) if 2 * float(ENERGY[r:].sum()) <= allowed)
+    assert rank(RankRule(max_error=allowed)) == kept

@@ -17,6 +17,7 @@ more.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Literal
 
@@ -183,9 +184,11 @@ def select_by_removal(P: Tensor, W: Tensor, states: int) -> Tensor:
 def subspace(P: Tensor, W: Tensor, states: int) -> Tensor:
     """Orthonormal basis of the subspace to which states and output vectors are projected with the least error.
 
-    With the projection Z onto what goes, the error is ``tr W Z P Z``. It is what the matrix ``sym(P Z W)`` has there,
-    so that a minimum is an invariant subspace of that matrix for its smallest eigenvalues. That is iterated, from the
-    eigenvectors of ``P + c W`` and of ``sym(P W)``, and the best basis seen is taken.
+    With the projection Z onto what goes, the error is ``tr W Z P Z``, a convex quadratic function of Z with the
+    gradient ``2 M``, ``M = sym(P Z W)``. So ``|Z' - Z|^2`` with a large enough factor s makes its linear part at Z an
+    upper bound, and of all projections ``Z'`` that bound is least on the eigenvectors of ``M - s Z`` with the smallest
+    eigenvalues. That is iterated, with a larger s where a step did not help, from the eigenvectors of ``P + c W`` and
+    of ``sym(P W)``, and the best basis seen is taken.
 
     Args:
         P, W: moments, symmetric positive semidefinite, float64, shape ``(n, n)``.
@@ -197,14 +200,18 @@ def subspace(P: Tensor, W: Tensor, states: int) -> Tensor:
     n, best = P.shape[0], (torch.inf, torch.eye(P.shape[0], dtype=P.dtype)[:, :states])
     balance = P.trace() / W.trace().clamp_min(1e-300)
     for start in (P @ W, P + balance * W, P, W):
-        matrix = start
+        matrix, rest, least, shift = (start + start.mT) / 2, torch.zeros_like(P), torch.inf, torch.zeros(())
         for _ in range(SUBSPACE_STEPS):
-            vectors = torch.linalg.eigh((matrix + matrix.mT) / 2).eigenvectors
-            rest = vectors[:, : n - states] @ vectors[:, : n - states].mT
-            error = float((W * (rest @ P @ rest)).sum())
-            if error < best[0]:
-                best = (error, vectors[:, n - states :])
-            matrix = P @ rest @ W
+            vectors = torch.linalg.eigh(matrix - shift * rest).eigenvectors
+            new = vectors[:, : n - states] @ vectors[:, : n - states].mT
+            error = float((W * (new @ P @ new)).sum())
+            if error >= least:
+                shift = 4 * shift
+                continue
+            best = min(best, (error, vectors[:, n - states :]), key=lambda seen: seen[0])
+            half = P @ new @ W / 2
+            matrix, shift = half + half.mT, shift / 1.5 if math.isfinite(least) else half.norm()
+            rest, least = new, error
     return best[1].flip(-1)
 
 

@@ -1,0 +1,186 @@
+"""Which mistakes do the tests of a package notice? Mutate it, test every mutant, and list those that nobody noticed.
+
+    python scripts/mutants.py theory --sample 200
+
+Mutants are made and tested by mutmut (which `make mutants` installs), in a copy of sources and tests under
+``build/mutants/<package>``. Every mutant is tested by those tests of the package that reach the function it is in, in a
+process forked from one that has torch and the tests loaded. What is done stays done: the same call goes on where an
+interrupted one stopped, and a mutant is tested again only where its function has changed, or, with ``--again``, where
+nobody noticed it before. A smaller sample is part of a larger one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
+
+ROOT = Path(__file__).resolve().parent.parent
+SEED = 26
+NOTICED = ("killed", "timeout", "segfault")
+UNNOTICED = ("survived", "no tests")
+
+CONFIGURATION = r"""
+[tool.mutmut]
+source_paths = ["src"]
+only_mutate = {modules}
+pytest_add_cli_args = ["-p", "no:cacheprovider", "-x", "-m", "not slow and not gpu"]
+pytest_add_cli_args_test_selection = {tests}
+also_copy = ["README.md", "docs", "scripts", "examples", "benchmarks", "results"]
+process_isolation = "forkserver"
+forkserver_warmup = "collect"
+use_git_change_detection = false
+on_dependency_change = "ignore"
+timeout_constant = 5.0
+# Messages are tested for what they say, not to the letter.
+do_not_mutate_patterns = ['raise ', 'warnings\.warn', '\blog\.', '^\s*f?"[^"]*"[),]*$']
+"""
+
+
+def prepare(folder: Path, part: str, tests: list[str]) -> None:
+    """Copy what has changed, and say what is to be mutated: a package, or one module of it."""
+    for name in ("src", "tests", "README.md", "docs", "scripts", "examples", "benchmarks", "results"):
+        source, target = ROOT / name, folder / name
+        files = [source] if source.is_file() else [path for path in source.rglob("*") if path.is_file()]
+        for path in files:
+            copy = folder / path.relative_to(ROOT)
+            if "__pycache__" in path.parts or (copy.exists() and copy.read_bytes() == path.read_bytes()):
+                continue
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, copy)  # with the time of now, by which mutmut knows what is new
+            (folder / "mutants" / path.relative_to(ROOT)).unlink(missing_ok=True)
+        for copy in [target] if target.is_file() else target.rglob("*.py"):
+            if not (ROOT / copy.relative_to(folder)).exists():
+                copy.unlink()
+                (folder / "mutants" / copy.relative_to(folder)).unlink(missing_ok=True)
+    module = ROOT / "src" / "compressm" / f"{part}.py"
+    modules = [f"src/compressm/{part}.py"] if module.exists() else [f"src/compressm/{part}/*.py"]
+    text = CONFIGURATION.format(modules=json.dumps(modules), tests=json.dumps(tests))
+    (folder / "pyproject.toml").write_text((ROOT / "pyproject.toml").read_text() + text)
+
+
+def all_mutants() -> list[str]:
+    """Names of all mutants, in the order of the source; the present folder is the copy."""
+    from mutmut.mutation.file_mutation import mutate_file_contents
+    from mutmut.utils.file_utils import walk_mutatable_files
+    from mutmut.utils.format_utils import get_mutant_name
+
+    return [
+        get_mutant_name(path, name)
+        for path in sorted(walk_mutatable_files())
+        for name in mutate_file_contents(str(path), path.read_text()).mutant_names
+    ]
+
+
+def outcomes() -> dict[str, tuple[str, Path]]:
+    """Of every mutant that has been tested: the outcome, and its file."""
+    from mutmut.mutation.data import SourceFileMutationData
+    from mutmut.stats import status_by_exit_code
+    from mutmut.utils.file_utils import walk_mutatable_files
+
+    found: dict[str, tuple[str, Path]] = {}
+    for path in walk_mutatable_files():
+        if not Path("mutants", f"{path}.meta").exists():
+            continue
+        data = SourceFileMutationData(path=path)
+        try:
+            data.load()
+        except ValueError:  # it is being written
+            continue
+        for name, code in data.exit_code_by_key.items():
+            status = status_by_exit_code[code]
+            if status not in ("not checked", "check was interrupted by user"):
+                found[name] = status, path
+    return found
+
+
+def test(names: list[str], workers: int, again: bool) -> None:
+    """Test these mutants, with a bar that shows how far it is: all that were not yet, or ``again`` those unnoticed."""
+    before = {name: status for name, (status, _) in outcomes().items()}
+    missing = [name for name in names if name not in before or (again and before[name] in UNNOTICED)]
+    columns = ("{task.description}", *Progress.get_default_columns()[1:3], MofNCompleteColumn())
+    with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn()) as bar, Path("mutmut.log").open("w") as out:
+        task = bar.add_task("mutants", total=len(names), completed=len(names) - len(missing))
+        if not missing:
+            return
+        command = [Path(sys.executable).with_name("mutmut"), "run", "--max-children", str(workers), *missing]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        environment.pop("PYTHONPATH", None)  # the mutated sources are to be imported, and no others
+        process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=environment)
+        try:
+            while process.poll() is None:
+                time.sleep(1)
+                now = outcomes()
+                bar.update(task, completed=sum(name in now for name in names))
+        finally:
+            process.terminate()
+            process.wait()
+        now = outcomes()
+        bar.update(task, completed=sum(name in now for name in names))
+    if any(name not in now for name in names):
+        sys.exit(f"mutmut stopped early; see {Path('mutmut.log').resolve()}")
+
+
+def summary(names: list[str], total: int, tests: list[str]) -> dict[str, Any]:
+    """What is stored of a package."""
+    from mutmut.mutation.diff_apply import get_diff_for_mutant
+
+    found = {name: outcome for name, outcome in outcomes().items() if name in set(names)}
+    killed = sum(status in NOTICED for status, _ in found.values())
+    unnoticed = {name: one for name, one in sorted(found.items()) if one[0] in UNNOTICED}
+    return {
+        "tests": tests,
+        "all_mutants": total,
+        "mutants": len(found),
+        "killed": killed,
+        "survived": len(unnoticed),
+        "undecided": len(found) - killed - len(unnoticed),
+        "score": round(killed / max(1, killed + len(unnoticed)), 4),
+        "survivors": {
+            name: {"outcome": status, "diff": get_diff_for_mutant(name, path=path)}
+            for name, (status, path) in unnoticed.items()
+        },
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("part", help="a package or module of compressm: theory, or theory/ranks")
+    parser.add_argument("--sample", type=int, default=200, help="how many mutants, drawn with a fixed seed; 0 for all")
+    parser.add_argument("--tests", nargs="*", help="folders or files of tests; by default those of the package")
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes at a time")
+    parser.add_argument("--again", action="store_true", help="test those anew that nobody noticed: tests have changed")
+    parser.add_argument("--json", type=Path, default=ROOT / "results" / "mutants.json", help="where results go")
+    options = parser.parse_args()
+    if not any((ROOT / "src" / "compressm" / name).exists() for name in (options.part, f"{options.part}.py")):
+        parser.error(f"there is no package or module compressm/{options.part}")
+    tests = options.tests or [f"tests/{options.part.partition('/')[0]}"]
+    stored = options.json.resolve()
+    folder = ROOT / "build" / "mutants" / options.part.replace("/", ".")
+    folder.mkdir(parents=True, exist_ok=True)
+    prepare(folder, options.part, tests)
+    os.chdir(folder)  # mutmut works on the present folder
+    names = all_mutants()
+    total = len(names)
+    random.Random(SEED).shuffle(names)
+    names = names[: options.sample or total]
+    test(names, options.workers, options.again)
+    found = summary(names, total, tests)
+    results = json.loads(stored.read_text()) if stored.exists() else {}
+    stored.write_text(json.dumps({**results, options.part: found}, indent=1, sort_keys=True, ensure_ascii=False) + "\n")
+    print(f"{options.part}: {found['killed']} of {found['mutants']} mutants noticed, {found['score']:.0%}")
+    for name, survivor in found["survivors"].items():
+        print(f"\n{name}: {survivor['outcome']}\n{survivor['diff']}")
+
+
+if __name__ == "__main__":
+    main()
