@@ -26,9 +26,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from compressm.adapters import LayerChange, SelectiveAdapter, find_layers
 from compressm.adapters.base import tell_written, write
+from compressm.errors import UnsupportedModelError
 from compressm.observing.held_out import Dealer
 from compressm.observing.inputs import calls
 from compressm.observing.layer_calls import named_arguments
@@ -37,7 +39,8 @@ from compressm.runtime.processes import gathered
 
 
 class NotMeasuredWarning(UserWarning):
-    """A layer's error on the data could not be measured, because the smaller copy of it could not be run on them."""
+    """A layer's error on the data could not be measured, because the smaller copy of it could not be run on them, or
+    not from the states that the layer itself went on from."""
 
 
 @dataclass(frozen=True)
@@ -82,10 +85,11 @@ def errors_on_data(
         name: _Replay(name, model.get_submodule(name), change, padding, (by_halves or {}).get(name, ()))
         for name, change in changes.items()
     }
-    handles = [
-        model.get_submodule(name).register_forward_hook(replay.compare, with_kwargs=True)
-        for name, replay in replays.items()
-    ]
+    handles: list[RemovableHandle] = []
+    for name, replay in replays.items():
+        layer = model.get_submodule(name)
+        handles.append(layer.register_forward_pre_hook(replay.begins, with_kwargs=True))
+        handles.append(layer.register_forward_hook(replay.compare, with_kwargs=True))
     for module in model.modules():
         if isinstance(module, TELLS):
             handles.append(module.register_forward_pre_hook(padding.remember, with_kwargs=True))
@@ -124,7 +128,7 @@ def errors_on_samples(
             try:
                 output = adapter.run(layer, hidden)
             except _FAILURES as error:
-                replay.failed = _first_line(error)
+                replay.failed = f"its smaller copy failed: {_first_line(error)}"
             else:
                 replay.compare(layer, (hidden,), {}, output)
     return _errors(replays)
@@ -176,11 +180,23 @@ class _Replay:
         run: Callable[..., Any] | None = None,
     ) -> None:
         self.name, self.padding, self.run = name, padding, run or _called
+        self.adapter = find_layers(layer)[""][1]
         self.smaller = _copy(layer, change)
         self.of_halves = [_copy(layer, one) for one in by_halves]
         self.dealer = Dealer()
         self.sums = [0.0, 0.0, 0.0, 0.0]
         self.failed = ""
+
+    def begins(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """A forward pre-hook: does the layer go on from a state? That is the larger one, and the copy has none."""
+        if self.failed or not isinstance(self.adapter, SelectiveAdapter):
+            return
+        try:
+            goes_on = self.adapter.carried(layer, named_arguments(layer, args, kwargs)) is not None
+        except UnsupportedModelError:
+            goes_on = True
+        if goes_on:
+            self.failed = "since it goes on from a carried state, which only the layer itself has; give whole sequences"
 
     def compare(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """A forward hook: add one call of the layer."""
@@ -196,7 +212,7 @@ class _Replay:
             others = [_sequence(self.run(one, *args, **kwargs)) for one in (self.smaller, *self.of_halves)]
             changed, *by_halves = [(other.double() - y.double()).square().sum(-1) for other in others]
         except _FAILURES as error:
-            self.failed = _first_line(error)
+            self.failed = f"its smaller copy failed: {_first_line(error)}"
             return
         held_out = torch.zeros_like(changed)
         half = self.dealer.halves(self.name, y.shape[0]).to(y.device)
@@ -242,7 +258,7 @@ def _errors(replays: Mapping[str, _Replay]) -> dict[str, Errors]:
         failed = next((share[name][1] for share in shares if share[name][1]), "")
         changed, before, held_out, tokens = (sum(share[name][0][place] for share in shares) for place in range(4))
         if failed:
-            message = f"the error of {name!r} on the data could not be measured, its smaller copy failed: {failed}"
+            message = f"the error of {name!r} on the data could not be measured, {failed}"
             warnings.warn(message, NotMeasuredWarning, stacklevel=4)
         elif tokens > 0:
             found[name] = Errors(relative(changed, before), relative(held_out, before) if replay.of_halves else None)
