@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
 from torch import Tensor, multiprocessing, nn
 from torch.nn import functional as F
 
-from compressm.adapters import find_layers
+from compressm.adapters import Adapter, find_layers
 from compressm.adapters.base import layer_values, write
 from compressm.errors import ConfigError, UnsupportedModelError
 from compressm.layers import LRU, S4D, S5, SequenceClassifier
 from compressm.layers.bidirectional import Bidirectional
 from compressm.observing.adjoints import Reading, covariances, readings
+from compressm.observing.damage import linear_changes
 from compressm.observing.labels import sampled_losses
 from compressm.observing.observer import Observer, gather_evidence
 from compressm.theory.balancing import balance, real_gramians, truncate
@@ -213,43 +214,50 @@ def test_single_precision_is_close_to_double() -> None:
         assert (single - double).norm() < 1e-5 * double.norm()
 
 
-def test_padding_is_not_counted_in_either_direction() -> None:
-    net = model("s5_both", vocabulary=6)
-    tokens = torch.tensor([[1, 2, 3, 4, 5, 2, 1], [3, 4, 5, 0, 0, 0, 0], [2, 2, 1, 1, 4, 0, 0]])
-    y = torch.tensor([0, 1, 2])
-    expected = oracle(net, lambda m: F.cross_entropy(m(tokens), y, reduction="none"), tokens != 0)
-    observer = Observer(net)
-    observer.observe_next()
-    F.cross_entropy(net(tokens), y).backward()
-    check(observer.evidence(), expected, 3)
-    assert float(observer.evidence()["blocks.0.ssm"].tokens) == 2 * 15
+Way = Literal["lengths", "token"]
 
 
-def test_padding_is_flipped_where_the_input_is() -> None:
-    class Net(SequenceClassifier):
-        pass
+def padded(way: Way, seed: int = 0) -> tuple[dict[str, Tensor], list[dict[str, Tensor]]]:
+    """A batch of sequences of unequal length, and the same sequences one by one without their padding."""
+    generator, lengths = torch.Generator().manual_seed(seed), torch.tensor([7, 3, 1, 5])
+    inside = torch.arange(7) < lengths[:, None]
+    if way == "token":
+        rows = torch.randint(1, 6, (4, 7), generator=generator) * inside
+        return {"u": rows}, [{"u": row[None, :n]} for row, n in zip(rows, lengths.tolist(), strict=True)]
+    rows = torch.randn(4, 7, 2, dtype=torch.float64, generator=generator)
+    rows = torch.where(inside[..., None], rows, 3.0)
+    return {"u": rows, "lengths": lengths}, [
+        {"u": row[None, :n]} for row, n in zip(rows, lengths.tolist(), strict=True)
+    ]
 
-    torch.manual_seed(0)
-    net = Net(2, 4, 3, 5, 1, dropout=0.0, norm="layer", vocabulary=6)
-    net.blocks[0].ssm = Bidirectional(LRU(3, 4, r_max=0.9), LRU(3, 4, r_max=0.9))
-    net.double()
-    tokens = torch.tensor([[1, 2, 3, 4, 5], [3, 4, 0, 0, 0]])
-    observer = Observer(net)
-    observer.observe_next()
-    F.cross_entropy(net(tokens), torch.tensor([0, 1])).backward()
-    backwards = observer.evidence()["blocks.0.ssm.backwards"]
-    assert float(backwards.tokens) == 7
-    # The last two tokens that the reversed layer reads of the second sequence are its own, after three of padding.
-    one, embedded = net.blocks[0].ssm.backwards, net.blocks[0].norm(net.encoder(tokens)).flip(1).detach()
-    system = read(one)
-    x, total = torch.zeros(2, system.n, dtype=torch.complex128), 0.0
-    for t, now in enumerate(embedded.to(torch.complex128).unbind(1)):
-        x = system.lam * x + now @ system.B.mT
-        stacked = torch.cat([x.real, x.imag], 1)
-        for k in range(2):
-            if k == 0 or t >= 3:
-                total = total + torch.outer(stacked[k], stacked[k])
-    torch.testing.assert_close(backwards.states, total)
+
+@pytest.mark.parametrize("way", ["lengths", "token"])
+@pytest.mark.parametrize("kind", ["s5_both", "lru", "s4d", "in both directions"])
+def test_padded_sequences_are_evidence_as_they_are_alone(kind: str, way: Way) -> None:
+    vocabulary = 6 if way == "token" else None
+    net = model("lru" if kind == "in both directions" else kind, vocabulary=vocabulary)
+    if kind == "in both directions":  # each direction a layer of its own, which has no part of its batch's lengths
+        for block in net.blocks:
+            block.ssm = Bidirectional(LRU(3, 5, r_max=0.9), LRU(3, 5, r_max=0.9)).double()
+    batch, alone = padded(way)
+
+    def loss(logits: Tensor, _: object) -> Tensor:
+        return logits.square().sum(1)
+
+    together = gather_evidence(net, [batch], loss=loss, keep=4)
+    one_by_one = gather_evidence(net, alone, loss=loss, keep=4)
+    expected = one_by_one.evidence()
+    for name, found in together.evidence().items():
+        for key, value in found.tensors().items():
+            torch.testing.assert_close(value, expected[name].tensors()[key], msg=f"{name}: {key}")
+    for name, passes in together.samples().items():
+        layer, adapter = find_layers(net)[name]
+        assert isinstance(adapter, Adapter)
+        system = adapter.read(layer_values(layer))
+        half = DiagonalSystem(system.lam, system.B, 0.5 * system.C)
+        changes = torch.cat([linear_changes(layer, system, half, one) for one in passes])
+        exact = torch.cat([linear_changes(layer, system, half, one) for one in one_by_one.samples()[name]])
+        torch.testing.assert_close(changes, exact)
 
 
 def test_a_layer_that_is_called_twice_counts_tokens_twice_and_sequences_once() -> None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from compressm.adapters.base import Adapter, SelectiveAdapter, layer_values
 from compressm.observing.adjoints import covariances, readings
+from compressm.observing.layer_calls import named_arguments
 from compressm.observing.masks import mask_gradients
 from compressm.theory.evidence import Covariances
 from compressm.theory.fisher import MaskFisher
@@ -29,25 +30,30 @@ class LinearCall:
         system: what it computed, which may be another one after the pass.
         u: its input, shape ``(batch, length, d_model)``.
         present: 1 for tokens and 0 for padding, shape ``(batch, length)``; None for no padding.
+        lengths: within which the layer reverses each sequence, shape ``(batch,)``, where it was told any.
     """
 
     layer: nn.Module
     system: DiagonalSystem
     u: Tensor
     present: Tensor | None
+    lengths: Tensor | None = None
 
     @classmethod
     def of(
         cls, layer: nn.Module, adapter: Adapter, args: tuple[Any, ...], kwargs: dict[str, Any], present: Tensor | None
     ) -> LinearCall:
         """A call that was made."""
-        u: Tensor = (*args, *kwargs.values())[0]
-        return cls(layer, adapter.read(layer_values(layer)), u.detach(), present)
+        given = named_arguments(layer, args, kwargs)
+        u: Tensor = next(iter(given.values()))
+        lengths = given.get("lengths")
+        lengths = lengths.to(u.device) if isinstance(lengths, Tensor) else None
+        return cls(layer, adapter.read(layer_values(layer)), u.detach(), present, lengths)
 
     def first(self, sequences: int | None) -> LinearCall:
         """The same with the first sequences of the batch only."""
-        present = None if self.present is None else self.present[:sequences]
-        return replace(self, u=self.u[:sequences], present=present)
+        present, lengths = (None if value is None else value[:sequences] for value in (self.present, self.lengths))
+        return replace(self, u=self.u[:sequences], present=present, lengths=lengths)
 
     def finite(self) -> bool:
         """Whether the layer's input is."""
@@ -60,7 +66,7 @@ class LinearCall:
             g: gradient of every sequence's own loss at the layer's output.
             before: from the calls before it.
         """
-        for reading in readings(self.layer, self.system, self.u, g, self.present):
+        for reading in readings(self.layer, self.system, self.u, g, self.present, self.lengths):
             new = covariances(self.system, reading, first=before is None)
             before = new if before is None else before.plus(new)
         assert before is not None

@@ -13,13 +13,13 @@ from torch.utils.hooks import RemovableHandle
 
 from compressm.adapters import Adapter, SelectiveAdapter, find_layers
 from compressm.errors import ConfigError, InvalidSystemError, UnsupportedModelError
-from compressm.layers import SequenceClassifier
-from compressm.layers.bidirectional import Bidirectional
+from compressm.layers import Bidirectional
 from compressm.observing.calls import Call, LinearCall, SelectiveCall, as_evidence
 from compressm.observing.damage import Sample
 from compressm.observing.labels import Likelihood, sampled_losses
+from compressm.observing.layer_calls import named_arguments, reversed_layers
 from compressm.observing.masks import can_be_masked
-from compressm.observing.moments import MEMORY, modes_kept
+from compressm.observing.moments import MEMORY, TELLS, modes_kept
 from compressm.runtime.processes import gathered, world_size
 from compressm.runtime.random_state import rng_state, set_rng_state
 from compressm.theory.evidence import Covariances
@@ -124,13 +124,13 @@ class Observer:
             return
         self._hooks.append(self._model.register_forward_pre_hook(_Hook(now, self._begun), with_kwargs=True))
         self._hooks.append(self._model.register_forward_hook(_Hook(now, self._compiled_again), always_call=True))
-        flipped = [m.backwards for m in self._model.modules() if isinstance(m, Bidirectional)]
-        backwards = {id(part) for module in flipped for part in module.modules()}
+        backwards = reversed_layers(self._model)
         for module in self._model.modules():
-            if isinstance(module, SequenceClassifier):  # knows which of its inputs are padding
-                self._hooks.append(module.register_forward_pre_hook(_Hook(now, _padding), with_kwargs=True))
+            if isinstance(module, TELLS):  # knows which of its inputs are padding
+                self._hooks.append(module.register_forward_pre_hook(_Hook(now, _padding_told), with_kwargs=True))
+                self._hooks.append(module.register_forward_hook(_Hook(now, _padding_over), always_call=True))
         for name, (layer, adapter) in self._layers.items():
-            seen = _Seen(self, name, adapter, id(layer) in backwards)
+            seen = _Seen(self, name, adapter, name in backwards)
             self._hooks.append(layer.register_forward_hook(_Hook(now, seen), with_kwargs=True))
 
     def close(self) -> None:
@@ -218,7 +218,7 @@ class Observer:
         if isinstance(call, LinearCall):
             before = passes.get(now.number, ())
             assert isinstance(before, tuple)
-            passes[now.number] = (*before, Sample(call.u, g))
+            passes[now.number] = (*before, Sample(call.u, g, call.lengths))
         else:
             run: Tensor = now.runs[name]
             if any(_sequences(one).shape[1:] != run.shape[1:] for one in passes.values()):
@@ -249,7 +249,8 @@ class _Pass:
     ) -> None:
         self.number, self.loss_scale, self.training_only, self.frozen = number, loss_scale, training_only, frozen
         self.begun = self.over = False
-        self.present: Tensor | None = None
+        # Who is told what is padding, innermost last, and whether it stays in its place where a layer reads backwards.
+        self.told: list[tuple[Tensor | None, bool]] = [(None, False)]
         self.before: dict[str, Evidence | None] = {}  # what had been seen of each layer before
         self.runs: dict[str, Any] = {}  # what its calls have left so far
 
@@ -288,8 +289,10 @@ class _Seen:
             if not now.frozen:
                 return
             y.requires_grad_()
-        present = now.present if now.present is not None and now.present.shape == y.shape[:2] else None
-        if present is not None and self.flipped:
+        present, stays = now.told[-1]
+        if present is not None and present.shape != y.shape[:2]:
+            present = None
+        if present is not None and self.flipped and not stays:
             present = present.flip(1)
         try:
             if isinstance(self.adapter, Adapter):
@@ -302,9 +305,17 @@ class _Seen:
         y.register_hook(lambda g: self.observer.add(now, self.name, call, g.detach()))
 
 
-def _padding(now: _Pass, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    assert isinstance(module, SequenceClassifier)
-    now.present = module.present(*args, **kwargs)
+def _padding_told(now: _Pass, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    assert isinstance(module, TELLS)
+    present = module.present(**named_arguments(module, args, kwargs))
+    # Layers that are told the lengths reverse each sequence within its own.
+    stays = isinstance(module, Bidirectional) and present is not None
+    now.told.append((now.told[-1][0] if present is None else present, stays))
+
+
+def _padding_over(now: _Pass, *_: Any) -> None:
+    if len(now.told) > 1:
+        now.told.pop()
 
 
 def _nothing(*_: Any) -> None:
