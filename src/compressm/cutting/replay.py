@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,9 +31,10 @@ from torch.utils.hooks import RemovableHandle
 from compressm.adapters import LayerChange, SelectiveAdapter, find_layers
 from compressm.adapters.base import tell_written, write
 from compressm.errors import UnsupportedModelError
+from compressm.layers import Bidirectional
 from compressm.observing.held_out import Dealer
 from compressm.observing.inputs import calls
-from compressm.observing.layer_calls import named_arguments
+from compressm.observing.layer_calls import named_arguments, reversed_layers
 from compressm.observing.moments import TELLS, Sample, modes_kept
 from compressm.runtime.processes import gathered
 
@@ -80,7 +81,7 @@ def errors_on_data(
     """
     if not changes:
         return {}
-    padding = _Padding()
+    padding = _Padding(backwards=reversed_layers(model))
     replays = {
         name: _Replay(name, model.get_submodule(name), change, padding, (by_halves or {}).get(name, ()))
         for name, change in changes.items()
@@ -137,27 +138,34 @@ def errors_on_samples(
 class _Padding:
     """Which tokens of the batch that is being read are tokens, as far as the model or the batch says so."""
 
-    def __init__(self, present: Tensor | None = None) -> None:
-        self.said: list[Tensor | None] = [present]  # by the batch, then by the model and its parts, innermost last
+    def __init__(self, present: Tensor | None = None, backwards: Collection[str] = ()) -> None:
+        self.backwards = backwards  # names of the layers that read sequences from their end
+        # By the batch, then by the model and its parts, innermost last; and whether it holds for those layers as it is,
+        # since each sequence is reversed within its own length.
+        self.said: list[tuple[Tensor | None, bool]] = [(present, False)]
 
     def of_batch(self, arguments: Mapping[str, Any]) -> None:
         """Forget the batch before."""
         mask = arguments.get("attention_mask")
-        self.said = [mask if isinstance(mask, Tensor) and mask.ndim == 2 else None]
+        self.said = [(mask if isinstance(mask, Tensor) and mask.ndim == 2 else None, False)]
 
     def remember(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """A forward pre-hook of a model, or a part of one, that knows which of its inputs are padding."""
         assert isinstance(model, TELLS)
         present = model.present(**named_arguments(model, args, kwargs))
-        self.said.append(self.said[-1] if present is None else present)
+        stays = isinstance(model, Bidirectional) and present is not None
+        self.said.append((self.said[-1][0] if present is None else present, stays))
 
     def forget(self, *_: Any) -> None:
         """A forward hook of the same."""
         self.said.pop()
 
-    def weights(self, output: Tensor, kwargs: Mapping[str, Any]) -> Tensor | None:
-        """1 for tokens and 0 for padding, shape ``(batch, length)``, where it is known for this output."""
-        for mask in (kwargs.get("attention_mask"), self.said[-1]):
+    def weights(self, name: str, output: Tensor, kwargs: Mapping[str, Any]) -> Tensor | None:
+        """1 for tokens and 0 for padding, shape ``(batch, length)``, where it is known for this output of a layer."""
+        said, stays = self.said[-1]
+        if said is not None and name in self.backwards and not stays:
+            said = said.flip(1)
+        for mask in (kwargs.get("attention_mask"), said):
             if isinstance(mask, Tensor) and mask.shape == output.shape[:-1]:
                 return mask.to(output.device, torch.float64)
         return None
@@ -218,7 +226,7 @@ class _Replay:
         half = self.dealer.halves(self.name, y.shape[0]).to(y.device)
         for which, of_half in enumerate(by_halves):
             held_out[half != which] = of_half[half != which]
-        weights = self.padding.weights(y, kwargs)
+        weights = self.padding.weights(self.name, y, kwargs)
         weights = torch.ones_like(changed) if weights is None else weights
         for place, value in enumerate((changed, y.double().square().sum(-1), held_out, torch.ones_like(changed))):
             self.sums[place] += float((value * weights).sum())
