@@ -21,7 +21,7 @@ import compressm
 from compressm.adapters import Adapter, find_layers, layer_values
 from compressm.cutting.reduce import LayerReport, Report, state_dims
 from compressm.cutting.replay import NotMeasuredWarning
-from compressm.layers import LRU, S4D, S5, Mamba, SequenceClassifier
+from compressm.layers import LRU, S4D, S5, Bidirectional, Mamba, SequenceClassifier
 from compressm.theory.balancing import balance, truncate
 from compressm.theory.certificate import Certificate
 from test_families import FAMILIES, WIDTH
@@ -293,6 +293,55 @@ def test_a_layer_that_cannot_be_run_again_is_named() -> None:
         (report,) = compressm.compress(layer, states=6, data=[sequences("white noise", 1)]).layers
     assert report.outcome == "cut"
     assert report.error_on_data is report.error_held_out is None
+
+
+def test_padding_is_left_out_where_a_layer_reads_from_the_end() -> None:
+    """A layer of both directions that is not told the lengths reads its padding first."""
+
+    class Untold(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inside = Bidirectional(Mamba(WIDTH, 8), Mamba(WIDTH, 8))
+
+        def forward(self, z: Tensor) -> Tensor:
+            return self.inside(z)
+
+    torch.manual_seed(0)
+    model = SequenceClassifier(1, 3, WIDTH, 8, 1, dropout=0.0, layer="mamba", vocabulary=VOCABULARY).eval()
+    model.blocks[0].ssm = Untold()
+    smaller, tokens = copy.deepcopy(model), padded_tokens(1)
+    report = compressm.compress(smaller, states=3, data=tokens)
+    read = model.blocks[0].norm(model.encoder(tokens)).detach()
+    for layer, inputs, present in zip(
+        report.layers, (read, read.flip(1)), (tokens != 0, (tokens != 0).flip(1)), strict=True
+    ):
+        with torch.no_grad():
+            before, after = (one.get_submodule(layer.name)(inputs)[present] for one in (model, smaller))
+        assert layer.error_on_data == pytest.approx(float((after - before).norm() / before.norm()), rel=1e-4)
+
+
+def test_parts_that_go_on_from_a_carried_state_are_not_measured_from_zero() -> None:
+    """The smaller copy has no such state: compared without it, a cut that changes 0.2 % seemed to change 27 %."""
+
+    class InParts(nn.Module):
+        def __init__(self, model: nn.Module) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, input_ids: Tensor) -> Tensor:
+            cache, found = None, list[Tensor]()
+            for part in input_ids.split(LENGTH // 3, 1):
+                out = self.model(input_ids=part, use_cache=True, cache_params=cache)
+                cache = out.cache_params
+                found.append(out[0])
+            return torch.cat(found, 1)
+
+    model = InParts(hugging_face("Mamba2"))
+    with pytest.warns(NotMeasuredWarning, match="goes on from a carried state.*give whole sequences"):
+        report = compressm.compress(model, states=3, data=padded_tokens(1, 6).clamp_min(1))
+    for layer in report.layers:
+        assert layer.outcome == "cut"
+        assert layer.error_on_data is layer.error_held_out is None
 
 
 @pytest.mark.parametrize("layer", ["mamba", "delta_net"])

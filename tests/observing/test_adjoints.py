@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
 from torch import Tensor, multiprocessing, nn
 from torch.nn import functional as F
 
-from compressm.adapters import find_layers
+from compressm.adapters import Adapter, find_layers
 from compressm.adapters.base import layer_values, write
 from compressm.errors import ConfigError, UnsupportedModelError
 from compressm.layers import LRU, S4D, S5, SequenceClassifier
 from compressm.layers.bidirectional import Bidirectional
 from compressm.observing.adjoints import Reading, covariances, readings
+from compressm.observing.damage import linear_changes
 from compressm.observing.labels import sampled_losses
 from compressm.observing.observer import Observer, gather_evidence
 from compressm.theory.balancing import balance, real_gramians, truncate
@@ -49,15 +50,8 @@ def read(module: nn.Module) -> DiagonalSystem:
     return next(iter(find_layers(module).values()))[1].read(layer_values(module))  # type: ignore[union-attr]
 
 
-def mirrored(u: Tensor, lengths: list[int]) -> Tensor:
-    """Each sequence from its last input to its first; padding stays."""
-    return torch.stack([torch.cat([row[:k].flip(0), row[k:]]) for row, k in zip(u, lengths, strict=True)])
-
-
 class Explicit(nn.Module):
     """A linear layer as a loop in stacked real coordinates, that remembers its states with their gradients."""
-
-    lengths: list[int] | None = None  # within which sequences are reversed
 
     def __init__(self, original: nn.Module) -> None:
         super().__init__()
@@ -71,10 +65,9 @@ class Explicit(nn.Module):
     def forward(self, u: Tensor) -> Tensor:
         out = self.D * u
         for index, (lam, B, C) in enumerate(self.runs):
-            lengths = [u.shape[1]] * len(u) if self.lengths is None else self.lengths
-            v = mirrored(u, lengths) if index else u
+            v = u.flip(1) if index else u
             y = self._run(lam, B, C, v)
-            out = out + (mirrored(y, lengths) if index else y)
+            out = out + (y.flip(1) if index else y)
         return out
 
     def _run(self, lam: Tensor, B: Tensor, C: Tensor, u: Tensor) -> Tensor:
@@ -104,15 +97,14 @@ def oracle(net: nn.Module, losses: Any, present: Tensor | None = None) -> dict[s
     for name, (original, _) in find_layers(net).items():
         parent, _, child = name.rpartition(".")
         explicit[name] = Explicit(original)
-        explicit[name].lengths = None if present is None else present.sum(1).tolist()
         setattr(net.get_submodule(parent), child, explicit[name])
     losses(net).sum().backward()
     found = {}
     for name, one in explicit.items():
         P, Q, tokens = 0.0, 0.0, 0.0
-        for states in one.states:
+        for index, states in enumerate(one.states):
             for t, x in enumerate(states):
-                seen = torch.ones(x.shape[0]) if present is None else present[:, t]
+                seen = torch.ones(x.shape[0]) if present is None else present[:, -1 - t if index % len(one.runs) else t]
                 for k in range(x.shape[0]):
                     if seen[k] and x.grad is not None:
                         P = P + x[k, ..., :, None].detach() * x[k, ..., None, :].detach()
@@ -222,43 +214,50 @@ def test_single_precision_is_close_to_double() -> None:
         assert (single - double).norm() < 1e-5 * double.norm()
 
 
-def test_padding_is_not_counted_in_either_direction() -> None:
-    net = model("s5_both", vocabulary=6)
-    tokens = torch.tensor([[1, 2, 3, 4, 5, 2, 1], [3, 4, 5, 0, 0, 0, 0], [2, 2, 1, 1, 4, 0, 0]])
-    y = torch.tensor([0, 1, 2])
-    expected = oracle(net, lambda m: F.cross_entropy(m(tokens), y, reduction="none"), tokens != 0)
-    observer = Observer(net)
-    observer.observe_next()
-    F.cross_entropy(net(tokens), y).backward()
-    check(observer.evidence(), expected, 3)
-    assert float(observer.evidence()["blocks.0.ssm"].tokens) == 2 * 15
+Way = Literal["lengths", "token"]
 
 
-def test_sequences_are_reversed_within_their_own_lengths() -> None:
-    class Net(SequenceClassifier):
-        pass
+def padded(way: Way, seed: int = 0) -> tuple[dict[str, Tensor], list[dict[str, Tensor]]]:
+    """A batch of sequences of unequal length, and the same sequences one by one without their padding."""
+    generator, lengths = torch.Generator().manual_seed(seed), torch.tensor([7, 3, 1, 5])
+    inside = torch.arange(7) < lengths[:, None]
+    if way == "token":
+        rows = torch.randint(1, 6, (4, 7), generator=generator) * inside
+        return {"u": rows}, [{"u": row[None, :n]} for row, n in zip(rows, lengths.tolist(), strict=True)]
+    rows = torch.randn(4, 7, 2, dtype=torch.float64, generator=generator)
+    rows = torch.where(inside[..., None], rows, 3.0)
+    return {"u": rows, "lengths": lengths}, [
+        {"u": row[None, :n]} for row, n in zip(rows, lengths.tolist(), strict=True)
+    ]
 
-    torch.manual_seed(0)
-    net = Net(2, 4, 3, 5, 1, dropout=0.0, norm="layer", vocabulary=6)
-    net.blocks[0].ssm = Bidirectional(LRU(3, 4, r_max=0.9), LRU(3, 4, r_max=0.9))
-    net.double()
-    tokens = torch.tensor([[1, 2, 3, 4, 5], [3, 4, 0, 0, 0]])
-    observer = Observer(net)
-    observer.observe_next()
-    F.cross_entropy(net(tokens), torch.tensor([0, 1])).backward()
-    backwards = observer.evidence()["blocks.0.ssm.backwards"]
-    assert float(backwards.tokens) == 7
-    # The first two tokens that the reversed layer reads of the second sequence are its own, before three of padding.
-    one, embedded = net.blocks[0].ssm.backwards, mirrored(net.blocks[0].norm(net.encoder(tokens)), [5, 2]).detach()
-    system = read(one)
-    x, total = torch.zeros(2, system.n, dtype=torch.complex128), 0.0
-    for t, now in enumerate(embedded.to(torch.complex128).unbind(1)):
-        x = system.lam * x + now @ system.B.mT
-        stacked = torch.cat([x.real, x.imag], 1)
-        for k in range(2):
-            if k == 0 or t < 2:
-                total = total + torch.outer(stacked[k], stacked[k])
-    torch.testing.assert_close(backwards.states, total)
+
+@pytest.mark.parametrize("way", ["lengths", "token"])
+@pytest.mark.parametrize("kind", ["s5_both", "lru", "s4d", "in both directions"])
+def test_padded_sequences_are_evidence_as_they_are_alone(kind: str, way: Way) -> None:
+    vocabulary = 6 if way == "token" else None
+    net = model("lru" if kind == "in both directions" else kind, vocabulary=vocabulary)
+    if kind == "in both directions":  # each direction a layer of its own, which has no part of its batch's lengths
+        for block in net.blocks:
+            block.ssm = Bidirectional(LRU(3, 5, r_max=0.9), LRU(3, 5, r_max=0.9)).double()
+    batch, alone = padded(way)
+
+    def loss(logits: Tensor, _: object) -> Tensor:
+        return logits.square().sum(1)
+
+    together = gather_evidence(net, [batch], loss=loss, keep=4)
+    one_by_one = gather_evidence(net, alone, loss=loss, keep=4)
+    expected = one_by_one.evidence()
+    for name, found in together.evidence().items():
+        for key, value in found.tensors().items():
+            torch.testing.assert_close(value, expected[name].tensors()[key], msg=f"{name}: {key}")
+    for name, passes in together.samples().items():
+        layer, adapter = find_layers(net)[name]
+        assert isinstance(adapter, Adapter)
+        system = adapter.read(layer_values(layer))
+        half = DiagonalSystem(system.lam, system.B, 0.5 * system.C)
+        changes = torch.cat([linear_changes(layer, system, half, one) for one in passes])
+        exact = torch.cat([linear_changes(layer, system, half, one) for one in one_by_one.samples()[name]])
+        torch.testing.assert_close(changes, exact)
 
 
 def test_a_layer_that_is_called_twice_counts_tokens_twice_and_sequences_once() -> None:

@@ -106,6 +106,45 @@ def test_gradients_of_each_example(name: str) -> None:
         torch.testing.assert_close(got[i], torch.autograd.grad(outputs.square().sum(), leaf)[0])
 
 
+def pulled_back(name: str, engine: str) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    """Arguments that want a gradient, outputs of an ordinary forward pass, and outputs of the definition."""
+    args = [arg.requires_grad_() for arg in arguments(name)]
+    leaves = args[: -1 if engine in STATELESS else None]
+    return leaves, list(run(name, engine, args)), list(defined(name, engine, args))
+
+
+@pytest.mark.parametrize(("name", "engine"), CASES)
+def test_a_backward_pass_carries_tangents(name: str, engine: str) -> None:
+    leaves, outputs, expected = pulled_back(name, engine)
+    grads, along = ([torch.randn_like(y) for y in outputs] for _ in range(2))
+    with forward_ad.dual_level():
+        duals = [forward_ad.make_dual(g, v) for g, v in zip(grads, along, strict=True)]
+        got = [forward_ad.unpack_dual(g).tangent for g in torch.autograd.grad(outputs, leaves, duals)]
+    # The backward pass is linear in what comes into it.
+    for tangent, exact in zip(got, torch.autograd.grad(expected, leaves, along), strict=True):
+        assert not tangent.requires_grad
+        torch.testing.assert_close(tangent, exact)
+
+
+@pytest.mark.parametrize(
+    ("name", "engine"),
+    [case for case in CASES if case.values[1] != "fft"],  # of which PyTorch cannot map over a view, and says so
+)
+def test_a_backward_pass_is_mapped_over(name: str, engine: str) -> None:
+    leaves, outputs, expected = pulled_back(name, engine)
+    several = [torch.randn(3, *y.shape, dtype=y.dtype) for y in outputs]
+
+    def back(*grads: Tensor) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(outputs, leaves, grads, retain_graph=True)
+
+    batched = torch.autograd.grad(outputs, leaves, several, retain_graph=True, is_grads_batched=True)
+    for got in (torch.vmap(back)(*several), batched):
+        for i in range(3):
+            exact = torch.autograd.grad(expected, leaves, [grad[i] for grad in several], retain_graph=True)
+            for a, b in zip(got, exact, strict=True):
+                torch.testing.assert_close(a[i], b)
+
+
 @pytest.mark.parametrize(("name", "engine"), CASES)
 def test_second_derivatives(name: str, engine: str) -> None:
     args = [arg.requires_grad_() for arg in arguments(name, length=5)]

@@ -20,24 +20,28 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from compressm.adapters import LayerChange, SelectiveAdapter, find_layers
 from compressm.adapters.base import tell_written, write
+from compressm.errors import UnsupportedModelError
+from compressm.layers import Bidirectional
 from compressm.observing.held_out import Dealer
 from compressm.observing.inputs import calls
-from compressm.observing.layer_calls import named_arguments
+from compressm.observing.layer_calls import named_arguments, reversed_layers
 from compressm.observing.moments import TELLS, Sample, modes_kept
 from compressm.runtime.processes import gathered
 
 
 class NotMeasuredWarning(UserWarning):
-    """A layer's error on the data could not be measured, because the smaller copy of it could not be run on them."""
+    """A layer's error on the data could not be measured, because the smaller copy of it could not be run on them, or
+    not from the states that the layer itself went on from."""
 
 
 @dataclass(frozen=True)
@@ -77,15 +81,16 @@ def errors_on_data(
     """
     if not changes:
         return {}
-    padding = _Padding()
+    padding = _Padding(backwards=reversed_layers(model))
     replays = {
         name: _Replay(name, model.get_submodule(name), change, padding, (by_halves or {}).get(name, ()))
         for name, change in changes.items()
     }
-    handles = [
-        model.get_submodule(name).register_forward_hook(replay.compare, with_kwargs=True)
-        for name, replay in replays.items()
-    ]
+    handles: list[RemovableHandle] = []
+    for name, replay in replays.items():
+        layer = model.get_submodule(name)
+        handles.append(layer.register_forward_pre_hook(replay.begins, with_kwargs=True))
+        handles.append(layer.register_forward_hook(replay.compare, with_kwargs=True))
     for module in model.modules():
         if isinstance(module, TELLS):
             handles.append(module.register_forward_pre_hook(padding.remember, with_kwargs=True))
@@ -124,7 +129,7 @@ def errors_on_samples(
             try:
                 output = adapter.run(layer, hidden)
             except _FAILURES as error:
-                replay.failed = _first_line(error)
+                replay.failed = f"its smaller copy failed: {_first_line(error)}"
             else:
                 replay.compare(layer, (hidden,), {}, output)
     return _errors(replays)
@@ -133,27 +138,34 @@ def errors_on_samples(
 class _Padding:
     """Which tokens of the batch that is being read are tokens, as far as the model or the batch says so."""
 
-    def __init__(self, present: Tensor | None = None) -> None:
-        self.said: list[Tensor | None] = [present]  # by the batch, then by the model and its parts, innermost last
+    def __init__(self, present: Tensor | None = None, backwards: Collection[str] = ()) -> None:
+        self.backwards = backwards  # names of the layers that read sequences from their end
+        # By the batch, then by the model and its parts, innermost last; and whether it holds for those layers as it is,
+        # since each sequence is reversed within its own length.
+        self.said: list[tuple[Tensor | None, bool]] = [(present, False)]
 
     def of_batch(self, arguments: Mapping[str, Any]) -> None:
         """Forget the batch before."""
         mask = arguments.get("attention_mask")
-        self.said = [mask if isinstance(mask, Tensor) and mask.ndim == 2 else None]
+        self.said = [(mask if isinstance(mask, Tensor) and mask.ndim == 2 else None, False)]
 
     def remember(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """A forward pre-hook of a model, or a part of one, that knows which of its inputs are padding."""
         assert isinstance(model, TELLS)
         present = model.present(**named_arguments(model, args, kwargs))
-        self.said.append(self.said[-1] if present is None else present)
+        stays = isinstance(model, Bidirectional) and present is not None
+        self.said.append((self.said[-1][0] if present is None else present, stays))
 
     def forget(self, *_: Any) -> None:
         """A forward hook of the same."""
         self.said.pop()
 
-    def weights(self, output: Tensor, kwargs: Mapping[str, Any]) -> Tensor | None:
-        """1 for tokens and 0 for padding, shape ``(batch, length)``, where it is known for this output."""
-        for mask in (kwargs.get("attention_mask"), self.said[-1]):
+    def weights(self, name: str, output: Tensor, kwargs: Mapping[str, Any]) -> Tensor | None:
+        """1 for tokens and 0 for padding, shape ``(batch, length)``, where it is known for this output of a layer."""
+        said, stays = self.said[-1]
+        if said is not None and name in self.backwards and not stays:
+            said = said.flip(1)
+        for mask in (kwargs.get("attention_mask"), said):
             if isinstance(mask, Tensor) and mask.shape == output.shape[:-1]:
                 return mask.to(output.device, torch.float64)
         return None
@@ -176,11 +188,23 @@ class _Replay:
         run: Callable[..., Any] | None = None,
     ) -> None:
         self.name, self.padding, self.run = name, padding, run or _called
+        self.adapter = find_layers(layer)[""][1]
         self.smaller = _copy(layer, change)
         self.of_halves = [_copy(layer, one) for one in by_halves]
         self.dealer = Dealer()
         self.sums = [0.0, 0.0, 0.0, 0.0]
         self.failed = ""
+
+    def begins(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """A forward pre-hook: does the layer go on from a state? That is the larger one, and the copy has none."""
+        if self.failed or not isinstance(self.adapter, SelectiveAdapter):
+            return
+        try:
+            goes_on = self.adapter.carried(layer, named_arguments(layer, args, kwargs)) is not None
+        except UnsupportedModelError:
+            goes_on = True
+        if goes_on:
+            self.failed = "since it goes on from a carried state, which only the layer itself has; give whole sequences"
 
     def compare(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """A forward hook: add one call of the layer."""
@@ -196,13 +220,13 @@ class _Replay:
             others = [_sequence(self.run(one, *args, **kwargs)) for one in (self.smaller, *self.of_halves)]
             changed, *by_halves = [(other.double() - y.double()).square().sum(-1) for other in others]
         except _FAILURES as error:
-            self.failed = _first_line(error)
+            self.failed = f"its smaller copy failed: {_first_line(error)}"
             return
         held_out = torch.zeros_like(changed)
         half = self.dealer.halves(self.name, y.shape[0]).to(y.device)
         for which, of_half in enumerate(by_halves):
             held_out[half != which] = of_half[half != which]
-        weights = self.padding.weights(y, kwargs)
+        weights = self.padding.weights(self.name, y, kwargs)
         weights = torch.ones_like(changed) if weights is None else weights
         for place, value in enumerate((changed, y.double().square().sum(-1), held_out, torch.ones_like(changed))):
             self.sums[place] += float((value * weights).sum())
@@ -242,7 +266,7 @@ def _errors(replays: Mapping[str, _Replay]) -> dict[str, Errors]:
         failed = next((share[name][1] for share in shares if share[name][1]), "")
         changed, before, held_out, tokens = (sum(share[name][0][place] for share in shares) for place in range(4))
         if failed:
-            message = f"the error of {name!r} on the data could not be measured, its smaller copy failed: {failed}"
+            message = f"the error of {name!r} on the data could not be measured, {failed}"
             warnings.warn(message, NotMeasuredWarning, stacklevel=4)
         elif tokens > 0:
             found[name] = Errors(relative(changed, before), relative(held_out, before) if replay.of_halves else None)

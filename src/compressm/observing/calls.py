@@ -30,6 +30,7 @@ class LinearCall:
         system: what it computed, which may be another one after the pass.
         u: its input, shape ``(batch, length, d_model)``.
         present: 1 for tokens and 0 for padding, shape ``(batch, length)``; None for no padding.
+        lengths: within which the layer reverses each sequence, shape ``(batch,)``, where it was told any.
     """
 
     layer: nn.Module
@@ -43,8 +44,10 @@ class LinearCall:
         cls, layer: nn.Module, adapter: Adapter, args: tuple[Any, ...], kwargs: dict[str, Any], present: Tensor | None
     ) -> LinearCall:
         """A call that was made."""
-        u: Tensor = (*args, *kwargs.values())[0]
-        lengths = named_arguments(layer, args, kwargs).get("lengths")
+        given = named_arguments(layer, args, kwargs)
+        u: Tensor = next(iter(given.values()))
+        lengths = given.get("lengths")
+        lengths = lengths.to(u.device) if isinstance(lengths, Tensor) else None
         return cls(layer, adapter.read(layer_values(layer)), u.detach(), present, lengths)
 
     def first(self, sequences: int | None) -> LinearCall:

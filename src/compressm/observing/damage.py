@@ -19,7 +19,7 @@ the predicted one.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -41,18 +41,12 @@ class Sample:
 
     Attributes:
         u, g: shape ``(sequences, length, d_model)``.
-        lengths: within which a layer with two directions reverses each sequence; None for whole rows.
+        lengths: within which the layer reverses each sequence, shape ``(sequences,)``, where it was told any.
     """
 
     u: Tensor
     g: Tensor
     lengths: Tensor | None = None
-
-    def split(self, size: int) -> Iterator[Sample]:
-        """So many sequences at a time."""
-        for start in range(0, len(self.u), size):
-            part = slice(start, start + size)
-            yield Sample(self.u[part], self.g[part], None if self.lengths is None else self.lengths[part])
 
 
 @torch.no_grad()
@@ -73,7 +67,9 @@ def linear_changes(
     total = torch.zeros(calls[0].u.shape[0], dtype=torch.float64)
     for call in calls:
         size = max(1, _BLOCK // (2 * difference.lam.numel() * call.u.shape[1]))
-        total += torch.cat([_changes(layer, difference, part) for part in call.split(size)])
+        lengths = [None] * len(call.u) if call.lengths is None else call.lengths.split(size)
+        parts = zip(call.u.split(size), call.g.split(size), lengths, strict=False)
+        total += torch.cat([_changes(layer, difference, *part) for part in parts])
     return total
 
 
@@ -139,9 +135,9 @@ def _through(curve: Tensor, tried: Callable[[int], float | None], points: int) -
     return calibrated(curve, damages)
 
 
-def _changes(layer: nn.Module, difference: DiagonalSystem, call: Sample) -> Tensor:
-    change = torch.zeros(call.u.shape[0], dtype=torch.float64)
-    for one in readings(layer, difference, call.u, call.g, None, call.lengths):
+def _changes(layer: nn.Module, difference: DiagonalSystem, u: Tensor, g: Tensor, lengths: Tensor | None) -> Tensor:
+    change = torch.zeros(u.shape[0], dtype=torch.float64)
+    for one in readings(layer, difference, u, g, None, lengths):
         x = run(difference.lam, difference.B, one.u)
         adjoint = one.g.to(x) if difference.lam.ndim == 1 else one.g.to(x)[..., None]
         re, im = (part.to(x) for part in (one.C.real, one.C.imag))

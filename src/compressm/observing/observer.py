@@ -13,14 +13,13 @@ from torch.utils.hooks import RemovableHandle
 
 from compressm.adapters import Adapter, SelectiveAdapter, find_layers
 from compressm.errors import ConfigError, InvalidSystemError, UnsupportedModelError
-from compressm.layers import SequenceClassifier
-from compressm.layers.bidirectional import Bidirectional
+from compressm.layers import Bidirectional
 from compressm.observing.calls import Call, LinearCall, SelectiveCall, as_evidence
 from compressm.observing.damage import Sample
 from compressm.observing.labels import Likelihood, sampled_losses
-from compressm.observing.layer_calls import named_arguments
+from compressm.observing.layer_calls import named_arguments, reversed_layers
 from compressm.observing.masks import can_be_masked
-from compressm.observing.moments import MEMORY, modes_kept
+from compressm.observing.moments import MEMORY, TELLS, modes_kept
 from compressm.runtime.processes import gathered, world_size
 from compressm.runtime.random_state import rng_state, set_rng_state
 from compressm.theory.evidence import Covariances
@@ -125,15 +124,13 @@ class Observer:
             return
         self._hooks.append(self._model.register_forward_pre_hook(_Hook(now, self._begun), with_kwargs=True))
         self._hooks.append(self._model.register_forward_hook(_Hook(now, self._compiled_again), always_call=True))
-        backwards: dict[int, Bidirectional] = {}  # the innermost one that reads a part's sequences from their end
+        backwards = reversed_layers(self._model)
         for module in self._model.modules():
-            if isinstance(module, Bidirectional):
-                backwards |= {id(part): module for part in module.backwards.modules()}
-                self._hooks.append(module.register_forward_pre_hook(_Hook(now, _lengths), with_kwargs=True))
-            if isinstance(module, SequenceClassifier):  # knows which of its inputs are padding
-                self._hooks.append(module.register_forward_pre_hook(_Hook(now, _padding), with_kwargs=True))
+            if isinstance(module, TELLS):  # knows which of its inputs are padding
+                self._hooks.append(module.register_forward_pre_hook(_Hook(now, _padding_told), with_kwargs=True))
+                self._hooks.append(module.register_forward_hook(_Hook(now, _padding_over), always_call=True))
         for name, (layer, adapter) in self._layers.items():
-            seen = _Seen(self, name, adapter, backwards.get(id(layer)))
+            seen = _Seen(self, name, adapter, name in backwards)
             self._hooks.append(layer.register_forward_hook(_Hook(now, seen), with_kwargs=True))
 
     def close(self) -> None:
@@ -252,8 +249,8 @@ class _Pass:
     ) -> None:
         self.number, self.loss_scale, self.training_only, self.frozen = number, loss_scale, training_only, frozen
         self.begun = self.over = False
-        self.present: Tensor | None = None
-        self.told: set[Bidirectional] = set()  # that reverse each sequence within its own length
+        # Who is told what is padding, innermost last, and whether it stays in its place where a layer reads backwards.
+        self.told: list[tuple[Tensor | None, bool]] = [(None, False)]
         self.before: dict[str, Evidence | None] = {}  # what had been seen of each layer before
         self.runs: dict[str, Any] = {}  # what its calls have left so far
 
@@ -276,8 +273,8 @@ class _Hook:
 class _Seen:
     """What is done at a call of one layer."""
 
-    def __init__(self, observer: Observer, name: str, adapter: Any, backwards_of: Bidirectional | None) -> None:
-        self.observer, self.name, self.adapter, self.backwards_of = observer, name, adapter, backwards_of
+    def __init__(self, observer: Observer, name: str, adapter: Any, flipped: bool) -> None:
+        self.observer, self.name, self.adapter, self.flipped = observer, name, adapter, flipped
 
     def __call__(
         self, now: _Pass, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
@@ -292,8 +289,10 @@ class _Seen:
             if not now.frozen:
                 return
             y.requires_grad_()
-        present = now.present if now.present is not None and now.present.shape == y.shape[:2] else None
-        if present is not None and self.backwards_of is not None and self.backwards_of not in now.told:
+        present, stays = now.told[-1]
+        if present is not None and present.shape != y.shape[:2]:
+            present = None
+        if present is not None and self.flipped and not stays:
             present = present.flip(1)
         try:
             if isinstance(self.adapter, Adapter):
@@ -306,17 +305,17 @@ class _Seen:
         y.register_hook(lambda g: self.observer.add(now, self.name, call, g.detach()))
 
 
-def _padding(now: _Pass, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    assert isinstance(module, SequenceClassifier)
-    now.present = module.present(*args, **kwargs)
+def _padding_told(now: _Pass, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    assert isinstance(module, TELLS)
+    present = module.present(**named_arguments(module, args, kwargs))
+    # Layers that are told the lengths reverse each sequence within its own.
+    stays = isinstance(module, Bidirectional) and present is not None
+    now.told.append((now.told[-1][0] if present is None else present, stays))
 
 
-def _lengths(now: _Pass, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    assert isinstance(module, Bidirectional)
-    if named_arguments(module, args, kwargs).get("lengths") is None:
-        now.told.discard(module)
-    else:
-        now.told.add(module)
+def _padding_over(now: _Pass, *_: Any) -> None:
+    if len(now.told) > 1:
+        now.told.pop()
 
 
 def _nothing(*_: Any) -> None:

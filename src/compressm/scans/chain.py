@@ -95,12 +95,11 @@ def times(lam: Tensor, x: Tensor) -> Tensor:
     return torch.stack([lam[0] * re - lam[1] * im, lam[0] * im + lam[1] * re], 1)
 
 
-def chain_gradients(
-    grad: Tensor, lam: Tensor, initial: Tensor, states: Tensor, engine: ChainEngine
-) -> tuple[Tensor, Tensor, Tensor]:
+def chain_gradients(grad: Tensor, lam: Tensor, initial: Tensor, states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The backward pass of `chain`, differentiable: the same recurrence, reversed, with the conjugate of ``lam``."""
     conjugate = torch.stack([lam[0], -lam[1]])
-    adjoint = chain(grad.flip(1), conjugate, torch.zeros_like(initial), engine).flip(1)
+    # No kernel: ``grad`` may be a dual number, or a batch that is mapped over.
+    adjoint = plain_chain(grad.flip(1), conjugate, torch.zeros_like(initial)).flip(1)
     before = torch.cat([initial[:, None], states[:, :-1]], 1)
     (re, im), (before_re, before_im) = adjoint.unbind(2), before.unbind(2)
     to_re, to_im = re * before_re + im * before_im, im * before_re - re * before_im
@@ -122,7 +121,7 @@ class _Loop(torch.autograd.Function):
         states, lam, initial = ctx.saved_tensors
         if twice():
             parts = (_parts(grad, 2), _parts(lam, 0), _parts(initial, 1), _parts(states, 2))
-            to_v, to_lam, to_initial = chain_gradients(*parts, "torch")
+            to_v, to_lam, to_initial = chain_gradients(*parts)
             return torch.complex(*to_v.unbind(2)), torch.complex(*to_lam), torch.complex(*to_initial.unbind(1))
         adjoint, conjugate = torch.empty_like(grad), lam.conj().resolve_conj()
         after = torch.zeros_like(initial)
@@ -171,7 +170,7 @@ def _keep_for_backward(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: 
 def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     lam, initial, states = ctx.saved_tensors
     if twice():
-        return chain_gradients(grad, lam, initial, states, "native")
+        return chain_gradients(grad, lam, initial, states)
     return _native_backward(grad.contiguous(), lam, initial, states)
 
 

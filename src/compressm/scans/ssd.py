@@ -183,13 +183,18 @@ def chain_of_states(added: Tensor, decay: Tensor, initial: Tensor) -> Tensor:
         initial: ``S_{-1}``, shape ``(batch, heads, p, n)``.
     """
     if transformed():
-        states, state = list[Tensor](), initial
-        for c in range(added.shape[1]):
-            state = torch.addcmul(added[:, c], decay[:, c], state)
-            states.append(state)
-        return torch.stack(states, 1)
+        return _composed_chain(added, decay, initial)
     result: Any = _Chain.apply(added, decay, initial)
     return result
+
+
+def _composed_chain(added: Tensor, decay: Tensor, initial: Tensor) -> Tensor:
+    """The same by operations that PyTorch can differentiate and map over."""
+    states, state = list[Tensor](), initial
+    for c in range(added.shape[1]):
+        state = torch.addcmul(added[:, c], decay[:, c], state)
+        states.append(state)
+    return torch.stack(states, 1)
 
 
 class _Chain(torch.autograd.Function):
@@ -217,6 +222,6 @@ class _Chain(torch.autograd.Function):
 def _chain_gradients(grad: Tensor, states: Tensor, decay: Tensor, initial: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The backward pass of `chain_of_states`, differentiable: ``adjoint_c = grad_c + decay_{c+1} adjoint_{c+1}``."""
     later = torch.cat([decay[:, :1], decay.flip(1)[:, :-1]], 1)  # the first one multiplies zero
-    adjoint = chain_of_states(grad.flip(1), later, torch.zeros_like(initial)).flip(1)
+    adjoint = _composed_chain(grad.flip(1), later, torch.zeros_like(initial)).flip(1)
     before = torch.cat([initial[:, None], states[:, :-1]], 1)
     return adjoint, (adjoint * before).sum_to_size(decay.shape), adjoint[:, 0] * decay[:, 0]

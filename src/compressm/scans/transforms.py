@@ -5,8 +5,8 @@ custom operator is dropped, and the result looks constant. So
 
 - while forward-mode differentiation or a transform of `torch.func` (``grad``, ``jvp``, ``vmap``, ...) is at work, the
   scans and the layers' element-wise parts are composed of PyTorch's own operations (`transformed`), which is slower;
-- a backward pass that is to be differentiated itself (``create_graph=True``) computes its gradients by such a
-  composition (`gradients`).
+- a backward pass that is to be differentiated itself (``create_graph=True``), or that is reached by tangents or mapped
+  over (`twice`), computes its gradients by such a composition (`gradients`).
 """
 
 from __future__ import annotations
@@ -27,8 +27,19 @@ def transformed() -> bool:
 
 
 def twice() -> bool:
-    """Inside a backward pass: whether its result is to be differentiated again."""
-    return torch.is_grad_enabled() and not torch.compiler.is_compiling()  # compiled graphs have no second derivative
+    """Inside a backward pass: whether its result is to be differentiated again, or what comes into it may be a dual
+    number or a batch of `vmap`, though the forward pass was an ordinary one."""
+    # Compiled graphs have no second derivative.
+    return not torch.compiler.is_compiling() and (torch.is_grad_enabled() or transformed() or _gradients_batched())
+
+
+def _gradients_batched() -> bool:
+    """Whether `torch.autograd.grad` maps over gradients (``is_grads_batched=True``, `torch.autograd.functional`'s
+    ``vectorize=True``). It does so by an older `vmap` that tells its level only when it is counted up."""
+    core = _untyped(torch._C)  # pyright: ignore[reportPrivateUsage]
+    level: int = core._vmapmode_increment_nesting()
+    core._vmapmode_decrement_nesting()
+    return level > 1
 
 
 def gradients(
@@ -36,21 +47,25 @@ def gradients(
 ) -> tuple[Tensor | None, ...]:
     """The backward pass of ``function``, differentiable: one gradient for each input, None where there is none.
 
+    Where gradients are off, as in a backward pass that only carries tangents, the result requires none.
+
     Args:
         function: composed of differentiable operations.
         inputs: its arguments; those that require a gradient get one.
         grads: of its outputs.
     """
-    # One input may depend on another one. Views cut these paths: each gradient is a partial derivative.
-    views = [x.view_as(x) if isinstance(x, Tensor) and x.requires_grad else x for x in inputs]
-    outputs = function(*views)
+    again = torch.is_grad_enabled()
+    with torch.enable_grad():
+        # One input may depend on another one. Views cut these paths: each gradient is a partial derivative.
+        views = [x.view_as(x) if isinstance(x, Tensor) and x.requires_grad else x for x in inputs]
+        outputs = function(*views)
     pairs = zip((outputs,) if isinstance(outputs, Tensor) else outputs, grads, strict=True)
     used = [(y, grad) for y, grad in pairs if grad is not None and y.requires_grad]
     wanted = [i for i, x in enumerate(views) if isinstance(x, Tensor) and x.requires_grad]
     found: list[Tensor | None] = [None] * len(views)
     if used and wanted:
         ys, given = zip(*used, strict=True)
-        results = torch.autograd.grad(ys, [views[i] for i in wanted], given, create_graph=True, allow_unused=True)
+        results = torch.autograd.grad(ys, [views[i] for i in wanted], given, create_graph=again, allow_unused=True)
         for i, result in zip(wanted, results, strict=True):
             found[i] = result
     return tuple(found)

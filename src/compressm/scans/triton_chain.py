@@ -47,7 +47,7 @@ class _Chain(torch.autograd.Function):
         states, lam = ctx.saved_tensors
         if twice():
             tensors = (grad.mT, lam.T, torch.zeros_like(states[:, 0].mT), states.mT)
-            to_v, to_lam, _ = chain_gradients(*tensors, "triton")
+            to_v, to_lam, _ = chain_gradients(*tensors)
             return to_v.mT, to_lam.T
         lam = lam.contiguous()
         batch, length, n, _ = states.shape
