@@ -169,7 +169,7 @@ def test_the_reported_error_is_made_on_fresh_data_too(name: str, law: str) -> No
     n = next(iter(state_dims(layer).values()))
     for states in (n // 2, max(1, n // 6)):
         smaller = copy.deepcopy(layer)
-        report = compressm.compress(smaller, states=states, data=data.split(8))
+        report = compressm.compress(smaller, states=states, data=list(data.split(8)))
         agree(report, measured(layer, smaller, fresh, torch.ones(fresh.shape[:2])))
 
 
