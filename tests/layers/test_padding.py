@@ -180,9 +180,10 @@ def test_a_language_model_says_what_is_padding() -> None:
         (torch.tensor([True, True]), r"whole numbers of shape \(2,\)"),
         (torch.tensor([[3], [2]]), r"got torch.int64 of shape \(2, 1\)"),
         (torch.tensor([3]), r"shape \(1,\)"),
+        ([3, 2], r"must be a tensor .* shape \(2,\); got \[3, 2\]"),
     ],
 )
-def test_lengths_that_cannot_be(lengths: Tensor, message: str) -> None:
+def test_lengths_that_cannot_be(lengths: Any, message: str) -> None:
     for model in (classifier("lru"), Bidirectional(LRU(2, 4), LRU(2, 4)).double()):
         with pytest.raises(ValueError, match=message):
             model(torch.randn(2, 5, 2, dtype=torch.float64), lengths)

@@ -134,6 +134,7 @@ REFUSED: dict[str, tuple[Make, Callable[[], Any], str]] = {
     "a path": (numbers, lambda: "data.npz", "files are read by compressm analyze"),
     "names": (numbers, lambda: np.array([["a"]]), "is <U1 of shape .*pass numbers"),
     "objects": (numbers, lambda: np.array([[None, 1]]), "is object of shape .*pass numbers"),
+    "no values": (numbers, lambda: X.to("meta"), r"is on the meta device and has no values: .*takes numbers"),
     "complex numbers": (
         numbers,
         lambda: X + 0j,

@@ -161,6 +161,28 @@ def test_an_error_that_cannot_be_kept_is_refused(whole: Path, tmp_path: Path) ->
     assert "none.onnx" not in [path.name for path in tmp_path.iterdir()]
 
 
+class BesideLargeUnits(Simulator):
+    """The simulation, after an output in large units that no rounding reaches, and about another level."""
+
+    def forward(self, u: Tensor) -> Tensor:
+        return torch.cat([300 * u, super().forward(u) + 50], -1)
+
+    def step(self, u: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        y, state = super().step(u, state)
+        return torch.cat([300 * u, y + 50], -1), state
+
+
+def test_an_output_in_small_units_counts_as_much_as_one_in_large_units(tmp_path: Path) -> None:
+    u = sequences()
+    report = to_onnx(BesideLargeUnits(), tmp_path / "two.onnx", step=True, int8=True, example=u, int8_error=0.02)
+    with torch.no_grad():
+        expected = BesideLargeUnits().double()(u.double()).flatten(0, 1)
+    difference = simulated(tmp_path / "two.onnx", u).flatten(0, 1) - expected
+    each = (difference.square().mean(0) / expected.var(0, correction=0)).sqrt()
+    assert float(each[1]) < 0.02 * 2**0.5
+    assert report.relative_error == pytest.approx(float(each.square().mean().sqrt()), rel=1e-3)
+
+
 def test_the_report_says_what_was_kept_and_what_it_would_have_cost(tmp_path: Path) -> None:
     path = tmp_path / "step.onnx"
     report = to_onnx(Simulator(), path, step=True, int8=True, example=sequences())

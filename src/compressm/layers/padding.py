@@ -22,6 +22,8 @@ def checked_lengths(lengths: Tensor, batch: int, length: int) -> Tensor:
     Raises:
         ValueError: another shape, fractions, or numbers outside of that range.
     """
+    if not isinstance(lengths, Tensor):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise ValueError(f"lengths must be a tensor of whole numbers of shape ({batch},); got {lengths!r:.60}")
     whole = not (lengths.is_floating_point() or lengths.is_complex() or lengths.dtype == torch.bool)
     if not whole or lengths.ndim != 1 or lengths.shape[0] != batch:  # a trace keeps sizes free in this form
         raise ValueError(

@@ -236,6 +236,8 @@ def numeric(expected: Expected, x: Any, where: str) -> Tensor:
     if isinstance(x, Tensor):
         if x.is_complex() or x.is_nested or x.is_sparse:
             raise ConfigError(f"{where} is {described(x) if x.is_complex() else 'nested or sparse'}: {expected.form}")
+        if x.is_meta:
+            raise ConfigError(f"{where} is on the meta device and has no values: {expected.form}")
         return x.detach()
     if not isinstance(x, np.ndarray) or x.dtype.kind not in "biuf":
         raise ConfigError(f"{where} is {described(x)}: {expected.form}; pass numbers")

@@ -69,8 +69,8 @@ class HalvedStatistics(Statistics):
             part._when, part._arguments = self._when, self._arguments
             rows = (half == which).nonzero()[:, 0]
             if len(rows):
-                some = (None if value is None else value[rows] for value in (present, starts))
-                part._look(name, layer, adapter, hidden[rows], *some, carried, told)
+                tokens, begins = (None if value is None else value[rows] for value in (present, starts))
+                part._look(name, layer, adapter, hidden[rows], tokens, begins, carried, told)
 
     def of_halves(self) -> Halves:
         """Moments of each half by layer name, over all processes; of no tokens where a half got no sequence.

@@ -62,8 +62,8 @@ def to_onnx(
             their end; for models whose ``forward`` takes it, as those of `compressm.layers` do. Not for ``step``: the
             caller makes no more steps when a sequence is over.
         int8_error: largest error that ``int8`` may cause: root mean square over the whole example sequences, as a
-            share of the outputs' standard deviation. Layers that would cost more keep a higher precision; the report
-            says which, and what each would have cost.
+            share of the outputs' standard deviation, of each output's own where there are several. Layers that would
+            cost more keep a higher precision; the report says which, and what each would have cost.
 
     Raises:
         ExportError: the model cannot be traced, the file cannot be written, it computes something else, or no layer can
@@ -229,25 +229,43 @@ def _outputs(traced: Traced, run: Runner) -> Iterator[Tensor]:
 
 def _verify(traced: Traced, reference: list[Tensor], run: Runner, tolerance: float | None) -> dict[str, Any]:
     """Compare with the model over the example sequences."""
-    error = largest = squares = 0.0
-    for index, (got, expected) in enumerate(zip(_outputs(traced, run), reference, strict=True)):
+    error = largest = 0.0
+    differences = list[Tensor]()
+    for got, expected in zip(_outputs(traced, run), reference, strict=True):
         if got.shape != expected.shape:
             raise ExportError(f"the exported model gives shape {tuple(got.shape)}, PyTorch {tuple(expected.shape)}")
-        difference = (got - expected).abs().nan_to_num(float("inf"), float("inf"))
-        error = max(error, difference.max().item())
+        differences.append((got - expected).abs().nan_to_num(float("inf"), float("inf")))
+        error = max(error, differences[-1].max().item())
         largest = max(largest, expected.abs().max().item())
-        if traced.state is not None or index == 0:  # the whole sequence
-            squares += difference.double().square().sum().item()
     if tolerance is not None and error > tolerance * max(1.0, largest):
         raise ExportError(
             f"the exported model differs from PyTorch by {error:.1e} where outputs reach {largest:.1e}, more than the "
             f"tolerance {tolerance:.0e}; nothing was written"
         )
-    whole = torch.stack(reference) if traced.state is not None else reference[0]
-    spread = (whole.double() - whole.double().mean()).square().sum().item() or whole.double().square().sum().item()
-    relative = (squares / spread) ** 0.5 if spread else float("inf") if squares else 0.0
+    if traced.state is None:  # the whole sequence, and not the single step
+        relative = _relative_error(differences[0], reference[0])
+    else:
+        relative = _relative_error(torch.stack(differences), torch.stack(reference))
     steps = traced.example.shape[1]
     return {"max_error": error, "largest_output": largest, "checked_steps": steps, "relative_error": relative}
+
+
+def _relative_error(difference: Tensor, whole: Tensor) -> float:
+    """Root mean square of the difference as a share of the standard deviation: of each output's own, where outputs are
+    sequences, since one in large units would hide what happens to the others; of all together for single vectors.
+
+    Args:
+        difference, whole: shape ``(..., outputs)``.
+    """
+    columns = whole.shape[-1] if whole.ndim > 2 else 1
+    difference, whole = (value.double().reshape(-1, columns) for value in (difference, whole))
+    squares, spread = difference.square().sum(0), (whole - whole.mean(0)).square().sum(0)
+    if not bool(spread.any()):
+        spread = whole.square().sum(0)
+    if not bool(spread.any()):
+        return float("inf") if bool(squares.any()) else 0.0
+    # An output that hardly moves is held against a thousandth of how the others do.
+    return float((squares / spread.clamp_min(1e-6 * float(spread.mean()))).mean().sqrt())
 
 
 def _report(traced: Traced, path: Path, format: str, int8: bool, check: dict[str, Any]) -> ExportReport:

@@ -21,7 +21,8 @@ class ExportReport:
         checked_steps: length of the sequences that were compared.
         inputs, outputs: names in the graph, with shapes.
         relative_error: root mean square of that difference over whole sequences, as a share of the standard deviation
-            of PyTorch's outputs. A simulation's FIT is lower by at most about this share.
+            of PyTorch's outputs, each output's own where there are several. A simulation's FIT is lower by at most
+            about this share.
         calibrated: whether the sequences that were compared were given, and not drawn at random.
         precisions: with int8, what became of every layer: ``"int8"``, ``"int8 weights"`` or ``"float32"``.
         costs: with int8, the relative error if only that layer were ``"int8"``; empty where all layers are.
