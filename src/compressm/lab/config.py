@@ -201,7 +201,8 @@ class LossConfig(Section):
 def _option(name: str) -> Any:
     """A key with the default, the range and the meaning of the `Compressor`'s argument of that name."""
     option = OPTIONS[name]
-    return Field(option.default, description=option.help, **option.bounds)
+    bounds: dict[str, Any] = dict(option.bounds)
+    return Field(option.default, description=option.help, **bounds)
 
 
 class CompressionConfig(Section):
