@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 import compressm
 from compressm.adapters import Adapter, find_layers, layer_values
-from compressm.cutting.reduce import LayerReport, Report, state_dims
+from compressm.cutting import LayerReport, Report, state_dims
 from compressm.cutting.replay import NotMeasuredWarning
 from compressm.layers import LRU, S4D, S5, Mamba, SequenceClassifier
 from compressm.theory.balancing import balance, truncate

@@ -19,9 +19,10 @@ from compressm.layers.bidirectional import Bidirectional
 from compressm.observing.adjoints import Reading, covariances, readings
 from compressm.observing.labels import sampled_losses
 from compressm.observing.observer import Observer, gather_evidence
-from compressm.theory.balancing import balance, real_gramians, truncate
+from compressm.theory.balancing import balance, truncate
 from compressm.theory.covariance import balance_covariances, truncate_covariances
 from compressm.theory.evidence import Covariances, white_scales
+from compressm.theory.gramians import real_gramians
 from compressm.theory.systems import DiagonalSystem
 
 FAMILIES = ("lru", "s5", "s5_both", "s4d")

@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from compressm.adapters import LayerChange, SelectiveAdapter, find_layers
+from compressm.adapters import LayerChange, find_layers
 from compressm.adapters.base import tell_written, write
 from compressm.observing.held_out import Dealer
 from compressm.observing.inputs import calls
@@ -115,7 +115,7 @@ def errors_on_samples(
     """
     replays: dict[str, _Replay] = {}
     for name, (layer, adapter) in find_layers(model).items():
-        if name not in changes or name not in samples or not isinstance(adapter, SelectiveAdapter):
+        if name not in changes or name not in samples:
             continue
         hidden, present = samples[name].hidden.to(next(layer.parameters()).device), samples[name].present
         replays[name] = replay = _Replay(name, layer, changes[name], _Padding(present), run=adapter.run)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from compressm.adapters.base import Adapter, SelectiveAdapter, layer_values
+from compressm.adapters import LayerAdapter
 from compressm.observing.adjoints import covariances, readings
 from compressm.observing.masks import mask_gradients
 from compressm.theory.evidence import Covariances
@@ -38,11 +38,16 @@ class LinearCall:
 
     @classmethod
     def of(
-        cls, layer: nn.Module, adapter: Adapter, args: tuple[Any, ...], kwargs: dict[str, Any], present: Tensor | None
+        cls,
+        layer: nn.Module,
+        system: DiagonalSystem,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        present: Tensor | None,
     ) -> LinearCall:
         """A call that was made."""
         u: Tensor = (*args, *kwargs.values())[0]
-        return cls(layer, adapter.read(layer_values(layer)), u.detach(), present)
+        return cls(layer, system, u.detach(), present)
 
     def first(self, sequences: int | None) -> LinearCall:
         """The same with the first sequences of the batch only."""
@@ -80,7 +85,7 @@ class SelectiveCall:
     """
 
     layer: nn.Module
-    adapter: SelectiveAdapter
+    adapter: LayerAdapter
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     present: Tensor | None
@@ -91,7 +96,7 @@ class SelectiveCall:
     def of(
         cls,
         layer: nn.Module,
-        adapter: SelectiveAdapter,
+        adapter: LayerAdapter,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         present: Tensor | None,
@@ -164,4 +169,19 @@ def _detached(value: Any) -> Any:
 
 Call = LinearCall | SelectiveCall
 
-__all__ = ["Call", "LinearCall", "SelectiveCall", "as_evidence"]
+
+def call_of_layer(
+    layer: nn.Module, adapter: LayerAdapter, args: tuple[Any, ...], kwargs: dict[str, Any], present: Tensor | None
+) -> Call:
+    """A call of a layer that was made.
+
+    Raises:
+        InvalidSystemError: the system that the layer computes is not finite, or not stable.
+    """
+    system = adapter.system(layer)
+    if system is None:
+        return SelectiveCall.of(layer, adapter, args, kwargs, present)
+    return LinearCall.of(layer, system, args, kwargs, present)
+
+
+__all__ = ["Call", "LinearCall", "SelectiveCall", "as_evidence", "call_of_layer"]

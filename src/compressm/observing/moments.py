@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from compressm.adapters import SelectiveAdapter, find_layers
+from compressm.adapters import SelectiveAdapter, layers_that_need_data
 from compressm.errors import ConfigError, InvalidSystemError, UnsupportedModelError
 from compressm.layers import Bidirectional, LanguageModel, SequenceClassifier
 from compressm.observing.inputs import calls
@@ -89,8 +89,7 @@ class Statistics:
     ) -> None:
         self.sequences, self.memory, self.strict = sequences, memory, strict
         self._model = model
-        found = find_layers(model).items()
-        self._layers = {name: (layer, a) for name, (layer, a) in found if isinstance(a, SelectiveAdapter)}
+        self._layers = layers_that_need_data(model)
         self._moments: dict[str, Moments] = {}
         self._samples: dict[str, Sample] = {}
         self.dropped: dict[str, int] = {}

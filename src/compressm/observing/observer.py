@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from compressm.adapters import Adapter, SelectiveAdapter, find_layers
+from compressm.adapters import LayerAdapter, find_layers
 from compressm.errors import ConfigError, InvalidSystemError, UnsupportedModelError
 from compressm.layers import SequenceClassifier
 from compressm.layers.bidirectional import Bidirectional
-from compressm.observing.calls import Call, LinearCall, SelectiveCall, as_evidence
+from compressm.observing.calls import Call, LinearCall, as_evidence, call_of_layer
 from compressm.observing.damage import Sample
 from compressm.observing.labels import Likelihood, sampled_losses
 from compressm.observing.masks import can_be_masked
@@ -83,7 +83,7 @@ class Observer:
         self.terms, self.sequences, self.memory, self.keep, self.dropped = terms, sequences, memory, keep, 0
         found = find_layers(model)
         self.unsupported = [
-            name for name, (layer, a) in found.items() if isinstance(a, SelectiveAdapter) and not can_be_masked(layer)
+            name for name, (layer, adapter) in found.items() if adapter.needs_data and not can_be_masked(layer)
         ]
         self._layers = {name: both for name, both in found.items() if name not in self.unsupported}
         self._model, self._observed, self._passes = model, dict[str, Evidence](), 0
@@ -272,7 +272,7 @@ class _Hook:
 class _Seen:
     """What is done at a call of one layer."""
 
-    def __init__(self, observer: Observer, name: str, adapter: Any, flipped: bool) -> None:
+    def __init__(self, observer: Observer, name: str, adapter: LayerAdapter, flipped: bool) -> None:
         self.observer, self.name, self.adapter, self.flipped = observer, name, adapter, flipped
 
     def __call__(
@@ -292,10 +292,7 @@ class _Seen:
         if present is not None and self.flipped:
             present = present.flip(1)
         try:
-            if isinstance(self.adapter, Adapter):
-                call: Call = LinearCall.of(layer, self.adapter, args, kwargs, present)
-            else:
-                call = SelectiveCall.of(layer, self.adapter, args, kwargs, present)
+            call = call_of_layer(layer, self.adapter, args, kwargs, present)
         except InvalidSystemError:  # diverged; training itself is not disturbed
             self.observer.dropped += 1
             return

@@ -29,7 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from compressm.cutting.reduce import state_dims
+from compressm.cutting import state_dims
 from compressm.errors import ExportError, MissingExtraError, UnsupportedModelError
 from compressm.observing.inputs import calls
 from compressm.saving.export_report import ExportReport

@@ -57,6 +57,10 @@ class Certificate:
         """``h2_error / h2_norm`` (0 for a system that is zero)."""
         return self.h2_error / self.h2_norm if self.h2_norm > 0 else 0.0
 
+    def errors(self) -> tuple[float, float | None, float | None]:
+        """The relative error that is expected, the H-infinity error and its bound, for a table."""
+        return self.relative_h2_error, self.hinf_error, self.bound
+
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers and strings, for JSON."""
         return {**asdict(self), "failures": list(self.failures), "relative_h2_error": self.relative_h2_error}

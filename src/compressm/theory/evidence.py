@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from compressm.errors import InvalidSystemError
-from compressm.theory.balancing import real_gramians
+from compressm.theory.gramians import real_gramians
 from compressm.theory.systems import DiagonalSystem
 
 # Negative eigenvalues up to this share of the largest are rounding of float32 sums.

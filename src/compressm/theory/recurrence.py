@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 
 from compressm.errors import InvalidSystemError
+from compressm.theory.balanced import Balanced, hankel_operator
 
 # Products of states are added up in float32 for so many steps: their sums over long sequences need more digits.
 _FLOAT32_STEPS = 64
@@ -154,7 +155,7 @@ def _trace(matrices: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class SelectiveBalancing:
+class SelectiveBalancing(Balanced):
     """The moments of a recurrence and its Hankel singular values.
 
     Attributes:
@@ -172,6 +173,14 @@ class SelectiveBalancing:
     def energy(self) -> Tensor:
         """Hankel energy per state, decreasing, shape ``(groups, n)``."""
         return self.hsv
+
+    def hankel_operator(self) -> Tensor:
+        """``(P^1/2 W P^1/2)^1/2`` in the layer's own coordinates, shape ``(groups, n, n)``."""
+        return hankel_operator(self.P, root(self.W))
+
+    def state(self) -> dict[str, Tensor]:
+        """The moments, by name."""
+        return self.moments.tensors()
 
 
 def balance_selective(moments: Moments) -> SelectiveBalancing:
@@ -223,6 +232,10 @@ class ErrorEstimate:
     def valid(self) -> bool:
         """Whether every check passed."""
         return not self.failures
+
+    def errors(self) -> tuple[float, float | None, float | None]:
+        """As `Certificate.errors`; no H-infinity error is known of a selective layer."""
+        return self.relative_error, None, None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers and strings, for JSON."""

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from compressm.adapters import find_layers
 from compressm.adapters.base import check_plain
+from compressm.cutting import Plan, Report, plan_reduction, resize_states, state_dims
 from compressm.cutting.carry import (
     Carry,
     check_optimizer,
@@ -25,7 +26,6 @@ from compressm.cutting.carry import (
 )
 from compressm.cutting.fitting import fit_any_size
 from compressm.cutting.metrics import measure_together, warn_not_finite
-from compressm.cutting.reduce import Plan, Report, plan_reduction, resize_states, state_dims
 from compressm.cutting.replay import errors_on_samples
 from compressm.cutting.spectrum import AnyBalancing, balance_layers, snapshot, snapshot_state, spectrum_changes
 from compressm.errors import CheckpointError, InvalidRankRuleError

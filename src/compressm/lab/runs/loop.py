@@ -30,7 +30,7 @@ from compressm.training.clock import StepClock, savings
 from compressm.errors import ConfigError
 from compressm.training.history import Event
 from compressm.training.step_cost import step_cost
-from compressm.cutting.reduce import state_dims
+from compressm.cutting import state_dims
 from compressm.runtime.random_state import rng_state, set_rng_state
 from compressm.observing.moments import Statistics
 from compressm.runtime.files import write_json
