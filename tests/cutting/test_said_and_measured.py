@@ -169,7 +169,7 @@ def test_the_reported_error_is_made_on_fresh_data_too(name: str, law: str) -> No
     n = next(iter(state_dims(layer).values()))
     for states in (n // 2, max(1, n // 6)):
         smaller = copy.deepcopy(layer)
-        report = compressm.compress(smaller, states=states, data=data.split(8))
+        report = compressm.compress(smaller, states=states, data=list(data.split(8)))
         agree(report, measured(layer, smaller, fresh, torch.ones(fresh.shape[:2])))
 
 
@@ -264,7 +264,7 @@ def test_every_sequence_counts_and_shows_in_the_report() -> None:
 
 def test_the_report_shows_both_errors_by_name() -> None:
     layer = alone("mamba")
-    report = compressm.compress(layer, states=6, data=sequences("white noise", 1).split(8))
+    report = compressm.compress(layer, states=6, data=list(sequences("white noise", 1).split(8)))
     (row,) = report.to_dict()["layers"]
     assert json.loads(json.dumps(row))["error_held_out"] == report.layers[0].error_held_out
     head, line = str(report).splitlines()

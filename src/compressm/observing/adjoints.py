@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from compressm.layers.padding import reverse
 from compressm.scans.chain import chain, chain_engine
 from compressm.theory.evidence import Covariances, white_scales
 from compressm.theory.systems import DiagonalSystem
@@ -41,7 +42,14 @@ class Reading:
     present: Tensor | None
 
 
-def readings(layer: nn.Module, system: DiagonalSystem, u: Tensor, g: Tensor, present: Tensor | None) -> list[Reading]:
+def readings(
+    layer: nn.Module,
+    system: DiagonalSystem,
+    u: Tensor,
+    g: Tensor,
+    present: Tensor | None,
+    lengths: Tensor | None = None,
+) -> list[Reading]:
     """The runs of a layer's recurrence: one, or one in each direction of time.
 
     A layer with two directions has one system with the outputs of both stacked, each times the root of 2 (see
@@ -51,13 +59,17 @@ def readings(layer: nn.Module, system: DiagonalSystem, u: Tensor, g: Tensor, pre
         layer: an `LRU`, `S5`, `S4D`, or any other layer whose adapter reads a `DiagonalSystem`.
         system: what the adapter reads.
         u, g, present: as in `Reading`, for the layer's input and output.
+        lengths: within which a layer with two directions reversed each sequence, shape ``(batch,)``; None for the
+            whole row.
     """
     module: Any = layer
     if not getattr(module, "bidirectional", False):
         return [Reading(u, g, system.C, present)]
     forwards, backwards = (system.C / math.sqrt(2)).chunk(2, -2)
-    flipped = None if present is None else present.flip(1)
-    return [Reading(u, g, forwards, present), Reading(u.flip(1), g.flip(1), backwards, flipped)]
+    lengths = None if lengths is None else lengths.to(u.device)
+    reversed_present = None if present is None else reverse(present[..., None], lengths)[..., 0]
+    turned = Reading(reverse(u, lengths), reverse(g, lengths), backwards, reversed_present)
+    return [Reading(u, g, forwards, present), turned]
 
 
 @torch.no_grad()

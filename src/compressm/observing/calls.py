@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from compressm.adapters import LayerAdapter
 from compressm.observing.adjoints import covariances, readings
+from compressm.observing.layer_calls import named_arguments
 from compressm.observing.masks import mask_gradients
 from compressm.theory.evidence import Covariances
 from compressm.theory.fisher import MaskFisher
@@ -29,12 +30,15 @@ class LinearCall:
         system: what it computed, which may be another one after the pass.
         u: its input, shape ``(batch, length, d_model)``.
         present: 1 for tokens and 0 for padding, shape ``(batch, length)``; None for no padding.
+        lengths: within which it reversed each sequence, where it reads backwards too, shape ``(batch,)``; None for the
+            whole row.
     """
 
     layer: nn.Module
     system: DiagonalSystem
     u: Tensor
     present: Tensor | None
+    lengths: Tensor | None = None
 
     @classmethod
     def of(
@@ -47,12 +51,13 @@ class LinearCall:
     ) -> LinearCall:
         """A call that was made."""
         u: Tensor = (*args, *kwargs.values())[0]
-        return cls(layer, system, u.detach(), present)
+        lengths = named_arguments(layer, args, kwargs).get("lengths")
+        return cls(layer, system, u.detach(), present, lengths if isinstance(lengths, Tensor) else None)
 
     def first(self, sequences: int | None) -> LinearCall:
         """The same with the first sequences of the batch only."""
-        present = None if self.present is None else self.present[:sequences]
-        return replace(self, u=self.u[:sequences], present=present)
+        present, lengths = (None if x is None else x[:sequences] for x in (self.present, self.lengths))
+        return replace(self, u=self.u[:sequences], present=present, lengths=lengths)
 
     def finite(self) -> bool:
         """Whether the layer's input is."""
@@ -65,7 +70,7 @@ class LinearCall:
             g: gradient of every sequence's own loss at the layer's output.
             before: from the calls before it.
         """
-        for reading in readings(self.layer, self.system, self.u, g, self.present):
+        for reading in readings(self.layer, self.system, self.u, g, self.present, self.lengths):
             new = covariances(self.system, reading, first=before is None)
             before = new if before is None else before.plus(new)
         assert before is not None
