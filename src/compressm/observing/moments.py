@@ -244,10 +244,8 @@ class Statistics:
                 self._samples[name] = Sample(hidden[:1].clone(), None if present is None else present[:1].clone())
 
     def _add(self, name: str, new: Moments) -> None:
-        before = self._moments.get(name)
-        if before is not None and before.P.shape == new.P.shape:
-            new = before.plus(new, 1.0 if name in self._seen else self.memory)
-        self._moments[name] = new
+        memory = 1.0 if name in self._seen else self.memory
+        self._moments[name] = new.after(self._moments.get(name), memory)
         self._seen.add(name)
 
     def _drop(self, name: str, hidden: Tensor) -> None:

@@ -202,12 +202,7 @@ class Observer:
         before = now.before.setdefault(name, self._observed.get(name))
         now.runs[name] = call.run(g, now.runs.get(name))
         new = as_evidence(now.runs[name])
-        if isinstance(new, Covariances):
-            if isinstance(before, Covariances) and before.states.shape == new.states.shape:
-                new = before.plus(new, self.memory)
-        elif isinstance(before, MaskFisher) and before.products.shape == new.products.shape:
-            new = before.plus(new, self.memory)
-        self._observed[name] = new
+        self._observed[name] = new.after(before, self.memory)
         if self.keep:
             self._keep(now, name, call, g)
 

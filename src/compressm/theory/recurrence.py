@@ -23,7 +23,7 @@ along ``B_t``; there ``W = E[C C^T] + c E[B B^T]`` with c such that both have th
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -31,6 +31,7 @@ from torch import Tensor
 
 from compressm.errors import InvalidSystemError
 from compressm.theory.balanced import Balanced, hankel_operator
+from compressm.theory.sums import Sums
 
 # Products of states are added up in float32 for so many steps: their sums over long sequences need more digits.
 _FLOAT32_STEPS = 64
@@ -68,7 +69,7 @@ class Signals:
 
 
 @dataclass(frozen=True)
-class Moments:
+class Moments(Sums):
     """Moments of a recurrence under the data: sums over tokens, which add over batches and processes.
 
     Attributes:
@@ -89,14 +90,6 @@ class Moments:
     B: Tensor
     C: Tensor
     rates: Tensor
-
-    def plus(self, other: Moments, weight: float = 1.0) -> Moments:
-        """``weight * self + other``."""
-        return Moments(*(weight * getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
-
-    def tensors(self) -> dict[str, Tensor]:
-        """The sums by name."""
-        return {f.name: getattr(self, f.name) for f in fields(self)}
 
 
 @torch.no_grad()
