@@ -25,7 +25,7 @@ from stored import store
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from compressm.cutting.reduce import plan_reduction
+from compressm.cutting import plan_reduction
 from compressm.layers import SequenceClassifier, parameter_groups
 from compressm.theory.ranks import RankRule
 

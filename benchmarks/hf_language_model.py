@@ -29,7 +29,7 @@ from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import compressm
-from compressm.cutting.reduce import state_dims
+from compressm.cutting import state_dims
 from compressm.integrations.hf_scan import fast_scan
 
 

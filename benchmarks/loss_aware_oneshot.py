@@ -34,9 +34,10 @@ from compressm.lab.data.datasets import BatchOrder, SequenceData, load_data
 from compressm.layers import SequenceClassifier, parameter_groups
 from compressm.observing.damage import Sample, divergence, linear_changes
 from compressm.observing.observer import gather_evidence
-from compressm.theory.balancing import Reduction, balance, real_gramians, truncate
+from compressm.theory.balancing import Reduction, balance, truncate
 from compressm.theory.covariance import balance_covariances, predicted_damage, truncate_covariances
 from compressm.theory.evidence import Covariances
+from compressm.theory.gramians import real_gramians
 from compressm.theory.systems import DiagonalSystem
 
 STATES = (40, 28, 16, 12, 8, 6)

@@ -25,7 +25,7 @@ from torch.nn import functional as F
 from compressm.adapters import ParameterChange, SelectiveAdapter, find_layers
 from compressm.adapters.base import LayerChange, layer_values
 from compressm.adapters.mamba import projection_change
-from compressm.cutting.reduce import Plan, plan_reduction
+from compressm.cutting import Plan, plan_reduction
 from compressm.lab.config import DataConfig
 from compressm.lab.data.datasets import SequenceData, Split, load_data
 from compressm.layers import Mamba, SequenceClassifier, parameter_groups

@@ -18,7 +18,7 @@ import torch
 from byte_models import VOCABULARY, bits_per_byte, root, tokens, train
 from stored import store
 
-from compressm.cutting.reduce import state_dims
+from compressm.cutting import state_dims
 from compressm.layers import LanguageModel
 
 ARMS = ("big", "shrunk", "small", "random")

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from compressm import Compressor
-from compressm.cutting.reduce import state_dims
+from compressm.cutting import state_dims
 from compressm.layers import SequenceClassifier, parameter_groups
 from compressm.training.snapshot import Training
 

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from torch.optim import Optimizer
 
 from compressm import compress
-from compressm.cutting.reduce import state_dims
+from compressm.cutting import state_dims
 from compressm.integrations.sharding import compress_sharded, fit_to_checkpoint
 from compressm.layers import SequenceClassifier
 from distributed_script import batch

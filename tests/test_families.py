@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import compressm
 from compressm.adapters import Adapter, find_layers
 from compressm.adapters.base import layer_values, write
-from compressm.cutting.reduce import state_dims
+from compressm.cutting import state_dims
 from compressm.layers import (
     LRU,
     S4,

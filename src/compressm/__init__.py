@@ -1,8 +1,8 @@
 """compressm: train big, finish small. State space models that shrink while they train."""
 
-import compressm._moved  # noqa: F401  # former module names go on working
+import compressm._moved  # noqa: F401  # former module names go on working  # pyright: ignore[reportUnusedImport]
+from compressm.cutting import Report, compress
 from compressm.cutting.distil import distil
-from compressm.cutting.reduce import Report, compress
 from compressm.cutting.spectrum import Spectrum, analyze
 from compressm.errors import CompressmError
 from compressm.saving.checkpoint import load, save

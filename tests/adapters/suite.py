@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from compressm.adapters import find_layers
 from compressm.adapters.base import layer_values, write
-from compressm.cutting.reduce import compress
+from compressm.cutting import compress
 from compressm.theory.balancing import balance, truncate
 
 

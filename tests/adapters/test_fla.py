@@ -116,7 +116,7 @@ def test_what_the_delta_rule_erases_along_counts_as_read(make: Any) -> None:
 
 def _compress(layer: Any, u: torch.Tensor, selection: Any) -> compressm.Report:
     """With moments gathered from the layer's inputs; its forward needs a GPU."""
-    from compressm.cutting.reduce import plan_reduction
+    from compressm.cutting import plan_reduction
     from compressm.observing.moments import Statistics
     from compressm.theory.ranks import RankRule
 
@@ -133,7 +133,7 @@ def test_a_model_tells_its_config() -> None:
 
     config = GLAConfig(hidden_size=WIDTH, num_heads=HEADS, num_hidden_layers=2, expand_k=1.0, vocab_size=50)
     model = GLAForCausalLM(config)
-    from compressm.cutting.reduce import resize_states, state_dims
+    from compressm.cutting import resize_states, state_dims
 
     resize_states(model, dict.fromkeys(state_dims(model), 4))
     assert model.config.expand_k == 4 * HEADS / WIDTH

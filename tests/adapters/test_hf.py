@@ -19,7 +19,7 @@ from torch import nn
 import compressm
 from compressm.adapters import SelectiveAdapter, find_layers
 from compressm.adapters.base import UnknownLayerWarning, layer_values, write
-from compressm.cutting.reduce import plan_reduction
+from compressm.cutting import plan_reduction
 from compressm.cutting.spectrum import balance_layers
 from compressm.errors import UnsupportedModelError
 from compressm.observing.moments import gather
@@ -54,7 +54,7 @@ def test_a_cut_at_full_rank_changes_no_logits(family: str, data: st.DataObject) 
 def test_a_state_that_nothing_enters_is_cut_without_trace(family: str, data: st.DataObject) -> None:
     # Half of the states get no input, so the cut must find them: exact, whatever stands between projection and scan.
     model = data.draw(hf_models(family))
-    states = next(iter(compressm.cutting.reduce.state_dims(model).values()))
+    states = next(iter(compressm.cutting.state_dims(model).values()))
     for layer, _ in find_layers(model).values():
         _silence(layer, states)
     before = model(input_ids=tokens()).logits
@@ -94,7 +94,7 @@ def test_after_a_cut_to_half_training_goes_on_and_generation_works(family: str, 
     model.train()
     model(input_ids=x, labels=x).loss.backward()
     optimizer.step()
-    states = max(compressm.cutting.reduce.state_dims(model).values())
+    states = max(compressm.cutting.state_dims(model).values())
     parameters = dict(model.named_parameters())
     report = compressm.compress(model, fraction=0.5, data=DATA, optimizer=optimizer)
     assert report.cut
@@ -174,7 +174,7 @@ def test_layers_may_differ_on_request_and_our_own_format_keeps_them(
     folder: Path = tmp_path_factory.mktemp("own")
     model = data.draw(hf_models(family))
     fresh = copy.deepcopy(model)
-    total = sum(compressm.cutting.reduce.state_dims(model).values()) - 1  # cannot be shared out evenly
+    total = sum(compressm.cutting.state_dims(model).values()) - 1  # cannot be shared out evenly
     report = compressm.compress(model, total_states=total, data=DATA, per_layer=True)
     assert sum(report.state_dims.values()) == total
     compressm.save(model, folder)

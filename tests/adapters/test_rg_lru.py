@@ -13,7 +13,7 @@ from torch.nn import functional as F
 import compressm
 from compressm.adapters import RecurrentBlockAdapter
 from compressm.adapters.base import layer_values
-from compressm.cutting.reduce import state_dims
+from compressm.cutting import state_dims
 from compressm.layers import RecurrentBlock
 
 

@@ -13,7 +13,7 @@ from torch import nn
 import compressm
 from compressm.adapters import find_layers
 from compressm.adapters.base import layer_values
-from compressm.cutting.reduce import _rounds_too_much
+from compressm.adapters.cuts import rounds_too_much
 from compressm.layers import LRU, S4D, S5, GatedLinearAttention, LinearAttention, Mamba, Mamba2
 from compressm.theory.balancing import Method, balance, truncate
 from compressm.theory.certificate import certify
@@ -175,15 +175,15 @@ def test_rounding_that_spoils_a_channel_is_still_refused() -> None:
     values = layer_values(layer)
     reduction = truncate(balance(adapter.read(values)), 4)
     first, second = reduction.certificates
-    assert _rounds_too_much(torch.zeros(2), reduction, values) is None
+    assert rounds_too_much(torch.zeros(2), reduction, values) is None
     for index, one in enumerate((first, second)):
         roundings = torch.zeros(2, dtype=torch.float64)
         roundings[index] = 2 * max(one.h2_error, 1e-3 * one.h2_norm)
-        assert _rounds_too_much(roundings, reduction, values) == pytest.approx(float(roundings[index]))
+        assert rounds_too_much(roundings, reduction, values) == pytest.approx(float(roundings[index]))
     # An error of the same size is nothing beside a channel that is a billion times louder.
     louder = replace(reduction, certificates=(first, replace(second, h2_norm=1e9 * first.h2_norm)))
     roundings = torch.tensor([2 * max(first.h2_error, 1e-3 * first.h2_norm), 0.0], dtype=torch.float64)
-    assert _rounds_too_much(roundings, louder, values) is None
+    assert rounds_too_much(roundings, louder, values) is None
 
 
 @pytest.mark.parametrize(

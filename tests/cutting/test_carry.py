@@ -11,8 +11,8 @@ from torch.optim import Optimizer
 
 from compressm.adapters import find_layers
 from compressm.adapters.base import layer_values, write
+from compressm.cutting import compress
 from compressm.cutting.carry import carry_state, check_optimizer, unwrap_optimizer
-from compressm.cutting.reduce import compress
 from compressm.cutting.spectrum import analyze
 from compressm.errors import UnsupportedModelError, UnsupportedOptimizerError
 from compressm.layers import LRU, LinearAttention, Mamba, Mamba2, SequenceClassifier, parameter_groups

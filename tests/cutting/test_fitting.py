@@ -8,8 +8,8 @@ import torch
 from torch.optim.swa_utils import AveragedModel
 
 from compressm import compress
+from compressm.cutting import state_dims
 from compressm.cutting.fitting import fit, fit_any_size
-from compressm.cutting.reduce import state_dims
 from compressm.errors import CheckpointError, UnsupportedModelError
 from compressm.layers import SequenceClassifier
 

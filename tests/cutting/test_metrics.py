@@ -13,8 +13,8 @@ import pytest
 import torch
 from torch import nn
 
+from compressm.cutting import compress
 from compressm.cutting.metrics import MetricWarning, as_metric, measure
-from compressm.cutting.reduce import compress
 from compressm.errors import EvaluationError
 from compressm.layers import LRU
 from compressm.training.compressor import Compressor

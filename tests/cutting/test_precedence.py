@@ -15,8 +15,8 @@ from torch import nn
 
 import compressm
 from compressm.adapters import find_layers
+from compressm.cutting import plan_reduction, state_dims
 from compressm.cutting.made_cuts import MadeCuts
-from compressm.cutting.reduce import plan_reduction, state_dims
 from compressm.cutting.spectrum import balance_layers
 from compressm.errors import InvalidRankRuleError
 from compressm.layers import LRU, S4D, S5, LinearAttention, Mamba, Mamba2, RecurrentBlock

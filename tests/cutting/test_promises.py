@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 import compressm
 from compressm.adapters import SelectiveAdapter, find_layers
-from compressm.cutting.reduce import plan_reduction, state_dims
+from compressm.cutting import plan_reduction, state_dims
 from compressm.cutting.spectrum import balance_layers
 from compressm.layers import LanguageModel, Mamba, Mamba2
 from compressm.observing.moments import gather
@@ -235,7 +235,7 @@ def test_a_budget_is_shared_out_in_a_real_model() -> None:
 def test_equal_values_on_both_sides_of_a_cut_do_not_break_the_promise(monkeypatch: pytest.MonkeyPatch) -> None:
     # Between equal values a truncation may have to keep less than was asked for. No system was found in which it does,
     # all-pass ones included, so the truncation is made to do it: then the next sizes are tried until one holds.
-    from compressm.cutting import made_cuts as cuts
+    from compressm.theory import ruled_truncation as cuts
 
     real = cuts.truncate
     asked: list[int] = []

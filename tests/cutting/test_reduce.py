@@ -10,8 +10,8 @@ from torch import nn
 import compressm.theory.certificate
 from compressm.adapters import find_layers
 from compressm.adapters.base import layer_values
+from compressm.cutting import compress, plan_reduction, resize_states, state_dims
 from compressm.cutting.metrics import measure
-from compressm.cutting.reduce import compress, plan_reduction, resize_states, state_dims
 from compressm.cutting.spectrum import analyze
 from compressm.errors import CheckpointError, InvalidRankRuleError, InvalidSystemError, UnsupportedModelError
 from compressm.layers import LRU, S4D, SequenceClassifier

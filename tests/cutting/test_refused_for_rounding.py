@@ -9,7 +9,7 @@ import torch
 
 from compressm.adapters import find_layers
 from compressm.adapters.base import layer_values, write
-from compressm.cutting.reduce import compress
+from compressm.cutting import compress
 from compressm.layers import LRU
 from compressm.theory.balancing import balance, truncate
 from compressm.theory.certificate import Certificate

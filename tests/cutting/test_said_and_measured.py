@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 import compressm
 from compressm.adapters import Adapter, find_layers, layer_values
-from compressm.cutting.reduce import LayerReport, Report, state_dims
+from compressm.cutting import LayerReport, Report, state_dims
 from compressm.cutting.replay import NotMeasuredWarning
 from compressm.layers import LRU, S4D, S5, Bidirectional, Mamba, SequenceClassifier
 from compressm.theory.balancing import balance, truncate
@@ -264,7 +264,7 @@ def test_every_sequence_counts_and_shows_in_the_report() -> None:
 
 def test_the_report_shows_both_errors_by_name() -> None:
     layer = alone("mamba")
-    report = compressm.compress(layer, states=6, data=sequences("white noise", 1).split(8))
+    report = compressm.compress(layer, states=6, data=list(sequences("white noise", 1).split(8)))
     (row,) = report.to_dict()["layers"]
     assert json.loads(json.dumps(row))["error_held_out"] == report.layers[0].error_held_out
     head, line = str(report).splitlines()

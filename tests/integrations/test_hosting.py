@@ -16,8 +16,8 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from compressm.adapters import find_layers
 from compressm.adapters.base import write
+from compressm.cutting import state_dims
 from compressm.cutting.carry import follow
-from compressm.cutting.reduce import state_dims
 from compressm.errors import UnsupportedModelError
 from compressm.layers import LRU, SequenceClassifier
 from compressm.training.compressor import Compressor

@@ -20,7 +20,7 @@ with warnings.catch_warnings():
     from lightning.pytorch.callbacks import EarlyStopping, EMAWeightAveraging, ModelCheckpoint
     from lightning.pytorch.loggers import CSVLogger
 
-from compressm.cutting.reduce import state_dims
+from compressm.cutting import state_dims
 from compressm.errors import UnsupportedModelError
 from compressm.integrations.lightning import CompressionCallback
 from compressm.layers import SequenceClassifier

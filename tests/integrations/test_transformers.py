@@ -16,8 +16,8 @@ transformers = pytest.importorskip("transformers")
 
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments  # noqa: E402
 
+from compressm.cutting import state_dims  # noqa: E402
 from compressm.cutting.metrics import MetricWarning  # noqa: E402
-from compressm.cutting.reduce import state_dims  # noqa: E402
 from compressm.errors import EvaluationError, InvalidRankRuleError, UnsupportedModelError  # noqa: E402
 from compressm.integrations.transformers import CompressionCallback  # noqa: E402
 from compressm.layers import SequenceClassifier  # noqa: E402

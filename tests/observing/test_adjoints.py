@@ -14,15 +14,17 @@ from torch.nn import functional as F
 from compressm.adapters import Adapter, find_layers
 from compressm.adapters.base import layer_values, write
 from compressm.errors import ConfigError, UnsupportedModelError
-from compressm.layers import LRU, S4D, S5, SequenceClassifier
+from compressm.layers import LRU, S4D, S5, LanguageModel, SequenceClassifier
 from compressm.layers.bidirectional import Bidirectional
 from compressm.observing.adjoints import Reading, covariances, readings
 from compressm.observing.damage import linear_changes
 from compressm.observing.labels import sampled_losses
 from compressm.observing.observer import Observer, gather_evidence
-from compressm.theory.balancing import balance, real_gramians, truncate
+from compressm.theory.balancing import balance, truncate
 from compressm.theory.covariance import balance_covariances, truncate_covariances
 from compressm.theory.evidence import Covariances, white_scales
+from compressm.theory.fisher import MaskFisher
+from compressm.theory.gramians import real_gramians
 from compressm.theory.systems import DiagonalSystem
 
 FAMILIES = ("lru", "s5", "s5_both", "s4d")
@@ -54,7 +56,7 @@ class Explicit(nn.Module):
     """A linear layer as a loop in stacked real coordinates, that remembers its states with their gradients."""
 
     def __init__(self, original: nn.Module) -> None:
-        super().__init__()
+        nn.Module.__init__(self)
         self.D, self.width = original.D, original.d_model
         system = read(original)
         both = isinstance(original, S5) and original.bidirectional
@@ -62,12 +64,12 @@ class Explicit(nn.Module):
         self.runs = [(system.lam, system.B, C) for C in outputs]
         self.states: list[list[Tensor]] = []
 
-    def forward(self, u: Tensor) -> Tensor:
+    def forward(self, u: Tensor, lengths: Tensor | None = None) -> Tensor:
         out = self.D * u
         for index, (lam, B, C) in enumerate(self.runs):
-            v = u.flip(1) if index else u
+            v = backwards(u, lengths) if index else u
             y = self._run(lam, B, C, v)
-            out = out + (y.flip(1) if index else y)
+            out = out + (backwards(y, lengths) if index else y)
         return out
 
     def _run(self, lam: Tensor, B: Tensor, C: Tensor, u: Tensor) -> Tensor:
@@ -90,21 +92,34 @@ class Explicit(nn.Module):
         return torch.stack(outputs, 1)
 
 
+class ExplicitBoth(Explicit, S5):
+    """The same with two directions; blocks tell an `S5` like that the lengths."""
+
+    bidirectional = True
+
+
+def backwards(u: Tensor, lengths: Tensor | None) -> Tensor:
+    """Every row from its last input to its first, padding left where it is."""
+    ends = [u.shape[1]] * u.shape[0] if lengths is None else lengths.tolist()
+    return torch.stack([torch.cat([row[:end].flip(0), row[end:]]) for row, end in zip(u, ends, strict=True)])
+
+
 def oracle(net: nn.Module, losses: Any, present: Tensor | None = None) -> dict[str, tuple[Tensor, Tensor, float]]:
     """Sums of outer products of states and of autograd's adjoints, and tokens, of the sum of all sequences' losses."""
     net = copy.deepcopy(net)
     explicit = {}
     for name, (original, _) in find_layers(net).items():
         parent, _, child = name.rpartition(".")
-        explicit[name] = Explicit(original)
+        explicit[name] = (ExplicitBoth if getattr(original, "bidirectional", False) else Explicit)(original)
         setattr(net.get_submodule(parent), child, explicit[name])
     losses(net).sum().backward()
     found = {}
     for name, one in explicit.items():
         P, Q, tokens = 0.0, 0.0, 0.0
-        for index, states in enumerate(one.states):
+        for states in one.states:
             for t, x in enumerate(states):
-                seen = torch.ones(x.shape[0]) if present is None else present[:, -1 - t if index % len(one.runs) else t]
+                # Read backwards each sequence is reversed within its own length, so that padding stays behind it.
+                seen = torch.ones(x.shape[0]) if present is None else present[:, t]
                 for k in range(x.shape[0]):
                     if seen[k] and x.grad is not None:
                         P = P + x[k, ..., :, None].detach() * x[k, ..., None, :].detach()
@@ -214,50 +229,92 @@ def test_single_precision_is_close_to_double() -> None:
         assert (single - double).norm() < 1e-5 * double.norm()
 
 
-Way = Literal["lengths", "token"]
+def test_padding_is_not_counted_in_either_direction() -> None:
+    net = model("s5_both", vocabulary=6)
+    tokens = torch.tensor([[1, 2, 3, 4, 5, 2, 1], [3, 4, 5, 0, 0, 0, 0], [2, 2, 1, 1, 4, 0, 0]])
+    y = torch.tensor([0, 1, 2])
+    expected = oracle(net, lambda m: F.cross_entropy(m(tokens), y, reduction="none"), tokens != 0)
+    observer = Observer(net)
+    observer.observe_next()
+    F.cross_entropy(net(tokens), y).backward()
+    check(observer.evidence(), expected, 3)
+    assert float(observer.evidence()["blocks.0.ssm"].tokens) == 2 * 15
 
 
-def padded(way: Way, seed: int = 0) -> tuple[dict[str, Tensor], list[dict[str, Tensor]]]:
-    """A batch of sequences of unequal length, and the same sequences one by one without their padding."""
-    generator, lengths = torch.Generator().manual_seed(seed), torch.tensor([7, 3, 1, 5])
-    inside = torch.arange(7) < lengths[:, None]
-    if way == "token":
-        rows = torch.randint(1, 6, (4, 7), generator=generator) * inside
-        return {"u": rows}, [{"u": row[None, :n]} for row, n in zip(rows, lengths.tolist(), strict=True)]
-    rows = torch.randn(4, 7, 2, dtype=torch.float64, generator=generator)
-    rows = torch.where(inside[..., None], rows, 3.0)
-    return {"u": rows, "lengths": lengths}, [
-        {"u": row[None, :n]} for row, n in zip(rows, lengths.tolist(), strict=True)
-    ]
+@pytest.mark.parametrize("told", [True, False])
+def test_padding_stands_where_a_reversed_layer_reads_it(told: bool) -> None:
+    class Untold(nn.Module):  # hands its layer no lengths, so that whole rows are reversed
+        def __init__(self, layer: nn.Module) -> None:
+            super().__init__()
+            self.layer = layer
+
+        def forward(self, u: Tensor) -> Tensor:
+            return self.layer(u)
+
+    torch.manual_seed(0)
+    net = SequenceClassifier(2, 4, 3, 5, 1, dropout=0.0, norm="layer", vocabulary=6)
+    both = Bidirectional(LRU(3, 4, r_max=0.9), LRU(3, 4, r_max=0.9))
+    net.blocks[0].ssm = both if told else Untold(both)
+    net.double()
+    tokens = torch.tensor([[1, 2, 3, 4, 5], [3, 4, 0, 0, 0]])
+    observer = Observer(net)
+    observer.observe_next()
+    F.cross_entropy(net(tokens), torch.tensor([0, 1])).backward()
+    found = observer.evidence()["blocks.0.ssm.backwards" if told else "blocks.0.ssm.layer.backwards"]
+    assert float(found.tokens) == 7
+    # Told the lengths, the reversed layer reads the second sequence's tokens first, and three of padding after them;
+    # else it reads the padding first.
+    embedded = backwards(net.blocks[0].norm(net.encoder(tokens)).detach(), torch.tensor([5, 2]) if told else None)
+    system = read(both.backwards)
+    x, total = torch.zeros(2, system.n, dtype=torch.complex128), 0.0
+    for t, now in enumerate(embedded.to(torch.complex128).unbind(1)):
+        x = system.lam * x + now @ system.B.mT
+        stacked = torch.cat([x.real, x.imag], 1)
+        for k in range(2):
+            if k == 0 or (t < 2 if told else t >= 3):
+                total = total + torch.outer(stacked[k], stacked[k])
+    torch.testing.assert_close(found.states, total)
 
 
-@pytest.mark.parametrize("way", ["lengths", "token"])
-@pytest.mark.parametrize("kind", ["s5_both", "lru", "s4d", "in both directions"])
-def test_padded_sequences_are_evidence_as_they_are_alone(kind: str, way: Way) -> None:
-    vocabulary = 6 if way == "token" else None
-    net = model("lru" if kind == "in both directions" else kind, vocabulary=vocabulary)
-    if kind == "in both directions":  # each direction a layer of its own, which has no part of its batch's lengths
-        for block in net.blocks:
-            block.ssm = Bidirectional(LRU(3, 5, r_max=0.9), LRU(3, 5, r_max=0.9)).double()
-    batch, alone = padded(way)
+@pytest.mark.parametrize("given", ["padding", "lengths"])
+def test_the_mean_over_a_language_models_tokens_is_one_over_those_that_are_no_padding(given: str) -> None:
+    tokens = torch.tensor([[1, 2, 3, 4, 5], [3, 4, 0, 0, 0]])
+    lengths = None if given == "padding" else torch.tensor([5, 2])
+    found = []
+    for terms, share in (("tokens", 1 / 7), ("sum", 1.0)):
+        torch.manual_seed(0)
+        net = LanguageModel(6, 4, 3, 1, padding=0 if given == "padding" else None).double()
+        observer = Observer(net, terms)  # pyright: ignore[reportArgumentType]
+        observer.observe_next()
+        losses = F.cross_entropy(net(tokens, lengths).mT, tokens, reduction="none")
+        (share * losses[tokens != 0].sum()).backward()
+        (one,) = observer.evidence().values()
+        assert isinstance(one, MaskFisher)
+        found.append(one.products)
+    torch.testing.assert_close(*found, rtol=1e-6, atol=1e-9 * float(found[1].abs().max()))
 
-    def loss(logits: Tensor, _: object) -> Tensor:
-        return logits.square().sum(1)
 
-    together = gather_evidence(net, [batch], loss=loss, keep=4)
-    one_by_one = gather_evidence(net, alone, loss=loss, keep=4)
-    expected = one_by_one.evidence()
-    for name, found in together.evidence().items():
-        for key, value in found.tensors().items():
-            torch.testing.assert_close(value, expected[name].tensors()[key], msg=f"{name}: {key}")
-    for name, passes in together.samples().items():
-        layer, adapter = find_layers(net)[name]
-        assert isinstance(adapter, Adapter)
-        system = adapter.read(layer_values(layer))
-        half = DiagonalSystem(system.lam, system.B, 0.5 * system.C)
-        changes = torch.cat([linear_changes(layer, system, half, one) for one in passes])
-        exact = torch.cat([linear_changes(layer, system, half, one) for one in one_by_one.samples()[name]])
-        torch.testing.assert_close(changes, exact)
+def test_what_a_cut_changes_is_predicted_within_each_length() -> None:
+    # Of the two directions of an S5, against the loss of the layer that is written, with a change so small that the
+    # first order is all of it.
+    torch.manual_seed(1)
+    net = model("s5_both", vocabulary=6)
+    tokens, y = torch.tensor([[1, 2, 3, 4, 5, 2, 1], [3, 4, 5, 0, 0, 0, 0]]), torch.tensor([0, 1])
+    observer = Observer(net, "sum", memory=1.0, keep=2)
+    observer.observe_next()
+    F.cross_entropy(net(tokens), y, reduction="sum").backward()
+    (calls,) = observer.samples()["blocks.0.ssm"]
+    layer = net.get_submodule("blocks.0.ssm")
+    before = F.cross_entropy(net(tokens), y, reduction="none").detach()
+    system = read(layer)
+    step = 1e-6
+    with torch.no_grad():
+        for name in ("C_re", "C_im"):
+            parameter = layer.get_parameter(name)
+            parameter += step * torch.randn_like(parameter)
+    predicted = linear_changes(layer, system, read(layer), calls)
+    measured = F.cross_entropy(net(tokens), y, reduction="none").detach() - before
+    torch.testing.assert_close(predicted, measured, rtol=1e-4, atol=1e-3 * float(measured.abs().max()))
 
 
 def test_a_layer_that_is_called_twice_counts_tokens_twice_and_sequences_once() -> None:
@@ -555,3 +612,49 @@ def test_bad_arguments_are_refused() -> None:
         gather_evidence(net, [x], lambda out, _: out.mean())
     with pytest.raises(ConfigError, match="object with such logits"):
         sampled_losses((1, 2), "classification")
+
+
+Way = Literal["lengths", "token"]
+
+
+def padded(way: Way, seed: int = 0) -> tuple[dict[str, Tensor], list[dict[str, Tensor]]]:
+    """A batch of sequences of unequal length, and the same sequences one by one without their padding."""
+    generator, lengths = torch.Generator().manual_seed(seed), torch.tensor([7, 3, 1, 5])
+    inside = torch.arange(7) < lengths[:, None]
+    if way == "token":
+        rows = torch.randint(1, 6, (4, 7), generator=generator) * inside
+        return {"u": rows}, [{"u": row[None, :n]} for row, n in zip(rows, lengths.tolist(), strict=True)]
+    rows = torch.randn(4, 7, 2, dtype=torch.float64, generator=generator)
+    rows = torch.where(inside[..., None], rows, 3.0)
+    return {"u": rows, "lengths": lengths}, [
+        {"u": row[None, :n]} for row, n in zip(rows, lengths.tolist(), strict=True)
+    ]
+
+
+@pytest.mark.parametrize("way", ["lengths", "token"])
+@pytest.mark.parametrize("kind", ["s5_both", "lru", "s4d", "in both directions"])
+def test_padded_sequences_are_evidence_as_they_are_alone(kind: str, way: Way) -> None:
+    vocabulary = 6 if way == "token" else None
+    net = model("lru" if kind == "in both directions" else kind, vocabulary=vocabulary)
+    if kind == "in both directions":  # each direction a layer of its own, which has no part of its batch's lengths
+        for block in net.blocks:
+            block.ssm = Bidirectional(LRU(3, 5, r_max=0.9), LRU(3, 5, r_max=0.9)).double()
+    batch, alone = padded(way)
+
+    def loss(logits: Tensor, _: object) -> Tensor:
+        return logits.square().sum(1)
+
+    together = gather_evidence(net, [batch], loss=loss, keep=4)
+    one_by_one = gather_evidence(net, alone, loss=loss, keep=4)
+    expected = one_by_one.evidence()
+    for name, found in together.evidence().items():
+        for key, value in found.tensors().items():
+            torch.testing.assert_close(value, expected[name].tensors()[key], msg=f"{name}: {key}")
+    for name, passes in together.samples().items():
+        layer, adapter = find_layers(net)[name]
+        assert isinstance(adapter, Adapter)
+        system = adapter.read(layer_values(layer))
+        half = DiagonalSystem(system.lam, system.B, 0.5 * system.C)
+        changes = torch.cat([linear_changes(layer, system, half, one) for one in passes])
+        exact = torch.cat([linear_changes(layer, system, half, one) for one in one_by_one.samples()[name]])
+        torch.testing.assert_close(changes, exact)

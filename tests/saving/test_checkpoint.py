@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from compressm.cutting.reduce import compress, state_dims
+from compressm.cutting import compress, state_dims
 from compressm.errors import CheckpointError
 from compressm.layers import LRU, SequenceClassifier
 from compressm.runtime import files as storage

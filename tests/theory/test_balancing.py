@@ -14,7 +14,8 @@ from pymor.models.iosys import LTIModel
 from compressm.adapters import LRUAdapter
 from compressm.adapters.base import layer_values, write
 from compressm.errors import InvalidRankRuleError, InvalidSystemError
-from compressm.theory.balancing import Method, balance, gramians, real_gramians, truncate
+from compressm.theory.balancing import Method, balance, truncate
+from compressm.theory.gramians import gramians, real_gramians
 from compressm.theory.systems import DiagonalSystem
 from helpers import EPS, degenerate_systems, lru, random_system, real_matrices
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from compressm.adapters import LRUAdapter
 from compressm.adapters.base import layer_values, write
 from compressm.errors import InvalidRankRuleError, InvalidSystemError
-from compressm.theory.balancing import balance, real_gramians, truncate
+from compressm.theory.balancing import balance, truncate
 from compressm.theory.covariance import (
     CovarianceCertificate,
     balance_covariances,
@@ -21,6 +21,7 @@ from compressm.theory.covariance import (
     truncate_covariances,
 )
 from compressm.theory.evidence import Covariances
+from compressm.theory.gramians import real_gramians
 from compressm.theory.systems import DiagonalSystem
 from helpers import lru, random_system, real_matrices
 

@@ -3,9 +3,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from compressm.theory.balancing import real_gramians
 from compressm.theory.covariance import balance_covariances
 from compressm.theory.evidence import Covariances, shrunk, white_scales
+from compressm.theory.gramians import real_gramians
 from compressm.theory.systems import DiagonalSystem
 from helpers import random_system
 

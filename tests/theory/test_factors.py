@@ -10,8 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from compressm.errors import InvalidSystemError
-from compressm.theory.balancing import balance, gramians, real_gramians
+from compressm.theory.balancing import balance
 from compressm.theory.factors import displacement_factor, factor
+from compressm.theory.gramians import gramians, real_gramians
 from compressm.theory.systems import DiagonalSystem
 
 

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from compressm.cutting.reduce import compress
+from compressm.cutting import compress
 from compressm.errors import InvalidRankRuleError
 from compressm.layers import SequenceClassifier
 from compressm.theory.pruning import SCORES, Score, prune

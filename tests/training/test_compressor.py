@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from compressm.cutting import state_dims
 from compressm.cutting.metrics import MetricWarning
-from compressm.cutting.reduce import state_dims
 from compressm.errors import CheckpointError, InvalidRankRuleError, UnsupportedModelError
 from compressm.layers import LRU, SequenceClassifier, parameter_groups
 from compressm.training.compressor import Compressor

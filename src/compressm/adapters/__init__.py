@@ -11,8 +11,10 @@ from compressm.adapters.base import (
     SelectiveAdapter,
     find_layers,
     layer_values,
+    layers_that_need_data,
     register,
 )
+from compressm.adapters.cuts import Cuts, Proposal
 from compressm.adapters.fla import FLADeltaNetAdapter, FLAGatedDeltaNetAdapter, FLAGatedLinearAttentionAdapter
 from compressm.adapters.hf_mamba import FalconMambaAdapter, HFMambaAdapter, JambaAdapter
 from compressm.adapters.hf_mamba2 import HFMamba2Adapter
@@ -64,6 +66,7 @@ register(MambaSSM2Adapter("mamba_ssm.modules.mamba2.Mamba2"))
 
 __all__ = [
     "Adapter",
+    "Cuts",
     "DeltaNetAdapter",
     "FLADeltaNetAdapter",
     "FLAGatedDeltaNetAdapter",
@@ -82,6 +85,7 @@ __all__ = [
     "MambaSSM2Adapter",
     "MambaSSMAdapter",
     "ParameterChange",
+    "Proposal",
     "RecurrentBlockAdapter",
     "RecurrentGemmaAdapter",
     "S4DAdapter",
@@ -89,6 +93,7 @@ __all__ = [
     "SelectiveAdapter",
     "find_layers",
     "layer_values",
+    "layers_that_need_data",
     "projection_change",
     "register",
     "selection_change",

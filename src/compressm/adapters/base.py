@@ -1,70 +1,28 @@
-"""What an adapter is, what it returns when it writes, and the registry of adapters."""
+"""What an adapter is, and the registry of adapters.
+
+A linear time-invariant layer is a system that can be read off its parameters; what a selective layer does depends on
+the data. The two bases, `Adapter` and `SelectiveAdapter`, answer the same questions in these two ways, so that nobody
+else has to ask which of them a layer has.
+"""
 
 from __future__ import annotations
 
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
-from typing import Any, cast
+from collections.abc import Mapping
+from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
-from torch.nn.utils.prune import BasePruningMethod
 
+from compressm.adapters.changes import LayerChange, ParameterChange, layer_values, write
+from compressm.adapters.cuts import Cuts, LinearCuts, SelectiveCuts
+from compressm.adapters.plain import computed_tensors
 from compressm.errors import InvalidSystemError, UnsupportedModelError
-from compressm.theory.balancing import Reduction
-from compressm.theory.recurrence import SelectiveReduction, Signals
+from compressm.theory.balanced import Balanced
+from compressm.theory.balancing import Balancing, Method, Reduction, balance
+from compressm.theory.recurrence import Moments, SelectiveBalancing, SelectiveReduction, Signals, balance_selective
+from compressm.theory.selection import Selection
 from compressm.theory.systems import DiagonalSystem
-
-
-@dataclass(frozen=True)
-class ParameterChange:
-    """New values for parameters that share one state axis, and how gradients on the old ones map to the new.
-
-    The parameters ``names`` (for example real and imaginary part) are concatenated along ``axis``, their state axis.
-    Where the old values are, on the kept subspace, ``old = pullback^T new``, a gradient with respect to the new ones is
-    ``pullback @ gradient``: gradients are covectors.
-
-    Attributes:
-        names: parameter names, relative to the layer.
-        values: new values in the same order, of the parameters' dtype and device.
-        axis: the state axis of each parameter.
-        pullback: maps gradient-like optimizer state (momentum, first moments), shape ``(new, old)`` of the
-            concatenation; dense or sparse. Or ``(*before, new, old)``, one such matrix for each index of the dimensions
-            before ``axis``, where every channel has states of its own.
-        pullback_squared: maps squared-gradient state (second moments), non-negative, same shape.
-    """
-
-    names: tuple[str, ...]
-    values: tuple[Tensor, ...]
-    axis: int
-    pullback: Tensor
-    pullback_squared: Tensor
-
-
-@dataclass(frozen=True)
-class LayerChange:
-    """Everything that a cut writes into one layer: parameters, and plain attributes such as a stored state dimension.
-
-    Names are relative to the layer and may reach into its submodules: ``"x_proj.weight"``, ``"x_proj.out_features"``.
-    """
-
-    parameters: tuple[ParameterChange, ...]
-    attributes: Mapping[str, Any]
-
-    def values(self) -> dict[str, Tensor]:
-        """New values by parameter name."""
-        return {
-            name: value for change in self.parameters for name, value in zip(change.names, change.values, strict=True)
-        }
-
-    def cpu(self) -> LayerChange:
-        """The same change with all tensors on the CPU."""
-        parameters = (replace(part, values=tuple(value.cpu() for value in part.values)) for part in self.parameters)
-        attributes = {name: v.cpu() if isinstance(v, Tensor) else v for name, v in self.attributes.items()}
-        return replace(self, parameters=tuple(parameters), attributes=attributes)
 
 
 class LayerAdapter(ABC):
@@ -75,10 +33,12 @@ class LayerAdapter(ABC):
             be imported.
         uniform: whether all such layers of a model must have the same state dimension, because its config and
             checkpoints hold only one.
+        needs_data: whether `balance` needs moments of data.
     """
 
     layer_type: type[nn.Module] | str
     uniform: bool = False
+    needs_data: bool = False
 
     @abstractmethod
     def state_dim(self, layer: nn.Module) -> int:
@@ -87,6 +47,39 @@ class LayerAdapter(ABC):
     @abstractmethod
     def resized(self, layer: nn.Module, states: int) -> LayerChange:
         """Parameters of the right shapes for a state dimension, values to be loaded over them; nothing is written."""
+
+    @abstractmethod
+    def balance(self, layer: nn.Module, evidence: Moments | None = None, method: Method = "real") -> Balanced:
+        """Hankel singular values of a layer as it is now.
+
+        Args:
+            layer: only read.
+            evidence: moments of the data, where the adapter `needs_data`.
+            method: for linear time-invariant layers, see `compressm.theory.balancing`.
+
+        Raises:
+            InvalidSystemError: parameters or moments that are not finite, or an unstable layer.
+            UnsupportedModelError: moments are needed, and there are none.
+        """
+
+    @abstractmethod
+    def cuts(self, layer: nn.Module, balanced: Balanced, selection: Selection = "hankel") -> Cuts:
+        """The cuts that the layer can be given.
+
+        Args:
+            layer: only read.
+            balanced: the same layer, from `balance`.
+            selection: how states are picked, see `compressm.cutting.plan.plan_reduction`.
+        """
+
+    def system(self, layer: nn.Module) -> DiagonalSystem | None:
+        """The system that the layer computes; None where what it computes depends on the data."""
+        del layer
+        return None
+
+    def run(self, layer: nn.Module, hidden: Tensor) -> Any:
+        """What the layer returns for its own input alone; override it where the layer needs more arguments."""
+        return layer(hidden)
 
     def written(self, model: nn.Module) -> None:
         """Called after layers of a model were written: keep true what it stores beside them, such as a config."""
@@ -107,6 +100,21 @@ class Adapter(LayerAdapter):
     def plan(self, values: Mapping[str, Tensor], reduction: Reduction) -> LayerChange:
         """What to write so that the layer computes the reduced system. Nothing is written yet."""
 
+    def system(self, layer: nn.Module) -> DiagonalSystem:
+        """The system that the layer computes."""
+        return self.read(layer_values(layer))
+
+    def balance(self, layer: nn.Module, evidence: Moments | None = None, method: Method = "real") -> Balancing:
+        """Balance the system that the layer computes. No data are needed."""
+        del evidence
+        return balance(self.system(layer), method)
+
+    def cuts(self, layer: nn.Module, balanced: Balanced, selection: Selection = "hankel") -> Cuts:
+        """Truncations of the balanced system; see `LinearCuts`."""
+        if not isinstance(balanced, Balancing):
+            raise InvalidSystemError(_balanced_otherwise(layer, balanced, "Balancing"))
+        return LinearCuts(layer_values(layer), balanced, selection, self.read, self.plan)
+
 
 class SelectiveAdapter(LayerAdapter):
     """Shows what goes through a selective layer's recurrence, and plans how to write a smaller one back.
@@ -124,6 +132,7 @@ class SelectiveAdapter(LayerAdapter):
             ``forward`` is called and not the layer. None where there is none; such calls are then refused.
     """
 
+    needs_data = True
     folds_into: bool = False
     folds_out: bool = False
     rotates: bool = False
@@ -165,14 +174,27 @@ class SelectiveAdapter(LayerAdapter):
         """As `signals`, for a call that goes on from what `carried` returned."""
         raise NotImplementedError(f"{type(self).__name__}.carried reads states, and signals_after is not there")
 
-    def run(self, layer: nn.Module, hidden: Tensor) -> Any:
-        """What the layer returns for its own input alone; override it where the layer needs more arguments."""
-        return layer(hidden)
-
     @abstractmethod
     def plan(self, values: Mapping[str, Tensor], reduction: SelectiveReduction) -> LayerChange:
         """What to write so that the recurrence gets ``into B`` and ``out C``, and the kept states' rates. Nothing is
         written yet."""
+
+    def balance(self, layer: nn.Module, evidence: Moments | None = None, method: Method = "real") -> SelectiveBalancing:
+        """Balance what the data did in the recurrence; see `compressm.theory.recurrence`."""
+        del method
+        if evidence is None:
+            raise UnsupportedModelError(f"{type(layer).__name__} is balanced with moments of data, and there are none")
+        return balance_selective(evidence)
+
+    def cuts(self, layer: nn.Module, balanced: Balanced, selection: Selection = "hankel") -> Cuts:
+        """Selections or maps of the states; see `SelectiveCuts`."""
+        if not isinstance(balanced, SelectiveBalancing):
+            raise InvalidSystemError(_balanced_otherwise(layer, balanced, "SelectiveBalancing"))
+        return SelectiveCuts(layer_values(layer), balanced, selection, self.maps(layer), self.plan)
+
+
+def _balanced_otherwise(layer: nn.Module, balanced: Balanced, expected: str) -> str:
+    return f"{type(layer).__name__} was balanced as {type(balanced).__name__}; expected {expected}, from its adapter"
 
 
 # Arguments by which layers are given the state that they go on from.
@@ -236,6 +258,16 @@ def find_layers(model: nn.Module) -> dict[str, tuple[nn.Module, LayerAdapter]]:
     return found
 
 
+def layers_that_need_data(model: nn.Module) -> dict[str, tuple[nn.Module, SelectiveAdapter]]:
+    """Those of `find_layers` whose states must be seen at work before they can be balanced, with how to see them.
+
+    Raises:
+        UnsupportedModelError: the model has no layer that compressm knows.
+    """
+    found = find_layers(model).items()
+    return {name: (layer, adapter) for name, (layer, adapter) in found if isinstance(adapter, SelectiveAdapter)}
+
+
 def _adapter(kind: type[nn.Module]) -> LayerAdapter | None:
     for base in kind.__mro__:
         for key in (base, f"{base.__module__}.{base.__qualname__}"):
@@ -263,11 +295,10 @@ def check_plain(layers: Mapping[str, nn.Module]) -> None:
     for layer_name, layer in layers.items():
         adapter = _adapter(type(layer))
         assert adapter is not None
-        computed = dict(_computed(layer))
+        computed = dict(computed_tensors(layer))
         try:
             names = set(adapter.resized(layer, adapter.state_dim(layer)).values())
-            if isinstance(adapter, Adapter):
-                adapter.read(layer_values(layer))
+            adapter.system(layer)
         except (KeyError, AttributeError) as error:
             # The error names the parameter; get_parameter's own message has the last part of it only.
             text = str(error.args[0]) if error.args else ""
@@ -288,61 +319,24 @@ def check_plain(layers: Mapping[str, nn.Module]) -> None:
                 )
 
 
-def _computed(layer: nn.Module) -> Iterator[tuple[str, tuple[str, str]]]:
-    """Tensors of a layer that are computed from parameters: their names, by what, and how to undo it."""
-    for path, module in layer.named_modules():
-        if parametrize.is_parametrized(module):
-            for name in cast("nn.ModuleDict", module.parametrizations):
-                full = f"{path}.{name}".lstrip(".")
-                kinds = ", ".join(type(one).__name__ for one in cast("Any", module.parametrizations)[name])
-                advice = f"call torch.nn.utils.parametrize.remove_parametrizations(module, {name!r})"
-                yield full, (f"parametrization {kinds}", advice)
-        for hook in module._forward_pre_hooks.values():  # pyright: ignore[reportPrivateUsage]
-            kind = type(hook).__name__
-            if kind in ("WeightNorm", "SpectralNorm"):
-                name: str = cast("Any", hook).name
-                remover = "remove_weight_norm" if kind == "WeightNorm" else "remove_spectral_norm"
-                yield f"{path}.{name}".lstrip("."), (kind, f"call torch.nn.utils.{remover}(module, {name!r})")
-            elif isinstance(hook, BasePruningMethod):
-                name = cast("Any", hook)._tensor_name
-                yield (
-                    f"{path}.{name}".lstrip("."),
-                    (f"pruning {kind}", f"call torch.nn.utils.prune.remove(module, {name!r})"),
-                )
-
-
-def layer_values(layer: nn.Module) -> dict[str, Tensor]:
-    """The layer's parameters and buffers, detached."""
-    return {name: value.detach() for name, value in (*layer.named_parameters(), *layer.named_buffers())}
-
-
-@torch.no_grad()
-def write(layer: nn.Module, change: LayerChange) -> None:
-    """Write a planned change into a layer, keeping every Parameter the object that it was.
-
-    Optimizers, exponential averages and clipping hold on to Parameter objects; one that was replaced would silently
-    never be updated again. Gradients are dropped, since they belong to the old values.
-    """
-    for name, value in change.values().items():
-        parameter = layer.get_parameter(name)
-        device = parameter.device
-        if parameter.shape != value.shape:
-            # Setting data of another type first makes autograd drop the parameter's gradient accumulator, which
-            # otherwise lives on with the old shape for as long as anyone holds the last loss.
-            other = torch.float16 if parameter.dtype != torch.float16 else torch.float32
-            parameter.data = torch.empty(0, dtype=other, device=device)
-        # A copy: the same change may be written into several models, such as averaged copies.
-        parameter.data = value.to(device=device, copy=True, memory_format=torch.contiguous_format)
-        parameter.grad = None
-    for path, value in change.attributes.items():
-        prefix, _, name = path.rpartition(".")
-        owner = layer.get_submodule(prefix)
-        if isinstance(value, Tensor):  # a buffer
-            value = value.to(getattr(owner, name).device, copy=True)
-        setattr(owner, name, value)
-
-
 def tell_written(model: nn.Module) -> None:
     """Let every adapter know, once, that layers of the model were written: see `LayerAdapter.written`."""
     for adapter in {id(adapter): adapter for _, adapter in find_layers(model).values()}.values():
         adapter.written(model)
+
+
+__all__ = [
+    "Adapter",
+    "LayerAdapter",
+    "LayerChange",
+    "ParameterChange",
+    "SelectiveAdapter",
+    "UnknownLayerWarning",
+    "check_plain",
+    "find_layers",
+    "layer_values",
+    "layers_that_need_data",
+    "register",
+    "tell_written",
+    "write",
+]

@@ -20,22 +20,23 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from compressm.adapters import LayerChange, SelectiveAdapter, find_layers
+from compressm.adapters import LayerChange, find_layers, layers_that_need_data
 from compressm.adapters.base import tell_written, write
 from compressm.errors import UnsupportedModelError
-from compressm.layers import Bidirectional
 from compressm.observing.held_out import Dealer
 from compressm.observing.inputs import calls
-from compressm.observing.layer_calls import named_arguments, reversed_layers
-from compressm.observing.moments import TELLS, Sample, modes_kept
+from compressm.observing.layer_calls import named_arguments
+from compressm.observing.moments import Sample, modes_kept
+from compressm.observing.padding import Padding
 from compressm.runtime.processes import gathered
 
 
@@ -81,7 +82,7 @@ def errors_on_data(
     """
     if not changes:
         return {}
-    padding = _Padding(backwards=reversed_layers(model))
+    padding = Padding(model)
     replays = {
         name: _Replay(name, model.get_submodule(name), change, padding, (by_halves or {}).get(name, ()))
         for name, change in changes.items()
@@ -91,15 +92,14 @@ def errors_on_data(
         layer = model.get_submodule(name)
         handles.append(layer.register_forward_pre_hook(replay.begins, with_kwargs=True))
         handles.append(layer.register_forward_hook(replay.compare, with_kwargs=True))
-    for module in model.modules():
-        if isinstance(module, TELLS):
-            handles.append(module.register_forward_pre_hook(padding.remember, with_kwargs=True))
-            handles.append(module.register_forward_hook(padding.forget, always_call=True))
+    for module in padding.tellers:
+        handles.append(module.register_forward_pre_hook(partial(_told, padding), with_kwargs=True))
+        handles.append(module.register_forward_hook(partial(_over, padding), always_call=True))
     try:
         with modes_kept(model):
             model.eval()
             for call in calls(model, data):
-                padding.of_batch(call.kwargs)
+                padding.begin(_mask(call.kwargs))
                 call(model)
     finally:
         for handle in handles:
@@ -120,10 +120,11 @@ def errors_on_samples(
     """
     replays: dict[str, _Replay] = {}
     for name, (layer, adapter) in find_layers(model).items():
-        if name not in changes or name not in samples or not isinstance(adapter, SelectiveAdapter):
+        if name not in changes or name not in samples:
             continue
-        hidden, present = samples[name].hidden.to(next(layer.parameters()).device), samples[name].present
-        replays[name] = replay = _Replay(name, layer, changes[name], _Padding(present), run=adapter.run)
+        hidden, padding = samples[name].hidden.to(next(layer.parameters()).device), Padding(layer)
+        padding.begin(samples[name].present)  # in the order in which the layer read them
+        replays[name] = replay = _Replay(name, layer, changes[name], padding, run=adapter.run)
         with modes_kept(layer), torch.autocast(hidden.device.type, enabled=False):
             layer.eval()
             try:
@@ -135,40 +136,20 @@ def errors_on_samples(
     return _errors(replays)
 
 
-class _Padding:
-    """Which tokens of the batch that is being read are tokens, as far as the model or the batch says so."""
+def _told(padding: Padding, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """A forward pre-hook of a model, or a part of one, that knows which of its inputs are padding."""
+    padding.told(model, named_arguments(model, args, kwargs))
 
-    def __init__(self, present: Tensor | None = None, backwards: Collection[str] = ()) -> None:
-        self.backwards = backwards  # names of the layers that read sequences from their end
-        # By the batch, then by the model and its parts, innermost last; and whether it holds for those layers as it is,
-        # since each sequence is reversed within its own length.
-        self.said: list[tuple[Tensor | None, bool]] = [(present, False)]
 
-    def of_batch(self, arguments: Mapping[str, Any]) -> None:
-        """Forget the batch before."""
-        mask = arguments.get("attention_mask")
-        self.said = [(mask if isinstance(mask, Tensor) and mask.ndim == 2 else None, False)]
+def _over(padding: Padding, *_: Any) -> None:
+    """A forward hook of the same."""
+    padding.over()
 
-    def remember(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """A forward pre-hook of a model, or a part of one, that knows which of its inputs are padding."""
-        assert isinstance(model, TELLS)
-        present = model.present(**named_arguments(model, args, kwargs))
-        stays = isinstance(model, Bidirectional) and present is not None
-        self.said.append((self.said[-1][0] if present is None else present, stays))
 
-    def forget(self, *_: Any) -> None:
-        """A forward hook of the same."""
-        self.said.pop()
-
-    def weights(self, name: str, output: Tensor, kwargs: Mapping[str, Any]) -> Tensor | None:
-        """1 for tokens and 0 for padding, shape ``(batch, length)``, where it is known for this output of a layer."""
-        said, stays = self.said[-1]
-        if said is not None and name in self.backwards and not stays:
-            said = said.flip(1)
-        for mask in (kwargs.get("attention_mask"), said):
-            if isinstance(mask, Tensor) and mask.shape == output.shape[:-1]:
-                return mask.to(output.device, torch.float64)
-        return None
+def _mask(arguments: Mapping[str, Any]) -> Tensor | None:
+    """Which tokens of a batch are tokens, where its call says so."""
+    mask = arguments.get("attention_mask")
+    return mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
 
 
 class _Replay:
@@ -183,12 +164,12 @@ class _Replay:
         name: str,
         layer: nn.Module,
         change: LayerChange,
-        padding: _Padding,
+        padding: Padding,
         by_halves: Sequence[LayerChange] = (),
         run: Callable[..., Any] | None = None,
     ) -> None:
         self.name, self.padding, self.run = name, padding, run or _called
-        self.adapter = find_layers(layer)[""][1]
+        _, self.adapter = layers_that_need_data(layer).get("", (layer, None))
         self.smaller = _copy(layer, change)
         self.of_halves = [_copy(layer, one) for one in by_halves]
         self.dealer = Dealer()
@@ -197,7 +178,7 @@ class _Replay:
 
     def begins(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """A forward pre-hook: does the layer go on from a state? That is the larger one, and the copy has none."""
-        if self.failed or not isinstance(self.adapter, SelectiveAdapter):
+        if self.failed or self.adapter is None:
             return
         try:
             goes_on = self.adapter.carried(layer, named_arguments(layer, args, kwargs)) is not None
@@ -226,10 +207,16 @@ class _Replay:
         half = self.dealer.halves(self.name, y.shape[0]).to(y.device)
         for which, of_half in enumerate(by_halves):
             held_out[half != which] = of_half[half != which]
-        weights = self.padding.weights(self.name, y, kwargs)
-        weights = torch.ones_like(changed) if weights is None else weights
+        weights = self._weights(y, kwargs)
         for place, value in enumerate((changed, y.double().square().sum(-1), held_out, torch.ones_like(changed))):
             self.sums[place] += float((value * weights).sum())
+
+    def _weights(self, output: Tensor, kwargs: Mapping[str, Any]) -> Tensor:
+        """1 for tokens and 0 for padding, as far as that is known for this output, shape ``(batch, length)``."""
+        for mask in (kwargs.get("attention_mask"), self.padding.of_layer(self.name)):
+            if isinstance(mask, Tensor) and mask.shape == output.shape[:-1]:
+                return mask.to(output.device, torch.float64)
+        return torch.ones(output.shape[:-1], dtype=torch.float64, device=output.device)
 
 
 # Of a copy with a smaller state, in layers that nobody here has seen. The cut is sound without these numbers.

@@ -9,20 +9,21 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from compressm.adapters import Adapter, find_layers
-from compressm.adapters.base import check_plain, layer_values
+from compressm.adapters import find_layers
+from compressm.adapters.base import check_plain
 from compressm.cutting.plots import Backend, plot_discarded
 from compressm.errors import MissingExtraError, UnsupportedModelError
 from compressm.observing.moments import gather
-from compressm.theory.balancing import Balancing, Method, balance
+from compressm.theory.balanced import Balanced
+from compressm.theory.balancing import Method, balance
 from compressm.theory.ranks import RankRule, choose_ranks
-from compressm.theory.recurrence import Moments, SelectiveBalancing, balance_selective, root
+from compressm.theory.recurrence import Moments, balance_selective
 from compressm.theory.systems import DiagonalSystem
 
 if TYPE_CHECKING:
     import pandas
 
-AnyBalancing = Balancing | SelectiveBalancing
+AnyBalancing = Balanced  # the former name
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ class Spectrum:
     layers: tuple[LayerSpectrum, ...]
 
     @classmethod
-    def of(cls, balancings: Mapping[str, AnyBalancing]) -> Spectrum:
+    def of(cls, balancings: Mapping[str, Balanced]) -> Spectrum:
         """Of balanced layers by name."""
         return cls(tuple(LayerSpectrum(name, one.hsv, one.energy) for name, one in balancings.items()))
 
@@ -133,7 +134,7 @@ class Spectrum:
 
 def balance_layers(
     model: nn.Module, method: Method = "real", moments: Mapping[str, Moments] | None = None
-) -> dict[str, AnyBalancing]:
+) -> dict[str, Balanced]:
     """Balance every layer that has a state, by layer name.
 
     Args:
@@ -145,18 +146,16 @@ def balance_layers(
         UnsupportedModelError: no layer, or a selective one without moments.
         InvalidSystemError: parameters or moments that are not finite.
     """
-    balancings: dict[str, AnyBalancing] = {}
+    balancings: dict[str, Balanced] = {}
     for name, (layer, adapter) in find_layers(model).items():
-        if isinstance(adapter, Adapter):
+        if not adapter.needs_data:
             check_plain({name: layer})
-            balancings[name] = balance(adapter.read(layer_values(layer)), method)
-        elif moments is not None and name in moments:
-            balancings[name] = balance_selective(moments[name])
-        else:
+        elif moments is None or name not in moments:
             raise UnsupportedModelError(
                 f"{name!r} is a selective layer, and what its states carry depends on the data: pass data=, some "
                 "batches of the model's inputs"
             )
+        balancings[name] = adapter.balance(layer, (moments or {}).get(name), method)
     return balancings
 
 
@@ -182,24 +181,21 @@ def analyze(model: nn.Module, method: Method = "real", data: Any = None) -> Spec
     return Spectrum.of(balance_layers(model, method, None if data is None else gather(model, data)))
 
 
-def snapshot_state(balancing: AnyBalancing) -> Any:
+def snapshot_state(balancing: Balanced) -> Any:
     """What a balanced layer is computed from, as dicts or lists of tensors."""
-    if isinstance(balancing, SelectiveBalancing):
-        return balancing.moments.tensors()
-    return [balancing.system.lam, balancing.system.B, balancing.system.C]
+    return balancing.state()
 
 
-def snapshot(state: Any, method: Method) -> AnyBalancing:
+def snapshot(state: Any, method: Method) -> Balanced:
     """The inverse of `snapshot_state`."""
     if isinstance(state, Mapping):
         return balance_selective(Moments(**state))
     return balance(DiagonalSystem(*state), method)
 
 
-def mean_hsv(balancing: AnyBalancing) -> Tensor:
-    """Hankel singular values of a layer, decreasing: the mean over its systems where it has several (channels of S4D,
-    heads, groups), shape ``(m,)``."""
-    return balancing.hsv.reshape(-1, balancing.hsv.shape[-1]).mean(0)
+def mean_hsv(balancing: Balanced) -> Tensor:
+    """See `Balanced.mean_hsv`."""
+    return balancing.mean_hsv()
 
 
 @dataclass(frozen=True)
@@ -230,7 +226,7 @@ class SpectrumChange:
         return self.share_moved <= threshold and abs(self.bottom_share_after - self.bottom_share_before) <= threshold
 
 
-def compare(before: AnyBalancing, after: AnyBalancing) -> SpectrumChange:
+def compare(before: Balanced, after: Balanced) -> SpectrumChange:
     """Compare two snapshots of one layer, of the same state dimension and method.
 
     The values are compared in their order, as Weyl's inequality does; that is also the matching of least total change.
@@ -243,7 +239,7 @@ def compare(before: AnyBalancing, after: AnyBalancing) -> SpectrumChange:
     if a.shape != b.shape:
         raise ValueError(f"snapshots of different order: {a.shape[-1]} and {b.shape[-1]} Hankel singular values")
     scale = float(a[0]) or 1.0
-    old, new = _hankel_operator(before), _hankel_operator(after)
+    old, new = before.hankel_operator(), after.hankel_operator()
     # Imported here: they take as long as the rest of the library, and few need them.
     from scipy.optimize import linear_sum_assignment
     from scipy.stats import spearmanr
@@ -270,21 +266,7 @@ def _crossings(places: Sequence[int]) -> float:
     return float(inverted) / max(1, len(places) * (len(places) - 1) // 2)
 
 
-def _hankel_operator(balancing: AnyBalancing) -> Tensor:
-    """``(P^1/2 Q P^1/2)^1/2``, whose eigenvalues are the Hankel singular values, in the layer's own coordinates."""
-    if isinstance(balancing, Balancing):
-        P, factor_Q = balancing.factor_P @ balancing.factor_P.mH, balancing.factor_Q
-    else:
-        P, factor_Q = balancing.P, root(balancing.W)
-    values, vectors = torch.linalg.eigh(P)
-    root_P = (vectors * values.clamp_min(0).sqrt()[..., None, :]) @ vectors.mH
-    left, singular, _ = torch.linalg.svd(root_P @ factor_Q)
-    return (left * singular[..., None, :]) @ left.mH
-
-
-def spectrum_changes(
-    before: Mapping[str, AnyBalancing], after: Mapping[str, AnyBalancing]
-) -> dict[str, SpectrumChange]:
+def spectrum_changes(before: Mapping[str, Balanced], after: Mapping[str, Balanced]) -> dict[str, SpectrumChange]:
     """`compare` for every layer present in both snapshots with the same order."""
     return {
         name: compare(before[name], now)

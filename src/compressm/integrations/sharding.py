@@ -23,9 +23,9 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.optim import Optimizer
 
+from compressm.cutting import Report, compress, resize_states
 from compressm.cutting.carry import begin_anew
 from compressm.cutting.fitting import fit
-from compressm.cutting.reduce import Report, compress, resize_states
 from compressm.errors import CheckpointError
 from compressm.runtime.processes import from_first_rank, rank
 

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from compressm.adapters import find_layers
+from compressm.cutting import Report, plan_reduction
 from compressm.cutting.made_cuts import MadeCuts
-from compressm.cutting.reduce import Report, plan_reduction
 from compressm.cutting.spectrum import AnyBalancing, Spectrum, balance_layers
 from compressm.errors import CheckpointError
 from compressm.lab.one_shot_inputs import BATCH, read_batches, read_checkpoint

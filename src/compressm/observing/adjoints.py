@@ -59,17 +59,17 @@ def readings(
         layer: an `LRU`, `S5`, `S4D`, or any other layer whose adapter reads a `DiagonalSystem`.
         system: what the adapter reads.
         u, g, present: as in `Reading`, for the layer's input and output.
-        lengths: within which a layer of two directions reverses each sequence, shape ``(batch,)``; None for whole rows.
+        lengths: within which a layer with two directions reversed each sequence, shape ``(batch,)``; None for the
+            whole row.
     """
     module: Any = layer
     if not getattr(module, "bidirectional", False):
         return [Reading(u, g, system.C, present)]
     forwards, backwards = (system.C / math.sqrt(2)).chunk(2, -2)
-    flipped = None if present is None else reverse(present[..., None], lengths)[..., 0]
-    return [
-        Reading(u, g, forwards, present),
-        Reading(reverse(u, lengths), reverse(g, lengths), backwards, flipped),
-    ]
+    lengths = None if lengths is None else lengths.to(u.device)
+    reversed_present = None if present is None else reverse(present[..., None], lengths)[..., 0]
+    turned = Reading(reverse(u, lengths), reverse(g, lengths), backwards, reversed_present)
+    return [Reading(u, g, forwards, present), turned]
 
 
 @torch.no_grad()

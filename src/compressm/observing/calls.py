@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from compressm.adapters.base import Adapter, SelectiveAdapter, layer_values
+from compressm.adapters import LayerAdapter
 from compressm.observing.adjoints import covariances, readings
 from compressm.observing.layer_calls import named_arguments
 from compressm.observing.masks import mask_gradients
@@ -30,7 +30,8 @@ class LinearCall:
         system: what it computed, which may be another one after the pass.
         u: its input, shape ``(batch, length, d_model)``.
         present: 1 for tokens and 0 for padding, shape ``(batch, length)``; None for no padding.
-        lengths: within which the layer reverses each sequence, shape ``(batch,)``, where it was told any.
+        lengths: within which it reversed each sequence, where it reads backwards too, shape ``(batch,)``; None for the
+            whole row.
     """
 
     layer: nn.Module
@@ -41,18 +42,21 @@ class LinearCall:
 
     @classmethod
     def of(
-        cls, layer: nn.Module, adapter: Adapter, args: tuple[Any, ...], kwargs: dict[str, Any], present: Tensor | None
+        cls,
+        layer: nn.Module,
+        system: DiagonalSystem,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        present: Tensor | None,
     ) -> LinearCall:
         """A call that was made."""
-        given = named_arguments(layer, args, kwargs)
-        u: Tensor = next(iter(given.values()))
-        lengths = given.get("lengths")
-        lengths = lengths.to(u.device) if isinstance(lengths, Tensor) else None
-        return cls(layer, adapter.read(layer_values(layer)), u.detach(), present, lengths)
+        u: Tensor = (*args, *kwargs.values())[0]
+        lengths = named_arguments(layer, args, kwargs).get("lengths")
+        return cls(layer, system, u.detach(), present, lengths if isinstance(lengths, Tensor) else None)
 
     def first(self, sequences: int | None) -> LinearCall:
         """The same with the first sequences of the batch only."""
-        present, lengths = (None if value is None else value[:sequences] for value in (self.present, self.lengths))
+        present, lengths = (None if x is None else x[:sequences] for x in (self.present, self.lengths))
         return replace(self, u=self.u[:sequences], present=present, lengths=lengths)
 
     def finite(self) -> bool:
@@ -86,7 +90,7 @@ class SelectiveCall:
     """
 
     layer: nn.Module
-    adapter: SelectiveAdapter
+    adapter: LayerAdapter
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     present: Tensor | None
@@ -97,7 +101,7 @@ class SelectiveCall:
     def of(
         cls,
         layer: nn.Module,
-        adapter: SelectiveAdapter,
+        adapter: LayerAdapter,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         present: Tensor | None,
@@ -170,4 +174,19 @@ def _detached(value: Any) -> Any:
 
 Call = LinearCall | SelectiveCall
 
-__all__ = ["Call", "LinearCall", "SelectiveCall", "as_evidence"]
+
+def call_of_layer(
+    layer: nn.Module, adapter: LayerAdapter, args: tuple[Any, ...], kwargs: dict[str, Any], present: Tensor | None
+) -> Call:
+    """A call of a layer that was made.
+
+    Raises:
+        InvalidSystemError: the system that the layer computes is not finite, or not stable.
+    """
+    system = adapter.system(layer)
+    if system is None:
+        return SelectiveCall.of(layer, adapter, args, kwargs, present)
+    return LinearCall.of(layer, system, args, kwargs, present)
+
+
+__all__ = ["Call", "LinearCall", "SelectiveCall", "as_evidence", "call_of_layer"]

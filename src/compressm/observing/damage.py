@@ -41,12 +41,17 @@ class Sample:
 
     Attributes:
         u, g: shape ``(sequences, length, d_model)``.
-        lengths: within which the layer reverses each sequence, shape ``(sequences,)``, where it was told any.
+        lengths: within which a layer with two directions reversed each sequence, shape ``(sequences,)``; None for the
+            whole row.
     """
 
     u: Tensor
     g: Tensor
     lengths: Tensor | None = None
+
+    def part(self, rows: slice) -> Sample:
+        """Some of the sequences."""
+        return Sample(self.u[rows], self.g[rows], None if self.lengths is None else self.lengths[rows])
 
 
 @torch.no_grad()
@@ -67,9 +72,8 @@ def linear_changes(
     total = torch.zeros(calls[0].u.shape[0], dtype=torch.float64)
     for call in calls:
         size = max(1, _BLOCK // (2 * difference.lam.numel() * call.u.shape[1]))
-        lengths = [None] * len(call.u) if call.lengths is None else call.lengths.split(size)
-        parts = zip(call.u.split(size), call.g.split(size), lengths, strict=False)
-        total += torch.cat([_changes(layer, difference, *part) for part in parts])
+        blocks = (slice(start, start + size) for start in range(0, call.u.shape[0], size))
+        total += torch.cat([_changes(layer, difference, call.part(rows)) for rows in blocks])
     return total
 
 
@@ -135,9 +139,9 @@ def _through(curve: Tensor, tried: Callable[[int], float | None], points: int) -
     return calibrated(curve, damages)
 
 
-def _changes(layer: nn.Module, difference: DiagonalSystem, u: Tensor, g: Tensor, lengths: Tensor | None) -> Tensor:
-    change = torch.zeros(u.shape[0], dtype=torch.float64)
-    for one in readings(layer, difference, u, g, None, lengths):
+def _changes(layer: nn.Module, difference: DiagonalSystem, call: Sample) -> Tensor:
+    change = torch.zeros(call.u.shape[0], dtype=torch.float64)
+    for one in readings(layer, difference, call.u, call.g, None, call.lengths):
         x = run(difference.lam, difference.B, one.u)
         adjoint = one.g.to(x) if difference.lam.ndim == 1 else one.g.to(x)[..., None]
         re, im = (part.to(x) for part in (one.C.real, one.C.imag))

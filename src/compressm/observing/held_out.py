@@ -14,7 +14,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from compressm.adapters import SelectiveAdapter, find_layers
+from compressm.adapters import SelectiveAdapter, layers_that_need_data
 from compressm.errors import UnsupportedModelError
 from compressm.observing.expected import is_array
 from compressm.observing.moments import Statistics, observe_all, summed
@@ -69,8 +69,8 @@ class HalvedStatistics(Statistics):
             part._when, part._arguments = self._when, self._arguments
             rows = (half == which).nonzero()[:, 0]
             if len(rows):
-                tokens, begins = (None if value is None else value[rows] for value in (present, starts))
-                part._look(name, layer, adapter, hidden[rows], tokens, begins, carried, told)
+                its_present, its_starts = (None if value is None else value[rows] for value in (present, starts))
+                part._look(name, layer, adapter, hidden[rows], its_present, its_starts, carried, told)
 
     def of_halves(self) -> Halves:
         """Moments of each half by layer name, over all processes; of no tokens where a half got no sequence.
@@ -108,7 +108,7 @@ def twice_readable(model: nn.Module, data: Any) -> Any:
     Halves of data in another order would be other halves. Without selective layers the order makes no difference, and
     only what cannot be read again is kept.
     """
-    ordered = any(isinstance(adapter, SelectiveAdapter) for _, adapter in find_layers(model).values())
+    ordered = bool(layers_that_need_data(model))
     whole = is_array(data) or isinstance(data, list | tuple | Mapping | str | bytes) or not isinstance(data, Iterable)
     if whole or not (ordered or isinstance(data, Iterator)):
         return data

@@ -7,13 +7,14 @@ that a backward pass computes anew for gradient checkpointing: the same call was
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from compressm.layers import Bidirectional
+from compressm.observing.hooks import OwnHook
 
 
 class Observer(Protocol):
@@ -28,18 +29,11 @@ class Observer(Protocol):
     def padding_over(self) -> None: ...
 
 
-class _Hook:
-    """A hook that copies of the model do not inherit: they are nobody's training, and are not observed."""
+class _Hook(OwnHook):
+    """A hook that tells an observer."""
 
     def __init__(self, observer: Observer) -> None:
         self.observer = observer
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Callable[..., None]:
-        return _nothing
-
-
-def _nothing(*_: Any) -> None:
-    """A hook that does nothing."""
 
 
 class ModelCalled(_Hook):

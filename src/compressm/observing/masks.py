@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from compressm.adapters.base import SelectiveAdapter
+from compressm.adapters import LayerAdapter
 from compressm.adapters.rebind import global_names, not_fused, rebound_forward
 from compressm.layers import DeltaNet, Mamba, Mamba2, RecurrentBlock
 from compressm.layers.linear_attention import MatrixStateLayer
@@ -82,7 +82,7 @@ def can_be_masked(layer: nn.Module) -> bool:
 
 def mask_gradients(
     layer: nn.Module,
-    adapter: SelectiveAdapter,
+    adapter: LayerAdapter,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     grad_output: Tensor,

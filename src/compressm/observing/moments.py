@@ -22,9 +22,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from compressm.adapters import SelectiveAdapter, find_layers
+from compressm.adapters import SelectiveAdapter, layers_that_need_data
 from compressm.errors import ConfigError, InvalidSystemError, UnsupportedModelError
-from compressm.layers import Bidirectional, LanguageModel, SequenceClassifier
 from compressm.observing.inputs import calls
 from compressm.observing.layer_calls import (
     LayerWatch,
@@ -34,11 +33,11 @@ from compressm.observing.layer_calls import (
     PaddingTold,
     in_backward,
     not_finite,
-    reversed_layers,
     sequence_starts,
     unpacked,
 )
-from compressm.runtime.processes import gathered, world_size
+from compressm.observing.padding import Padding
+from compressm.runtime.processes import gathered, summed_tensors
 from compressm.theory.recurrence import Moments, moments
 
 # Moments of weights that have changed since are forgotten: the weight of all before, at every observation.
@@ -49,9 +48,6 @@ MODEL_CALLS = 8
 
 class NotFiniteWarning(UserWarning):
     """An observation met numbers that are not finite, and was left out."""
-
-
-TELLS = (SequenceClassifier, LanguageModel, Bidirectional)  # have present(u, lengths)
 
 
 @dataclass(frozen=True)
@@ -89,8 +85,7 @@ class Statistics:
     ) -> None:
         self.sequences, self.memory, self.strict = sequences, memory, strict
         self._model = model
-        found = find_layers(model).items()
-        self._layers = {name: (layer, a) for name, (layer, a) in found if isinstance(a, SelectiveAdapter)}
+        self._layers = layers_that_need_data(model)
         self._moments: dict[str, Moments] = {}
         self._samples: dict[str, Sample] = {}
         self.dropped: dict[str, int] = {}
@@ -100,10 +95,7 @@ class Statistics:
         self._seen: set[str] = set()  # in this observation
         self._training_only, self._when, self._calls = True, "", 0
         self._arguments: dict[str, Any] = {}  # of the model's call that is being made
-        # Models that know which of their inputs are padding tell it before their layers are called.
-        self._padded = [module for module in model.modules() if isinstance(module, TELLS)]
-        self._told: list[tuple[Tensor | None, bool]] = []  # who is told what is padding, innermost last
-        self._reversed = reversed_layers(model)
+        self._padding = Padding(model)  # told before layers are called
 
     @property
     def layers(self) -> list[str]:
@@ -143,7 +135,7 @@ class Statistics:
             self._model.register_forward_pre_hook(ModelCalled(self), with_kwargs=True, prepend=True),
             self._model.register_forward_hook(ModelDone(self), always_call=True),
         ]
-        for module in self._padded:
+        for module in self._padding.tellers:
             self._handles.append(module.register_forward_pre_hook(PaddingTold(self), with_kwargs=True))
             self._handles.append(module.register_forward_hook(PaddingOver(self), always_call=True))
         for name, (layer, adapter) in self._layers.items():
@@ -209,10 +201,8 @@ class Statistics:
             carried: what the call goes on from, see `SelectiveAdapter.carried`; None where states start at zero.
         """
         told = present is None
-        if told and self._told:
-            present, stays = self._told[-1]
-            if present is not None and name in self._reversed and not stays:
-                present = present.flip(1)
+        if told:
+            present = self._padding.of_layer(name)
         present = None if present is None or present.shape != hidden.shape[:2] else present.detach()
         self._look(name, layer, adapter, hidden.detach(), present, starts, carried, told)
 
@@ -254,10 +244,8 @@ class Statistics:
                 self._samples[name] = Sample(hidden[:1].clone(), None if present is None else present[:1].clone())
 
     def _add(self, name: str, new: Moments) -> None:
-        before = self._moments.get(name)
-        if before is not None and before.P.shape == new.P.shape:
-            new = before.plus(new, 1.0 if name in self._seen else self.memory)
-        self._moments[name] = new
+        memory = 1.0 if name in self._seen else self.memory
+        self._moments[name] = new.after(self._moments.get(name), memory)
         self._seen.add(name)
 
     def _drop(self, name: str, hidden: Tensor) -> None:
@@ -286,27 +274,22 @@ class Statistics:
 
     def padding_told(self, model: nn.Module, arguments: dict[str, Any]) -> None:
         """A model is called that knows which of its inputs are tokens, or a part of one, in whose call that holds."""
-        assert isinstance(model, TELLS)
-        before = self._told[-1] if self._told else (None, False)
-        if not self.counts(model):
-            self._told.append(before)
-            return
-        present = model.present(**arguments)
-        # A layer that is told the lengths reverses each sequence within its own, and padding stays where it is.
-        stays = isinstance(model, Bidirectional) and present is not None
-        self._told.append((before[0] if present is None else present, stays))
+        if self.counts(model):
+            self._padding.told(model, arguments)
+        else:
+            self._padding.silent()
 
     def padding_over(self) -> None:
         """Its call is over."""
-        if self._told:
-            self._told.pop()
+        self._padding.over()
 
     def close(self) -> None:
         """End the observation, and remove all hooks; the moments stay."""
         for handle in self._handles:
             handle.remove()
         self._handles = []
-        self._told, self._arguments = [], {}
+        self._padding.begin()
+        self._arguments = {}
 
     def reset(self) -> None:
         """Forget all moments and samples, and what was left out of them."""
@@ -357,13 +340,7 @@ def not_seen(name: str) -> str:
 
 def summed(moments: Moments) -> Moments:
     """Over all processes; all of them must call this at the same time."""
-    if world_size() == 1:
-        return moments
-    device = "cuda" if torch.distributed.get_backend() == "nccl" else "cpu"
-    tensors = {name: value.to(device, copy=True) for name, value in moments.tensors().items()}
-    for value in tensors.values():
-        torch.distributed.all_reduce(value)
-    return Moments(**{name: value.cpu() for name, value in tensors.items()})
+    return Moments(**summed_tensors(moments.tensors()))
 
 
 def gather(model: nn.Module, data: Any, sequences: int | None = None) -> dict[str, Moments]:
@@ -427,7 +404,6 @@ def modes_kept(model: nn.Module) -> Generator[None]:
 
 __all__ = [
     "MODEL_CALLS",
-    "TELLS",
     "NotFiniteWarning",
     "Sample",
     "Statistics",

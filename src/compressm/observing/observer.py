@@ -11,16 +11,17 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from compressm.adapters import Adapter, SelectiveAdapter, find_layers
+from compressm.adapters import LayerAdapter, find_layers
 from compressm.errors import ConfigError, InvalidSystemError, UnsupportedModelError
-from compressm.layers import Bidirectional
-from compressm.observing.calls import Call, LinearCall, SelectiveCall, as_evidence
+from compressm.observing.calls import Call, LinearCall, as_evidence, call_of_layer
 from compressm.observing.damage import Sample
+from compressm.observing.hooks import OwnHook
 from compressm.observing.labels import Likelihood, sampled_losses
-from compressm.observing.layer_calls import named_arguments, reversed_layers
+from compressm.observing.layer_calls import named_arguments
 from compressm.observing.masks import can_be_masked
-from compressm.observing.moments import MEMORY, TELLS, modes_kept
-from compressm.runtime.processes import gathered, world_size
+from compressm.observing.moments import MEMORY, modes_kept
+from compressm.observing.padding import Padding
+from compressm.runtime.processes import gathered, summed_tensors
 from compressm.runtime.random_state import rng_state, set_rng_state
 from compressm.theory.evidence import Covariances
 from compressm.theory.fisher import MaskFisher
@@ -83,13 +84,13 @@ class Observer:
         self.terms, self.sequences, self.memory, self.keep, self.dropped = terms, sequences, memory, keep, 0
         found = find_layers(model)
         self.unsupported = [
-            name for name, (layer, a) in found.items() if isinstance(a, SelectiveAdapter) and not can_be_masked(layer)
+            name for name, (layer, adapter) in found.items() if adapter.needs_data and not can_be_masked(layer)
         ]
         self._layers = {name: both for name, both in found.items() if name not in self.unsupported}
         self._model, self._observed, self._passes = model, dict[str, Evidence](), 0
         self._samples: dict[str, dict[int, Kept]] = {}
         self._hooks: list[RemovableHandle] = []
-        self._pass = _Pass()
+        self._pass = _Pass(model)
         self._eager: Any = None
 
     @property
@@ -119,19 +120,17 @@ class Observer:
         self._passes += 1
         if self._layers and "torch._dynamo" in sys.modules:
             self._eager = torch.compiler.set_stance("force_eager")
-        self._pass = now = _Pass(self._passes, loss_scale, training_only, frozen)
+        self._pass = now = _Pass(self._model, self._passes, loss_scale, training_only, frozen)
         if not self._layers:
             return
         self._hooks.append(self._model.register_forward_pre_hook(_Hook(now, self._begun), with_kwargs=True))
         self._hooks.append(self._model.register_forward_hook(_Hook(now, self._compiled_again), always_call=True))
-        backwards = reversed_layers(self._model)
-        for module in self._model.modules():
-            if isinstance(module, TELLS):  # knows which of its inputs are padding
-                self._hooks.append(module.register_forward_pre_hook(_Hook(now, _padding_told), with_kwargs=True))
-                self._hooks.append(module.register_forward_hook(_Hook(now, _padding_over), always_call=True))
+        for module in now.padding.tellers:
+            self._hooks.append(module.register_forward_pre_hook(_Hook(now, _padding_told), with_kwargs=True))
+            self._hooks.append(module.register_forward_hook(_Hook(now, _padding_over), always_call=True))
         for name, (layer, adapter) in self._layers.items():
-            seen = _Seen(self, name, adapter, name in backwards)
-            self._hooks.append(layer.register_forward_hook(_Hook(now, seen), with_kwargs=True))
+            seen = _Hook(now, _Seen(self, name, adapter))
+            self._hooks.append(layer.register_forward_hook(seen, with_kwargs=True))
 
     def close(self) -> None:
         """Remove all hooks; what was observed stays."""
@@ -203,12 +202,7 @@ class Observer:
         before = now.before.setdefault(name, self._observed.get(name))
         now.runs[name] = call.run(g, now.runs.get(name))
         new = as_evidence(now.runs[name])
-        if isinstance(new, Covariances):
-            if isinstance(before, Covariances) and before.states.shape == new.states.shape:
-                new = before.plus(new, self.memory)
-        elif isinstance(before, MaskFisher) and before.products.shape == new.products.shape:
-            new = before.plus(new, self.memory)
-        self._observed[name] = new
+        self._observed[name] = new.after(before, self.memory)
         if self.keep:
             self._keep(now, name, call, g)
 
@@ -245,24 +239,25 @@ class _Pass:
     """One forward pass and its backward pass."""
 
     def __init__(
-        self, number: int = 0, loss_scale: float = 1.0, training_only: bool = True, frozen: bool = False
+        self,
+        model: nn.Module,
+        number: int = 0,
+        loss_scale: float = 1.0,
+        training_only: bool = True,
+        frozen: bool = False,
     ) -> None:
         self.number, self.loss_scale, self.training_only, self.frozen = number, loss_scale, training_only, frozen
         self.begun = self.over = False
-        # Who is told what is padding, innermost last, and whether it stays in its place where a layer reads backwards.
-        self.told: list[tuple[Tensor | None, bool]] = [(None, False)]
+        self.padding = Padding(model)
         self.before: dict[str, Evidence | None] = {}  # what had been seen of each layer before
         self.runs: dict[str, Any] = {}  # what its calls have left so far
 
 
-class _Hook:
-    """A hook that copies of the model do not inherit: they are nobody's training."""
+class _Hook(OwnHook):
+    """A hook that acts during one pass."""
 
     def __init__(self, now: _Pass, action: Callable[..., Any]) -> None:
         self.now, self.action = now, action
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Callable[..., None]:
-        return _nothing
 
     def __call__(self, module: nn.Module, *arguments: Any) -> Any:
         if self.now.over or (self.now.training_only and not module.training):
@@ -273,8 +268,8 @@ class _Hook:
 class _Seen:
     """What is done at a call of one layer."""
 
-    def __init__(self, observer: Observer, name: str, adapter: Any, flipped: bool) -> None:
-        self.observer, self.name, self.adapter, self.flipped = observer, name, adapter, flipped
+    def __init__(self, observer: Observer, name: str, adapter: LayerAdapter) -> None:
+        self.observer, self.name, self.adapter = observer, name, adapter
 
     def __call__(
         self, now: _Pass, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
@@ -289,16 +284,10 @@ class _Seen:
             if not now.frozen:
                 return
             y.requires_grad_()
-        present, stays = now.told[-1]
-        if present is not None and present.shape != y.shape[:2]:
-            present = None
-        if present is not None and self.flipped and not stays:
-            present = present.flip(1)
+        present = now.padding.of_layer(self.name)
+        present = present if present is not None and present.shape == y.shape[:2] else None
         try:
-            if isinstance(self.adapter, Adapter):
-                call: Call = LinearCall.of(layer, self.adapter, args, kwargs, present)
-            else:
-                call = SelectiveCall.of(layer, self.adapter, args, kwargs, present)
+            call = call_of_layer(layer, self.adapter, args, kwargs, present)
         except InvalidSystemError:  # diverged; training itself is not disturbed
             self.observer.dropped += 1
             return
@@ -306,20 +295,11 @@ class _Seen:
 
 
 def _padding_told(now: _Pass, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    assert isinstance(module, TELLS)
-    present = module.present(**named_arguments(module, args, kwargs))
-    # Layers that are told the lengths reverse each sequence within its own.
-    stays = isinstance(module, Bidirectional) and present is not None
-    now.told.append((now.told[-1][0] if present is None else present, stays))
+    now.padding.told(module, named_arguments(module, args, kwargs))
 
 
 def _padding_over(now: _Pass, *_: Any) -> None:
-    if len(now.told) > 1:
-        now.told.pop()
-
-
-def _nothing(*_: Any) -> None:
-    """A hook that does nothing."""
+    now.padding.over()
 
 
 def _sequences(kept: Kept) -> Tensor:
@@ -327,13 +307,7 @@ def _sequences(kept: Kept) -> Tensor:
 
 
 def _summed(observed: Evidence) -> Evidence:
-    if world_size() == 1:
-        return observed
-    device = "cuda" if torch.distributed.get_backend() == "nccl" else "cpu"
-    tensors = {name: value.to(device, copy=True) for name, value in observed.tensors().items()}
-    for value in tensors.values():
-        torch.distributed.all_reduce(value)
-    return type(observed)(**{name: value.cpu() for name, value in tensors.items()})
+    return type(observed)(**summed_tensors(observed.tensors()))
 
 
 def gather_evidence(

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 Value = TypeVar("Value")
@@ -63,6 +63,17 @@ def gathered(value: Value) -> list[Value]:
     return values
 
 
+def summed_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors on the CPU, each summed over all ranks, on all ranks."""
+    if world_size() == 1:
+        return dict(tensors)
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    moved = {name: value.to(device, copy=True) for name, value in tensors.items()}
+    for value in moved.values():
+        dist.all_reduce(value)
+    return {name: value.cpu() for name, value in moved.items()}
+
+
 def rebuild_replicas(model: nn.Module) -> int:
     """Let every `DistributedDataParallel` around a model take notice of its new shapes, in place.
 
@@ -103,4 +114,4 @@ def _rebuild(wrapper: DistributedDataParallel) -> None:
         wrapper.register_comm_hook(hook_state, hook)
 
 
-__all__ = ["from_first_rank", "gathered", "rank", "rebuild_replicas", "world_size"]
+__all__ = ["from_first_rank", "gathered", "rank", "rebuild_replicas", "summed_tensors", "world_size"]

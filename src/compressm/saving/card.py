@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from compressm.cutting.reduce import state_dims
+from compressm.cutting import state_dims
 from compressm.training.history import Cut, Event
 
 _HEAD = """---

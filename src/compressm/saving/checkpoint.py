@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from compressm.cutting.reduce import resize_states, state_dims
+from compressm.cutting import resize_states, state_dims
 from compressm.errors import CheckpointError, ConfigError
 from compressm.layers import LanguageModel, SequenceClassifier
 from compressm.runtime.files import FORMAT, finite, read_pair, write_pair, write_text

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from compressm.cutting.reduce import state_dims
+from compressm.cutting import state_dims
 from compressm.errors import ExportError, UnsupportedModelError
 from compressm.observing.inputs import calls
 

@@ -57,6 +57,10 @@ class Certificate:
         """``h2_error / h2_norm`` (0 for a system that is zero)."""
         return self.h2_error / self.h2_norm if self.h2_norm > 0 else 0.0
 
+    def errors(self) -> tuple[float, float | None, float | None]:
+        """The relative error that is expected, the H-infinity error and its bound, for a table."""
+        return self.relative_h2_error, self.hinf_error, self.bound
+
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers and strings, for JSON."""
         return {**asdict(self), "failures": list(self.failures), "relative_h2_error": self.relative_h2_error}
@@ -85,44 +89,72 @@ def certify(
     finite = all(bool(torch.isfinite(torch.view_as_real(x)).all()) for x in (lam, B, C))
     radius = float(lam.abs().max()) if finite else math.nan
     failures: list[str] = []
-    hinf, frequency, h2, allowance = math.nan, math.nan, math.nan, 0.0
+    errors, allowance = _Errors(), 0.0
     if not finite:
         failures.append("the reduced system has entries that are not finite")
     elif radius >= 1:
         failures.append(f"the reduced system is unstable: spectral radius {radius:.9g}")
     else:
-        error = system.minus(DiagonalSystem(lam, B, C, system.real_output))
-        hinf, frequency = hinf_norm(error)
-        h2 = float(error.h2_norm())
-        # An eigenvalue off by eps changes the gain of its mode by a share of eps / (1 - |lam|): even to write the
-        # system down in doubles costs that much, and the change of basis multiplies it by its condition number.
-        margin = 1 - max(radius, float(system.lam.abs().max()))
-        eps = torch.finfo(torch.float64).eps
-        allowance = ROUNDINGS_PER_STATE * system.n * eps * max(1.0, condition) / margin * scale
-        if hinf > bound + allowance:
+        errors = _Errors.of(system, DiagonalSystem(lam, B, C, system.real_output))
+        allowance = _rounding_allowance(system, radius, condition, scale)
+        if errors.hinf > bound + allowance:
             failures.append(
-                f"the H-infinity error {hinf:.6g} is above its bound {bound:.6g} by more than rounding explains"
+                f"the H-infinity error {errors.hinf:.6g} is above its bound {bound:.6g} by more than rounding explains"
             )
-    h2_norm = float(system.h2_norm())
-    # A system whose modes cancel altogether has a norm of rounding errors, and no ratio to it means anything.
-    noise = system.n * torch.finfo(torch.float64).eps * _h2_size(system)
-    if h2_norm <= noise:
-        h2_norm, h2 = 0.0, 0.0 if h2 <= noise else h2
     if not condition <= MAX_CONDITION:
         failures.append(f"the reduced system's eigenvectors are ill conditioned: {condition:.3g}")
+    h2_error, h2_norm = _without_noise(system, errors.h2)
     return Certificate(
         states_before=system.n,
         states_after=lam.shape[0],
         bound=bound,
-        hinf_error=hinf,
-        hinf_frequency=frequency,
-        h2_error=h2,
+        hinf_error=errors.hinf,
+        hinf_frequency=errors.frequency,
+        h2_error=h2_error,
         h2_norm=h2_norm,
         spectral_radius=radius,
         condition=condition,
         rounding_allowance=allowance,
         failures=tuple(failures),
     )
+
+
+@dataclass(frozen=True)
+class _Errors:
+    """How far two systems are apart; not a number where one of them is no stable system."""
+
+    hinf: float = math.nan
+    frequency: float = math.nan
+    h2: float = math.nan
+
+    @classmethod
+    def of(cls, system: DiagonalSystem, reduced: DiagonalSystem) -> _Errors:
+        difference = system.minus(reduced)
+        return cls(*hinf_norm(difference), float(difference.h2_norm()))
+
+
+def _rounding_allowance(system: DiagonalSystem, radius: float, condition: float, scale: float) -> float:
+    """How far above its bound double precision may put an H-infinity error.
+
+    An eigenvalue off by eps changes the gain of its mode by a share of eps / (1 - |lam|): even to write the system down
+    in doubles costs that much, and the change of basis multiplies it by its condition number.
+    """
+    margin = 1 - max(radius, float(system.lam.abs().max()))
+    eps = torch.finfo(torch.float64).eps
+    return ROUNDINGS_PER_STATE * system.n * eps * max(1.0, condition) / margin * scale
+
+
+def _without_noise(system: DiagonalSystem, h2_error: float) -> tuple[float, float]:
+    """An H2 error and the H2 norm of the system.
+
+    A system whose modes cancel altogether has a norm of rounding errors, and no ratio to it means anything. Its norm is
+    zero, and so is an error of that size.
+    """
+    h2_norm = float(system.h2_norm())
+    noise = system.n * torch.finfo(torch.float64).eps * _h2_size(system)
+    if h2_norm > noise:
+        return h2_error, h2_norm
+    return 0.0 if h2_error <= noise else h2_error, 0.0
 
 
 def _h2_size(system: DiagonalSystem) -> float:

@@ -30,9 +30,10 @@ import torch
 from torch import Tensor
 
 from compressm.errors import InvalidSystemError
-from compressm.theory.balancing import Balancing, Reduction, real_gramians, truncate
+from compressm.theory.balancing import Balancing, Reduction, truncate
 from compressm.theory.certificate import Certificate, certify
 from compressm.theory.evidence import Covariances, check_evidence, shrunk
+from compressm.theory.gramians import real_gramians
 from compressm.theory.systems import DiagonalSystem
 
 Fallback = Literal["none", "states", "adjoints", "both"]

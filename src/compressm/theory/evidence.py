@@ -8,13 +8,14 @@ White inputs and white output gradients of unit variance give the Gramians of `b
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from compressm.errors import InvalidSystemError
-from compressm.theory.balancing import real_gramians
+from compressm.theory.gramians import real_gramians
+from compressm.theory.sums import Sums
 from compressm.theory.systems import DiagonalSystem
 
 # Negative eigenvalues up to this share of the largest are rounding of float32 sums.
@@ -22,7 +23,7 @@ _ROUNDING = 1e-4
 
 
 @dataclass(frozen=True)
-class Covariances:
+class Covariances(Sums):
     """Second moments of the states and adjoint states of one layer, as sums that add over batches and processes.
 
     Attributes:
@@ -36,6 +37,8 @@ class Covariances:
 
     All are float64 on the CPU.
     """
+
+    quadratic = frozenset({"weights", "spread_states", "spread_adjoints"})
 
     tokens: Tensor
     sequences: Tensor
@@ -59,20 +62,6 @@ class Covariances:
     def length(self) -> float:
         """Tokens per sequence."""
         return float(self.tokens / self.sequences)
-
-    def plus(self, other: Covariances, memory: float = 1.0) -> Covariances:
-        """``memory * self + other``: what was seen before weighs less, since the model has changed since."""
-        quadratic = ("weights", "spread_states", "spread_adjoints")
-        return Covariances(
-            *(
-                (memory**2 if f.name in quadratic else memory) * getattr(self, f.name) + getattr(other, f.name)
-                for f in fields(self)
-            )
-        )
-
-    def tensors(self) -> dict[str, Tensor]:
-        """The sums by name."""
-        return {f.name: getattr(self, f.name) for f in fields(self)}
 
     def independent(self, system: DiagonalSystem) -> tuple[Tensor, Tensor]:
         """How many independent tokens P and Q are worth, at least 1, shape ``(*batch,)`` each.

@@ -13,7 +13,7 @@ states may take over: the cost is then least over their masks too (optimal brain
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -22,6 +22,7 @@ from torch import Tensor
 from compressm.errors import InvalidRankRuleError, InvalidSystemError
 from compressm.theory.recurrence import ErrorEstimate, Moments, SelectiveReduction, balance_selective
 from compressm.theory.selection import compensation
+from compressm.theory.sums import Sums
 
 EXCHANGES = 10
 # Share of the largest diagonal entry that is added to the diagonal of what is solved with.
@@ -29,7 +30,7 @@ _RIDGE = 1e-6
 
 
 @dataclass(frozen=True)
-class MaskFisher:
+class MaskFisher(Sums):
     """Second moments of the mask's gradients, as sums that add over batches and processes; float64 on the CPU.
 
     Attributes:
@@ -38,6 +39,8 @@ class MaskFisher:
         products: sum of ``g g^T``, shape ``(groups, n, groups, n)``.
         squares: sum of the squares of the entries of ``g g^T``, same shape.
     """
+
+    quadratic = frozenset({"weights", "squares"})
 
     sequences: Tensor
     weights: Tensor
@@ -57,20 +60,6 @@ class MaskFisher:
     def F(self) -> Tensor:
         """``E_seq[g g^T]``, shape ``(groups, n, groups, n)``."""
         return self.products / self.sequences
-
-    def plus(self, other: MaskFisher, memory: float = 1.0) -> MaskFisher:
-        """``memory * self + other``; sums of squares of weights fade with its square."""
-        quadratic = ("weights", "squares")
-        return MaskFisher(
-            *(
-                (memory**2 if f.name in quadratic else memory) * getattr(self, f.name) + getattr(other, f.name)
-                for f in fields(self)
-            )
-        )
-
-    def tensors(self) -> dict[str, Tensor]:
-        """The sums by name."""
-        return {f.name: getattr(self, f.name) for f in fields(self)}
 
     def shrinkage(self) -> float:
         """The share by which the entries off the diagonal are to be shrunk, in [0, 1].

@@ -23,13 +23,15 @@ along ``B_t``; there ``W = E[C C^T] + c E[B B^T]`` with c such that both have th
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from compressm.errors import InvalidSystemError
+from compressm.theory.balanced import Balanced, hankel_operator
+from compressm.theory.sums import Sums
 
 # Products of states are added up in float32 for so many steps: their sums over long sequences need more digits.
 _FLOAT32_STEPS = 64
@@ -67,7 +69,7 @@ class Signals:
 
 
 @dataclass(frozen=True)
-class Moments:
+class Moments(Sums):
     """Moments of a recurrence under the data: sums over tokens, which add over batches and processes.
 
     Attributes:
@@ -88,14 +90,6 @@ class Moments:
     B: Tensor
     C: Tensor
     rates: Tensor
-
-    def plus(self, other: Moments, weight: float = 1.0) -> Moments:
-        """``weight * self + other``."""
-        return Moments(*(weight * getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
-
-    def tensors(self) -> dict[str, Tensor]:
-        """The sums by name."""
-        return {f.name: getattr(self, f.name) for f in fields(self)}
 
 
 @torch.no_grad()
@@ -154,7 +148,7 @@ def _trace(matrices: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class SelectiveBalancing:
+class SelectiveBalancing(Balanced):
     """The moments of a recurrence and its Hankel singular values.
 
     Attributes:
@@ -172,6 +166,14 @@ class SelectiveBalancing:
     def energy(self) -> Tensor:
         """Hankel energy per state, decreasing, shape ``(groups, n)``."""
         return self.hsv
+
+    def hankel_operator(self) -> Tensor:
+        """``(P^1/2 W P^1/2)^1/2`` in the layer's own coordinates, shape ``(groups, n, n)``."""
+        return hankel_operator(self.P, root(self.W))
+
+    def state(self) -> dict[str, Tensor]:
+        """The moments, by name."""
+        return self.moments.tensors()
 
 
 def balance_selective(moments: Moments) -> SelectiveBalancing:
@@ -223,6 +225,10 @@ class ErrorEstimate:
     def valid(self) -> bool:
         """Whether every check passed."""
         return not self.failures
+
+    def errors(self) -> tuple[float, float | None, float | None]:
+        """As `Certificate.errors`; no H-infinity error is known of a selective layer."""
+        return self.relative_error, None, None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers and strings, for JSON."""

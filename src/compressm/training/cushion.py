@@ -9,8 +9,8 @@ from typing import Any, Literal
 
 from torch import nn
 
+from compressm.cutting import state_dims
 from compressm.cutting.metrics import measure_together, warn_not_finite
-from compressm.cutting.reduce import state_dims
 from compressm.training.history import Kept, RolledBack
 from compressm.training.snapshot import Stateful, Training
 

@@ -12,9 +12,9 @@ from torch.optim import Optimizer
 
 from compressm.adapters import find_layers
 from compressm.adapters.base import check_plain
+from compressm.cutting import Plan, Report, plan_reduction, resize_states, state_dims
 from compressm.cutting.carry import Carry, check_optimizer, check_trained, follow, forget_sizes, paired_layers
 from compressm.cutting.fitting import fit_any_size
-from compressm.cutting.reduce import Plan, Report, plan_reduction, resize_states, state_dims
 from compressm.cutting.replay import errors_on_samples
 from compressm.cutting.spectrum import AnyBalancing, balance_layers
 from compressm.observing.moments import Sample, Statistics

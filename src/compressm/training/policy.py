@@ -7,8 +7,8 @@ import time
 from dataclasses import replace
 from typing import Any
 
+from compressm.cutting import Report
 from compressm.cutting.metrics import warn_not_finite
-from compressm.cutting.reduce import Report
 from compressm.training.cushion import Cushion
 from compressm.training.cutter import Cutter
 from compressm.training.goal import Goal

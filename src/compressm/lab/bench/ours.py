@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from compressm import compress
-from compressm.cutting.reduce import plan_reduction
+from compressm.cutting import plan_reduction
 from compressm.lab.bench.worker import Step
 from compressm.layers import LRU, SequenceClassifier
 from compressm.scans import lti_scan, selective_scan, ssd_scan

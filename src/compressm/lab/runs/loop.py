@@ -21,7 +21,7 @@ from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor, nn
 
 from compressm import __version__
-from compressm.cutting.reduce import state_dims
+from compressm.cutting import state_dims
 from compressm.errors import ConfigError
 from compressm.lab.config import Config
 from compressm.lab.data.datasets import load_data

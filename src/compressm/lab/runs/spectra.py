@@ -8,8 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from compressm.adapters import Adapter, find_layers
-from compressm.adapters.base import layer_values
+from compressm.adapters import find_layers
 from compressm.cutting.spectrum import (
     AnyBalancing,
     SpectrumChange,
@@ -18,7 +17,7 @@ from compressm.cutting.spectrum import (
     snapshot_state,
     spectrum_changes,
 )
-from compressm.theory.balancing import Method, balance
+from compressm.theory.balancing import Method
 
 _DIGITS = 5  # of a singular value in the record
 
@@ -42,9 +41,9 @@ class SpectrumLog:
     def look(self, model: nn.Module, step: int) -> None:
         """Add an entry."""
         now: dict[str, AnyBalancing] = {
-            name: balance(adapter.read(layer_values(layer)), self.method)
+            name: adapter.balance(layer, method=self.method)
             for name, (layer, adapter) in find_layers(model).items()
-            if isinstance(adapter, Adapter)
+            if not adapter.needs_data
         }
         changes = spectrum_changes(self._previous, now)
         self.record.append(

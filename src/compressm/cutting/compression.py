@@ -1,0 +1,191 @@
+"""`compress`: one reduction of one model, in place, by a rule or as far as a metric allows."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+
+from compressm.adapters import find_layers
+from compressm.adapters.base import check_plain
+from compressm.cutting.carry import Carry, check_optimizer
+from compressm.cutting.made_cuts import MadeCuts
+from compressm.cutting.metrics import measure
+from compressm.cutting.plan import Plan, must_be_alike, plan_reduction
+from compressm.cutting.report import Report
+from compressm.cutting.sizes import resize_states, state_dims
+from compressm.cutting.spectrum import balance_layers
+from compressm.errors import EvaluationError, InvalidRankRuleError
+from compressm.observing.held_out import gather_halves, joined, twice_readable
+from compressm.theory.balanced import Balanced
+from compressm.theory.balancing import Method
+from compressm.theory.ranks import RankRule, check_choice, check_sizes
+from compressm.theory.selection import Selection
+
+# Cuts that are tried under `max_drop`, and the tolerances between which they lie.
+_TRIALS, _LEAST, _LARGEST = 10, 1e-5, 0.99
+
+
+def compress(
+    model: nn.Module,
+    *,
+    tolerance: float | None = None,
+    states: int | None = None,
+    fraction: float | None = None,
+    max_error: float | None = None,
+    total_states: int | None = None,
+    max_drop: float | None = None,
+    evaluate: Callable[[nn.Module], float] | None = None,
+    multiple_of: int = 1,
+    min_reduction: float = 0.0,
+    per_layer: bool = False,
+    method: Method = "real",
+    selection: Selection = "hankel",
+    data: Any = None,
+    optimizer: Optimizer | None = None,
+    carry: Carry = "transform",
+) -> Report:
+    """Reduce a model once, in place. Exactly one of the first six arguments says how far; see `RankRule`.
+
+    Args:
+        model: any module with layers that compressm knows.
+        tolerance: the share of the Hankel energy that may be discarded in each layer.
+        states: at most this many states in each layer.
+        fraction: at most this fraction of each layer's states.
+        max_error: H-infinity error allowed in each layer, in units of output per input.
+        total_states: budget over all layers together.
+        max_drop: as far as ``evaluate`` loses no more than this, right after the cut; the largest tolerance that does
+            is found by bisection, in about ten evaluations.
+        evaluate: ``evaluate(model)`` returns the metric, higher is better.
+        multiple_of: prefer state dimensions that are a multiple of this: the next larger one under a rule about
+            quality, the next smaller one under an upper limit; see `RankRule`.
+        min_reduction: leave a layer alone unless this share of its states goes.
+        per_layer: let the layers of a Hugging Face model differ in their state dimension; see `RankRule`.
+        method: ``"real"`` or ``"complex"``, for linear time-invariant layers.
+        selection: how the states of selective layers are picked; see `compressm.theory.selection`.
+        data: a batch of the model's inputs, or an iterable of batches, which selective layers need; see
+            `compressm.observing.inputs` for the forms. All of their tokens count. They are read twice, the second time
+            to measure `LayerReport.error_on_data` and `error_held_out`; batches that might come in another order then,
+            as from a `DataLoader` that shuffles, are kept in memory meanwhile where the model has selective layers.
+        optimizer: if given, its state is carried over to the new parameters.
+        carry: how; see `compressm.cutting.carry`.
+
+    Returns:
+        what happened to each layer, with its certificate. A layer whose certificate fails stays as it was.
+
+    Raises:
+        InvalidRankRuleError, UnsupportedModelError, UnsupportedOptimizerError, InvalidSystemError, EvaluationError,
+            ConfigError (data that the model cannot take): the model is as it was.
+    """
+    check_choice("carry", carry, Carry)
+    check_choice("method", method, Method)
+    check_choice("selection", selection, Selection)
+    sizes = {"tolerance": tolerance, "states": states, "fraction": fraction, "max_error": max_error}
+    rule = RankRule(
+        **_searched(max_drop, evaluate, {**sizes, "total_states": total_states}),
+        multiple_of=multiple_of,
+        min_reduction=min_reduction,
+        per_layer=per_layer,
+    )
+    _check_before(model, rule, optimizer, carry)
+    batches = None if data is None else twice_readable(model, data)
+    halves = None if batches is None else gather_halves(model, batches)
+    moments = None if halves is None else joined(halves)
+    if max_drop is not None and evaluate is not None:
+        balancings = balance_layers(model, method, moments)
+        plan = _largest_harmless(model, rule, balancings, selection, max_drop, evaluate)
+    else:
+        plan = plan_reduction(model, rule, method, moments=moments, selection=selection)
+    if batches is not None:
+        plan = plan.measured(model, batches, halves, selection)
+    return plan.apply(model, optimizer, carry)
+
+
+def _searched(max_drop: float | None, evaluate: object, sizes: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The sizes or errors that were asked for; under ``max_drop`` the tolerance at which the search begins.
+
+    Raises:
+        InvalidRankRuleError: ``max_drop`` without ``evaluate``, or with another wish.
+    """
+    if (max_drop is None) != (evaluate is None):
+        raise InvalidRankRuleError(
+            "max_drop and evaluate go together: the loss allowed, and the function that measures it"
+        )
+    if max_drop is None:
+        return sizes
+    if any(value is not None for value in sizes.values()):
+        raise InvalidRankRuleError("give either max_drop or a size or error rule, not both")
+    return {**sizes, "tolerance": 0.0}
+
+
+def _check_before(model: nn.Module, rule: RankRule, optimizer: Optimizer | None, carry: Carry) -> None:
+    """Refuse, before anything is computed, sizes that no layer can have, and what cannot be written or carried over."""
+    found = find_layers(model)
+    check_sizes(rule, state_dims(model), must_be_alike(found, rule))
+    layers = {name: layer for name, (layer, _) in found.items()}
+    check_plain(layers)
+    if optimizer is not None:
+        check_optimizer(optimizer, layers, carry)
+
+
+def _largest_harmless(
+    model: nn.Module,
+    rule: RankRule,
+    balancings: Mapping[str, Balanced],
+    selection: Selection,
+    max_drop: float,
+    evaluate: Callable[[nn.Module], float],
+) -> Plan:
+    """The plan with the largest tolerance at which the metric loses at most ``max_drop``; the model stays as it was."""
+    reference = measure(model, evaluate)
+    if not math.isfinite(reference):
+        raise EvaluationError(
+            f"evaluate returned {reference} before anything was cut, and no loss can be held against that; expected a "
+            "finite number: see that weights, data and the metric itself are finite"
+        )
+    cuts = MadeCuts(find_layers(model), balancings, selection)
+
+    def planned(tolerance: float) -> Plan:
+        wanted = replace(rule, tolerance=tolerance)
+        return plan_reduction(model, wanted, balancings=balancings, selection=selection, cuts=cuts)
+
+    saved = state_dims(model), copy.deepcopy(model.state_dict())
+    best = planned(0.0)  # only states that carry nothing
+    low, high = _LEAST, _LARGEST
+    for _ in range(_TRIALS):
+        middle = (low * high) ** 0.5
+        plan = planned(middle)
+        metric = _metric_after(model, plan, evaluate, *saved)
+        if math.isfinite(metric) and metric >= reference - max_drop:
+            low, best = middle, plan
+        else:
+            high = middle
+    return best
+
+
+def _metric_after(
+    model: nn.Module,
+    plan: Plan,
+    evaluate: Callable[[nn.Module], float],
+    dims: Mapping[str, int],
+    weights: Mapping[str, Any],
+) -> float:
+    """The metric of the model that a plan would make.
+
+    Args:
+        model: gets its present ``dims`` and ``weights`` back.
+    """
+    plan.apply(model)
+    try:
+        return measure(model, evaluate)
+    finally:
+        resize_states(model, dims)
+        model.load_state_dict(weights)
+
+
+__all__ = ["compress"]

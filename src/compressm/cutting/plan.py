@@ -1,0 +1,237 @@
+"""What a reduction of a model will do: decided and certified for every layer, then written, whole or not at all."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+
+from compressm.adapters import LayerAdapter, LayerChange, find_layers, layer_values, layers_that_need_data
+from compressm.adapters.base import tell_written, write
+from compressm.cutting.carry import Carry, carry_state, check_optimizer
+from compressm.cutting.made_cuts import MadeCuts
+from compressm.cutting.replay import Errors, errors_on_data
+from compressm.cutting.report import LayerReport, Report
+from compressm.cutting.spectrum import balance_layers
+from compressm.errors import InvalidSystemError
+from compressm.observing.held_out import Halves, halved
+from compressm.theory.balanced import Balanced
+from compressm.theory.balancing import Method
+from compressm.theory.ranks import RankRule, check_choice, choose_ranks, passes_gate
+from compressm.theory.recurrence import Moments
+from compressm.theory.selection import Selection
+
+Layers = Mapping[str, tuple[nn.Module, LayerAdapter]]
+_Decision = tuple[LayerReport, LayerChange | None]
+_Owners = Mapping[int, list[tuple[nn.Module, str]]]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A reduction that has been computed and certified, and not yet written."""
+
+    report: Report
+    changes: Mapping[str, LayerChange]
+
+    def cpu(self) -> Plan:
+        """The same plan with all tensors on the CPU, to be sent to other processes."""
+        return replace(self, changes={name: change.cpu() for name, change in self.changes.items()})
+
+    def measured(
+        self,
+        model: nn.Module,
+        data: Any,
+        halves: Halves | None = None,
+        selection: Selection = "hankel",
+    ) -> Plan:
+        """The same plan, with the error of every layer on some data in its report; see `compressm.cutting.replay`.
+
+        Args:
+            model: that it was made for, not cut yet.
+            data: what it was made from.
+            halves: moments of both halves of these data, to measure on what is held out.
+            selection: how states were picked.
+        """
+        started = time.perf_counter()
+        by_halves = {} if halves is None else self._by_halves(model, halves, selection)
+        errors = errors_on_data(model, self.changes, data, by_halves)
+        return self.with_errors(errors, time.perf_counter() - started)
+
+    def with_errors(self, errors: Mapping[str, Errors], seconds: float = 0.0) -> Plan:
+        """The same plan, with errors on data by layer name, and the time that it took to measure them."""
+        layers = tuple(
+            replace(layer, error_on_data=errors[layer.name].on_data, error_held_out=errors[layer.name].held_out)
+            if layer.name in errors
+            else layer
+            for layer in self.report.layers
+        )
+        return replace(self, report=Report(layers, self.report.seconds + seconds))
+
+    def apply(self, model: nn.Module, optimizer: Optimizer | None = None, carry: Carry = "transform") -> Report:
+        """Write it into the model that it was planned for, and carry the optimizer's state over.
+
+        Raises:
+            UnsupportedOptimizerError: before anything is written, if the optimizer's state cannot be carried.
+        """
+        started = time.perf_counter()
+        layers = {name: model.get_submodule(name) for name in self.changes}
+        if optimizer is not None:
+            check_optimizer(optimizer, layers, carry)
+        for name, change in self.changes.items():
+            write(layers[name], change)
+            if optimizer is not None:
+                carry_state(optimizer, layers[name], change, carry)
+        tell_written(model)
+        return replace(self.report, seconds=self.report.seconds + time.perf_counter() - started)
+
+    def _by_halves(
+        self, model: nn.Module, halves: Halves, selection: Selection
+    ) -> dict[str, tuple[LayerChange, LayerChange]]:
+        """Of those layers whose cuts are made from data: what each half of the data alone would write, with as many
+        states."""
+        states = self.report.state_dims
+        found: dict[str, tuple[LayerChange, LayerChange]] = {}
+        for name, (layer, adapter) in layers_that_need_data(model).items():
+            if name not in self.changes or not halved(halves, name):
+                continue
+            rule = RankRule(states=states[name])
+            first, second = (
+                adapter.cuts(layer, adapter.balance(layer, half[name]), selection).proposal(states[name], rule)
+                for half in halves
+            )
+            if first and second and first.change and second.change:
+                found[name] = first.change, second.change
+        return found
+
+
+def plan_reduction(
+    model: nn.Module,
+    rule: RankRule,
+    method: Method = "real",
+    *,
+    moments: Mapping[str, Moments] | None = None,
+    selection: Selection = "hankel",
+    balancings: Mapping[str, Balanced] | None = None,
+    cuts: MadeCuts | None = None,
+) -> Plan:
+    """Balance every layer, choose the ranks, truncate, certify. Nothing is written.
+
+    Args:
+        model: the model.
+        rule: what decides the state dimensions.
+        method: real-part aware or complex truncation of linear time-invariant layers.
+        moments: of the selective layers.
+        selection: how their states are picked, see `selection`. In linear time-invariant layers the largest Hankel
+            singular values are kept, but for ``"smallest"`` and ``"random"``; ``"modal"``, ``"hinf"``, ``"energy"``
+            and ``"random_modes"`` leave out states as they are, see `pruning`. All of these are there for comparison.
+        balancings: from `balance_layers` on the model as it is now, if at hand, instead of ``moments``.
+        cuts: of these balancings, where several plans are made from them.
+
+    Raises:
+        InvalidRankRuleError: an unknown method or selection, or a budget that is too small.
+        InvalidSystemError: a layer's parameters or moments are not finite.
+    """
+    started = time.perf_counter()
+    check_choice("method", method, Method)
+    check_choice("selection", selection, Selection)
+    layers = find_layers(model)
+    _check_finite(layers)
+    balancings = balance_layers(model, method, moments) if balancings is None else balancings
+    cuts = MadeCuts(layers, balancings, selection) if cuts is None else cuts
+    alike = must_be_alike(layers, rule)
+    energies = {name: balancing.energy for name, balancing in balancings.items()}
+    ranks = choose_ranks(energies, rule, discards=cuts.discards(), alike=alike)
+    shared = _shared_parameters(model)
+    decided: dict[str, _Decision] = {}
+    for name, (layer, adapter) in layers.items():
+        present, hsv = adapter.state_dim(layer), tuple(balancings[name].mean_hsv().tolist())
+        kept = LayerReport(name, present, present, "kept", "", None, hsv)
+        decided[name] = _unless_shared(_decide(kept, cuts, ranks[name], rule), layer, shared)
+    decided = _all_or_none(decided, alike)
+    changes = {name: change for name, (_, change) in decided.items() if change is not None}
+    return Plan(Report(tuple(report for report, _ in decided.values()), time.perf_counter() - started), changes)
+
+
+def _check_finite(layers: Layers) -> None:
+    """Refuse a model that has diverged."""
+    for name, (layer, _) in layers.items():
+        for parameter, value in layer_values(layer).items():
+            if not bool(value.isfinite().all()):
+                raise InvalidSystemError(
+                    f"{name}.{parameter} is not finite: the model has diverged, or was trained on data that are not "
+                    "finite; look at the data first, then go back to a checkpoint from before that, or lower the "
+                    "learning rate"
+                )
+
+
+def _decide(kept: LayerReport, cuts: MadeCuts, states: int, rule: RankRule) -> _Decision:
+    """What becomes of a layer for which a rule chose so many states.
+
+    Args:
+        kept: its report if nothing does.
+    """
+    present = kept.states_before
+    proposal = cuts.proposal(kept.name, states, rule) if passes_gate(present, states, rule) else None
+    if proposal is None:
+        return replace(kept, reason=f"less than {rule.min_reduction:.0%} of {present} states would go"), None
+    known = replace(kept, certificate=proposal.certificate)
+    if proposal.change is None:
+        return replace(known, outcome="refused", reason=proposal.reason), None
+    report = replace(known, outcome="cut", states_after=proposal.states, energy_kept=proposal.energy_kept)
+    return replace(report, poles_before=proposal.poles_before, poles_after=proposal.poles_after), proposal.change
+
+
+def _unless_shared(decision: _Decision, layer: nn.Module, shared: _Owners) -> _Decision:
+    """The same, but refused if it writes a parameter that a module outside of the layer has too."""
+    report, change = decision
+    other = None if change is None else _also_used(shared, layer, change)
+    if other is None:
+        return decision
+    return _refused(report, f"{other[0]} is also {other[1]}, which would change with it"), None
+
+
+def _all_or_none(decided: Mapping[str, _Decision], alike: Sequence[str]) -> dict[str, _Decision]:
+    """The same, but of layers that must share one state dimension all stay where one has to."""
+    refused = [name for name in decided if name in alike and decided[name][0].outcome == "refused"]
+    if not refused:
+        return dict(decided)
+    reason = f"{refused[0]} was refused, and the layers of this model share one state dimension"
+    return {
+        name: (_refused(report, reason), None) if name in alike and change is not None else (report, change)
+        for name, (report, change) in decided.items()
+    }
+
+
+def _refused(report: LayerReport, reason: str) -> LayerReport:
+    return replace(report, states_after=report.states_before, outcome="refused", reason=reason, energy_kept=None)
+
+
+def must_be_alike(layers: Layers, rule: RankRule) -> list[str]:
+    """The layers that must share one state dimension."""
+    return [] if rule.per_layer else [name for name, (_, adapter) in layers.items() if adapter.uniform]
+
+
+def _shared_parameters(model: nn.Module) -> _Owners:
+    """The parameters that several modules have, by their ``id``: those modules, and the full names in them."""
+    owners: dict[int, list[tuple[nn.Module, str]]] = {}
+    for prefix, module in model.named_modules():
+        for name, parameter in module.named_parameters(prefix, recurse=False):
+            owners.setdefault(id(parameter), []).append((module, name))
+    return {key: found for key, found in owners.items() if len(found) > 1}
+
+
+def _also_used(shared: _Owners, layer: nn.Module, change: LayerChange) -> tuple[str, str] | None:
+    """A parameter that a change writes and that a module outside of the layer has too: its two names."""
+    inside = set(layer.modules())
+    for name in change.values():
+        for module, other in shared.get(id(layer.get_parameter(name)), ()):
+            if module not in inside:
+                return name, other
+    return None
+
+
+__all__ = ["Plan", "must_be_alike", "plan_reduction"]

@@ -1,0 +1,39 @@
+"""State dimensions of a model's layers: read, and given."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import nn
+
+from compressm.adapters import find_layers
+from compressm.adapters.base import tell_written, write
+from compressm.errors import CheckpointError
+
+
+def state_dims(model: nn.Module) -> dict[str, int]:
+    """State dimension of every layer that has a reducible state, by layer name."""
+    return {name: adapter.state_dim(layer) for name, (layer, adapter) in find_layers(model).items()}
+
+
+def resize_states(model: nn.Module, dims: Mapping[str, int]) -> None:
+    """Give layers other state dimensions, so that a state dict of a compressed model fits. Values are to be loaded
+    next.
+
+    Raises:
+        CheckpointError: the names are not those of the model's layers.
+    """
+    layers = find_layers(model)
+    if set(dims) != set(layers):
+        raise CheckpointError(
+            f"the checkpoint's layers {sorted(dims)} are not the model's {sorted(layers)}: "
+            "build the model it was saved from"
+        )
+    for name, states in dims.items():
+        layer, adapter = layers[name]
+        if adapter.state_dim(layer) != states:
+            write(layer, adapter.resized(layer, states))
+    tell_written(model)
+
+
+__all__ = ["resize_states", "state_dims"]

@@ -1,0 +1,41 @@
+"""Evidence as sums over tokens or sequences, which add over batches and over processes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import ClassVar, TypeVar
+
+from torch import Tensor
+
+S = TypeVar("S", bound="Sums")
+
+
+@dataclass(frozen=True)
+class Sums:
+    """Tensors that are sums. Those named in ``quadratic`` are sums of squares of weights or of their products."""
+
+    quadratic: ClassVar[frozenset[str]] = frozenset()
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The sums by name."""
+        return {f.name: getattr(self, f.name) for f in fields(self)}
+
+    def plus(self: S, other: S, memory: float = 1.0) -> S:
+        """``memory * self + other``: what was seen before weighs less, since the model has changed since. What is
+        quadratic in the weights fades with the square."""
+        return type(self)(
+            **{
+                name: (memory**2 if name in self.quadratic else memory) * value + getattr(other, name)
+                for name, value in self.tensors().items()
+            }
+        )
+
+    def after(self: S, before: Sums | None, memory: float = 1.0) -> S:
+        """``memory * before + self``; only ``self`` where before there was nothing, or a layer of another size."""
+        if not isinstance(before, type(self)):
+            return self
+        alike = all(value.shape == getattr(before, name).shape for name, value in self.tensors().items())
+        return before.plus(self, memory) if alike else self
+
+
+__all__ = ["Sums"]
