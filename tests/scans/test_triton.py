@@ -273,7 +273,8 @@ def test_chain_equals_a_complex_loop(batch: int, length: int, n: int, dtype: tor
 @on_device
 @pytest.mark.parametrize("kind", ["chain", "selective"])
 def test_second_derivatives(kind: str) -> None:
-    from compressm.scans.chain import chain, plain_chain
+    from compressm.scans.chain import chain
+    from compressm.scans.plain_chain import plain_chain
     from compressm.scans.triton_selective import selective_scan_triton
     from scan_cases import arguments, selective
 

@@ -8,7 +8,8 @@ start.
 from compressm.scans.delta import delta_scan, delta_step
 from compressm.scans.gla import gla_scan, gla_step
 from compressm.scans.lti import lti_scan, lti_step
-from compressm.scans.selective import selective_scan, selective_step
+from compressm.scans.selective import selective_scan
+from compressm.scans.selective_step import selective_step
 from compressm.scans.siso import siso_scan, siso_step
 from compressm.scans.ssd import ssd_scan, ssd_step
 

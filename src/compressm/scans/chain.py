@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from compressm.scans import native
-from compressm.scans.graph import exporting, graph_scan
+from compressm.scans.graph import exporting, graph_scan, triton_usable
+from compressm.scans.plain_chain import chain_gradients, plain_chain, times
 from compressm.scans.transforms import transformed, twice
 
 ChainEngine = Literal["native", "triton", "torch", "graph", "plain"]
@@ -30,17 +31,6 @@ def chain_engine(tensor: Tensor) -> ChainEngine:
     if native.usable(tensor):
         return "native"
     return "triton" if triton_usable(tensor) else "torch"
-
-
-def triton_usable(tensor: Tensor) -> bool:
-    """Whether a tensor is on a CUDA device and Triton is installed."""
-    if tensor.device.type != "cuda":
-        return False
-    try:
-        import triton  # noqa: F401  # pyright: ignore
-    except ImportError:
-        return False
-    return True
 
 
 def chain(v: Tensor, lam: Tensor, initial: Tensor, engine: ChainEngine) -> Tensor:
@@ -78,32 +68,6 @@ def _graph(v: Tensor, lam: Tensor, initial: Tensor) -> Tensor:
         return state, state
 
     return graph_scan(link, initial, v)[0]
-
-
-def plain_chain(v: Tensor, lam: Tensor, initial: Tensor) -> Tensor:
-    """`chain` as a loop of PyTorch's operations."""
-    states, state = list[Tensor](), initial
-    for added in v.unbind(1):
-        state = times(lam, state) + added
-        states.append(state)
-    return torch.stack(states, 1)
-
-
-def times(lam: Tensor, x: Tensor) -> Tensor:
-    """The complex product ``lam x`` of ``lam`` (2, ...) and ``x`` (batch, 2, ...), real and imaginary parts."""
-    re, im = x.unbind(1)
-    return torch.stack([lam[0] * re - lam[1] * im, lam[0] * im + lam[1] * re], 1)
-
-
-def chain_gradients(grad: Tensor, lam: Tensor, initial: Tensor, states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The backward pass of `chain`, differentiable: the same recurrence, reversed, with the conjugate of ``lam``."""
-    conjugate = torch.stack([lam[0], -lam[1]])
-    # No kernel: ``grad`` may be a dual number, or a batch that is mapped over.
-    adjoint = plain_chain(grad.flip(1), conjugate, torch.zeros_like(initial)).flip(1)
-    before = torch.cat([initial[:, None], states[:, :-1]], 1)
-    (re, im), (before_re, before_im) = adjoint.unbind(2), before.unbind(2)
-    to_re, to_im = re * before_re + im * before_im, im * before_re - re * before_im
-    return adjoint, torch.stack([to_re.sum((0, 1)), to_im.sum((0, 1))]), times(conjugate, adjoint[:, 0])
 
 
 class _Loop(torch.autograd.Function):

@@ -43,3 +43,14 @@ def graph_scan(step: Callable[..., tuple[Tensor, Tensor]], state: Tensor, *seque
 
 def _untyped(function: Any) -> Any:
     return function
+
+
+def triton_usable(tensor: Tensor) -> bool:
+    """Whether a tensor is on a CUDA device and Triton is installed."""
+    if tensor.device.type != "cuda":
+        return False
+    try:
+        import triton  # noqa: F401  # pyright: ignore
+    except ImportError:
+        return False
+    return True

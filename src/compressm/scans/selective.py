@@ -20,9 +20,9 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from compressm.scans import native
-from compressm.scans.chain import triton_usable
 from compressm.scans.frame import check_engine, check_shapes, empty, empty_scan, loop, without_autocast
-from compressm.scans.graph import exporting, graph_scan
+from compressm.scans.graph import exporting, graph_scan, triton_usable
+from compressm.scans.selective_step import selective_step
 from compressm.scans.transforms import gradients, transformed, twice
 
 Engine = Literal["auto", "native", "triton", "torch", "loop", "graph"]
@@ -97,22 +97,6 @@ def selective_scan(
     else:
         y, state = _graph(*args, start)
     return (y.to(u.dtype), state) if return_state else y.to(u.dtype)
-
-
-def selective_step(state: Tensor, u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor) -> tuple[Tensor, Tensor]:
-    """One step of the recurrence, for generation and control.
-
-    Args:
-        state: shape ``(batch, d, n)``.
-        u, delta: shape ``(batch, d)``.
-        A: shape ``(d, n)``.
-        B, C: shape ``(batch, n)``.
-
-    Returns:
-        ``y`` of shape ``(batch, d)`` and the next state.
-    """
-    state = torch.exp(delta[..., None] * A) * state + (delta * u)[..., None] * B[:, None, :]
-    return (state * C[:, None, :]).sum(-1).to(u.dtype), state
 
 
 def _check(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, initial_state: Tensor | None) -> None:

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from compressm.scans.chain import chain_gradients
+from compressm.scans.plain_chain import chain_gradients
 from compressm.scans.transforms import twice
 from compressm.scans.triton_selective import _row
 

@@ -27,6 +27,7 @@ import triton.language as tl
 from torch import Tensor
 
 from compressm.scans.frame import loop
+from compressm.scans.selective_step import selective_step
 from compressm.scans.transforms import gradients, twice
 
 _TILE = 8  # steps in registers at a time
@@ -122,8 +123,6 @@ def _composed(
     u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, initial_state: Tensor
 ) -> tuple[Tensor, Tensor]:
     """The same in PyTorch's operations."""
-    from compressm.scans.selective import selective_step
-
     dtype = torch.float32
     for tensor in (u, delta, A, B, C, initial_state):
         dtype = torch.promote_types(dtype, tensor.dtype)
