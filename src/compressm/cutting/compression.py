@@ -79,8 +79,14 @@ def compress(
         what happened to each layer, with its certificate. A layer whose certificate fails stays as it was.
 
     Raises:
-        InvalidRankRuleError, UnsupportedModelError, UnsupportedOptimizerError, InvalidSystemError, EvaluationError,
-            ConfigError (data that the model cannot take): the model is as it was.
+        InvalidRankRuleError: contradicting or impossible arguments.
+        UnsupportedModelError: nothing in the model can be reduced, or a selective layer without data.
+        UnsupportedOptimizerError: the optimizer's state cannot be carried over.
+        InvalidSystemError: parameters or data that are not finite.
+        EvaluationError: ``evaluate`` raised, or returned no finite number.
+        ConfigError: data that the model cannot take.
+
+    After an error the model is as it was.
     """
     check_choice("carry", carry, Carry)
     check_choice("method", method, Method)
