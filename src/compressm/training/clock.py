@@ -1,4 +1,4 @@
-"""What training steps cost at every size that the model had, and what the cuts saved."""
+"""The cost of training steps at each size of the model, and what the cuts saved."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ class Phase:
 
     Attributes:
         state_dims: state dimension of every layer, by its name.
-        steps: training steps done, those that were undone later included.
-        wall: seconds of steps, on the clock: an even sample of at most 256 of them, from the end of `Compressor.step`
-            to its next call. What the host does between steps is in it.
-        cpu: seconds that this process computed in the same steps, all threads together; unlike ``wall``, this does not
-            count what other programs took.
-        flops, kept_bytes: of one step; see `measure.StepCost`. None where it was not measured.
+        steps: training steps done, including those that were undone later.
+        wall: wall-clock seconds of steps, an even sample of at most 256 of them. A step lasts from the end of
+            `Compressor.step` to its next call, so the time that the host spends between steps is included.
+        cpu: CPU seconds of this process in the same steps, summed over all threads. Unlike ``wall`` they exclude the
+            time taken by other programs.
+        flops, kept_bytes: cost of one step; see `StepCost`. None where it was not measured.
     """
 
     state_dims: dict[str, int]
@@ -36,16 +36,16 @@ class Phase:
 
     @property
     def step_seconds(self) -> float | None:
-        """Median time of a step on the clock; None before the second."""
+        """Median wall-clock time of a step; None before the second step."""
         return statistics.median(self.wall) if self.wall else None
 
     @property
     def step_cpu_seconds(self) -> float | None:
-        """Median computing time of a step; None before the second."""
+        """Median CPU time of a step; None before the second step."""
         return statistics.median(self.cpu) if self.cpu else None
 
     def add(self, wall: float, cpu: float) -> None:
-        """Take note of one step's times; when the sample is full, every second one goes, and so on."""
+        """Record the times of one step. When the sample is full, every second time is dropped."""
         stride = 1
         while self.steps > stride * _SAMPLE:
             stride *= 2
@@ -56,7 +56,7 @@ class Phase:
             self.cpu.append(cpu)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON: the medians for the sample."""
+        """Plain values, for JSON, with medians in place of the samples."""
         return {
             "state_dims": dict(self.state_dims),
             "steps": self.steps,
@@ -68,11 +68,11 @@ class Phase:
 
 
 class StepClock:
-    """Times the steps of a training by the size that the model has in them.
+    """Times training steps, separately for each size of the model.
 
     Call `begin` when a step may begin, `end` when it is over, and `resize` when the model has changed. On a GPU the
-    host runs ahead of the device and waits for it now and then, so that a median of many steps is right and a single
-    time is not.
+    host runs ahead of the device and waits for it only now and then. The time of a single step is therefore unreliable,
+    and the median of many steps is used.
 
     Args:
         state_dims: state dimension of every layer, by its name.
@@ -83,20 +83,20 @@ class StepClock:
         self._began: tuple[float, float] | None = None
 
     def resize(self, state_dims: Mapping[str, int]) -> None:
-        """The model has these state dimensions from now on."""
+        """Start a new phase if the state dimensions have changed."""
         if state_dims != self.phases[-1].state_dims:
             self.phases.append(Phase(dict(state_dims)))
 
     def measured(self, cost: StepCost) -> None:
-        """What a step of the present size takes."""
+        """Record the measured cost of a step at the present size."""
         self.phases[-1].flops, self.phases[-1].kept_bytes = cost.flops, cost.kept_bytes
 
     def begin(self) -> None:
-        """What comes now belongs to the next step."""
+        """Start timing the next step."""
         self._began = time.perf_counter(), time.process_time()
 
     def end(self) -> None:
-        """The step is over."""
+        """Count a step, and record its times if `begin` was called."""
         phase = self.phases[-1]
         phase.steps += 1
         if self._began is not None:
@@ -108,26 +108,26 @@ class StepClock:
         return [{**vars(phase), "wall": list(phase.wall), "cpu": list(phase.cpu)} for phase in self.phases]
 
     def load_state_dict(self, state: Sequence[Mapping[str, Any]]) -> None:
-        """Go on from `state_dict`; the time between is nobody's."""
+        """Go on from `state_dict`. The time between saving and loading is not counted."""
         self.phases = [Phase(**phase) for phase in state]
         self._began = None
 
 
 @dataclass(frozen=True)
 class Savings:
-    """What a training took, against an estimate of what it would have taken had the model stayed as big as at first.
+    """The cost of a training, and an estimate of its cost without cuts.
 
-    The estimate is the median time of the first phase's steps times the number of steps: no second training was run.
+    The estimate is the number of steps times the median time of a step in the first phase. No second training is run.
 
     Attributes:
         steps: training steps done.
-        seconds: of all steps, each at the median of its phase, and of the cuts.
-        seconds_if_big: the estimate for the same steps at the first phase's median.
-        cut_seconds: of the cuts alone.
-        step_speedup: a step's time in the first phase over that in the last.
+        seconds: time of all steps, each taken as the median of its phase, and of the cuts.
+        seconds_if_big: estimated time of the steps at the median of the first phase.
+        cut_seconds: time of the cuts alone.
+        step_speedup: time of a step in the first phase, divided by that in the last phase.
         flops: operations of all steps; None where they were not measured.
-        flops_if_big: the same had the model stayed as big.
-        cpu: whether the medians are of computing time and not of the clock.
+        flops_if_big: operations of the steps at the first phase's size.
+        cpu: whether the medians are CPU times instead of wall-clock times.
     """
 
     steps: int
@@ -158,19 +158,20 @@ class Savings:
 def savings(
     phases: Sequence[Phase], cut_seconds: float, cpu: bool = False, net_steps: int | None = None
 ) -> Savings | None:
-    """What the cuts saved; None before there are times on both sides of a cut.
+    """Estimate what the cuts saved. None until steps before and after a cut have been timed.
 
     Args:
         phases: from a `StepClock`.
-        cut_seconds: what the cuts took.
-        cpu: by computing time instead of the clock, for machines with other work.
-        net_steps: steps that were not undone by a roll-back, if fewer: without cuts no others would have been made.
+        cut_seconds: time of the cuts.
+        cpu: use CPU time instead of wall-clock time, for machines that run other programs.
+        net_steps: number of steps without those that a roll-back undid; by default the number of all steps. A training
+            without cuts would not have made the undone steps.
     """
     medians = [phase.step_cpu_seconds if cpu else phase.step_seconds for phase in phases]
     first, last = medians[0], medians[-1]
     if first is None or last is None or len(phases) < 2:
         return None
-    # A phase too short to be timed counts as the first one's: at least it is not flattered.
+    # A phase too short to be timed is given the median of the first phase, so that it does not count as a saving.
     seconds = sum(phase.steps * (median or first) for phase, median in zip(phases, medians, strict=True)) + cut_seconds
     steps = sum(phase.steps for phase in phases)
     net = steps if net_steps is None else net_steps

@@ -1,4 +1,4 @@
-"""The Compressor: cuts a model while it trains, looks back, and undoes what did harm."""
+"""The Compressor: cuts a model while it trains, examines each cut, and undoes those that did harm."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 
 
 def _of(part: str, name: str) -> Any:
-    """An attribute that one of the compressor's parts has: it is read and set there."""
+    """A property that reads and sets an attribute of one of the compressor's parts."""
     return property(
         lambda self: getattr(getattr(self, part), name),
         lambda self, value: setattr(getattr(self, part), name, value),
@@ -158,7 +158,7 @@ class Compressor:
         self._observe()
         self._cutter.free_sizes()
 
-    # The arguments lie in the parts.
+    # The arguments are stored in the parts.
     model: nn.Module = _of("_cutter", "model")
     optimizer: Optimizer = _of("_cutter", "optimizer")
     followers: tuple[nn.Module, ...] = _of("_cutter", "followers")
@@ -190,23 +190,23 @@ class Compressor:
         return self._cushion.observed is not None
 
     def savings(self, cpu: bool = False) -> Savings | None:
-        """What the cuts have saved so far, by the times of the steps before and after them.
+        """Estimate what the cuts have saved so far, from the times of the steps before and after them.
 
         Args:
-            cpu: by computing time instead of the clock, for machines with other work.
+            cpu: use CPU time instead of wall-clock time, for machines that run other programs.
 
         Returns:
-            an estimate, see `Savings`; None before there are times on both sides of a cut.
+            an estimate, see `Savings`; None until steps before and after a cut have been timed.
         """
         return savings(self.clock.phases, sum(event.seconds for event in self.history), cpu, self._steps)
 
     def measure(self, loss: Callable[[nn.Module], Tensor]) -> StepCost:
-        """Count what a step of the present size takes, on a copy of the model, for `savings` to tell of.
+        """Measure the cost of a step at the present size, on a copy of the model. `savings` reports it.
 
         Call it once before training and again after a cut.
 
         Args:
-            loss: ``loss(model)`` returns the scalar that is differentiated, on a batch of the training's size.
+            loss: ``loss(model)`` returns the scalar that is differentiated. Use a batch of the training's size.
         """
         cost = step_cost(self.model, loss)
         self.clock.measured(cost)
@@ -226,7 +226,7 @@ class Compressor:
             UnsupportedOptimizerError: at a cut, state whose meaning is not known.
             EvaluationError: ``evaluate`` raised, or returned no number.
 
-        After an error all is as it was before, and what was due is due at the next call.
+        After an error nothing has changed, and the cut or examination that was due is due again at the next call.
         """
         self.clock.end()
         self._steps += 1
@@ -238,13 +238,13 @@ class Compressor:
             event = self._policy.act(self._steps)
             if event is not None:
                 self._note(event)
-        finally:  # after an error too, what was due is due at the next step
+        finally:  # after an error the cut is due again at the next step, which needs its observations
             self._observe()
             self.clock.begin()
         return event
 
     def _note(self, event: Event) -> None:
-        """Write down what was done, and count the steps and their time accordingly."""
+        """Append an event to the history, and adjust the number of steps and the clock to it."""
         if isinstance(event, RolledBack) and self.rewind:
             self._steps = event.restored_step
         self.clock.resize(self.state_dims)
@@ -252,7 +252,7 @@ class Compressor:
         log.info("%s", event)
 
     def _observe(self) -> None:
-        """Have layers whose states depend on the data observed in the coming step, if a cut will need it."""
+        """Have the layers that need data observed in the coming step, if a cut will need it."""
         self._cutter.observe(self._schedule.observes(self._steps, self._cutter.unseen), self._steps + 1)
 
     def state_dict(self) -> dict[str, Any]:
@@ -272,10 +272,10 @@ class Compressor:
         }
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Take up where `state_dict` was called.
+        """Go on from the point where `state_dict` was called.
 
-        The model's layers are given the saved state dimensions first; load the model's and the optimizer's own state
-        dicts after this, when their shapes fit.
+        This gives the model's layers the saved state dimensions. Load the model's and the optimizer's own state dicts
+        afterwards, when their shapes fit.
 
         Raises:
             CheckpointError: of another format, or of another model.

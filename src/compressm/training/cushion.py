@@ -1,4 +1,4 @@
-"""What if a cut hurts: the metric before it, a snapshot, the examination, and the way back."""
+"""Examines cuts: the metric and a snapshot before a cut, the metric some steps later, and the roll-back."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ OnSetback = Literal["halve", "stop"]
 
 
 class Cushion:
-    """Watches over a cut, and undoes it exactly where the metric lost too much.
+    """Examines a cut some steps later, and undoes it exactly if the metric has dropped too far.
 
-    The order of calls at a cut is `measure`, `reference`, `snapshot`, the cut itself, `watch`; some steps later
-    `examine`. Without ``max_drop`` it does nothing, and `examines` is False.
+    At a cut call `measure`, `reference` and `snapshot`, make the cut, and call `watch`. Some steps later call
+    `examine`. Without ``max_drop`` nothing is examined, and `examines` is False.
 
     Args:
-        training: what a snapshot is taken of, and what goes back.
-        evidence: what was observed of the layers' states; it goes back too.
+        training: the parts of the training that a snapshot stores and a roll-back restores.
+        evidence: the observations of the layers' states, which are stored and restored too.
         max_drop, evaluate, on_setback, rewind: as in `Compressor`.
 
     Attributes:
@@ -67,11 +67,11 @@ class Cushion:
         return measure_together(self.training.model, self.evaluate)
 
     def reference(self, metric: float) -> float:
-        """The metric that a cut is held against: the best one so far, the present one included."""
+        """The metric that a cut is compared with: the best so far, including the present one."""
         return metric if self.best is None else max(self.best, metric)
 
     def snapshot(self, step: int, reference: float) -> dict[str, Any]:
-        """Everything as it is before a cut.
+        """A copy of the whole training before a cut.
 
         Args:
             step: training steps done.
@@ -86,10 +86,10 @@ class Cushion:
         }
 
     def watch(self, before: dict[str, Any] | None, reference: float | None) -> None:
-        """A cut has been made: watch over it from now on.
+        """Put the cut that has just been made under observation.
 
         Args:
-            before: from `snapshot`; None where nothing changed.
+            before: from `snapshot`; None if the cut changed nothing.
             reference: from `reference`; None without ``max_drop``.
         """
         self.observed = before
@@ -127,7 +127,7 @@ class Cushion:
         return RolledBack(step, seconds, metric, reference, restored_step=int(before["step"]))
 
     def state_dict(self) -> dict[str, Any]:
-        """What `load_state_dict` needs."""
+        """The state that `load_state_dict` needs."""
         return {"aggressiveness": self.mildness, "best": self.best, "observed": self.observed}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

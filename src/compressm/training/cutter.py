@@ -1,4 +1,4 @@
-"""How a cut is made while a model trains: observe, plan, write, and tell everyone whom it concerns."""
+"""How a cut is made while a model trains: observe the layers, plan, write, and inform all that depend on shapes."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ class Cutter:
     """Cuts one model that is being trained.
 
     Args:
-        model, optimizer, followers: that take part in the training, see `Training`.
+        model, optimizer, followers: the parts of the training that a cut changes, see `Training`.
         rule: the rule that cuts will follow, to be checked against the model.
         method, selection, carry: as in `Compressor`.
 
     Attributes:
-        statistics: what was observed of the layers whose states depend on the data.
+        statistics: the observations of the layers whose states depend on the data.
 
     Raises:
         UnsupportedModelError, UnsupportedOptimizerError, InvalidRankRuleError: this model could not be cut.
@@ -64,10 +64,10 @@ class Cutter:
         alike = [] if rule.per_layer else [name for name, (_, adapter) in layers.items() if adapter.uniform]
         check_sizes(rule, self.state_dims, alike)
         self.statistics = Statistics(model)
-        self._graphs = 0  # compiled so far, since the first cut
+        self._graphs = 0  # graphs compiled so far; counted from the first cut on
 
     def free_sizes(self) -> None:
-        """Let the model and its followers load weights of any size, as of a checkpoint from after a cut."""
+        """Let the model and its followers load weights of any state dimension, such as those saved after a cut."""
         fit_any_size(self.model)
         for follower in self.followers:
             paired_layers(fit_any_size(follower), self.model)
@@ -79,11 +79,11 @@ class Cutter:
 
     @property
     def unseen(self) -> bool:
-        """Whether there is a layer that has not been observed since the last cut, and must be."""
+        """Whether a layer that needs data has not been observed since the last cut."""
         return bool(self.statistics.unseen)
 
     def observe(self, wanted: bool, step: int) -> None:
-        """Have the layers observed in the coming step, or in none.
+        """Switch the observation of layers on for the coming step, or off.
 
         Args:
             wanted: whether to observe.
@@ -95,17 +95,17 @@ class Cutter:
             self.statistics.close()
 
     def warn_of_unseen_layers(self) -> None:
-        """Say which layers cannot be observed: at a cut it would be an error, after much work."""
+        """Warn early of a layer that cannot be observed, since the error would otherwise come only at the first cut."""
         problems = self.statistics.problems()
         if problems and not self.statistics.dropped:
             warnings.warn(problems[0], stacklevel=3)
 
     def spectra(self) -> dict[str, AnyBalancing]:
-        """All layers, balanced as they are now."""
+        """Balance all layers as they are now."""
         return balance_layers(self.model, self.method, self.statistics.moments())
 
     def plan(self, rule: RankRule) -> Plan:
-        """A cut by this rule, the same in all processes. Nothing is written."""
+        """Plan a cut by this rule, the same in all processes. Nothing is written."""
         moments = self.statistics.moments()  # sums over all ranks
 
         def decide() -> Plan:
@@ -115,18 +115,18 @@ class Cutter:
         return from_first_rank(decide)
 
     def write(self, plan: Plan) -> Report:
-        """Make a planned cut: write it, and carry the optimizer's state over; all of it or nothing."""
+        """Write a planned cut and carry the optimizer's state over. If either fails, nothing is changed."""
         return plan.apply(self.model, self.optimizer, self.carry)
 
     def tell(self, plan: Plan) -> None:
-        """Tell followers, observers, and all who hold on to shapes, of a cut that was written."""
+        """Update everything that depends on a cut that was written: followers, observations, and holders of shapes."""
         for follower in self.followers:
             follow(follower, self.model, plan.changes)
         self.statistics.reset()
         self.tell_of_shapes()
 
     def tell_of_shapes(self) -> None:
-        """Tell everyone who holds on to the shapes of parameters that they have changed."""
+        """Let DDP and `torch.compile`, which store the shapes of parameters, know that these have changed."""
         rebuild_replicas(self.model)
         self._graphs = graphs_compiled()
         if self._graphs:
@@ -134,21 +134,21 @@ class Cutter:
             log.info("the shapes of parameters have changed: compiled graphs are compiled anew at their next use")
 
     def new_graphs(self) -> int:
-        """How many graphs were compiled since the last call or cut; 0 before the first cut."""
+        """Number of graphs compiled since the last call or cut; 0 before the first cut."""
         new = graphs_compiled() - self._graphs if self._graphs else 0
         self._graphs += max(0, new)
         return max(0, new)
 
     def state_dict(self) -> dict[str, Any]:
-        """What `load_state_dict` needs."""
+        """The state that `load_state_dict` needs."""
         samples = {name: [one.hidden, one.present] for name, one in self.statistics.samples.items()}
         return {"state_dims": self.state_dims, "moments": self.statistics.state_dict(), "samples": samples}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Give the layers the saved state dimensions, and go on with what was observed of them.
+        """Give the layers the saved state dimensions, and restore their observations.
 
         Raises:
-            CheckpointError: of another model.
+            CheckpointError: the state is of another model.
         """
         resized = self.state_dims != state["state_dims"]
         resize_states(self.model, state["state_dims"])

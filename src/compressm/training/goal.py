@@ -1,4 +1,4 @@
-"""How far a cut goes: the rule that the user gave, as it is at the cut that is due."""
+"""How far a cut goes: derives the rule for one cut from the rule that the user gave."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 
 from compressm.theory.ranks import RankRule
 
-# Where only max_drop is given. In the paper a tolerance of 0.02 costs 0.4 points on sequential MNIST, 0.04 costs 1.4.
+# The rule if only max_drop is given. In the paper a tolerance of 0.02 costs 0.4 points on sequential MNIST, 0.04 costs
+# 1.4.
 _CAUTIOUS_TOLERANCE, _CAUTIOUS_REDUCTION = 0.02, 0.5
 
 
@@ -24,7 +25,7 @@ def wanted_rule(
 ) -> RankRule:
     """The rule that the arguments of `Compressor` ask for.
 
-    Without any of the first five, a cut discards 2 % of a layer's Hankel energy and half of its states at most.
+    Without any of the first five, a cut discards at most 2 % of a layer's Hankel energy and at most half of its states.
 
     Raises:
         InvalidRankRuleError: several of the first five, or a value out of range.
@@ -45,17 +46,18 @@ def wanted_rule(
 
 @dataclass(frozen=True)
 class Goal:
-    """Where the cuts lead.
+    """The aim of all cuts together.
 
-    A rule about quality (``tolerance``, ``max_error``) holds for every cut. A size (``states``, ``fraction``,
-    ``total_states``) is reached with the last cut; the cuts before approach it in equal proportions: with k cuts left,
-    a cut goes from n states towards m by the factor ``(m / n)^(1 / k)``.
+    A rule about quality (``tolerance``, ``max_error``) holds for every cut. A target size (``states``, ``fraction``,
+    ``total_states``) is reached with the last cut, and the cuts before it approach the target geometrically: with k
+    cuts left, a cut from n states towards m multiplies n by ``(m / n)^(1 / k)``.
 
-    ``mildness`` is 1 at first and halved by every setback. It scales what a cut may discard, or the exponent.
+    ``mildness`` is 1 at first and is halved by every roll-back. It scales the quantity that a cut may discard, or the
+    exponent ``1 / k``.
 
     Attributes:
-        rule: what was asked for.
-        initial_states: states of all layers together before the first cut; ``fraction`` is of these.
+        rule: the rule that the user gave.
+        initial_states: states of all layers together before the first cut; ``fraction`` is relative to these.
     """
 
     rule: RankRule
@@ -72,7 +74,7 @@ class Goal:
         rule = self.rule
         if rule.guarantees_error:
             return self._promise(mildness)
-        share = mildness / cuts_left  # of what is left of the way
+        share = mildness / cuts_left  # share of the remaining way, in the logarithm of the size
         if rule.fraction is not None:
             left = rule.fraction * self.initial_states / sum(dims)
             return replace(rule, fraction=min(1.0, left) ** share)
@@ -89,12 +91,12 @@ class Goal:
         return replace(rule, max_error=rule.max_error * mildness)
 
     def too_mild(self, mildness: float) -> bool:
-        """Whether a cut of this mildness would take less than ``min_reduction`` of the states."""
+        """Whether the largest cut of this mildness would remove less than ``min_reduction`` of the states."""
         return self.rule.max_reduction * mildness < self.rule.min_reduction
 
 
 def towards(present: int, target: int, share: float) -> int:
-    """A size on the way to a target, in proportions: a share of the way from the present one."""
+    """The size after a share of the way from the present size to the target, geometrically: n (m / n)^share."""
     return present if target >= present else max(target, round(present * (target / present) ** share))
 
 

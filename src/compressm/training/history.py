@@ -1,4 +1,4 @@
-"""What a compressor did and when: the lines of its history, one small class for each kind."""
+"""The history of a compressor: one small class for each kind of event."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from compressm.errors import CheckpointError
 
-# Every line is stored with all of these keys, in this order; a kind that has no such value stores this one.
+# Every event is stored with all of these keys, in this order. A kind without such a value stores the one given here.
 _ABSENT: dict[str, Any] = {
     "seconds": 0.0, "layers": (), "metric": None, "reference": None, "restored_step": None, "graphs": 0,
 }  # fmt: skip
@@ -23,7 +23,7 @@ class Event:
     Attributes:
         kind: the kind as a word: ``"cut"``, ``"unchanged"``, ``"kept"``, ``"rolled_back"``, ``"postponed"`` or
             ``"recompiled"``.
-        step: training steps done when it happened.
+        step: number of training steps done when it happened.
         seconds: time that it took, without evaluations.
     """
 
@@ -34,7 +34,7 @@ class Event:
 
     @property
     def layers(self) -> tuple[dict[str, Any], ...]:
-        """What was done to each layer, with its certificate (see `LayerReport.to_dict`); empty unless it looked."""
+        """The report and certificate of each layer (see `LayerReport.to_dict`), for `Cut` and `Unchanged` only."""
         return ()
 
     def __str__(self) -> str:
@@ -54,7 +54,7 @@ class Event:
 
     @staticmethod
     def from_dict(values: Mapping[str, Any]) -> Event:
-        """The inverse of `to_dict`. It reads histories of earlier versions too, which have fewer keys.
+        """The inverse of `to_dict`. It also reads histories of earlier versions, which have fewer keys.
 
         Raises:
             CheckpointError: a kind that this version does not know.
@@ -65,7 +65,7 @@ class Event:
                 f"a history has an event of kind {values['kind']!r}; this version knows {', '.join(_KINDS)}: read it "
                 "with the version that wrote it"
             )
-        known = {name: values[name] for name in kind._names() if name in values}  # later versions may tell more
+        known = {name: values[name] for name in kind._names() if name in values}  # later versions may store more keys
         if "layers" in known:
             known["layers"] = tuple(known["layers"])
         return kind(**known)
@@ -77,19 +77,19 @@ class Event:
 
 @dataclass(frozen=True)
 class _Looked(Event):
-    """The compressor looked at all layers.
+    """A cut of all layers was planned.
 
     Attributes:
-        layers: what was done to each layer, with its certificate (see `LayerReport.to_dict`).
-        reference: the metric that the cut will be held against; None without ``max_drop``.
+        layers: the report and certificate of each layer (see `LayerReport.to_dict`).
+        reference: the metric that the cut will be compared with; None without ``max_drop``.
     """
 
     layers: tuple[dict[str, Any], ...] = ()  # pyright: ignore[reportIncompatibleMethodOverride]
     reference: float | None = None
 
     def metrics(self) -> dict[str, float]:
-        """Numbers for a logger, per layer: states, kept share of Hankel energy and, where measured, the error of the
-        output; after a cut its seconds too."""
+        """Numbers for a logger, for each layer: states, kept share of Hankel energy and, where measured, the error of
+        the output. A `Cut` adds its seconds."""
         values: dict[str, float] = {}
         for layer in self.layers:
             values[f"compressm/states/{layer['name']}"] = float(layer["states_after"])
@@ -115,7 +115,7 @@ class Cut(_Looked):
 
 @dataclass(frozen=True)
 class Unchanged(_Looked):
-    """The compressor looked, and no layer was to be cut."""
+    """A cut was due, and its plan changes no layer."""
 
     kind = "unchanged"
 
@@ -128,8 +128,8 @@ class _Examined(Event):
     """A cut was examined.
 
     Attributes:
-        metric: the metric now. None in a stored history where it was not finite.
-        reference: the metric that it was held against.
+        metric: the metric at the examination. None in a stored history if it was not finite.
+        reference: the metric that it was compared with.
     """
 
     metric: float | None = None
@@ -141,7 +141,7 @@ class _Examined(Event):
 
 @dataclass(frozen=True)
 class Kept(_Examined):
-    """A cut under observation proved harmless."""
+    """A cut was examined and kept."""
 
     kind = "kept"
 
@@ -151,10 +151,10 @@ class Kept(_Examined):
 
 @dataclass(frozen=True)
 class RolledBack(_Examined):
-    """A cut under observation did harm, and everything is as it was before it.
+    """A cut was examined and undone, and everything is as it was before the cut.
 
     Attributes:
-        restored_step: the step whose weights and optimizer are back.
+        restored_step: the step whose weights and optimizer state were restored.
     """
 
     kind = "rolled_back"
@@ -165,16 +165,16 @@ class RolledBack(_Examined):
         return f"cut undone, back to step {self.restored_step}, {self._against()}"
 
     def metrics(self) -> dict[str, float]:
-        """The seconds that it took, for a logger."""
+        """The seconds of the roll-back, for a logger."""
         return {"compressm/cut_seconds": self.seconds}
 
 
 @dataclass(frozen=True)
 class Postponed(Event):
-    """A cut was due, and the metric was not finite.
+    """A cut was due and was not made, because the metric was not finite.
 
     Attributes:
-        metric: the metric. None in a stored history, since JSON has no such number.
+        metric: the metric. None in a stored history, since JSON cannot store NaN or infinity.
     """
 
     kind = "postponed"
@@ -190,7 +190,7 @@ class Recompiled(Event):
     """`torch.compile` compiled graphs anew after a cut.
 
     Attributes:
-        graphs: how many.
+        graphs: number of graphs.
     """
 
     kind = "recompiled"

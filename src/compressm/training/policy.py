@@ -1,4 +1,4 @@
-"""What is done after a training step: the schedule, the goal and the cushion put together."""
+"""Decides what is done after each training step, by the schedule, the goal and the cushion."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from compressm.training.schedule import Schedule
 
 
 class Policy:
-    """Cuts, examines and rolls back, each when it is due.
+    """Cuts, examines and rolls back when this is due.
 
     Args:
-        schedule: decides when.
-        goal: decides how far.
-        cushion: decides what happens if a cut hurts.
+        schedule: decides when cuts come.
+        goal: decides how far a cut goes.
+        cushion: examines cuts and rolls back those that did harm.
         cutter: makes the cuts.
     """
 
@@ -30,13 +30,13 @@ class Policy:
         self._schedule, self._goal, self._cushion, self._cutter = schedule, goal, cushion, cutter
 
     def act(self, step: int) -> Event | None:
-        """Do what is due.
+        """Cut or examine if it is due.
 
         Args:
             step: training steps done.
 
         Returns:
-            what was done; None where nothing was due.
+            what was done; None if nothing was due.
         """
         if self._cushion.observed is not None:
             due = step >= self._cushion.examine_at(self._schedule.check_after)
@@ -57,7 +57,7 @@ class Policy:
         if plan.changes and reference is not None:
             before = self._cushion.snapshot(step, reference)
         report = self._cutter.write(plan) if plan.changes else plan.report
-        # An error so far has changed nothing: the cut is due at the next step again.
+        # The cut counts as made only now. After an error above it is due again at the next step.
         self._schedule.made()
         self._cushion.watch(before, reference)
         if not plan.changes:
@@ -66,7 +66,7 @@ class Policy:
         return Cut(step, report.seconds, _layers(report), reference)
 
     def _postpone(self, step: int, metric: float) -> Postponed:
-        """No cut now, since no later metric could be held against this one."""
+        """Postpone the cut, since a metric that is not finite cannot serve as its reference."""
         self._schedule.postpone(step)
         again = f"it is tried again at step {self._schedule.postponed}"
         again = "no more cuts are made" if self._schedule.stopped else again
@@ -74,20 +74,20 @@ class Policy:
         return Postponed(step, metric=metric)
 
     def _examine(self, step: int) -> Event:
-        """Keep the cut that is under observation, or go back to before it."""
+        """Keep the cut that is under observation, or undo it."""
         event = self._cushion.examine(step)
         return self._after_setback(event) if isinstance(event, RolledBack) else event
 
     def _after_setback(self, event: RolledBack) -> RolledBack:
-        """The shapes are those from before the cut. The next cut is due at once, at its time, or never."""
+        """Announce the restored shapes. Decide whether the next cut is due at once, at its scheduled step, or never."""
         started = time.perf_counter()
         self._cutter.tell_of_shapes()
         now = event.restored_step if self._cushion.rewind else event.step
-        too_late = not self._schedule.leaves_time(now + 1)  # to examine another cut; hosts may not rewind
+        too_late = not self._schedule.leaves_time(now + 1)  # to examine another cut
         if self._cushion.on_setback == "stop" or too_late or self._goal.too_mild(self._cushion.mildness):
             self._schedule.stop()
         elif self._goal.rule.guarantees_error:
-            # What the cut was to take is still there: the milder one is due at the next chance, not an interval later.
+            # A milder cut by the same rule can be made at the next step instead of one interval later.
             self._schedule.once_more()
         return replace(event, seconds=event.seconds + time.perf_counter() - started)
 

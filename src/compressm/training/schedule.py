@@ -1,4 +1,4 @@
-"""When cuts come, when each of them is examined, and when it is too late for another one."""
+"""Decides when cuts are made, when each is examined, and when it is too late for another one."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from compressm.runtime.processes import from_first_rank
 
 When = Literal["schedule", "settled"]
 
-_PROBES = 10  # of the spectrum, between a cut and the next
-_STILL = 0.02  # share of the Hankel energy that may move between two probes of a settled spectrum
-_OBSERVE_EVERY = 8  # steps between two observations of selective layers, at most
+_PROBES = 10  # probes of the spectrum between two cuts
+_STILL = 0.02  # a spectrum has settled if at most this share of the Hankel energy moved between two probes
+_OBSERVE_EVERY = 8  # largest number of steps between two observations of selective layers
 
 
 def cut_steps(total_steps: int, cuts: int, window: float, start: int) -> tuple[int, ...]:
     """The steps after which cuts come: equidistant in ``window * total_steps`` steps from ``start`` on.
 
-    The last one is later than ``total_steps`` where they do not fit.
+    The last one is later than ``total_steps`` if they do not fit.
     """
     exact = window * total_steps / cuts
     distance = max(1, round(exact))
@@ -30,22 +30,23 @@ def cut_steps(total_steps: int, cuts: int, window: float, start: int) -> tuple[i
 
 
 class Schedule:
-    """Decides after which training steps something is due.
+    """Decides after which training steps a cut is made.
 
     A cut is due at its step in ``cut_steps``, or with ``when="settled"`` as soon as two probes in a row find the same
-    spectrum. A cut that cannot be made yet is postponed. No cut is made that could not be examined any more.
+    spectrum. A cut that cannot be made yet is postponed. A cut is not made if training would end before its
+    examination.
 
     Args:
         total_steps, cuts, window, start, when, check_after: as in `Compressor`.
-        examined: whether cuts are examined, so that the last one needs ``check_after`` more steps.
+        examined: whether cuts are examined. The last one then needs ``check_after`` more steps.
 
     Attributes:
         cut_steps: the steps after which cuts are scheduled.
         check_after: steps between a cut and its examination.
         cuts_done: how many of the cuts have been made.
         stopped: whether no more cuts are to be made.
-        postponed: no cut is made before this step; 0 where none was postponed.
-        probe: the layers as they were balanced at the last probe.
+        postponed: no cut is made before this step; 0 if none was postponed.
+        probe: the balanced layers at the last probe.
 
     Raises:
         InvalidRankRuleError: the last cut, or its examination, would come after the last step.
@@ -101,7 +102,7 @@ class Schedule:
 
         Args:
             step: training steps done.
-            look: balances the layers as they are now; called where the spectrum is probed.
+            look: balances the layers as they are now; called when the spectrum is probed.
         """
         if self.over:
             return False
@@ -115,14 +116,14 @@ class Schedule:
         return step >= self.start and step % self.probe_every == 0 and self._settled(look())
 
     def _settled(self, now: Mapping[str, AnyBalancing]) -> bool:
-        """Whether all spectra are what they were at the probe before."""
+        """Whether all spectra are the same as at the previous probe, up to a small share."""
         before, self.probe = self.probe, dict(now)
         changes = spectrum_changes(before, now)
         settled = bool(changes) and len(changes) == len(now) and all(c.settled(_STILL) for c in changes.values())
         return from_first_rank(lambda: settled)
 
     def observes(self, step: int, unseen: bool = False) -> bool:
-        """Whether layers whose states depend on the data are to be observed in the step after this one.
+        """Whether layers that need data are to be observed in the step after this one.
 
         Args:
             step: training steps done.
@@ -131,31 +132,31 @@ class Schedule:
         return not self.over and (unseen or step % self.observe_every == 0)
 
     def made(self) -> None:
-        """The cut that was due has been made."""
+        """Count the cut that has just been made."""
         self.cuts_done += 1
         self.probe = {}
 
     def once_more(self) -> None:
-        """The last cut was undone, and is due again at once."""
+        """Make the cut that was undone due again at once."""
         self.cuts_done = max(0, self.cuts_done - 1)
 
     def stop(self) -> None:
-        """No more cuts."""
+        """Make no more cuts."""
         self.stopped = True
 
     def postpone(self, step: int) -> None:
-        """The cut that is due cannot be made now. It is tried again soon, while there is time to examine it."""
+        """Put off the cut that is due by one probe interval, or stop if there is then no time to examine it."""
         self.postponed = step + self.probe_every
         self.stopped = not self.leaves_time(self.postponed)
 
     def state_dict(self) -> dict[str, Any]:
-        """What `load_state_dict` needs, without the probe."""
+        """The state that `load_state_dict` needs, without the probe."""
         return {"cuts_done": self.cuts_done, "stopped": self.stopped, "postponed": self.postponed}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from `state_dict`."""
         self.cuts_done, self.stopped = int(state["cuts_done"]), bool(state["stopped"])
-        self.postponed = int(state.get("postponed", 0))  # the oldest have none
+        self.postponed = int(state.get("postponed", 0))  # absent in the oldest checkpoints
 
 
 __all__ = ["Schedule", "When", "cut_steps"]

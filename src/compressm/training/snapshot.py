@@ -1,4 +1,4 @@
-"""Everything that training needs to go on from an instant, and going back to it."""
+"""Snapshots of a training, and the return to them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from compressm.runtime.random_state import rng_state, set_rng_state
 
 
 class Stateful(Protocol):
-    """Anything with torch's state protocol: a learning rate scheduler, a gradient scaler."""
+    """An object with torch's state protocol, such as a learning rate scheduler or a gradient scaler."""
 
     def state_dict(self) -> dict[str, Any]: ...
     def load_state_dict(self, state_dict: dict[str, Any]) -> Any: ...
@@ -25,7 +25,7 @@ class Stateful(Protocol):
 
 @dataclass(frozen=True)
 class Training:
-    """What takes part in a training: ``followers`` are averaged copies of the model, the rest is as in `Compressor`."""
+    """The parts of a training. ``followers`` are averaged copies of the model; the others are as in `Compressor`."""
 
     model: nn.Module
     optimizer: Optimizer
@@ -49,10 +49,10 @@ class Training:
 
         Args:
             snapshot: from `snapshot`.
-            rewind: time goes back too: scheduler, learning rates, scaler, random states. Otherwise only what was learnt
-                does: weights, the optimizer's state and averages.
+            rewind: also restore scheduler, learning rates, scaler and random states. Otherwise only weights, the
+                optimizer's state and averages are restored.
         """
-        # Copies: the optimizer takes the tensors that it is given for its own, and a snapshot may be used again.
+        # Copies, because the optimizer keeps the tensors that it loads, and a snapshot may be used again.
         snapshot = copy.deepcopy(dict(snapshot))
         fit(self.model, snapshot["model"]).load_state_dict(snapshot["model"])
         settings = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]

@@ -1,4 +1,4 @@
-"""What one training step takes on any machine: floating-point operations, and memory kept for the backward pass."""
+"""The cost of a training step on any machine: floating-point operations, and memory kept for the backward pass."""
 
 from __future__ import annotations
 
@@ -20,13 +20,12 @@ _SELECTIVE_FORWARD, _SELECTIVE_BACKWARD = 7, 20
 
 @dataclass(frozen=True)
 class StepCost:
-    """What one forward and backward pass takes.
+    """The cost of one forward and backward pass.
 
     Attributes:
-        flops: floating-point operations of matrix products, convolutions, Fourier transforms and recurrences, as
-            PyTorch's own counter counts them, with the operations of compressm's kernels added; element-wise ones are
-            left out.
-        kept_bytes: memory that autograd keeps from the forward for the backward pass, without parameters.
+        flops: floating-point operations of matrix products, convolutions, Fourier transforms and recurrences: those
+            that PyTorch's counter counts, and those of compressm's kernels. Element-wise operations are left out.
+        kept_bytes: memory that autograd keeps from the forward pass for the backward pass, without parameters.
     """
 
     flops: int
@@ -34,7 +33,7 @@ class StepCost:
 
 
 def step_cost(model: nn.Module, loss: Callable[[nn.Module], Tensor]) -> StepCost:
-    """Run a forward and backward pass on a copy of a model and count.
+    """Count the operations and kept memory of a forward and backward pass, on a copy of a model.
 
     Weights, gradients, running statistics and torch's random state stay as they are.
 
@@ -67,17 +66,17 @@ def step_cost(model: nn.Module, loss: Callable[[nn.Module], Tensor]) -> StepCost
     return StepCost(counter.get_total_flops() + sum(compiled), sum(kept.values()))
 
 
-# Matrix products in kernels that are no operations of PyTorch's, by the arguments of `native.call`.
+# Operations of kernels that PyTorch does not see, computed from the arguments of `native.call`.
 _KERNELS: dict[str, Callable[[tuple[Any, ...]], int]] = {
     "linear_forward": lambda given: 2 * math.prod(given[:3]),
     "linear_backward": lambda given: 2 * math.prod(given[:3]) * (1 if given[6] is None else 2),
     "tail_forward": lambda given: 2 * given[0] * 2 * given[1] ** 2,
-    "tail_backward": lambda given: 3 * 2 * given[0] * 2 * given[1] ** 2,  # the forward one anew, and two gradients
+    "tail_backward": lambda given: 3 * 2 * given[0] * 2 * given[1] ** 2,  # the forward product again, and two gradients
 }
 
 
 def _formulas() -> dict[Any, Callable[..., int]]:
-    """Operations of what PyTorch's counter does not know, by operation; they are given shapes."""
+    """Counting formulas, from shapes, for the operators that PyTorch's counter does not know."""
     from compressm.scans import chain, lti_direct, lti_fft, selective  # which define them  # noqa: F401  # pyright: ignore[reportUnusedImport]
 
     ours, aten = torch.ops.compressm, torch.ops.aten
@@ -116,7 +115,7 @@ def _lti_backward(
     u: Sequence[int], log_radius: Any, phase: Any, B: Sequence[int], B_im: Any, C: Sequence[int], *_: Any, **__: Any
 ) -> int:
     (n, p), q = B, C[0]
-    return 2 * u[0] * u[1] * n * (6 * p + 4 * q + 12)  # the states are computed anew
+    return 2 * u[0] * u[1] * n * (6 * p + 4 * q + 12)  # includes computing the states again
 
 
 def _chain(v: Sequence[int], *_: Any, **__: Any) -> int:
