@@ -1,4 +1,4 @@
-"""State space layers as plain modules: they know nothing of compression."""
+"""State space layers as plain modules. They do not depend on the code that compresses them."""
 
 from compressm.layers.bidirectional import Bidirectional
 from compressm.layers.hyena import Convolution, Hyena, LongConvolution

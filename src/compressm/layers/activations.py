@@ -1,9 +1,10 @@
-"""The element-wise parts of a block, each in one pass over memory where the compiled kernels can be had.
+"""The element-wise parts of a block, each in one pass over memory where the compiled kernels are available.
 
-On a CPU a block's time goes to its element-wise operations as much as to its matrix products, and most of that to
-dropout, whose random numbers PyTorch draws one by one. Here a seed is drawn from PyTorch's generator, and the rest is a
-hash, computed anew in the backward pass. Elsewhere, and under `torch.compile`, which fuses by itself, these are the
-ordinary PyTorch functions. The two draw different numbers from the same generator state.
+On a CPU a block spends as much time on element-wise operations as on matrix products. Most of this time is dropout,
+since PyTorch draws the random numbers one by one. The kernels draw only a seed from PyTorch's generator and hash it
+with the position of each element. The backward pass computes the hash again. Other devices use the ordinary PyTorch
+functions, and so does `torch.compile`, which fuses these operations itself. For the same generator state kernels and
+PyTorch functions drop different elements.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from compressm.layers.parts import shifted_products, short_conv
 from compressm.scans import native
 from compressm.scans.transforms import gradients, transformed, twice
 
-_FEW = 8  # columns, up to which mamba.h has a product of its own; with more a library's is fast
+_FEW = 8  # mamba.h multiplies matrices of at most so many columns itself; for wider ones PyTorch is fast
 
 
 def gelu_dropout(x: Tensor, p: float, training: bool) -> Tensor:
@@ -77,7 +78,7 @@ def causal_conv(conv: nn.Conv1d, u: Tensor) -> Tensor:
     """SiLU of a causal depthwise convolution over time.
 
     Args:
-        conv: depthwise; its last tap belongs to the present input. Padding is not looked at.
+        conv: depthwise; its last tap belongs to the present input. Its ``padding`` is ignored.
         u: shape ``(batch, length, channels)``.
     """
     weight = conv.weight[:, 0]
@@ -88,13 +89,13 @@ def causal_conv(conv: nn.Conv1d, u: Tensor) -> Tensor:
 
 
 def _rows(x: Tensor) -> Tensor:
-    """The same values in rows that need not follow each other closely, as a half of a projection has them."""
+    """``x`` itself if its rows are contiguous and evenly spaced, as in one half of a projection; otherwise a copy."""
     regular = x.stride(2) == 1 and x.stride(0) == x.shape[1] * x.stride(1)
     return x if regular else x.contiguous()
 
 
 def takes(*tensors: Tensor) -> bool:
-    """Whether the compiled passes take these tensors."""
+    """Whether the compiled kernels accept these tensors."""
     whole = tensors[0].dtype in (torch.float32, torch.float64) and all(t.dtype == tensors[0].dtype for t in tensors)
     ordinary = not torch.compiler.is_compiling() and not transformed()
     return whole and ordinary and tensors[0].numel() > 0 and native.usable(*tensors)
@@ -112,7 +113,7 @@ def applied(function: type[torch.autograd.Function], *arguments: Any) -> Tensor:
 
 
 def without_draw(p: float) -> None:
-    """Refuse to differentiate dropout twice: its random numbers are drawn inside the compiled pass.
+    """Refuse to differentiate dropout twice, since its random numbers are drawn inside the compiled kernel.
 
     Raises:
         DifferentiationError: something is dropped.

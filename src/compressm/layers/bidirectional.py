@@ -10,8 +10,8 @@ from compressm.layers.padding import checked_lengths, reverse, within
 class Bidirectional(nn.Module):
     """Reads a sequence in both directions and adds the outputs: ``y = forwards(u) + reversed(backwards(reversed(u)))``.
 
-    The directions have states of their own, and are cut apart, each to the rank that it needs. Where both share their
-    states, as in ``S5(bidirectional=True)``, they are cut together.
+    Each direction has its own states and is cut by itself, to the rank that it needs. In ``S5(bidirectional=True)``
+    both directions share their states and are cut together.
 
     Args:
         forwards, backwards: two layers from ``(batch, length, d_model)`` to the same shape, of any kind.
@@ -28,12 +28,12 @@ class Bidirectional(nn.Module):
         return None if lengths is None else within(lengths.to(u.device), u.shape[1])
 
     def forward(self, u: Tensor, lengths: Tensor | None = None) -> Tensor:
-        """The output, of the shape of ``u``; what it is at padding means nothing.
+        """The output, of the shape of ``u``. Its values at padding are meaningless.
 
         Args:
             u: shape ``(batch, length, d_model)``.
-            lengths: how long each sequence is, whole numbers of at least 1, shape ``(batch,)``, where rows are padded
-                at their end. Each sequence is reversed within its own length. None for full rows.
+            lengths: length of each sequence if rows are padded at their end, integers of at least 1, shape
+                ``(batch,)``. Each sequence is reversed within its own length. None for full rows.
         """
         if lengths is not None:
             lengths = checked_lengths(lengths, *u.shape[:2]).to(u.device)

@@ -1,4 +1,4 @@
-"""Residual blocks: a norm, a state space layer, and what mixes its channels."""
+"""Residual blocks: a norm, a state space layer, and a mix of its channels."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from compressm.layers.s4 import S4
 from compressm.layers.s4d import S4D
 from compressm.layers.s5 import S5
 
-# Layers without a gate of their own; their block has one.
+# Layers without a gate. Their block, `GLUBlock`, has one.
 TIME_INVARIANT: dict[str, Callable[..., Any]] = {"lru": LRU, "s5": S5, "s4": S4, "s4d": S4D}
 GATED: dict[str, Callable[..., Any]] = {
     "mamba": Mamba,
@@ -36,35 +36,35 @@ GATED: dict[str, Callable[..., Any]] = {
 class SequenceBatchNorm(nn.BatchNorm1d):
     """Batch norm of ``(batch, length, channels)``, with statistics over batch and time.
 
-    Also of one step ``(batch, channels)``, by the running statistics: in evaluation mode only.
+    In evaluation mode it also takes one step ``(batch, channels)``, which the running statistics normalise.
     """
 
     def forward(self, input: Tensor, present: Tensor | None = None) -> Tensor:
-        """The result. In training, only what is ``present``, bool, shape ``(batch, length)``, counts for the
-        statistics; padding becomes zero."""
+        """The normalised input. ``present``, bool, shape ``(batch, length)``, marks what is no padding: in training the
+        statistics leave padding out, and its output is zero."""
         if present is None or not self.training:
             return self.with_input(input)[0]
         rows = batch_norm(self, input[present])[0]
         return rows.new_zeros(input.shape).index_put(present.nonzero(as_tuple=True), rows)
 
     def with_input(self, input: Tensor) -> tuple[Tensor, Tensor]:
-        """The result, and the input for a residual connection: see `batch_norm`."""
+        """The normalised input, and the input itself for a residual connection; see `batch_norm`."""
         if input.ndim == 2 and self.training:
             raise RuntimeError("a single step has no batch statistics over time: call model.eval() before model.step()")
         return batch_norm(self, input)
 
 
 def normed(norm: nn.Module, u: Tensor, present: Tensor | None) -> Tensor:
-    """What a norm makes of ``u``: only one with statistics over time needs to know what is padding."""
+    """``norm(u)``. Only a norm with statistics over time is told which places are padding."""
     return norm(u) if present is None or not isinstance(norm, SequenceBatchNorm) else norm(u, present)
 
 
 def _recur(layer: nn.Module, z: Tensor, present: Tensor | None) -> Tensor:
-    """A block's layer: only one that reads backwards needs to know where sequences end."""
+    """``layer(z)``. Only a layer that reads backwards is told where sequences end."""
     backwards = isinstance(layer, Bidirectional) or (isinstance(layer, S5) and layer.bidirectional)
     if present is None or not backwards:
         return layer(z)
-    return layer(z, ends(present).clamp_min(1))  # a row of nothing but padding is reversed as one of a single step
+    return layer(z, ends(present).clamp_min(1))  # a row that holds only padding is reversed as one step
 
 
 def sequence_norm(kind: str, width: int) -> nn.Module:
@@ -100,11 +100,11 @@ class GLUBlock(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, u: Tensor, present: Tensor | None = None) -> Tensor:
-        """The block's output, shape ``(batch, length, d_model)``, as the input; what it is at padding means nothing.
+        """The block's output, of the shape of the input. Its values at padding are meaningless.
 
         Args:
-            u: the input.
-            present: which places are no padding, bool, shape ``(batch, length)``; None for all of them.
+            u: input, shape ``(batch, length, d_model)``.
+            present: False at padding, bool, shape ``(batch, length)``; None if there is no padding.
         """
         if present is None and isinstance(self.norm, SequenceBatchNorm) and unhooked(self.norm):
             z, u = self.norm.with_input(u)
@@ -143,7 +143,7 @@ class ResidualBlock(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, u: Tensor, present: Tensor | None = None) -> Tensor:
-        """The block's output, as `GLUBlock.forward`."""
+        """The block's output; see `GLUBlock.forward`."""
         return u + self.dropout(_recur(self.ssm, normed(self.norm, u, present), present))
 
     def initial_state(self, batch: int) -> Any:
@@ -159,7 +159,7 @@ class ResidualBlock(nn.Module):
 def build_blocks(
     layer: str, d_model: int, dims: Sequence[int], dropout: float, norm: str | None, options: dict[str, Any]
 ) -> nn.ModuleList:
-    """A stack of blocks with state dimensions ``dims``; the layer's own norm where ``norm`` is None."""
+    """A stack of blocks with state dimensions ``dims``. If ``norm`` is None, the norm depends on the layer."""
     if layer in TIME_INVARIANT:
         return nn.ModuleList(GLUBlock(layer, d_model, n, dropout, norm or "batch", **options) for n in dims)
     if layer not in GATED:

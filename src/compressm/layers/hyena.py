@@ -17,7 +17,7 @@ class Convolution(nn.Module):
 
         y_t = sum_{j<=t} h_j u_{t-j} + D u_t
 
-    A subclass says what the filter is. `compressm.distil` knows all of them.
+    A subclass defines `filter`. `compressm.distil` works for all of them.
 
     Args:
         d_model: channels.
@@ -42,7 +42,7 @@ class Convolution(nn.Module):
         length = u.shape[1]
         if length > self.max_length:
             raise ValueError(f"a sequence of {length} steps is longer than max_length={self.max_length} of this layer")
-        if u.numel() == 0:  # no transform takes that; the product has the right shape, and gradients of zero
+        if u.numel() == 0:  # FFTs refuse empty input; the product has the right shape and zero gradients
             return u * self.filter(1)[0].to(u.dtype) + self.D * u
         size = 2 ** math.ceil(math.log2(2 * length))
         wide = u.float() if u.dtype in (torch.float16, torch.bfloat16) else u
@@ -51,8 +51,8 @@ class Convolution(nn.Module):
         return torch.addcmul(y.to(u.dtype), self.D, u)
 
     def initial_state(self, batch: int) -> Tensor:
-        """The state of `step`: all inputs so far, shape ``(batch, steps, d_model)``. It grows, as does a step's
-        work."""
+        """The state of `step`: all inputs so far, shape ``(batch, steps, d_model)``. It grows with every step, and so
+        does the cost of a step."""
         return self.D.new_zeros(batch, 0, self.d_model)
 
     def step(self, u: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
@@ -69,15 +69,15 @@ class Convolution(nn.Module):
 
 
 class LongConvolution(Convolution):
-    """A `Convolution` whose filter is implicit: a small network of sines of the time, under an exponential window.
+    """A `Convolution` whose filter is a small network with sine activations of the time, times an exponential window.
 
         h_j = exp(-rate j) * mlp(features(j / max_length))
 
     Args:
         d_model: channels.
-        max_length: longest sequence, by which times are scaled.
-        width: of the network.
-        bands: frequencies among its features.
+        max_length: longest sequence; times are divided by it.
+        width: width of the network.
+        bands: number of frequencies among its features.
 
     Shape:
         input and output ``(batch, length, d_model)`` with ``length <= max_length``.
@@ -89,7 +89,7 @@ class LongConvolution(Convolution):
         self.inner = nn.ModuleList([nn.Linear(1 + 2 * bands, width), nn.Linear(width, width)])
         self.outer = nn.Linear(width, d_model, bias=False)
         self.frequency = nn.Parameter(torch.full((width,), 4.0))
-        # Windows that fall to 1 % between 0.3 and 1.5 of the longest sequence, as in the paper's code.
+        # The windows fall to 1 % after 0.3 to 1.5 times the longest sequence, as in the paper's code.
         slow, fast = -math.log(0.01) / (1.5 * max_length), -math.log(0.01) / (0.3 * max_length)
         self.register_buffer("rates", torch.linspace(slow, fast, d_model))
 
@@ -109,8 +109,8 @@ class Hyena(nn.Module):
 
         q, k, v = short_conv(in_proj(u));    out = out_proj(q * filter(k * v))
 
-    With ``d_state=0`` the filter is a `LongConvolution`. With a state dimension it is an `S4D`, a state space model per
-    channel, which generates in constant time per token; `compressm.distil` makes the one from the other.
+    With ``d_state=0`` the filter is a `LongConvolution`. Otherwise it is an `S4D`, one state space model per channel,
+    which generates in constant time per token. `compressm.distil` turns the first kind into the second.
 
     Args:
         d_model: width of the sequences.

@@ -13,17 +13,17 @@ from compressm.scans import delta_scan, delta_step, gla_scan, gla_step, ssd_scan
 
 Decay = Literal["none", "fixed", "gated"]
 
-# A gate of 0.5 forgets by 0.5^(1/16): gates near the middle remember some tens of steps, as in Yang et al. 2024.
+# The decay is gate^(1/16), as in Yang et al. 2024, so that gates near 0.5 remember some tens of steps.
 GATE_TEMPERATURE = 16.0
 
 
 class MatrixStateLayer(nn.Module):
-    """What these layers share: projections to keys, queries, values and a gate, and the way out.
+    """The part that these layers share: projections to keys, queries, values and a gate, and the output.
 
         out = out_proj(weight * rms_norm(y) * SiLU(gate))
 
-    with ``y`` what the recurrence reads from its state with the queries, and the norm taken head by head. A subclass
-    has a recurrence: ``scan`` over what `recurrence` returns, and ``scan_step``.
+    where ``y`` is the output of the recurrence, and each head is normalised by itself. A subclass defines `recurrence`,
+    whose results are the arguments of ``scan``, and sets ``scan`` and ``scan_step``.
 
     Args:
         d_model: width of the sequences.
@@ -67,8 +67,8 @@ class MatrixStateLayer(nn.Module):
         return self.read_out(self.scan(*self.recurrence(u)), u)
 
     def recurrence(self, u: Tensor) -> tuple[Tensor, ...]:
-        """What the recurrence gets for ``u`` of shape ``(..., d_model)``: values ``(..., heads, head_dim)`` first, keys
-        and queries ``(..., heads, n)`` last, and what says how it forgets between them."""
+        """The arguments of ``scan`` for ``u`` of shape ``(..., d_model)``: values ``(..., heads, head_dim)``, then the
+        decay and other gates, then keys and queries ``(..., heads, n)``."""
         raise NotImplementedError
 
     def by_head(self, channels: Tensor) -> Tensor:
@@ -94,7 +94,7 @@ class MatrixStateLayer(nn.Module):
 
 
 class LinearAttention(MatrixStateLayer):
-    """Linear attention with at most one decay per head, per head with keys and queries of n entries.
+    """Linear attention with at most one decay per head. In every head keys and queries have n entries.
 
         S_t = alpha_t S_{t-1} + v_t k_t^T,    y_t = S_t q_t
 
@@ -104,8 +104,8 @@ class LinearAttention(MatrixStateLayer):
     - ``"fixed"``: ``1 - 2^-(5 + head)``, as in RetNet (Sun et al. 2023), without its rotations of k and q;
     - ``"gated"``: ``sigmoid(w . input + bias)^(1/16)``, a number per head and token.
 
-    Since ``alpha`` is a number, any change of basis of the keys commutes with it: such a layer can be cut exactly, by
-    balanced truncation.
+    Since ``alpha`` is a scalar, it commutes with any change of basis of the keys. Such a layer can therefore be cut
+    exactly, by balanced truncation.
 
     Args:
         d_model, d_state, n_heads, expand, norm_eps: see `MatrixStateLayer`.
@@ -191,12 +191,12 @@ class DeltaNet(MatrixStateLayer):
         S_t = alpha_t S_{t-1} (I - beta_t k_t k_t^T) + beta_t v_t k_t^T,    y_t = S_t q_t
 
     with keys and queries linear in the input and of norm 1, ``beta = sigmoid(w . u + b)``, and ``alpha`` as in
-    `LinearAttention`. No convolution and no other non-linearity stand before keys and queries, so that a rotation of
-    them can be folded into their projections.
+    `LinearAttention`. There is no convolution and no non-linearity before keys and queries except
+    the norm, so a rotation of them can be folded into their projections.
 
     Args:
         d_model, d_state, n_heads, expand, norm_eps: see `MatrixStateLayer`.
-        gated: with a decay.
+        gated: whether there is a decay.
 
     Shape:
         input and output ``(batch, length, d_model)``.

@@ -73,8 +73,8 @@ class LRU(nn.Module):
         return self.nu_log.shape[0]
 
     def system(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """``log |lam|`` and ``arg lam``, real and imaginary part of ``diag(gamma) B`` and of C, as `lti_scan` takes
-        them."""
+        """The arguments of `lti_scan`: ``log |lam|``, ``arg lam``, real and imaginary part of ``diag(gamma) B`` and of
+        C."""
         gamma = self.gamma_log.exp()[:, None]
         B = gamma * self.B_re, gamma * self.B_im
         return -self.nu_log.exp(), self.theta_log.exp(), *B, self.C_re, self.C_im

@@ -25,7 +25,7 @@ class GatedRMSNorm(nn.Module):
 
 
 class Mamba2(nn.Module):
-    """Mamba-2: one decay per head, B and C as keys and queries that pass through the convolution too.
+    """Mamba-2: one decay per head. B and C act as keys and queries and pass through the convolution too.
 
         [z, x, B, C, dt] = in_proj(v);   [x, B, C] = SiLU(conv1d([x, B, C]));   delta = softplus(dt + dt_bias)
         S_t = exp(delta_t A) S_{t-1} + delta_t x_t B_t^T,   y_t = S_t C_t + D x_t,   out = out_proj(norm(y, z))
@@ -93,7 +93,7 @@ class Mamba2(nn.Module):
         return self.out_proj(self.norm(y.flatten(-2), z))
 
     def _project(self, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Gate, what the convolution reads, and ``dt`` before its bias."""
+        """The gate, the input of the convolution, and ``dt`` before its bias."""
         z, xBC, dt = self.in_proj(v).split([self.d_inner, self.conv1d.weight.shape[0], self.n_heads], -1)
         return z, xBC, dt
 
@@ -108,7 +108,7 @@ class Mamba2(nn.Module):
         )
 
     def recurrence(self, v: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """What the recurrence gets for ``v``: ``x``, ``delta``, ``B``, ``C``, and the gate ``z``."""
+        """The inputs ``x``, ``delta``, ``B`` and ``C`` of the recurrence for ``v``, and the gate ``z``."""
         z, xBC, dt = self._project(v)
         x, B, C = self._split(causal_conv(self.conv1d, xBC))
         return x, F.softplus(dt + self.dt_bias), B, C, z

@@ -37,8 +37,8 @@ def _state_dims(d_state: int | Sequence[int], n_layers: int) -> list[int]:
 
 
 class SequenceClassifier(nn.Module):
-    """Encoder, a stack of blocks, mean over time, linear decoder; with a norm before the decoder but for
-    time-invariant layers.
+    """Encoder, a stack of blocks, mean over time, linear decoder. Models of `GATED` layers have a norm before the
+    decoder.
 
     Args:
         d_input: channels of the input sequence.
@@ -49,10 +49,10 @@ class SequenceClassifier(nn.Module):
         dropout: probability of dropping an activation in the blocks.
         norm: see `sequence_norm`; by default ``"batch"`` for LRU, S5 and S4D and ``"rms"`` for the others.
         layer: a key of `TIME_INVARIANT` (`GLUBlock`) or of `GATED` (`ResidualBlock`).
-        vocabulary: number of tokens, where the input is tokens.
-        padding: the token that pads sequences at their end, and does not count; None where every token counts. For
-            tokens only: sequences of numbers that are padded need ``lengths``, see `forward`.
-        options: of the layer, for example ``r_min`` of `LRU`, ``expand`` of `Mamba`, ``head_dim`` of `Mamba2`.
+        vocabulary: number of tokens, if the input is tokens.
+        padding: the token that pads sequences at their end and is ignored; None if every token counts. Padded sequences
+            of numbers need ``lengths`` instead, see `forward`.
+        options: options of the layer, for example ``r_min`` of `LRU`, ``expand`` of `Mamba`, ``head_dim`` of `Mamba2`.
 
     Shape:
         input ``(batch, length, d_input)``, real, or tokens ``(batch, length)``, int64; output logits
@@ -104,17 +104,17 @@ class SequenceClassifier(nn.Module):
         return arguments
 
     def present(self, u: Tensor, lengths: Tensor | None = None) -> Tensor | None:
-        """Which of the inputs count and which are padding, bool, shape ``(batch, length)``; None where all count.
-        Lengths, where they are given, decide alone; see `forward`."""
+        """False at padding, bool, shape ``(batch, length)``; None if there is none. ``lengths``, if given, decide
+        alone; see `forward`."""
         return counted(u, lengths, self.padding)
 
     def forward(self, u: Tensor, lengths: Tensor | None = None) -> Tensor:
         """Logits, shape ``(batch, n_classes)``.
 
         Args:
-            u: sequences, see the class. Shorter ones stand at the beginning of their rows.
-            lengths: how long each sequence is, whole numbers of at least 1, shape ``(batch,)``. What stands behind has
-                no influence. None: rows are full, but for ``padding``.
+            u: sequences, see the class. Shorter ones are padded at their end.
+            lengths: length of each sequence, integers of at least 1, shape ``(batch,)``. Inputs after its end have no
+                influence. None: rows are full, except for ``padding`` tokens.
         """
         present = self.present(u, lengths)
         z = linear(self.encoder, u if lengths is None else blank(u, present))
@@ -122,13 +122,13 @@ class SequenceClassifier(nn.Module):
             z = block(z) if present is None else block(z, present)
         z = normed(self.norm, z, present)
         if present is None:
-            # The gradient of a sum is no tensor of that size; a mean's is.
+            # A sum, not a mean: the gradient of a sum is an expanded view, that of a mean a tensor of full size.
             return self.decoder(z.sum(1) / max(z.shape[1], 1))
         present = present.to(z.dtype)
         return self.decoder(torch.einsum("blh,bl->bh", z, present) / present.sum(1, keepdim=True).clamp_min(1))
 
     def initial_state(self, batch: int) -> dict[str, Any]:
-        """The state of `step` before the first input: the blocks' states, and mean and number of the steps so far."""
+        """The state of `step` before the first input: the blocks' states, and the mean and number of steps so far."""
         return {
             "blocks": [block.initial_state(batch) for block in self.blocks],  # type: ignore[operator]
             "mean": self.decoder.bias.new_zeros(batch, self.decoder.in_features),
@@ -138,11 +138,11 @@ class SequenceClassifier(nn.Module):
     def step(self, u: Tensor, state: dict[str, Any], present: Tensor | None = None) -> tuple[Tensor, dict[str, Any]]:
         """One time step, in evaluation mode.
 
-        ``u`` of shape ``(batch, d_input)``, or tokens ``(batch,)``, to the logits of the sequence so far, shape
-        ``(batch, n_classes)``, and the next state. After the last input they are those of the whole sequence.
+        Maps ``u`` of shape ``(batch, d_input)``, or tokens ``(batch,)``, to the logits of the sequence so far, shape
+        ``(batch, n_classes)``, and the next state. After the last input these are the logits of the whole sequence.
 
-        ``present``, bool, shape ``(batch,)``, says which sequences still go on: the logits of the others stay as they
-        are. None: all, but for those whose token is ``padding``.
+        ``present``, bool, shape ``(batch,)``, marks the sequences that have not ended. The logits of the others do not
+        change. None: all sequences go on, except those whose token is ``padding``.
         """
         if present is not None:
             u = blank(u, present)
@@ -167,9 +167,9 @@ class LanguageModel(nn.Module):
         n_layers: number of blocks.
         dropout: probability of dropping an activation in the blocks.
         layer: a key of `GATED`.
-        padding: the token that pads sequences at their end, where there is one; it stands for no text, and is left out
-            when the model's states are observed. None where every token counts.
-        options: of the layer.
+        padding: the token that pads sequences at their end. It is left out when the model's states are observed. None
+            if every token counts.
+        options: options of the layer.
 
     Shape:
         input tokens ``(batch, length)``, int64; output logits ``(batch, length, vocabulary)``.
@@ -211,16 +211,16 @@ class LanguageModel(nn.Module):
         return {**self._arguments, "d_state": [block.ssm.d_state for block in self.blocks]}  # type: ignore[union-attr]
 
     def present(self, tokens: Tensor, lengths: Tensor | None = None) -> Tensor | None:
-        """Which of the tokens count; see `SequenceClassifier.present`."""
+        """False at padding; see `SequenceClassifier.present`."""
         return counted(tokens, lengths, self.padding)
 
     def forward(self, tokens: Tensor, lengths: Tensor | None = None) -> Tensor:
-        """Logits, shape ``(batch, length, vocabulary)``; what they are at padding means nothing.
+        """Logits, shape ``(batch, length, vocabulary)``. Their values at padding are meaningless.
 
         Args:
             tokens: see the class.
-            lengths: how long each sequence is, as for `SequenceClassifier.forward`. The layers are causal: logits at
-                tokens are the same without.
+            lengths: length of each sequence, as for `SequenceClassifier.forward`. The layers are causal, so the logits
+                at tokens do not depend on it.
         """
         z = self.embedding(tokens if lengths is None else blank(tokens, self.present(tokens, lengths)))
         for block in self.blocks:
@@ -232,7 +232,7 @@ class LanguageModel(nn.Module):
         return [block.initial_state(batch) for block in self.blocks]  # type: ignore[operator]
 
     def step(self, tokens: Tensor, state: list[Any]) -> tuple[Tensor, list[Any]]:
-        """One token each: ``(batch,)`` to the logits of the next, ``(batch, vocabulary)``, and the next state."""
+        """One token each, ``(batch,)``, to the logits of the next one, ``(batch, vocabulary)``, and the next state."""
         z, after = self.embedding(tokens), list[Any]()
         for block, before in zip(self.blocks, state, strict=True):
             z, new = block.step(z, before)  # type: ignore[operator]
@@ -241,8 +241,9 @@ class LanguageModel(nn.Module):
 
     @torch.no_grad()
     def generate(self, tokens: Tensor, length: int, temperature: float = 1.0) -> Tensor:
-        """Continue sequences: ``(batch, given)`` with ``given >= 1`` to ``(batch, given + length)``, drawn from torch's
-        random state; ``temperature=0`` takes the most likely token.
+        """Continue sequences: ``(batch, given)`` with ``given >= 1`` to ``(batch, given + length)``.
+
+        Tokens are drawn by torch's random state; ``temperature=0`` takes the most likely token.
 
         Raises:
             ValueError: sequences of no token, or padding among the given tokens, which would be read as text.
@@ -271,13 +272,13 @@ class LanguageModel(nn.Module):
 def parameter_groups(
     model: nn.Module, lr: float, weight_decay: float = 0.0, ssm_lr_factor: float = 1.0
 ) -> list[dict[str, Any]]:
-    """Optimizer groups as SSMs are trained: the recurrence's parameters at a lower rate and without weight decay.
+    """Optimizer groups, as usual for SSMs: recurrence parameters have a lower learning rate and no weight decay.
 
     The parameters ``lam`` (``nu_log``, ``theta_log``), ``B`` and ``gamma`` of every `LRU`, eigenvalues, time steps and
     ``B`` of every `S5`, `S4` (its low-rank term too) and `S4D`, and ``A_log`` of every `Mamba` and `Mamba2`, form the
-    group ``"ssm"`` with learning rate ``lr * ssm_lr_factor`` and no decay; biases, norms and other parameters of one
-    axis are not decayed either; everything else is. The other layers have no such parameters: their recurrences are
-    made of projections.
+    group ``"ssm"`` with learning rate ``lr * ssm_lr_factor`` and no decay. Biases, norms and other parameters of one
+    axis are not decayed either; all others are. The remaining layers have no such parameters, since their recurrences
+    are computed by projections.
     """
     ssm, plain, decayed = [], [], []
     recurrent = {

@@ -1,8 +1,8 @@
-"""What a block of few channels does to every time step alone, in compiled passes over memory.
+"""The operations of a narrow block that act on each time step by itself, in compiled passes over memory.
 
-Linear maps, batch norm, GELU, GLU and dropout cost such a block more than its recurrence, if each of them is a call of
-its own: matrices of 8 columns do not fill a library's matrix product. For wider blocks, and on other devices than CPUs,
-the same are PyTorch's functions and those of `activations`.
+In a block of few channels linear maps, batch norm, GELU, GLU and dropout cost more than the recurrence if each is a
+separate call, since a library's matrix product is slow for matrices of 8 columns. Wider blocks, and other devices than
+CPUs, use PyTorch's functions and those of `activations`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from compressm.layers.activations import applied, drawn, gelu_dropout, glu_resid
 from compressm.scans import native
 from compressm.scans.transforms import gradients, twice
 
-# Channels, up to which these are faster than the general functions.
+# Largest numbers of channels for which these are faster than the general functions.
 _WIDEST_TAIL = 32
 _WIDEST_LINEAR = 8
 _WIDEST_NORM = 16
@@ -25,10 +25,10 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 
 
 def linear(module: nn.Module, x: Tensor) -> Tensor:
-    """``module(x)``, where it is an `nn.Linear` of few channels by a pass of its own.
+    """``module(x)``. A narrow `nn.Linear` is computed by a compiled kernel.
 
     Args:
-        module: any, of shape ``(..., p)`` to ``(..., q)``.
+        module: any module, of shape ``(..., p)`` to ``(..., q)``.
         x: its input.
     """
     if not _plain(module, x, _WIDEST_LINEAR):
@@ -42,8 +42,8 @@ def gated_residual(u: Tensor, x: Tensor, module: nn.Module, p: float, training: 
     Args:
         u, x: shape ``(..., d)``.
         module: linear, from d to 2 d channels.
-        p: probability of dropping an element, in [0, 1); with ``training`` only.
-        training: whether to drop at all.
+        p: probability of dropping an element, in [0, 1).
+        training: whether elements are dropped.
     """
     same = takes(u, x) and u.shape == x.shape
     if not (same and _plain(module, x, 2 * _WIDEST_TAIL) and module.out_features == 2 * module.in_features):
@@ -55,15 +55,15 @@ def gated_residual(u: Tensor, x: Tensor, module: nn.Module, p: float, training: 
 def batch_norm(module: nn.BatchNorm1d, x: Tensor) -> tuple[Tensor, Tensor]:
     """Batch norm over all but the last dimension, and ``x`` itself.
 
-    What else is done with ``x``, for example a residual connection, should use the second: its gradient is then added
-    in the same pass.
+    Other uses of ``x``, for example a residual connection, should take the second result. The backward pass then adds
+    their gradient in the same pass over memory.
 
     Args:
         module: with weights and running statistics, which training updates.
         x: shape ``(..., d)``.
     """
     weight, bias, mean, var = module.weight, module.bias, module.running_mean, module.running_var
-    if x.numel() == 0:  # nothing to take statistics of, and none to update
+    if x.numel() == 0:  # there are no statistics to take or to update
         return (torch.addcmul(bias, x, weight) if module.affine else x), x
     few = x.numel() > x.shape[-1] == module.num_features <= _WIDEST_NORM and module.affine  # more than one row
     if not (module.training and few and mean is not None and var is not None and takes(x, weight, bias, mean, var)):
@@ -77,12 +77,12 @@ def batch_norm(module: nn.BatchNorm1d, x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def unhooked(module: nn.Module) -> bool:
-    """Whether nobody waits for this module to be called: with a hook, it must be."""
+    """Whether the module has no hooks. A module with hooks must be called, or its hooks do not run."""
     return not any(getattr(module, hooks) for hooks in _HOOKS)
 
 
 def _plain(module: nn.Module, x: Tensor, widest: int) -> TypeGuard[nn.Linear]:
-    """Whether it is a linear layer that does no more than it says, of at most so many channels, and takes ``x``."""
+    """Whether ``module`` is an `nn.Linear` itself, without hooks, of at most ``widest`` channels, and takes ``x``."""
     if not takes(x) or type(module) is not nn.Linear or max(module.weight.shape) > widest:
         return False
     if not isinstance(module.bias, Tensor) or not unhooked(module):

@@ -1,8 +1,8 @@
-"""Sequences of unequal length in one batch: each stands at the beginning of its row, and padding fills the rest.
+"""Sequences of unequal length in one batch: each is followed by padding up to the end of its row.
 
-A causal layer needs no help: what comes after a sequence does not change its outputs. Three things do need to know the
-lengths. A layer that reads backwards has to reverse each sequence within its own length; a mean over time and the
-statistics of a batch norm must leave padding out.
+The outputs of a causal layer do not depend on the padding after a sequence. Three operations need the lengths. A layer
+that reads backwards reverses each sequence within its own length. A mean over time and the statistics of a batch norm
+leave padding out.
 """
 
 from __future__ import annotations
@@ -12,20 +12,20 @@ from torch import Tensor
 
 
 def checked_lengths(lengths: Tensor, batch: int, length: int) -> Tensor:
-    """The lengths of a batch's sequences, if they can be that.
+    """Check the lengths of a batch's sequences, and return them.
 
     Args:
-        lengths: whole numbers from 1 to ``length``, shape ``(batch,)``.
+        lengths: integers from 1 to ``length``, shape ``(batch,)``.
         batch: number of sequences.
-        length: of the rows, padding included.
+        length: length of the rows, including padding.
 
     Raises:
-        ValueError: another shape, fractions, or numbers outside of that range.
+        ValueError: another shape, no integers, or integers outside of that range.
     """
     if not isinstance(lengths, Tensor):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise ValueError(f"lengths must be a tensor of whole numbers of shape ({batch},); got {lengths!r:.60}")
     whole = not (lengths.is_floating_point() or lengths.is_complex() or lengths.dtype == torch.bool)
-    if not whole or lengths.ndim != 1 or lengths.shape[0] != batch:  # a trace keeps sizes free in this form
+    if not whole or lengths.ndim != 1 or lengths.shape[0] != batch:  # this form keeps sizes dynamic in a trace
         raise ValueError(
             f"lengths must be whole numbers of shape ({batch},), one for each sequence; got {lengths.dtype} of shape "
             f"{tuple(lengths.shape)}"
@@ -33,7 +33,7 @@ def checked_lengths(lengths: Tensor, batch: int, length: int) -> Tensor:
     if torch.compiler.is_compiling() or not batch:
         return lengths
     fits = (lengths >= 1).logical_and(lengths <= length).all()
-    if lengths.device.type != "cpu":  # a look at the answer would make the host wait for the device
+    if lengths.device.type != "cpu":  # reading the answer would make the host wait for the device
         torch.ops.aten._assert_async.msg(fits, f"lengths must be from 1 to {length}, the length of the padded rows")
     elif not fits:
         raise ValueError(
@@ -44,21 +44,21 @@ def checked_lengths(lengths: Tensor, batch: int, length: int) -> Tensor:
 
 
 def within(lengths: Tensor, length: int) -> Tensor:
-    """Which places of the rows belong to the sequences, bool: lengths ``(batch,)`` to ``(batch, length)``."""
+    """True within the sequences, False at padding: lengths ``(batch,)`` to bool ``(batch, length)``."""
     return torch.arange(length, device=lengths.device) < lengths[:, None]
 
 
 def checked_padding(padding: int | None, vocabulary: int | None) -> int | None:
-    """The token that pads sequences, if it can be one; None where every token counts.
+    """Check the token that pads sequences, and return it; None if every token counts.
 
     Raises:
-        ValueError: no token of the vocabulary, or a model without one.
+        ValueError: it is not a token of the vocabulary, or the model has no vocabulary.
     """
     if padding is None:
         return None
     if vocabulary is None:
         raise ValueError(f"padding={padding!r} is a token, and this model takes numbers: pass lengths= to its forward")
-    whole = isinstance(padding, int) and not isinstance(padding, bool)  # it may come from a file
+    whole = isinstance(padding, int) and not isinstance(padding, bool)  # the value may come from a file
     if not whole or not 0 <= padding < vocabulary:
         raise ValueError(
             f"padding must be a token, 0 to {vocabulary - 1}, or None where every token counts; got {padding!r}"
@@ -67,12 +67,12 @@ def checked_padding(padding: int | None, vocabulary: int | None) -> int | None:
 
 
 def counted(u: Tensor, lengths: Tensor | None, padding: int | None) -> Tensor | None:
-    """Which inputs are no padding, bool, shape ``(batch, length)``, or ``(batch,)`` for one step; None for all.
+    """False at padding, bool, shape ``(batch, length)``, or ``(batch,)`` for one step; None if there is no padding.
 
     Args:
         u: tokens or numbers, shape ``(batch, length, ...)``; for one step ``(batch, ...)``.
-        lengths: of the sequences, shape ``(batch,)``; where given they decide alone.
-        padding: the token that pads; None for none.
+        lengths: lengths of the sequences, shape ``(batch,)``. If given, ``padding`` is ignored.
+        padding: the token that pads; None if there is none.
     """
     if lengths is not None:
         return within(checked_lengths(lengths, *u.shape[:2]).to(u.device), u.shape[1])
@@ -80,29 +80,29 @@ def counted(u: Tensor, lengths: Tensor | None, padding: int | None) -> Tensor | 
 
 
 def blank(u: Tensor, present: Tensor | None) -> Tensor:
-    """The inputs with zeros for padding: what stands there may be anything, NaN too.
+    """Set padding to zero. Its values may be anything, even NaN.
 
     Args:
         u: shape ``(batch, length, ...)``.
-        present: bool, shape ``(batch, length)``; None for no padding.
+        present: False at padding, bool, shape ``(batch, length)``; None if there is no padding.
     """
     return u if present is None else u.masked_fill(~present.view(*present.shape, *[1] * (u.ndim - present.ndim)), 0)
 
 
 def ends(present: Tensor) -> Tensor:
-    """Where sequences end: the number of places up to the last one present, ``(batch, length)`` to ``(batch,)``."""
+    """Lengths of the sequences: the index after the last True, bool ``(batch, length)`` to ``(batch,)``."""
     places = torch.arange(1, present.shape[1] + 1, device=present.device)
     return (present * places).amax(1) if present.shape[1] else present.new_zeros(present.shape[0], dtype=torch.int64)
 
 
 def reverse(u: Tensor, lengths: Tensor | None = None) -> Tensor:
-    """Sequences from their last input to their first, each within its own length; padding stays where it is.
+    """Reverse each sequence within its own length. Padding stays in place.
 
-    It is its own inverse: ``reverse(reverse(u, lengths), lengths)`` is ``u``.
+    The function is its own inverse: ``reverse(reverse(u, lengths), lengths)`` is ``u``.
 
     Args:
         u: shape ``(batch, length, channels)``.
-        lengths: whole numbers, shape ``(batch,)``; None where all rows are full.
+        lengths: integers, shape ``(batch,)``; None if all rows are full.
     """
     if lengths is None:
         return u.flip(1)

@@ -1,4 +1,4 @@
-"""What several layers are made of: short convolutions over time, and how parameters are drawn."""
+"""Parts that several layers share: short convolutions over time, and distributions of initial parameters."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from torch.nn import functional as F
 def short_conv(conv: nn.Conv1d, u: Tensor) -> Tensor:
     """A causal depthwise convolution over time, without an activation.
 
-    A sum of shifted products: for a handful of taps faster on CPUs than a convolution, which would also need two
-    transposed copies.
+    It is computed as a sum of shifted products. For a few taps this is faster on CPUs than a convolution, which would
+    also need two transposed copies.
 
     Args:
-        conv: depthwise; its last tap belongs to the present input. Its padding is not looked at.
+        conv: depthwise; its last tap belongs to the present input. Its ``padding`` is ignored.
         u: shape ``(batch, length, channels)``.
     """
     bias = u.new_zeros(u.shape[2]) if conv.bias is None else conv.bias
@@ -39,15 +39,17 @@ def shifted_products(u: Tensor, taps: Tensor, bias: Tensor) -> Tensor:
 
 
 def short_conv_step(conv: nn.Conv1d, u: Tensor, window: Tensor) -> tuple[Tensor, Tensor]:
-    """One step of `short_conv`: ``u`` of shape ``(batch, channels)`` and the inputs before it, shape ``(batch, taps -
-    1, channels)``, to the output and the next window."""
+    """One step of `short_conv`: the output for ``u`` (batch, channels), and the next window.
+
+    ``window`` holds the inputs before ``u``, shape ``(batch, taps - 1, channels)``.
+    """
     window = torch.cat([window, u[:, None]], 1)
     out = (window * conv.weight[:, 0].T).sum(1)
     return out if conv.bias is None else out + conv.bias, window[:, 1:]
 
 
 def at_least_float32(x: Tensor) -> Tensor:
-    """Half precision widened to float32; float64 stays what it is."""
+    """Widen half precision to float32; float64 is unchanged."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 

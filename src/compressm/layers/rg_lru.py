@@ -45,18 +45,18 @@ class RGLRU(nn.Module):
             self.register_parameter(f"{name}_bias", nn.Parameter(torch.zeros(n_blocks, d_state)))
 
     def weights(self) -> dict[str, Tensor]:
-        """The parameters by name, also where they are computed from others."""
+        """The parameters by name, including those that are computed from others."""
         gates = [f"{gate}_{part}" for gate in ("input_gate", "recurrent_gate") for part in ("weight", "bias")]
         return {name: getattr(self, name) for name in ("recurrent_param", *gates)}
 
     def terms(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """What the recurrence ``h_t = exp(-decay_t) h_{t-1} + input_t`` gets for ``x`` of shape ``(..., width)``: decay
-        and input, of the same shape."""
+        """``decay`` and ``input`` of the recurrence ``h_t = exp(-decay_t) h_{t-1} + input_t``, of the shape of ``x``,
+        ``(..., width)``."""
         return recurrence_terms(x, self.weights())
 
 
 def recurrence_terms(x: Tensor, parameters: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """See `RGLRU.terms`; with the parameters by name."""
+    """`RGLRU.terms` as a function of the parameters by name."""
 
     def gate(name: str) -> Tensor:
         weight, bias = parameters[f"{name}_weight"], parameters[f"{name}_bias"]
@@ -64,17 +64,17 @@ def recurrence_terms(x: Tensor, parameters: dict[str, Tensor]) -> tuple[Tensor, 
         return torch.sigmoid(torch.einsum("...hi,hij->...hj", blocks, weight) + bias).flatten(-2)
 
     decay = SHARPNESS * F.softplus(parameters["recurrent_param"]) * gate("recurrent_gate")
-    # The root's slope has no bound where nothing decays.
+    # The derivative of the square root is unbounded where the decay is zero.
     return decay, (-torch.expm1(-2 * decay)).clamp_min(1e-6).sqrt() * gate("input_gate") * x
 
 
 class RecurrentBlock(nn.Module):
-    """Griffin's recurrent block: two branches, of which one passes a convolution and an `RGLRU`.
+    """Griffin's recurrent block: two branches, one of which has a convolution and an `RGLRU`.
 
         out = linear_out(GELU(linear_y(u)) * rg_lru(conv_1d(linear_x(u))))
 
-    Every state is a channel, with its own row or column in every parameter: this layer's state dimension is its width,
-    and to cut states is to cut the block's width.
+    Every state is a channel and has its own row or column in every parameter. The state dimension of this layer is
+    therefore its width, and cutting states makes the block narrower.
 
     Args:
         d_model: width of the sequences.
@@ -108,8 +108,8 @@ class RecurrentBlock(nn.Module):
 
     def forward(self, u: Tensor) -> Tensor:
         decay, driven = self.rg_lru.terms(short_conv(self.conv_1d, self.linear_x(u)))
-        # One S6 channel per state: h_t = exp(-decay) h_{t-1} + decay * (driven / decay) * 1. In float16 the smallest
-        # decay would be zero.
+        # One S6 channel per state: h_t = exp(-decay) h_{t-1} + decay * (driven / decay) * 1. The division needs
+        # float32, since in float16 the smallest decay would be zero.
         decay, driven = at_least_float32(decay), at_least_float32(driven)
         ones, decay = decay.new_ones(*decay.shape[:2], 1), decay.clamp_min(1e-8)
         h = selective_scan(driven / decay, decay, -decay.new_ones(decay.shape[2], 1), ones, ones)

@@ -16,13 +16,13 @@ class S4(Convolution):
 
         dx/dt = A_h x + b_h u_h,    y_h = 2 Re(c_h x) + D_h u_h,    A = diag(lam) - p p*
 
-    States come in conjugate pairs, of which one each is kept. At initialisation ``A`` is HiPPO-LegS in the basis of the
-    eigenvectors of its normal part: unlike S4D, which drops ``p``, this is the operator itself, whose own eigenvectors
-    are too ill-conditioned to compute with. The filter is made by doubling, ``c A^j b`` for j below 1, 2, 4, ... from
+    States come in conjugate pairs, of which one state is stored. At initialisation ``A`` is HiPPO-LegS in the basis of
+    the eigenvectors of its normal part. S4D drops ``p``; here the operator is complete. Its own eigenvectors are too
+    ill-conditioned to compute with. The filter ``c A^j b`` is computed by doubling, for j below 1, 2, 4, ..., from
     powers of the sampled matrix.
 
-    There is no basis in which this layer is diagonal; `compressm.distil` makes an `S4D` of it, by the Hankel matrix of
-    its filters, which is cut and trained like any other.
+    No well-conditioned basis makes this layer diagonal. `compressm.distil` turns it into an `S4D` by the Hankel matrix
+    of its filters. That `S4D` is cut and trained like any other.
 
     Args:
         d_model: number of channels H.
@@ -77,7 +77,7 @@ class S4(Convolution):
 
     def filter(self, length: int) -> Tensor:
         power, b, c = self.sampled()
-        rows = c[:, None]  # c A^j for j below the number of rows
+        rows = c[:, None]  # row j is c A^j
         while rows.shape[1] < length:
             rows = torch.cat([rows, rows @ power], 1)
             power = power @ power

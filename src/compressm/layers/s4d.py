@@ -17,13 +17,13 @@ class S4D(nn.Module):
 
         dx/dt = diag(a_h) x + 1 u_h,    y_h = 2 Re(C_h x) + D_h u_h,    a = -exp(log_decay) + i frequency
 
-    with ``dt_h = exp(log_step_h)``; every complex state stands for a conjugate pair. Input vectors are fixed at one,
-    which loses nothing: only the products with the output vectors matter.
+    with ``dt_h = exp(log_step_h)``; every complex state stands for a conjugate pair. All entries of the input
+    vector are one. This is no restriction, since only their products with the output vector matter.
 
     Args:
         d_model: number of channels H.
         d_state: state dimension n of every channel, the number of complex states.
-        init: of ``a``: ``"legs"`` (the normal part of HiPPO-LegS) or ``"lin"`` (``-1/2 + i pi k``, their S4D-Lin).
+        init: initial ``a``: ``"legs"`` (the normal part of HiPPO-LegS) or ``"lin"`` (``-1/2 + i pi k``, their S4D-Lin).
         dt_min, dt_max: the channels' steps are drawn between these, uniformly in the logarithm.
 
     Shape:
@@ -67,7 +67,7 @@ class S4D(nn.Module):
         return self.log_decay.shape[1]
 
     def sampled(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The discrete systems as `siso_scan` takes them: ``log |lam|``, ``arg lam``, real and imaginary part of c."""
+        """The discrete systems, as `siso_scan` takes them: ``log |lam|``, ``arg lam``, real and imaginary part of c."""
         re, im, log_radius, phase = zero_order_hold(self.log_decay, self.frequency, self.log_step[:, None])
         c_re, c_im = re * self.C_re - im * self.C_im, re * self.C_im + im * self.C_re
         return log_radius, phase, 2 * c_re, 2 * c_im

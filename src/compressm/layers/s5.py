@@ -17,8 +17,8 @@ class S5(nn.Module):
         dx/dt = diag(Lam) x + B u,    y = 2 Re(C x) + D * u,    Lam = -exp(log_decay) + i frequency
         x_k = exp(Lam step) x_{k-1} + (exp(Lam step) - 1) / Lam * (B u_k),    step = exp(log_step)
 
-    States come in conjugate pairs, of which one each is kept, hence the 2. Every state has a time step of its own. The
-    real parts of ``Lam`` are negative for every value of the parameters.
+    States come in conjugate pairs, of which one state is stored, hence the factor 2. Every state has its own time step.
+    The real parts of ``Lam`` are negative for every value of the parameters.
 
     At initialisation the system is the normal part of HiPPO-LegS (Gu et al. 2022, appendix A of S5): its eigenvalues,
     and B and C in its eigenvectors; the time steps are log-uniform on ``[dt_min, dt_max]``.
@@ -27,8 +27,8 @@ class S5(nn.Module):
         d_model: width H of the sequences.
         d_state: state dimension n, the number of complex states (the paper's latent size is 2n).
         dt_min, dt_max: smallest and largest time step at initialisation.
-        bidirectional: read the sequence backwards too, by the same recurrence, with an output matrix of its own (the
-            last H rows of ``C``), and add both outputs. Both directions are cut together. Such a layer has no `step`.
+        bidirectional: run the same recurrence over the reversed sequence too, with a second output matrix (the last H
+            rows of ``C``), and add both outputs. Both directions are cut together. Such a layer has no `step`.
 
     Shape:
         input and output ``(batch, length, d_model)``.
@@ -80,8 +80,8 @@ class S5(nn.Module):
 
         Args:
             u: shape ``(batch, length, d_model)``.
-            lengths: how long each sequence is, shape ``(batch,)``, where rows are padded at their end; matters only
-                where they are read backwards too. None for full rows.
+            lengths: length of each sequence if rows are padded at their end, shape ``(batch,)``. Only a bidirectional
+                layer uses it. None for full rows.
         """
         discrete, C_re, C_im, H = self._discrete(), 2 * self.C_re, 2 * self.C_im, self.d_model
         y = lti_scan(u, *discrete, C_re[:H], C_im[:H], D=self.D)
@@ -99,7 +99,7 @@ class S5(nn.Module):
         """One time step: ``u`` of shape ``(batch, d_model)`` to ``y`` of the same shape, and the next state.
 
         Raises:
-            ValueError: a bidirectional layer, whose output depends on what is still to come.
+            ValueError: the layer is bidirectional, so its output depends on later inputs.
         """
         if self.bidirectional:
             raise ValueError("a bidirectional S5 has no single steps: its output depends on inputs still to come")
@@ -118,7 +118,7 @@ class S5(nn.Module):
 
 
 def zero_order_hold(log_decay: Tensor, frequency: Tensor, log_step: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Real and imaginary part of ``(exp(z) - 1) / Lam``, and of ``z = Lam step``; nothing cancels where z is small.
+    """Real and imaginary part of ``(exp(z) - 1) / Lam``, and of ``z = Lam step``, without cancellation for small z.
 
     Args:
         log_decay, frequency, log_step: of an `S5`, shape ``(n,)``.
