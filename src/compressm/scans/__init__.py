@@ -1,8 +1,7 @@
 """The recurrences under the layers: one function per recurrence.
 
 All can be differentiated any number of times, in forward mode, and by the transforms of `torch.func`; see
-`compressm.scans.transforms`. Batches of no sequence and sequences of no step give empty outputs, and the state at the
-start.
+`compressm.scans.transforms`. An empty batch, or sequences of length 0, give empty outputs and return the initial state.
 """
 
 from compressm.scans.delta import delta_scan, delta_step

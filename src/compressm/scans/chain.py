@@ -22,8 +22,8 @@ ChainEngine = Literal["native", "triton", "torch", "graph", "plain"]
 
 
 def chain_engine(tensor: Tensor) -> ChainEngine:
-    """The fastest engine for a tensor: compiled on the CPU, Triton on CUDA, else a PyTorch loop over the chain;
-    ``"plain"``, which knows every derivative, under the transforms of `compressm.scans.transforms`."""
+    """The fastest engine for a tensor: compiled on the CPU, Triton on CUDA, otherwise a PyTorch loop over the chain.
+    Under the transforms of `compressm.scans.transforms` it is ``"plain"``, which has every derivative."""
     if exporting():
         return "graph"
     if transformed():
@@ -37,7 +37,7 @@ def chain(v: Tensor, lam: Tensor, initial: Tensor, engine: ChainEngine) -> Tenso
     """All states ``s``, of the shape of ``v``; differentiable in all three tensors.
 
     Args:
-        v: what is added at each link, shape ``(batch, M, 2, n)``, float32 or float64.
+        v: input of each link, shape ``(batch, M, 2, n)``, float32 or float64.
         lam: multiplier, shape ``(2, n)``.
         initial: ``s_{-1}``, shape ``(batch, 2, n)``.
         engine: see `chain_engine`.
@@ -51,7 +51,7 @@ def chain(v: Tensor, lam: Tensor, initial: Tensor, engine: ChainEngine) -> Tenso
     if engine == "triton":
         from compressm.scans.triton_chain import chain_triton
 
-        # The kernel starts from zero: the initial state goes in with the first link.
+        # The kernel starts from zero, so the initial state is added to the first input.
         re, im = initial[:, 0], initial[:, 1]
         entering = torch.stack([lam[0] * re - lam[1] * im, lam[0] * im + lam[1] * re], 1)
         v = torch.cat([v[:, :1] + entering[:, None], v[:, 1:]], 1)
@@ -142,5 +142,5 @@ _native.register_autograd(_differentiate, setup_context=_keep_for_backward)
 
 
 def _groups(v: Tensor) -> int:
-    """How many tasks to split the states of one sequence into, so that every thread has one."""
+    """The number of tasks that the states of one sequence are split into, so that every thread has a task."""
     return max(1, min(v.shape[-1] // 16, -(-torch.get_num_threads() // v.shape[0])))

@@ -1,4 +1,4 @@
-"""The delta rule: a matrix-valued state that forgets what it has stored under a key before it stores anew.
+"""The delta rule: a matrix-valued state that removes the value stored under a key before it writes a new one.
 
     S_t = exp(log_decay_t) S_{t-1} (I - beta_t k_t k_t^T) + beta_t v_t k_t^T,   y_t = S_t q_t
 
@@ -6,9 +6,9 @@ with ``S`` (p, n) per head: DeltaNet (Schlag, Irie, Schmidhuber 2021) without de
 Hatamizadeh 2025) with one.
 
 The ``chunked`` engine is made of matrix products and a triangular solve (Yang et al., Parallelizing Linear Transformers
-with the Delta Rule, 2024): with ``u_i = beta_i (v_i - exp(log_decay_i) S_{i-1} k_i)``, what is really written,
-``S_i = exp(log_decay_i) S_{i-1} + u_i k_i^T``. Inside a chunk that starts with state S and with ``g_i`` the decay since
-its start, all ``u`` together solve
+with the Delta Rule, 2024). With the written values ``u_i = beta_i (v_i - exp(log_decay_i) S_{i-1} k_i)`` the recurrence
+is ``S_i = exp(log_decay_i) S_{i-1} + u_i k_i^T``. Let S be the state at the start of a chunk, and ``g_i`` the decay
+since then. The ``u`` of the chunk solve
 
     u_i + beta_i sum_{j<i} (g_i / g_j) (k_i . k_j) u_j = beta_i (v_i - g_i S k_i)
 """
@@ -54,13 +54,13 @@ def delta_scan(
     Args:
         v: values, shape ``(batch, length, heads, p)``.
         log_decay: logarithm of the decay, at most 0, shape ``(batch, length, heads)``.
-        beta: how much of what is stored under a key is replaced, in [0, 1], shape ``(batch, length, heads)``.
-        k, q: keys, of norm at most 1, and queries, shape ``(batch, length, heads, n)``. With ``beta |k|^2 > 2`` the
-            recurrence would grow without bound.
+        beta: share of the value stored under a key that is replaced, in [0, 1], shape ``(batch, length, heads)``.
+        k, q: keys, of norm at most 1, and queries, shape ``(batch, length, heads, n)``. The recurrence would diverge
+            if ``beta |k|^2 > 2``.
         initial_state: shape ``(batch, heads, p, n)``; zero by default.
         return_state: also return the state after the last step.
-        engine: ``"chunked"`` (which is what ``"auto"`` takes), ``"loop"``, the definition, for reference, or
-            ``"graph"`` (one loop node), which ``"auto"`` takes while `torch.export` traces.
+        engine: ``"chunked"``; ``"loop"``, the definition, for reference; or ``"graph"`` (one loop node). ``"auto"`` is
+            ``"graph"`` while `torch.export` traces, and ``"chunked"`` otherwise.
 
     Returns:
         ``y``, shape and dtype of ``v``; with ``return_state`` also the last state, shape ``(batch, heads, p, n)``.
@@ -121,7 +121,7 @@ def _chunked(v: Tensor, log_decay: Tensor, beta: Tensor, k: Tensor, q: Tensor, s
     (batch, length, heads, p), n = v.shape, k.shape[3]
     Q = min(length, CHUNK)
     values, keys, queries = (by_chunk(tensor, Q) for tensor in (v, k, q))
-    share = by_chunk(beta[..., None], Q)  # (batch, chunks, heads, Q, 1); zero after the end, where nothing changes
+    share = by_chunk(beta[..., None], Q)  # (batch, chunks, heads, Q, 1); zero after the end
     elapsed = elapsed_in_chunk(log_decay, Q)
     ones = torch.ones(Q, Q, dtype=torch.bool, device=v.device)
     between = (elapsed[..., :, None] - elapsed[..., None, :]).to(v.dtype)
@@ -129,7 +129,7 @@ def _chunked(v: Tensor, log_decay: Tensor, beta: Tensor, k: Tensor, q: Tensor, s
     since_start, to_end = (e.to(v.dtype).exp()[..., None] for e in (elapsed, elapsed[..., -1:] - elapsed))
 
     among = (share * (keys @ keys.transpose(-1, -2)) * decays).masked_fill(ones.triu(), 0.0)
-    # Written, if the chunk started with nothing; and what of it each dimension of the state at the start takes away.
+    # u = alone - taken S^T: the values written from a zero state, and a part linear in the state S at the start.
     right = torch.cat([share * values, share * since_start * keys], -1)
     alone, taken = torch.linalg.solve_triangular(
         among + torch.eye(Q, dtype=v.dtype, device=v.device), right, upper=False, unitriangular=True

@@ -1,4 +1,4 @@
-"""What the scans have in common: precision, shapes, the definition as a loop, and the choice between forms."""
+"""Parts that the scans share: precision, shapes, the definition as a loop, and the choice between forms."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def without_autocast(scan: F) -> F:
-    """A scan that computes in its own precision under `torch.autocast` too: states sum up thousands of steps, and half
-    precision cannot."""
+    """Switch `torch.autocast` off inside a scan, since states are sums over thousands of steps, for which half
+    precision is too coarse."""
 
     @functools.wraps(scan)
     def wrapped(u: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -30,15 +30,17 @@ def without_autocast(scan: F) -> F:
 
 
 def check_shapes(given: Mapping[str, Tensor], expected: Mapping[str, tuple[Tensor | None, tuple[int, ...]]]) -> None:
-    """Hold tensors against the shapes that they must have.
+    """Check the shapes of tensors.
+
+    The message is built only if a shape is wrong: the check runs at every call, and under `torch.compile` formatting a
+    size would make it static.
 
     Args:
-        given: the tensors by name that these shapes follow from. The message is made only where one is wrong: this
-            runs at every call, and under `torch.compile` a size that is printed is a size that is fixed.
-        expected: tensors and their shapes by name; None stands for one that may be left out, and is.
+        given: the tensors that determine the expected shapes, by name.
+        expected: tensors and their expected shapes, by name; None for an optional tensor that is absent.
 
     Raises:
-        ValueError: one has another shape.
+        ValueError: a tensor has another shape.
     """
     for name, (tensor, shape) in expected.items():
         if tensor is not None and tuple(tensor.shape) != shape:
@@ -47,17 +49,18 @@ def check_shapes(given: Mapping[str, Tensor], expected: Mapping[str, tuple[Tenso
 
 
 def empty(u: Tensor) -> bool:
-    """Whether there is no sequence in ``u`` (batch, length, ...), or no step in the sequences."""
+    """Whether the batch or the length of ``u`` (batch, length, ...) is zero."""
     return u.shape[0] == 0 or u.shape[1] == 0
 
 
 def empty_scan(shape: tuple[int, ...], start: Tensor, *tensors: Tensor | None) -> tuple[Tensor, Tensor]:
-    """What a scan of nothing returns: outputs of an empty shape, whose gradients are zeros, and the state at the start.
+    """The result of a scan of empty input: empty outputs, with zero gradients, and the initial state.
 
     Args:
-        shape: of the outputs, with batch or length 0.
-        start: the state at the start, batch first.
-        tensors: what outputs depend on, the first one of their dtype; None stands for one that is left out.
+        shape: shape of the outputs, with batch or length 0.
+        start: the initial state, batch first.
+        tensors: the tensors that the outputs depend on; None for an absent one. The outputs have the dtype of the
+            first.
     """
     given = [tensor for tensor in tensors if tensor is not None]
     zero = torch.stack([tensor.sum().to(given[0].dtype) for tensor in (*given, start)]).sum() * 0
@@ -69,7 +72,7 @@ def check_engine(engine: str, *known: str) -> None:
     """Refuse an unknown engine.
 
     Raises:
-        ValueError: it is not among the known ones.
+        ValueError: the engine is unknown.
     """
     if engine not in known:
         *others, last = (repr(name) for name in known)
@@ -77,11 +80,11 @@ def check_engine(engine: str, *known: str) -> None:
 
 
 def loop(step: Callable[..., tuple[Tensor, Tensor]], state: Tensor, *sequences: Tensor) -> tuple[Tensor, Tensor]:
-    """The definition, one ``step(state, *now) -> (y, state)`` after the other.
+    """The definition of a scan: ``step(state, *now) -> (y, state)`` for one time step after the other.
 
     Args:
-        step: one step of time.
-        state: before the first.
+        step: one time step.
+        state: the initial state.
         sequences: shape ``(batch, length, ...)``, ``length >= 1``.
 
     Returns:
@@ -101,7 +104,7 @@ def in_form(
     state: Tensor,
     *sequences: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """Run a recurrence in one of its forms, ``chunked(*sequences, state)`` unless another one is asked for."""
+    """Run a recurrence in the form that ``engine`` names; by default ``chunked(*sequences, state)``."""
     if engine == "auto":
         engine = "graph" if exporting() else "chunked"
     if engine == "chunked":

@@ -5,9 +5,9 @@
 with ``S`` (p, n) per head (Yang et al., Gated Linear Attention Transformers with Hardware-Efficient Training, 2024).
 
 The ``chunked`` engine is made of matrix products. Inside a chunk the decay from step j to step i is ``exp(e_i - e_j)``
-per dimension, with ``e`` the running sum of the logarithms: a product of one factor for the query and one for the key,
-each taken relative to half of the chunk's decay, so that both stay in range as long as that is not below exp(-60).
-Chunks in which more is forgotten are halved until it is not.
+per dimension, with ``e`` the running sum of the logarithms. It is a product of one factor for the query and one for the
+key. Both are taken relative to half of the chunk's decay, so they stay in range as long as the decay over a chunk is
+above exp(-60). Chunks are halved until this holds.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from compressm.scans.transforms import transformed
 Engine = Literal["auto", "chunked", "loop", "graph"]
 
 LONGEST_CHUNK = 64
-# exp(-100) is zero beside anything that is written at the same step, in double precision too.
+# exp(-100) is negligible beside anything that is written at the same step, even in double precision.
 STRONGEST = -100.0
 # Exponents of up to 30 lose a digit and a half in float32, of up to 60 two.
 RANGE = 60.0
@@ -58,8 +58,8 @@ def gla_scan(
         B, C: input and output vectors (keys and queries), shape ``(batch, length, heads, n)``.
         initial_state: shape ``(batch, heads, p, n)``; zero by default.
         return_state: also return the state after the last step.
-        engine: ``"chunked"`` (which is what ``"auto"`` takes), ``"loop"``, the definition, for reference, or
-            ``"graph"`` (one loop node), which ``"auto"`` takes while `torch.export` traces.
+        engine: ``"chunked"``; ``"loop"``, the definition, for reference; or ``"graph"`` (one loop node). ``"auto"`` is
+            ``"graph"`` while `torch.export` traces, and ``"chunked"`` otherwise.
 
     Returns:
         ``y``, shape and dtype of ``x``; with ``return_state`` also the last state, shape ``(batch, heads, p, n)``.
@@ -92,7 +92,7 @@ def gla_scan(
         y, state = empty_scan(tuple(x.shape), state.to(dtype), x, log_decay, B, C)
         return (y, state) if return_state else y
     if engine in ("auto", "chunked") and transformed():
-        engine = "loop"  # the length of the chunks is read off the data, which vmap does not allow
+        engine = "loop"  # the chunk length depends on the data, which vmap does not allow
     y, state = in_form(engine, _chunked, gla_step, state.to(dtype), *sequences)
     return (y.to(x.dtype), state) if return_state else y.to(x.dtype)
 
@@ -114,11 +114,11 @@ def gla_step(state: Tensor, x: Tensor, log_decay: Tensor, B: Tensor, C: Tensor) 
 
 def _chunked(x: Tensor, log_decay: Tensor, B: Tensor, C: Tensor, initial: Tensor) -> tuple[Tensor, Tensor]:
     batch, length, heads, p = x.shape
-    # Sums of many steps, of which differences are taken: in float32 these would be wrong where much is forgotten.
+    # The decays are differences of long running sums, which would be inaccurate in float32 if the decay is strong.
     log_decay, dtype = log_decay.double().clamp_min(STRONGEST), x.dtype
     Q = min(length, LONGEST_CHUNK)
     while True:
-        elapsed = by_chunk(log_decay, Q).cumsum(-2)  # from the start of the chunk to each step, that step's included
+        elapsed = by_chunk(log_decay, Q).cumsum(-2)  # from the start of the chunk up to and including each step
         if Q == 1 or float(elapsed[..., -1, :].detach().amin()) > -RANGE:
             break
         Q = -(-Q // 2)
@@ -126,12 +126,12 @@ def _chunked(x: Tensor, log_decay: Tensor, B: Tensor, C: Tensor, initial: Tensor
     centred = (elapsed - elapsed[..., -1:, :].detach() / 2).to(dtype)
     since_start = elapsed.to(dtype).exp()
 
-    # Inside a chunk: step i reads what step j <= i has written, decayed over j+1..i.
+    # Inside a chunk: step i reads the value written at step j <= i, decayed over j+1..i.
     later = torch.ones(Q, Q, dtype=torch.bool, device=x.device).triu(1)
     scores = (queries * centred.exp()) @ (keys * (-centred).exp()).transpose(-1, -2)
     y = scores.masked_fill(later, 0.0) @ values
 
-    # What a chunk adds to the state at its end, the chain of states, and what each chunk reads from the one before.
+    # Between chunks: the state that each chunk adds, the chain of states, and the output of the state before a chunk.
     added = values.transpose(-1, -2) @ (keys * (centred[..., -1:, :] - centred).exp())
     states = chain_of_states(added, since_start[..., -1:, :], initial)
     before = torch.cat([initial[:, None], states[:, :-1]], 1)

@@ -1,8 +1,8 @@
 """Recurrences inside an exported graph (`torch.export`, ONNX): one loop node, whatever the length of the sequence.
 
-The engines that training uses are compiled code, or loops that a trace would unroll: neither can leave in a graph.
-While `torch.export` traces, the scans therefore take the engine ``"graph"``: `torch`'s own scan operator around a
-single step, which becomes the ONNX operator Scan.
+The engines for training are compiled code, which cannot be exported, or loops, which a trace would unroll. While
+`torch.export` traces, the scans therefore use the engine ``"graph"``: PyTorch's scan operator around a single step. It
+becomes the ONNX operator Scan.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 
 def exporting() -> bool:
     """Whether `torch.export` is tracing."""
-    flag = getattr(torch.compiler, "is_exporting", None)  # older than torch 2.7: cannot export a scan anyway
+    flag = getattr(torch.compiler, "is_exporting", None)  # absent before torch 2.7, which cannot export a scan anyway
     return flag is not None and flag()
 
 
@@ -24,7 +24,7 @@ def graph_scan(step: Callable[..., tuple[Tensor, Tensor]], state: Tensor, *seque
     """Run ``step(state, *now) -> (y, state)`` over dim 1 of the sequences.
 
     Args:
-        step: a pure function of the state and one time step of every sequence; what it closes over is constant.
+        step: a pure function of the state and one time step of every sequence. Captured variables are constants.
         state: shape ``(batch, ...)``.
         sequences: shape ``(batch, length, ...)``.
 

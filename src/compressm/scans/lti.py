@@ -2,18 +2,18 @@
 
     x_k = diag(lam) x_{k-1} + B u_k,   y_k = Re(C x_k) + D u_k,   lam = exp(log_radius + i phase)
 
-The states (batch x length x n) are never held. Three forms compute the same, and a count of their operations picks the
-cheapest one:
+The states of all steps (batch x length x n) are never stored. There are three forms, and the one with the lowest count
+of operations is used:
 
-- ``direct`` (`lti_direct`): step by step, in one compiled pass on a CPU, a vector's lanes over the sequences. Best for
+- ``direct`` (`lti_direct`): step by step, in one compiled pass on a CPU, with one sequence per vector lane. Best for
   narrow layers and batches that fill the lanes.
-- ``chunked`` (`lti_chunked`): inside chunks of T steps one block-Toeplitz matrix of the impulse response, between them
-  a chain of states. Everything large is a real matrix product; the cost grows with n.
-- ``fft`` (`lti_fft`): convolution with the whole impulse response. The cost for each sequence does not depend on n:
-  best for narrow layers with large states.
+- ``chunked`` (`lti_chunked`): a block-Toeplitz matrix of the impulse response inside chunks of T steps, and a chain of
+  states between chunks. All large operations are real matrix products; the cost grows with n.
+- ``fft`` (`lti_fft`): convolution with the whole impulse response. The cost per sequence does not depend on n. Best
+  for narrow layers with large states.
 
-Powers of ``lam`` that no longer count are set to exactly zero (see `powers`): left alone they sink into denormal
-floats, which slow a CPU twentyfold.
+Negligible powers of ``lam`` are set to exactly zero (see `powers`). They would otherwise become denormal floats, which
+slow a CPU down by a factor of twenty.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ def lti_scan(
 def _by_engine(
     engine: Engine, u: Tensor, system: tuple[Tensor, ...], D: Tensor | None, initial: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Outputs and last state, all of one dtype; of the engine ``"fft"`` the state at the start, which nobody reads."""
+    """Outputs and last state, for tensors of one dtype. ``"fft"`` returns the initial state, which is not used."""
     log_radius, phase, B_re, B_im, C_re, C_im = system
     start = u.new_zeros(u.shape[0], 2, C_re.shape[1]) if initial is None else initial
     if empty(u):
@@ -163,10 +163,10 @@ def _check(
 
 
 def _cheapest(u: Tensor, q: int, n: int, stateful: bool) -> Engine:
-    """Compares the operations of the forms, each weighted by the rate at which it runs.
+    """The form with the fewest operations, each weighted by the inverse of its speed.
 
-    The weights are those of a CPU with vector units, against a large matrix product as 1. (On a GPU small products and
-    transforms are slower than that, and the FFT has to win by more.)
+    The weights are for a CPU with vector units, relative to a large matrix product. On a GPU small products and
+    transforms are slower than that, so the FFT has to win by a margin.
     """
     (batch, length, p), size = u.shape, u.element_size()
     if exporting():
@@ -177,7 +177,7 @@ def _cheapest(u: Tensor, q: int, n: int, stateful: bool) -> Engine:
     if native.usable(u):
         costs["direct"] = lti_direct.cost(batch, length, p, q, n, size)
     best: Engine = "chunked"
-    for name, value in costs.items():  # not min(): torch.compile hands it costs that depend on symbolic sizes
+    for name, value in costs.items():  # not min(), since under torch.compile the costs are symbolic
         if value < costs[best]:
             best = name
     return best

@@ -1,8 +1,8 @@
 """The LTI scan step by step, for few inputs and outputs on a CPU: everything in one compiled pass (``kernels/lti.h``).
 
-Lanes run over the sequences of the batch, so that a step costs the operations of its definition, ``n (2 p + 2 q + 4)``
-multiply-adds, and nothing is written to memory but the outputs and, for the backward pass, the states before every
-chunk.
+Each vector lane holds one sequence of the batch. A step therefore costs the operations of its definition,
+``n (2 p + 2 q + 4)`` multiply-adds. Only the outputs are written to memory, and for the backward pass the states before
+every chunk.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 from compressm.scans import lti_chunked, native
 from compressm.scans.transforms import gradients, twice
 
-_CHUNK, _BLOCK = 16, 4  # steps between two kept states, and states of a block: ``lti_chunk`` and ``S`` of lti.h
+_CHUNK, _BLOCK = 16, 4  # steps between two stored states, and states per block: ``lti_chunk`` and ``S`` in lti.h
 
 
 def scan(
@@ -37,9 +37,10 @@ def scan(
 
 
 def cost(batch: int, length: int, p: int, q: int, n: int, itemsize: int = 4) -> float:
-    """Operations of a forward pass, in those of a large matrix product.
+    """Operations of a forward pass, in units of those of a large matrix product.
 
-    Lanes and threads without a sequence count too; wide inputs and outputs no longer fit in the first-level cache.
+    Idle lanes and threads are counted too. The first factor accounts for inputs and outputs that exceed the first-level
+    cache.
     """
     lanes, threads = native.vector_bytes() // itemsize, native.threads()
     tiles = -(-batch // lanes)

@@ -1,6 +1,7 @@
 """The LTI scan as a convolution with the whole impulse response ``K_j = Re(C lam^j B)``, by FFT.
 
-On the CPU it is compiled code (``kernels/convolution.h``); elsewhere, and for few long signals, PyTorch's transforms.
+On the CPU it is compiled code (``kernels/convolution.h``). PyTorch's transforms are used on other devices, and for few
+long signals.
 """
 
 from __future__ import annotations
@@ -22,21 +23,21 @@ from compressm.scans.transforms import gradients, twice
 def scan(
     u: Tensor, log_radius: Tensor, phase: Tensor, B_re: Tensor, B_im: Tensor, C_re: Tensor, C_im: Tensor
 ) -> Tensor:
-    """Outputs from zero state; see `compressm.scans.lti.lti_scan`."""
+    """Outputs for a zero initial state; see `compressm.scans.lti.lti_scan`."""
     impulse: Any = _ImpulseResponse.apply(log_radius, phase, B_re, B_im, C_re, C_im, u.shape[1])
     return _convolution(u, impulse)
 
 
 def cost(batch: int, length: int, p: int, q: int, n: int, compiled: bool = False, itemsize: int = 4) -> float:
-    """Operations of a forward pass, weighted by the rate at which they run (a large matrix product's is 1).
+    """Operations of a forward pass, in units of those of a large matrix product.
 
-    The compiled form was measured, on one core of a machine with other work: transforms of all lanes' signals, a small
-    complex matrix product for each frequency, the impulse response, and what two dozen small operations cost whatever
-    their size.
+    The weights of the compiled form were measured on one core of a busy machine. They count the transforms of the
+    signals in all lanes, a small complex matrix product for each frequency, the impulse response, and the constant cost
+    of two dozen small operations.
     """
     if compiled:
         lanes = native.vector_bytes() // itemsize
-        tiles, size = -(-batch // lanes), length  # the transform's own size is at most a little more
+        tiles, size = -(-batch // lanes), length  # the size of the transform is only a little larger
         transforms = (tiles * (3 * p + 2 * q) + 2 * -(-p * q // lanes)) * size * math.log2(max(2, size))
         impulse = n * length * p * q + 115 * n * math.sqrt(length) * (p + q)
         in_cache = 256 * size * max(p, q) < 2 << 20
@@ -49,7 +50,7 @@ def cost(batch: int, length: int, p: int, q: int, n: int, compiled: bool = False
 
 
 def compiled(u: Tensor, q: int) -> bool:
-    """Whether the convolution of this input, to ``q`` outputs, is the compiled one."""
+    """Whether the compiled convolution is used for this input and ``q`` outputs."""
     return native.usable(u) and not exporting() and _fills_vectors(u, q)
 
 
@@ -61,8 +62,8 @@ def _fft_size(length: int) -> int:
 class _ImpulseResponse(torch.autograd.Function):
     """``K_j = Re(C lam^j B)`` for j < length, shape ``(length, q, p)``: one matrix product.
 
-    With ``j = a m + b`` it is that of ``C lam^(a m)``, all a, with ``lam^b B``, all b: two short tables instead of one
-    long one, and no operation more.
+    With ``j = a m + b`` it is the product of ``C lam^(a m)``, for all a, and ``lam^b B``, for all b. Two short tables
+    of powers replace a long one, for the same number of operations.
     """
 
     @staticmethod
@@ -101,13 +102,13 @@ class _ImpulseResponse(torch.autograd.Function):
 def _impulse_response(
     log_radius: Tensor, phase: Tensor, B_re: Tensor, B_im: Tensor, C_re: Tensor, C_im: Tensor, length: int
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """What `_ImpulseResponse` returns, and what its backward pass wants."""
+    """The result of `_ImpulseResponse`, and the tensors for its backward pass."""
     m = math.isqrt(length - 1) + 1
     fine_steps = torch.arange(m, device=phase.device)
     coarse = torch.complex(*powers(log_radius, phase, m * fine_steps[: -(-length // m)]))
     fine = torch.complex(*powers(log_radius, phase, fine_steps))
     B, C = torch.complex(B_re.T, B_im.T), torch.complex(C_re, C_im)
-    # Re(x y) is the product of conj(x) and y as vectors of real and imaginary parts.
+    # Re(x y) is the inner product of conj(x) and y as vectors (real part, imaginary part).
     observe = _real(coarse.conj()[:, None] * C.conj())  # (a q, 2n)
     reach = _real(fine[:, None] * B)  # (m p, 2n)
     impulse = (observe @ reach.T).view(len(coarse), len(C), m, -1).transpose(1, 2)
@@ -119,7 +120,7 @@ def _real(x: Tensor) -> Tensor:
 
 
 def _factors(grad: Tensor, x: Tensor, powers: Tensor, stride: int) -> tuple[Tensor, Tensor]:
-    """Of the gradient of ``x lam^j``, j = 0, stride, ...: that of ``x``, and that of ``log_radius + i phase``."""
+    """Gradients of ``x`` and of ``log_radius + i phase``, from the gradient of ``x lam^j``, j = 0, stride, ..."""
     complex_grad = torch.view_as_complex(grad.view(len(powers), *x.shape, 2))
     products = torch.view_as_real(complex_grad * powers.conj()[:, None])
     steps = stride * torch.arange(len(powers), dtype=grad.dtype, device=grad.device)
@@ -136,11 +137,11 @@ def _convolution(u: Tensor, impulse: Tensor) -> Tensor:
 
 
 def _fills_vectors(u: Tensor, q: int) -> bool:
-    """Whether the compiled form is faster, which computes empty lanes too.
+    """Whether the compiled form is faster. It computes empty vector lanes too.
 
-    Measured on one core, forward and backward: with fewer than three signals to a vector of 16 lanes the two are about
-    even at 4096 steps, and PyTorch's transforms take two thirds of the time at 65536. Otherwise the compiled form wins,
-    often threefold.
+    Measured on one core, forward and backward: with fewer than three signals for 16 lanes both take about the same time
+    at 4096 steps, and PyTorch's transforms take two thirds of the time at 65536. Otherwise the compiled form is faster,
+    often three times.
     """
     (batch, length, p), lanes = u.shape, native.vector_bytes() // u.element_size()
     signals = batch * (p + q) + p * q
@@ -149,7 +150,7 @@ def _fills_vectors(u: Tensor, q: int) -> bool:
 
 
 class _NativeConvolution(torch.autograd.Function):
-    """Compiled, with sequences of the batch in vector lanes; see ``kernels/fft.h`` and ``kernels/convolution.h``."""
+    """Compiled, with one sequence per vector lane; see ``kernels/fft.h`` and ``kernels/convolution.h``."""
 
     @staticmethod
     def forward(ctx: Any, u: Tensor, impulse: Tensor) -> Tensor:
@@ -168,7 +169,7 @@ class _NativeConvolution(torch.autograd.Function):
 
 @torch.library.custom_op("compressm::convolution", mutates_args=(), device_types="cpu")
 def _native(u: Tensor, impulse: Tensor) -> tuple[Tensor, Tensor]:
-    """Outputs, and what `_native_backward` wants: the transform of ``impulse``, ``(size, 2, q, p)``."""
+    """Outputs, and the transform of ``impulse``, ``(size, 2, q, p)``, for `_native_backward`."""
     (batch, length, p), q = u.shape, impulse.shape[1]
     shape, tables = _plan(length, u.dtype)
     y, transfer = u.new_empty(batch, length, q), u.new_empty(transform_size(length), 2, q, p)
@@ -199,14 +200,14 @@ def _(grad: Tensor, u: Tensor, transfer: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def transform_size(length: int) -> int:
-    """How many points the compiled transforms of a sequence have."""
+    """Number of points of the compiled transforms for sequences of this length."""
     n1, n2 = _rectangle(length)
     return n1 * n2
 
 
 @functools.lru_cache(maxsize=32)
 def _plan(length: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """How the compiled transforms of a length are done: see `Plan` in ``kernels/fft.h``."""
+    """The factors and roots of unity of the compiled transforms; see `Plan` in ``kernels/fft.h``."""
     n1, n2 = _rectangle(length)
     size, both = n1 * n2, (_radices(n1), _radices(n2))
     k1, t2 = (torch.arange(n, dtype=torch.float64) for n in (n1, n2))
@@ -241,7 +242,7 @@ def _smooth(number: int) -> bool:
 
 
 def _radices(number: int) -> list[int]:
-    """At least two, of 1, 2, 3, 4, 5 and 8."""
+    """Factors of ``number`` among 1, 2, 3, 4, 5 and 8, at least two of them."""
     radices: list[int] = []
     twos = number & -number
     while twos > 1:
@@ -258,8 +259,8 @@ def _radices(number: int) -> list[int]:
 class _TorchConvolution(torch.autograd.Function):
     """``y_k = sum_j K_j u_{k-j}``, ``K`` of shape ``(length, q, p)``.
 
-    Per frequency the complex (q, p) matrix is applied as a real (2q, 2p) one: real matrix products are the fastest that
-    there are, and the transposed products of the backward pass need no conjugated copies.
+    Per frequency the complex (q, p) matrix is applied as a real (2q, 2p) one. Real matrix products are faster than
+    complex ones, and the transposed products of the backward pass need no conjugated copies.
     """
 
     @staticmethod
@@ -276,8 +277,8 @@ class _TorchConvolution(torch.autograd.Function):
         length, size = grad.shape[1], _fft_size(grad.shape[1])
         of_grad = _to_frequencies(grad, size)
         to_input = _to_time(of_grad @ matrices.transpose(1, 2), size, length)
-        # Every complex entry stands twice in its real 2x2 block; its gradient is that of their sum (over the batch,
-        # U* Y). What irfft reads is conj(U) Y per frequency.
+        # Every complex entry occurs twice in its real 2x2 block, so its gradient is the sum of two (over the batch,
+        # U* Y). irfft needs conj(U) Y per frequency.
         blocks = (spectrum.transpose(1, 2) @ of_grad).view(-1, spectrum.shape[2] // 2, 2, grad.shape[2], 2)
         re, im = blocks[:, :, 0, :, 0] + blocks[:, :, 1, :, 1], blocks[:, :, 0, :, 1] - blocks[:, :, 1, :, 0]
         to_impulse = torch.fft.irfft(torch.complex(re, im), n=size, dim=0)[:length]
@@ -285,7 +286,7 @@ class _TorchConvolution(torch.autograd.Function):
 
 
 def _by_transforms(u: Tensor, impulse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The convolution, and the transforms of its arguments as the backward pass wants them."""
+    """The convolution, and the transforms of its arguments for the backward pass."""
     size = _fft_size(u.shape[1])
     spectrum = _to_frequencies(u, size)
     matrices = _real_matrices(torch.fft.rfft(impulse, n=size, dim=0))
@@ -293,7 +294,7 @@ def _by_transforms(u: Tensor, impulse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _to_frequencies(u: Tensor, size: int) -> Tensor:
-    """``(frequencies, batch, 2 channels)`` of ``(batch, length, channels)``; real and imaginary parts take turns."""
+    """``(batch, length, channels)`` to ``(frequencies, batch, 2 channels)``, real and imaginary parts interleaved."""
     spectrum = torch.fft.rfft(u, n=size, dim=1).permute(1, 0, 2).contiguous()
     return torch.view_as_real(spectrum).flatten(2)
 
@@ -304,7 +305,7 @@ def _to_time(spectrum: Tensor, size: int, length: int) -> Tensor:
 
 
 def _real_matrices(transfer: Tensor) -> Tensor:
-    """Real matrices ``(frequencies, 2p, 2q)`` that do to interleaved rows what the complex ``(q, p)`` do."""
+    """Real matrices ``(frequencies, 2p, 2q)`` that act on interleaved rows like the complex ``(q, p)`` matrices."""
     re, im = transfer.real.transpose(1, 2), transfer.imag.transpose(1, 2)
     rows = torch.stack([torch.stack([re, im], -1), torch.stack([-im, re], -1)], 2)  # (frequencies, p, 2, q, 2)
     return rows.flatten(3).flatten(1, 2)

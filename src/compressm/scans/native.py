@@ -1,9 +1,10 @@
 """Builds and loads the compiled CPU kernels (``kernels/``).
 
-They are compiled once, on first use, with the machine's own C++ compiler and for its own processor (a few seconds),
-and kept in ``$COMPRESSM_CACHE``, by default ``~/.cache/compressm``. Where that does not work, one warning says so and
-the scans run on plain PyTorch. ``COMPRESSM_NATIVE=0`` asks for that without a warning; ``COMPRESSM_CXXFLAGS`` holds
-further options of the compiler, for example ``-march=x86-64-v3`` for one build that serves a mixed cluster.
+They are compiled once, on first use, by the machine's C++ compiler and for its processor. This takes a few seconds. The
+result is stored in ``$COMPRESSM_CACHE``, by default ``~/.cache/compressm``. If compilation fails, there is one warning,
+and the scans run on plain PyTorch. ``COMPRESSM_NATIVE=0`` selects plain PyTorch without a warning.
+``COMPRESSM_CXXFLAGS`` adds options of the compiler, for example ``-march=x86-64-v3`` for one build that serves a mixed
+cluster.
 """
 
 from __future__ import annotations
@@ -29,8 +30,8 @@ import torch
 from torch import Tensor
 
 _FOLDER = Path(__file__).with_name("kernels")
-_SOURCE = _FOLDER / "kernels.cpp"  # includes all the others
-# No -ffast-math: NaN and Inf must come out as they went in, so that a diverging training is seen.
+_SOURCE = _FOLDER / "kernels.cpp"  # includes all other files of the folder
+# No -ffast-math: NaN and Inf must propagate, so that a diverging training is noticed.
 _FLAGS = (
     "-O3",
     "-std=c++17",
@@ -43,17 +44,17 @@ _FLAGS = (
 )
 
 
-_vector_bytes = 0  # until `library` has the kernels
+_vector_bytes = 0  # set when `library` loads the kernels
 _watchers: list[Callable[[str, tuple[Any, ...]], None]] = []
 
 
 class NativeKernelWarning(UserWarning):
-    """The compiled kernels cannot be had; plain PyTorch, which is slower, takes over."""
+    """The compiled kernels are not available. Plain PyTorch, which is slower, is used instead."""
 
 
 @functools.cache
 def library() -> ctypes.CDLL | None:
-    """The compiled kernels; None where they cannot be had."""
+    """The compiled kernels; None if they are not available."""
     if os.environ.get("COMPRESSM_NATIVE", "1") == "0":
         return None
     global _vector_bytes  # torch.compile reads a global number as a constant
@@ -73,9 +74,9 @@ def library() -> ctypes.CDLL | None:
 
 
 def call(name: str, like: Tensor, *arguments: Tensor | int | float | None) -> None:
-    """Call ``name_f32`` or ``name_f64``, by the dtype of ``like``. Tensors are handed over as pointers.
+    """Call ``name_f32`` or ``name_f64``, by the dtype of ``like``. Tensors are passed as pointers.
 
-    Every tensor must be contiguous, on the CPU and of that dtype: the callers see to it.
+    The caller ensures that every tensor is contiguous, on the CPU and of that dtype.
     """
     kernels = library()
     assert kernels is not None
@@ -88,7 +89,7 @@ def call(name: str, like: Tensor, *arguments: Tensor | int | float | None) -> No
 
 @contextlib.contextmanager
 def watched(watcher: Callable[[str, tuple[Any, ...]], None]) -> Generator[None, None, None]:
-    """Inside, ``watcher`` is told name and arguments of every `call`, which PyTorch's own counters do not see."""
+    """In the block, pass name and arguments of every `call` to ``watcher``. PyTorch's counters do not see these."""
     _watchers.append(watcher)
     try:
         yield
@@ -105,19 +106,19 @@ def _converted(argument: Tensor | int | float | None) -> Any:
 
 
 def usable(*tensors: Tensor | None) -> bool:
-    """Whether the kernels exist and take these tensors: on the CPU, of a floating dtype (half precision is widened)."""
+    """Whether the kernels exist and the tensors are on the CPU, of a floating dtype (half precision is widened)."""
     floating = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
     return all(t is None or (t.device.type == "cpu" and t.dtype in floating) for t in tensors) and available()
 
 
 def vector_bytes() -> int:
-    """Size of the kernels' vectors, which are as long as the processor's registers: 64, 32 or 16 bytes."""
+    """Size of the kernels' vectors, equal to the processor's vector registers: 64, 32 or 16 bytes."""
     assert available()
     return _vector_bytes
 
 
 def available() -> bool:
-    """Whether the kernels exist; builds them if need be."""
+    """Whether the kernels exist. Builds them if needed."""
     return library() is not None
 
 
@@ -126,8 +127,8 @@ def threads() -> int:
     return torch.get_num_threads()
 
 
-# torch.compile asks once, and does not look inside. torch.compiler.assume_constant_result does just this, but for
-# importing the compiler, which takes longer than PyTorch itself.
+# torch.compile calls these once and takes the results as constants. torch.compiler.assume_constant_result has the same
+# effect, but imports the compiler, which takes longer than importing PyTorch.
 available._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
 threads._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
 
@@ -155,7 +156,7 @@ def _further_flags() -> list[str]:
 
 
 def _processor() -> str:
-    """What ``-march=native`` depends on: a home folder may be shared by unlike machines."""
+    """The processor that ``-march=native`` compiles for, since machines with different ones may share a home folder."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -164,11 +165,11 @@ def _processor() -> str:
 
 
 def _compile(compiler: str, target: Path) -> None:
-    """Compile next to the target, then rename: a second process that builds at the same time does no harm."""
+    """Compile next to the target, then rename, so that several processes may build at the same time."""
     handle, name = tempfile.mkstemp(dir=target.parent, suffix=".so")
     os.close(handle)
     try:
-        # Apple's Clang knows no -fopenmp, some compilers no -march=native: less is slower, and still right.
+        # Apple's Clang has no -fopenmp and some compilers no -march=native. Without them the kernels are only slower.
         attempts = (("-fopenmp", "-march=native"), ("-march=native",), ())
         for attempt in attempts:
             try:

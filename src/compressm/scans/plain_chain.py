@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def plain_chain(v: Tensor, lam: Tensor, initial: Tensor) -> Tensor:
-    """`chain` as a loop of PyTorch's operations."""
+    """`chain` as a loop of PyTorch operations."""
     states, state = list[Tensor](), initial
     for added in v.unbind(1):
         state = times(lam, state) + added
@@ -24,7 +24,7 @@ def times(lam: Tensor, x: Tensor) -> Tensor:
 def chain_gradients(grad: Tensor, lam: Tensor, initial: Tensor, states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The backward pass of `chain`, differentiable: the same recurrence, reversed, with the conjugate of ``lam``."""
     conjugate = torch.stack([lam[0], -lam[1]])
-    # No kernel: ``grad`` may be a dual number, or a batch that is mapped over.
+    # Kernels cannot be used, since ``grad`` may be a dual number or a batch of `vmap`.
     adjoint = plain_chain(grad.flip(1), conjugate, torch.zeros_like(initial)).flip(1)
     before = torch.cat([initial[:, None], states[:, :-1]], 1)
     (re, im), (before_re, before_im) = adjoint.unbind(2), before.unbind(2)

@@ -3,10 +3,10 @@
     h_t = exp(delta_t A) h_{t-1} + delta_t B_t u_t,   y_t = C_t . h_t
 
 per channel, with ``A`` (d, n) negative and ``B_t``, ``C_t`` (n) shared by all channels (Gu, Dao 2023, eq. 2 and
-algorithm 2). What the layer does around it (``D u``, gate, softplus of delta) is the layer's matter.
+algorithm 2). The operations around it (``D u``, gate, softplus of delta) belong to the layer.
 
-No engine but the reference ever holds the states of all steps (batch x length x d x n): each keeps the state once per
-chunk of steps, and the backward pass runs every chunk again from there.
+Only the reference engine stores the states of all steps (batch x length x d x n). The others store the state once per
+chunk of steps, and their backward pass computes every chunk again from there.
 """
 
 from __future__ import annotations
@@ -52,15 +52,15 @@ def selective_scan(
     """Run the recurrence over a batch of sequences; differentiable in every tensor argument.
 
     Args:
-        u: input, shape ``(batch, length, d)``; float32, float64 or half precision, whose states are float32.
+        u: input, shape ``(batch, length, d)``; float32, float64 or half precision, for which states are float32.
         delta: step sizes, non-negative, shape ``(batch, length, d)``.
         A: decay rates, negative, shape ``(d, n)``.
         B, C: input and output vectors, shape ``(batch, length, n)``.
         initial_state: ``h_{-1}``, shape ``(batch, d, n)``; zero by default.
         return_state: also return the state after the last step.
         engine: ``"native"`` (compiled, CPU), ``"triton"`` (CUDA), ``"torch"`` (plain PyTorch, anywhere), ``"loop"``
-            (the definition, for reference); ``"auto"`` takes the first that there is, and ``"graph"`` (one loop node)
-            while `torch.export` traces.
+            (the definition, for reference) or ``"graph"`` (one loop node). ``"auto"`` is ``"graph"`` while
+            `torch.export` traces, and otherwise the first available one.
 
     Returns:
         ``y``, shape and dtype of ``u``; with ``return_state`` also ``h`` after the last step, shape ``(batch, d, n)``.
@@ -88,7 +88,7 @@ def selective_scan(
     elif engine == "triton":
         from compressm.scans.triton_selective import selective_scan_triton
 
-        # As they are: the kernel widens half precision in registers, and reads half the memory.
+        # Tensors are not widened here: the kernel widens half precision in registers, and so reads half the memory.
         y, state = selective_scan_triton(u, delta, A, B, C, start)
     elif engine == "torch":
         y, state = _chunks(*args, start)
@@ -120,7 +120,7 @@ def _loop(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tens
 
 
 def _chunks(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-    """The loop in chunks of about the root of the length, of which only the state between them is kept."""
+    """The loop in chunks of about sqrt(length) steps. Only the states between chunks are stored."""
     steps = math.isqrt(u.shape[1] - 1) + 1
     outputs = []
     for at in range(0, u.shape[1], steps):
@@ -145,7 +145,7 @@ def _graph(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Ten
 
 
 def _native(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-    """The kernels want channels last, in whole vectors, in states too, and decay rates to the base 2."""
+    """Prepare the kernels' arguments: channels last, padded to whole vectors, and decay rates to the base 2."""
     d = u.shape[-1]
     missing = -d % (native.vector_bytes() // u.element_size())
     states = state.transpose(1, 2)
@@ -204,7 +204,7 @@ def _native_backward(
     grad_y: Tensor, grad_state: Tensor, u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, checkpoints: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     (batch, length, d), n = u.shape, A.shape[0]
-    # Enough groups of channels for every thread; each keeps sums of its own for B and C.
+    # Enough groups of channels for all threads. Each group has its own sums for the gradients of B and C.
     groups = max(1, min(d * u.element_size() // native.vector_bytes(), -(-torch.get_num_threads() // batch)))
     grad_u, grad_delta = torch.empty_like(u), torch.empty_like(u)
     grad_A = u.new_zeros(batch, n, d)

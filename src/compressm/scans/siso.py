@@ -2,12 +2,13 @@
 
     x_k = lam x_{k-1} + u_k,   y_k = Re(sum_i c_i x_{k,i})
 
-for every channel, with ``n`` states each; ``c`` is the product of output and input vector, all that a single-input
-single-output system has of them.
+for every channel, with ``n`` states each. ``c`` is the elementwise product of output and input vector; a single-input
+single-output system depends on them only through ``c``.
 
-As in `lti_chunked` everything large is a real matrix product, here one per channel: inside chunks of T steps the
-Toeplitz matrix of the impulse response, between them a chain of states. (Convolution with the whole response by FFT, as
-these layers were published with, took two to nine times as long on a CPU at n = 32 and 64, and hands over no state.)
+As in `lti_chunked` all large operations are real matrix products, here one per channel: a Toeplitz matrix of the
+impulse response inside chunks of T steps, and a chain of states between chunks. (Convolution with the whole
+response by FFT, as in the publications of these layers, took two to nine times as long on a CPU at n = 32 and 64, and
+returns no state.)
 """
 
 from __future__ import annotations
@@ -56,8 +57,8 @@ def siso_scan(
         c_re, c_im: real and imaginary part of ``c``, shape ``(channels, n)``.
         initial_state: ``x_{-1}`` as real and imaginary part, shape ``(batch, 2, channels, n)``; zero by default.
         return_state: also return the state after the last step.
-        engine: ``"chunked"`` (which is what ``"auto"`` takes), ``"loop"``, the definition, for reference, or
-            ``"graph"`` (one loop node), which ``"auto"`` takes while `torch.export` traces.
+        engine: ``"chunked"``; ``"loop"``, the definition, for reference; or ``"graph"`` (one loop node). ``"auto"`` is
+            ``"graph"`` while `torch.export` traces, and ``"chunked"`` otherwise.
 
     Returns:
         ``y``, shape and dtype of ``u``; with ``return_state`` also the last state, shape ``(batch, 2, channels, n)``.
@@ -132,7 +133,7 @@ def _chunked(
     padded = F.pad(u, (0, 0, 0, missing)) if missing else u
     inputs = padded.view(batch, chunks, T, channels).permute(3, 0, 1, 2).reshape(channels, batch * chunks, T)
 
-    # lam^j for j = 0..T, then per channel: what a state gives 0..T steps later, (channels, T + 1, 2n).
+    # lam^j for j = 0..T; then, per channel, the map from a state to the output 0..T steps later, (channels, T + 1, 2n).
     flat = powers(log_radius.reshape(-1), phase.reshape(-1), torch.arange(T + 1, device=u.device))
     power_re, power_im = (power.view(T + 1, channels, n).transpose(0, 1) for power in flat)
     c_re, c_im = c_re[:, None, :], c_im[:, None, :]
@@ -143,7 +144,7 @@ def _chunked(
     toeplitz = kernel[:, (steps[None, :] - steps[:, None] + T - 1).reshape(-1)].view(channels, T, T)
     y = (inputs @ toeplitz).view(channels, batch, chunks, T)
 
-    # Between chunks: every input reaches the state at the end of its chunk as lam^{T-1-s}.
+    # Between chunks: the input at step s adds lam^{T-1-s} times itself to the state at the end of its chunk.
     reach = torch.cat([power_re[:, :T], power_im[:, :T]], -1).flip(1)  # (channels, T, 2n)
     across = torch.stack([power_re[:, T], power_im[:, T]]).reshape(2, channels * n)
     before = initial[:, None]
@@ -169,6 +170,6 @@ def _chunked(
 
 
 def _chunk_length(length: int, n: int) -> int:
-    """Balances the Toeplitz product (2 T operations a step) against the chain and the states' ways through memory
-    (about 100 n / T)."""
+    """The T that balances the Toeplitz product (2 T operations per step) against the chain and the memory traffic of
+    the states (about 100 n / T)."""
     return min(length, max(8, min(128, 2 ** round(math.log2(math.sqrt(50 * n))))))

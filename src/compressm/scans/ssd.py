@@ -53,8 +53,8 @@ def ssd_scan(
             ``heads``, and head ``h`` uses group ``h // (heads // groups)``.
         initial_state: shape ``(batch, heads, p, n)``; zero by default.
         return_state: also return the state after the last step.
-        engine: ``"chunked"`` (which is what ``"auto"`` takes), ``"loop"``, the definition, for reference, or
-            ``"graph"`` (one loop node), which ``"auto"`` takes while `torch.export` traces.
+        engine: ``"chunked"``; ``"loop"``, the definition, for reference; or ``"graph"`` (one loop node). ``"auto"`` is
+            ``"graph"`` while `torch.export` traces, and ``"chunked"`` otherwise.
 
     Returns:
         ``y``, shape and dtype of ``x``; with ``return_state`` also the last state, shape ``(batch, heads, p, n)``.
@@ -116,7 +116,7 @@ def _check(x: Tensor, log_decay: Tensor, B: Tensor, C: Tensor, initial_state: Te
 def by_chunk(tensor: Tensor, Q: int) -> Tensor:
     """``(batch, length, heads, m)`` to ``(batch, chunks, heads, Q, m)``.
 
-    Zeros after the end add nothing and decay nothing, so that the last state stays right.
+    The end is padded with zeros, which add nothing and have no decay, so the last state is right.
     """
     batch, length = tensor.shape[:2]
     chunks = -(-length // Q)
@@ -126,10 +126,11 @@ def by_chunk(tensor: Tensor, Q: int) -> Tensor:
 
 
 def elapsed_in_chunk(log_decay: Tensor, Q: int) -> Tensor:
-    """Logarithm of the decay from the start of each chunk to each of its steps, that step's included.
+    """Logarithm of the decay from the start of each chunk up to and including each of its steps.
 
-    Sums of many steps, of which differences are taken: in float32 these would be wrong where much is forgotten, so that
-    they are float64 whatever the dtype. There exp(-800) is zero; clamped to it, a decay of exactly zero has a sum.
+    The decays between steps are differences of these sums. If the decay is strong, float32 differences would be
+    inaccurate, so the sums are float64 for every dtype. Logarithms are clamped to -800, where exp is zero even in
+    float64, so that a decay of exactly zero has a finite sum.
 
     Args:
         log_decay: shape ``(batch, length, heads)``.
@@ -149,7 +150,7 @@ def _chunked(x: Tensor, log_decay: Tensor, B: Tensor, C: Tensor, initial: Tensor
     elapsed = elapsed_in_chunk(log_decay, Q)
     since_start, to_end = (e.to(x.dtype).exp()[..., None] for e in (elapsed, elapsed[..., -1:] - elapsed))
 
-    # Inside a chunk: step i reads what step j <= i has written, decayed over j+1..i.
+    # Inside a chunk: step i reads the value written at step j <= i, decayed over j+1..i.
     later = torch.ones(Q, Q, dtype=torch.bool, device=x.device).triu(1)
     between = (elapsed[..., :, None] - elapsed[..., None, :]).to(x.dtype)
     decays = between.masked_fill(later, -torch.inf).exp()
@@ -157,7 +158,7 @@ def _chunked(x: Tensor, log_decay: Tensor, B: Tensor, C: Tensor, initial: Tensor
     mixing = (scores * decays.view(batch, chunks, groups, per_group, Q, Q)).view(batch, chunks, heads, Q, Q)
     y = mixing @ values
 
-    # What a chunk adds to the state at its end, the chain of states, and what each chunk reads from the one before.
+    # Between chunks: the state that each chunk adds, the chain of states, and the output of the state before a chunk.
     weighted = (values * to_end).view(batch, chunks, groups, per_group, Q, p)
     added = (weighted.transpose(-1, -2) @ keys[:, :, :, None]).view(batch, chunks, heads, p, n)
     states = chain_of_states(added, since_start[..., -1:, :], initial)
@@ -168,8 +169,8 @@ def _chunked(x: Tensor, log_decay: Tensor, B: Tensor, C: Tensor, initial: Tensor
 
 
 def _chunk_length(length: int, heads: int, groups: int, p: int, n: int) -> int:
-    """Balances the Q x Q matrices (about 30 operations an entry besides the products) against the states, whose ways
-    through memory cost about 100 operations per number and chunk."""
+    """The Q that balances the Q x Q matrices (about 30 operations per entry besides the products) against the memory
+    traffic of the states (about 100 operations per number and chunk)."""
     ideal = math.sqrt(100 * p * n / (2 * n * groups / heads + 2 * p + 30))
     return min(length, max(8, min(128, 2 ** round(math.log2(ideal)))))
 
@@ -189,7 +190,7 @@ def chain_of_states(added: Tensor, decay: Tensor, initial: Tensor) -> Tensor:
 
 
 def _composed_chain(added: Tensor, decay: Tensor, initial: Tensor) -> Tensor:
-    """The same by operations that PyTorch can differentiate and map over."""
+    """`chain_of_states` composed of operations that PyTorch can differentiate and vectorise."""
     states, state = list[Tensor](), initial
     for c in range(added.shape[1]):
         state = torch.addcmul(added[:, c], decay[:, c], state)
@@ -221,7 +222,7 @@ class _Chain(torch.autograd.Function):
 
 def _chain_gradients(grad: Tensor, states: Tensor, decay: Tensor, initial: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The backward pass of `chain_of_states`, differentiable: ``adjoint_c = grad_c + decay_{c+1} adjoint_{c+1}``."""
-    later = torch.cat([decay[:, :1], decay.flip(1)[:, :-1]], 1)  # the first one multiplies zero
+    later = torch.cat([decay[:, :1], decay.flip(1)[:, :-1]], 1)  # the first entry is multiplied by zero
     adjoint = _composed_chain(grad.flip(1), later, torch.zeros_like(initial)).flip(1)
     before = torch.cat([initial[:, None], states[:, :-1]], 1)
     return adjoint, (adjoint * before).sum_to_size(decay.shape), adjoint[:, 0] * decay[:, 0]

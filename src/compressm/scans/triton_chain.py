@@ -1,5 +1,5 @@
 # pyright: basic, reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
-# (Kernels are Triton's language in Python's syntax: neither their bodies nor their calls mean what Python's types say.)
+# (Kernels are written in Triton's language, whose types a Python type checker does not understand.)
 """The recurrence of a complex diagonal system on CUDA devices, in Triton: one pass over memory in each direction."""
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class _Chain(torch.autograd.Function):
         batch, length, n, _ = v.shape
         states = torch.empty_like(v)
         _forward_kernel[triton.cdiv(n, _OPTIONS["LANES"]), batch](v, lam, states, length, n, **_OPTIONS)
-        ctx.save_for_backward(states, given)  # a copy would not be known to depend on anything
+        ctx.save_for_backward(states, given)  # not a copy, which autograd would not know to depend on the argument
         return states
 
     @staticmethod
@@ -57,7 +57,7 @@ class _Chain(torch.autograd.Function):
         return adjoint, grad_lam.sum(0)
 
 
-# A program owns 32 entries of the diagonal in one sequence, one per lane; a tile (steps, lanes) lies in registers.
+# A program computes 32 entries of the diagonal in one sequence, one per lane. A tile (steps, lanes) is in registers.
 
 
 @triton.jit(do_not_specialize=["length", "n"])
@@ -85,7 +85,7 @@ def _forward_kernel(v, lam, states, length, n, TILE: tl.constexpr, LANES: tl.con
 
 @triton.jit(do_not_specialize=["length", "n"])
 def _backward_kernel(grad, lam, states, adjoint, grad_lam, length, n, TILE: tl.constexpr, LANES: tl.constexpr):
-    """``g_m = grad_m + conj(lam) g_{m+1}``; the gradient to lam is the sum of ``g_m conj(s_{m-1})``."""
+    """``g_m = grad_m + conj(lam) g_{m+1}``; the gradient of lam is the sum of ``g_m conj(s_{m-1})``."""
     rows = tl.arange(0, TILE)[:, None].to(tl.int64)
     lanes = (tl.program_id(0) * LANES + tl.arange(0, LANES))[None, :].to(tl.int64)
     batch = tl.program_id(1).to(tl.int64)

@@ -1,19 +1,19 @@
 # pyright: basic, reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
-# (Kernels are Triton's language in Python's syntax: neither their bodies nor their calls mean what Python's types say.)
+# (Kernels are written in Triton's language, whose types a Python type checker does not understand.)
 """The selective scan on CUDA devices, forward and backward, in Triton.
 
-A program owns 64 channels of one sequence. It walks through time in tiles of eight steps that lie in registers, and
-through the states in blocks of four: work is in proportion to ``n`` rounded up to a multiple of four. Between tiles the
-states rest in a buffer small enough for the cache, so that large traffic is only what the recurrence reads and writes.
-Every 64 steps the forward pass also stores the states, from which the backward pass runs through the steps between
+A program computes 64 channels of one sequence. It processes time in tiles of eight steps, which are held in registers,
+and states in blocks of four, so work is proportional to ``n`` rounded up to a multiple of four. Between tiles the
+states are stored in a buffer that fits in the cache, so the main memory traffic is only what the recurrence reads and
+writes. Every 64 steps the forward pass also stores the states, and the backward pass computes the steps between them
 again.
 
-Where batch and channels alone cannot fill the device, time is divided as well, into parts: a first kernel runs every
-part from zero, a second one links the parts by their decays, and then all parts run at once from their true starts.
-This computes every exponential twice, and so is done only when it is needed.
+If batch and channels alone do not fill the device, time is divided into parts too. A first kernel runs every part from
+zero, a second one links the parts by their decays, and then all parts run at once from their true initial states. This
+computes every exponential twice, so it is done only when needed.
 
-Gradients to ``B`` and ``C`` are sums over channels: each block of channels writes its own, which are summed afterwards
-in a fixed order, so that results are the same in every run. That takes ``d / 64`` times the memory of ``B`` and ``C``.
+Gradients of ``B`` and ``C`` are sums over channels. Each block of channels writes its own sum, and these are added in a
+fixed order, so that results are the same in every run. This takes ``d / 64`` times the memory of ``B`` and ``C``.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from compressm.scans.selective_step import selective_step
 from compressm.scans.transforms import gradients, twice
 
 _TILE = 8  # steps in registers at a time
-_KEEP = 64  # steps between kept states; a multiple of _TILE
+_KEEP = 64  # steps between stored states; a multiple of _TILE
 _GROUPS, _LANES = 2, 32  # channels of a program; two per lane halve the cost of sums over channels
 _CHANNELS = _GROUPS * _LANES
 
@@ -49,8 +49,8 @@ def selective_scan_triton(
         initial_state: shape ``(batch, d, n)``.
 
     Returns:
-        ``y``, shape and dtype of ``u``, and the state after the last step, shape ``(batch, d, n)``: float32, as all
-        states and sums inside, or float64 if any argument is.
+        ``y``, shape and dtype of ``u``, and the state after the last step, shape ``(batch, d, n)``. The state is
+        float64 if any argument is, otherwise float32, like all states and sums inside.
     """
     tensors = (u, delta, A, B, C, initial_state)
     keep = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
@@ -122,7 +122,7 @@ class _SelectiveScan(torch.autograd.Function):
 def _composed(
     u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, initial_state: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The same in PyTorch's operations."""
+    """`_SelectiveScan` composed of PyTorch operations."""
     dtype = torch.float32
     for tensor in (u, delta, A, B, C, initial_state):
         dtype = torch.promote_types(dtype, tensor.dtype)
@@ -137,14 +137,14 @@ def _composed(
 
 
 def _options(n: int) -> dict[str, Any]:
-    """Blocks of up to four states, one for each warp; fused multiply-add, whatever Triton's default."""
+    """Kernel options: blocks of up to four states, one state per warp, and fused multiply-add in every Triton version."""
     block = min(triton.next_power_of_2(n), 4)
     sizes = {"TILE": _TILE, "GROUPS": _GROUPS, "BLOCK": block, "LANES": _LANES}
     return {**sizes, "num_warps": block, "enable_fp_fusion": True}
 
 
 def _parts(u: Tensor) -> tuple[int, int]:
-    """Into how many parts to divide the time, and the steps in each: a multiple of ``_KEEP``."""
+    """The number of parts that time is divided into, and the steps in each, a multiple of ``_KEEP``."""
     batch, length, d = u.shape
     processors = torch.cuda.get_device_properties(u.device).multi_processor_count if u.is_cuda else 4
     parts = max(1, 2 * processors // (batch * triton.cdiv(d, _CHANNELS)))
@@ -155,7 +155,7 @@ def _parts(u: Tensor) -> tuple[int, int]:
 def _run_parts(
     states: Tensor, inputs: Tensor, delta: Tensor, rates: Tensor, vectors: Tensor, sizes: tuple[int, ...], reverse: bool
 ) -> None:
-    """From the true start of the first part (the last, in reverse), fill in those of the others."""
+    """Compute the initial states of all parts from that of the first part (in reverse, of the last)."""
     batch, parts, n, d = states.shape
     ends, span = torch.zeros_like(states), states.new_empty(batch, parts, d)
     grid = (triton.cdiv(d, _CHANNELS), parts, batch)
@@ -164,11 +164,11 @@ def _run_parts(
     _link_kernel[grid](ends, span, rates, states, parts, d, n, REVERSE=reverse, LANES=128, enable_fp_fusion=True)
 
 
-# In the kernels a tile has the axes (step, group of channels, state, channel in the group). Lanes lie along channels
-# and warps along states, so that a thread holds all steps of its states: there `_row` is a register. Three things
-# keep the compiler to that layout, in which nothing but the sums passes between threads: loads are spread over states
-# or channels before they happen; d is no constant to it; and states count downwards in a block, or it would see that
-# they are neighbours in B and C. Steps beyond the end load as zero: one with delta = 0 and u = 0 changes nothing.
+# In the kernels a tile has the axes (step, group of channels, state, channel in the group). Lanes run along channels
+# and warps along states, so that a thread holds all steps of its states, and `_row` is a register. In this layout
+# threads exchange only sums. Three things make the compiler choose it: pointers are broadcast over states or channels before a
+# load; d is not a constant; and states count downwards in a block, which hides that they are neighbours in B and C.
+# Steps beyond the end load as zero, and a step with delta = 0 and u = 0 changes nothing.
 
 
 @triton.jit
@@ -189,7 +189,7 @@ def _load(pointers, mask, like):
 
 @triton.jit
 def _row(tile, rows, s: tl.constexpr):
-    """Row ``s`` of a tile. Adding -0.0, unlike 0.0, changes no number: the compiler drops the sum."""
+    """Row ``s`` of a tile. Adding -0.0, unlike 0.0, changes no number, so the compiler removes the sum."""
     return tl.sum(tl.where(rows == s, tile, -0.0), 0, keep_dims=True)
 
 
@@ -198,7 +198,7 @@ def _local_kernel(
     inputs, delta, rates, vectors, ends, span, length, d, segment, n: tl.constexpr, REVERSE: tl.constexpr,
     TILE: tl.constexpr, GROUPS: tl.constexpr, BLOCK: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    """Through one part from zero: ``x = a_t x + delta_t u_t B_t``, or ``x = a_t (x + grad_y_t C_t)`` in reverse."""
+    """Run one part from a zero state: ``x = a_t x + delta_t u_t B_t``, or ``x = a_t (x + grad_y_t C_t)`` in reverse."""
     part, batch = tl.program_id(1), tl.program_id(2).to(tl.int64)
     rows, lines, channels = _axes(TILE, GROUPS, BLOCK, LANES)
     like = tl.zeros([TILE, GROUPS, BLOCK, LANES], ends.dtype.element_ty)
@@ -239,7 +239,7 @@ def _local_kernel(
 
 @triton.jit(do_not_specialize=["parts", "d"])
 def _link_kernel(ends, span, rates, starts, parts, d, n: tl.constexpr, REVERSE: tl.constexpr, LANES: tl.constexpr):
-    """The start of every part: of one, decayed over its span, plus its end from zero, comes the start of the next."""
+    """The initial state of every part: that of the part before, decayed over its span, plus its end from zero."""
     state, batch = tl.program_id(1), tl.program_id(2).to(tl.int64)
     channels = tl.program_id(0) * LANES + tl.arange(0, LANES)
     here = channels < d
@@ -259,7 +259,7 @@ def _forward_kernel(
     u, delta, rates, B, C, y, states, kept, length, d, segment, n: tl.constexpr, KEEP: tl.constexpr,
     TILE: tl.constexpr, GROUPS: tl.constexpr, BLOCK: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    """Through one part: outputs to ``y``, states at multiples of KEEP to ``kept`` and the last ones to ``states``."""
+    """Run one part: outputs to ``y``, states at multiples of KEEP to ``kept`` and the last ones to ``states``."""
     part, batch = tl.program_id(1), tl.program_id(2).to(tl.int64)
     rows, lines, channels = _axes(TILE, GROUPS, BLOCK, LANES)
     like = tl.zeros([TILE, GROUPS, BLOCK, LANES], states.dtype.element_ty)
@@ -301,10 +301,10 @@ def _backward_kernel(
     length, d, segment, n: tl.constexpr, KEEP: tl.constexpr,
     TILE: tl.constexpr, GROUPS: tl.constexpr, BLOCK: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    """Back through one part, by ``g_t = grad_y_t C_t + a_{t+1} g_{t+1}``, the gradient to ``h_t``.
+    """Run backwards through one part, with the gradient ``g_t = grad_y_t C_t + a_{t+1} g_{t+1}`` of ``h_t``.
 
     For every stretch of KEEP steps the states before each of its tiles are computed again, into ``replay``.
-    ``adjoint`` holds ``a_t g_t`` of the tile to the right; at the end, the gradient to the state before the part.
+    ``adjoint`` holds ``a_t g_t`` of the following tile, and at the end the gradient of the state before the part.
     """
     block, part, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     rows, lines, channels = _axes(TILE, GROUPS, BLOCK, LANES)
@@ -330,7 +330,7 @@ def _backward_kernel(
             x = tl.load(kept + (batch * tl.cdiv(length, KEEP) + start // KEEP) * n * d + place, here, other=0.0)
             tl.store(replay + place, x, here)
             for j in range(tiles - 1):
-                at = start + j * TILE  # a whole tile: the last one is not run here
+                at = start + j * TILE  # always a full tile, since the last one is left out
                 wide = (batch * length + at) * d + (rows * d + channels)
                 narrow = (batch * length + at) * n + (rows * n + index)
                 step = _load(delta + wide, channels < d, like)
