@@ -17,7 +17,7 @@ sys.path[:0] = [
     str(Path(__file__).parent / "cutting"),
 ]  # tests share `helpers` and `suite`
 
-# Derandomized: the same examples in every run. No deadline: the first example pays for imports and thread pools.
+# Derandomized, so that every run has the same examples. No deadline, since the first example includes imports.
 settings.register_profile("ci", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("ci")
 
@@ -28,7 +28,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.fixture(autouse=True)
 def _same_draws_in_any_order() -> None:
-    """What a test draws without a seed of its own does not depend on the tests before it."""
+    """Seed the global generators, so that random numbers of a test do not depend on the tests before it."""
     torch.manual_seed(0)
-    np.random.seed(0)  # noqa: NPY002 - the generator that a user's code may draw from
+    np.random.seed(0)  # noqa: NPY002 - users' code may draw from the global generator
     random.seed(0)

@@ -60,7 +60,7 @@ def random_signals(
 
 @st.composite
 def degenerate_systems(draw: st.DrawFn, method: str = "real") -> DiagonalSystem:
-    """Systems of every ordinary and degenerate kind: see the comments."""
+    """Random systems of ordinary and degenerate kinds; the comments name them."""
     n, p, q = draw(st.integers(1, 12)), draw(st.integers(1, 3)), draw(st.integers(1, 3))
     kind = draw(
         st.sampled_from(["plain", "real", "repeated", "near", "uncontrollable", "unobservable", "scaled", "zero"])
@@ -72,7 +72,7 @@ def degenerate_systems(draw: st.DrawFn, method: str = "real") -> DiagonalSystem:
     lam = torch.polar(size, phase)
     B = torch.randn(n, p, dtype=torch.complex128, generator=generator)
     C = torch.randn(q, n, dtype=torch.complex128, generator=generator)
-    if kind == "real":  # real eigenvalues of both signs: each takes a whole complex state
+    if kind == "real":  # real eigenvalues of both signs, each a complex state of its own
         lam = (size * torch.sign(torch.cos(phase))).to(torch.complex128)
     elif kind == "repeated":
         lam = lam[:1].expand(n).clone()
@@ -94,7 +94,7 @@ def degenerate_systems(draw: st.DrawFn, method: str = "real") -> DiagonalSystem:
 
 
 def torchrun(processes: int, script: Path, *arguments: Any, cwd: Path | None = None) -> str:
-    """What the script prints in several processes on gloo; an assertion when one of them fails."""
+    """Run a script in several processes on gloo, and return its output. Assert that none of them fails."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     result = subprocess.run(
         [*command, str(Path(__file__).parent / "leave_quickly.py"), str(script), *map(str, arguments)],
@@ -102,7 +102,7 @@ def torchrun(processes: int, script: Path, *arguments: Any, cwd: Path | None = N
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"},
         capture_output=True,
         text=True,
-        timeout=900,  # a busy machine takes its time to start processes
+        timeout=900,  # starting processes is slow on a busy machine
         check=False,
     )
     assert result.returncode == 0, result.stderr[-4000:]

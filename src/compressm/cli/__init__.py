@@ -1,4 +1,4 @@
-"""The command line. A user's mistake is answered by one line on standard error and exit code 2, not by a traceback.
+"""The command line. After a user's mistake it prints one line on standard error, without traceback, and exits with 2.
 
 There is one module per command. `app` puts the commands together, `options` and `common` hold what they share.
 """
@@ -16,10 +16,10 @@ from compressm.errors import CompressmError, MissingExtraError
 
 
 def leave(code: int) -> NoReturn:
-    """Exit. After work in several processes, exit without the interpreter's own clean-up.
+    """Exit the process. After work in several processes, skip the interpreter's clean-up.
 
     gloo's threads outlive a process group that DistributedDataParallel has used (torch 2.13, with or without
-    ``destroy_process_group``), and now and then abort a process that has done all its work.
+    ``destroy_process_group``). During the clean-up they sometimes abort a process whose work is done.
     """
     distributed = sys.modules.get("torch.distributed")
     if distributed is not None and distributed.is_available() and distributed.is_initialized():
@@ -43,12 +43,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # the reader of our output has gone
+    except BrokenPipeError:  # the reader of our output has closed the pipe
         sys.stderr.close()
         return 1
     except MemoryError:
         return fail("out of memory; free some, or ask for less")
-    except OSError as error:  # a full disk, a folder without permission: the system's words tell the user what to mend
+    except OSError as error:  # such as a full disk or a missing permission, which the system's message names
         return fail(f"{error.filename or 'input or output'}: {error.strerror or error}")
 
 
@@ -59,7 +59,7 @@ def _dispatch(given: list[str]) -> int:
         raise MissingExtraError('the command line needs typer: pip install "compressm[train]"') from error
     from compressm.cli.app import make_app
 
-    # Newer versions of typer bring their own copy of click. This finds the base of all usage errors in either.
+    # Newer versions of typer contain their own copy of click. This finds the base of all usage errors in both cases.
     usage_error: type[Exception] = typer.BadParameter.__mro__[1]
     command_line = shlex.join(["compressm", *given])
     try:

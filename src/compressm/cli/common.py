@@ -1,4 +1,4 @@
-"""What all commands share: how an error is said, and where a result goes."""
+"""Functions that all commands share: they report errors and write results."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def fail(message: str) -> int:
     Returns:
         the exit code of a mistake, 2.
     """
-    # A file or an argument may hold control characters, and those must not reach the terminal.
+    # A file or an argument may contain control characters, which must not reach the terminal.
     line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in " ".join(message.split()))
     print(f"error: {line}", file=sys.stderr)
     return 2

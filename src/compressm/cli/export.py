@@ -48,5 +48,5 @@ def export(
 
 
 def _name(format: Literal["onnx", "torch"], step: bool, int8: bool) -> str:
-    """The file's name where none is given."""
+    """The default name of the file."""
     return "model" + "-step" * step + "-int8" * int8 + (".onnx" if format == "onnx" else ".pt2")

@@ -1,4 +1,4 @@
-"""Arguments and options that several commands have, and the command line that a result records.
+"""Arguments and options that several commands share, and the command line that a result records.
 
 This module and those of the commands import typer, so `compressm.cli.main` imports them only when it needs them.
 """
@@ -17,7 +17,7 @@ PICTURES = (".png", ".svg", ".pdf")
 
 
 def file_option(*names: str, help: str, endings: Sequence[str] = ()) -> Any:
-    """An option for a file to write. The path is checked before the work whose result goes there."""
+    """An option for an output file. The path is checked before the work begins."""
 
     def check(parameter: typer.CallbackParam, path: Path | None) -> Path | None:
         if path is None or str(path) == "-":

@@ -47,7 +47,7 @@ def reproduce(
 
 
 def _jobs(cluster: Literal["slurm", "local"], options: str | None, folder: Path) -> Callable[[int], Executor]:
-    """Makes what runs the runs as jobs of a scheduler, whose logs go to a folder."""
+    """A factory of executors that submit runs as jobs to a scheduler. Their logs are written to ``folder``."""
     from compressm.lab.reproduce.cluster import on_cluster, parse_options
 
     return on_cluster(cluster, folder, parse_options(options))

@@ -1,4 +1,4 @@
-"""compressm in other people's training loops and models: one module per host, imported only by those who use it.
+"""compressm in other people's training loops and models: one module per host, imported only on use.
 
-Nothing here decides about cuts: each module calls a `Compressor` at the right moments of its host's loop.
+These modules do not decide about cuts. Each calls a `Compressor` at the right points of its host's loop.
 """

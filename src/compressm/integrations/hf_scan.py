@@ -10,8 +10,8 @@ to
     with fast_scan(model):
         trainer.train()
 
-Only the layers of this model are changed: each gets an attribute, which the end of the block removes. Masks, caches,
-norms and convolutions stay transformers' own code. Weights, state dict and checkpoints stay the same.
+Only the layers of this model are changed: each gets an attribute, which is removed at the end of the block. Masks,
+caches, norms and convolutions still run transformers' code. Weights, state dict and checkpoints do not change.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class FastScan:
         self._modules = [model.get_submodule(name) for name in layers]
 
     def remove(self) -> None:
-        """Give the layers their own scan back. May be called twice."""
+        """Restore the layers' own scan. May be called twice."""
         for module in self._modules:
             module.__dict__.pop("forward", None)
 
@@ -55,7 +55,7 @@ def enable_fast_scan(model: nn.Module) -> FastScan:
             GraniteMoeHybrid, NemotronH, Zamba2).
 
     Raises:
-        UnsupportedModelError: it contains none, or one whose forward was exchanged already.
+        UnsupportedModelError: the model contains none, or one whose forward has already been replaced.
     """
     names = _slow_layers(model)
     if not names:
@@ -75,7 +75,7 @@ def enable_fast_scan(model: nn.Module) -> FastScan:
 
 
 def can_be_fast(model: nn.Module) -> bool:
-    """Whether `fast_scan` has anything to do in a model."""
+    """Whether a model contains a layer that `fast_scan` supports."""
     return bool(_slow_layers(model))
 
 
@@ -137,7 +137,7 @@ def _ssd(
     return_final_states: bool = False,
     **others: Any,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """`ssd_scan` with the arguments of transformers' ``mamba2_chunk_scan``, and float32 inside, as there."""
+    """`ssd_scan` with the arguments of transformers' ``mamba2_chunk_scan``, and float32 inside like that."""
     _refuse_packing(others)
     if dt_bias is not None:
         dt = dt + dt_bias.to(dt.dtype)

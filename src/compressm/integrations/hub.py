@@ -1,4 +1,4 @@
-"""Compressed models on a model hub: the folder that `compressm.save` writes, with a model card, pushed and pulled."""
+"""Push the folder that `compressm.save` writes, with a model card, to a model hub, and load it from there."""
 
 from __future__ import annotations
 

@@ -23,15 +23,15 @@ class CompressionCallback(Callback):
 
         trainer = Trainer(..., callbacks=[CompressionCallback(tolerance=0.02)])
 
-    Optimizer, scheduler, accumulation, clipping, mixed precision and DDP go on through cuts; so does a
-    `WeightAveraging` callback. Training resumes from checkpoints of every size (``fit(ckpt_path=...)``), and they can
-    be reloaded (``test(ckpt_path="best")``); the order of the Trainer's callbacks does not matter. The Trainer's
-    loggers log each cut. A roll-back restores the weights and does not set Lightning's count of steps back, since the
-    data of these steps have been read: see ``rewind`` in `Compressor`.
+    Optimizer, scheduler, accumulation, clipping, mixed precision, DDP and `WeightAveraging` callbacks keep working
+    after a cut. Training resumes from checkpoints of every size (``fit(ckpt_path=...)``), and they can be reloaded
+    (``test(ckpt_path="best")``). The order of the Trainer's callbacks does not matter. The Trainer's loggers log each
+    cut. A roll-back restores the weights. It does not reset Lightning's count of steps, since the data of these steps
+    have been read; see ``rewind`` in `Compressor`.
 
     Args:
-        **arguments: those of `Compressor`, which says what can be asked for; ``tolerance=0.02`` for example. Its
-            ``total_steps`` is the Trainer's estimate of its own length unless it is given here.
+        **arguments: arguments of `Compressor`, for example ``tolerance=0.02``. By default ``total_steps`` is the
+            Trainer's estimate of its number of steps.
 
     Attributes:
         compressor: the `Compressor`, once training has begun.
@@ -48,7 +48,7 @@ class CompressionCallback(Callback):
         self._global_step = 0
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Before Lightning loads any checkpoint."""
+        """Let the model load weights of any size. Lightning calls this before it loads a checkpoint."""
         if not isinstance(trainer.strategy, SingleDeviceStrategy | DDPStrategy):
             raise UnsupportedModelError(
                 f"{type(trainer.strategy).__name__} shards the model, and shards cannot be resized in place: use one "

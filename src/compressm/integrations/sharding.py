@@ -1,8 +1,8 @@
 """Models sharded by FSDP2 (`torch.distributed.fsdp.fully_shard`).
 
-A sharded parameter cannot be resized in place: FSDP2 fixes padding, all-gather buffers and the layout of shards when it
-takes a parameter over, and never releases it. A cut therefore gathers the model on rank 0, with its optimizer's state,
-cuts it there, and shards the smaller model anew.
+A sharded parameter cannot be resized in place, since FSDP2 fixes padding, all-gather buffers and the layout of shards
+when it wraps a parameter. A cut therefore gathers the model and its optimizer's state on rank 0, cuts it there, and
+shards the smaller model.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ def compress_sharded(
             model, optimizer, build=build, shard=shard, build_optimizer=build_optimizer, tolerance=0.02
         )
 
-    A scheduler must be given the new optimizer afterwards (``scheduler.optimizer = optimizer``): its learning rates
-    come along with the optimizer's state.
+    Afterwards give a scheduler the new optimizer (``scheduler.optimizer = optimizer``). The learning rates are part of
+    the optimizer's state.
 
     Args:
         model: sharded by ``shard``. Do not use it any more.
@@ -54,10 +54,10 @@ def compress_sharded(
         build: returns the model as it was built at first, unsharded.
         shard: calls `fully_shard` on a model from ``build``, in place.
         build_optimizer: returns the optimizer of a model.
-        **rule: how far to cut, and how: see `compressm.compress`.
+        **rule: size and method of the cut, see `compressm.compress`.
 
     Returns:
-        the smaller model, sharded; its optimizer; and what was done.
+        the smaller model, sharded; its optimizer; and a report.
 
     Raises:
         InvalidRankRuleError, UnsupportedModelError, UnsupportedOptimizerError, InvalidSystemError: on all ranks.
@@ -82,11 +82,11 @@ def compress_sharded(
     resize_states(smaller, report.state_dims)
     shard(smaller)
     optimizer = build_optimizer(smaller)
-    # set_state_dict takes the empty dict of the other ranks for "no model", and rank 0 would wait for them for ever.
+    # set_state_dict would take the empty dict of the other ranks for "no model", and rank 0 would wait forever.
     from_first = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, strict=not begun_anew)
     set_model_state_dict(smaller, weights if rank() == 0 else {}, options=from_first)
     set_optimizer_state_dict(smaller, optimizer, states if rank() == 0 else {}, options=from_first)
-    if begun_anew:  # torch gives these parameters a state as if a step had been made with them
+    if begun_anew:  # torch has given these parameters a state as if a step had been made
         begin_anew(optimizer, [one for name, one in smaller.named_parameters() if name in begun_anew])
     return smaller, optimizer, report
 
@@ -94,18 +94,18 @@ def compress_sharded(
 def fit_to_checkpoint(model: nn.Module, folder: str | os.PathLike[str], key: str = "model") -> nn.Module:
     """Give an unsharded model the state dimensions of a `torch.distributed.checkpoint`, in place.
 
-    That checkpoint is read into tensors that have their shapes already, so call this before `fully_shard`.
+    `torch.distributed.checkpoint` reads into existing tensors of the right shapes, so call this before `fully_shard`.
 
     Args:
-        model: as it was built at first.
+        model: the model as it was built at first.
         folder: the checkpoint.
-        key: under which the model's state dict was saved, as in ``dcp.save({"model": ..., "optimizer": ...})``.
+        key: the key of the model's state dict in the checkpoint, as in ``dcp.save({"model": ..., "optimizer": ...})``.
 
     Returns:
-        the same model, for the checkpoint to be read into.
+        the same model.
 
     Raises:
-        CheckpointError: no such checkpoint, or of another model.
+        CheckpointError: there is no such checkpoint, or it is of another model.
     """
     try:
         entries = FileSystemReader(Path(folder)).read_metadata().state_dict_metadata

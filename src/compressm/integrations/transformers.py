@@ -33,18 +33,17 @@ class CompressionCallback(TrainerCallback):
 
         trainer.add_callback(CompressionCallback(trainer, tolerance=0.02))
 
-    Optimizer, scheduler, accumulation, clipping, mixed precision and DistributedDataParallel go on through cuts.
-    Training resumes from checkpoints of every size, and reloads them (``load_best_model_at_end``). Each cut is logged
-    where the Trainer logs.
+    Optimizer, scheduler, accumulation, clipping, mixed precision and DistributedDataParallel keep working after a cut.
+    Training resumes from checkpoints of every size, and reloads them (``load_best_model_at_end``). The Trainer logs
+    each cut.
 
     With ``max_drop`` and no ``evaluate`` the metric is the Trainer's own: ``metric_for_best_model`` on the
-    ``eval_dataset`` (the loss by default), with its sign changed where smaller is better. A roll-back restores the
-    weights and does not set the Trainer's count of steps back, since the data of these steps have been read: see
-    ``rewind`` in `Compressor`.
+    ``eval_dataset`` (the loss by default), negated if smaller is better. A roll-back restores the weights. It does not
+    reset the Trainer's count of steps, since the data of these steps have been read; see ``rewind`` in `Compressor`.
 
     Args:
         trainer: the Trainer that the callback is added to.
-        **arguments: those of `Compressor`, which says what can be asked for; ``tolerance=0.02`` for example.
+        **arguments: arguments of `Compressor`, for example ``tolerance=0.02``.
 
     Attributes:
         compressor: the `Compressor`, once training has begun.
@@ -113,7 +112,7 @@ class CompressionCallback(TrainerCallback):
             self.trainer.log(metrics)
 
     def _check_metric(self) -> None:
-        """Refuse, before training, a metric that an evaluation will not have."""
+        """Refuse, before training, a metric that the evaluation does not return."""
         name = self._metric_name()
         if self.trainer.eval_dataset is None:
             raise InvalidRankRuleError(
@@ -136,10 +135,10 @@ class CompressionCallback(TrainerCallback):
         return name if name.startswith("eval_") else f"eval_{name}"
 
     def _evaluate(self, model: nn.Module) -> float:
-        """The Trainer's metric for the best model, with the sign that makes larger better. It calls no callback.
+        """The Trainer's metric for the best model, negated if smaller is better. No callbacks are called.
 
         Raises:
-            EvaluationError: the evaluation does not have it.
+            EvaluationError: the evaluation does not return this metric.
         """
         args, name = self.trainer.args, self._metric_name()
         output = self.trainer.evaluation_loop(self.trainer.get_eval_dataloader(), description="Cut")
@@ -154,7 +153,7 @@ class CompressionCallback(TrainerCallback):
 
 
 def _records(state: TrainerState) -> dict[str, Any]:
-    """What callbacks keep in ``trainer_state.json``, by name."""
+    """The states of callbacks in ``trainer_state.json``, by name."""
     return cast("dict[str, Any]", state.stateful_callbacks)
 
 
