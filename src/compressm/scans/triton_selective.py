@@ -137,7 +137,7 @@ def _composed(
 
 
 def _options(n: int) -> dict[str, Any]:
-    """Kernel options: blocks of up to four states, one state per warp, and fused multiply-add in every Triton version."""
+    """Kernel options: blocks of up to four states, one state per warp; always with fused multiply-add."""
     block = min(triton.next_power_of_2(n), 4)
     sizes = {"TILE": _TILE, "GROUPS": _GROUPS, "BLOCK": block, "LANES": _LANES}
     return {**sizes, "num_warps": block, "enable_fp_fusion": True}
@@ -166,9 +166,9 @@ def _run_parts(
 
 # In the kernels a tile has the axes (step, group of channels, state, channel in the group). Lanes run along channels
 # and warps along states, so that a thread holds all steps of its states, and `_row` is a register. In this layout
-# threads exchange only sums. Three things make the compiler choose it: pointers are broadcast over states or channels before a
-# load; d is not a constant; and states count downwards in a block, which hides that they are neighbours in B and C.
-# Steps beyond the end load as zero, and a step with delta = 0 and u = 0 changes nothing.
+# threads exchange only sums. Three things make the compiler choose it: pointers are broadcast over states or channels
+# before a load; d is not a constant; and states count downwards in a block, which hides that they are neighbours in B
+# and C. Steps beyond the end load as zero, and a step with delta = 0 and u = 0 changes nothing.
 
 
 @triton.jit
