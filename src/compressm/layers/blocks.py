@@ -40,7 +40,7 @@ class SequenceBatchNorm(nn.BatchNorm1d):
     """
 
     def forward(self, input: Tensor, present: Tensor | None = None) -> Tensor:
-        """The normalised input. ``present``, bool, shape ``(batch, length)``, marks what is no padding: in training the
+        """The normalised input. ``present``, bool, shape ``(batch, length)``, is False at padding. In training the
         statistics leave padding out, and its output is zero."""
         if present is None or not self.training:
             return self.with_input(input)[0]

@@ -191,8 +191,8 @@ class DeltaNet(MatrixStateLayer):
         S_t = alpha_t S_{t-1} (I - beta_t k_t k_t^T) + beta_t v_t k_t^T,    y_t = S_t q_t
 
     with keys and queries linear in the input and of norm 1, ``beta = sigmoid(w . u + b)``, and ``alpha`` as in
-    `LinearAttention`. There is no convolution and no non-linearity before keys and queries except
-    the norm, so a rotation of them can be folded into their projections.
+    `LinearAttention`. There is no convolution and no non-linearity before keys and queries except their norm, so a
+    rotation of them can be folded into their projections.
 
     Args:
         d_model, d_state, n_heads, expand, norm_eps: see `MatrixStateLayer`.

@@ -1,8 +1,8 @@
-"""The options of compression, each defined once: name, type, default, range, and what it means.
+"""The options of compression, each defined once: name, type, default, range and meaning.
 
-From this table come the checks of `Compressor`'s arguments, the section ``compression`` of configuration files
-(`compressm.lab.config`) and the page docs/options.md. Tests hold the signatures of `Compressor` and `compress`, and
-`Compressor`'s docstring, against it.
+This table defines the checks of `Compressor`'s arguments, the section ``compression`` of configuration files
+(`compressm.lab.config`) and the page docs/options.md. Tests compare it with the signatures of `Compressor` and
+`compress`, and with `Compressor`'s docstring.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from compressm.training.schedule import When
 from compressm.training.snapshot import Stateful
 
 Part = Literal["goal", "schedule", "cushion", "cut", "training"]
-REQUIRED: Any = ...  # the default of what has none
-ABSENT: Any = type("Absent", (), {"__repr__": lambda _: "ABSENT"})()  # of what `compress` does not take
+REQUIRED: Any = ...  # the default of an option that must be given
+ABSENT: Any = type("Absent", (), {"__repr__": lambda _: "ABSENT"})()  # marks an option that `compress` does not take
 
 SIZE_RULES = ("tolerance", "states", "fraction", "max_error", "total_states")
 
@@ -35,15 +35,15 @@ class Option:
     """An argument of `Compressor`.
 
     Attributes:
-        name: of the argument.
-        type: what it is; None is allowed besides where it is the default.
-        default: `REQUIRED` where there is none.
-        part: what it tells: how far (goal), when (schedule), what if it hurts (cushion), how a cut is made, or what
-            else takes part in the training.
-        help: what it means, as in the docstring of `Compressor`.
+        name: name of the argument.
+        type: type of the value. None is also allowed if it is the default.
+        default: default value, or `REQUIRED`.
+        part: the part that it configures: how far cuts go (goal), when they come (schedule), the examination
+            (cushion), how a cut is made (cut), or the other parts of the training (training).
+        help: its meaning, as in the docstring of `Compressor`.
         bounds: least and largest value, under pydantic's names: ``ge``, ``gt``, ``le``, ``lt``.
         example: a value to name in messages.
-        once: the default in `compress`; `ABSENT` where it has no such argument.
+        once: the default in `compress`; `ABSENT` if `compress` has no such argument.
         file: whether it is a key of the section ``compression`` of configuration files.
     """
 
@@ -64,7 +64,7 @@ class Option:
 
     @property
     def expected(self) -> str:
-        """The values that are fit, in words."""
+        """The allowed values, in words."""
         low, high = (self.bounds.get(a, self.bounds.get(b)) for a, b in (("ge", "gt"), ("le", "lt")))
         if self.type is bool:
             return "True or False"
@@ -74,7 +74,7 @@ class Option:
         return f"a share in {interval}" + (f", for example {self.example}" if self.example else "")
 
     def check(self, value: Any) -> None:
-        """Refuse an unfit value.
+        """Refuse a value that is not allowed.
 
         Raises:
             InvalidRankRuleError: the option, the value, and what is expected.
@@ -88,7 +88,7 @@ class Option:
 
     def _fits(self, value: Any) -> bool:
         if self.type is bool:
-            return bool(value in (True, False))  # 0, 1 and NumPy's are fit too; words are not
+            return bool(value in (True, False))  # 0, 1 and NumPy's booleans are allowed too, strings are not
         if isinstance(value, bool | str | bytes):
             return False
         try:
@@ -220,10 +220,10 @@ OPTIONS: dict[str, Option] = {option.name: option for option in _TABLE}
 
 
 def check_options(given: Mapping[str, Any]) -> None:
-    """Refuse arguments of `Compressor` that are unfit by themselves, or leave open how far to cut.
+    """Refuse arguments of `Compressor` whose values are not allowed, or that do not determine how far to cut.
 
     Args:
-        given: values by name; other names are left alone.
+        given: values by name. Names that are no options are ignored.
 
     Raises:
         InvalidRankRuleError: the option, the value, what is expected, and what to do.
