@@ -130,7 +130,7 @@ class FLAAdapter(HuggingFaceAdapter):
                 self.tell_config(config, max(dims))
 
     def tell_config(self, config: Any, states: int) -> None:
-        """Make a model's config say how many key dimensions a head has."""
+        """Write a head's number of key dimensions into a model's config."""
         config.expand_k = states * config.num_heads / config.hidden_size
 
 
