@@ -50,7 +50,7 @@ class Proposal:
 
 
 class Cuts(ABC):
-    """Cuts of one layer, as it is now, to any number of states.
+    """Cuts of one layer, in its present state, to any number of states.
 
     Attributes:
         discards: maps a number of states to the Hankel energy that the cut to it discards, for `choose_ranks`. None if
@@ -181,7 +181,7 @@ class SelectiveCuts(Cuts):
 
     def proposal(self, states: int, rule: RankRule) -> Proposal:
         """Reduce, and check the estimate."""
-        del rule  # ranks were chosen by what these cuts discard
+        del rule  # `discards` already let the rule choose the rank by the energy that these cuts discard
         reduction = self._reduction(states)
         estimate = reduction.estimate
         if not estimate.valid:

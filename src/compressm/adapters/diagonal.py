@@ -74,7 +74,7 @@ class DiagonalAdapter(Adapter):
         """The change that writes these parameters.
 
         Args:
-            values: the layer's, as it is.
+            values: the layer's parameters and buffers before the change.
             reduction: the reduction, already in the scale that is written.
             per_state: new values of ``per_state``.
             B, C: new values, complex, of shapes ``(r, p)`` and ``(q, r)``.

@@ -122,7 +122,7 @@ class RecurrentGemmaAdapter(HuggingFaceAdapter, RecurrentBlockAdapter):
         module: Any = layer
         before, state = (value[: hidden.shape[0]].to(hidden) for value in carried)
         x, length = module.linear_x(hidden), hidden.shape[1]
-        if length == 1:  # longer parts start the convolution anew, as the layer itself does
+        if length == 1:  # in longer inputs the convolution starts from zeros, as in the layer itself
             x = torch.cat([before.transpose(1, 2), x], 1)
         found = self.driven_by(module, hidden, short_conv(module.conv_1d, x)[:, -length:])
         return replace(found, state=state.unflatten(-1, module.rg_lru.input_gate_weight.shape[:2]))

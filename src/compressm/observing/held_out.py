@@ -77,7 +77,7 @@ class HalvedStatistics(Statistics):
         """Moments of each half by layer name, over all processes; their ``tokens`` is 0 if a half got no sequence.
 
         Raises:
-            UnsupportedModelError: a layer was never observed, or not whole; on all processes.
+            UnsupportedModelError: a layer was never observed, or not completely; on all processes.
         """
         if problems := [line for lines in gathered(self.problems()) for line in lines]:
             raise UnsupportedModelError(problems[0])

@@ -45,24 +45,24 @@ class RankRule:
 
     Args:
         tolerance: the share of the Hankel energy that may be discarded in a layer (tau in the CompreSSM paper), and in
-            each of its systems (channels, heads, groups) where it has several. In [0, 1). Where Hankel singular values
-            are cut off, that is the smallest ``r`` with ``sum_{i<=r} s_i >= (1 - tolerance) sum_i s_i``. Where states
-            are selected, it is an ``r`` whose cut keeps as much while that to one state fewer does not; see
+            each of its systems (channels, heads, groups) if it has several. In [0, 1). If the smallest Hankel singular
+            values are removed, the rank is the smallest ``r`` with ``sum_{i<=r} s_i >= (1 - tolerance) sum_i s_i``. If
+            states are selected, it is an ``r`` whose cut keeps this share while the cut to ``r - 1`` does not; see
             `SelectiveReduction.discarded`.
         states: at most this many states in every layer.
-        fraction: at most this fraction of a layer's present states, in (0, 1]; but at least one state, or multiple.
+        fraction: at most this fraction of a layer's present states, in (0, 1], and at least one state or multiple.
         max_error: the H-infinity error allowed per layer, in the units of output per input: the smallest ``r`` with ``2
             sum_{i>r} s_i <= max_error``. Selective layers have no such bound; for them it is twice the Hankel energy
             that the cut discards, which is at least twice the root mean square of the recurrence's output error.
-        total_states: a budget over all layers together: those states with the largest share of their own layer's
-            energy are kept, wherever they are.
-        multiple_of: prefer state dimensions that are a multiple of this (what the hardware likes); see above.
-        min_reduction: cut a layer only if this share of its states goes (0.05: the paper's 0.95 gate).
-        max_reduction: of a layer's states at most this share goes, rounded down, whatever the rule says. In (0, 1].
-        per_layer: let layers differ in their state dimension even where the model's own checkpoint format has only one
-            for all, as in Hugging Face's; `compressm.save` and `compressm.load` keep such a model. Otherwise these
-            layers share one: the smallest that keeps the promise in all of them, the largest within the limit of each,
-            or an equal part of the budget.
+        total_states: a budget over all layers together. The states with the largest share of their own layer's energy
+            are kept, in whichever layer they are.
+        multiple_of: prefer state dimensions that are a multiple of this, for efficient hardware kernels; see above.
+        min_reduction: cut a layer only if at least this share of its states is removed (0.05: the paper's 0.95 gate).
+        max_reduction: remove at most this share of a layer's states, rounded down, whatever the rule says. In (0, 1].
+        per_layer: let layers differ in their state dimension even if the model's own checkpoint format has only one for
+            all, as in Hugging Face's; `compressm.save` and `compressm.load` support such models. Otherwise these layers
+            share one state dimension: the smallest that keeps the promise in all of them, the largest within the limit
+            of each, or an equal part of the budget.
 
     Raises:
         InvalidRankRuleError: none or several of the five rules, a value out of range, or a limit below ``multiple_of``.
