@@ -86,7 +86,7 @@ def _floors(curves: Mapping[str, Tensor], floor: float) -> dict[str, int]:
 
 
 def _cheapest(curves: Mapping[str, Tensor], floor: float, stop: Callable[[float, int], bool]) -> dict[str, int]:
-    """Remove states where this costs least, until ``stop`` forbids the next one.
+    """Remove states where this costs least, as long as ``stop`` allows it.
 
     Each layer's curve is replaced by its lower convex hull, along which the next step is always the cheapest.
     """

@@ -23,7 +23,7 @@ def truncate_by_rule(ordered: Balancing, states: int, rule: RankRule, promises: 
             ones: the same number of them cannot keep it.
 
     Returns:
-        the cut; None where none has fewer states than the layer has now.
+        the cut; None if no cut has fewer states than the layer has now.
     """
     if not rule.guarantees_error:
         reduction = truncate(ordered, states)
