@@ -1,6 +1,6 @@
-"""How to read a system out of a layer and write a smaller one back: one file per family, one registry.
+"""Adapters read a system out of a layer and write a smaller one back: one file per family, one registry.
 
-Only this room knows both layers and systems.
+No other package knows both layers and systems.
 """
 
 from compressm.adapters.base import (
@@ -37,7 +37,7 @@ register(GatedLinearAttentionAdapter())
 register(DeltaNetAdapter())
 register(RecurrentBlockAdapter())
 
-# By name, so that the packages are not imported.
+# Registered by name, so that the packages are not imported.
 _HUGGING_FACE = "transformers.models.{0}.modeling_{0}.{1}"
 register(HFMambaAdapter(_HUGGING_FACE.format("mamba", "MambaMixer")))
 register(FalconMambaAdapter(_HUGGING_FACE.format("falcon_mamba", "FalconMambaMixer")))

@@ -1,8 +1,8 @@
-"""What an adapter is, and the registry of adapters.
+"""The base classes of adapters, and the registry of adapters.
 
-A linear time-invariant layer is a system that can be read off its parameters; what a selective layer does depends on
-the data. The two bases, `Adapter` and `SelectiveAdapter`, answer the same questions in these two ways, so that nobody
-else has to ask which of them a layer has.
+A linear time-invariant layer has a system that is read off its parameters. The recurrence of a selective layer depends
+on the data. The bases `Adapter` and `SelectiveAdapter` give both kinds the same interface, so that no other package
+distinguishes them.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from compressm.theory.systems import DiagonalSystem
 
 
 class LayerAdapter(ABC):
-    """What the library needs to know of one kind of layer; use `Adapter` or `SelectiveAdapter`.
+    """The interface to one kind of layer; subclass `Adapter` or `SelectiveAdapter`.
 
     Attributes:
-        layer_type: the layer's class, or its full name, such as ``"package.module.Class"``, where the package is not to
+        layer_type: the layer's class, or its full name, such as ``"package.module.Class"``, if the package should not
             be imported.
         uniform: whether all such layers of a model must have the same state dimension, because its config and
             checkpoints hold only one.
@@ -42,11 +42,11 @@ class LayerAdapter(ABC):
 
     @abstractmethod
     def state_dim(self, layer: nn.Module) -> int:
-        """Number of states of the layer (complex ones, where they are complex)."""
+        """Number of states of the layer; complex states count once."""
 
     @abstractmethod
     def resized(self, layer: nn.Module, states: int) -> LayerChange:
-        """Parameters of the right shapes for a state dimension, values to be loaded over them; nothing is written."""
+        """A change to parameters of the shapes for a state dimension; load values afterwards. Nothing is written."""
 
     @abstractmethod
     def balance(self, layer: nn.Module, evidence: Moments | None = None, method: Method = "real") -> Balanced:
@@ -64,7 +64,7 @@ class LayerAdapter(ABC):
 
     @abstractmethod
     def cuts(self, layer: nn.Module, balanced: Balanced, selection: Selection = "hankel") -> Cuts:
-        """The cuts that the layer can be given.
+        """The possible cuts of the layer.
 
         Args:
             layer: only read.
@@ -73,16 +73,16 @@ class LayerAdapter(ABC):
         """
 
     def system(self, layer: nn.Module) -> DiagonalSystem | None:
-        """The system that the layer computes; None where what it computes depends on the data."""
+        """The system that the layer computes; None if its recurrence depends on the data."""
         del layer
         return None
 
     def run(self, layer: nn.Module, hidden: Tensor) -> Any:
-        """What the layer returns for its own input alone; override it where the layer needs more arguments."""
+        """Call the layer with its own input alone; override this if the layer needs more arguments."""
         return layer(hidden)
 
     def written(self, model: nn.Module) -> None:
-        """Called after layers of a model were written: keep true what it stores beside them, such as a config."""
+        """Called after layers of a model were written. Update what the model stores beside them, such as a config."""
         del model  # nothing, by default
 
 
@@ -94,11 +94,11 @@ class Adapter(LayerAdapter):
 
     @abstractmethod
     def read(self, values: Mapping[str, Tensor]) -> DiagonalSystem:
-        """The system that a layer with these parameter values computes."""
+        """The system of a layer with these parameter values."""
 
     @abstractmethod
     def plan(self, values: Mapping[str, Tensor], reduction: Reduction) -> LayerChange:
-        """What to write so that the layer computes the reduced system. Nothing is written yet."""
+        """The change after which the layer computes the reduced system. Nothing is written yet."""
 
     def system(self, layer: nn.Module) -> DiagonalSystem:
         """The system that the layer computes."""
@@ -117,19 +117,19 @@ class Adapter(LayerAdapter):
 
 
 class SelectiveAdapter(LayerAdapter):
-    """Shows what goes through a selective layer's recurrence, and plans how to write a smaller one back.
+    """Computes the signals of a selective layer's recurrence, and plans how to write a smaller recurrence back.
 
     Subclass it, set `layer_type`, implement the four methods, and `register` an instance.
 
     Attributes:
         folds_into: whether any linear map of B can be folded into the layer's parameters, and all states decay alike.
-            Where not, states are selected.
-        folds_out: whether any linear map of C can be folded in. Where a non-linearity stands between projection and
-            recurrence it cannot, and C is selected like B.
-        rotates: whether the recurrence allows rotations of the states and no other change of basis: the delta rule.
-            B is then projected by an orthonormal basis, and so is C unless ``folds_out`` allows any map of it.
-        entrance: a part of the layer that it calls once, with its own input, by which the layer is observed where its
-            ``forward`` is called and not the layer. None where there is none; such calls are then refused.
+            Otherwise states are selected.
+        folds_out: whether any linear map of C can be folded in. This is impossible if a non-linearity stands between
+            projection and recurrence; C is then selected like B.
+        rotates: whether rotations are the only changes of basis that the recurrence allows, as in the delta rule. B is
+            then projected by an orthonormal basis, and so is C unless ``folds_out`` allows any map of it.
+        entrance: a submodule that the layer calls once, with its own input. It lets the layer be observed when its
+            ``forward`` is called directly. None if there is none; such calls are then refused.
     """
 
     needs_data = True
@@ -139,13 +139,13 @@ class SelectiveAdapter(LayerAdapter):
     entrance: str | None = None
 
     def maps(self, layer: nn.Module) -> tuple[bool, bool, bool]:
-        """``folds_into``, ``folds_out`` and ``rotates`` of one layer, where they depend on its options."""
+        """``folds_into``, ``folds_out`` and ``rotates`` of one layer; override it if they depend on its options."""
         del layer
         return self.folds_into, self.folds_out, self.rotates
 
     @abstractmethod
     def signals(self, layer: nn.Module, hidden: Tensor) -> Signals:
-        """What goes through the recurrence when the layer reads ``hidden``, its own input.
+        """The signals of the recurrence when the layer reads ``hidden``, its own input.
 
         Args:
             layer: the layer, which must not be changed; autograd is off.
@@ -153,14 +153,14 @@ class SelectiveAdapter(LayerAdapter):
         """
 
     def carried(self, layer: nn.Module, arguments: Mapping[str, Any]) -> Any:
-        """What a call of the layer goes on from, for `signals_after`; None where its states start at zero.
+        """The state from which a call of the layer continues, for `signals_after`; None if its states start at zero.
 
         Args:
             layer: the layer, about to be called.
             arguments: of the call, by name.
 
         Raises:
-            UnsupportedModelError: a state is carried over that the adapter cannot read.
+            UnsupportedModelError: the call continues from a state that the adapter cannot read.
         """
         for name in _CARRIERS:
             if not _is_fresh(arguments.get(name)):
@@ -171,16 +171,16 @@ class SelectiveAdapter(LayerAdapter):
         return None
 
     def signals_after(self, layer: nn.Module, hidden: Tensor, carried: Any) -> Signals:
-        """As `signals`, for a call that goes on from what `carried` returned."""
+        """As `signals`, for a call that continues from the state that `carried` returned."""
         raise NotImplementedError(f"{type(self).__name__}.carried reads states, and signals_after is not there")
 
     @abstractmethod
     def plan(self, values: Mapping[str, Tensor], reduction: SelectiveReduction) -> LayerChange:
-        """What to write so that the recurrence gets ``into B`` and ``out C``, and the kept states' rates. Nothing is
+        """The change after which the recurrence gets ``into B``, ``out C`` and the kept states' rates. Nothing is
         written yet."""
 
     def balance(self, layer: nn.Module, evidence: Moments | None = None, method: Method = "real") -> SelectiveBalancing:
-        """Balance what the data did in the recurrence; see `compressm.theory.recurrence`."""
+        """Balance the recurrence by its moments on data; see `compressm.theory.recurrence`."""
         del method
         if evidence is None:
             raise UnsupportedModelError(f"{type(layer).__name__} is balanced with moments of data, and there are none")
@@ -197,12 +197,12 @@ def _balanced_otherwise(layer: nn.Module, balanced: Balanced, expected: str) -> 
     return f"{type(layer).__name__} was balanced as {type(balanced).__name__}; expected {expected}, from its adapter"
 
 
-# Arguments by which layers are given the state that they go on from.
+# Names of the arguments that pass a layer the state from which it continues.
 _CARRIERS = ("cache_params", "past_key_values", "past_key_value", "inference_params", "initial_state", "initial_states")
 
 
 def _is_fresh(carrier: Any) -> bool:
-    """Whether nothing has been stored yet in what a layer is given to store its state in."""
+    """Whether a cache that a layer is given holds no state yet."""
     if carrier is None:
         return True
     length = getattr(carrier, "get_seq_length", None) or getattr(carrier, "__len__", None)
@@ -213,12 +213,12 @@ def _is_fresh(carrier: Any) -> bool:
 
 _REGISTRY: dict[type[nn.Module] | str, LayerAdapter] = {}
 
-# Parameters by which state space layers are recognised that no adapter is registered for.
+# Parameter names that identify state space layers without a registered adapter.
 _TELLTALES = ("A_log", "log_A_real", "Lambda_re", "nu_log")
 
 
 class UnknownLayerWarning(UserWarning):
-    """A model has, beside layers that compressm knows, one that looks like a state space layer and is left alone."""
+    """A model has a layer that looks like a state space layer and has no adapter, so it will not be reduced."""
 
 
 def register(adapter: LayerAdapter) -> None:
@@ -259,7 +259,7 @@ def find_layers(model: nn.Module) -> dict[str, tuple[nn.Module, LayerAdapter]]:
 
 
 def layers_that_need_data(model: nn.Module) -> dict[str, tuple[nn.Module, SelectiveAdapter]]:
-    """Those of `find_layers` whose states must be seen at work before they can be balanced, with how to see them.
+    """The selective layers of a model, whose `balance` needs moments of data, by name, with their adapters.
 
     Raises:
         UnsupportedModelError: the model has no layer that compressm knows.
@@ -281,10 +281,10 @@ def _short_name(kind: type[nn.Module] | str) -> str:
 
 
 def check_plain(layers: Mapping[str, nn.Module]) -> None:
-    """Refuse layers of which a parameter that a cut reads or writes is computed from others at every call.
+    """Refuse layers in which a tensor that a cut reads or writes is computed from other parameters at every call.
 
-    Such are weights under `torch.nn.utils.parametrize` (``weight_norm``, ``spectral_norm``), under the older hooks of
-    the same names, pruned ones, and those that an adapter such as LoRA wraps.
+    Examples are weights under `torch.nn.utils.parametrize` (``weight_norm``, ``spectral_norm``) or under the older
+    hooks of the same names, pruned weights, and weights wrapped by an adapter such as LoRA.
 
     Args:
         layers: by their names in the model.
@@ -300,10 +300,10 @@ def check_plain(layers: Mapping[str, nn.Module]) -> None:
             names = set(adapter.resized(layer, adapter.state_dim(layer)).values())
             adapter.system(layer)
         except (KeyError, AttributeError) as error:
-            # The error names the parameter; get_parameter's own message has the last part of it only.
+            # The error names the parameter in full; get_parameter's own message has only the last part of the name.
             text = str(error.args[0]) if error.args else ""
             names = {name for name in computed if name == text or f"`{name.rpartition('.')[2]}`" in text} or {text}
-        except InvalidSystemError:  # values, which others look at
+        except InvalidSystemError:  # the values are invalid; other functions check them
             names = set(layer_values(layer)) if not computed else set(computed)
         for name in sorted(names):
             full = f"{layer_name}.{name}".lstrip(".")
@@ -320,7 +320,7 @@ def check_plain(layers: Mapping[str, nn.Module]) -> None:
 
 
 def tell_written(model: nn.Module) -> None:
-    """Let every adapter know, once, that layers of the model were written: see `LayerAdapter.written`."""
+    """Call `LayerAdapter.written` once for every adapter of the model's layers."""
     for adapter in {id(adapter): adapter for _, adapter in find_layers(model).values()}.values():
         adapter.written(model)
 

@@ -1,4 +1,4 @@
-"""What a cut writes into a layer, as a value, and the write itself."""
+"""The change that a cut makes to a layer, as a value, and the function that writes it."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from torch import Tensor, nn
 class ParameterChange:
     """New values for parameters that share one state axis, and how gradients on the old ones map to the new.
 
-    The parameters ``names`` (for example real and imaginary part) are concatenated along ``axis``, their state axis.
-    Where the old values are, on the kept subspace, ``old = pullback^T new``, a gradient with respect to the new ones is
-    ``pullback @ gradient``: gradients are covectors.
+    The parameters ``names`` (for example real and imaginary part) are concatenated along ``axis``, their state axis. On
+    the kept subspace the old values are ``old = pullback^T new``. Gradients are covectors, so a gradient with respect
+    to the new values is ``pullback @ gradient``.
 
     Attributes:
         names: parameter names, relative to the layer.
         values: new values in the same order, of the parameters' dtype and device.
         axis: the state axis of each parameter.
         pullback: maps gradient-like optimizer state (momentum, first moments), shape ``(new, old)`` of the
-            concatenation; dense or sparse. Or ``(*before, new, old)``, one such matrix for each index of the dimensions
-            before ``axis``, where every channel has states of its own.
+            concatenation; dense or sparse. If every channel has states of its own, shape ``(*before, new, old)``, one
+            matrix for each index of the dimensions before ``axis``.
         pullback_squared: maps squared-gradient state (second moments), non-negative, same shape.
     """
 
@@ -65,20 +65,20 @@ def layer_values(layer: nn.Module) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def write(layer: nn.Module, change: LayerChange) -> None:
-    """Write a planned change into a layer, keeping every Parameter the object that it was.
+    """Write a planned change into a layer. Every Parameter stays the same object and gets new data.
 
-    Optimizers, exponential averages and clipping hold on to Parameter objects; one that was replaced would silently
-    never be updated again. Gradients are dropped, since they belong to the old values.
+    Optimizers, exponential averages and clipping refer to Parameter objects; they would silently never update a
+    replacement. Gradients are dropped, since they belong to the old values.
     """
     for name, value in change.values().items():
         parameter = layer.get_parameter(name)
         device = parameter.device
         if parameter.shape != value.shape:
-            # Setting data of another type first makes autograd drop the parameter's gradient accumulator, which
-            # otherwise lives on with the old shape for as long as anyone holds the last loss.
+            # Setting data of another type first makes autograd drop the parameter's gradient accumulator. Otherwise it
+            # keeps the old shape for as long as a reference to the last loss exists.
             other = torch.float16 if parameter.dtype != torch.float16 else torch.float32
             parameter.data = torch.empty(0, dtype=other, device=device)
-        # A copy: the same change may be written into several models, such as averaged copies.
+        # Copy the values: the same change may be written into several models, such as averaged copies.
         parameter.data = value.to(device=device, copy=True, memory_format=torch.contiguous_format)
         parameter.grad = None
     for path, value in change.attributes.items():

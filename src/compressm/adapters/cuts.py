@@ -1,7 +1,7 @@
-"""The cuts that one layer can be given: computed, certified, and ready to be written. Nothing is written here.
+"""The possible cuts of one layer: computed, certified, and ready to be written. Nothing is written here.
 
-What decides is the same for all layers, a number of states and a rule. What a cut is differs: a linear time-invariant
-layer has its balanced system truncated, a selective one has states picked or mapped by what the data did in them.
+Every cut is asked for by a number of states and a rule. In a linear time-invariant layer it truncates the balanced
+system; in a selective layer it selects or maps states by their moments on data.
 """
 
 from __future__ import annotations
@@ -32,10 +32,11 @@ class Proposal:
 
     Attributes:
         states: state dimension after it.
-        change: what to write; None where the cut must not be made.
-        certificate: what is known of the cut.
-        reason: why it must not be made; empty if it may.
-        energy_kept: share of the layer's Hankel energy that it keeps; None where states were taken out as they are.
+        change: what to write; None if the cut must not be made.
+        certificate: its errors and checks.
+        reason: why the cut must not be made; empty if it may be made.
+        energy_kept: share of the layer's Hankel energy that the cut keeps; None if states were pruned without a change
+            of basis.
         poles_before, poles_after: eigenvalues of a linear time-invariant layer.
     """
 
@@ -49,25 +50,25 @@ class Proposal:
 
 
 class Cuts(ABC):
-    """Cuts of one layer, as it is now, to any number of states.
+    """Cuts of one layer, in its present state, to any number of states.
 
     Attributes:
-        discards: the Hankel energy that a cut to so many states discards, for `choose_ranks`; None where that is the
-            sum of the smallest Hankel singular values, which no cut can undercut.
+        discards: maps a number of states to the Hankel energy that the cut to it discards, for `choose_ranks`. None if
+            this is the sum of the smallest Hankel singular values, the least that any cut can discard.
     """
 
     discards: Discards | None = None
 
     @abstractmethod
     def proposal(self, states: int, rule: RankRule) -> Proposal | None:
-        """The cut to as many states as a rule chose.
+        """The cut to the number of states that a rule chose.
 
         Args:
             states: at least 1.
-            rule: a promise of it is kept by the cut itself, with more states where it needs them.
+            rule: if it promises a quality, the cut keeps the promise, with more states if needed.
 
         Returns:
-            the cut; None where the rule asks for none that is worth making.
+            the cut; None if the rule asks for none or its gate rejects it.
         """
 
 
@@ -77,8 +78,8 @@ class LinearCuts(Cuts):
     Args:
         values: the layer's parameters and buffers.
         balanced: the layer.
-        selection: the largest Hankel singular values are kept, but for ``"smallest"`` and ``"random"``; the scores of
-            `pruning` leave out states as they are.
+        selection: ``"smallest"`` and ``"random"`` keep the states with those Hankel singular values; the scores of
+            `pruning` remove states without a change of basis; all others keep the largest Hankel singular values.
         read, plan: of the layer's `Adapter`.
     """
 
@@ -94,7 +95,7 @@ class LinearCuts(Cuts):
         self._selection: Selection = selection
 
     def proposal(self, states: int, rule: RankRule) -> Proposal | None:
-        """Truncate, check the certificate, then check what the layer makes of the system in its own dtype."""
+        """Truncate, check the certificate, then check the system that the layer computes in its own dtype."""
         reduction = self._reduction(states, rule)
         if reduction is None or not passes_gate(self._balanced.system.n, reduction.system.n, rule):
             return None
@@ -105,15 +106,15 @@ class LinearCuts(Cuts):
         return self._checked(replace(proposal, change=change), reduction)
 
     def _reduction(self, states: int, rule: RankRule) -> Reduction | None:
-        """The reduced system; None where there is none with fewer states."""
+        """The reduced system; None if there is none with fewer states."""
         if self._selection in SCORES:
             return prune(self._balanced.system, states, cast("Score", self._selection))
-        if self._selection in ("smallest", "random"):  # for comparison: they cannot keep a promise
+        if self._selection in ("smallest", "random"):  # selections for comparison, which cannot keep a promise
             return truncate_by_rule(self._balanced.rearranged(self._selection), states, rule, promises=False)
         return truncate_by_rule(self._balanced, states, rule)
 
     def _checked(self, proposal: Proposal, reduction: Reduction) -> Proposal:
-        """The proposal, refused if the layer that is written would not compute the certified system.
+        """The proposal, refused if the written layer would not compute the certified system.
 
         The layer rounds to its dtype and parametrisation.
         """
@@ -136,13 +137,15 @@ class LinearCuts(Cuts):
         if self._selection in SCORES:
             return None
         energy = float(self._balanced.hsv.sum())
-        share = float(reduction.discarded.sum()) / energy if energy > 0 else 0.0  # of nothing, nothing goes
+        share = float(reduction.discarded.sum()) / energy if energy > 0 else 0.0  # a zero system loses nothing
         return max(0.0, 1 - share)
 
 
 def rounds_too_much(roundings: Tensor, reduction: Reduction, values: Mapping[str, Tensor]) -> float | None:
-    """The first H2 error by rounding, shape ``(*batch,)``, that is more than its own system's cut and than a thousandth
-    of that system, and than what rounding does to the largest system of the layer; None where there is none."""
+    """The first entry of ``roundings`` that is too large; None if there is none.
+
+    ``roundings``, shape ``(*batch,)``, are H2 errors by rounding. One is too large if it exceeds the H2 error of the
+    same system's cut, a thousandth of that system's norm, and the rounding error of the layer's largest system."""
     eps = max(torch.finfo(value.dtype).eps for value in values.values() if value.is_floating_point())
     least = eps * max(one.h2_norm for one in reduction.certificates)
     for rounding, one in zip(roundings.reshape(-1).tolist(), reduction.certificates, strict=True):
@@ -152,7 +155,7 @@ def rounds_too_much(roundings: Tensor, reduction: Reduction, values: Mapping[str
 
 
 class SelectiveCuts(Cuts):
-    """Cuts of a selective layer. Each is made once, however often it is asked for.
+    """Cuts of a selective layer. Each one is computed once and remembered.
 
     Args:
         values: the layer's parameters and buffers.
@@ -178,7 +181,7 @@ class SelectiveCuts(Cuts):
 
     def proposal(self, states: int, rule: RankRule) -> Proposal:
         """Reduce, and check the estimate."""
-        del rule  # ranks were chosen by what these cuts discard
+        del rule  # `discards` already let the rule choose the rank by the energy that these cuts discard
         reduction = self._reduction(states)
         estimate = reduction.estimate
         if not estimate.valid:

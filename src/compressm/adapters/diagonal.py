@@ -1,8 +1,8 @@
-"""What all layers with one complex diagonal system have in common when a smaller one is written into them.
+"""The common base of the adapters of layers with complex diagonal systems.
 
-Their parameters live along the state: one number per state for the eigenvalues, rows of B, columns of C. Their
-optimizer state is carried over through the projection ``left, right`` (``x_new = left x_old``), in the stacked real
-coordinates ``(Re x, Im x)``.
+The parameters of such layers have a state axis: one number per state for the eigenvalues, rows of B, columns of C.
+Their optimizer state is carried over through the projection ``left, right`` (``x_new = left x_old``), in the stacked
+real coordinates ``(Re x, Im x)``.
 """
 
 from __future__ import annotations
@@ -18,22 +18,22 @@ from compressm.adapters.base import Adapter, LayerChange, ParameterChange, layer
 from compressm.theory.balancing import Reduction
 from compressm.theory.systems import DiagonalSystem, decay_rate
 
-_OFF_THE_AXIS = 1e-6  # of the decay rate
+_OFF_THE_AXIS = 1e-6  # phase of a real mode, as a share of its decay rate; see `phases`
 
 
 @dataclass(frozen=True)
 class PerState:
-    """New values of a parameter with one number per state, and how its gradients are made.
+    """New values of a parameter with one number per state, and how its gradients follow from those on the eigenvalues.
 
     With ``w = log|lam|`` and ``phi`` the phase of an eigenvalue, the gradient on such a parameter is the one on ``w``
-    or ``phi`` times a factor that depends on the state alone.
+    or ``phi`` times a factor that depends only on the state.
 
     Attributes:
         name: of the parameter.
         new: its new values, shape ``(*batch, r)``.
-        factor_old, factor_new: that factor, at the old and the new states; anything proportional to it will do.
-        phase: whether it moves the phase, whose gradient changes its sign where a state becomes its conjugate.
-        order: 1 where it moves the eigenvalue; 0 where it scales the state.
+        factor_old, factor_new: that factor, at the old and the new states, up to a common constant.
+        phase: whether the parameter moves the phase, whose gradient changes sign if a state becomes its conjugate.
+        order: 1 if the parameter moves the eigenvalue; 0 if it scales the state.
     """
 
     name: str
@@ -74,12 +74,12 @@ class DiagonalAdapter(Adapter):
         """The change that writes these parameters.
 
         Args:
-            values: the layer's, as it is.
+            values: the layer's parameters and buffers before the change.
             reduction: the reduction, already in the scale that is written.
             per_state: new values of ``per_state``.
             B, C: new values, complex, of shapes ``(r, p)`` and ``(q, r)``.
-            scale_old, scale_new: by what the layer multiplies the rows of its B before the recurrence, complex or
-                real, of shapes ``(n,)`` and ``(r,)``.
+            scale_old, scale_new: factors by which the layer multiplies the rows of its B before the recurrence, complex
+                or real, of shapes ``(n,)`` and ``(r,)``.
         """
         # B_old = diag(1/scale_old) right diag(scale_new) B_new on the kept subspace.
         for_B = scaled(scale_new.conj(), scaled(1 / scale_old, reduction.right).mT)
@@ -95,15 +95,15 @@ class DiagonalAdapter(Adapter):
     def eigenvalue_parts(
         self, values: Mapping[str, Tensor], reduction: Reduction, per_state: Sequence[PerState]
     ) -> tuple[ParameterChange, ...]:
-        """What is written into the parameters with one number per state, and how their averages are carried over.
+        """The changes of the parameters with one number per state, with the maps that carry their averages over.
 
-        Eigenvalues are no linear functions of the old ones. What their gradients are made of is: the residue ``b c`` of
-        the mode, and how long it remembers. The loss sees a mode as ``c (z - lam)^-1 b``, so that a gradient on
-        ``log lam`` grows with ``|b| |c| / (1 - |lam|)``, and one on the mode's scale with ``|b| |c|``. A mode that
-        several old ones were merged into has the residue of them all, and gradients as much larger. Divided by this
-        size, the old gradients are averaged by participation and multiplied by the new size; second moments by its
-        square, and by the squares of the shares, since gradients of several modes add up with signs that these
-        moments do not know (benchmarks/carry_figure.py compares with the gradients after a cut).
+        The new eigenvalues are not linear functions of the old ones, but the size of their gradients is known. A mode
+        enters the loss as ``c (z - lam)^-1 b``. So a gradient on ``log lam`` grows with ``|b| |c| / (1 - |lam|)``, and
+        one on the mode's scale with ``|b| |c|``. A mode merged from several old ones has the sum of their residues
+        ``b c``, and gradients larger by as much. The old gradients are divided by their size, averaged by
+        participation, and multiplied by the new size. Second moments use the squares of sizes and of shares, since
+        gradients of several modes add up with signs that second moments do not hold (benchmarks/carry_figure.py
+        compares with the gradients after a cut).
         """
         before, after = self.read(values), reduction.system
         share, signed = participation(reduction)
@@ -127,7 +127,7 @@ class DiagonalAdapter(Adapter):
     def part(
         self, values: Mapping[str, Tensor], names: tuple[str, ...], new: tuple[Tensor, ...], pullback: Tensor
     ) -> ParameterChange:
-        """What is written into the real and the imaginary part of a matrix, whose gradients change with the basis."""
+        """The change of the real and imaginary parts of a matrix, whose gradients transform with the basis."""
         cast = tuple(x.to(values[name]) for name, x in zip(names, new, strict=True))
         return ParameterChange(names, cast, self.axes[names[0]], pullback, pullback.square())
 
@@ -146,7 +146,7 @@ class DiagonalAdapter(Adapter):
 
 
 def participation(reduction: Reduction) -> tuple[Tensor, Tensor]:
-    """Share of every old mode in every new one, and the same with a minus where it takes part as its conjugate.
+    """Share of every old mode in every new one, unsigned and signed: conjugates count negatively in the second.
 
     To first order ``d lam'_j = sum_i p_ji d lam_i + q_ji conj(d lam_i)``: the participation factors of Perez-Arriaga,
     Verghese and Schweppe (1982), for a real system whose modes stand for conjugate pairs. With ``x' = a x + b conj(x)``
@@ -162,11 +162,12 @@ def participation(reduction: Reduction) -> tuple[Tensor, Tensor]:
 
 
 def phases(lam: Tensor) -> Tensor:
-    """``arg lam``, a little off the real axis where it lies on it.
+    """``arg lam``, with real eigenvalues moved slightly off the real axis.
 
-    A truncation of a real system leaves real modes. On the axis, with real residues, the gradients on the phase and on
-    the imaginary parts of B and C are exactly zero, so that such a state would stay real for ever. A millionth of the
-    decay rate is enough for them to grow, and changes the impulse response by less than 1e-12 of the mode's energy.
+    A truncation of a real system can have real modes. For a real eigenvalue with a real residue, the gradients on the
+    phase and on the imaginary parts of B and C are exactly zero, so training could never make the state complex. A
+    phase of a millionth of the decay rate is enough for these gradients to grow. It changes the impulse response by
+    less than 1e-12 of the mode's energy.
     """
     phase, least = lam.angle(), _OFF_THE_AXIS * decay_rate(lam)
     phase = torch.where(phase.abs() < least, least, phase)
@@ -196,16 +197,16 @@ def pullback_of_C(reduction: Reduction) -> Tensor:
 
 
 def row_norm_kept(reduction: Reduction, old_B: Tensor, scale: Tensor) -> Reduction:
-    """The reduction in the scale in which all rows of the new B are equally long, and as long in sum as the old ones.
+    """The reduction, rescaled so that all rows of the new B have the same norm, with the sum of the old rows' norms.
 
-    Adam moves every entry of ``C`` by about the same step, and the output then moves in proportion to the sum of the
-    states' amplitudes: with that sum kept, the smaller layer goes on learning at the pace of the larger one. With the
-    norms themselves kept it would slow down as states go.
+    Adam moves every entry of ``C`` by about the same step, so the output moves in proportion to the sum of the states'
+    amplitudes. Keeping that sum keeps the layer's speed of learning. Keeping the norm of every row instead would slow
+    it down as the number of states falls.
 
     Args:
         reduction: in any scale.
         old_B: the layer's own, complex, shape ``(n, p)``.
-        scale: by what the layer will multiply the rows of the new B, shape ``(r,)``.
+        scale: factors by which the layer will multiply the rows of the new B, shape ``(r,)``.
     """
     wanted = old_B.norm(dim=1).sum() / scale.shape[0] * scale.abs()
     norm = reduction.system.B.norm(dim=1)
@@ -213,7 +214,7 @@ def row_norm_kept(reduction: Reduction, old_B: Tensor, scale: Tensor) -> Reducti
 
 
 def scaled(diagonal: Tensor, stacked: Tensor) -> Tensor:
-    """``diag(d)``, real or complex, on columns ``(Re x, Im x)``. The transposed map has the conjugate of ``d``."""
+    """Apply ``diag(d)``, real or complex, to columns ``(Re x, Im x)``. Its transpose has the conjugate of ``d``."""
     product = diagonal[..., :, None] * torch.complex(*stacked.chunk(2, -2))
     return torch.cat([product.real, product.imag], -2)
 

@@ -1,11 +1,10 @@
 """Layers of flash-linear-attention: gated linear attention, DeltaNet, Gated DeltaNet.
 
-What goes through a layer's recurrence is taken from its own forward, at the call of its kernel: so convolutions,
-activations and feature maps before it are the layer's own. Where none of these stands between a projection and the
-kernel, maps of keys and queries fold into the projections, as in our layers; otherwise key dimensions are selected.
+The signals of a recurrence are recorded when the layer's own forward calls its kernel. So the convolutions, activations
+and feature maps before the kernel are the layer's own. If none of them stands between a projection and the kernel, maps
+of keys and queries fold into the projections, as in our layers. Otherwise key dimensions are selected.
 
-The kernels scale queries by ``n^-1/2``. Where a norm of the head's output follows, as it does in all of these, that
-makes no difference.
+The kernels scale queries by ``n^-1/2``. This has no effect on these layers, since a norm of the head's output follows.
 """
 
 from __future__ import annotations
@@ -69,7 +68,7 @@ class FLAAdapter(HuggingFaceAdapter):
         return Signals(stored.flatten(-2), step, v.new_ones(1, 1), k, q, gain, beta)
 
     def kernel_arguments(self, layer: nn.Module, hidden: Tensor) -> dict[str, Any]:
-        """What the layer's forward calls its kernel with."""
+        """The arguments with which the layer's forward calls its kernel."""
 
         def reached(*_: Any, **arguments: Any) -> None:
             raise _KernelReachedError(arguments)
@@ -131,7 +130,7 @@ class FLAAdapter(HuggingFaceAdapter):
                 self.tell_config(config, max(dims))
 
     def tell_config(self, config: Any, states: int) -> None:
-        """Make a model's config say how many key dimensions a head has."""
+        """Write a head's number of key dimensions into a model's config."""
         config.expand_k = states * config.num_heads / config.hidden_size
 
 
@@ -140,8 +139,8 @@ _CONVOLUTIONS = ("q_conv1d.weight", "q_conv1d.bias", "k_conv1d.weight", "k_conv1
 
 
 class FLAGatedLinearAttentionAdapter(FLAAdapter):
-    """``fla.layers.GatedLinearAttention``: every key dimension has a decay, so that they are selected. Queries take
-    over the others' work where they are linear in the input."""
+    """``fla.layers.GatedLinearAttention``. Every key dimension has a decay of its own, so key dimensions are selected.
+    Queries compensate for the removed ones if they are linear in the input."""
 
     def maps(self, layer: nn.Module) -> tuple[bool, bool, bool]:
         module: Any = layer
@@ -165,7 +164,7 @@ class FLADeltaNetAdapter(FLAAdapter):
 
 
 class FLAGatedDeltaNetAdapter(FLAAdapter):
-    """``fla.layers.GatedDeltaNet``, whose kernel makes decay and beta itself."""
+    """``fla.layers.GatedDeltaNet``, whose kernel may compute decay and beta itself."""
 
     def forgetting(self, layer: Any, seen: Mapping[str, Any], v: Tensor) -> tuple[Tensor, Tensor | None]:
         beta = seen["beta"].sigmoid() if seen.get("use_beta_sigmoid_in_kernel") else seen["beta"]
@@ -176,7 +175,7 @@ class FLAGatedDeltaNetAdapter(FLAAdapter):
         return -seen["g"], beta
 
     def tell_config(self, config: Any, states: int) -> None:
-        # Keys have head_dim entries and values expand_v * head_dim of them, which must stay as many.
+        # Keys have head_dim entries, values expand_v * head_dim. The cut changes head_dim; values keep their size.
         config.expand_v = config.expand_v * config.head_dim / states
         config.head_dim = states
 

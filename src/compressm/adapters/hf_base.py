@@ -1,4 +1,4 @@
-"""What the state space layers of Hugging Face transformers have in common: a config that must stay true."""
+"""The base of the adapters of Hugging Face transformers' layers, whose config must agree with the layers."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from compressm.adapters.base import SelectiveAdapter
 
 @dataclass(frozen=True)
 class Carried:
-    """What a layer's cache holds before a call, to be read by the layer's own forward; nothing is written to the cache.
+    """The content of a layer's cache before a call, for the layer's own forward. Writes to it are ignored.
 
     Attributes:
         conv: the convolution's last inputs, shape ``(batch, channels, taps)``.
         recurrent: the recurrence's state.
-        recording: what the cache says to ``is_recording_past``.
+        recording: the cache's answer to ``is_recording_past``.
     """
 
     conv: Tensor
@@ -27,7 +27,7 @@ class Carried:
     recording: bool
 
     def first(self, sequences: int) -> Carried:
-        """Of the first sequences of the batch; copies."""
+        """A copy with the first sequences of the batch only."""
         recurrent = None if self.recurrent is None else self.recurrent[:sequences].clone()
         return Carried(self.conv[:sequences].clone(), recurrent, self.recording)
 
@@ -50,11 +50,11 @@ class Carried:
 class HuggingFaceAdapter(SelectiveAdapter):
     """A layer of transformers, found by its class's name, so that transformers is not imported.
 
-    A config holds one state dimension for all layers. They are therefore cut alike, unless asked otherwise, and
+    A config holds one state dimension for all layers. By default all layers are therefore cut to the same one, and
     ``save_pretrained`` writes a checkpoint that transformers loads by itself.
 
     Attributes:
-        config_field: where the config has the state dimension.
+        config_field: the config's name for the state dimension.
     """
 
     uniform = True

@@ -1,11 +1,10 @@
 """S6 layers of Hugging Face transformers: Mamba, and FalconMamba and Jamba, which normalise B and C.
 
 In the latter two a norm stands between ``x_proj`` and the recurrence: ``B = g b / rms(b)``, likewise C. A map M of B
-is folded in before the norm, ``b' = diag(1/g') M diag(g) b / f`` with g' the weights of the kept states. The number f
-gives b' the mean square of b over the data, known from ``E[B B^T]``, and is made good where the layer has a place for
-it: in g' for Jamba; in ``out_proj`` and, inversely, D for FalconMamba, whose norms have no weights. What is left is the
-ratio of ``rms(b)`` to ``rms(b')``, one number per token. It is 1 where the removed states get no input, and at full
-rank.
+is folded in before the norm, ``b' = diag(1/g') M diag(g) b / f`` with g' the weights of the kept states. The factor f,
+known from ``E[B B^T]``, gives b' the mean square of b over the data. It is compensated in g' for Jamba. FalconMamba's
+norms have no weights; there it is compensated in ``out_proj`` and, inversely, in D. The remaining error is the ratio of
+``rms(b)`` to ``rms(b')``, one number per token. It is 1 at full rank, and if the removed states get no input.
 """
 
 from __future__ import annotations
@@ -96,7 +95,7 @@ class FalconMambaAdapter(HFMambaAdapter):
         )
         factor = into.factor * out.factor
         parameters = (_x_proj(values, into, out), A_log, _times(out_proj, factor), _times(D, 1 / factor))
-        # Buffers that the CUDA kernels take for weights.
+        # The CUDA kernels use these buffers as the norms' weights.
         unused = {f"{n}.weight": values["D"].new_ones(reduction.states) for n in ("b_layernorm", "c_layernorm")}
         return LayerChange(parameters, {**change.attributes, **unused})
 
@@ -121,7 +120,7 @@ class JambaAdapter(HFMambaAdapter):
 
 @dataclass(frozen=True)
 class _BeforeNorm:
-    """A map folded in before a norm, ``b' = map b``, how its gradients come back, and f."""
+    """A map folded in before a norm, ``b' = map b``, with the map of its gradients and the factor f."""
 
     map: Tensor
     pullback: Tensor
@@ -140,14 +139,14 @@ def _before_norm(reduction: SelectiveReduction, vector: str, weight: Tensor) -> 
     into, out = reduction.into[0], reduction.out[0]
     after, pullback = (into, out) if vector == "B" else (out, into)
     g = weight.detach().to("cpu", torch.float64)
-    g = torch.where(g.abs() > 1e-6 * g.abs().max(), g, 1.0)  # a weight of zero shuts its state off anyway
+    g = torch.where(g.abs() > 1e-6 * g.abs().max(), g, 1.0)  # a weight of zero disables its state; avoid dividing by it
     mapped = after / g[reduction.kept[0], None]
     factor = 1.0
     if reduction.moments is not None:
         second = (reduction.moments.V if vector == "B" else reduction.moments.W)[0]
         power = torch.einsum("rn,nm,rm->r", mapped, second, mapped).mean() / (second.diagonal() / g**2).mean()
         factor = float(power) ** 0.5 if float(power) > 0 else 1.0
-    # b_old = factor diag(1/g) out^T diag(g_kept) b_new, of which this is the transpose.
+    # The transpose of b_old = factor diag(1/g) out^T diag(g_kept) b_new.
     back = pullback * g[reduction.kept[0], None] / g if vector == "B" else pullback
     return _BeforeNorm(mapped * g / factor, back * factor, factor)
 

@@ -1,7 +1,7 @@
-"""SSD layers of Hugging Face transformers: Mamba-2 and the hybrids with its layer, whose code they share.
+"""SSD layers of Hugging Face transformers: Mamba-2, and the hybrids that share the code of its layer.
 
-B and C pass through a convolution and SiLU on their way to the recurrence, so states are selected: rows of ``in_proj``,
-channels of ``conv1d``, group by group.
+B and C pass through a convolution and SiLU before the recurrence, so states are selected group by group: rows of
+``in_proj`` and channels of ``conv1d``.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class HFMamba2Adapter(HuggingFaceAdapter):
 
     Args:
         layer_type: the layer's class.
-        config_field: where the config has the state dimension.
+        config_field: the config's name for the state dimension.
     """
 
     def __init__(self, layer_type: str, config_field: str = "state_size") -> None:
@@ -73,7 +73,7 @@ class HFMamba2Adapter(HuggingFaceAdapter):
         }
         rebound_forward(layer, functions)(hidden, carried and carried.first(hidden.shape[0]))
         x, step = recorded["x"].flatten(-2), recorded["step"].flatten(-2)
-        # The gated norm divides all channels of a token by one number, which is left out here.
+        # The gated norm divides all channels of a token by one number. The gain leaves that number out.
         gain = F.silu(_gate(layer, hidden, x.shape[-1])) * layer.get_parameter("out_proj.weight").norm(dim=0)
         norm: Any = getattr(layer.norm, "weight", None)
         gain = gain if norm is None else gain * norm

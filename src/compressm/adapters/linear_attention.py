@@ -1,4 +1,4 @@
-"""Layers with a matrix-valued state: keys and queries are linear in the input, so maps of them fold into their
+"""Layers with a matrix-valued state. Keys and queries are linear in the input, so maps of them fold into their
 projections."""
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from compressm.theory.recurrence import SelectiveReduction, Signals, first_state
 
 
 class LinearAttentionAdapter(SelectiveAdapter):
-    """Folds a reduction, one per head, into the rows of ``k_proj`` and ``q_proj``. All states decay alike, so that it
-    may be any."""
+    """Folds a reduction, one per head, into the rows of ``k_proj`` and ``q_proj``. All states decay alike, so any
+    linear map is possible."""
 
     layer_type = LinearAttention
     entrance = "q_proj"
@@ -31,7 +31,7 @@ class LinearAttentionAdapter(SelectiveAdapter):
         step = -log_decay if log_decay.ndim == 4 else (-log_decay)[..., None].expand_as(v).flatten(-2)
         erase = beta[0] if beta else None
         stored = v if erase is None else erase[..., None] * v
-        # The norm divides all channels of a head and token by one number, which is left out here.
+        # The norm divides all channels of a head and token by one number. The gain leaves that number out.
         gain = F.silu(layer.gate_proj(hidden)) * layer.norm_weight * layer.out_proj.weight.norm(dim=0)
         return Signals(stored.flatten(-2), step, v.new_ones(1, 1), k, q, gain, erase)
 
@@ -50,9 +50,10 @@ class LinearAttentionAdapter(SelectiveAdapter):
     def _balance_of_k_and_q_kept(
         self, values: Mapping[str, Tensor], reduction: SelectiveReduction
     ) -> SelectiveReduction:
-        """Maps with the scale, free in every head, in which the weights of keys and queries have the ratio they had.
+        """The maps, rescaled in every head so that the weights of keys and queries keep the ratio of their norms.
 
-        Adam's steps are relative to the weights; balanced maps follow the scale of the layer's output instead.
+        The scale of a head's states is arbitrary, and balanced maps take it from the layer's output. Adam's steps are
+        relative to the weights, so the old ratio is better.
         """
         heads = reduction.into.shape[0]
         k, q = (
@@ -76,7 +77,7 @@ class LinearAttentionAdapter(SelectiveAdapter):
 
 
 class GatedLinearAttentionAdapter(LinearAttentionAdapter):
-    """Keeps some key dimensions, each with its decay; queries take over the work of the others."""
+    """Keeps some key dimensions, each with its decay; queries compensate for the removed ones."""
 
     layer_type = GatedLinearAttention
     folds_into = False
@@ -93,11 +94,11 @@ class GatedLinearAttentionAdapter(LinearAttentionAdapter):
 
 
 class DeltaNetAdapter(LinearAttentionAdapter):
-    """Rotates the keys of a head, and keeps the directions that matter for what is read of the state, by the output
-    along queries and by the erasure along keys. Queries take over the work of the other directions.
+    """Rotates the keys of a head, and keeps the directions that matter most for the two reads of the state: by the
+    output along queries, and by the erasure along keys. Queries compensate for the removed directions.
 
-    That is exact where the keys lie in the kept subspace, at full rank always. Where they do not, the layer itself
-    scales what is left of a key to norm 1 again: it then erases and writes along another direction than before.
+    The cut is exact if the keys lie in the kept subspace, as they do at full rank. Otherwise the layer scales the
+    remaining part of a key to norm 1 again, and then erases and writes along another direction than before.
     """
 
     layer_type = DeltaNet
@@ -106,14 +107,14 @@ class DeltaNetAdapter(LinearAttentionAdapter):
 
 
 def mapped_rows(name: str, weight: Tensor, into: Tensor, back: Tensor) -> ParameterChange:
-    """What becomes of a projection whose rows are those of one head after the other.
+    """The change of a projection whose rows are stacked head by head.
 
     Args:
         name: the parameter's name.
         weight: shape ``(heads * n, channels)``.
         into: new rows of a head are ``into`` times its old ones, shape ``(heads, r, n)``.
-        back: on the kept subspace the old rows are ``back^T`` times the new ones, shape ``(heads, r, n)``; so gradients
-            with respect to the new ones are ``back`` times those with respect to the old.
+        back: on the kept subspace the old rows are ``back^T`` times the new ones, shape ``(heads, r, n)``. Gradients
+            with respect to the new rows are therefore ``back`` times those with respect to the old ones.
     """
     rows = weight.detach().to("cpu", torch.float64).unflatten(0, (into.shape[0], -1))
     new = (into @ rows).flatten(0, 1)

@@ -18,8 +18,8 @@ from compressm.theory.systems import DiagonalSystem, decay_rate
 class LRUAdapter(DiagonalAdapter):
     """Reads ``lam``, ``gamma B`` and ``C`` of an `LRU`, and writes the reduced system in the same parametrisation.
 
-    The scale of a mode is free, and Adam's steps are relative to it. ``gamma = sqrt(1 - |lam|^2)`` gives every state
-    unit variance under white noise, as at initialisation; for the rows of ``B`` see `row_norm_kept`.
+    The scale of a mode is arbitrary, and Adam's steps are relative to it. ``gamma = sqrt(1 - |lam|^2)`` gives every
+    state unit variance under white noise, as at initialisation; for the rows of ``B`` see `row_norm_kept`.
     """
 
     layer_type = LRU

@@ -49,13 +49,13 @@ class MambaAdapter(SelectiveAdapter):
 
 
 def projection_change(name: str, weight: Tensor, reduction: SelectiveReduction) -> ParameterChange:
-    """What becomes of a projection whose last rows are those of B and then those of C, as in ``x_proj``.
+    """The change of a projection whose last rows are those of B and then those of C, as in ``x_proj``.
 
     Args:
         name: the parameter's name.
         weight: shape ``(rest + 2n, channels)``, or a bias of shape ``(rest + 2n,)``.
-        reduction: one group. ``B' = into B`` and ``C' = out C``; where ``h' = into h`` and ``h = out^T h'``, the old
-            rows are ``B = out^T B'`` and ``C = into^T C'``, and gradients come back by ``out`` and ``into``.
+        reduction: of one group: ``B' = into B`` and ``C' = out C``. On the kept subspace the old rows are ``B = out^T
+            B'`` and ``C = into^T C'``, so the pullbacks of gradients are ``out`` and ``into``.
     """
     into, out = reduction.into[0], reduction.out[0]
     n = into.shape[1]
@@ -68,7 +68,7 @@ def projection_change(name: str, weight: Tensor, reduction: SelectiveReduction) 
 
 
 def selection_change(name: str, value: Tensor, axis: int, kept: Tensor) -> ParameterChange:
-    """What becomes of a parameter whose entries along an axis go or stay with their state.
+    """The change of a parameter whose entries along an axis belong to one state each.
 
     Args:
         name: the parameter's name.

@@ -1,4 +1,4 @@
-"""Mamba-2 layers: a convolution and SiLU stand between the projection and the recurrence, so states are selected."""
+"""Mamba-2 layers. A convolution and SiLU stand between the projection and the recurrence, so states are selected."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Mamba2Adapter(SelectiveAdapter):
         assert isinstance(layer, Mamba2)
         x, delta, B, C, z = layer.recurrence(hidden)
         step = (delta * layer.A_log.exp())[..., None].expand_as(x)
-        # The gated norm divides all channels of a token by one number, which is left out here.
+        # The gated norm divides all channels of a token by one number. The gain leaves that number out.
         gain = F.silu(z) * layer.norm.weight * layer.out_proj.weight.norm(dim=0)
         return Signals((x * delta[..., None]).flatten(-2), step.flatten(-2), delta.new_ones(1, 1), B, C, gain)
 
@@ -54,7 +54,7 @@ class Mamba2Adapter(SelectiveAdapter):
 
 
 def kept_channels(d_inner: int, n: int, kept: Tensor) -> Tensor:
-    """Indices that stay of channels laid out as ``[x, B, C]``, B and C group by group.
+    """Indices of the kept channels in the layout ``[x, B, C]``, with B and C group by group.
 
     Args:
         d_inner: channels of x.

@@ -1,4 +1,4 @@
-"""Layers of the authors' own package, ``mamba_ssm``: `Mamba` and `Mamba2`, known by their classes' names."""
+"""Layers of the authors' own package ``mamba_ssm``: `Mamba` and `Mamba2`, found by their classes' names."""
 
 from __future__ import annotations
 
@@ -69,13 +69,13 @@ class MambaSSM2Adapter(HFMamba2Adapter):
 
 
 def _named(change: LayerChange, states: int, *submodules: str) -> LayerChange:
-    """The layer's own attribute for the state dimension, and those of its submodules."""
+    """The change with the attributes for the state dimension added: the layer's own and its submodules'."""
     kept = {name: value for name, value in change.attributes.items() if name.startswith(submodules)}
     return replace(change, attributes={**kept, "d_state": states})
 
 
 def _update_config(adapter: HFMambaAdapter | HFMamba2Adapter, model: nn.Module) -> None:
-    """Keep true what ``MambaLMHeadModel`` passes to its layers, and saves."""
+    """Update the config that ``MambaLMHeadModel`` passes to its layers and saves."""
     for module in model.modules():
         config: Any = getattr(module, "config", None)
         dims = adapter.dims_in(module)

@@ -1,4 +1,4 @@
-"""Which of a layer's tensors are computed from others at every call, so that a cut cannot write them."""
+"""Find the tensors of a layer that are computed from others at every call, which a cut cannot write."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch.nn.utils.prune import BasePruningMethod
 
 
 def computed_tensors(layer: nn.Module) -> Iterator[tuple[str, tuple[str, str]]]:
-    """Tensors of a layer that are computed from parameters: their names, by what, and how to undo it."""
+    """Tensors of a layer that are computed from parameters: their names, what computes them, and how to undo it."""
     for path, module in layer.named_modules():
         if parametrize.is_parametrized(module):
             for name in cast("nn.ModuleDict", module.parametrizations):

@@ -1,7 +1,7 @@
-"""A layer's own forward with some functions of its source file exchanged: for one instance, nothing is patched.
+"""A layer's own forward with some functions of its source file replaced, for one instance and without patching.
 
-Hugging Face's Mamba layers call their scan as a function of their module. The scan can so be exchanged for a faster
-one, or for one that records what goes through it, and all the rest (masks, caches, norms) stays the layer's own code.
+Hugging Face's Mamba layers call their scan as a global function of their source file. It can be replaced by a faster
+scan, or by one that records its arguments. Everything else (masks, caches, norms) stays the layer's own code.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ def global_names(layer: nn.Module) -> frozenset[str]:
 
 
 def rebound_forward(layer: nn.Module, functions: dict[str, Callable[..., Any]]) -> types.MethodType:
-    """The layer's forward, bound to it, with other functions under some of its global names.
+    """The layer's forward, bound to the layer, with other functions under some of its global names.
 
-    Wrappers around the forward (Accelerate's hooks for weights that are offloaded) are not in it.
+    Wrappers around the forward (Accelerate's hooks for offloaded weights) are left out.
 
     Args:
         layer: a layer with a forward written in Python.
-        functions: what each name is to mean.
+        functions: the new functions by global name.
     """
     forward = inspect.unwrap(type(layer).forward)
     rebound = types.FunctionType(
@@ -42,4 +42,4 @@ def rebound_forward(layer: nn.Module, functions: dict[str, Callable[..., Any]]) 
 
 
 def not_fused(*_: Any, **__: Any) -> None:
-    """What transformers takes for: no kernel that fuses the whole layer is there."""
+    """Returns None, which tells transformers that no kernel for the whole layer is available."""

@@ -1,9 +1,9 @@
 """Griffin's recurrent blocks, ours and RecurrentGemma's: states are channels, and a cut takes some of them out of every
 parameter.
 
-Each channel is a system of order one of its own, so that no change of basis makes it smaller. What can be reduced is
-their number. The output projection takes over the work of the channels that go, as far as the others carry the same;
-the gates lose these channels among their inputs.
+Each channel is a system of order one, which no change of basis can reduce; a cut reduces their number. The output
+projection compensates for the removed channels as far as the kept ones carry the same signals. The gates lose the
+removed channels as inputs.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class RecurrentBlockAdapter(SelectiveAdapter):
         return self.driven_by(module, hidden, short_conv(module.conv_1d, module.linear_x(hidden)))
 
     def driven_by(self, module: Any, hidden: Tensor, x: Tensor) -> Signals:
-        """`signals`, where the convolution has led to ``x``, shape ``(batch, length, width)``."""
+        """The `signals` of a recurrence with the input ``x`` from the convolution, shape ``(batch, length, width)``."""
         decay, driven = recurrence_terms(x, dict(module.rg_lru.named_parameters()))
         blocks = module.rg_lru.input_gate_weight.shape[:2]
         decay, driven = decay.unflatten(-1, blocks), driven.unflatten(-1, blocks)
@@ -48,7 +48,7 @@ class RecurrentBlockAdapter(SelectiveAdapter):
         return Signals(driven.new_ones(driven.shape[:3]), decay, decay.new_ones(1, 1), driven, columns, gate)
 
     def activation(self, layer: Any) -> Any:
-        """Of the branch that gates."""
+        """The activation function of the gating branch."""
         del layer
         return lambda y: F.gelu(y, approximate="tanh")
 
@@ -65,7 +65,7 @@ class RecurrentBlockAdapter(SelectiveAdapter):
             parts += gate_changes(name, values[name], kept)
             bias = name.replace("weight", "bias")
             parts.append(per_block(bias, values[bias], kept, values[bias].gather(1, kept.to(values[bias].device))))
-        # gated h = out^T (gated h)', so that the columns become W out^T.
+        # gated h = out^T (gated h)', so the new columns are W out^T.
         weight = values["linear_out.weight"].detach().to("cpu", torch.float64).unflatten(1, (blocks, n))
         new = torch.einsum("dbn,brn->dbr", weight, reduction.out).flatten(1)
         pullback = torch.block_diag(*reduction.into)
@@ -88,13 +88,13 @@ class RecurrentBlockAdapter(SelectiveAdapter):
 
 
 class RecurrentGemmaAdapter(HuggingFaceAdapter, RecurrentBlockAdapter):
-    """``RecurrentGemmaRecurrentBlock`` of transformers, whose config has the whole width."""
+    """``RecurrentGemmaRecurrentBlock`` of transformers, whose config stores the whole width."""
 
     config_field = "lru_width"
     entrance = None
 
     def signals(self, layer: nn.Module, hidden: Tensor) -> Signals:
-        """As the parent's, but for the first token, whose input RecurrentGemma does not scale by the decay."""
+        """As the parent's, except for the first token, whose input RecurrentGemma does not scale by the decay."""
         found = super().signals(layer, hidden)
         decay, driven = found.step[:, 0], found.B[:, 0]
         scale = (-torch.expm1(-2 * decay)).clamp_min(1e-6).sqrt()
@@ -102,8 +102,8 @@ class RecurrentGemmaAdapter(HuggingFaceAdapter, RecurrentBlockAdapter):
         return replace(found, B=torch.cat([first, found.B[:, 1:]], 1))
 
     def carried(self, layer: nn.Module, arguments: Mapping[str, Any]) -> tuple[Tensor, Tensor] | None:
-        """The convolution's last inputs and the state, which RecurrentGemma keeps in the layer, and starts anew from at
-        every position 0."""
+        """The convolution's last inputs and the state. RecurrentGemma stores them in the layer and resets them at every
+        position 0."""
         module: Any = layer
         positions, states = arguments.get("position_ids"), module.rg_lru.recurrent_states
         if not isinstance(positions, Tensor) or states is None or not arguments.get("use_cache", True):
@@ -122,7 +122,7 @@ class RecurrentGemmaAdapter(HuggingFaceAdapter, RecurrentBlockAdapter):
         module: Any = layer
         before, state = (value[: hidden.shape[0]].to(hidden) for value in carried)
         x, length = module.linear_x(hidden), hidden.shape[1]
-        if length == 1:  # longer parts start the convolution anew, as the layer itself does
+        if length == 1:  # in longer inputs the convolution starts from zeros, as in the layer itself
             x = torch.cat([before.transpose(1, 2), x], 1)
         found = self.driven_by(module, hidden, short_conv(module.conv_1d, x)[:, -length:])
         return replace(found, state=state.unflatten(-1, module.rg_lru.input_gate_weight.shape[:2]))
@@ -145,7 +145,7 @@ class RecurrentGemmaAdapter(HuggingFaceAdapter, RecurrentBlockAdapter):
 
 
 def gate_changes(name: str, weight: Tensor, kept: Tensor) -> list[ParameterChange]:
-    """Rows and columns that stay of a block diagonal matrix, as one change after the other.
+    """The changes that keep some rows and columns of a block diagonal matrix, one after the other.
 
     Args:
         name: the parameter's name.
@@ -164,6 +164,6 @@ def gate_changes(name: str, weight: Tensor, kept: Tensor) -> list[ParameterChang
 
 
 def per_block(name: str, value: Tensor, kept: Tensor, new: Tensor) -> ParameterChange:
-    """Entries that stay of a parameter of shape ``(blocks, n)``."""
+    """The change that keeps some entries of a parameter of shape ``(blocks, n)``."""
     chosen = torch.eye(value.shape[1], dtype=torch.float64)[kept]
     return ParameterChange((name,), (new.detach(),), 1, chosen, chosen)

@@ -1,4 +1,4 @@
-"""S4D layers: one system per channel, exact. They are cut as they run, in discrete time."""
+"""S4D layers: one system per channel, reduced exactly. The discretised systems are cut."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ class S4DAdapter(DiagonalAdapter):
     """Reads the discretised system of every channel of an `S4D`, and writes the reduced ones as continuous ones that
     discretise to them.
 
-    All channels keep one number of states, the largest that any of them needs; a channel with fewer gets states whose
-    output vector is zero. Input vectors are ones, which fixes scale and phase of every mode: all of a mode's weight
-    goes into ``C``. The channels keep their time steps.
+    All channels keep the same number of states, the largest that any of them needs. A channel that needs fewer gets
+    states whose output vector is zero. Input vectors are ones, which fixes the scale and phase of every mode, so ``C``
+    holds the whole residue. The channels keep their time steps.
     """
 
     layer_type = S4D
@@ -46,13 +46,13 @@ class S4DAdapter(DiagonalAdapter):
         b = system.B[..., 0]
         used = b.abs() > 0
         b = torch.where(used, b, 1.0)
-        # An added state needs a mode that can be trained, that of the slowest old one: not the zero it is padded with.
+        # An added state needs a mode that can be trained. It gets that of the slowest old state instead of zero.
         lam = torch.where(used, system.lam, z.exp().abs().amax(1, keepdim=True).to(b))
         decay = decay_rate(lam) / log_step.exp()
         frequency = phases(lam) / log_step.exp()
         gain, _ = hold(decay.log(), frequency, log_step)
         C = torch.where(used, system.C[:, 0] * b, 0.0) / (2 * gain)
-        # The layer's states are the reduction's with b divided out, and C stands in it without the gain.
+        # The layer's states are the reduction's divided by b, and its C does not include the gain.
         left = scaled(gain / b, scaled(1 / old_gain.conj(), reduction.left.mT).mT)
         steps = log_step.exp()
         per_state = (

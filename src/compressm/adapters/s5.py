@@ -1,4 +1,4 @@
-"""S5 layers: exact, since the layer is a linear time-invariant system. It is cut as it runs, in discrete time."""
+"""S5 layers, reduced exactly, since the layer is a linear time-invariant system. The discretised system is cut."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from compressm.theory.systems import DiagonalSystem, decay_rate
 class S5Adapter(DiagonalAdapter):
     """Reads the discretised system of an `S5`, and writes the reduced one as a continuous one that discretises to it.
 
-    Eigenvalue and time step of a state enter only as their product, so that the step is free. A new state gets the
-    geometric mean of the steps of the states that it was made of, weighted by their shares in it: its parameters then
-    learn at the rates of its origin.
+    Eigenvalue and time step of a state enter only as their product, so the step is arbitrary. A new state gets the
+    geometric mean of the steps of the old states in it, weighted by their shares. Its parameters then learn at the
+    rates of those states.
     """
 
     layer_type = S5
@@ -36,7 +36,7 @@ class S5Adapter(DiagonalAdapter):
         v = {name: value.detach().to("cpu", torch.float64) for name, value in values.items()}
         lam = reduction.system.lam
         share = participation(reduction)[0]
-        made = share.sum(-1) > 0  # a state that was made of no old one learns at their mean rate
+        made = share.sum(-1) > 0  # a state without a share of old ones learns at their mean rate
         log_step = torch.where(made, share @ v["log_step"], v["log_step"].mean())
         decay = decay_rate(lam) / log_step.exp()
         frequency = phases(lam) / log_step.exp()
@@ -54,16 +54,16 @@ class S5Adapter(DiagonalAdapter):
 
 
 def _weight(values: Mapping[str, Tensor]) -> float:
-    """By what C is multiplied in the system: 2, of the conjugate pair, and in both directions the root of 2 as well.
+    """The factor of C in the system: 2 for the conjugate pair, times the root of 2 if the layer has two directions.
 
-    A layer with two directions adds up what they give: its error is at most ``|E_1| + |E_2|``, which is at most the
-    root of 2 times that of the system with both outputs stacked. So that system's bound is the layer's too.
+    A layer with two directions adds their outputs. Its error is at most ``|E_1| + |E_2|``, which is at most the root of
+    2 times the error of the system with both outputs stacked. With the factor the system's bound holds for the layer.
     """
     both = values["C_re"].shape[0] == 2 * values["D"].shape[0]
     return 2 * math.sqrt(2) if both else 2.0
 
 
 def hold(log_decay: Tensor, frequency: Tensor, log_step: Tensor) -> tuple[Tensor, Tensor]:
-    """`zero_order_hold`, complex: ``(exp(z) - 1) / Lam`` and ``z``."""
+    """`zero_order_hold` as complex numbers: ``(exp(z) - 1) / Lam`` and ``z``."""
     hold_re, hold_im, a, b = zero_order_hold(log_decay, frequency, log_step)
     return torch.complex(hold_re, hold_im), torch.complex(a, b)

@@ -1,13 +1,13 @@
 """The optimizer's state across a change of basis.
 
-Momentum and Adam's first moments are averages of gradients, and gradients are covectors: under ``old = W new`` the
-gradient with respect to the new parameters is ``W^T`` times the old one. Second moments are averages of squared
-entries; without the covariances between entries, the squared magnitudes ``(W^T)^2`` carry them over as if entries
-were uncorrelated.
+Momentum and Adam's first moments are averages of gradients. Gradients are covectors: under ``old = W new`` the gradient
+with respect to the new parameters is ``W^T`` times the old one. Second moments are averages of squared entries. The
+optimizer does not store covariances between entries, so the squared magnitudes ``(W^T)^2`` carry the second moments
+over as if entries were uncorrelated.
 
-Two other ways exist for comparison: ``"slice"`` keeps the first r entries as the CompreSSM paper's code does, which
-pairs moments with states that they do not belong to; ``"reset"`` lets the optimizer begin anew with the parameters that
-were cut, as if it had just been built, and is the way for optimizers that keep something else than such averages.
+Two other modes exist. ``"slice"`` keeps the first r entries, as the CompreSSM paper's code does; it pairs moments with
+states to which they do not belong, and is there for comparison. ``"reset"`` gives the cut parameters the state of a
+newly built optimizer; use it for optimizers whose state is not made of such averages.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from compressm.errors import UnsupportedModelError, UnsupportedOptimizerError
 
 Carry = Literal["transform", "slice", "reset"]
 
-# What each state tensor of torch's optimizers is: an average of gradients, or of their squares.
+# The meaning of each state tensor of torch's optimizers: an average of gradients, or of their squares.
 _GRADIENT_LIKE = {"momentum_buffer", "exp_avg"}
 _SQUARED = {"exp_avg_sq", "max_exp_avg_sq"}
 
@@ -51,11 +51,12 @@ def unwrap_optimizer(optimizer: Any) -> Optimizer:
 def check_optimizer(optimizer: Optimizer, layers: Mapping[str, nn.Module], mode: Carry = "transform") -> None:
     """Refuse, before any cut, optimizers whose state for these layers could not be carried over.
 
-    One that has made no step yet is asked what it will keep, and with ``"reset"`` whether it goes on after a cut: an
-    optimizer of the same kind and settings is built for a small matrix. One that cannot be built so is not tried.
+    If the optimizer has made no step yet, one of the same kind and settings is built for a small matrix, to see what
+    state it will keep. With ``"reset"`` this trial also shows whether it can step after a cut. An optimizer that cannot
+    be built in this way is not tried.
 
     Raises:
-        UnsupportedOptimizerError: a state tensor whose meaning is not known, or no step after a cut.
+        UnsupportedOptimizerError: the meaning of a state tensor is not known, or a step after a cut fails.
     """
     if mode == "reset":
         _check_reset(optimizer)
@@ -98,17 +99,17 @@ def _check_reset(optimizer: Optimizer) -> None:
 
 
 def _state_after_a_step(optimizer: Optimizer) -> Mapping[str, Any]:
-    """What an optimizer of this kind and these settings keeps for a parameter; nothing where that can't be tried."""
+    """The state that an optimizer of this kind and settings keeps for a parameter; empty if it cannot be tried."""
     parameter = _small_matrix(optimizer)
     one = _stepped(optimizer, parameter)
     return {} if one is None else one.state[parameter]
 
 
 def _stepped(optimizer: Optimizer, parameter: nn.Parameter) -> Optimizer | None:
-    """One of the same kind and settings after a step; None where that can't be tried.
+    """An optimizer of the same kind and settings after one step; None if it cannot be tried.
 
     Raises:
-        UnsupportedOptimizerError: torch's own `SparseAdam`, which moves nothing that cuts change.
+        UnsupportedOptimizerError: torch's own `SparseAdam`, which updates no parameter that cuts change.
     """
     one = _another(optimizer, parameter)
     try:
@@ -117,7 +118,7 @@ def _stepped(optimizer: Optimizer, parameter: nn.Parameter) -> Optimizer | None:
     except Exception as error:
         if type(optimizer).__module__.startswith("torch.optim"):
             raise _makes_no_step(optimizer, "with the dense gradients of state space layers", error) from error
-        return None  # it may need more than gradients, as those that use curvature do
+        return None  # it may need more than gradients, as second-order optimizers do
     return one
 
 
@@ -129,7 +130,7 @@ def _makes_no_step(optimizer: Optimizer, when: str, error: Exception) -> Unsuppo
 
 
 def _small_matrix(optimizer: Optimizer) -> nn.Parameter:
-    """Where the optimizer's parameters are, since some settings are for GPUs only."""
+    """A parameter on the device of the optimizer's own, since some settings are for GPUs only."""
     first = next((p for group in optimizer.param_groups for p in group["params"]), torch.zeros(()))
     return nn.Parameter(torch.tensor([[1.0, 2.0], [3.0, -1.0], [0.5, 1.5]], dtype=first.dtype, device=first.device))
 
@@ -152,7 +153,7 @@ def _another(optimizer: Optimizer, parameter: nn.Parameter, group: Mapping[str, 
         group: settings; by default those of the optimizer's first group.
 
     Returns:
-        None where it cannot be built from its settings alone.
+        None if it cannot be built from its settings alone.
     """
     settings = {key: value for key, value in (group or optimizer.param_groups[0]).items() if key != "params"}
     names = inspect.signature(type(optimizer).__init__).parameters
@@ -164,10 +165,10 @@ def _another(optimizer: Optimizer, parameter: nn.Parameter, group: Mapping[str, 
 
 
 def begin_anew(optimizer: Optimizer, parameters: Sequence[Tensor]) -> None:
-    """Give an optimizer the state for some parameters that it would have if it had just been built, in place.
+    """Reset an optimizer's state for some parameters to that of a newly built optimizer, in place.
 
-    Most keep nothing until their first step; Adagrad begins with sums. L-BFGS has one history of all its parameters
-    together, which is dropped as a whole.
+    Most optimizers have no state before their first step; Adagrad starts with sums. L-BFGS keeps one state for all its
+    parameters together, which is dropped as a whole.
     """
     if isinstance(optimizer, torch.optim.LBFGS):
         optimizer.state.clear()
@@ -183,15 +184,15 @@ def begin_anew(optimizer: Optimizer, parameters: Sequence[Tensor]) -> None:
 
 
 def forget_sizes(optimizer: Optimizer) -> None:
-    """Let an optimizer count its parameters' entries anew, where it does so once: L-BFGS."""
+    """Let L-BFGS count its parameters' entries again, which it does only once by itself."""
     if isinstance(optimizer, torch.optim.LBFGS):
         optimizer._numel_cache = None  # pyright: ignore[reportPrivateUsage, reportAttributeAccessIssue]
 
 
 def check_trained(optimizer: Optimizer, layers: Mapping[str, tuple[nn.Module, LayerAdapter]]) -> None:
-    """Refuse, before any cut, an optimizer that trains not all parameters that a cut would change.
+    """Refuse, before any cut, an optimizer that does not train all parameters that a cut would change.
 
-    A second optimizer would be left with state of the old shapes.
+    Otherwise a second optimizer would keep state of the old shapes.
 
     Raises:
         UnsupportedOptimizerError: a parameter with ``requires_grad`` is in none of its groups.
@@ -213,7 +214,7 @@ def check_trained(optimizer: Optimizer, layers: Mapping[str, tuple[nn.Module, La
 def carry_state(optimizer: Optimizer, layer: nn.Module, change: LayerChange, mode: Carry) -> None:
     """Carry the optimizer's state of one layer's parameters over to the new shapes, in place.
 
-    Call it after the change was written: state keeps the Parameter objects as keys.
+    Call it after the change was written. The Parameter objects are still the keys of the optimizer's state.
     """
     if mode == "reset":
         begin_anew(optimizer, [layer.get_parameter(name) for name in change.values()])
@@ -226,7 +227,7 @@ def carry_state(optimizer: Optimizer, layer: nn.Module, change: LayerChange, mod
             tensors = [value for value in old if isinstance(value, Tensor) and value.ndim > 0]
             if not tensors:
                 continue  # step counters
-            # One half of a pair may have no state, being frozen or without a gradient so far: its averages are zero.
+            # One parameter of a pair may have no state, since it is frozen or had no gradient. Its averages are zero.
             whole = [value if isinstance(value, Tensor) else torch.zeros_like(tensors[0]) for value in old]
             new = _carried(whole, part, key, mode)
             for state, before, value in zip(states, old, new, strict=True):
@@ -267,12 +268,12 @@ def paired_layers(follower: nn.Module, model: nn.Module) -> dict[str, nn.Module]
 
 
 def follow(follower: nn.Module, model: nn.Module, changes: Mapping[str, LayerChange]) -> None:
-    """Let an averaged copy of a model take part in a cut, in place.
+    """Apply a cut of a model to an averaged copy of it, in place.
 
-    An average of parameters has a meaning only where they mean the same at all times, and after a cut state i is not
-    what it was. What the cut changed in the model is set to the model's new values, where averaging starts again. All
-    else keeps the value of its average; in an average that counts its steps (``n_averaged``), which has one count for
-    all parameters, that value then weighs as much as one step's.
+    A cut changes the basis of the states, so averages over values from before and after it have no meaning. Parameters
+    that the cut changed are set to the model's new values, from which averaging restarts. All others keep their
+    averages. An average that counts its steps (``n_averaged``) has one count for all parameters; the count restarts, so
+    these averages then weigh as much as one step.
 
     Args:
         follower: a copy of the model, or a wrapper of one, such as `torch.optim.swa_utils.AveragedModel`.
@@ -283,7 +284,7 @@ def follow(follower: nn.Module, model: nn.Module, changes: Mapping[str, LayerCha
     for name, change in changes.items():
         write(layers[name], change)
     tell_written(follower)
-    # An average over all steps would hold on to the first value with the weight of all steps before.
+    # With the old count, the first new value would get the weight of all steps before the cut.
     count = getattr(follower, "n_averaged", None)
     if isinstance(count, Tensor):
         count.clamp_(max=1)

@@ -1,4 +1,4 @@
-"""`compress`: one reduction of one model, in place, by a rule or as far as a metric allows."""
+"""`compress`: one cut of one model, in place, by a rule or as far as a metric allows."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from compressm.theory.balancing import Method
 from compressm.theory.ranks import RankRule, check_choice, check_sizes
 from compressm.theory.selection import Selection
 
-# Cuts that are tried under `max_drop`, and the tolerances between which they lie.
+# Under `max_drop`: the number of cuts to try, and the range of their tolerances.
 _TRIALS, _LEAST, _LARGEST = 10, 1e-5, 0.99
 
 
@@ -59,8 +59,8 @@ def compress(
         fraction: at most this fraction of each layer's states.
         max_error: H-infinity error allowed in each layer, in units of output per input.
         total_states: budget over all layers together.
-        max_drop: as far as ``evaluate`` loses no more than this, right after the cut; the largest tolerance that does
-            is found by bisection, in about ten evaluations.
+        max_drop: cut with the largest tolerance at which ``evaluate``, right after the cut, drops by at most this. The
+            tolerance is found by bisection, in about ten evaluations.
         evaluate: ``evaluate(model)`` returns the metric, higher is better.
         multiple_of: prefer state dimensions that are a multiple of this: the next larger one under a rule about
             quality, the next smaller one under an upper limit; see `RankRule`.
@@ -69,14 +69,14 @@ def compress(
         method: ``"real"`` or ``"complex"``, for linear time-invariant layers.
         selection: how the states of selective layers are picked; see `compressm.theory.selection`.
         data: a batch of the model's inputs, or an iterable of batches, which selective layers need; see
-            `compressm.observing.inputs` for the forms. All of their tokens count. They are read twice, the second time
-            to measure `LayerReport.error_on_data` and `error_held_out`; batches that might come in another order then,
-            as from a `DataLoader` that shuffles, are kept in memory meanwhile where the model has selective layers.
+            `compressm.observing.inputs` for the forms. All tokens count. The data are read twice, the second time to
+            measure `LayerReport.error_on_data` and `error_held_out`. If the model has selective layers, batches whose
+            order may change, as from a `DataLoader` that shuffles, are kept in memory between the two readings.
         optimizer: if given, its state is carried over to the new parameters.
-        carry: how; see `compressm.cutting.carry`.
+        carry: how the optimizer's state is carried over; see `compressm.cutting.carry`.
 
     Returns:
-        what happened to each layer, with its certificate. A layer whose certificate fails stays as it was.
+        a report of each layer, with its certificate. A layer whose certificate fails is not changed.
 
     Raises:
         InvalidRankRuleError: contradicting or impossible arguments.
@@ -86,7 +86,7 @@ def compress(
         EvaluationError: ``evaluate`` raised, or returned no finite number.
         ConfigError: data that the model cannot take.
 
-    After an error the model is as it was.
+    After an error the model is unchanged.
     """
     check_choice("carry", carry, Carry)
     check_choice("method", method, Method)
@@ -113,10 +113,10 @@ def compress(
 
 
 def _searched(max_drop: float | None, evaluate: object, sizes: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The sizes or errors that were asked for; under ``max_drop`` the tolerance at which the search begins.
+    """The user's sizes or errors; under ``max_drop`` the tolerance at which the search begins.
 
     Raises:
-        InvalidRankRuleError: ``max_drop`` without ``evaluate``, or with another wish.
+        InvalidRankRuleError: ``max_drop`` without ``evaluate``, or together with a size or error.
     """
     if (max_drop is None) != (evaluate is None):
         raise InvalidRankRuleError(
@@ -130,7 +130,7 @@ def _searched(max_drop: float | None, evaluate: object, sizes: Mapping[str, Any]
 
 
 def _check_before(model: nn.Module, rule: RankRule, optimizer: Optimizer | None, carry: Carry) -> None:
-    """Refuse, before anything is computed, sizes that no layer can have, and what cannot be written or carried over."""
+    """Before any computation, refuse impossible sizes, and layers or state that cannot be written or carried over."""
     found = find_layers(model)
     check_sizes(rule, state_dims(model), must_be_alike(found, rule))
     layers = {name: layer for name, (layer, _) in found.items()}
@@ -147,7 +147,7 @@ def _largest_harmless(
     max_drop: float,
     evaluate: Callable[[nn.Module], float],
 ) -> Plan:
-    """The plan with the largest tolerance at which the metric loses at most ``max_drop``; the model stays as it was."""
+    """The plan with the largest tolerance at which the metric drops by at most ``max_drop``; the model is unchanged."""
     reference = measure(model, evaluate)
     if not math.isfinite(reference):
         raise EvaluationError(
@@ -161,7 +161,7 @@ def _largest_harmless(
         return plan_reduction(model, wanted, balancings=balancings, selection=selection, cuts=cuts)
 
     saved = state_dims(model), copy.deepcopy(model.state_dict())
-    best = planned(0.0)  # only states that carry nothing
+    best = planned(0.0)  # removes only states without energy
     low, high = _LEAST, _LARGEST
     for _ in range(_TRIALS):
         middle = (low * high) ** 0.5
@@ -181,7 +181,7 @@ def _metric_after(
     dims: Mapping[str, int],
     weights: Mapping[str, Any],
 ) -> float:
-    """The metric of the model that a plan would make.
+    """The metric of the model after a plan's cut.
 
     Args:
         model: gets its present ``dims`` and ``weights`` back.

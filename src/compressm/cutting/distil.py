@@ -1,13 +1,13 @@
-"""Long convolutions as state space models: the Hankel matrix of a filter, cut and realised.
+"""Long convolutions as state space models: balanced truncation of a filter by its Hankel matrix.
 
 A filter ``h_0 .. h_{L-1}`` is a system of order L: a delay line, ``x_k = N x_{k-1} + e_1 u_k``, ``y_k = h . x_k``. Its
-controllability Gramian is the identity and its observability Gramian the square of the Hankel matrix ``H_ij = h_{i+j}``
-(zero beyond the end), so that its Hankel singular values are the absolute eigenvalues of the symmetric ``H = V diag(mu)
-V^T``, and balanced truncation to order r gives, with ``s = |mu|`` and the r largest of them,
+controllability Gramian is the identity. Its observability Gramian is the square of the Hankel matrix ``H_ij = h_{i+j}``
+(zero beyond the end). So its Hankel singular values are the absolute eigenvalues of the symmetric ``H = V diag(mu)
+V^T``. With ``s = |mu|``, balanced truncation to the r largest of them gives
 
     A = s^1/2 V^T N V s^-1/2,   B = s^1/2 V_1,   C = h^T V s^-1/2,   ||G - G_r||_inf <= 2 sum_{i>r} s_i
 
-That is the method of Ho and Kalman (1966) in Kung's form (1978), applied to the whole filter; distillation of trained
+This is the method of Ho and Kalman (1966) in Kung's form (1978), applied to the whole filter. Distillation of trained
 filters is due to Massaroli et al. (Laughing Hyena, 2023), who fit poles by gradient descent.
 """
 
@@ -30,15 +30,15 @@ from compressm.theory.systems import DiagonalSystem, decay_rate
 
 @dataclass(frozen=True)
 class Realization:
-    """State space models that answer like filters.
+    """State space models that approximate filters.
 
     Attributes:
-        system: one per filter, shape ``(filters,)``, single input and output, real output; those with fewer states than
-            others have states whose C is zero.
+        system: one per filter, shape ``(filters,)``, single input, single real output. Those with fewer states than
+            others are padded with states whose C is zero.
         hsv: Hankel singular values of the filters, decreasing, shape ``(filters, L)``.
-        bound: ``2 sum`` of the discarded ones, which no H-infinity error exceeds, shape ``(filters,)``.
-        h2_error, h2_norm: of the difference, for all time and not only within the filter's length, and of the filters,
-            shape ``(filters,)``.
+        bound: ``2 sum`` of the discarded ones, the bound of the H-infinity error, shape ``(filters,)``.
+        h2_error, h2_norm: H2 norms of the difference, over all time and not only the filter's length, and of the
+            filters, shape ``(filters,)``.
     """
 
     system: DiagonalSystem
@@ -79,7 +79,7 @@ def realize(filters: Tensor, order: int) -> Realization:
     def stacked(values: list[Tensor], fill: float) -> Tensor:
         return torch.stack([F.pad(v, (0, states - v.shape[0]), value=fill) for v in values])
 
-    # A state that does nothing has an eigenvalue all the same, so that it can be trained.
+    # A padding state gets an eigenvalue that is not zero, so that it can be trained.
     lam, c = stacked([part[0] for part in parts], 0.5), stacked([part[1] for part in parts], 0.0)
     hsv, bound = torch.stack([part[2] for part in parts]), torch.stack([2 * part[2][part[3] :].sum() for part in parts])
     system = DiagonalSystem(lam, torch.ones_like(lam)[..., None], c[:, None])
@@ -93,8 +93,8 @@ def realize(filters: Tensor, order: int) -> Realization:
 def _realize_one(h: Tensor, order: int) -> tuple[Tensor, Tensor, Tensor, int]:
     """Eigenvalues and residues of complex states, all Hankel singular values, and the order realised, of one filter.
 
-    A delay line itself is not diagonalisable, and a model of nearly its order hardly: the order is lowered until the
-    eigenvectors are good.
+    A delay line is not diagonalisable, and models of nearly its order are ill conditioned. So the order is lowered
+    until the eigenvectors are well conditioned.
     """
     length = h.shape[0]
     index = torch.arange(length)
@@ -119,21 +119,21 @@ def _realize_one(h: Tensor, order: int) -> tuple[Tensor, Tensor, Tensor, int]:
                 hsv,
                 order,
             )
-        order -= 1  # as equal Hankel singular values on both sides of the cut leave a mode on the unit circle, too
+        order -= 1  # also because equal Hankel singular values on both sides of the cut leave a mode on the unit circle
     return torch.full((1,), 0.5, dtype=torch.complex128), torch.zeros(1, dtype=torch.complex128), hsv, 0
 
 
 @dataclass(frozen=True)
 class FilterReport:
-    """What became of one layer's filters.
+    """The report of one layer's filters.
 
     Attributes:
         name: the convolution's name in the model.
         length: of the filters that were realised.
-        order, states: real order asked for, and complex states of the layer that stands there now.
+        order, states: the requested real order, and the number of complex states of the new layer.
         relative_h2_error: of all channels together, over all time.
-        largest_bound: H-infinity error bound of the channel where it is largest.
-        largest_gain: ``2 sum`` of all Hankel singular values of the channel where it is largest, for comparison.
+        largest_bound: the largest H-infinity error bound of any channel.
+        largest_gain: the largest ``2 sum`` of all Hankel singular values of any channel, for comparison.
     """
 
     name: str
@@ -152,20 +152,20 @@ class FilterReport:
 def distil(model: nn.Module, order: int = 16, length: int | None = None) -> tuple[FilterReport, ...]:
     """Replace every long convolution of a model, and every S4, by a diagonal state space model, in place.
 
-    What stands there afterwards is an `S4D`: it trains on, is cut further like any other, and generates in constant
-    time per token. Build optimizers after this: the convolution's parameters are gone.
+    Each is replaced by an `S4D`, which can be trained and cut further, and generates in constant time per token. Build
+    optimizers after this call, since the convolution's parameters no longer exist.
 
     Args:
         model: any module that contains a `compressm.layers.Convolution`: `Hyena` models and `S4`.
         order: real order per channel.
-        length: how much of the filters to take, by default all: ``max_length``.
+        length: how many entries of the filters to take, by default all: ``max_length``.
 
     Returns:
-        what became of each, in the order of the model.
+        a report of each convolution, in the order of the model.
 
     Raises:
         UnsupportedModelError: the model has no long convolution.
-        InvalidRankRuleError, InvalidSystemError: see `realize`. Nothing has been replaced then.
+        InvalidRankRuleError, InvalidSystemError: see `realize`. The model is then unchanged.
     """
     found = {name: module for name, module in model.named_modules() if isinstance(module, Convolution)}
     if not found:
@@ -204,7 +204,7 @@ def as_s4d(system: DiagonalSystem, D: Tensor) -> S4D:
     """
     lam, residues = system.lam, system.C[:, 0] * system.B[..., 0]
     decay = decay_rate(lam)
-    log_step = decay.log().mean(1, keepdim=True)  # eigenvalues of order one, the scale that S4D's rates are made for
+    log_step = decay.log().mean(1, keepdim=True)  # rates of order one, the scale for which S4D is designed
     frequency = lam.angle() / log_step.exp()
     log_decay = decay.log() - log_step
     gain, _ = hold(log_decay, frequency, log_step)

@@ -1,9 +1,10 @@
 """Checkpoints of any size: a model's layers take the state dimensions of the weights that are loaded into them.
 
-Cuts change the shapes of parameters, so that weights from before a cut no longer fit, nor do weights from after one
-fit a model that was built at its first size. But the shapes are in the weights: before a layer loads them, it is given
-their state dimension. This works in every host, since all of them end in `torch.nn.Module.load_state_dict`: Trainer's
-best model, Lightning's ``ckpt_path``, Accelerate's ``load_state``, averaged copies.
+Cuts change the shapes of parameters. So weights saved before a cut do not fit the model after it, and weights saved
+after a cut do not fit a model built at its first size. The weights themselves tell the shapes: before a layer loads
+them, it is resized to their state dimension. This works in every host, since all of them call
+`torch.nn.Module.load_state_dict`: Trainer's best model, Lightning's ``ckpt_path``, Accelerate's ``load_state``,
+averaged copies.
 """
 
 from __future__ import annotations
@@ -19,16 +20,16 @@ from compressm.errors import CheckpointError
 from compressm.runtime.processes import rebuild_replicas
 
 Model = TypeVar("Model", bound=nn.Module)
-# On every module with hooks: whether the load that it sees was asked of it, and not of a module around it.
+# An attribute of every module with hooks: whether `load_state_dict` was called on it, not on a module around it.
 _OUTERMOST, _RESIZED = "_outermost_of_a_load", "_resized_for_weights"
 
 
 def fit_any_size(model: Model) -> Model:
     """Let ``model.load_state_dict`` accept weights of any state dimension, from now on, in place.
 
-    What a model stores beside its weights, such as a Hugging Face config's state size, follows. `Compressor` and the
-    integrations call this. Call it yourself where a compressed checkpoint is loaded into a model that was built at its
-    first size and no compressor is at hand. Copies of the model inherit it.
+    Settings that a model stores beside its weights, such as the state size in a Hugging Face config, are updated too.
+    `Compressor` and the integrations call this function. Call it yourself before you load a compressed checkpoint,
+    without a compressor, into a model that was built at its first size. Copies of the model inherit the behaviour.
 
     Args:
         model: any model with layers that compressm knows.
@@ -52,20 +53,20 @@ def fit_any_size(model: Model) -> Model:
 
 
 def fit(model: Model, weights: Mapping[str, Tensor | Sequence[int]]) -> Model:
-    """Give a model's layers the state dimensions that weights of these names have, in place.
+    """Resize a model's layers, in place, to the state dimensions of a checkpoint's weights.
 
-    For checkpoints that are not read by ``load_state_dict``: `torch.distributed.checkpoint`, for example, reads into
-    tensors that have their shapes already.
+    Use it for checkpoints that are not read by ``load_state_dict``. For example, `torch.distributed.checkpoint` reads
+    into tensors that must have the right shapes already.
 
     Args:
         model: any model with layers that compressm knows.
-        weights: a state dict of the model, or only the shapes in it. Parameters that it does not name stay as they are.
+        weights: a state dict of the model, or only its shapes. Parameters that it does not name are not resized.
 
     Returns:
-        the same model; the parameters that were resized hold zeros.
+        the same model; resized parameters hold zeros.
 
     Raises:
-        CheckpointError: shapes that the layer has at no state dimension.
+        CheckpointError: the shapes fit the layer at no state dimension.
     """
     shapes = {
         name: tuple(value.shape if isinstance(value, Tensor) else value)
@@ -79,7 +80,7 @@ def fit(model: Model, weights: Mapping[str, Tensor | Sequence[int]]) -> Model:
 
 
 def _before_loading(module: nn.Module, _state_dict: Mapping[str, Any], prefix: str, *_: Any) -> None:
-    """Any part may be the one that a load was asked of, and see its end: a model, one in a wrapper, a backbone."""
+    """A hook before loading, on every module, since ``load_state_dict`` may be called on any: a model, a backbone."""
     setattr(module, _OUTERMOST, not prefix)
 
 
@@ -102,7 +103,7 @@ def _after_loading(module: nn.Module, _: Any) -> None:
 
 
 def _fit_layer(layer: nn.Module, adapter: LayerAdapter, shapes: Mapping[str, tuple[int, ...]], prefix: str) -> bool:
-    """Whether it had to be resized."""
+    """Resize a layer to the shapes of its weights; returns whether that was needed."""
     values = layer_values(layer)
     wanted = {name: shapes[prefix + name] for name in values if prefix + name in shapes}
     differing = {name: shape for name, shape in wanted.items() if shape != tuple(values[name].shape)}
@@ -112,7 +113,7 @@ def _fit_layer(layer: nn.Module, adapter: LayerAdapter, shapes: Mapping[str, tup
     def shapes_at(states: int) -> dict[str, tuple[int, ...]]:
         return {n: tuple(v.shape) for n, v in {**values, **adapter.resized(layer, states).values()}.items()}
 
-    # Every size is a linear function of the state dimension: two points of it tell which one is wanted.
+    # Every size is a linear function of the state dimension, so its values at two dimensions determine the wanted one.
     one, two = shapes_at(1), shapes_at(2)
     name, shape = next(iter(differing.items()))
     for size, at_one, at_two in zip(shape, one[name], two[name], strict=False):

@@ -1,7 +1,7 @@
-"""The cuts of all layers of a model that can really be made, as their adapters make them.
+"""The cuts of all layers of a model, computed by their adapters and remembered.
 
-States of most selective layers are selected, so that a cut loses more than the smallest Hankel singular values. What it
-loses is not known before it is made. A rule about quality therefore tries some cuts, and the plan takes one of them.
+Most selective layers select states, so a cut discards more than the smallest Hankel singular values. The discarded
+energy is known only after the cut is computed. A rule about quality therefore tries some cuts, and the plan takes one.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ class MadeCuts:
         }
 
     def proposal(self, name: str, states: int, rule: RankRule) -> Proposal | None:
-        """The cut of a layer to so many states; see `Cuts.proposal`."""
+        """The cut of a layer to ``states`` states; see `Cuts.proposal`."""
         return self._layers[name].proposal(states, rule)
 
     def discards(self) -> dict[str, Discards]:
-        """What cuts of each layer discard, for `choose_ranks`: of those layers whose cuts are not the best possible."""
+        """The energy that cuts discard, for `choose_ranks`, by name of those layers whose cuts are not optimal."""
         return {name: cuts.discards for name, cuts in self._layers.items() if cuts.discards is not None}
 
 

@@ -1,4 +1,4 @@
-"""What `evaluate` may return, and what becomes of a model while it is evaluated."""
+"""Evaluation of a model by the user's `evaluate`: the state that is restored, and the values that are accepted."""
 
 from __future__ import annotations
 
@@ -18,15 +18,14 @@ _EXPECTED = "expected one real number, higher is better"
 
 
 class MetricWarning(UserWarning):
-    """A metric is not finite, and nothing is compared with it."""
+    """A metric is not finite, so it is not compared with others."""
 
 
 def measure(model: nn.Module, evaluate: Callable[[nn.Module], Any]) -> float:
-    """A metric of the model, leaving the training modes of all its parts and the random state as they were.
+    """A metric of the model. The training modes of all its parts and the random state are restored afterwards.
 
     Returns:
-        what ``evaluate(model)`` does: any real number, a tensor or array of one element included. It may be NaN or
-        infinite.
+        the value of ``evaluate(model)``: a real number, or a tensor or array of one element. It may be NaN or infinite.
 
     Raises:
         EvaluationError: it returned something else, or raised.
@@ -48,11 +47,11 @@ def measure_together(model: nn.Module, evaluate: Callable[[nn.Module], Any]) -> 
     """`measure` in every process of `torch.distributed` at once: the metric of rank 0, on all ranks.
 
     Raises:
-        EvaluationError: on all ranks, where one of them has it.
+        EvaluationError: on all ranks, if one of them raises it.
     """
     metric, error = math.nan, None
     try:
-        metric = measure(model, evaluate)  # by all ranks, since it may add up their shares
+        metric = measure(model, evaluate)  # called on all ranks, since it may sum their shares
     except EvaluationError as mine:
         error = mine
     problems = [one for one in gathered(None if error is None else str(error)) if one is not None]
@@ -64,7 +63,7 @@ def measure_together(model: nn.Module, evaluate: Callable[[nn.Module], Any]) -> 
 
 
 def warn_not_finite(metric: float, what: str) -> None:
-    """Say at once that a metric is not finite, when, and what follows from it."""
+    """Warn at once that a metric is not finite, with the place and the consequence."""
     advice = "see that weights, data and the metric itself are finite"
     warnings.warn(f"evaluate returned {metric} {what}; {advice}", MetricWarning, stacklevel=6)
 
@@ -79,7 +78,7 @@ def as_metric(value: Any) -> float:
         raise _refused(value)
     if isinstance(value, Tensor) and (value.numel() != 1 or value.is_complex()):
         raise _refused(value)
-    size = getattr(value, "size", 1)  # of NumPy's arrays
+    size = getattr(value, "size", 1)  # NumPy arrays have it
     if isinstance(size, int) and size != 1:
         raise _refused(value)
     try:

@@ -1,4 +1,4 @@
-"""What a reduction of a model will do: decided and certified for every layer, then written, whole or not at all."""
+"""The plan of a cut: decided and certified for every layer, then written completely or not at all."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ _Owners = Mapping[int, list[tuple[nn.Module, str]]]
 
 @dataclass(frozen=True)
 class Plan:
-    """A reduction that has been computed and certified, and not yet written."""
+    """A cut of a model that is computed and certified, but not written yet."""
 
     report: Report
     changes: Mapping[str, LayerChange]
 
     def cpu(self) -> Plan:
-        """The same plan with all tensors on the CPU, to be sent to other processes."""
+        """The same plan with all tensors on the CPU, for other processes."""
         return replace(self, changes={name: change.cpu() for name, change in self.changes.items()})
 
     def measured(
@@ -51,9 +51,9 @@ class Plan:
         """The same plan, with the error of every layer on some data in its report; see `compressm.cutting.replay`.
 
         Args:
-            model: that it was made for, not cut yet.
-            data: what it was made from.
-            halves: moments of both halves of these data, to measure on what is held out.
+            model: the model of this plan, not cut yet.
+            data: the data of this plan.
+            halves: moments of both halves of these data, for the error on held-out data.
             selection: how states were picked.
         """
         started = time.perf_counter()
@@ -62,7 +62,7 @@ class Plan:
         return self.with_errors(errors, time.perf_counter() - started)
 
     def with_errors(self, errors: Mapping[str, Errors], seconds: float = 0.0) -> Plan:
-        """The same plan, with errors on data by layer name, and the time that it took to measure them."""
+        """The same plan, with errors on data by layer name, and the seconds that the measurement took."""
         layers = tuple(
             replace(layer, error_on_data=errors[layer.name].on_data, error_held_out=errors[layer.name].held_out)
             if layer.name in errors
@@ -72,10 +72,10 @@ class Plan:
         return replace(self, report=Report(layers, self.report.seconds + seconds))
 
     def apply(self, model: nn.Module, optimizer: Optimizer | None = None, carry: Carry = "transform") -> Report:
-        """Write it into the model that it was planned for, and carry the optimizer's state over.
+        """Write the plan into its model, and carry the optimizer's state over.
 
         Raises:
-            UnsupportedOptimizerError: before anything is written, if the optimizer's state cannot be carried.
+            UnsupportedOptimizerError: the optimizer's state cannot be carried over. Nothing is written then.
         """
         started = time.perf_counter()
         layers = {name: model.get_submodule(name) for name in self.changes}
@@ -91,8 +91,8 @@ class Plan:
     def _by_halves(
         self, model: nn.Module, halves: Halves, selection: Selection
     ) -> dict[str, tuple[LayerChange, LayerChange]]:
-        """Of those layers whose cuts are made from data: what each half of the data alone would write, with as many
-        states."""
+        """For layers whose cuts are computed from data: the changes computed from each half of the data alone, to the
+        same number of states."""
         states = self.report.state_dims
         found: dict[str, tuple[LayerChange, LayerChange]] = {}
         for name, (layer, adapter) in layers_that_need_data(model).items():
@@ -122,14 +122,15 @@ def plan_reduction(
 
     Args:
         model: the model.
-        rule: what decides the state dimensions.
+        rule: decides the state dimensions.
         method: real-part aware or complex truncation of linear time-invariant layers.
         moments: of the selective layers.
-        selection: how their states are picked, see `selection`. In linear time-invariant layers the largest Hankel
-            singular values are kept, but for ``"smallest"`` and ``"random"``; ``"modal"``, ``"hinf"``, ``"energy"``
-            and ``"random_modes"`` leave out states as they are, see `pruning`. All of these are there for comparison.
-        balancings: from `balance_layers` on the model as it is now, if at hand, instead of ``moments``.
-        cuts: of these balancings, where several plans are made from them.
+        selection: how states of selective layers are picked, see `selection`. Linear time-invariant layers keep the
+            largest Hankel singular values, with exceptions for comparison: ``"smallest"`` and ``"random"``; and
+            ``"modal"``, ``"hinf"``, ``"energy"`` and ``"random_modes"``, which remove states without a change of basis,
+            see `pruning`.
+        balancings: from `balance_layers` on the present model, if available, instead of ``moments``.
+        cuts: of these balancings, to share them between several plans.
 
     Raises:
         InvalidRankRuleError: an unknown method or selection, or a budget that is too small.
@@ -169,10 +170,10 @@ def _check_finite(layers: Layers) -> None:
 
 
 def _decide(kept: LayerReport, cuts: MadeCuts, states: int, rule: RankRule) -> _Decision:
-    """What becomes of a layer for which a rule chose so many states.
+    """The decision about a layer for which a rule chose ``states`` states.
 
     Args:
-        kept: its report if nothing does.
+        kept: the layer's report if it is not cut.
     """
     present = kept.states_before
     proposal = cuts.proposal(kept.name, states, rule) if passes_gate(present, states, rule) else None
@@ -186,7 +187,7 @@ def _decide(kept: LayerReport, cuts: MadeCuts, states: int, rule: RankRule) -> _
 
 
 def _unless_shared(decision: _Decision, layer: nn.Module, shared: _Owners) -> _Decision:
-    """The same, but refused if it writes a parameter that a module outside of the layer has too."""
+    """The decision, refused if it writes a parameter that is shared with a module outside the layer."""
     report, change = decision
     other = None if change is None else _also_used(shared, layer, change)
     if other is None:
@@ -195,7 +196,7 @@ def _unless_shared(decision: _Decision, layer: nn.Module, shared: _Owners) -> _D
 
 
 def _all_or_none(decided: Mapping[str, _Decision], alike: Sequence[str]) -> dict[str, _Decision]:
-    """The same, but of layers that must share one state dimension all stay where one has to."""
+    """The decisions, with no cut in layers that must share one state dimension if one of them cannot be cut."""
     refused = [name for name in decided if name in alike and decided[name][0].outcome == "refused"]
     if not refused:
         return dict(decided)
@@ -216,7 +217,7 @@ def must_be_alike(layers: Layers, rule: RankRule) -> list[str]:
 
 
 def _shared_parameters(model: nn.Module) -> _Owners:
-    """The parameters that several modules have, by their ``id``: those modules, and the full names in them."""
+    """Parameters that several modules share, by ``id``: these modules, and the parameter's full names in them."""
     owners: dict[int, list[tuple[nn.Module, str]]] = {}
     for prefix, module in model.named_modules():
         for name, parameter in module.named_parameters(prefix, recurse=False):
@@ -225,7 +226,7 @@ def _shared_parameters(model: nn.Module) -> _Owners:
 
 
 def _also_used(shared: _Owners, layer: nn.Module, change: LayerChange) -> tuple[str, str] | None:
-    """A parameter that a change writes and that a module outside of the layer has too: its two names."""
+    """The two names of a parameter that a change writes and that is shared with a module outside the layer."""
     inside = set(layer.modules())
     for name in change.values():
         for module, other in shared.get(id(layer.get_parameter(name)), ()):

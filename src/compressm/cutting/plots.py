@@ -1,4 +1,4 @@
-"""Pictures of a spectrum, by matplotlib or plotly, whichever the reader has."""
+"""Plots of a spectrum, by matplotlib or plotly, whichever is installed."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from typing import Any, Literal
 from compressm.errors import MissingExtraError
 
 Backend = Literal["plotly", "matplotlib"]
-# Told apart also by who sees few colours (most are Okabe and Ito's), and on white as on black.
+# Distinguishable for colour-blind readers (most colours are Okabe and Ito's), on white and on black backgrounds.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8f7fee", "#999999")
 _TITLE, _X, _Y = "Energy beyond the first r states", "states kept, r", "share of the Hankel energy discarded"
-_FLOOR = 1e-8  # of what is discarded: the rest is nothing
+_FLOOR = 1e-8  # smaller discarded shares count as zero
 
 
 def plot_discarded(discarded: Mapping[str, Sequence[float]], backend: Backend | None = None) -> Any:
-    """What keeping r states would discard, a line per layer; see `Spectrum.plot`.
+    """Plot the share of energy that is discarded if r states are kept, one line per layer; see `Spectrum.plot`.
 
     Args:
-        discarded: by layer name, the share of the Hankel energy that is lost with the first 1, 2, ... states.
+        discarded: by layer name, the share of the Hankel energy that is lost if 1, 2, ... states are kept.
         backend: ``"plotly"`` or ``"matplotlib"``; by default plotly where it is installed.
     """
     if backend is None:
@@ -61,7 +61,7 @@ def _matplotlib(lines: list[tuple[str, list[float]]]) -> Any:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise MissingExtraError('this picture needs matplotlib: pip install "compressm[train]"') from error
-    figure = Figure(figsize=(7, 4.5), layout="constrained")  # no pyplot: nothing global, no window
+    figure = Figure(figsize=(7, 4.5), layout="constrained")  # without pyplot, which has global state and opens windows
     axis = figure.subplots()
     for index, (name, shares) in enumerate(lines):
         axis.semilogy(range(1, len(shares) + 1), shares, label=name, color=COLOURS[index % len(COLOURS)])

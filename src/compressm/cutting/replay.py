@@ -1,19 +1,20 @@
-"""What a cut does to a layer's output on data: measured, by running the layer before and after on the same inputs.
+"""The error that a cut causes in a layer's output, measured by running the layer before and after on the same inputs.
 
-While the model reads the data, every layer that is to be cut gets each input a second time, in a copy that holds the
-smaller recurrence already. With ``y`` the layer's output and ``y'`` that of the copy,
+While the model reads the data, a copy of each layer, with the cut already written, gets the same inputs. With ``y`` the
+layer's output and ``y'`` that of the copy,
 
     error = sqrt(sum |y' - y|^2 / sum |y|^2)
 
-over all tokens of all calls, padding left out. Everything between the layer's input and its output is in it: gates,
-norms, projections, the path that goes past the state. No other layer's cut is: each layer reads what it read before.
+over all tokens of all calls, without padding. The error includes everything between the layer's input and its output:
+gates, norms, projections, and the path that bypasses the state. It does not include the cuts of other layers, since
+each layer reads its former input.
 
-The copies take no more memory than the layers themselves. One pass over the data is one run of the model, and one more
-of these layers. Nothing is kept from one batch to the next but some sums per layer.
+The copies take no more memory than the layers themselves. One pass over the data costs one run of the model and a
+second run of these layers. Only some sums per layer are kept between batches.
 
-Where a cut is fitted to the data, as in selective layers, that error is one of fitting. `error_held_out` comes from two
-more cuts, each made from half of the sequences and measured on the other half (see `held_out`): what to expect on other
-data of the same kind, and rather too much than too little, since each half is less than the whole.
+In selective layers a cut is fitted to the data, and the error above is that of the fit. `error_held_out` comes from two
+more cuts, each made from half of the sequences and measured on the other half (see `held_out`). It estimates the error
+on other data of the same kind. It is more likely too large than too small, since each half has less data.
 """
 
 from __future__ import annotations
@@ -41,8 +42,8 @@ from compressm.runtime.processes import gathered
 
 
 class NotMeasuredWarning(UserWarning):
-    """A layer's error on the data could not be measured, because the smaller copy of it could not be run on them, or
-    not from the states that the layer itself went on from."""
+    """A layer's error on the data could not be measured: its smaller copy could not be run on them, or could not
+    continue from the layer's states."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ class Errors:
 
     Attributes:
         on_data: of the cut itself, on the data that it was made from.
-        held_out: of cuts made from half of the sequences, on the other half; None where there are none.
+        held_out: of cuts made from half of the sequences, on the other half; None if there are no such cuts.
     """
 
     on_data: float
@@ -65,20 +66,20 @@ def errors_on_data(
     data: Any,
     by_halves: Mapping[str, tuple[LayerChange, LayerChange]] | None = None,
 ) -> dict[str, Errors]:
-    """Relative error of each layer's output on some data, if the changes were written; see the module's text.
+    """Relative error that changes would cause in each layer's output on some data; see the module's text.
 
     Args:
-        model: as it is before the changes, in evaluation mode while it reads the data. Only read.
+        model: the model before the changes. It is only read, and is in evaluation mode while it reads the data.
         changes: by layer name.
         data: batches, as `compressm.observing.moments.gather` takes them.
-        by_halves: by layer name, the changes that the first and that the second half of the sequences lead to; these
+        by_halves: by layer name, the two changes computed from the first and the second half of the sequences. ``data``
             must be the same data in the same order.
 
     In several processes all of them must call this, each with its share of the data.
 
     Returns:
-        by layer name; without the layers that the data did not reach. Infinite where an output that was zero is not
-        zero any more.
+        errors by layer name, without the layers that the data did not reach. An error is infinite if the output was
+        zero and is no longer zero.
     """
     if not changes:
         return {}
@@ -111,10 +112,10 @@ def errors_on_data(
 def errors_on_samples(
     model: nn.Module, changes: Mapping[str, LayerChange], samples: Mapping[str, Sample]
 ) -> dict[str, Errors]:
-    """The same, on one sequence that each layer has read before: what a training loop can afford.
+    """As `errors_on_data`, on one sequence that each layer has read before. It is cheap enough for a training loop.
 
     Args:
-        model: as it is before the changes. Only read.
+        model: the model before the changes; only read.
         changes: by layer name.
         samples: by layer name; layers without one are left out.
     """
@@ -147,16 +148,15 @@ def _over(padding: Padding, *_: Any) -> None:
 
 
 def _mask(arguments: Mapping[str, Any]) -> Tensor | None:
-    """Which tokens of a batch are tokens, where its call says so."""
+    """1 for tokens and 0 for padding, if the call's arguments say so."""
     mask = arguments.get("attention_mask")
     return mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
 
 
 class _Replay:
-    """Compares one layer with what a change makes of it.
+    """Compares one layer with its copy after a change.
 
-    ``sums`` has the squares of what changes in the output, of the output, and of what the halves' cuts change in it;
-    then the number of tokens.
+    ``sums`` holds ``sum |y' - y|^2``, ``sum |y|^2``, the former for the cuts of the halves, and the number of tokens.
     """
 
     def __init__(
@@ -177,7 +177,7 @@ class _Replay:
         self.failed = ""
 
     def begins(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """A forward pre-hook: does the layer go on from a state? That is the larger one, and the copy has none."""
+        """A forward pre-hook: note if the layer continues from a state, since the copy has no such state."""
         if self.failed or self.adapter is None:
             return
         try:
@@ -195,7 +195,7 @@ class _Replay:
         args = tuple(None if _is_cache(value) else value for value in args)
         kwargs = {key: None if _is_cache(value) else value for key, value in kwargs.items()}
         if "use_cache" in kwargs:
-            kwargs["use_cache"] = False  # some keep their states in themselves
+            kwargs["use_cache"] = False  # some layers store their states in themselves
         try:
             y = _sequence(output)
             others = [_sequence(self.run(one, *args, **kwargs)) for one in (self.smaller, *self.of_halves)]
@@ -219,7 +219,7 @@ class _Replay:
         return torch.ones(output.shape[:-1], dtype=torch.float64, device=output.device)
 
 
-# Of a copy with a smaller state, in layers that nobody here has seen. The cut is sound without these numbers.
+# Errors that the copy of an unknown layer may raise. They only prevent the measurement; the cut itself is sound.
 _FAILURES = (RuntimeError, TypeError, ValueError, AttributeError)
 
 
@@ -239,14 +239,14 @@ def _copy(layer: nn.Module, change: LayerChange) -> nn.Module:
 
 
 def relative(changed: float, before: float) -> float:
-    """The root of ``changed / before``: 0 where nothing changed."""
+    """``sqrt(changed / before)``, and 0 if nothing changed."""
     if before == 0:
         return 0.0 if changed == 0 else float("inf")
     return (changed / before) ** 0.5
 
 
 def _errors(replays: Mapping[str, _Replay]) -> dict[str, Errors]:
-    """Over all processes together."""
+    """The errors over all processes together."""
     shares = gathered({name: (one.sums, one.failed) for name, one in replays.items()})
     found: dict[str, Errors] = {}
     for name, replay in replays.items():
@@ -261,13 +261,13 @@ def _errors(replays: Mapping[str, _Replay]) -> dict[str, Errors]:
 
 
 def _is_cache(value: object) -> bool:
-    """Whether a layer was handed this to leave its state in: it has the shape of the larger state, and the layer itself
-    has written into it by now."""
+    """Whether an argument is a cache for the layer's state. It has the shape of the larger state, and the layer has
+    already written into it."""
     return "Cache" in type(value).__name__
 
 
 def _sequence(output: Any) -> Tensor:
-    """The sequence among what a layer returns: the output itself, or the first tensor in it."""
+    """The sequence in a layer's return value: the value itself, or the first tensor in it."""
     if isinstance(output, Tensor):
         return output
     values = output.values() if isinstance(output, Mapping) else output

@@ -1,4 +1,4 @@
-"""What one reduction did to a model, layer by layer, as values that print as a table and go into JSON."""
+"""The report of one cut, layer by layer: values that print as a table and convert to JSON."""
 
 from __future__ import annotations
 
@@ -11,26 +11,26 @@ from compressm.theory.recurrence import ErrorEstimate
 
 @dataclass(frozen=True)
 class LayerReport:
-    """What a reduction does to one layer.
+    """The report of one cut about one layer.
 
     Attributes:
         name: the layer's name in the model.
-        states_before, states_after: state dimension; equal where nothing is cut.
-        outcome: ``"cut"``, ``"kept"`` (the rule asks for no cut worth making) or ``"refused"`` (the certificate
-            failed).
-        reason: why, in words, unless cut.
-        certificate: of the truncation, or for a selective layer the error to expect of its recurrence; None where none
-            was computed.
-        hsv: Hankel singular values before the cut, decreasing; the mean over the systems of a layer that has several.
-        energy_kept: share of the layer's Hankel energy that the cut which was made keeps, all its systems together;
-            `RankRule.tolerance` promises it. See `SelectiveReduction.discarded` for selective layers. None without a
-            cut, and where states were taken out as they are.
-        error_on_data: relative error of the layer's output on the data that the cut was made from, measured by running
-            the layer before and after on the same inputs, see `compressm.cutting.replay`. In training on the sequence
-            that was observed last, and for selective layers only. None without a cut or without data.
-        error_held_out: the same on data that the cut was not made from, what to expect on others: measured with cuts to
-            as many states, made from half of the sequences each, on the other half. None where the cut does not depend
-            on the data (time-invariant layers), or there is only one sequence, or in training.
+        states_before, states_after: state dimension; equal if the layer is not cut.
+        outcome: ``"cut"``, ``"kept"`` (the rule asks for no cut, or its gate rejects it) or ``"refused"`` (the
+            certificate failed).
+        reason: why the layer is not cut, in words; empty for a cut.
+        certificate: of the truncation; for a selective layer the predicted error of its recurrence. None if there is
+            none.
+        hsv: Hankel singular values before the cut, decreasing; their mean if the layer has several systems.
+        energy_kept: share of the layer's Hankel energy that the cut keeps, over all its systems; `RankRule.tolerance`
+            promises it. See `SelectiveReduction.discarded` for selective layers. None without a cut, and if states were
+            pruned without a change of basis.
+        error_on_data: relative error of the layer's output on the data of the cut, measured by running the layer before
+            and after on the same inputs, see `compressm.cutting.replay`. During training it is measured on the last
+            observed sequence, for selective layers only. None without a cut or without data.
+        error_held_out: the error to expect on other data, measured with two cuts to as many states: each is computed
+            from half of the sequences and measured on the other half. None if the cut does not depend on the data
+            (time-invariant layers), if there is only one sequence, and during training.
         poles_before, poles_after: eigenvalues of a linear time-invariant layer that was cut; empty otherwise.
     """
 
@@ -59,7 +59,7 @@ class LayerReport:
 
 
 def _pairs(values: tuple[complex, ...]) -> list[list[float]]:
-    """Real and imaginary parts, to four places."""
+    """Real and imaginary parts, rounded to four decimals."""
     return [[round(value.real, 4), round(value.imag, 4)] for value in values]
 
 
@@ -70,12 +70,12 @@ def _number(value: float | None, width: int, digits: int) -> str:
 
 @dataclass(frozen=True)
 class Report:
-    """What a reduction did to a model, layer by layer, and how long it took in seconds.
+    """The report of one cut of a model, layer by layer, with its duration in seconds.
 
-    ``print`` shows for every layer the error measured at its output on the data, and on held-out data; the error
-    expected: of a linear
-    time-invariant layer the relative H2 error, which is that under white noise, of a selective one the error of its
-    recurrence, before the norm and the projection that follow; the H-infinity error and its bound.
+    ``print`` shows for every layer the error of its output measured on the data and on held-out data, the expected
+    error, and the H-infinity error with its bound. The expected error of a linear time-invariant layer is the relative
+    H2 error, which holds under white noise. That of a selective layer is the error of its recurrence, before the norm
+    and the projection that follow.
     """
 
     layers: tuple[LayerReport, ...]

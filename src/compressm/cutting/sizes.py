@@ -17,8 +17,7 @@ def state_dims(model: nn.Module) -> dict[str, int]:
 
 
 def resize_states(model: nn.Module, dims: Mapping[str, int]) -> None:
-    """Give layers other state dimensions, so that a state dict of a compressed model fits. Values are to be loaded
-    next.
+    """Resize layers to other state dimensions, so that a state dict of a compressed model fits. Load values afterwards.
 
     Raises:
         CheckpointError: the names are not those of the model's layers.

@@ -1,4 +1,4 @@
-"""Hankel singular values of a model's layers, and how far two snapshots of them are apart."""
+"""The spectrum of a model: Hankel singular values of its layers, and the change between two snapshots of them."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ class LayerSpectrum:
     Attributes:
         name: the layer's name in the model.
         hsv: Hankel singular values, decreasing along the last axis, float64, shape ``(m,)`` with one or two values per
-            state (see `Balancing`); ``(*batch, m)`` where a layer has several systems.
+            state (see `Balancing`); ``(*batch, m)`` if the layer has several systems.
         energy: Hankel energy per complex state, decreasing, shape ``(n,)`` (see `Balancing.energy`); ``(*batch, n)``
-            where a layer has several systems, one per channel or head, that keep one common rank.
+            if the layer has several systems, one per channel or head, with one common rank.
     """
 
     name: str
@@ -48,8 +48,8 @@ class LayerSpectrum:
         return self.energy.shape[-1]
 
     def states_for(self, tolerance: float) -> int:
-        """How many states hold all but this share of the Hankel energy, at best: where states are selected, as in most
-        selective layers, a cut that keeps as much needs more of them."""
+        """The least number of states that hold all but this share of the Hankel energy. If states are selected, as in
+        most selective layers, a cut that keeps as much energy needs more states."""
         return choose_ranks({self.name: self.energy}, RankRule(tolerance=tolerance))[self.name]
 
     def mean_energy(self) -> list[float]:
@@ -57,8 +57,8 @@ class LayerSpectrum:
         return self.energy.reshape(-1, self.states).mean(0).tolist()
 
     def discarded(self) -> list[float]:
-        """Share of the Hankel energy that is lost if the first 1, 2, ... states are kept; the last entry is 0. Where a
-        layer has several systems, that of the one that loses most. Where states are selected, a cut loses more."""
+        """Share of the Hankel energy that is lost if the first 1, 2, ... states are kept; the last entry is 0. If the
+        layer has several systems, the largest share counts. If states are selected, a cut loses more."""
         beyond = self.energy.flip(-1).cumsum(-1).flip(-1)
         share = beyond[..., 1:] / beyond[..., :1].clamp_min(1e-300)
         return [*share.reshape(-1, share.shape[-1]).amax(0).tolist(), 0.0]
@@ -72,7 +72,7 @@ class Spectrum:
 
     @classmethod
     def of(cls, balancings: Mapping[str, Balanced]) -> Spectrum:
-        """Of balanced layers by name."""
+        """The spectrum of balanced layers, given by name."""
         return cls(tuple(LayerSpectrum(name, one.hsv, one.energy) for name, one in balancings.items()))
 
     def __iter__(self) -> Iterator[LayerSpectrum]:
@@ -110,13 +110,13 @@ class Spectrum:
         return pandas.DataFrame(rows)
 
     def plot(self, backend: Backend | None = None) -> Any:
-        """What keeping r states of every layer would discard, on a logarithmic axis.
+        """Plot the share of energy that is discarded if r states of a layer are kept, on a logarithmic axis.
 
         Args:
             backend: ``"plotly"`` or ``"matplotlib"``; by default plotly where it is installed.
 
         Returns:
-            a ``plotly.graph_objects.Figure`` or a ``matplotlib.figure.Figure``, which a notebook shows by itself.
+            a ``plotly.graph_objects.Figure`` or a ``matplotlib.figure.Figure``, which notebooks display.
 
         Raises:
             MissingExtraError: the backend is not installed.
@@ -182,7 +182,7 @@ def analyze(model: nn.Module, method: Method = "real", data: Any = None) -> Spec
 
 
 def snapshot_state(balancing: Balanced) -> Any:
-    """What a balanced layer is computed from, as dicts or lists of tensors."""
+    """The tensors from which a layer was balanced, as a dict or list; see `Balanced.state`."""
     return balancing.state()
 
 
@@ -200,17 +200,17 @@ def mean_hsv(balancing: Balanced) -> Tensor:
 
 @dataclass(frozen=True)
 class SpectrumChange:
-    """How far a layer's Hankel spectrum moved between two snapshots.
+    """The change of a layer's Hankel spectrum between two snapshots.
 
     Attributes:
-        weyl_bound: ``max |eig(H' - H)|`` with ``H = (P^1/2 Q P^1/2)^1/2``; by Weyl's inequality no Hankel singular
+        weyl_bound: ``max |eig(H' - H)|`` with ``H = (P^1/2 Q P^1/2)^1/2``. By Weyl's inequality no Hankel singular
             value moved by more. In units of the largest value of the first snapshot.
         largest_move: the largest change of a value, in the same units.
-        rank_correlation: Spearman's, between the places in the order that the state directions had and have.
+        rank_correlation: Spearman's, between the ranks of the state directions before and after.
         share_moved: total change of the values over their sum.
-        bottom_share_before, bottom_share_after: energy share of the smallest half.
-        crossings: share of all pairs of state directions that changed places in the order. A direction (an eigenvector
-            of ``H``) is recognised in the second snapshot by the largest total overlap.
+        bottom_share_before, bottom_share_after: energy share of the smallest half of the values.
+        crossings: share of all pairs of state directions that changed their order. Directions (eigenvectors of ``H``)
+            are matched between the snapshots such that their total overlap is largest.
     """
 
     weyl_bound: float
@@ -222,15 +222,15 @@ class SpectrumChange:
     crossings: float
 
     def settled(self, threshold: float) -> bool:
-        """Whether the spectrum held still: little energy moved, and the bottom half's share stayed what it was."""
+        """Whether the spectrum has settled: little energy moved, and the bottom half's share barely changed."""
         return self.share_moved <= threshold and abs(self.bottom_share_after - self.bottom_share_before) <= threshold
 
 
 def compare(before: Balanced, after: Balanced) -> SpectrumChange:
     """Compare two snapshots of one layer, of the same state dimension and method.
 
-    The values are compared in their order, as Weyl's inequality does; that is also the matching of least total change.
-    Directions are matched by their overlap (`scipy.optimize.linear_sum_assignment`).
+    The values are compared in decreasing order, as in Weyl's inequality; this is also the matching with the least total
+    change. Directions are matched by their overlap (`scipy.optimize.linear_sum_assignment`).
 
     Raises:
         ValueError: snapshots of different order.
@@ -240,7 +240,7 @@ def compare(before: Balanced, after: Balanced) -> SpectrumChange:
         raise ValueError(f"snapshots of different order: {a.shape[-1]} and {b.shape[-1]} Hankel singular values")
     scale = float(a[0]) or 1.0
     old, new = before.hankel_operator(), after.hankel_operator()
-    # Imported here: they take as long as the rest of the library, and few need them.
+    # Imported here, since they take as long as the rest of the library and are rarely needed.
     from scipy.optimize import linear_sum_assignment
     from scipy.stats import spearmanr
 
@@ -260,7 +260,7 @@ def compare(before: Balanced, after: Balanced) -> SpectrumChange:
 
 
 def _crossings(places: Sequence[int]) -> float:
-    """Share of the pairs that stand in another order than their places."""
+    """Share of the pairs whose order differs from the order of their places."""
     order = torch.tensor(places)
     inverted = (order[:, None] > order[None, :]).triu(1).sum()
     return float(inverted) / max(1, len(places) * (len(places) - 1) // 2)

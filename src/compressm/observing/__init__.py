@@ -1,1 +1,1 @@
-"""What a layer does with the data: its states, and what the loss thinks of them, at little cost."""
+"""Evidence from data: second moments of layers' states and of the loss's gradients, gathered at little cost."""

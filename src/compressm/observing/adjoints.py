@@ -2,8 +2,8 @@
 
     x_t = lam x_{t-1} + B u_t,    y_t = Re(C x_t) + D u_t,    lambda_t = conj(lam) lambda_{t+1} + C^H g_t
 
-with ``g_t = d loss / d y_t``: the recurrence run backwards gives ``lambda_t = d loss / d x_t``, stacked as ``(Re x, Im
-x)``. The feedthrough adds nothing to it, so that the gradient at the layer's output is all that is needed.
+with ``g_t = d loss / d y_t``. The recurrence run backwards gives ``lambda_t = d loss / d x_t``, stacked as ``(Re x, Im
+x)``. The feedthrough does not contribute to it, so the gradient at the layer's output is sufficient.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from compressm.scans.chain import chain, chain_engine
 from compressm.theory.evidence import Covariances, white_scales
 from compressm.theory.systems import DiagonalSystem
 
-# Numbers in one tensor of states: 16 MB of float32.
+# Largest number of entries in one tensor of states: 16 MB of float32.
 _BLOCK = 2**22
 
 
@@ -52,15 +52,15 @@ def readings(
 ) -> list[Reading]:
     """The runs of a layer's recurrence: one, or one in each direction of time.
 
-    A layer with two directions has one system with the outputs of both stacked, each times the root of 2 (see
+    The system of a layer with two directions has the outputs of both stacked, each times the root of 2 (see
     `adapters.s5`).
 
     Args:
         layer: an `LRU`, `S5`, `S4D`, or any other layer whose adapter reads a `DiagonalSystem`.
-        system: what the adapter reads.
+        system: the system that the adapter reads.
         u, g, present: as in `Reading`, for the layer's input and output.
-        lengths: within which a layer with two directions reversed each sequence, shape ``(batch,)``; None for the
-            whole row.
+        lengths: lengths of the sequences, within which a layer with two directions reversed each one, shape
+            ``(batch,)``; None for the whole row.
     """
     module: Any = layer
     if not getattr(module, "bidirectional", False):
@@ -77,9 +77,9 @@ def covariances(system: DiagonalSystem, reading: Reading, first: bool = True) ->
     """Second moments of the states and adjoint states of one run.
 
     Args:
-        system: what is run; C is the reading's.
-        reading: over which sequences.
-        first: whether it is the first run over these sequences: later ones add tokens, and no sequences.
+        system: gives ``lam`` and B; C is the reading's.
+        reading: the run.
+        first: whether it is the first run over these sequences. Later runs add tokens, but no sequences.
     """
     batch, length = reading.u.shape[:2]
     states, adjoints = _nothing(system), _nothing(system)
@@ -98,7 +98,7 @@ def covariances(system: DiagonalSystem, reading: Reading, first: bool = True) ->
 
 
 def _blocks(reading: Reading, states: int) -> Iterator[Reading]:
-    """A few sequences at a time: states of all tokens take much more memory than inputs."""
+    """The reading split into a few sequences at a time, since states take much more memory than inputs."""
     batch, length = reading.u.shape[:2]
     size = max(1, _BLOCK // (2 * states * length))
     for start in range(0, batch, size):

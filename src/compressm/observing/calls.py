@@ -1,4 +1,4 @@
-"""Calls of layers, kept from the forward pass to the backward pass, and the evidence that is made of them."""
+"""Calls of layers, kept from the forward pass to the backward pass, and the evidence computed from them."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ class LinearCall:
 
     Attributes:
         layer: the layer.
-        system: what it computed, which may be another one after the pass.
-        u: its input, shape ``(batch, length, d_model)``.
+        system: the layer's system at the call, which may change after the pass.
+        u: the layer's input, shape ``(batch, length, d_model)``.
         present: 1 for tokens and 0 for padding, shape ``(batch, length)``; None for no padding.
-        lengths: within which it reversed each sequence, where it reads backwards too, shape ``(batch,)``; None for the
-            whole row.
+        lengths: lengths of the sequences, within which a layer with two directions reversed each one, shape
+            ``(batch,)``; None for the whole row.
     """
 
     layer: nn.Module
@@ -64,11 +64,11 @@ class LinearCall:
         return bool(torch.isfinite(self.u).all())
 
     def run(self, g: Tensor, before: Covariances | None) -> Covariances:
-        """Moments of this call, added to those of the calls before it in the same pass.
+        """Moments of this call, plus those of earlier calls in the same pass.
 
         Args:
             g: gradient of every sequence's own loss at the layer's output.
-            before: from the calls before it.
+            before: from the earlier calls.
         """
         for reading in readings(self.layer, self.system, self.u, g, self.present, self.lengths):
             new = covariances(self.system, reading, first=before is None)
@@ -83,9 +83,9 @@ class SelectiveCall:
 
     Attributes:
         layer, adapter: the layer.
-        args, kwargs: what it was called with; sequences in the first dimension of tensors that are ``batch`` long.
+        args, kwargs: arguments of the call. Tensors whose first dimension is ``batch`` hold one sequence per row.
         present: as in `LinearCall`.
-        precision: makes the context in which it ran.
+        precision: opens the autocast context of the call.
         batch: number of sequences.
     """
 
@@ -107,7 +107,7 @@ class SelectiveCall:
         present: Tensor | None,
     ) -> SelectiveCall:
         """A call that was made."""
-        # What is cached was filled by this very call, and must not be read in another one.
+        # The cache was filled by this very call, and must not be read when the call is repeated.
         given = {name: None if name in _CACHES else _detached(value) for name, value in kwargs.items()}
         values = tuple(_detached(value) for value in args)
         hidden = next(v for v in (*values, *given.values()) if isinstance(v, Tensor) and v.is_floating_point())
@@ -141,7 +141,7 @@ class SelectiveCall:
         return all(bool(torch.isfinite(value).all()) for value in tensors if value.is_floating_point())
 
     def run(self, g: Tensor, before: Tensor | None) -> Tensor:
-        """The gradients of M, added to those of the calls before it in the same pass; see `LinearCall.run`.
+        """The gradients of M (see `masks`), plus those of earlier calls in the same pass; see `LinearCall.run`.
 
         Returns:
             float64 on the CPU, shape ``(batch, groups, n, n)``.
@@ -154,7 +154,7 @@ class SelectiveCall:
 
 @dataclass(frozen=True)
 class _Autocast:
-    """Opens `torch.autocast` as it was at the call."""
+    """Opens `torch.autocast` with the settings of the call."""
 
     kind: str
     dtype: torch.dtype
@@ -164,7 +164,7 @@ class _Autocast:
 
 
 def as_evidence(run: Covariances | Tensor) -> Covariances | MaskFisher:
-    """What all calls of a layer in one pass are evidence of."""
+    """The evidence of all calls of a layer in one pass."""
     return MaskFisher.of(run.diagonal(dim1=-2, dim2=-1)) if isinstance(run, Tensor) else run
 
 

@@ -1,20 +1,20 @@
-"""What a cut will do to the loss, predicted from some sequences before anything is written.
+"""The damage of a cut, that is, the rise of the loss, predicted from some sequences before anything is written.
 
 A cut changes the output of a layer by ``dy_t``. To first order the loss of a sequence changes by ``d = sum_t g_t .
-dy_t``, with ``g_t`` the gradient at the layer's output. Where targets are drawn from the model's own prediction, the
+dy_t``, with ``g_t`` the gradient at the layer's output. If targets are drawn from the model's own prediction, the
 predictions of the cut model differ from those of the uncut one by the Kullback-Leibler divergence
 
     1/2 E_seq[(sum over layers of d)^2]     nats per sequence
 
-Nothing else is assumed: ``dy`` is exactly what the reduced recurrence gives on the layer's own input. The formula of
-`covariance`, ``1/2 L sum_{i>r} sigma_i^2``, takes states and adjoints of different tokens for uncorrelated besides. It
-ranks states well, and may be far off as a number: on MNIST, read pixel by pixel, it is about fifteen times too large
-(benchmarks/loss_aware_oneshot.py).
+There is no other assumption: ``dy`` is computed by running the reduced recurrence on the layer's own input. The formula
+of `covariance`, ``1/2 L sum_{i>r} sigma_i^2``, also assumes that states and adjoints of different tokens are
+uncorrelated. It ranks states well, but its value may be far off: on MNIST, read pixel by pixel, it is about fifteen
+times too large (benchmarks/loss_aware_oneshot.py).
 
-How good the prediction is depends on the sequences. There, with 800 of them and sampled targets, the divergence that
-was measured was 0.6 to 1.1 times the predicted one between 0.001 and 0.1 nats, and up to 2.2 times above that, after
-cuts by white noise as after those by data and loss. With 50 sequences and the data's own labels it was up to nine times
-the predicted one.
+The quality of the prediction depends on the sequences. In that benchmark, with 800 sequences and sampled targets, the
+measured divergence was 0.6 to 1.1 times the predicted one between 0.001 and 0.1 nats, and up to 2.2 times above that.
+This held for cuts by white noise and for cuts by data and loss. With 50 sequences and the data's own labels the
+measured divergence was up to nine times the predicted one.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from compressm.theory.covariance import CovarianceBalancing, truncate_covariance
 from compressm.theory.recurrence import SelectiveBalancing, SelectiveReduction
 from compressm.theory.systems import DiagonalSystem
 
-# Numbers in one tensor of states: 16 MB of float32.
+# Largest number of entries in one tensor of states: 16 MB of float32.
 _BLOCK = 2**22
 
 
@@ -41,8 +41,8 @@ class Sample:
 
     Attributes:
         u, g: shape ``(sequences, length, d_model)``.
-        lengths: within which a layer with two directions reversed each sequence, shape ``(sequences,)``; None for the
-            whole row.
+        lengths: lengths of the sequences, within which a layer with two directions reversed each one, shape
+            ``(sequences,)``; None for the whole row.
     """
 
     u: Tensor
@@ -58,11 +58,11 @@ class Sample:
 def linear_changes(
     layer: nn.Module, system: DiagonalSystem, reduced: DiagonalSystem, calls: Sequence[Sample]
 ) -> Tensor:
-    """By how much the loss of every sequence changes, to first order, if a linear layer computes another system.
+    """The first-order change of every sequence's loss if a linear layer computed the reduced system.
 
     Args:
-        layer: the layer, as it is.
-        system, reduced: what its adapter reads, and what it would read after a cut.
+        layer: the layer before the cut.
+        system, reduced: the layer's system before and after the cut.
         calls: all calls of the layer over the same sequences.
 
     Returns:
@@ -83,10 +83,10 @@ def linear_damages(
     """The damage curve of a linear layer, with cuts to some ranks tried on samples.
 
     Args:
-        layer: the layer, as it is.
+        layer: the layer before the cut.
         balancing: of the system that its adapter reads.
         passes: from `Observer.samples`.
-        points: how many ranks are tried, from 1 up, each about as many times the one before.
+        points: how many ranks are tried, from 1 up in about geometric progression.
 
     Returns:
         predicted damage of keeping 0, 1, ..., n states, in nats per sequence, shape ``(n + 1,)``.
@@ -115,9 +115,9 @@ def selective_damages(
     """The damage curve of a selective layer, with cuts to some ranks tried on samples; see `linear_damages`.
 
     Args:
-        balancing: of the layer, from its moments; the curve's form between the ranks that are tried.
+        balancing: of the layer, from its moments; gives the shape of the curve between the tried ranks.
         passes: from `Observer.samples`.
-        reduce: how the layer would be reduced to so many states.
+        reduce: reduces the layer to a number of states.
         points: see `linear_damages`.
     """
     gradients = torch.cat(list(passes))
@@ -132,7 +132,7 @@ def selective_damages(
 
 
 def _through(curve: Tensor, tried: Callable[[int], float | None], points: int) -> Tensor:
-    """A curve that goes through the damages of some ranks."""
+    """The curve, corrected to pass through the damages of some tried ranks."""
     n = curve.shape[0] - 1
     ranks = {0, *(round(n ** (k / points)) for k in range(points))}
     damages = {rank: damage for rank in sorted(ranks) if rank < n and (damage := tried(rank)) is not None}
@@ -157,13 +157,13 @@ def _transposed(C: Tensor, g: Tensor) -> Tensor:
 
 
 def selective_changes(gradients: Tensor, reduction: SelectiveReduction) -> Tensor:
-    """By how much the loss of every sequence changes, to first order, if a selective layer is reduced.
+    """The first-order change of every sequence's loss if a selective layer is reduced.
 
-    In Griffin's block nothing is said of what the output projection takes over.
+    For Griffin's block the prediction ignores the compensation by the output projection.
 
     Args:
-        gradients: of a map on its states, see `masks`, shape ``(sequences, groups, n, n)``.
-        reduction: any, of this layer.
+        gradients: of a map on the layer's states, see `masks`, shape ``(sequences, groups, n, n)``.
+        reduction: any reduction of this layer.
 
     Returns:
         float64, shape ``(sequences,)``.
@@ -176,7 +176,7 @@ def divergence(changes: Iterable[Tensor]) -> float:
     """``1/2 E_seq[(sum over layers of d)^2]``, in nats per sequence.
 
     Args:
-        changes: per layer, shape ``(sequences,)``, all over the same sequences in the same order.
+        changes: one tensor per layer, shape ``(sequences,)``, over the same sequences in the same order.
     """
     total = torch.stack(list(changes)).sum(0)
     return float(total.square().mean() / 2)

@@ -1,8 +1,8 @@
-"""What a model takes, and bringing an array into that form.
+"""The input that a model expects, and the conversion of arrays to that form.
 
-Where the meaning of an array is plain it is brought into the form: whole numbers of any type as tokens, numbers of any
-type in the model's own, channels before time where the number of channels says so, ``(batch, length)`` for one channel.
-Everything else is refused, in one line.
+An array is converted if its meaning is clear: integers of any type become tokens, numbers of any type get the model's
+dtype, channels before time are swapped if the number of channels shows it, and ``(batch, length)`` is read as one
+channel. Everything else is refused, in one line.
 """
 
 from __future__ import annotations
@@ -31,20 +31,20 @@ _ROLES = {
 
 @dataclass(frozen=True)
 class Expected:
-    """What a model takes.
+    """The input that a model expects.
 
     Attributes:
         model: its class's name, for messages.
-        kind: ``"numbers"``, ``(batch, length, channels)``; ``"tokens"``, ``(batch, length)``; ``"anything"``, where
-            compressm does not know the model, and hands batches on.
-        own: whether it is one of compressm's, which takes ``lengths``.
-        argument: the name of its input in ``forward``; empty for the first.
-        channels: of sequences of numbers.
+        kind: ``"numbers"``, ``(batch, length, channels)``; ``"tokens"``, ``(batch, length)``; ``"anything"`` if
+            compressm does not know the model, and passes batches on unchanged.
+        own: whether it is one of compressm's models, which take ``lengths``.
+        argument: the name of its input in ``forward``; empty for the first argument.
+        channels: number of channels of its input sequences.
         vocabulary: number of tokens.
-        classes: of a classifier.
+        classes: number of a classifier's classes.
         dtype: of its weights.
         device: of its weights.
-        keywords: the names that its ``forward`` knows; empty where it takes any.
+        keywords: the argument names of its ``forward``; empty if it takes any.
     """
 
     model: str
@@ -60,7 +60,7 @@ class Expected:
 
     @classmethod
     def of(cls, model: nn.Module) -> Expected:
-        """Ask a model, also one that is wrapped by `torch.compile` or for several processes."""
+        """The expectations of a model, which may be wrapped by `torch.compile` or for several processes."""
         inner = _unwrapped(model)
         weights = [p for p in inner.parameters() if p.is_floating_point()]
         common: dict[str, Any] = {"model": type(inner).__name__}
@@ -81,7 +81,7 @@ class Expected:
 
     @property
     def form(self) -> str:
-        """In words, for messages."""
+        """The expected form in words, for messages."""
         if self.kind == "numbers":
             return f"{self.model} takes numbers of shape (batch, length, {self.channels})"
         if self.kind == "tokens":
@@ -93,10 +93,10 @@ def prepared(expected: Expected, x: Any, where: str, lengths: Tensor | None = No
     """A model's input, in the form that it expects.
 
     Args:
-        expected: by the model.
+        expected: the model's expectations.
         x: tensor or array.
-        where: what messages are to call it.
-        lengths: of the sequences; what stands behind them is not looked at, and becomes zero.
+        where: its name in messages.
+        lengths: lengths of the sequences. Values beyond them are not checked, and become zero.
 
     Raises:
         ConfigError: it cannot be brought into that form.
@@ -117,12 +117,12 @@ def prepared(expected: Expected, x: Any, where: str, lengths: Tensor | None = No
 
 
 def role_of(name: str) -> str | None:
-    """What an array of this name is for: ``x``, ``y``, ``lengths``, ``mask``; None where the name does not say."""
+    """The role of an array of this name: ``x``, ``y``, ``lengths`` or ``mask``; None if the name is not known."""
     return next((role for role, known in _ROLES.items() if name.lower() in known), None)
 
 
 def by_role(batch: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """Named arrays by what they are for: ``x``, ``y``, ``lengths``, ``mask``.
+    """Named arrays by their role: ``x``, ``y``, ``lengths``, ``mask``.
 
     Raises:
         ConfigError: a name that is not known, or two for one role.
@@ -140,7 +140,7 @@ def by_role(batch: Mapping[str, Any], where: str) -> dict[str, Any]:
 
 
 def lengths_of(found: Mapping[str, Any], where: str) -> Tensor | None:
-    """The lengths among named arrays, given as such or as a mask; None where there are none."""
+    """The sequences' lengths from named arrays, given as lengths or as a mask; None if there are none."""
     if "lengths" in found and "mask" in found:
         raise ConfigError(f"{where} has lengths and a mask: leave one of them out")
     if "mask" in found:
@@ -153,10 +153,10 @@ def lengths_of(found: Mapping[str, Any], where: str) -> Tensor | None:
 
 
 def ends_of(mask: Tensor, where: str) -> Tensor:
-    """The lengths of sequences from a mask, 1 for what counts and 0 for padding, shape ``(batch, length)``.
+    """The lengths of sequences from a mask, 1 for tokens and 0 for padding, shape ``(batch, length)``.
 
     Raises:
-        ConfigError: no such mask, or one with padding anywhere but at the end.
+        ConfigError: not such a mask, or one with padding elsewhere than at the end.
     """
     on = mask != 0
     if mask.ndim != 2 or not bool(((mask == 0) | (mask == 1)).all()):
@@ -185,7 +185,7 @@ def is_array(value: Any) -> bool:
 
 
 def described(value: Any) -> str:
-    """What it is, for messages."""
+    """A description of a value, for messages."""
     if isinstance(value, Tensor | np.ndarray):
         return f"{str(value.dtype).removeprefix('torch.')} of shape {tuple(value.shape)}"
     if isinstance(value, str | bytes | Path):
@@ -205,7 +205,7 @@ def _unwrapped(model: nn.Module) -> nn.Module:
 
 
 def _embedding(model: nn.Module) -> nn.Embedding | None:
-    """The table of tokens of a Hugging Face model; None for other models."""
+    """The token embedding of a Hugging Face model; None for other models."""
     try:
         found = cast("Any", model).get_input_embeddings()
     except (AttributeError, NotImplementedError):
@@ -228,10 +228,10 @@ def _checked(lengths: Tensor, x: Tensor, where: str) -> Tensor:
 
 
 def numeric(expected: Expected, x: Any, where: str) -> Tensor:
-    """A tensor of numbers from a tensor or array, of the model's type where it was an array for a model of another's.
+    """A tensor of numbers from a tensor or array. For unknown models, arrays of floats get the model's dtype.
 
     Raises:
-        ConfigError: no numbers.
+        ConfigError: the values are not numbers.
     """
     if isinstance(x, Tensor):
         if x.is_complex() or x.is_nested or x.is_sparse:
@@ -247,7 +247,7 @@ def numeric(expected: Expected, x: Any, where: str) -> Tensor:
 
 
 def _from_numpy(x: np.ndarray[Any, Any], where: str) -> Tensor:
-    """A tensor of its own from an array of numbers, of any byte order; unsigned numbers become signed ones."""
+    """A new tensor from an array of numbers of any byte order; unsigned numbers become signed ones."""
     if x.dtype.kind == "u" and x.dtype.itemsize > 1:
         if int(x.max(initial=0)) > np.iinfo(np.int64).max:
             raise ConfigError(f"{where} holds {x.max()}: pass numbers below 2^63")

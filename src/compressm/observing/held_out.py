@@ -1,8 +1,9 @@
-"""Moments of both halves of the data apart, so that a cut can be tried on sequences that it was not made from.
+"""Separate moments of both halves of the data, so that a cut can be measured on sequences that it was not made from.
 
-A cut of a selective layer is fitted to the data. On those data its error is too small, by much where they are few or
-where the inputs of a sequence are alike, as in a random walk. So the sequences are dealt out to two halves in turn; the
-same cut is also planned from each half alone, and measured on the other one. The cut that is written is made from all.
+A cut of a selective layer is fitted to the data. Its error on the same data is too small, and much too small if the
+data are few, or if the inputs of a sequence are correlated, as in a random walk. So the sequences are assigned to two
+halves alternately. The same cut is also computed from each half alone, and measured on the other half. The written cut
+is computed from all data.
 """
 
 from __future__ import annotations
@@ -25,13 +26,13 @@ Halves = tuple[dict[str, Moments], dict[str, Moments]]
 
 
 class Dealer:
-    """Deals sequences out to halves in turn, for every layer on its own."""
+    """Assigns sequences to the two halves alternately, separately for every layer."""
 
     def __init__(self) -> None:
         self._dealt: defaultdict[str, int] = defaultdict(int)
 
     def halves(self, name: str, rows: int) -> Tensor:
-        """0 or 1 for the next sequences that a layer reads, shape ``(rows,)``."""
+        """The halves, 0 or 1, of the next sequences that a layer reads, shape ``(rows,)``."""
         first = self._dealt[name]
         self._dealt[name] += rows
         return (first + torch.arange(rows)) % 2
@@ -47,7 +48,7 @@ class HalvedStatistics(Statistics):
 
     @property
     def unseen(self) -> list[str]:
-        """Names of the layers that neither half has moments of."""
+        """Names of the layers without moments in either half."""
         return [name for name in self.layers if all(name in part.unseen for part in self._parts)]
 
     def _look(
@@ -63,7 +64,7 @@ class HalvedStatistics(Statistics):
     ) -> None:
         """As the parent's, for each half."""
         half = self._dealer.halves(name, hidden.shape[0]).to(hidden.device)
-        if carried is not None:  # states are one value for all rows, of a form that only the adapter knows
+        if carried is not None:  # carried states are one value for all rows, whose form only the adapter knows
             half = half[:1].expand_as(half)
         for which, part in enumerate(self._parts):
             part._when, part._arguments = self._when, self._arguments
@@ -73,10 +74,10 @@ class HalvedStatistics(Statistics):
                 part._look(name, layer, adapter, hidden[rows], its_present, its_starts, carried, told)
 
     def of_halves(self) -> Halves:
-        """Moments of each half by layer name, over all processes; of no tokens where a half got no sequence.
+        """Moments of each half by layer name, over all processes; their ``tokens`` is 0 if a half got no sequence.
 
         Raises:
-            UnsupportedModelError: a layer was never observed, or not whole; on all processes.
+            UnsupportedModelError: a layer was never observed, or not completely; on all processes.
         """
         if problems := [line for lines in gathered(self.problems()) for line in lines]:
             raise UnsupportedModelError(problems[0])
@@ -98,15 +99,15 @@ def gather_halves(model: nn.Module, data: Any) -> Halves:
 
 
 def joined(halves: Halves) -> dict[str, Moments]:
-    """Over all data."""
+    """The moments over both halves."""
     return {name: value.plus(halves[1][name]) for name, value in halves[0].items()}
 
 
 def twice_readable(model: nn.Module, data: Any) -> Any:
-    """The same batches, in the same order whenever they are read.
+    """The same batches, in the same order at every reading.
 
-    Halves of data in another order would be other halves. Without selective layers the order makes no difference, and
-    only what cannot be read again is kept.
+    In another order the sequences would be assigned to other halves. Without selective layers the order does not
+    matter, and batches are kept only if they cannot be read again.
     """
     ordered = bool(layers_that_need_data(model))
     whole = is_array(data) or isinstance(data, list | tuple | Mapping | str | bytes) or not isinstance(data, Iterable)
@@ -116,7 +117,7 @@ def twice_readable(model: nn.Module, data: Any) -> Any:
 
 
 def halved(halves: Halves, name: str) -> bool:
-    """Whether both halves hold anything of a layer."""
+    """Whether both halves have moments of a layer."""
     return all(name in half and float(half[name].tokens) > 0 for half in halves)
 
 

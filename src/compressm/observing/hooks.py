@@ -1,4 +1,4 @@
-"""Hooks of those who observe a model."""
+"""The base of hooks that observe a model."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 
 class OwnHook:
-    """A hook that copies of the model do not inherit: they are nobody's training, and are not observed."""
+    """A hook that copies of the model do not inherit, since copies are not trained and must not be observed."""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Callable[..., None]:
         return _nothing

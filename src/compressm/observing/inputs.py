@@ -1,14 +1,14 @@
-"""What is given as ``data=``, as calls of the model: in this one place, for everything that takes data.
+"""Convert the argument ``data=`` to calls of the model, for every function that takes data.
 
-A **batch** is a tensor or array ``(batch, length, ...)``; or a tuple or list whose first element is that (labels behind
-it are left out); or a mapping of keyword arguments. **Data** are one batch or an iterable of batches:
+A **batch** is a tensor or array ``(batch, length, ...)``; or a tuple or list whose first element is one (the labels
+after it are ignored); or a mapping of keyword arguments. **Data** are one batch or an iterable of batches:
 
-- A tensor, an array or a mapping is one batch. It is never iterated: that would hand over single sequences.
-- A tuple or list that holds inputs and then what cannot be inputs, such as labels, is one batch.
-- A list of arrays that are all alike holds one batch in each. A tuple of such arrays could be either, and is refused.
-- Anything else that can be iterated, such as a `DataLoader` or a generator, gives batches.
+- A tensor, an array or a mapping is one batch. It is never iterated, since that would give single sequences.
+- A tuple or list of inputs followed by elements that cannot be inputs, such as labels, is one batch.
+- A list of arrays of the same form holds one batch in each. A tuple of such arrays is ambiguous, and is refused.
+- Any other iterable, such as a `DataLoader` or a generator, gives batches.
 
-What a batch has to look like is asked of the model: see `compressm.observing.expected`.
+The model determines the form of a batch: see `compressm.observing.expected`.
 """
 
 from __future__ import annotations
@@ -28,21 +28,21 @@ from compressm.observing.expected import Expected, by_role, described, is_array,
 
 @dataclass(frozen=True)
 class Call:
-    """A call of the model: its arguments, ready to be handed over."""
+    """A call of the model: its prepared arguments."""
 
     args: tuple[Any, ...] = ()
     kwargs: Mapping[str, Any] = field(default_factory=dict[str, Any])
 
     def __call__(self, model: nn.Module) -> Any:
-        """What the model answers."""
+        """Call the model and return its output."""
         return model(*self.args, **self.kwargs)
 
 
 def calls(model: nn.Module, data: Any) -> Iterator[Call]:
-    """The calls of a model that data ask for; see the module's text.
+    """The calls of a model for some data, one per batch; see the module's text.
 
     Args:
-        model: that takes them; only asked what it expects.
+        model: the model. It is not called here, only its expected input is determined.
         data: one batch, or an iterable of batches.
 
     Raises:
@@ -62,12 +62,12 @@ def call_of(expected: Expected, batch: Any, where: str) -> Call:
     """The call for one batch.
 
     Args:
-        expected: by the model.
+        expected: the model's expectations.
         batch: see the module's text.
-        where: what messages are to call it.
+        where: the batch's name in messages.
 
     Raises:
-        ConfigError: it cannot be one.
+        ConfigError: it is not a batch for this model.
     """
     if isinstance(batch, PackedSequence):
         raise ConfigError(
@@ -110,7 +110,7 @@ def _batches(expected: Expected, data: Any) -> Iterable[Any]:
 
 
 def _is_one_batch(expected: Expected, data: list[Any] | tuple[Any, ...]) -> bool:
-    """Whether these are inputs with their labels, rather than several batches."""
+    """Whether a list or tuple is one batch of inputs with labels, not several batches."""
     if len(data) < 2 or not is_array(data[0]):
         return False
     first, rest = data[0], data[1:]
@@ -125,7 +125,7 @@ def _is_one_batch(expected: Expected, data: list[Any] | tuple[Any, ...]) -> bool
     if any(not _alike(first, part) for part in rest):
         labels = isinstance(data, tuple) or all(
             part.ndim < first.ndim for part in rest
-        )  # else a batch of its own, unfit
+        )  # otherwise an element is a batch of its own that does not fit
         return labels and all(part.ndim == 0 or len(part) == len(first) for part in rest)
     if isinstance(data, tuple):
         raise ConfigError(

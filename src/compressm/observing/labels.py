@@ -1,7 +1,7 @@
 """Losses of single sequences against targets that are drawn from the model's own prediction.
 
-The gradients of such losses are scores: their second moments are Fisher information, which says how far the predictions
-move, and does not vanish where a model has fitted its training data.
+The gradients of such losses are scores, and their second moments are Fisher information. It measures how far the
+predictions move, and does not vanish once a model has fitted its training data.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def sampled_losses(output: Any, likelihood: Likelihood, present: Tensor | None =
     Args:
         output: a tensor, or an object with ``logits``. Targets come from torch's random state.
         likelihood: see above.
-        present: 1 for tokens and 0 for padding, shape ``(batch, length)``: padding has no target.
+        present: 1 for tokens and 0 for padding, shape ``(batch, length)``; padding has no targets.
 
     Returns:
         shape ``(batch,)``, in nats.

@@ -1,7 +1,7 @@
-"""What a call of a layer is, for those who observe it: hooks, arguments by name, packed sequences, bad numbers.
+"""Observation of calls of layers: hooks, arguments by name, packed sequences, and values that are not finite.
 
-A call counts where it belongs to the observed training. Calls in evaluation mode do not, and neither does a forward
-that a backward pass computes anew for gradient checkpointing: the same call was seen before.
+A call counts if it belongs to the observed training. Calls in evaluation mode do not count. Neither do forward passes
+that a backward pass repeats for gradient checkpointing, since the same call was already observed.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from compressm.observing.hooks import OwnHook
 
 
 class Observer(Protocol):
-    """Who hears of the calls."""
+    """The receiver of observed calls."""
 
     def counts(self, module: nn.Module) -> bool: ...
     def model_called(self, arguments: dict[str, Any]) -> None: ...
@@ -30,7 +30,7 @@ class Observer(Protocol):
 
 
 class _Hook(OwnHook):
-    """A hook that tells an observer."""
+    """A hook that notifies an observer."""
 
     def __init__(self, observer: Observer) -> None:
         self.observer = observer
@@ -59,17 +59,17 @@ class PaddingTold(_Hook):
 
 
 class PaddingOver(_Hook):
-    """A forward hook of the same."""
+    """A forward hook of a model that knows which of its inputs are padding."""
 
     def __call__(self, *_: Any) -> None:
         self.observer.padding_over()
 
 
 class LayerWatch:
-    """The hooks of one layer: of the layer itself, and of the part through which every call of it goes.
+    """The hooks of one layer: on the layer itself, and on the submodule that every call of the layer uses.
 
     Args:
-        observer: hears of the calls.
+        observer: is notified of the calls.
         name, layer: the layer.
     """
 
@@ -81,7 +81,7 @@ class LayerWatch:
         """Handles of the hooks.
 
         Args:
-            entrance: the layer's part that reads the layer's own input; by default its first `nn.Linear`.
+            entrance: the submodule that reads the layer's own input; by default the layer's first `nn.Linear`.
         """
         parts = dict(self.layer.named_children())
         first = next((part for part in parts.values() if isinstance(part, nn.Linear)), None)
@@ -101,12 +101,12 @@ class LayerWatch:
             self.observer.layer_called(self.name, self.layer, named_arguments(self.layer, args, kwargs))
 
     def ends(self) -> None:
-        """It returns, or raises."""
+        """The layer's call returns or raises."""
         self._inside = max(0, self._inside - 1)
 
     def part_begins(self, args: tuple[Any, ...]) -> None:
-        """Its part is called: by itself, or by another way into the layer, such as ``layer.forward`` or ``layer.step``,
-        which no hook of the layer sees."""
+        """The submodule is called: by a call of the layer, or by ``layer.forward`` or ``layer.step``, which do not run
+        the layer's own hooks."""
         if self._inside == 0 and self.observer.counts(self.layer):
             self.observer.entered_aside(self.name, self.layer, args[0] if args else None)
 
@@ -138,7 +138,7 @@ def in_backward() -> bool:
 
 
 def named_arguments(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of a module's call by their names in its forward; by their places where it does not name them."""
+    """The arguments of a module's call by their names in its forward, or by position if it does not name them."""
     forward: Any = inspect.unwrap(type(module).forward)
     try:
         parameters = list(inspect.signature(forward).parameters.values())[1:]
@@ -151,15 +151,15 @@ def named_arguments(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str,
 
 
 def sequence_starts(hidden: Tensor, arguments: Mapping[str, Any]) -> Tensor | None:
-    """Where sequences begin that are packed one after the other, from the arguments that tell a layer so.
+    """The first tokens of packed sequences, from the arguments that describe the packing.
 
     Args:
         hidden: shape ``(batch, length, d_model)``.
         arguments: of the layer's call: ``seq_idx``, the number of every token's sequence, shape ``(batch, length)``; or
-            ``cu_seqlens``, the places where sequences begin in the only row, and its length.
+            ``cu_seqlens``, the positions where sequences begin in the only row, followed by its length.
 
     Returns:
-        True at the first token of a sequence, shape ``(batch, length)``; None where nothing is packed.
+        True at the first token of a sequence, shape ``(batch, length)``; None if no sequences are packed.
     """
     numbers, places = arguments.get("seq_idx"), arguments.get("cu_seqlens")
     if isinstance(numbers, Tensor) and numbers.shape == hidden.shape[:2]:
@@ -172,7 +172,7 @@ def sequence_starts(hidden: Tensor, arguments: Mapping[str, Any]) -> Tensor | No
 
 
 def unpacked(packed: Tensor, starts: Tensor) -> Tensor:
-    """Packed sequences one to a row, zeros after: ``(batch, length, ...)`` to ``(sequences, longest, ...)``."""
+    """Packed sequences, one per row, padded with zeros: ``(batch, length, ...)`` to ``(sequences, longest, ...)``."""
     places = starts.flatten().nonzero().flatten().tolist()
     lengths = [end - start for start, end in zip(places, [*places[1:], starts.numel()], strict=True)]
     return nn.utils.rnn.pad_sequence(list(packed.flatten(0, 1).split(lengths)), batch_first=True)
@@ -185,12 +185,12 @@ def reversed_layers(model: nn.Module) -> set[str]:
         if isinstance(module, Bidirectional):
             inside = f"{name}.backwards".lstrip(".")
             parts = {inside if part == "" else f"{inside}.{part}" for part, _ in module.backwards.named_modules()}
-            found ^= parts  # reversed twice is as it was
+            found ^= parts  # reversing twice restores the order
     return found
 
 
 def not_finite(arguments: Mapping[str, Any]) -> str | None:
-    """Which tensor among the arguments of a call has entries that are no numbers, how many, and where the first is."""
+    """A message about the first argument with entries that are not finite: its name, how many, and the first place."""
     for name, value in _tensors(arguments):
         if value.is_floating_point() or value.is_complex():
             bad = ~value.detach().isfinite()

@@ -1,15 +1,15 @@
 """Gradients of the loss with respect to a map on the states of selective and matrix-valued layers.
 
-Let ``y_t = C_t^T M h_t`` in the place of ``C_t^T h_t``, with M the identity. A reduction ``h' = into h, C' = out C``
-makes M into ``out^T into``, and taking out states makes zeros of entries of its diagonal, the *mask*.
+Write ``y_t = C_t^T M h_t`` in place of ``C_t^T h_t``, with M the identity. A reduction ``h' = into h, C' = out C``
+replaces M by ``out^T into``. Removing states sets entries of its diagonal, the *mask*, to zero.
 
-A layer is run again on the input that it had, with an M for every sequence, and the gradient at its output is pulled
-back to M: one extra forward and backward pass of the layer, and of nothing else. All of the rest is the layer's own
-code: its projections, convolutions, norms and gates.
+The layer is run again on its input, with one M for every sequence, and the gradient at its output is pulled back to M.
+This costs one extra forward and backward pass of the layer alone. Projections, convolutions, norms and gates are the
+layer's own code.
 
-M stands where a cut changes a layer: at the output vectors ``C_t`` of S6 and SSD and the queries of linear attention;
-at keys and queries of the delta rule, which are then scaled to norm 1 again. The states of Griffin's block are the
-channels that reach its gates and its recurrence, where only the diagonal of M has a meaning.
+M is inserted where a cut changes a layer: at the output vectors ``C_t`` of S6 and SSD and at the queries of linear
+attention; for the delta rule at keys and queries, which are then scaled to norm 1 again. The states of Griffin's block
+are the channels that reach its gates and its recurrence; there only the diagonal of M has a meaning.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from compressm.layers.linear_attention import MatrixStateLayer
 
 Forward = Callable[..., Any]
 
-# Scans by the names under which the forwards of layers call them; the places of C among their arguments, and whether
-# time is the last axis of it.
+# Scans by their global names in the layers' forwards, with the position of C among their arguments, and whether time
+# is the last axis of C.
 _SCANS = {
     "selective_scan": (4, False),
     "ssd_scan": (3, False),
@@ -48,7 +48,7 @@ def masked_forward(layer: nn.Module, mask: Tensor) -> Forward | None:
         mask: M, shape ``(batch, groups, n, n)``, or its diagonal, shape ``(batch, groups, n)``.
 
     Returns:
-        a function of the forward's arguments; None for a kind of layer that it is not known how to mask.
+        a function of the forward's arguments; None for layers of an unsupported kind.
     """
     M = mask if mask.ndim == 4 else mask.diag_embed()
     channels = M.diagonal(dim1=-2, dim2=-1).flatten(1)[:, None]
@@ -66,7 +66,7 @@ def masked_forward(layer: nn.Module, mask: Tensor) -> Forward | None:
 
 
 def groups_of(layer: nn.Module) -> int:
-    """How many groups of states a layer has, each with its own vectors: heads, groups of heads, blocks of gates."""
+    """Number of groups of states with vectors of their own: heads, groups of heads, or blocks of gates."""
     module: Any = layer
     if hasattr(module, "rg_lru"):
         return int(module.rg_lru.input_gate_weight.shape[0])
@@ -76,7 +76,7 @@ def groups_of(layer: nn.Module) -> int:
 
 
 def can_be_masked(layer: nn.Module) -> bool:
-    """Whether `mask_gradients` knows this kind of layer."""
+    """Whether `mask_gradients` supports this kind of layer."""
     return masked_forward(layer, torch.ones(1, 1, 1)) is not None
 
 
@@ -91,7 +91,7 @@ def mask_gradients(
 
     Args:
         layer, adapter: a layer that `can_be_masked`.
-        args, kwargs: what it was called with; sequences in the first dimension of every tensor.
+        args, kwargs: arguments of its call, with sequences in the first dimension of every tensor.
         grad_output: gradient of the loss at its output, shape ``(batch, length, d_model)``.
 
     Returns:
@@ -110,7 +110,7 @@ def mask_gradients(
 
 
 def _original(layer: nn.Module, name: str) -> Forward:
-    """A function that the layer's forward calls: that of the forward of this instance, where it was exchanged."""
+    """A function that the layer's forward calls; the replacement, if this instance's forward was rebound."""
     exchanged: Any = layer.__dict__.get("forward")
     forward: Any = getattr(exchanged, "__func__", None) or inspect.unwrap(type(layer).forward)
     found: Any = getattr(forward, "__globals__", {}).get(name)
@@ -118,7 +118,7 @@ def _original(layer: nn.Module, name: str) -> Forward:
 
 
 def _masked_scan(scan: Forward, M: Tensor, place: int, time_last: bool) -> Forward:
-    """A scan with ``M^T C`` in the place of C."""
+    """A scan with ``M^T C`` in place of C."""
 
     def masked(*args: Any, **kwargs: Any) -> Any:
         C: Tensor = args[place] if len(args) > place else kwargs["C"]
@@ -149,7 +149,7 @@ def _masked_matrix_state(layer: MatrixStateLayer, M: Tensor, u: Tensor) -> Tenso
 
 
 def _times(function: Forward, factor: Tensor) -> Forward:
-    """The function, with its result multiplied."""
+    """The function with its result multiplied by ``factor``."""
 
     def multiplied(*args: Any) -> Tensor:
         result: Tensor = function(*args)
@@ -159,7 +159,7 @@ def _times(function: Forward, factor: Tensor) -> Forward:
 
 
 def _with_masked_input(layer: nn.Module, factor: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """RecurrentGemma's block with the input of its recurrence multiplied."""
+    """Run RecurrentGemma's block with the input of its recurrence multiplied by ``factor``."""
     module: Any = layer
 
     def multiply(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:

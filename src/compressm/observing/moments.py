@@ -1,13 +1,12 @@
-"""Moments of selective layers, gathered while the model does its ordinary work.
+"""Moments of selective layers, gathered during ordinary calls of the model.
 
-A layer is observed by hooks that read its input, for a sequence of the batch, and compute from that what the recurrence
-gets. So it works with every kernel behind the layer, fused ones included, and costs nothing between observations.
+Hooks read a layer's input, for one sequence of the batch, and compute the recurrence's signals from it. So observation
+works with every kernel of the layer, fused ones included, and costs nothing between observations.
 
-An observation lasts from `Statistics.observe_next` to the next one, or to `Statistics.close`; under a `Compressor` that
-is one training step. Every call of a layer in that time counts, whoever makes it: a layer that is used twice, that
-reads a sequence in both directions, or chunk by chunk. Of several calls of the whole model in one step (accumulated
-gradients, pairs of inputs) the first `MODEL_CALLS` count. So an observation costs at most that many times what it
-costs for one call, however many there are.
+An observation lasts from `Statistics.observe_next` to the next one, or to `Statistics.close`; under a `Compressor` this
+is one training step. Every call of a layer in that time counts: the layer may be used twice, or read a sequence in both
+directions, or chunk by chunk. If the whole model is called several times in one step (accumulated gradients, pairs of
+inputs), the first `MODEL_CALLS` calls count, which limits the cost of an observation.
 """
 
 from __future__ import annotations
@@ -40,14 +39,14 @@ from compressm.observing.padding import Padding
 from compressm.runtime.processes import gathered, summed_tensors
 from compressm.theory.recurrence import Moments, moments
 
-# Moments of weights that have changed since are forgotten: the weight of all before, at every observation.
+# Factor on all earlier moments at every observation, since they belong to weights that have changed.
 MEMORY = 0.9
-# Calls of the whole model that one observation looks at.
+# How many calls of the whole model count in one observation.
 MODEL_CALLS = 8
 
 
 class NotFiniteWarning(UserWarning):
-    """An observation met numbers that are not finite, and was left out."""
+    """An observation had values that are not finite, and was left out."""
 
 
 @dataclass(frozen=True)
@@ -68,16 +67,16 @@ class Statistics:
 
     Args:
         model: any model with layers that compressm knows; only read.
-        sequences: how many sequences of a batch an observation looks at; None for all.
-        memory: weight of what was observed before, at every observation; 1 for plain sums.
-        strict: whether data that are not finite are an error. Otherwise what they lead to is left out and counted, and
-            the first time is warned of.
+        sequences: how many sequences of a batch an observation uses; None for all.
+        memory: factor on all earlier moments at every observation; 1 for plain sums.
+        strict: whether values that are not finite are an error. Otherwise calls with such values are left out and
+            counted, with a warning the first time.
 
     Attributes:
-        dropped: how many calls of each layer were left out since their moments were not finite.
+        dropped: how many calls of each layer were left out, because their moments were not finite.
     """
 
-    # Whether some observer computes what a layer got, and calls parts of it for that: no observer counts such calls.
+    # True while an observer computes a layer's signals. It may call parts of the layer; no observer counts those calls.
     _looking = False
 
     def __init__(
@@ -90,12 +89,12 @@ class Statistics:
         self._samples: dict[str, Sample] = {}
         self.dropped: dict[str, int] = {}
         self._why_dropped: dict[str, str] = {}
-        self._missed: dict[str, str] = {}  # calls that cannot be observed, by layer, in words
+        self._missed: dict[str, str] = {}  # by layer, why a call could not be observed
         self._handles: list[RemovableHandle] = []
-        self._seen: set[str] = set()  # in this observation
+        self._seen: set[str] = set()  # layers seen in this observation
         self._training_only, self._when, self._calls = True, "", 0
-        self._arguments: dict[str, Any] = {}  # of the model's call that is being made
-        self._padding = Padding(model)  # told before layers are called
+        self._arguments: dict[str, Any] = {}  # of the model's present call
+        self._padding = Padding(model)  # informed before layers are called
 
     @property
     def layers(self) -> list[str]:
@@ -104,11 +103,11 @@ class Statistics:
 
     @property
     def unseen(self) -> list[str]:
-        """Names of those of them that there are no moments of."""
+        """Names of the selective layers without moments."""
         return [name for name in self._layers if name not in self._moments]
 
     def problems(self) -> list[str]:
-        """A line for every layer that could not be observed, or not whole: which one, why, and what to do."""
+        """A line for every layer that could not be observed completely: its name, the reason, and what to do."""
         return [problem for name in self._layers if (problem := self._problem(name)) is not None]
 
     def _problem(self, name: str) -> str | None:
@@ -124,8 +123,8 @@ class Statistics:
         """Begin an observation: every call of a selective layer counts, until this is called again or `close`.
 
         Args:
-            training_only: leave out calls in evaluation mode.
-            when: what to call the coming data where something is wrong with them, such as ``"batch 3"``.
+            training_only: ignore calls in evaluation mode.
+            when: the name of the coming data in messages, such as ``"batch 3"``.
         """
         self._training_only, self._when, self._calls = training_only, when, 0
         self._seen.clear()
@@ -142,7 +141,7 @@ class Statistics:
             self._handles += LayerWatch(self, name, layer).install(adapter.entrance)
 
     def counts(self, module: nn.Module) -> bool:
-        """Whether a call of a module that is made now belongs to the observation."""
+        """Whether a present call of a module belongs to the observation."""
         wanted = bool(self._handles) and (module.training or not self._training_only) and not Statistics._looking
         return wanted and self._calls <= MODEL_CALLS and not in_backward()
 
@@ -170,7 +169,7 @@ class Statistics:
                 return
 
     def entered_aside(self, name: str, layer: nn.Module, hidden: Any) -> None:
-        """A layer works without having been called: by ``layer.forward``, ``layer.step`` or a part of its own."""
+        """A layer runs without its hooks: by ``layer.forward``, ``layer.step`` or a submodule."""
         adapter = self._layers[name][1]
         if adapter.entrance is not None and isinstance(hidden, Tensor) and hidden.ndim == 3:
             self.observe(name, layer, adapter, hidden)
@@ -190,15 +189,16 @@ class Statistics:
         starts: Tensor | None = None,
         carried: Any = None,
     ) -> None:
-        """Add what a layer does with some inputs.
+        """Add the moments of a layer on some inputs.
 
         Args:
             name, layer, adapter: the layer.
-            hidden: its input, shape ``(batch, length, d_model)``.
-            present: 1 for tokens and 0 for padding that the layer itself leaves out, shape ``(batch, length)``; by
-                default what the model said before it called its layers, which read their padding like any input.
-            starts: True at the first token of every sequence, where a row holds several, shape ``(batch, length)``.
-            carried: what the call goes on from, see `SelectiveAdapter.carried`; None where states start at zero.
+            hidden: the layer's input, shape ``(batch, length, d_model)``.
+            present: 1 for tokens and 0 for padding that the layer itself leaves out, shape ``(batch, length)``. By
+                default the padding that the model knows; layers read that padding like any input.
+            starts: True at the first token of every sequence, if a row holds several, shape ``(batch, length)``.
+            carried: the state from which the call continues, see `SelectiveAdapter.carried`; None if states start at
+                zero.
         """
         told = present is None
         if told:
@@ -217,10 +217,10 @@ class Statistics:
         carried: Any,
         told: bool,
     ) -> None:
-        """As `observe`; ``told``: the padding is what the model said, and the layer reads it like any input."""
+        """As `observe`. ``told``: ``present`` comes from the model, and the layer reads padding like any input."""
         present = None if present is None else present[: self.sequences]
         hidden = hidden[: self.sequences]
-        if starts is not None:  # nothing is carried over from one to the next, by no convolution either
+        if starts is not None:  # neither states nor convolutions carry anything from one sequence to the next
             starts = starts[: self.sequences]
             present = hidden.new_ones(hidden.shape[:2]) if present is None else present
             hidden, present = unpacked(hidden, starts), unpacked(present, starts)
@@ -228,7 +228,7 @@ class Statistics:
         try:
             with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
                 hidden = hidden.to(next(layer.parameters()).dtype)
-                if present is not None and not told:  # as transformers does: convolutions do not reach into it either
+                if present is not None and not told:  # as transformers does, before convolutions
                     hidden = hidden * present[..., None].to(hidden)
                 signals = (
                     adapter.signals(layer, hidden) if carried is None else adapter.signals_after(layer, hidden, carried)
@@ -249,7 +249,7 @@ class Statistics:
         self._seen.add(name)
 
     def _drop(self, name: str, hidden: Tensor) -> None:
-        """Leave an observation out, and say why, once."""
+        """Leave an observation out, and warn once with the reason."""
         why = f"{self._when}: {self._reason(name, hidden)}" if self._when else self._reason(name, hidden)
         if self.strict:
             raise InvalidSystemError(f"moments of {name!r}: {why}")
@@ -261,7 +261,7 @@ class Statistics:
         self._why_dropped[name] = why
 
     def _reason(self, name: str, hidden: Tensor) -> str:
-        """Whose fault it is that moments are not finite: the data's, the weights', or neither's."""
+        """Why moments are not finite: because of the data, the weights, or neither."""
         if bad := not_finite(self._arguments):
             return f"the model's input {bad}; mend or leave out such data"
         if bad := not_finite(dict(self._model.named_parameters())):
@@ -273,7 +273,7 @@ class Statistics:
         return f"the states of {name!r} overflow, though its weights and its input are finite"
 
     def padding_told(self, model: nn.Module, arguments: dict[str, Any]) -> None:
-        """A model is called that knows which of its inputs are tokens, or a part of one, in whose call that holds."""
+        """A module that knows which of its inputs are padding is called; this holds during its call."""
         if self.counts(model):
             self._padding.told(model, arguments)
         else:
@@ -284,7 +284,7 @@ class Statistics:
         self._padding.over()
 
     def close(self) -> None:
-        """End the observation, and remove all hooks; the moments stay."""
+        """End the observation and remove all hooks. The moments are kept."""
         for handle in self._handles:
             handle.remove()
         self._handles = []
@@ -292,17 +292,17 @@ class Statistics:
         self._arguments = {}
 
     def reset(self) -> None:
-        """Forget all moments and samples, and what was left out of them."""
+        """Drop all moments and samples, and reset the counts of dropped calls."""
         for record in (self._moments, self._samples, self._missed, self.dropped, self._why_dropped):
             record.clear()
 
     def moments(self) -> dict[str, Moments]:
-        """The moments by layer name, summed over the processes of `torch.distributed` where it is initialised; then
+        """The moments by layer name. If `torch.distributed` is initialised, they are summed over all processes, and
         every process must call this at the same time.
 
         Raises:
-            UnsupportedModelError: a layer was never observed, or not whole; on all processes.
-            InvalidSystemError: all that was observed of a layer was not finite; on all processes.
+            UnsupportedModelError: a layer was never observed, or not completely; on all processes.
+            InvalidSystemError: all observations of a layer were not finite; on all processes.
         """
         dropped = any(name in self.dropped for name in self.unseen)
         problems = [(line, bad) for lines, bad in gathered((self.problems(), dropped)) for line in lines]
@@ -313,7 +313,7 @@ class Statistics:
 
     @property
     def samples(self) -> dict[str, Sample]:
-        """The sequence that every layer read last while it was observed."""
+        """The last observed sequence of every layer."""
         return dict(self._samples)
 
     @samples.setter
@@ -325,12 +325,12 @@ class Statistics:
         return {name: value.tensors() for name, value in self._moments.items()}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Take up what `state_dict` returned."""
+        """Restore the moments that `state_dict` returned."""
         self._moments = {name: Moments(**tensors) for name, tensors in state_dict.items()}
 
 
 def not_seen(name: str) -> str:
-    """What is wrong where a layer was never observed, and what to do."""
+    """The message for a layer that was never observed: the cause, and what to do."""
     return (
         f"{name!r} is a selective layer, and what its states carry depends on the data, of which none has passed "
         "through it yet: call model.train() before training, and see that the model's forward calls this layer, with "
@@ -339,7 +339,7 @@ def not_seen(name: str) -> str:
 
 
 def summed(moments: Moments) -> Moments:
-    """Over all processes; all of them must call this at the same time."""
+    """The moments summed over all processes; all of them must call this at the same time."""
     return Moments(**summed_tensors(moments.tensors()))
 
 
@@ -349,17 +349,17 @@ def gather(model: nn.Module, data: Any, sequences: int | None = None) -> dict[st
     Args:
         model: called in evaluation mode; the modes of all its parts are restored.
         data: a batch, or an iterable of batches: tensors or arrays, pairs with labels, or mappings of keyword
-            arguments; see `compressm.observing.inputs`. Not looked at where there is no selective layer.
-        sequences: how many sequences of each batch are looked at; by default all.
+            arguments; see `compressm.observing.inputs`. Ignored if there is no selective layer.
+        sequences: how many sequences of each batch are used; by default all.
 
-    Every layer takes as many operations as the data have tokens, times its width, times the square of its state
-    dimension; and memory for one state of every sequence of a batch. Give fewer or smaller batches to spend less.
+    For every layer the number of operations is the number of tokens, times the layer's width, times the square of its
+    state dimension. The memory holds one state of every sequence of a batch. Pass fewer or smaller batches to use less.
 
     In several processes all of them must call this, each with its share of the data.
 
     Raises:
-        UnsupportedModelError: no layer that compressm knows, or one that no data went through.
-        InvalidSystemError: data, or what they lead to in a layer, that are not finite.
+        UnsupportedModelError: no layer that compressm knows, or a layer that no data reached.
+        InvalidSystemError: the data, or a layer's values on them, are not finite.
         ConfigError: data without a batch, or that the model cannot take; in all processes.
     """
     statistics = Statistics(model, sequences, memory=1.0, strict=True)
@@ -386,14 +386,14 @@ def observe_all(statistics: Statistics, model: nn.Module, data: Any) -> None:
         unfit = error
     finally:
         statistics.close()
-    # The others must hear of it: they would wait for this process's moments for ever.
+    # Tell the other processes, which would otherwise wait for this one's moments for ever.
     if all_unfit := [error for error in gathered(unfit) if error is not None]:
         raise unfit or all_unfit[0]
 
 
 @contextmanager
 def modes_kept(model: nn.Module) -> Generator[None]:
-    """Put every module back into its own training mode at the end: some may be frozen, in evaluation mode."""
+    """Restore every module's own training mode at the end, since frozen modules may be in evaluation mode."""
     modes = [(module, module.training) for module in model.modules()]
     try:
         yield

@@ -1,4 +1,4 @@
-"""Observation of layers in an ordinary forward and backward pass, and over data at hand."""
+"""Observation of layers in ordinary forward and backward passes, and over given data."""
 
 from __future__ import annotations
 
@@ -32,34 +32,35 @@ Kept = tuple[Sample, ...] | Tensor
 
 
 class Observer:
-    """Running evidence of what a model's layers do with the data, and of what the loss thinks of it.
+    """Running evidence of a model's layers from data and the gradients of the loss.
 
-    Of linear layers that is the second moments of states and adjoint states, of selective ones the Fisher matrix of a
-    mask on their states. `observe_next` arms it for one forward pass and the backward pass that follows it. Nothing is
-    kept but sums. Compiled graphs know no hooks that came later: what `torch.compile` has compiled runs eagerly until
-    that forward pass is over, and `close` ends the wait for it.
+    For linear layers the evidence is the second moments of states and adjoint states; for selective layers it is the
+    Fisher matrix of a mask on their states. `observe_next` arms the observer for one forward pass and the backward pass
+    that follows. Only sums are kept. Compiled graphs ignore hooks that were added later, so code compiled by
+    `torch.compile` runs eagerly until that forward pass is over. Call `close` to stop waiting for it.
 
-    What a loss of one sequence is must be known, since the loss that training computes is that of a batch:
+    Training computes the loss of a batch. The observer needs the loss of one sequence, and ``terms`` relates them. The
+    loss of the batch is
 
     - ``terms="sequences"``: the mean over the batch's sequences, as for classifiers;
     - ``terms="tokens"``: the mean over all tokens, as in language models. A sequence's own loss is then the sum over
       its tokens;
     - ``terms="sum"``: the sum over the sequences.
 
-    If the loss was multiplied by something before ``backward`` (a gradient scaler's factor, one over the number of
-    accumulated batches), `observe_next` must be told.
+    If the loss is multiplied by a factor before ``backward`` (a gradient scaler's factor, one over the number of
+    accumulated batches), pass the factor to `observe_next`.
 
     Args:
         model: any model with layers that compressm knows; only read.
-        terms: what the training's loss is, see above.
-        sequences: how many sequences of a batch are looked at; by default all.
-        memory: weight of what was observed before, at every observation; 1 for plain sums.
-        keep: of how many sequences to keep what predictions need, see `samples`; the last ones.
+        terms: how the training's loss is computed, see above.
+        sequences: how many sequences of a batch are used; by default all.
+        memory: factor on all earlier evidence at every observation; 1 for plain sums.
+        keep: the number of last sequences whose `samples` are kept for predictions.
 
     Attributes:
         dropped: how many calls of layers were left out, because inputs, gradients or
             the layer's parameters were not finite.
-        unsupported: names of the selective layers that it is not known how to mask.
+        unsupported: names of the selective layers that cannot be masked.
 
     Raises:
         ConfigError: unknown ``terms``, or numbers out of range.
@@ -100,19 +101,19 @@ class Observer:
 
     @property
     def unseen(self) -> list[str]:
-        """Names of those of them that were never observed."""
+        """Names of the layers that could be observed but never were."""
         return [name for name in self._layers if name not in self._observed]
 
     def observe_next(self, loss_scale: float = 1.0, training_only: bool = True, *, frozen: bool = False) -> None:
         """Observe the next forward pass of the model, and its backward pass.
 
         Args:
-            loss_scale: by what the loss will be multiplied before ``backward``.
+            loss_scale: the factor by which the loss will be multiplied before ``backward``.
             training_only: wait for a pass in training mode.
-            frozen: observe layers too that no gradient is computed for: their outputs are made to require one.
+            frozen: also observe layers for which no gradient is computed, by making their outputs require one.
 
         Raises:
-            ConfigError: a scale that is no positive number.
+            ConfigError: a scale that is not a positive number.
         """
         if not (math.isfinite(loss_scale) and loss_scale > 0):
             raise ConfigError(f"loss_scale must be a positive number; got {loss_scale!r}")
@@ -133,7 +134,7 @@ class Observer:
             self._hooks.append(layer.register_forward_hook(seen, with_kwargs=True))
 
     def close(self) -> None:
-        """Remove all hooks; what was observed stays."""
+        """Remove all hooks. The evidence is kept."""
         self._pass.over = True
         self._compiled_again()
         for hook in self._hooks:
@@ -141,13 +142,13 @@ class Observer:
         self._hooks.clear()
 
     def reset(self) -> None:
-        """Forget what was observed."""
+        """Drop all evidence."""
         self._observed.clear()
         self._samples.clear()
 
     def evidence(self) -> dict[str, Evidence]:
-        """What was observed, by layer name, summed over the processes of `torch.distributed` where it is initialised;
-        then every process must call this at the same time.
+        """The evidence by layer name. If `torch.distributed` is initialised, it is summed over all processes, and every
+        process must call this at the same time.
 
         Raises:
             UnsupportedModelError: a layer was never observed; on all processes.
@@ -162,21 +163,22 @@ class Observer:
         return {name: _summed(self._observed[name]) for name in self._layers}
 
     def samples(self) -> dict[str, list[Kept]]:
-        """What `damage` predicts from, by layer name: one entry for every pass that all layers were seen in, in order.
+        """The samples for predictions by `damage`, by layer name: one entry, in order, for every pass in which all
+        layers were observed.
 
-        Of a linear layer an entry has its calls, of a selective one the gradients of a map on its states (see
-        `masks`), shape ``(sequences, groups, n, n)``. These are of this process only.
+        For a linear layer an entry holds its calls; for a selective one, the gradients of a map on its states (see
+        `masks`), shape ``(sequences, groups, n, n)``. Samples are those of this process only.
         """
         common = [set(passes) for passes in self._samples.values()]
         numbers = sorted(set.intersection(*common)) if common else []
         return {name: [passes[number] for number in numbers] for name, passes in self._samples.items()}
 
     def state_dict(self) -> dict[str, Any]:
-        """What was observed, as dicts of tensors."""
+        """The evidence, as dicts of tensors."""
         return {name: value.tensors() for name, value in self._observed.items()}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Take up what `state_dict` returned."""
+        """Restore the evidence that `state_dict` returned."""
         self._observed = {
             name: Covariances(**tensors) if "states" in tensors else MaskFisher(**tensors)
             for name, tensors in state_dict.items()
@@ -186,10 +188,10 @@ class Observer:
         """Add one call of a layer.
 
         Args:
-            now: the pass that it belongs to.
+            now: the pass of the call.
             name: of the layer.
-            call: what it was called with.
-            g: gradient of the loss that training computed, at its output.
+            call: the call.
+            g: gradient of the training's loss at the layer's output.
         """
         batch, length = g.shape[:2]
         tokens = batch * length if call.present is None else float(call.present.sum())
@@ -207,7 +209,7 @@ class Observer:
             self._keep(now, name, call, g)
 
     def _keep(self, now: _Pass, name: str, call: Call, g: Tensor) -> None:
-        """Keep the call for predictions, and no more sequences than are asked for."""
+        """Keep the call for predictions, and at most the requested number of sequences."""
         passes = self._samples.setdefault(name, {})
         if isinstance(call, LinearCall):
             before = passes.get(now.number, ())
@@ -222,14 +224,14 @@ class Observer:
             del passes[min(passes)]
 
     def _begun(self, now: _Pass, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """The model is called: for the first time, or again, and then all is over."""
+        """The model is called. A second call ends the pass."""
         del module, args, kwargs
         if now.begun:
             self.close()
         now.begun = True
 
     def _compiled_again(self, *_: Any) -> None:
-        """The model's forward is over: compiled graphs may be used again."""
+        """The model's forward is over, so compiled graphs may be used again."""
         if self._eager is not None:
             self._eager.__exit__(None, None, None)
             self._eager = None
@@ -249,8 +251,8 @@ class _Pass:
         self.number, self.loss_scale, self.training_only, self.frozen = number, loss_scale, training_only, frozen
         self.begun = self.over = False
         self.padding = Padding(model)
-        self.before: dict[str, Evidence | None] = {}  # what had been seen of each layer before
-        self.runs: dict[str, Any] = {}  # what its calls have left so far
+        self.before: dict[str, Evidence | None] = {}  # evidence of each layer before this pass
+        self.runs: dict[str, Any] = {}  # sums over each layer's calls so far
 
 
 class _Hook(OwnHook):
@@ -266,7 +268,7 @@ class _Hook(OwnHook):
 
 
 class _Seen:
-    """What is done at a call of one layer."""
+    """The action at a call of one layer."""
 
     def __init__(self, observer: Observer, name: str, adapter: LayerAdapter) -> None:
         self.observer, self.name, self.adapter = observer, name, adapter
@@ -274,7 +276,7 @@ class _Seen:
     def __call__(
         self, now: _Pass, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> None:
-        if not now.begun and self.name in now.runs:  # a part of the model was called, and is called again
+        if not now.begun and self.name in now.runs:  # a second call of a part of the model
             self.observer.close()
             return
         y = output[0] if isinstance(output, tuple) else output
@@ -288,7 +290,7 @@ class _Seen:
         present = present if present is not None and present.shape == y.shape[:2] else None
         try:
             call = call_of_layer(layer, self.adapter, args, kwargs, present)
-        except InvalidSystemError:  # diverged; training itself is not disturbed
+        except InvalidSystemError:  # the layer has diverged; do not interrupt training
             self.observer.dropped += 1
             return
         y.register_hook(lambda g: self.observer.add(now, self.name, call, g.detach()))
@@ -320,12 +322,12 @@ def gather_evidence(
     """Evidence of every layer of a model that can be observed, over some data.
 
     Args:
-        model: called in evaluation mode; the modes of all its parts, gradients and the random state stay as they were.
+        model: called in evaluation mode. The modes of all its parts, gradients and the random state are restored.
         data: batches: a tensor, a mapping of keyword arguments, or a list or tuple whose first element is the input.
         loss: ``"classification"`` or ``"regression"``, with targets drawn from the model's own prediction, see
             `labels`; or a function of the model's output and the batch that returns the loss of every sequence, shape
             ``(batch,)``, for example with the batch's own labels.
-        sequences: how many sequences of each batch are looked at; by default all.
+        sequences: how many sequences of each batch are used; by default all.
         keep: see `Observer`.
 
     Returns:
@@ -333,7 +335,7 @@ def gather_evidence(
 
     Raises:
         UnsupportedModelError: no layer that compressm knows.
-        ConfigError: an output that the likelihood does not fit.
+        ConfigError: an output that does not fit the likelihood.
     """
     observer = Observer(model, "sum", sequences, memory=1.0, keep=keep)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]

@@ -1,4 +1,4 @@
-"""Which of the tokens that a model reads are padding, as far as the batch, the model or a part of it says so."""
+"""Padding among the tokens that a model reads, as known to the batch, the model or a part of it."""
 
 from __future__ import annotations
 
@@ -14,25 +14,25 @@ TELLS = (SequenceClassifier, LanguageModel, Bidirectional)  # have present(u, le
 
 
 class Padding:
-    """What is known while a model is being called. A part of the model knows better than the model around it.
+    """The padding during a call of a model. A part of the model takes precedence over the model around it.
 
     Args:
         model: only read.
 
     Attributes:
-        tellers: the parts that know which of their inputs are padding.
+        tellers: the modules that know which of their inputs are padding.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.tellers = [module for module in model.modules() if isinstance(module, TELLS)]
         self._reversed = reversed_layers(model)
-        self._said: list[tuple[Tensor | None, bool]] = [(None, False)]  # by whom is called now, innermost last
+        self._said: list[tuple[Tensor | None, bool]] = [(None, False)]  # of tellers now called, innermost last
 
     def begin(self, present: Tensor | None = None) -> None:
         """A new call of the model begins.
 
         Args:
-            present: what the batch itself says, 1 for tokens and 0 for padding, shape ``(batch, length)``.
+            present: from the batch itself, 1 for tokens and 0 for padding, shape ``(batch, length)``.
         """
         self._said = [(present, False)]
 
@@ -40,16 +40,16 @@ class Padding:
         """One of the ``tellers`` is called."""
         assert isinstance(module, TELLS)
         present = module.present(**arguments)
-        # A layer that is told the lengths reverses each sequence within its own, and padding stays where it is.
+        # A layer that gets the lengths reverses each sequence within its length, so padding stays in place.
         stays = isinstance(module, Bidirectional) and present is not None
         self._said.append((self._said[-1][0] if present is None else present, stays))
 
     def silent(self) -> None:
-        """One of them is called, and is not to be asked."""
+        """One of the ``tellers`` is called, but its arguments do not count."""
         self._said.append(self._said[-1])
 
     def over(self) -> None:
-        """Its call is over."""
+        """The teller's call is over."""
         if len(self._said) > 1:
             self._said.pop()
 

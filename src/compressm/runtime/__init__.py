@@ -1,1 +1,1 @@
-"""What the machine needs: processes, random state, compiled graphs, files on disk."""
+"""Services of the platform: processes, random state, compiled graphs, files on disk."""

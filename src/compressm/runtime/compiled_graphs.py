@@ -1,4 +1,4 @@
-"""`torch.compile` and cuts: a compiled graph is specialised to the shapes of its parameters, and a cut changes them."""
+"""`torch.compile` and cuts. A compiled graph is specialised to the shapes of its parameters, which a cut changes."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from typing import Any
 
 def graphs_compiled() -> int:
     """How many graphs Dynamo has compiled in this process so far; 0 where `torch.compile` was never used."""
-    dynamo: Any = sys.modules.get("torch._dynamo.utils")  # not imported by us: it takes seconds
+    dynamo: Any = sys.modules.get("torch._dynamo.utils")  # not imported here, since that takes seconds
     return 0 if dynamo is None else int(dynamo.counters["stats"]["unique_graphs"])
 
 
 def allow_recompilation(times: int = 1) -> None:
     """Let Dynamo compile a function once more in each of its modes (training, evaluation, without gradients).
 
-    Dynamo takes a function that it has compiled 8 times for one whose guards never hold, and leaves it to eager mode
-    from then on, silently. Recompilations for a cut are none of these.
+    After compiling a function 8 times Dynamo assumes that its guards never hold, and silently runs it in eager mode
+    from then on. Recompilations for a cut must not count towards this limit.
     """
     dynamo: Any = sys.modules.get("torch._dynamo")
     if dynamo is not None:

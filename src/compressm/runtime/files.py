@@ -1,12 +1,12 @@
-"""Tensors and their description in two files, replaced together: a kill leaves the old pair or the new one.
+"""Tensors and their description in two files that are replaced together: a kill leaves the old pair or the new one.
 
-The tensors are in a safetensors file; a JSON file says what they mean and holds the SHA-256 of the tensors' file. Both
-are first written beside their final names and flushed to disk. Renaming the JSON file is the instant at which the new
-pair counts; the tensors' file follows. Whoever reads between the two renames, or after a kill there, finds by the
-checksum that the tensors still lie under their temporary name.
+The tensors are in a safetensors file. A JSON file describes them and holds the SHA-256 of the tensors' file. Both are
+first written under temporary names and flushed to disk. Renaming the JSON file makes the new pair valid; the tensors'
+file is renamed next. A reader between the two renames, or after a kill there, finds by the checksum that the tensors
+still have their temporary name.
 
-Other processes may read meanwhile. A reader opens the description and every file that may hold its tensors, and from
-then on uses these open files and no names: a renamed or deleted file stays what it was for whoever has it open.
+Other processes may read at the same time. A reader opens the description and every file that may hold its tensors, and
+then uses only these open files, not their names. An open file keeps its content when it is renamed or deleted.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from compressm.errors import CheckpointError, ConfigError
 
 FORMAT = 1
 _LARGEST_JSON = 256 << 20  # bytes; a description of a hundred thousand tensors takes some 10 MB
-_ATTEMPTS = 1000  # to read a pair that is replaced between two calls to open, again and again
+_ATTEMPTS = 1000  # to read a pair, if it is replaced between two calls to open each time
 
 
 def write_pair(
@@ -51,7 +51,7 @@ def write_pair(
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if tensors_new.exists():
-            # Left by a kill. If the JSON file speaks of this one, it is the only copy of the present checkpoint.
+            # Left by a kill. If the JSON file refers to it, it is the only copy of the present checkpoint.
             if json_path.exists() and _expected_sha256(json_path) == _sha256_at(tensors_new):
                 os.replace(tensors_new, tensors_path)
             else:
@@ -63,7 +63,7 @@ def write_pair(
         json_new.write_text(text + "\n", encoding="utf-8")
         _flush(json_new)
         _flush(folder)
-        os.replace(json_new, json_path)  # from here on the new checkpoint is the one that counts
+        os.replace(json_new, json_path)  # from here on the new checkpoint is valid
         _flush(folder)
         os.replace(tensors_new, tensors_path)
         _flush(folder)
@@ -77,12 +77,12 @@ def write_pair(
 
 
 def read_pair(folder: Path, tensors_name: str, json_name: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The description and the tensors of one and the same save, on the CPU.
+    """The description and the tensors of the same save, on the CPU.
 
-    Another process may write the pair meanwhile: what is read is then the old pair or the new one.
+    Another process may write the pair at the same time. The result is then the old pair or the new one.
 
     Raises:
-        CheckpointError: nothing there, unreadable, of another format, or the checksum does not agree.
+        CheckpointError: the pair is missing, unreadable or of another format, or the checksum does not agree.
     """
     json_path = folder / json_name
     for _ in range(_ATTEMPTS):
@@ -96,7 +96,7 @@ def read_pair(folder: Path, tensors_name: str, json_name: str) -> tuple[dict[str
             tensors = _tensors(folder / tensors_name, description.get("sha256"))
             if isinstance(tensors, dict):
                 return description, tensors
-            # While the description is still this one, its tensors lie under one of the names that were opened.
+            # If the description has not been replaced, its tensors are in one of the opened files.
             if tensors is not None and _is_at(file, json_path):
                 raise CheckpointError(
                     f"{folder / tensors_name} {tensors}: copy the folder again, or use an older checkpoint"
@@ -107,11 +107,11 @@ def read_pair(folder: Path, tensors_name: str, json_name: str) -> tuple[dict[str
 
 
 def _tensors(path: Path, sha256: object) -> dict[str, Tensor] | str | None:
-    """The tensors with this checksum, from the file or its successor beside it; or what is wrong with both; or None
-    if they were replaced meanwhile.
+    """The tensors with this checksum, from the file or its successor beside it; a message if both are wrong; None if
+    they were replaced in the meantime.
 
-    The last of the names repeats the first: between a look at the first and one at the second, the writer may have
-    renamed the second to the first.
+    The last name repeats the first one, since the writer may rename the second file to the first name between the two
+    attempts to open them.
     """
     successor = path.with_name(f"{path.name}.new")
     with contextlib.ExitStack() as stack:
@@ -135,11 +135,11 @@ def _tensors(path: Path, sha256: object) -> dict[str, Tensor] | str | None:
 
 
 def _loaded(file: BinaryIO, path: Path) -> dict[str, Tensor] | None:
-    """The tensors of an open file; None if they could be read by its name only, and the name is another file's now."""
+    """The tensors of an open file; None if they can only be read by its name, and that now names another file."""
     descriptor = Path(f"/dev/fd/{file.fileno()}")
     name = descriptor if _is_at(file, descriptor) else path
     try:
-        # Copies: tensors of a mapped file would lie at addresses of any alignment, and change if the file does.
+        # Copies, since tensors of a mapped file may be unaligned, and change with the file.
         tensors = {key: tensor.clone() for key, tensor in load_file(name).items()}
     except FileNotFoundError:
         return None
@@ -177,7 +177,7 @@ def _description(json_path: Path, file: BinaryIO) -> dict[str, Any]:
         whole = isinstance(description, dict) and description.pop("own_sha256", None) == _own_sha256(description)
     except OSError as error:
         raise _unreadable(json_path, error) from error
-    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, or nested without end
+    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, or nested too deeply
         raise CheckpointError(
             f"{json_path}: damaged ({error}); copy the folder again, or use an older checkpoint"
         ) from error
@@ -239,11 +239,11 @@ def finite(value: Any) -> Any:
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Generator[Path]:
-    """A name beside a path for a new file, which takes the path's place when it is whole.
+    """A temporary name beside a path for a new file, which replaces the path once it is complete.
 
-    A reader finds the old file or the new one, and so does whoever comes after a kill.
+    A reader finds the old file or the new one, also after a kill.
     """
-    new = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.new")  # of this writer alone
+    new = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.new")  # unique to this writer
     try:
         yield new
         _flush(new)
@@ -253,7 +253,7 @@ def replacing(path: Path) -> Generator[Path]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file that is at no instant half written.
+    """Write a text file atomically: no reader finds it half written.
 
     Raises:
         ConfigError: it cannot be written.
@@ -266,5 +266,5 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Write a JSON file that is at no instant half written; see `write_text`."""
+    """Write a JSON file atomically; see `write_text`."""
     write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n")

@@ -1,4 +1,4 @@
-"""What the C library does with memory that PyTorch frees on the CPU."""
+"""How the C library handles memory that PyTorch frees on the CPU."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ _BYTES, _OLDER_BYTES = 1 << 30, 32 << 20  # older versions of glibc refuse more 
 
 @functools.cache
 def keep_freed_memory() -> bool:
-    """Let this process keep what it frees, for its next allocations; True where the C library is glibc and agrees to
-    tensors of any usual size.
+    """Let this process keep freed memory for its next allocations. Returns True if the C library is glibc and accepts
+    this for tensors of any usual size.
 
-    By default glibc hands tensors of more than some megabytes back to the system as soon as they are freed, and every
-    training step gets them anew, page by page: a tenth of the time of a small step.
+    By default glibc returns tensors of more than some megabytes to the system as soon as they are freed. Every training
+    step then allocates them again, page by page, which takes a tenth of the time of a small step.
     """
     if platform.libc_ver()[0] != "glibc":
         return False

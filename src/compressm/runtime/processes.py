@@ -1,4 +1,4 @@
-"""Several processes on `torch.distributed`: one decision, the same cut on every rank, and replicas that notice it."""
+"""Several processes on `torch.distributed`: one decision and the same cut on every rank, and updated DDP wrappers."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from torch.nn.parallel import DistributedDataParallel
 Value = TypeVar("Value")
 
 
-_alone = False  # rank 0 is deciding, see from_first_rank: whoever waited for the others then would wait for ever
+_alone = False  # True while rank 0 decides, see from_first_rank: collective calls would then wait for ever
 
 
 def world_size() -> int:
-    """Number of processes that work together; 1 where `torch.distributed` is not set up, or rank 0 decides alone."""
+    """Number of cooperating processes; 1 if `torch.distributed` is not set up, or while rank 0 decides alone."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() and not _alone else 1
 
 
@@ -27,14 +27,14 @@ def rank() -> int:
 
 
 def from_first_rank(decide: Callable[[], Value]) -> Value:
-    """What rank 0 decides, on all ranks; the others do not even compute it.
+    """Call a function on rank 0 only, and return its result on all ranks.
 
-    Equal weights need not give equal decisions: a different CPU or BLAS moves the last digit, and the last digit may
-    decide about a state. An error on rank 0 is raised on all ranks, so that none is left waiting.
+    Equal weights need not give equal decisions: a different CPU or BLAS changes the last digit of a result, and that
+    may change the rank. An error on rank 0 is raised on all ranks, so that none waits for ever.
 
     Args:
-        decide: called without arguments, on rank 0 only, where it is as if there were no other process; returns
-            anything that can be pickled, tensors on the CPU.
+        decide: called without arguments on rank 0, which meanwhile behaves as the only process. It returns anything
+            that can be pickled, with tensors on the CPU.
     """
     global _alone
     if world_size() == 1:
@@ -55,7 +55,7 @@ def from_first_rank(decide: Callable[[], Value]) -> Value:
 
 
 def gathered(value: Value) -> list[Value]:
-    """The values of all ranks, on all ranks, in their order."""
+    """The values of all ranks in rank order, returned on all ranks."""
     if world_size() == 1:
         return [value]
     values: list[Any] = [None] * world_size()
@@ -64,7 +64,7 @@ def gathered(value: Value) -> list[Value]:
 
 
 def summed_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors on the CPU, each summed over all ranks, on all ranks."""
+    """Tensors on the CPU, each summed over all ranks; returned on all ranks."""
     if world_size() == 1:
         return dict(tensors)
     device = "cuda" if dist.get_backend() == "nccl" else "cpu"
@@ -75,12 +75,12 @@ def summed_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def rebuild_replicas(model: nn.Module) -> int:
-    """Let every `DistributedDataParallel` around a model take notice of its new shapes, in place.
+    """Rebuild every `DistributedDataParallel` around a model for the model's new shapes, in place.
 
-    DDP's reducer holds buckets of the old sizes and hooks on gradient accumulators that a cut has replaced: left
-    alone it would go on averaging the gradients of the other parameters only, and the ranks would drift apart. DDP can
-    be unpickled, and then builds its reducer anew; the same is done here to the object that hosts hold on to. Wrappers
-    are found wherever they are, since Trainer, Lightning and Accelerate keep them to themselves.
+    DDP's reducer holds buckets of the old sizes, and hooks on gradient accumulators that a cut has replaced. Without a
+    rebuild it would average only the gradients of the other parameters, and the ranks would diverge. Unpickling a DDP
+    wrapper builds a new reducer; this function does the same to the wrapper object in use. It searches all objects for
+    wrappers, since Trainer, Lightning and Accelerate do not expose them.
 
     Args:
         model: the wrapped model, the wrapper, a model around it, or a part of it.
@@ -107,7 +107,7 @@ def _rebuild(wrapper: DistributedDataParallel) -> None:
     state["_has_rebuilt_buckets"] = False
     hooks = list(state["_comm_hooks"])
     state["_comm_hooks"].clear()
-    # The old reducer goes first: its end takes its hooks off the parameters that were not cut.
+    # Delete the old reducer first: this removes its hooks from the parameters that were not cut.
     del wrapper.reducer, wrapper.logger
     wrapper.__setstate__(state)
     for hook, hook_state in hooks:

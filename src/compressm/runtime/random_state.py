@@ -1,4 +1,4 @@
-"""Random generators: the state of all that training draws from, as plain values, and one for choices of a cut."""
+"""Random generators: the state of those that training uses, as plain values, and a generator for random cuts."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 def rng_state() -> dict[str, Any]:
-    """State of the generators of torch (CPU and CUDA), numpy and Python: nested dicts and lists, nothing opaque."""
+    """State of the generators of torch (CPU and CUDA), numpy and Python, as nested dicts and lists of plain values."""
     version, internal, gauss = random.getstate()
     kind, keys, position, has_gauss, cached = np.random.get_state(legacy=True)  # type: ignore[misc]  # noqa: NPY002
     return {
@@ -24,7 +24,7 @@ def rng_state() -> dict[str, Any]:
 
 
 def set_rng_state(state: Mapping[str, Any]) -> None:
-    """Put the generators back to what `rng_state` returned."""
+    """Restore the generators to the state that `rng_state` returned."""
     torch.set_rng_state(state["torch"])
     if state["cuda"] and torch.cuda.is_available():
         torch.cuda.set_rng_state_all(state["cuda"])
@@ -35,7 +35,7 @@ def set_rng_state(state: Mapping[str, Any]) -> None:
 
 
 def generator_from(values: Tensor) -> torch.Generator:
-    """A generator whose seed is taken from the values' sum: processes that have the same values draw alike.
+    """A generator seeded by the sum of the values, so that processes with equal values draw equal numbers.
 
     Args:
         values: float64, any shape.

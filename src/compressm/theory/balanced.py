@@ -1,4 +1,4 @@
-"""What every balanced layer has, whatever its recurrence: Hankel singular values, and the operator they belong to."""
+"""The base of all balanced layers: Hankel singular values, and the operator whose eigenvalues they are."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ class Balanced(ABC):
 
     @abstractmethod
     def state(self) -> Any:
-        """What the layer was balanced from, as a dict or a list of tensors, for a checkpoint."""
+        """The tensors from which the layer was balanced, as a dict or a list, for a checkpoint."""
 
     def mean_hsv(self) -> Tensor:
-        """Hankel singular values, decreasing: the mean over the layer's systems where it has several (channels of S4D,
-        heads, groups), shape ``(m,)``."""
+        """Hankel singular values, decreasing, shape ``(m,)``; their mean if the layer has several systems (channels of
+        S4D, heads, groups)."""
         return self.hsv.reshape(-1, self.hsv.shape[-1]).mean(0)
 
 

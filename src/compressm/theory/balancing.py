@@ -8,12 +8,11 @@ and ``Q = L_Q L_Q*`` the Hankel singular values (HSVs) are the singular values o
 cut the system to ``A_r = T_l A T_r``, ``B_r = T_l B``, ``C_r = C T_r`` with ``||G - G_r||_inf <= 2 sum_{i>r} sigma_i``.
 
 *Real-part aware* (the default): a layer that outputs ``Re(C x)`` for real input is a real system of order 2n whose
-state is ``(Re x, Im x)``. That system is balanced and cut in real arithmetic to order 2r; its modes come in conjugate
-pairs, and each pair is one complex state again. The *complex* method, the CompreSSM paper's, balances ``C (I -
-diag(lam)/z)^-1 B``, of which the layer discards the imaginary part, and so spends states on a signal that nobody reads.
+state is ``(Re x, Im x)``. This method balances that system and cuts it in real arithmetic to order 2r. The modes of the
+result come in conjugate pairs, and each pair is one complex state. The *complex* method, the CompreSSM paper's,
+balances ``C (I - diag(lam)/z)^-1 B``. It spends states on the imaginary part of that output, which the layer discards.
 
-Everything is written in the *stacked real* coordinates ``(Re x, Im x)``, so that one pair of matrices describes the
-change of basis of both methods.
+Both methods describe their change of basis by matrices in the *stacked real* coordinates ``(Re x, Im x)``.
 """
 
 from __future__ import annotations
@@ -38,7 +37,7 @@ from compressm.theory.truncation import Factors, resolved, truncate_one
 
 @dataclass(frozen=True)
 class Balancing(Balanced):
-    """A system with the factors that its truncation to any order is made of.
+    """A system with the factors from which `truncate` computes a truncation to any order.
 
     Attributes:
         system: the system, shape ``(*batch,)``.
@@ -60,8 +59,8 @@ class Balancing(Balanced):
     def energy(self) -> Tensor:
         """Hankel energy per complex state, decreasing, shape ``(*batch, n)``.
 
-        A complex state is two real ones: in the real method it carries two HSVs, and their sum is its energy. So
-        keeping r states discards ``sum_{i>r} energy_i``, and twice that is the error bound, in both methods.
+        In the real method a complex state is two real ones and has two HSVs; its energy is their sum. In both methods a
+        cut to r states discards ``sum_{i>r} energy_i``, and the error bound is twice that.
         """
         if self.method == "complex":
             return self.hsv
@@ -72,7 +71,7 @@ class Balancing(Balanced):
         return hankel_operator(self.factor_P @ self.factor_P.mH, self.factor_Q)
 
     def state(self) -> list[Tensor]:
-        """What it was balanced from: ``lam``, ``B``, ``C``."""
+        """The system's ``lam``, ``B`` and ``C``."""
         return [self.system.lam, self.system.B, self.system.C]
 
     def singles(self) -> Iterator[Factors]:
@@ -84,11 +83,11 @@ class Balancing(Balanced):
             yield Factors(DiagonalSystem(lam, B, C, system.real_output), self.method, *factors)
 
     def rearranged(self, order: Literal["smallest", "random"]) -> Balancing:
-        """The same, with the complex states in another order, for comparisons: truncation keeps the first.
+        """A copy with the complex states in another order, for comparisons. `truncate` keeps the first states.
 
-        Any part of a balanced system is stable, and its error at most twice the sum of the HSVs that are missing: the
-        diagonal of the kept HSVs still satisfies both Lyapunov inequalities. States whose HSVs are rounding noise stay
-        last.
+        Every subsystem of a balanced system is stable, and its error is at most twice the sum of the removed HSVs,
+        since the diagonal matrix of the kept HSVs satisfies both Lyapunov inequalities. States whose HSVs are rounding
+        noise stay last.
 
         Args:
             order: ``"smallest"`` HSVs first, or ``"random"``, by `generator_from` the HSVs.
@@ -117,8 +116,8 @@ class Reduction:
         system: the reduced system, shape ``(*batch,)``, r states (systems of a batch with fewer are padded with states
             whose B and C are zero).
         left: ``(Re x', Im x') = left (Re x, Im x)``, float64, shape ``(*batch, 2r, 2n)``.
-        right: the way back onto the kept subspace, shape ``(*batch, 2n, 2r)``; ``left @ right`` is the identity on
-            states that are used.
+        right: maps the reduced states back into the kept subspace, shape ``(*batch, 2n, 2r)``; ``left @ right`` is the
+            identity on states that are used.
         certificates: one per system of the batch, in row-major order.
     """
 
@@ -134,15 +133,15 @@ class Reduction:
 
     @property
     def discarded(self) -> Tensor:
-        """The Hankel energy that goes with what was cut off, half of the error bound: of each system, ``(*batch,)``."""
+        """Hankel energy that the cut discards from each system, half of the error bound, shape ``(*batch,)``."""
         bounds = torch.tensor([one.bound for one in self.certificates], dtype=torch.float64)
         return bounds.reshape(self.system.batch_shape) / 2
 
     def padded(self, states: int) -> Reduction:
-        """The same system in as many states, if it has fewer: the others are seen by no output.
+        """The same system with ``states`` states, if it has fewer.
 
-        They are copies of the first one but for that. So gradients reach what the output makes of them, and training
-        can use them, which it could not if nothing reached them either.
+        Each added state is a copy of the first one with a column of zeros in C. Inputs reach it, so the gradient of
+        that column is not zero, and training can put the state to use. With B zero too it could not.
         """
         system, r, idle = self.system, self.system.n, states - self.system.n
         if idle <= 0:
@@ -175,7 +174,7 @@ def balance(system: DiagonalSystem, method: Method = "real") -> Balancing:
         method: ``"real"`` or ``"complex"``, see the module's text.
 
     Returns:
-        the Hankel singular values, and what `truncate` needs.
+        the Hankel singular values and the factors, for `truncate`.
 
     Raises:
         InvalidSystemError: the real method for a system with complex output, an unknown method, or Gramians that
@@ -189,8 +188,8 @@ def balance(system: DiagonalSystem, method: Method = "real") -> Balancing:
     factor_P = factor(system.lam, system.B, P, method == "real")
     factor_Q = factor(system.lam.conj(), system.C.mH, Q, method == "real")
     U, hsv, Vh = torch.linalg.svd(factor_Q.mH @ factor_P)
-    # Where modes cancel each other altogether (a real output that is identically zero), all values are rounding: of a
-    # sum of terms of this size. They are then zero, so that no rule keeps states for them.
+    # Where modes cancel completely (a real output that is identically zero), all computed values are rounding errors
+    # of sums of this size. They are set to zero, so that no rule keeps states for them.
     noise = hsv.shape[-1] * torch.finfo(torch.float64).eps * system.mode_energy()
     hsv = torch.where(hsv[..., :1] > noise[..., None], hsv, 0.0)
     return Balancing(system, method, hsv, factor_P, factor_Q, U, Vh.mH)
@@ -206,19 +205,19 @@ def truncate(
 ) -> Reduction:
     """Cut a balanced system to at most ``states`` complex states, diagonalise it, and certify the result.
 
-    In the real method an isolated real eigenvalue takes a whole complex state, so that fewer than ``2 states`` real
-    dimensions may fit. ``exceed=True`` keeps all ``2 states`` of them, and uses a state more where needed: for rules
-    that promise an error rather than a size.
+    In the real method an isolated real eigenvalue takes a whole complex state, so fewer than ``2 states`` real
+    dimensions may fit. ``exceed=True`` keeps all ``2 states`` dimensions and adds states where needed; rules that
+    promise an error instead of a size use it.
 
-    The reduced states are scaled so that each is reached and seen equally well (``||B_i|| = ||C_i||``) and ordered by
-    the largest gain of their mode; see `Reduction.rescaled`.
+    The reduced states are scaled to ``||B_i|| = ||C_i||`` and ordered by the largest gain of their mode; see
+    `Reduction.rescaled`.
 
     Args:
         balancing: from `balance`.
         states: how many states to keep, at least 1.
         exceed: see above.
         certifier: checks every reduced system; takes the arguments of `certify`.
-        lower: keep fewer states where the system of the asked size is not stable.
+        lower: keep fewer states where the system with ``states`` states is not stable.
 
     Returns:
         the reduction; look at ``reduction.certificate.valid`` before using it.
@@ -242,7 +241,7 @@ def truncate(
         values = torch.stack([getattr(cut, name) for cut in padded])
         return values.reshape(*batch, *values.shape[1:])
 
-    # A reduction that failed its certificate may be unstable: it is reported, and must not become a DiagonalSystem.
+    # A reduction that failed its certificate may be unstable, and a DiagonalSystem must be stable.
     lam = stack("lam")
     if not bool((lam.abs() < 1).all()):
         lam = torch.where(lam.abs() < 1, lam, 0.0)

@@ -1,11 +1,11 @@
-"""One currency for all layers: how many states each keeps, by what the loss of a sequence would rise, in nats.
+"""How many states each layer keeps, by the predicted damage: the rise of a sequence's loss, in nats.
 
-Every layer has a *damage curve*: the predicted damage of keeping 0, 1, ..., n states, decreasing to 0. Damages of
+Every layer has a *damage curve*: the predicted damage of keeping 0, 1, ..., n states, decreasing to 0. The damages of
 several layers add up.
 
-A quadratic prediction cannot see that a layer stops working. Measured on a Mamba-2 of two layers of 64 states: 31 and 1
-states were predicted to cost 0.26 nats and cost 12.5; 45 and 3 cost 2.6 times the prediction, 48 and 16 twice. Every
-layer therefore keeps a floor, and what a plan really costs is to be measured on held-out data before it is written.
+The prediction is quadratic and fails when a layer stops working. Measured on a Mamba-2 of two layers of 64 states:
+keeping 31 and 1 states was predicted to cost 0.26 nats and cost 12.5; 45 and 3 cost 2.6 times the prediction, 48 and 16
+twice. Every layer therefore keeps a minimum, the floor. Measure a plan's damage on held-out data before writing it.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ FLOOR = 1 / 16  # of a layer's states
 
 
 def linear_curve(damage: Tensor) -> Tensor:
-    """Damage curve of a linear layer from `CovarianceBalancing.damage`, shape ``(*batch, n)``; of all its systems."""
+    """Damage curve of all systems of a linear layer from `CovarianceBalancing.damage`, shape ``(*batch, n)``."""
     per_state = damage.reshape(-1, damage.shape[-1]).sum(0)
     tails = per_state.flip(0).cumsum(0).flip(0)
     return torch.cat([tails, tails.new_zeros(1)])
 
 
 def calibrated(curve: Tensor, measured: Mapping[int, float]) -> Tensor:
-    """A damage curve that goes through what was predicted better for some ranks.
+    """A damage curve corrected to pass through better predictions for some ranks.
 
-    Between these ranks the ratio of both is interpolated, linearly in its logarithm, and beyond them it stays.
+    The logarithm of the ratio ``measured / curve`` is interpolated linearly between these ranks, and constant beyond.
 
     Args:
         curve: shape ``(n + 1,)``.
@@ -52,7 +52,7 @@ def calibrated(curve: Tensor, measured: Mapping[int, float]) -> Tensor:
 
 
 def within_loss(curves: Mapping[str, Tensor], max_loss: float, floor: float = FLOOR) -> dict[str, int]:
-    """The fewest states that a predicted damage of ``max_loss`` nats per sequence leaves, over all layers together.
+    """The fewest states, over all layers, whose predicted damage is at most ``max_loss`` nats per sequence.
 
     Args:
         curves: per layer, shape ``(n + 1,)``.
@@ -68,7 +68,7 @@ def within_loss(curves: Mapping[str, Tensor], max_loss: float, floor: float = FL
 
 
 def within_states(curves: Mapping[str, Tensor], total: int, floor: float = FLOOR) -> dict[str, int]:
-    """How many of ``total`` states each layer gets, so that the predicted damage is least.
+    """Distribute ``total`` states over the layers such that the predicted damage is least.
 
     Raises:
         InvalidRankRuleError: a total below the layers' floors.
@@ -86,9 +86,9 @@ def _floors(curves: Mapping[str, Tensor], floor: float) -> dict[str, int]:
 
 
 def _cheapest(curves: Mapping[str, Tensor], floor: float, stop: Callable[[float, int], bool]) -> dict[str, int]:
-    """States go where they cost least, until one more would be too many.
+    """Remove states where this costs least, as long as ``stop`` allows it.
 
-    Each layer's curve is replaced by its convex hull from below, along which the cheapest step is always the next one.
+    Each layer's curve is replaced by its lower convex hull, along which the next step is always the cheapest.
     """
     floors = _floors(curves, floor)
     ranks = {name: curve.shape[0] - 1 for name, curve in curves.items()}
@@ -97,7 +97,7 @@ def _cheapest(curves: Mapping[str, Tensor], floor: float, stop: Callable[[float,
     heapq.heapify(queue)
     while queue:
         _, name, lower = heapq.heappop(queue)
-        for rank in range(ranks[name] - 1, lower - 1, -1):  # a step of several states may be taken in part
+        for rank in range(ranks[name] - 1, lower - 1, -1):  # take a step of several states in part if it must stop
             rise = float(curves[name][rank] - curves[name][ranks[name]])
             if stop(damage + rise, sum(ranks.values()) - ranks[name] + rank):
                 break
@@ -109,7 +109,7 @@ def _cheapest(curves: Mapping[str, Tensor], floor: float, stop: Callable[[float,
 
 
 def _next_step(name: str, curve: Tensor, rank: int, floor: int) -> tuple[float, str, int] | None:
-    """The lower rank with the least damage per state that goes, and that damage."""
+    """The lower rank with the least damage per removed state, and that damage."""
     if rank <= floor:
         return None
     lower = torch.arange(floor, rank)

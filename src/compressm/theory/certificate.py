@@ -1,4 +1,4 @@
-"""The certificate of a truncation: what it did to the system, computed and checked against what the theory promises."""
+"""The certificate of a truncation: its errors, computed and checked against the bounds of the theory."""
 
 from __future__ import annotations
 
@@ -11,27 +11,28 @@ from torch import Tensor
 
 from compressm.theory.systems import DiagonalSystem
 
-# A basis of eigenvectors worse than this loses half the digits of a double, and every digit of a float32 layer.
+# A basis of eigenvectors with a larger condition number loses half the digits of a double, all those of a float32.
 MAX_CONDITION = 1e8
-# Roundings of one eigenvalue in a double that a computation of n steps may accumulate, per state.
+# How many rounding errors of one eigenvalue in double precision a computation may accumulate, per state.
 ROUNDINGS_PER_STATE = 10.0
 
 
 @dataclass(frozen=True)
 class Certificate:
-    """What a truncation did to the system, computed and not assumed.
+    """The errors of a truncation, computed from both systems, and the result of every check.
 
     Attributes:
         states_before, states_after: numbers of complex states.
-        bound: ``2 sum of the discarded HSVs``: no input can be answered with a larger error, in energy.
-        rounding_allowance: how far above the bound double precision may put the error; see `certify`.
+        bound: ``2 sum of the discarded HSVs``: for every input, the 2-norm of the output's error is at most this times
+            the 2-norm of the input.
+        rounding_allowance: how far above the bound rounding in double precision may put the error; see `certify`.
         hinf_error: the largest singular value of ``G - G_r`` found on an adaptive frequency grid (a lower estimate).
         hinf_frequency: where it was found, in radians per step.
         h2_error, h2_norm: ``||G - G_r||_2`` and ``||G||_2``, exact.
         spectral_radius: largest ``|lam|`` of the reduced system.
         condition: 2-norm condition number of the eigenvectors by which the reduced system was diagonalised.
         rounding_error: H2 error added by rounding to the layer's dtype and parametrisation (0 until written).
-        failures: why the truncation must not be used; empty if it may.
+        failures: reasons why the truncation must not be used; empty if there are none.
     """
 
     states_before: int
@@ -58,7 +59,7 @@ class Certificate:
         return self.h2_error / self.h2_norm if self.h2_norm > 0 else 0.0
 
     def errors(self) -> tuple[float, float | None, float | None]:
-        """The relative error that is expected, the H-infinity error and its bound, for a table."""
+        """The expected relative error, the H-infinity error and its bound, for a table."""
         return self.relative_h2_error, self.hinf_error, self.bound
 
     def to_dict(self) -> dict[str, Any]:
@@ -75,15 +76,14 @@ def certify(
     scale: float,
     condition: float,
 ) -> Certificate:
-    """Compute what a reduction did to one system and check it.
+    """Compute the errors of one reduced system and check them.
 
     Args:
         system: the system before (no batch).
         lam, B, C: the reduced system, shapes ``(r,)``, ``(r, p)``, ``(q, r)``; not yet a `DiagonalSystem`, since it
             may be unstable.
         bound: twice the sum of the discarded HSVs.
-        scale: of rounding errors: what all states could contribute if none cancelled another, at least the sum of all
-            HSVs; see `DiagonalSystem.mode_energy`.
+        scale: scale of the rounding errors, at least the sum of all HSVs; see `DiagonalSystem.mode_energy`.
         condition: condition number of the eigenvectors that diagonalised it.
     """
     finite = all(bool(torch.isfinite(torch.view_as_real(x)).all()) for x in (lam, B, C))
@@ -121,7 +121,7 @@ def certify(
 
 @dataclass(frozen=True)
 class _Errors:
-    """How far two systems are apart; not a number where one of them is no stable system."""
+    """Norms of the difference of two systems; NaN if one of them is not stable."""
 
     hinf: float = math.nan
     frequency: float = math.nan
@@ -134,10 +134,10 @@ class _Errors:
 
 
 def _rounding_allowance(system: DiagonalSystem, radius: float, condition: float, scale: float) -> float:
-    """How far above its bound double precision may put an H-infinity error.
+    """How far above its bound rounding in double precision may put an H-infinity error.
 
-    An eigenvalue off by eps changes the gain of its mode by a share of eps / (1 - |lam|): even to write the system down
-    in doubles costs that much, and the change of basis multiplies it by its condition number.
+    An error of eps in an eigenvalue changes the gain of its mode by a relative ``eps / (1 - |lam|)``. Storing the
+    system in double precision costs that much, and the change of basis multiplies it by its condition number.
     """
     margin = 1 - max(radius, float(system.lam.abs().max()))
     eps = torch.finfo(torch.float64).eps
@@ -147,8 +147,8 @@ def _rounding_allowance(system: DiagonalSystem, radius: float, condition: float,
 def _without_noise(system: DiagonalSystem, h2_error: float) -> tuple[float, float]:
     """An H2 error and the H2 norm of the system.
 
-    A system whose modes cancel altogether has a norm of rounding errors, and no ratio to it means anything. Its norm is
-    zero, and so is an error of that size.
+    If the modes of a system cancel completely, its computed norm is rounding error, and a ratio to it means nothing.
+    The norm then counts as zero, and so does an error of that size.
     """
     h2_norm = float(system.h2_norm())
     noise = system.n * torch.finfo(torch.float64).eps * _h2_size(system)
@@ -158,7 +158,7 @@ def _without_noise(system: DiagonalSystem, h2_error: float) -> tuple[float, floa
 
 
 def _h2_size(system: DiagonalSystem) -> float:
-    """The sum of the H2 norms of all modes, each on its own: at least the norm of the system."""
+    """The sum of the H2 norms of the single modes: at least the norm of the system."""
     leak = ((1 - system.lam.abs()) * (1 + system.lam.abs())).sqrt()
     return float((system.B.norm(dim=-1) * system.C.norm(dim=-2) / leak).sum())
 
@@ -166,8 +166,8 @@ def _h2_size(system: DiagonalSystem) -> float:
 def hinf_norm(system: DiagonalSystem, grid: int = 40, refinements: int = 6) -> tuple[float, float]:
     """The largest singular value of ``G(e^{i omega})`` over an adaptive frequency grid, and where it is.
 
-    The grid starts from equidistant frequencies and the phases of all modes, since a peak is as narrow as ``1 -
-    |lam|``, and closes in on the highest peaks. The result is a lower estimate of the H-infinity norm.
+    The grid starts from equidistant frequencies and the phases of all modes, since a peak is only ``1 - |lam|`` wide.
+    It is then refined around the highest peaks. The result is a lower estimate of the H-infinity norm.
 
     Args:
         system: one system (no batch).
@@ -198,8 +198,8 @@ def hinf_norm(system: DiagonalSystem, grid: int = 40, refinements: int = 6) -> t
 def _largest_singular_values(system: DiagonalSystem, omega: Tensor, iterations: int) -> Tensor:
     if min(system.p, system.q) <= 32:
         return torch.linalg.matrix_norm(system.transfer_function(omega), ord=2)
-    # Wide systems: power iteration at all frequencies at once, without forming a transfer function; in single precision
-    # while it only ranks frequencies. The value is never above the singular value by more than rounding.
+    # Wide systems: power iteration at all frequencies at once, without forming the transfer function. Single precision
+    # is enough to rank frequencies. The result exceeds the singular value by no more than rounding.
     lam, B, C = system.modes()
     resolvent = 1.0 / (1.0 - torch.exp(-1j * omega)[:, None] * lam)  # (f, m)
     if iterations < 10:

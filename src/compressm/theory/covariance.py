@@ -1,22 +1,23 @@
-"""Balanced truncation by what the data put into the states and what the loss reads from them.
+"""Balanced truncation by second moments of the states and adjoint states on data.
 
 Covariance balancing (Otto, Padovan, Rowley, SIAM J. Sci. Comput. 2023, arXiv 2207.14387): the square-root method with
-``P = E[x x^T]`` and ``Q = E[lambda lambda^T]`` of `evidence` in the place of the Gramians. The singular values sigma of
-``L_Q^T L_P`` do not depend on the basis of the states, and are in units of the loss. With adjoints that are Fisher
-scores, the Kullback-Leibler divergence of the reduced model's predictions from the original's is estimated as
+``P = E[x x^T]`` and ``Q = E[lambda lambda^T]`` of `evidence` in place of the Gramians. The singular values sigma of
+``L_Q^T L_P`` do not depend on the basis of the states, and are in units of the loss. If the adjoints are Fisher scores,
+the Kullback-Leibler divergence of the reduced model's predictions from the original's is estimated as
 
     1/2 L tr(Q (I - T_r T_l) P (I - T_r T_l)^T) = 1/2 L sum_{i>r} sigma_i^2     nats per sequence of L tokens
 
-That takes what is dropped at each token for an error of its own, with all that follows from it. But dropped states have
-a memory, so that errors of tokens that follow each other are partly the same one: for a mode ``a`` alone, under white
-noise on both sides, the estimate is ``1 / (1 - |a|^2)`` times too large. It orders states; `observing.damage` has the
-number.
+The estimate counts the error of every token with all its later effects, as if the errors of different tokens were
+independent. But the removed states have memory, so errors of consecutive tokens overlap: for a single mode ``a`` under
+white noise on both sides, the estimate is ``1 / (1 - |a|^2)`` times too large. Use it to order states;
+`observing.damage` predicts the damage itself.
 
 *Stability.* White noise Gramians satisfy ``P - A P A^T >= 0``, which makes every balanced truncation stable. Moments of
-data need not. They are used as they are where the result is stable. Where it is not, the one of P and Q that changes
-less is replaced by the solution of its Stein equation with the positive part of ``P - A P A^T`` on the right (Wang,
-Sreeram, Liu, IEEE TAC 1999), which dominates it. One such matrix is enough (Enns 1984): the leading block of
-``S - A S A^T >= 0``, with S the diagonal of sigma, says that ``A_r`` has no eigenvalue outside of the unit circle.
+data need not satisfy it. They are used unchanged if the truncation is stable. If it is not, one of P and Q, the one
+that changes less, is replaced by a matrix that dominates it: the solution of its Stein equation with the positive part
+of ``P - A P A^T`` on the right (Wang, Sreeram, Liu, IEEE TAC 1999). Replacing one is enough (Enns 1984): with ``S =
+diag(sigma)``, the leading block of ``S - A S A^T >= 0`` implies that no eigenvalue of ``A_r`` is outside the unit
+circle.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ from compressm.theory.systems import DiagonalSystem
 
 Fallback = Literal["none", "states", "adjoints", "both"]
 
-# Of the largest eigenvalue, for states scaled to unit variance: what float32 sums over data cannot resolve.
+# Share of the largest eigenvalue below which float32 sums over data resolve nothing, for states of unit variance.
 CLIP = 1e-12
 
 
@@ -48,7 +49,7 @@ class CovarianceBalancing(Balancing):
 
     Attributes:
         P, Q: the moments that it was balanced with, shape ``(*batch, 2n, 2n)``.
-        evidence: what was observed, before shrinkage and fallback.
+        evidence: the observed moments, before shrinkage and fallback.
         alpha_P, alpha_Q: shares of white noise in P and Q, shape ``(*batch,)``.
         fallbacks: which of P and Q was replaced for stability, one per system in row-major order.
     """
@@ -62,20 +63,20 @@ class CovarianceBalancing(Balancing):
 
     @property
     def damage(self) -> Tensor:
-        """Estimate of the rise of a sequence's loss if a complex state goes, in nats, decreasing, shape ``(*batch,
-        n)``; see the module's text. That of a cut is the sum over what it discards."""
+        """Estimated rise of a sequence's loss if one complex state is removed, in nats, decreasing, shape ``(*batch,
+        n)``; see the module's text. The damage of a cut is the sum over the states that it removes."""
         return self.evidence.length / 2 * self.hsv.square().unflatten(-1, (-1, 2)).sum(-1)
 
 
 @dataclass(frozen=True)
 class CovarianceCertificate(Certificate):
-    """What is known of a cut by moments of data. No H-infinity bound applies to it: ``bound`` is infinite.
+    """The certificate of a cut by moments of data. It has no H-infinity bound: ``bound`` is infinite.
 
     Attributes:
         predicted_damage: estimate of the rise of a sequence's loss, in nats; see the module's text.
         relative_output_error: ``E||y - y_r||^2 / E||y||^2`` that the projection of the states predicts.
-        fallback: what was done for stability: ``"none"``; ``"states"`` or ``"adjoints"``, whose moments were replaced
-            by ones that dominate them; or ``"both"``.
+        fallback: which moments were replaced by dominating ones for stability: ``"none"``, ``"states"`` (P),
+            ``"adjoints"`` (Q) or ``"both"``.
         alpha_P, alpha_Q: shares of white noise in the moments.
     """
 
@@ -98,11 +99,11 @@ def balance_covariances(
     Args:
         system: a system with real output, or a batch of them.
         evidence: moments of its states and adjoint states.
-        alpha: share of white noise, in [0, 1]; by default by evidence, see `evidence.shrunk`.
+        alpha: share of white noise, in [0, 1]; by default computed from the evidence, see `evidence.shrunk`.
 
     Raises:
-        InvalidSystemError: a system with complex output, moments that are not those of such a system, or an ``alpha``
-            out of range.
+        InvalidSystemError: a system with complex output, moments that do not fit the system, or an ``alpha`` out of
+            range.
     """
     if not system.real_output:
         raise InvalidSystemError("balancing by moments of data needs a system with real output; got complex output")
@@ -122,7 +123,7 @@ def truncate_covariances(
     Args:
         balancing: from `balance_covariances`.
         states, exceed: as for `balancing.truncate`.
-        quick: leave the errors under white noise out of the certificates, for cuts that are only tried.
+        quick: leave the errors under white noise out of the certificates; for trial cuts.
 
     Returns:
         the reduction, with certificates of the kind `CovarianceCertificate`.
@@ -136,7 +137,8 @@ def truncate_covariances(
         balancing = _dominated(balancing, unstable)
         reduction = truncate(balancing, states, exceed, certifier=certifier, lower=False)
     if unstable := _unstable(reduction):
-        # On the unit circle, to rounding: with equal sigma on both sides of the cut, or states that nothing reaches.
+        # An eigenvalue is on the unit circle, up to rounding: sigma is equal on both sides of the cut, or no input
+        # reaches a state.
         balancing = _dominated(balancing, unstable, both=True)
         reduction = truncate(balancing, states, exceed, certifier=certifier)
     return _certified(balancing, reduction)
@@ -156,7 +158,7 @@ def predicted_damage(evidence: Covariances, left: Tensor, right: Tensor) -> Tens
 
 
 def _lost(P: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    """Second moment of what the projection ``right left`` takes away from the states."""
+    """``(I - right left) P (I - right left)^T``, the second moment of the part of the states that a cut removes."""
     gone = torch.eye(left.shape[-1], dtype=torch.float64) - right @ left
     return gone @ P @ gone.mT
 
@@ -197,7 +199,7 @@ def _balanced(
 
 
 def _factor(moment: Tensor) -> Tensor:
-    """``L`` with ``L L^T = moment``, by eigenvectors; what is below `CLIP` is zero."""
+    """``L`` with ``L L^T = moment``, by eigenvectors; relative eigenvalues below `CLIP` count as zero."""
     scale = moment.diagonal(dim1=-2, dim2=-1).clamp_min(0).sqrt()
     safe = torch.where(scale > 0, scale, 1.0)
     values, vectors = torch.linalg.eigh(moment / safe[..., :, None] / safe[..., None, :])
@@ -206,7 +208,7 @@ def _factor(moment: Tensor) -> Tensor:
 
 
 def _dominated(balancing: CovarianceBalancing, unstable: Sequence[int], both: bool = False) -> CovarianceBalancing:
-    """Balanced anew, with P or Q of the unstable systems replaced by a matrix that dominates it."""
+    """Balance again, with P or Q of the unstable systems replaced by a matrix that dominates it."""
     system, m = balancing.system, balancing.P.shape[-1]
     P, Q = balancing.P.reshape(-1, m, m).clone(), balancing.Q.reshape(-1, m, m).clone()
     lam, fallbacks = system.lam.reshape(-1, system.n), list(balancing.fallbacks)
@@ -225,7 +227,7 @@ def _dominated(balancing: CovarianceBalancing, unstable: Sequence[int], both: bo
 def _facts(
     system: DiagonalSystem, lam: Tensor, B: Tensor, C: Tensor, bound: float, scale: float, condition: float
 ) -> Certificate:
-    """Stability, conditioning and the errors under white noise, which nothing bounds here."""
+    """Stability, conditioning, and the errors under white noise, which have no bound here."""
     del bound
     return certify(system, lam, B, C, math.inf, scale, condition)
 
@@ -246,7 +248,7 @@ def _unstable(reduction: Reduction) -> list[int]:
 
 
 def _certified(balancing: CovarianceBalancing, reduction: Reduction) -> Reduction:
-    """The reduction with what the evidence says about it."""
+    """The reduction with certificates that add the errors predicted from the evidence."""
     evidence, C = balancing.evidence, balancing.system.C
     stacked_C = torch.cat([C.real, -C.imag], -1)
     seen = stacked_C.mT @ stacked_C

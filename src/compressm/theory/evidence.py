@@ -1,8 +1,8 @@
-"""What data say about a linear layer: second moments of its states and of its adjoint states.
+"""Evidence of a linear layer: second moments of its states and of its adjoint states on data.
 
     P = E[x_t x_t^T],    Q = E[lambda_t lambda_t^T],    lambda_t = d loss / d x_t
 
-in the stacked real coordinates ``(Re x, Im x)``, with the expectations over tokens, and with the loss of one sequence.
+in the stacked real coordinates ``(Re x, Im x)``. The expectations are over tokens; the loss is that of one sequence.
 White inputs and white output gradients of unit variance give the Gramians of `balancing.real_gramians`.
 """
 
@@ -18,7 +18,7 @@ from compressm.theory.gramians import real_gramians
 from compressm.theory.sums import Sums
 from compressm.theory.systems import DiagonalSystem
 
-# Negative eigenvalues up to this share of the largest are rounding of float32 sums.
+# Negative eigenvalues up to this share of the largest are rounding errors of float32 sums.
 _ROUNDING = 1e-4
 
 
@@ -64,12 +64,12 @@ class Covariances(Sums):
         return float(self.tokens / self.sequences)
 
     def independent(self, system: DiagonalSystem) -> tuple[Tensor, Tensor]:
-        """How many independent tokens P and Q are worth, at least 1, shape ``(*batch,)`` each.
+        """Effective numbers of independent tokens behind P and Q, at least 1, shape ``(*batch,)`` each.
 
-        Tokens of a sequence resemble each other; sequences are independent. The mean of N independent Gaussian vectors
-        of covariance P has ``E||P_N - P||_F^2 = (tr(P)^2 + ||P||_F^2) / N``. The left side is estimated from how much
-        the sequences differ, and N is solved for. Sequences count as equally long; where they are not, N comes out
-        smaller.
+        Tokens of one sequence are correlated; sequences are independent. The sample covariance ``P_N`` of N independent
+        Gaussian vectors of covariance P has ``E||P_N - P||_F^2 = (tr(P)^2 + ||P||_F^2) / N``. The left side is
+        estimated from the variance between sequences, and the equation is solved for N. The estimate treats sequences
+        as equally long; if they are not, N comes out smaller.
         """
         scales = white_scales(system)
         pairs = zip((self.P, self.Q), (self.spread_states, self.spread_adjoints), scales, strict=True)
@@ -90,7 +90,7 @@ class Covariances(Sums):
 def white_scales(system: DiagonalSystem) -> tuple[Tensor, Tensor]:
     """Amplitude of every state and adjoint state under white noise, ``E[|x_i|^2]^1/2``, shape ``(*batch, 2n)`` each.
 
-    Divided by these, states do not depend on the scale of their mode, which is free.
+    The scale of a mode is arbitrary. States divided by these amplitudes do not depend on it.
     """
     leak = -torch.expm1(2 * system.lam.abs().clamp_min(1e-300).log())
     states, adjoints = (
@@ -107,15 +107,15 @@ def _both(scale: Tensor) -> Tensor:
 def shrunk(
     system: DiagonalSystem, evidence: Covariances, alpha: float | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """P and Q with a share of what white noise would give: directions that the data have not shown yet are kept.
+    """P and Q shrunk towards the Gramians, which keeps directions that the data have not shown yet.
 
         P' = (1 - alpha) P + alpha c P_white,    c = tr(Q P) / tr(Q P_white);    likewise Q'
 
-    so that both terms put the same power into the loss, whatever basis the states are in.
+    With this c both terms put the same power into the loss, in every basis of the states.
 
-    The posterior mean of a covariance under an inverse Wishart prior around ``c P_white``, with the fewest degrees of
-    freedom that give the prior a mean (two more than dimensions), is that with ``alpha = 1 / (N + 1)``, where N is the
-    number of independent tokens: the prior is worth one of them. See `Covariances.independent`.
+    With ``alpha = 1 / (N + 1)``, where N is the number of independent tokens (see `Covariances.independent`), P' is the
+    posterior mean of a covariance under an inverse Wishart prior around ``c P_white``. The prior has the fewest degrees
+    of freedom for which its mean exists (two more than dimensions), and counts as much as one token.
 
     Args:
         system: the layer's, shape ``(*batch,)``.
@@ -137,13 +137,13 @@ def shrunk(
 
 
 def _mixed(data: Tensor, white: Tensor, other: Tensor, alpha: Tensor) -> Tensor:
-    """``(1 - alpha) data + alpha c white``, with c from the traces of both with the other moment."""
+    """``(1 - alpha) data + alpha c white``, with ``c = tr(other data) / tr(other white)``."""
     scale = _product(other, data) / _product(other, white).clamp_min(1e-300)
     return (1 - alpha)[..., None, None] * data + (alpha * scale)[..., None, None] * white
 
 
 def check_evidence(system: DiagonalSystem, evidence: Covariances) -> None:
-    """That the moments are those of a layer with this system.
+    """Check that the moments fit a layer with this system.
 
     Raises:
         InvalidSystemError: other shapes, no tokens, entries that are not finite, or matrices that are no covariances.

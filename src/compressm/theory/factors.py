@@ -1,19 +1,19 @@
 """Factors of the Gramians of diagonal systems, to full precision.
 
 The Gramian of a diagonal system, ``P_ij = (B B*)_ij / (1 - lam_i conj(lam_j))``, has a numerical rank far below n
-whenever eigenvalues crowd. A factor computed from its entries knows nothing of a direction of variance eps, that is, of
-an amplitude of sqrt(eps), and half of the digits of small Hankel singular values are lost. Gaussian elimination on the
-Gramian's *displacement* loses none. From
+when eigenvalues are close to each other. A factor computed from the entries of P does not resolve directions of
+variance eps, that is, of amplitude sqrt(eps), and loses half of the digits of small Hankel singular values. Gaussian
+elimination on the Gramian's *displacement* loses none. The equation
 
     P - Lam P Lam* = B B*
 
-follows that the Schur complement of the pivot p has the same form with the generator
+implies that the Schur complement of the pivot p has the same form, with the generator
 
     B'_i = B_i - (B_i u) u* + phi_p(lam_i) (B_i u) u*,    u = B_p* / |B_p|,
     phi_p(z) = (z - lam_p) / (1 - conj(lam_p) z)
 
-(a Blaschke factor: the Takenaka-Malmquist functions are the case of one input). All that is ever subtracted are the
-eigenvalues and inputs that were given. Kailath and Sayed, "Displacement structure" (SIAM Review 37, 1995), section 4.
+(a Blaschke factor: the Takenaka-Malmquist functions are the case of one input). Only given eigenvalues and inputs are
+subtracted from each other. Kailath and Sayed, "Displacement structure" (SIAM Review 37, 1995), section 4.
 """
 
 from __future__ import annotations
@@ -33,16 +33,16 @@ Complex = NDArray[np.complex128]
 def factor(lam: Tensor, B: Tensor, gramian: Tensor, real: bool) -> Tensor:
     """``L`` with ``L L* = gramian``.
 
-    Well conditioned Gramians are factored as they are, by Cholesky; the others from eigenvalues and inputs.
+    Well conditioned Gramians are factored by Cholesky; the others from eigenvalues and inputs.
 
     Args:
         lam: eigenvalues, shape ``(*batch, n)``.
         B: inputs, shape ``(*batch, n, p)``.
-        gramian: of these, shape ``(*batch, m, m)``; see ``real``.
-        real: whether the Gramian is that of ``(Re x, Im x)`` for real inputs, ``m = 2n``, and not that of ``x``.
+        gramian: the Gramian of ``lam`` and ``B``, shape ``(*batch, m, m)``; see ``real``.
+        real: True for the Gramian of ``(Re x, Im x)`` for real inputs, ``m = 2n``; False for that of ``x``, ``m = n``.
 
     Returns:
-        shape of ``gramian``; columns for directions that nothing reaches are zero.
+        shape of ``gramian``; columns for directions that no input reaches are zero.
 
     Raises:
         InvalidSystemError: a Gramian that overflows.
@@ -51,7 +51,7 @@ def factor(lam: Tensor, B: Tensor, gramian: Tensor, real: bool) -> Tensor:
         raise InvalidSystemError("the Gramian has entries that are not finite: scale B and C down")
     size = gramian.shape[-1]
     scale = gramian.diagonal(dim1=-2, dim2=-1).real.clamp_min(0).sqrt()
-    safe = torch.where(scale > 0, scale, 1.0)  # a unit diagonal: conditioning is not a matter of units
+    safe = torch.where(scale > 0, scale, 1.0)  # scale to a unit diagonal, so that units do not affect conditioning
     scaled = (gramian / safe[..., :, None] / safe[..., None, :]).reshape(-1, size, size)
     factors, failed = torch.linalg.cholesky_ex(scaled)
     sound = (failed == 0) & (factors.diagonal(dim1=-2, dim2=-1).real.amin(-1).square() > 1e-8)
@@ -72,7 +72,7 @@ def displacement_factor(lam: Complex, B: Complex) -> Complex:
         B: shape ``(n, p)``.
 
     Returns:
-        shape ``(n, n)``; lower triangular but for the order of its rows. O(n^2 p) operations.
+        shape ``(n, n)``; lower triangular up to a permutation of its rows. O(n^2 p) operations.
     """
     n = lam.shape[0]
     if B.shape[1] > n:  # only B B* matters
@@ -83,7 +83,7 @@ def displacement_factor(lam: Complex, B: Complex) -> Complex:
     found = np.zeros((n, n), np.complex128)
     for column in range(n):
         pivots = (remaining.real**2 + remaining.imag**2).sum(1) / leak
-        p = int(np.argmax(pivots / start))  # relative, so that units do not decide
+        p = int(np.argmax(pivots / start))  # relative, so that units do not affect the choice
         if not pivots[p] > 0:
             break
         u = remaining[p].conj() / np.sqrt((remaining[p].real ** 2 + remaining[p].imag ** 2).sum())
@@ -97,11 +97,11 @@ def displacement_factor(lam: Complex, B: Complex) -> Complex:
 
 
 def _real_factor(lam: Complex, B: Complex) -> NDArray[np.float64]:
-    """Of the covariance of ``(Re x, Im x)``: that of ``(x, conj x)`` is one of the module's Gramians."""
+    """A factor of the covariance of ``(Re x, Im x)``, from that of ``(x, conj x)``, which is a diagonal system's."""
     both = displacement_factor(np.concatenate([lam, lam.conj()]), np.concatenate([B, B.conj()]))
     x, mirrored = np.split(both, 2)
     stacked = np.concatenate([(x + mirrored) / 2, (x - mirrored) / 2j])
-    # The covariance is real, so real and imaginary part of a factor, side by side, are a factor too.
+    # The covariance is real, so ``[Re L, Im L]`` is a factor too.
     wide = np.concatenate([stacked.real, stacked.imag], 1)
     return _upper_factor(wide.T).T
 

@@ -1,13 +1,13 @@
-"""Selection of states by the Fisher matrix of a mask on them: for recurrences whose states can only stay or go.
+"""Selection of states by the Fisher matrix of a mask on them, for recurrences whose states can only be kept or removed.
 
-Multiply state i of a layer by ``m_i``, at all times. To second order around ones, with ``g = d loss / d m`` of one
-sequence, and targets drawn from the model's own prediction,
+Multiply state i of a layer by ``m_i``, at all times. To second order around ``m = 1``, with ``g = d loss / d m`` of one
+sequence and targets drawn from the model's own prediction,
 
     KL(m) = 1/2 (m - 1)^T F (m - 1),    F = E_seq[g g^T]     nats per sequence
 
-so that taking out the set R costs ``1/2 sum_{i,j in R} F_ij``. Second moments of states and output vectors do not know
-what F knows: that contributions at different times add up or cancel. Where the output vectors can be scaled, the kept
-states may take over: the cost is then least over their masks too (optimal brain surgeon: Hassibi, Stork, NIPS 1992).
+so removing the set R costs ``1/2 sum_{i,j in R} F_ij``. F includes how contributions at different times add up or
+cancel; the second moments of states and output vectors do not. If the output vectors can be scaled, the kept states can
+compensate: the cost is then minimised over their masks too (optimal brain surgeon: Hassibi, Stork, NIPS 1992).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from compressm.theory.selection import compensation
 from compressm.theory.sums import Sums
 
 EXCHANGES = 10
-# Share of the largest diagonal entry that is added to the diagonal of what is solved with.
+# Share of the largest diagonal entry that is added to the diagonal before a linear system is solved.
 _RIDGE = 1e-6
 
 
@@ -49,7 +49,7 @@ class MaskFisher(Sums):
 
     @classmethod
     def of(cls, gradients: Tensor) -> MaskFisher:
-        """Of the gradients of some sequences' own losses, shape ``(sequences, groups, n)``."""
+        """The sums over some sequences, from the gradients of each one's own loss, shape ``(sequences, groups, n)``."""
         g = gradients.detach().to("cpu", torch.float64)
         flat, shape = g.flatten(1), (*g.shape[1:], *g.shape[1:])
         count = torch.tensor(float(len(g)), dtype=torch.float64)
@@ -62,10 +62,10 @@ class MaskFisher(Sums):
         return self.products / self.sequences
 
     def shrinkage(self) -> float:
-        """The share by which the entries off the diagonal are to be shrunk, in [0, 1].
+        """The share alpha by which to shrink the off-diagonal entries, in [0, 1].
 
-        As many sequences as states, or fewer, give a singular F: there are sets of states that seem to cost nothing.
-        The expected squared error of ``(1 - alpha) F + alpha diag(F)`` is least at
+        With at most as many sequences as states F is singular, and some sets of states seem to cost nothing. The
+        expected squared error of ``(1 - alpha) F + alpha diag(F)`` is least at
 
             alpha = sum_{i != j} Var(F_ij) / sum_{i != j} F_ij^2
 
@@ -102,7 +102,7 @@ class MaskSelection:
 
     Attributes:
         kept: their indices in each group, ascending, shape ``(groups, r)``.
-        gains: by what the kept states are multiplied, shape ``(groups, r)``; ones where none takes over.
+        gains: factors of the kept states, shape ``(groups, r)``; ones if they do not compensate for the others.
         damage: predicted rise of a sequence's loss, in nats.
     """
 
@@ -117,7 +117,7 @@ def select_by_fisher(fisher: MaskFisher, states: int, gains: bool = False) -> Ma
     Args:
         fisher: of the layer.
         states: how many to keep in each group, from 1 to n.
-        gains: let kept states take over what the others did, by one factor each.
+        gains: let the kept states compensate for the others, by one factor each.
 
     Raises:
         InvalidRankRuleError: fewer than one state asked for.
@@ -139,11 +139,11 @@ def select_by_fisher(fisher: MaskFisher, states: int, gains: bool = False) -> Ma
 
 @dataclass(frozen=True)
 class MaskEstimate(ErrorEstimate):
-    """What a cut by the mask's Fisher matrix is expected to do.
+    """The predicted effect of a cut by the mask's Fisher matrix.
 
     Attributes:
         predicted_damage: rise of a sequence's loss, in nats.
-        shrinkage: the share by which pairs of states were not believed; see `MaskFisher.shrinkage`.
+        shrinkage: the share by which off-diagonal entries were shrunk; see `MaskFisher.shrinkage`.
     """
 
     predicted_damage: float = math.nan
@@ -162,9 +162,9 @@ def reduce_by_fisher(
         fisher: of the layer.
         states: how many to keep in each group, at most n.
         moments: of the layer, from `selective.moments`.
-        takes_over: what the kept states do for the others, where the layer can take maps of C: nothing; one factor
-            each (see `select_by_fisher`); or what recovers the other states best by least squares, which the predicted
-            damage does not know of.
+        takes_over: how the kept states compensate for the others, if the layer can take maps of C: not at all; by one
+            factor each (see `select_by_fisher`); or by the least squares estimate of the other states, which the
+            predicted damage does not account for.
 
     Raises:
         InvalidRankRuleError, InvalidSystemError: see `select_by_fisher`; or moments of another layer.
@@ -194,7 +194,7 @@ def reduce_by_fisher(
 def damage_curve(fisher: MaskFisher) -> Tensor:
     """Predicted damage of keeping 0, 1, ..., n states of every group, in nats per sequence, decreasing to 0.
 
-    States go one after the other, as in `select_by_fisher` but without its exchanges: an upper estimate.
+    States are removed greedily as in `select_by_fisher`, without its exchanges, so the curve is an upper estimate.
     """
     groups, n = fisher.products.shape[:2]
     F = fisher.shrunk()
@@ -207,7 +207,7 @@ def damage_curve(fisher: MaskFisher) -> Tensor:
 
 
 def _removed(F: Tensor, groups: int, n: int, states: int) -> list[int]:
-    """Which go, in their order: in every round each group loses the state that costs least after those gone."""
+    """The removed states in their order: in every round each group loses the state whose removal costs least then."""
     gone, cost = list[int](), F.diagonal().clone()
     for _ in range(n - states):
         open_groups = torch.ones(groups, dtype=torch.bool)
@@ -222,16 +222,16 @@ def _removed(F: Tensor, groups: int, n: int, states: int) -> list[int]:
 
 
 def _exchanged(F: Tensor, gone: list[int], n: int) -> list[int]:
-    """With states that went and states of the same group that stay exchanged, while that lowers the cost."""
+    """The removed states after exchanges with kept states of the same group, as long as an exchange lowers the cost."""
     gone, diagonal = list(gone), F.diagonal()
     group = torch.arange(F.shape[0]) // n
     away = torch.zeros(F.shape[0], dtype=torch.bool)
     away[gone] = True
-    cost = diagonal + 2 * F[:, gone].sum(1)  # of each state with all that are gone
+    cost = diagonal + 2 * F[:, gone].sum(1)  # of each state together with all removed ones
     for _ in range(EXCHANGES if gone else 0):
         changed = False
         for position, j in enumerate(gone):
-            alone = cost - 2 * F[j]  # with all others that are gone
+            alone = cost - 2 * F[j]  # together with all removed ones except j
             candidates = alone.masked_fill(away | (group != j // n), torch.inf)
             best = int(candidates.argmin())
             if candidates[best] < alone[j] - 1e-6 * diagonal[j].abs():
@@ -244,7 +244,7 @@ def _exchanged(F: Tensor, gone: list[int], n: int) -> list[int]:
 
 
 def _gains(F: Tensor, stays: Tensor) -> Tensor:
-    """``1 + F_SS^-1 F_SR 1``: the masks of the kept states at which the cost is least."""
+    """``1 + F_SS^-1 F_SR 1``, the masks of the kept states that minimise the cost."""
     inner = F[stays][:, stays]
     ridge = _RIDGE * inner.diagonal().max().clamp_min(1e-300)
     pulled = F[stays][:, ~stays].sum(1)

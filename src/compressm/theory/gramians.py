@@ -9,7 +9,7 @@ from torch import Tensor
 
 from compressm.theory.systems import DiagonalSystem, stein_solution
 
-# Whose Gramians a layer is balanced with: those of the real system of order 2n, or of the complex one.
+# Which Gramians balance a layer: those of the real system of order 2n, or those of the complex one.
 Method = Literal["real", "complex"]
 
 

@@ -1,18 +1,18 @@
-"""Leaving out states of a diagonal system as they are, without a change of basis: what others do, for comparison.
+"""Pruning of the states of a diagonal system, without a change of basis: methods of other authors, for comparison.
 
 Every state of ``y = C (I - diag(lam)/z)^-1 B u`` is a mode of its own, with the transfer function
-``c_i b_i / (1 - lam_i / z)``. Which may go has been decided by
+``c_i b_i / (1 - lam_i / z)``. The modes with the largest score are kept. The scores are
 
-- ``"modal"``: ``|lam_i|``. Modal truncation keeps what dies away most slowly (Davison 1966).
-- ``"hinf"``: ``||c_i|| ||b_i|| / (1 - |lam_i|)``, the H-infinity norm of the mode, by which layer-adaptive state
-  pruning orders states (Gwak et al., NeurIPS 2024, arXiv 2411.02824).
+- ``"modal"``: ``|lam_i|``. Modal truncation keeps the modes that decay most slowly (Davison 1966).
+- ``"hinf"``: ``||c_i|| ||b_i|| / (1 - |lam_i|)``, the H-infinity norm of the mode, the score of layer-adaptive state
+  pruning (Gwak et al., NeurIPS 2024, arXiv 2411.02824).
 - ``"energy"``: ``||c_i||^2 ||b_i||^2 / (1 - |lam_i|^2)``, the energy of its impulse response, as in AIRE-Prune (Padhy
   et al., ICLR 2026, arXiv 2602.00534).
-- ``"random_modes"``: none, the modes are drawn, by `generator_from` their magnitudes. The CompreSSM paper's published
-  code does so where it keeps random states.
+- ``"random_modes"``: a random number, from a generator seeded by the modes' magnitudes (`generator_from`). The
+  CompreSSM paper's published code keeps random states in this way.
 
-Those papers also compare the second and third across layers; here every layer is given its number of states, as for
-the others. No score sees that modes may cancel or repeat each other, which is what Hankel singular values are about.
+The papers on ``"hinf"`` and ``"energy"`` also compare scores across layers; here the number of states of every layer is
+given. No score accounts for modes that cancel or repeat each other, as Hankel singular values do.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def _gain(system: DiagonalSystem) -> Tensor:
 def prune(system: DiagonalSystem, states: int, score: Score) -> Reduction:
     """Keep the ``states`` modes with the largest score, unchanged.
 
-    The certificate's bound is the sum of the H-infinity norms of the modes that go.
+    The certificate's bound is the sum of the H-infinity norms of the removed modes.
 
     Args:
         system: the system, shape ``(*batch,)``.

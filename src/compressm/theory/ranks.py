@@ -1,9 +1,9 @@
-"""How many states to keep: one value that says what the user asked for, and one function that answers.
+"""How many states to keep: `RankRule` holds the user's choice, and `choose_ranks` computes the numbers.
 
-Every rule reads the *Hankel energy* that a cut discards. Where the smallest Hankel singular values are cut off, that is
+Every rule reads the *Hankel energy* that a cut discards. If the smallest Hankel singular values are removed, this is
 the sum of their energies ``s_1 >= s_2 >= ...`` (see `balancing.Balancing.energy`), and the truncation bound is twice as
-much. Where states are selected it is more, and the cuts that would really be made are asked for it. "Keep everything"
-is an ordinary answer of every rule.
+much. If states are selected, the discarded energy is larger, and the rule computes it from the cuts themselves. Every
+rule may answer "keep everything".
 """
 
 from __future__ import annotations
@@ -20,49 +20,49 @@ from torch import Tensor
 
 from compressm.errors import InvalidRankRuleError
 
-# The Hankel energy that the cut of a layer to so many states discards, in each of its systems: shape ``(*batch,)``.
+# Maps a number of states to the Hankel energy that a cut to it discards in each of a layer's systems, ``(*batch,)``.
 Discards = Callable[[int], Tensor]
-# Cuts that a budget looks at in a layer whose cuts have to be made to know what they discard.
+# How many cuts of a layer a budget computes, if the discarded energy does not follow from the singular values.
 _SAMPLES = 8
 
 
 @dataclass(frozen=True)
 class RankRule:
-    """What decides the state dimension. Exactly one of the first five is given.
+    """The rule that decides the state dimensions. Pass exactly one of the first five arguments.
 
-    ``tolerance`` and ``max_error`` promise a quality, and the cut that is really made keeps the promise. ``states``,
-    ``fraction`` and ``total_states`` are upper limits. Where wishes meet, the earlier one in this list holds:
+    ``tolerance`` and ``max_error`` promise a quality, and every cut keeps the promise. ``states``, ``fraction`` and
+    ``total_states`` are upper limits. If requirements conflict, the earlier one in this list holds:
 
-    1. ``max_reduction``: no larger share of a layer's states goes.
-    2. The promise or the limit. A layer that is within its limit already is not cut.
+    1. ``max_reduction``: at most this share of a layer's states is removed.
+    2. The promise or the limit. A layer that is already within its limit is not cut.
     3. Layers that share one state dimension (see ``per_layer``) get one that suits all of them.
-    4. ``multiple_of``: a promise is rounded up to a multiple and a limit down to one, or up where ``max_reduction``
-       forbids to go down. A layer that has fewer states than ``multiple_of`` keeps them.
-    5. ``min_reduction``: a cut that takes less is not made at all.
+    4. ``multiple_of``: a promise is rounded up to a multiple. A limit is rounded down, or up where ``max_reduction``
+       forbids rounding down. A layer that has fewer states than ``multiple_of`` keeps them.
+    5. ``min_reduction``: a cut that removes less is not made.
 
-    A limit that holds no multiple is refused: ``states`` and ``total_states`` when the rule is made, and ``fraction``
-    or a ``total_states`` that is too small for all layers together before anything is computed (`check_sizes`).
+    A limit below ``multiple_of`` is refused: for ``states`` and ``total_states`` when the rule is made; for
+    ``fraction``, or a ``total_states`` too small for all layers together, before any computation (`check_sizes`).
 
     Args:
         tolerance: the share of the Hankel energy that may be discarded in a layer (tau in the CompreSSM paper), and in
-            each of its systems (channels, heads, groups) where it has several. In [0, 1). Where Hankel singular values
-            are cut off, that is the smallest ``r`` with ``sum_{i<=r} s_i >= (1 - tolerance) sum_i s_i``. Where states
-            are selected, it is an ``r`` whose cut keeps as much while that to one state fewer does not; see
+            each of its systems (channels, heads, groups) if it has several. In [0, 1). If the smallest Hankel singular
+            values are removed, the rank is the smallest ``r`` with ``sum_{i<=r} s_i >= (1 - tolerance) sum_i s_i``. If
+            states are selected, it is an ``r`` whose cut keeps this share while the cut to ``r - 1`` does not; see
             `SelectiveReduction.discarded`.
         states: at most this many states in every layer.
-        fraction: at most this fraction of a layer's present states, in (0, 1]; but at least one state, or multiple.
+        fraction: at most this fraction of a layer's present states, in (0, 1], and at least one state or multiple.
         max_error: the H-infinity error allowed per layer, in the units of output per input: the smallest ``r`` with ``2
             sum_{i>r} s_i <= max_error``. Selective layers have no such bound; for them it is twice the Hankel energy
             that the cut discards, which is at least twice the root mean square of the recurrence's output error.
-        total_states: a budget over all layers together: those states with the largest share of their own layer's
-            energy are kept, wherever they are.
-        multiple_of: prefer state dimensions that are a multiple of this (what the hardware likes); see above.
-        min_reduction: cut a layer only if this share of its states goes (0.05: the paper's 0.95 gate).
-        max_reduction: of a layer's states at most this share goes, rounded down, whatever the rule says. In (0, 1].
-        per_layer: let layers differ in their state dimension even where the model's own checkpoint format has only one
-            for all, as in Hugging Face's; `compressm.save` and `compressm.load` keep such a model. Otherwise these
-            layers share one: the smallest that keeps the promise in all of them, the largest within the limit of each,
-            or an equal part of the budget.
+        total_states: a budget over all layers together. The states with the largest share of their own layer's energy
+            are kept, in whichever layer they are.
+        multiple_of: prefer state dimensions that are a multiple of this, for efficient hardware kernels; see above.
+        min_reduction: cut a layer only if at least this share of its states is removed (0.05: the paper's 0.95 gate).
+        max_reduction: remove at most this share of a layer's states, rounded down, whatever the rule says. In (0, 1].
+        per_layer: let layers differ in their state dimension even if the model's own checkpoint format has only one for
+            all, as in Hugging Face's; `compressm.save` and `compressm.load` support such models. Otherwise these layers
+            share one state dimension: the smallest that keeps the promise in all of them, the largest within the limit
+            of each, or an equal part of the budget.
 
     Raises:
         InvalidRankRuleError: none or several of the five rules, a value out of range, or a limit below ``multiple_of``.
@@ -102,12 +102,12 @@ class RankRule:
 
     @property
     def guarantees_error(self) -> bool:
-        """Whether the rule promises an error (so that a state more is allowed) rather than a number of states."""
+        """Whether the rule promises an error, which may need a state more, instead of a number of states."""
         return self.tolerance is not None or self.max_error is not None
 
 
 def check_choice(name: str, value: object, choices: Any) -> None:
-    """One of a ``Literal``'s values.
+    """Check that a value is one of a ``Literal``'s values.
 
     Raises:
         InvalidRankRuleError: it is none of them.
@@ -131,14 +131,14 @@ def choose_ranks(
     discards: Mapping[str, Discards] | None = None,
     alike: Sequence[str] = (),
 ) -> dict[str, int]:
-    """The number of states that each layer keeps under a rule, before the gate; see `RankRule` for what comes first.
+    """The number of states that each layer keeps under a rule, before the gate; see `RankRule` for the precedence.
 
     Args:
         energies: per layer, the energy of each of its present states, decreasing, shape ``(n,)``, or ``(*batch, n)``
             where a layer holds a batch of systems that keep one common rank (the largest that any of them needs). No
             cut to r states discards less than the sum of those beyond the r-th.
-        rule: what was asked for.
-        discards: of those layers whose cuts discard more than that: what they really discard.
+        rule: the user's rule.
+        discards: the energy that cuts discard, for the layers where it is more than that sum.
         alike: names of layers that share one state dimension.
 
     Returns:
@@ -165,7 +165,7 @@ def choose_ranks(
 
 
 def passes_gate(present: int, proposed: int, rule: RankRule) -> bool:
-    """Whether the proposed cut is worth making: it takes at least `min_reduction` of the states, and at least one."""
+    """Whether the proposed cut removes at least the share `min_reduction` of the states, and at least one state."""
     return proposed < present and present - proposed >= rule.min_reduction * present
 
 
@@ -173,9 +173,9 @@ def keeps_promise(discarded: Tensor, energy: Tensor, rule: RankRule) -> bool:
     """Whether a cut discards no more than a rule about quality allows, in every system of a layer.
 
     Args:
-        discarded: Hankel energy that it discards, shape ``(*batch,)``. Rounding errors do not count.
+        discarded: Hankel energy that the cut discards, shape ``(*batch,)``. Excess by rounding is allowed.
         energy: as in `choose_ranks`.
-        rule: with a tolerance or an error.
+        rule: with ``tolerance`` or ``max_error``.
     """
     total = _tails(energy)[..., 0]
     if rule.tolerance is not None:
@@ -188,15 +188,15 @@ def keeps_promise(discarded: Tensor, energy: Tensor, rule: RankRule) -> bool:
 
 
 def check_sizes(rule: RankRule, present: Mapping[str, int], alike: Sequence[str] = ()) -> None:
-    """Refuse a fraction that holds no multiple, or a budget that is too small, before anything is computed.
+    """Refuse a fraction below ``multiple_of``, or a budget that is too small, before anything is computed.
 
     Args:
-        rule: what was asked for.
+        rule: the user's rule.
         present: state dimension of every layer.
         alike: names of layers that share one.
 
     Raises:
-        InvalidRankRuleError: the field, what was met, and what to do.
+        InvalidRankRuleError: such a fraction or budget.
     """
     _check_total(rule, present, alike)
     if rule.fraction is None or rule.multiple_of == 1:
@@ -226,14 +226,14 @@ def _check_total(rule: RankRule, present: Mapping[str, int], alike: Sequence[str
 
 
 def _groups(present: Mapping[str, int], alike: Sequence[str]) -> list[list[str]]:
-    """The layers: those together that share one state dimension, the others alone."""
+    """Groups of layers: those that share one state dimension form one group, every other layer its own."""
     together = [name for name in present if name in alike]
     return [*([together] if together else []), *([name] for name in present if name not in alike)]
 
 
 def _sizes(present: Sequence[int], rule: RankRule) -> list[int]:
     """Sizes that layers of these dimensions can have in common, ascending: multiples, and the least present dimension.
-    Empty where one layer may not lose so many states as to be as small as another."""
+    Empty if ``max_reduction`` keeps one layer larger than another layer is."""
     top = min(present)
     least = max(1, *(n - math.floor(rule.max_reduction * n + 1e-9) for n in present))
     multiples = [*range(-(-least // rule.multiple_of) * rule.multiple_of, top + 1, rule.multiple_of)]
@@ -256,14 +256,14 @@ def _promised(
         return all(keeps_promise(discards[n](states), energies[n], rule) for n in group if n in discards)
 
     sizes = sizes[bisect_left(sizes, True, key=at_best) :]
-    # Larger cuts by selection nearly always discard more, not always. What is found has been tried, and so has the size
-    # below it, unless no cut to that size can keep the promise.
+    # With selected states a larger cut nearly always discards more, but not always. The size that bisection finds has
+    # been tried, and so has the size below it, unless no cut to that size can keep the promise.
     found = bisect_left(sizes, True, key=made)
     return sizes[found] if found < len(sizes) else None
 
 
 def _limited(present: Sequence[int], sizes: Sequence[int], rule: RankRule) -> int | None:
-    """The largest size within the limit of every layer of a group; the least one where none is within it."""
+    """The largest size within the limit of every layer of a group, or the least size if none is within it."""
     limits = [n if rule.states is None else rule.states for n in present]
     if rule.fraction is not None:
         limits = [_fraction(rule.fraction, n) for n in present]
@@ -289,8 +289,9 @@ def _shared_budget(
     total: int,
     discards: Mapping[str, Discards],
 ) -> list[int | None]:
-    """From the least sizes on, the step that gains most of its layers' energy per state, as long as one fits."""
-    alone = len(groups) == 1  # then there is nothing to weigh against each other
+    """Sizes within the budget. Starting from the least sizes, the step with the largest gain per state is taken as long
+    as one fits; a gain is a share of the layer's own energy."""
+    alone = len(groups) == 1  # a single group gets the whole budget, so its gains need not be computed
     gains = [
         [0.0] * max(s, default=1)
         if alone
@@ -323,7 +324,7 @@ def _shared_budget(
 
 
 def _shares(energy: Tensor, discards: Discards | None) -> Tensor:
-    """The share of its energy that each state of a layer brings, the largest over its systems, shape ``(n,)``."""
+    """The share of a layer's energy that each state adds, the largest over the layer's systems, shape ``(n,)``."""
     energy = energy.to(torch.float64).reshape(-1, energy.shape[-1])
     total, n = energy.sum(-1, keepdim=True), energy.shape[-1]
     if discards is not None:
@@ -335,9 +336,9 @@ def _shares(energy: Tensor, discards: Discards | None) -> Tensor:
 
 
 def _gains(sizes: Sequence[int], lost: Sequence[float]) -> list[float]:
-    """What each state brings, decreasing, where cuts to some sizes are known to lose so much.
+    """The energy that each state adds, decreasing, from the losses of cuts to some sizes.
 
-    They are the slopes of the lower convex hull: a first state may bring nothing by itself and much with the second.
+    The gains are the slopes of the lower convex hull, since one state may add little alone and much with the next one.
     """
     gains, here = list[float](), 0
     while here < len(sizes) - 1:

@@ -1,4 +1,4 @@
-"""Selective and matrix-valued recurrences as values: what goes through a layer, its second moments, its reduction.
+"""Selective and matrix-valued recurrences as values: a layer's signals, their second moments, and its reduction.
 
 Mamba (S6), Mamba-2 (SSD), RetNet and linear attention are one recurrence, per channel ``c`` with a state of n entries:
 
@@ -6,19 +6,18 @@ Mamba (S6), Mamba-2 (SSD), RetNet and linear attention are one recurrence, per c
 
 with ``B_t, C_t`` shared by the channels of a group. S6 has ``step = delta``, ``x = delta u`` and ``rates = -A``; with
 one decay per head all rates are 1 and ``step = -log_decay``. Gated linear attention has a decay for every token and
-state, and the delta rule forgets along ``B_t`` what it stored there, ``h_t = decay h_{t-1} (I - erase B_t B_t^T) +
-x_{t,c} B_t``.
+state. The delta rule erases what is stored along ``B_t``: ``h_t = decay h_{t-1} (I - erase B_t B_t^T) + x_{t,c} B_t``.
 
-Replacing ``h_t`` by ``out^T into h_t`` makes the output error ``C_t^T (I - out^T into) h_t``. Its power, with the state
-and the output vector uncorrelated beyond their second moments ``P = E[gain^2 h h^T]`` and ``W = E[C C^T]``, is
+Replacing ``h_t`` by ``out^T into h_t`` causes the output error ``C_t^T (I - out^T into) h_t``. If the state and the
+output vector are uncorrelated beyond their second moments ``P = E[gain^2 h h^T]`` and ``W = E[C C^T]``, its power is
 
     tr W (I - out^T into) P (I - out^T into)^T
 
-and a lower bound for r states is ``sum_{i>r} sigma_i^2``, where ``sigma`` are the singular values of ``L_W^T L_P``, ``P
-= L_P L_P^T``, ``W = L_W L_W^T``. With one decay per head, which commutes with every change of basis, the bound is
-attained, and ``sigma`` are the Hankel singular values. P is taken from the states themselves: no assumption is made on
-how the input varies in time. The delta rule reads its state twice, by the output along ``C_t`` and by what it erases
-along ``B_t``; there ``W = E[C C^T] + c E[B B^T]`` with c such that both have the same trace.
+A lower bound for r states is ``sum_{i>r} sigma_i^2``, where ``sigma`` are the singular values of ``L_W^T L_P``, ``P =
+L_P L_P^T``, ``W = L_W L_W^T``. With one decay per head, which commutes with every change of basis, the bound is
+attained, and ``sigma`` are the Hankel singular values. P comes from the states themselves, so nothing is assumed about
+how the input varies in time. The delta rule reads its state twice: the output along ``C_t``, the erasure along ``B_t``.
+For it ``W = E[C C^T] + c E[B B^T]``, with c such that both terms have the same trace.
 """
 
 from __future__ import annotations
@@ -33,29 +32,29 @@ from compressm.errors import InvalidSystemError
 from compressm.theory.balanced import Balanced, hankel_operator
 from compressm.theory.sums import Sums
 
-# Products of states are added up in float32 for so many steps: their sums over long sequences need more digits.
+# Products of states are summed in float32 over this many steps, then in float64: long sums need more digits.
 _FLOAT32_STEPS = 64
 
 
 @dataclass(frozen=True)
 class Signals:
-    """What goes through one layer's recurrence while it reads some sequences.
+    """The signals of one layer's recurrence while it reads some sequences.
 
     Attributes:
-        x: what enters, shape ``(batch, length, d)``: ``delta u`` in S6; heads and their entries flattened in SSD.
+        x: the input, shape ``(batch, length, d)``: ``delta u`` in S6; heads and their entries flattened in SSD.
         step: advance of operational time, non-negative, shape ``(batch, length, d)``; or ``(batch, length, groups, n)``
             where every state of a group has a clock of its own, as in gated linear attention.
         rates: decay rates per unit of operational time, positive, shape ``(d, n)``; ones, shape ``(1, 1)``, for one
             decay per head or a clock per state.
         B, C: input and output vectors as the recurrence gets them, shape ``(batch, length, groups, n)``; channel ``c``
-            uses group ``c // (d // groups)``. C may be the rows of a matrix that is always the same, shape ``(rows,
-            groups, n)``.
+            uses group ``c // (d // groups)``. If C does not depend on time, it may be the rows of a matrix, shape
+            ``(rows, groups, n)``.
         gain: factor between the recurrence's output and the layer's: the gate, and the norm of the channel's column in
             the output projection; shape ``(batch, length, d)``, or ``(batch, length, groups, n)`` where every state has
             a gate of its own, or None for ones.
-        erase: of the delta rule: the share of what is stored along ``B_t`` that is forgotten before ``x_t`` is stored,
-            shape ``(batch, length, groups)``; None for nothing.
-        state: what the recurrence starts from, shape ``(batch, d, n)``; None for zero.
+        erase: for the delta rule, the share of the state along ``B_t`` that is erased before ``x_t`` is stored, shape
+            ``(batch, length, groups)``; None for other recurrences.
+        state: the initial state, shape ``(batch, d, n)``; None for zero.
     """
 
     x: Tensor
@@ -75,8 +74,8 @@ class Moments(Sums):
     Attributes:
         tokens: number of tokens, shape ``()``.
         P: sum of ``gain^2 h h^T`` over tokens and the channels of a group, shape ``(groups, n, n)``.
-        W, V: sums of ``C C^T`` and ``B B^T`` over tokens, shape ``(groups, n, n)``. Under the delta rule W has V beside
-            it, scaled to the same trace: the state is read along C by the output, and along B by what it erases.
+        W, V: sums of ``C C^T`` and ``B B^T`` over tokens, shape ``(groups, n, n)``. For the delta rule V, scaled to the
+            same trace, is added to W: the output reads the state along C, and the erasure along B.
         B, C: sums over tokens, shape ``(groups, n)``.
         rates: ``tokens`` times the decay rates averaged over the channels of a group, shape ``(groups, n)``.
 
@@ -94,13 +93,13 @@ class Moments(Sums):
 
 @torch.no_grad()
 def moments(signals: Signals, present: Tensor | None = None, *, padding_enters: bool = False) -> Moments:
-    """Run the recurrence and gather its moments: ``O(batch length d n^2)``, one step of time after the other.
+    """Run the recurrence step by step and sum its moments, in ``O(batch length d n^2)`` operations.
 
     Args:
-        signals: what goes through the recurrence.
-        present: 1 for tokens and 0 for padding, shape ``(batch, length)``: padding leaves nothing in the state, and
-            nobody reads what the layer says there. None for no padding.
-        padding_enters: padding is still not read, but leaves its traces in the state like any input.
+        signals: of the layer's recurrence.
+        present: 1 for tokens and 0 for padding, shape ``(batch, length)``. Padding does not enter the state, and
+            outputs at padding do not count. None for no padding.
+        padding_enters: let padding enter the state like any input; outputs at padding still do not count.
     """
     x, step, B, C = (value.float() for value in (signals.x, signals.step, signals.B, signals.C))
     (batch, length, d), (groups, n) = x.shape, B.shape[2:]
@@ -143,7 +142,7 @@ def moments(signals: Signals, present: Tensor | None = None, *, padding_enters: 
 
 
 def _trace(matrices: Tensor) -> Tensor:
-    """Shape ``(groups, 1, 1)``, of matrices ``(groups, n, n)``."""
+    """Traces, shape ``(groups, 1, 1)``, of matrices of shape ``(groups, n, n)``."""
     return matrices.diagonal(dim1=-2, dim2=-1).sum(-1)[:, None, None]
 
 
@@ -154,7 +153,7 @@ class SelectiveBalancing(Balanced):
     Attributes:
         P, W: mean moments of the states and of the output vectors, symmetric, float64, shape ``(groups, n, n)``.
         hsv: Hankel singular values (see the module's text), decreasing, shape ``(groups, n)``.
-        moments: what they came from.
+        moments: the sums from which P and W were computed.
     """
 
     P: Tensor
@@ -201,17 +200,17 @@ def root(matrix: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class ErrorEstimate:
-    """What a cut of a selective layer is expected to do, from second moments of the data.
+    """The error of a cut of a selective layer, predicted from second moments of the data.
 
     Attributes:
         states_before, states_after: state dimension.
-        relative_error: root of the recurrence's mean squared output error, relative to that of its output. Expected
-            under the moments, before the norm and the projection that follow; what leaves the layer is measured, see
-            `LayerReport.error_on_data`.
-        least_error: the same for the best linear map of the states to as few; no cut to this size can do better.
-        failures: why the cut must not be made; empty if it may.
-        energy_kept: share of the layer's Hankel energy that the cut keeps, all groups together; see
-            `SelectiveReduction.discarded`. None where it was not computed.
+        relative_error: root mean square of the error in the recurrence's output, relative to that of the output itself.
+            It is the expectation under the moments, before the norm and the projection that follow.
+            `LayerReport.error_on_data` is the measured error of the layer's output.
+        least_error: the same for the best linear map to as many states; no cut to this size has a smaller error.
+        failures: reasons why the cut must not be made; empty if there are none.
+        energy_kept: share of the layer's Hankel energy that the cut keeps, over all groups; see
+            `SelectiveReduction.discarded`. None if it was not computed.
     """
 
     states_before: int
@@ -241,15 +240,15 @@ class SelectiveReduction:
 
     Attributes:
         into, out: float64, shape ``(groups, r, n)``, one map per group of B and C.
-        kept: the states that are kept, ascending, shape ``(groups, r)``, where ``into`` is a selection of rows, as it
-            always is unless all states decay alike; each keeps its decay rates. None where it is not.
-        estimate: what the cut is expected to do.
-        moments: that it was made from; None where the maps are not to be computed with.
-        discarded: the Hankel energy that goes, of each group, shape ``(groups,)``: the sum of the singular values of
-            ``L_W^T (I - out^T into) L_P``. Those of ``L_W^T L_P`` are the Hankel singular values, so that an exact cut
-            discards the sum of the smallest of these. No other cut to as many states discards less (Mirsky 1960), and
-            one that selects states nearly always discards more. It is at least the root mean square of the error that
-            the cut makes in the recurrence's output. None where the maps are not to be computed with.
+        kept: the kept states, ascending, shape ``(groups, r)``, if ``into`` selects rows; each keeps its decay rates.
+            None if ``into`` mixes states, which requires that all states decay alike.
+        estimate: the predicted error of the cut.
+        moments: from which it was computed; None if the maps only give shapes (see `first_states`).
+        discarded: the Hankel energy that the cut discards in each group, shape ``(groups,)``: the sum of the singular
+            values of ``L_W^T (I - out^T into) L_P``. The singular values of ``L_W^T L_P`` are the Hankel singular
+            values, so an exact cut discards the sum of the smallest ones. No cut to as many states discards less
+            (Mirsky 1960), and one that selects states nearly always discards more. The value is at least the root mean
+            square of the error in the recurrence's output. None if the maps only give shapes.
     """
 
     into: Tensor
@@ -266,8 +265,9 @@ class SelectiveReduction:
 
 
 def first_states(n: int, states: int, groups: int = 1) -> SelectiveReduction:
-    """The first ``states`` of n states, or all of them and new ones that do nothing: shapes to load weights over, not a
-    reduction to compute with."""
+    """A placeholder that keeps the first ``states`` of n states; if ``states > n``, it adds states that do nothing.
+
+    It gives a layer the right shapes before weights are loaded; do not compute with its maps."""
     keep = torch.eye(states, n, dtype=torch.float64).expand(groups, states, n)
     kept = torch.arange(states).clamp_max(n - 1).expand(groups, states)
     return SelectiveReduction(keep, keep, kept, ErrorEstimate(n, states, float("nan"), float("nan")))

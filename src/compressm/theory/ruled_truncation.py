@@ -1,7 +1,6 @@
-"""The truncation that a rank rule really asks for.
+"""The truncation of a linear layer that satisfies a rank rule.
 
-A linear cut loses what its Hankel singular values say, but may come out in another number of states than was asked for:
-a real eigenvalue takes a whole complex state.
+A truncation may have another number of states than the rule chose, since a real eigenvalue takes a whole complex state.
 """
 
 from __future__ import annotations
@@ -11,19 +10,20 @@ from compressm.theory.ranks import RankRule, keeps_promise
 
 
 def truncate_by_rule(ordered: Balancing, states: int, rule: RankRule, promises: bool = True) -> Reduction | None:
-    """The truncation of a linear layer's systems that a rule asks for.
+    """Truncate a linear layer's systems as a rule asks.
 
     Args:
         ordered: the balanced layer; its first states are kept.
-        states: as many as the rule chose, from 1 to n.
-        rule: if it promises a quality, the smallest cut from so many states on that keeps the promise. It may need more
-            of them for left-over real eigenvalues, or where equal Hankel singular values cannot be cut apart. Otherwise
-            at most ``states``. Where that is no multiple of ``rule.multiple_of``, states that do nothing fill it up.
-        promises: whether a promise is to be kept. For comparisons other states are kept than the best, in the same
-            number, and then it cannot.
+        states: the number that the rule chose, from 1 to n.
+        rule: if it promises a quality, the result is the smallest cut to ``states`` or more states that keeps the
+            promise. It may need more for real eigenvalues without a partner, or where equal Hankel singular values
+            cannot be separated. Under any other rule the result has at most ``states``. States that do nothing are
+            added up to a multiple of ``rule.multiple_of``.
+        promises: whether to keep the rule's promise. Pass False for comparisons that keep other states than the best
+            ones: the same number of them cannot keep it.
 
     Returns:
-        the cut; None where there is none below the present number of states.
+        the cut; None if no cut has fewer states than the layer has now.
     """
     if not rule.guarantees_error:
         reduction = truncate(ordered, states)
@@ -40,7 +40,7 @@ def truncate_by_rule(ordered: Balancing, states: int, rule: RankRule, promises: 
 
 
 def _in_multiples(ordered: Balancing, reduction: Reduction, multiple_of: int) -> Reduction:
-    """The same or a better cut in the next multiple of states, if that is not above the present number of them."""
+    """The same or a better cut with the next multiple of states, if the layer has at least that many now."""
     states = min(-(-reduction.system.n // multiple_of) * multiple_of, max(ordered.system.n, reduction.system.n))
     if states == reduction.system.n:
         return reduction

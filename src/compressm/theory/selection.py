@@ -1,18 +1,18 @@
-"""Which states of a selective recurrence to keep, and how C takes over the work of those that go.
+"""Which states of a selective recurrence to keep, and how C compensates for the removed ones.
 
-States of S6 decay at different rates, so that a new state which is still a plain recurrence is an old one: ``into`` is
-a selection. The state that is read off the kept ones, ``h = P_{:S} P_SS^-1 h_S``, is the best linear estimate of all,
-hence ``out = P_SS^-1 P_S:`` is the least squares solution, and what remains of P is its Schur complement R:
+The states of S6 decay at different rates. A mixture of them is no longer a plain recurrence, so ``into`` selects a set
+S of old states. The best linear estimate of all states from the kept ones is ``h = P_{:S} P_SS^-1 h_S``, hence ``out =
+P_SS^-1 P_S:`` is the least squares solution. The Schur complement R is the part of P that the kept states do not
+explain, and it gives the error:
 
     error^2 = tr W R,    R = P - P_{:S} P_SS^-1 P_{S:}
 
-Adding state j lowers it by ``(R W R)_jj / R_jj``: the states are picked greedily by that, and then exchanged one at a
-time while the error falls. It is orthogonal least squares (Chen, Billings, Luo 1989) with a weight.
+Adding state j lowers the squared error by ``(R W R)_jj / R_jj``. States are picked greedily by this gain, and then
+exchanged one at a time while the error falls: orthogonal least squares (Chen, Billings, Luo 1989) with a weight.
 
-With ``W = E[C C^T]`` that is the error of the present output. What a Hankel operator weighs are all outputs to come:
-what is left of entries i and j after a time t of operational time is ``exp(-(a_i + a_j) t)`` of their product, so that
-the error in them, summed over time, has ``W_ij / (a_i + a_j)`` in the place of W. States that decay slowly count for
-more.
+With ``W = E[C C^T]`` this is the error of the present output. A Hankel operator weighs all future outputs. After a
+time t of operational time, ``exp(-(a_i + a_j) t)`` of the product of entries i and j is left. The error summed over
+time therefore has ``W_ij / (a_i + a_j)`` in place of ``W_ij``, which gives slowly decaying states more weight.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ Selection = Literal[
     "random_modes",
 ]  # fmt: skip
 
-# The moments are gathered in float32: what they cannot resolve must not be extrapolated from.
+# The moments are gathered in float32. The ridge keeps the least squares solution from amplifying their rounding.
 RIDGE = 1e-6
 EXCHANGES = 10
 SUBSPACE_STEPS = 20
@@ -54,12 +54,12 @@ def reduce_selective(
         balancing: its moments.
         states: how many to keep, from 1 to n.
         folds_into, folds_out, rotates: which maps the layer can take; see `SelectiveAdapter`.
-        selection: how states are picked: for the outputs to come (``"hankel"``) or the present one
-            (``"least_squares"``), see the module's text; without ``folds_out`` those states go that together contribute
-            least, ``sum_ij (W * P)_ij`` over the removed. The others are for comparison: the largest ``W_jj P_jj``
-            (``"gramians"``: diagonal empirical ones), the largest ``"magnitude"`` of B and C, and ``"random"``; they do
-            not map C. ``"means"`` replaces B and C by their means over the data, as the CompreSSM paper does, and then
-            goes on as ``"hankel"``.
+        selection: how states are picked: by the error of all future outputs (``"hankel"``) or of the present one
+            (``"least_squares"``), see the module's text. Without ``folds_out`` the removed states are those with the
+            least joint contribution, ``sum_ij (W * P)_ij`` over them. The others are for comparison. ``"gramians"``
+            keeps the largest ``W_jj P_jj`` (the diagonals of empirical Gramians), ``"magnitude"`` the largest B and C,
+            and ``"random"`` draws; these three do not map C. ``"means"`` replaces B and C by their means over the data,
+            as the CompreSSM paper does, and then proceeds as ``"hankel"``.
 
     Raises:
         InvalidRankRuleError: fewer than one state asked for, or an unknown selection.
@@ -93,7 +93,7 @@ def reduce_selective(
 
 
 def select_with_compensation(P: Tensor, W: Tensor, states: int) -> Tensor:
-    """The states from which the output is best recovered by least squares; see the module's text.
+    """The states that recover the output best by least squares; see the module's text.
 
     Args:
         P, W: moments, symmetric positive semidefinite, float64, shape ``(n, n)``.
@@ -124,7 +124,7 @@ def select_with_compensation(P: Tensor, W: Tensor, states: int) -> Tensor:
 
 
 def _gains(P: Tensor, R: Tensor, W: Tensor, chosen: list[int]) -> Tensor:
-    """By how much each state would lower the error; states that others determine come last, chosen ones never."""
+    """By how much each state would lower the error; states that others determine rank last, chosen ones never count."""
     free = R.diagonal()
     gains = ((R @ W) * R).sum(1) / free.clamp_min(1e-300)
     gains = torch.where(free > RIDGE * P.diagonal(), gains, -1.0)
@@ -145,7 +145,7 @@ def _schur(P: Tensor, chosen: list[int]) -> Tensor:
 
 
 def compensation(P: Tensor, kept: Tensor) -> Tensor:
-    """``P_SS^-1 P_S:``, by which C takes over the work of the states that go; shape ``(r, n)``, the identity on kept
+    """``P_SS^-1 P_S:``, the map by which C compensates for the removed states, shape ``(r, n)``; the identity on kept
     states."""
     scale = P.diagonal().clamp_min(0).sqrt()
     scale = torch.where(scale > 0, scale, 1.0)
@@ -157,8 +157,8 @@ def compensation(P: Tensor, kept: Tensor) -> Tensor:
 
 
 def select_by_removal(P: Tensor, W: Tensor, states: int) -> Tensor:
-    """The states to keep where nothing can take over the work of the others: those go whose summed contribution to the
-    output, ``E[(sum_j C_j h_j)^2] = sum_ij (W * P)_ij`` over the removed, is least. Shapes as above."""
+    """The states to keep where C cannot compensate for the others. The removed states are those with the least joint
+    contribution to the output, ``E[(sum_j C_j h_j)^2] = sum_ij (W * P)_ij`` over them. Shapes as above."""
     n = P.shape[0]
     power = W * P
     gone, cost = list[int](), power.diagonal().clone()  # cost of removing each state after those already gone
@@ -182,13 +182,13 @@ def select_by_removal(P: Tensor, W: Tensor, states: int) -> Tensor:
 
 
 def subspace(P: Tensor, W: Tensor, states: int) -> Tensor:
-    """Orthonormal basis of the subspace to which states and output vectors are projected with the least error.
+    """Orthonormal basis of the subspace onto which states and output vectors are projected with the least error.
 
-    With the projection Z onto what goes, the error is ``tr W Z P Z``, a convex quadratic function of Z with the
-    gradient ``2 M``, ``M = sym(P Z W)``. So ``|Z' - Z|^2`` with a large enough factor s makes its linear part at Z an
-    upper bound, and of all projections ``Z'`` that bound is least on the eigenvectors of ``M - s Z`` with the smallest
-    eigenvalues. That is iterated, with a larger s where a step did not help, from the eigenvectors of ``P + c W`` and
-    of ``sym(P W)``, and the best basis seen is taken.
+    With the projection Z onto the removed complement, the error is ``tr W Z P Z``: a convex quadratic function of Z
+    with the gradient ``2 M``, ``M = sym(P Z W)``. Its linearisation at Z plus ``s |Z' - Z|^2``, with s large enough, is
+    an upper bound. Among all projections ``Z'``, the one onto the eigenvectors of ``M - s Z`` with the smallest
+    eigenvalues minimises that bound. The step is iterated, with a larger s whenever the error did not fall. It starts
+    from the eigenvectors of ``sym(P W)``, ``P + c W``, P and W, and the best basis found is returned.
 
     Args:
         P, W: moments, symmetric positive semidefinite, float64, shape ``(n, n)``.
@@ -216,8 +216,10 @@ def subspace(P: Tensor, W: Tensor, states: int) -> Tensor:
 
 
 def readout(P: Tensor, basis: Tensor) -> Tensor:
-    """The map ``out`` for which ``out^T U^T h`` is the best linear estimate of the state ``h`` from its part in a
-    subspace with orthonormal basis U: ``(U^T P U)^-1 U^T P``, which is ``U^T`` on the subspace itself.
+    """The map ``out = (U^T P U)^-1 U^T P``, for a subspace with orthonormal basis U.
+
+    ``out^T U^T h`` is the best linear estimate of the state ``h`` from its coordinates ``U^T h``. On the subspace
+    itself ``out`` equals ``U^T``.
 
     Args:
         P: second moment of the states, shape ``(n, n)``.
@@ -227,7 +229,7 @@ def readout(P: Tensor, basis: Tensor) -> Tensor:
         shape ``(r, n)``.
     """
     inner = basis.mT @ P @ basis
-    across = basis.mT @ P - inner @ basis.mT  # with what lies outside of the subspace
+    across = basis.mT @ P - inner @ basis.mT  # U^T P (I - U U^T)
     scale = inner.diagonal().clamp_min(0).sqrt()
     scale = torch.where(scale > 0, scale, 1.0)
     unit = inner / scale[:, None] / scale + RIDGE * torch.eye(inner.shape[0], dtype=P.dtype)
@@ -236,7 +238,7 @@ def readout(P: Tensor, basis: Tensor) -> Tensor:
 
 def _balanced_maps(balancing: SelectiveBalancing, states: int) -> tuple[Tensor, Tensor]:
     """Balanced truncation, exact where all states decay alike: ``into = s^-1/2 U^T L_W^T``, ``out = s^-1/2 V^T L_P^T``.
-    Directions that carry nothing become states that do nothing."""
+    Directions with ``s = 0`` become states with B = C = 0."""
     L_P, L_W = root(balancing.P), root(balancing.W)
     U, hsv, Vh = torch.linalg.svd(L_W.mT @ L_P)
     hsv = hsv[..., :states]
@@ -262,7 +264,7 @@ def _reduction(balancing: SelectiveBalancing, into: Tensor, out: Tensor, kept: T
 
 
 def _discarded(balancing: SelectiveBalancing, rest: Tensor) -> Tensor:
-    """The Hankel energy of what a cut leaves out: see `SelectiveReduction.discarded`.
+    """Hankel energy that a cut discards; see `SelectiveReduction.discarded`.
 
     Args:
         balancing: the moments.
@@ -284,7 +286,7 @@ def _to_come(balancing: SelectiveBalancing, group: int) -> tuple[Tensor, Tensor]
 
 
 def _means(balancing: SelectiveBalancing, group: int) -> tuple[Tensor, Tensor]:
-    """The same of the time-invariant recurrence with the means of B and C, driven by white noise."""
+    """P and W of the time-invariant recurrence that has the means of B and C and is driven by white noise."""
     m, sums = balancing.moments, _rate_sums(balancing, group)
     b, c = m.B[group] / m.tokens, m.C[group] / m.tokens
     return torch.outer(b, b) / sums, torch.outer(c, c) / sums
@@ -295,7 +297,7 @@ def _rate_sums(balancing: SelectiveBalancing, group: int) -> Tensor:
     return rates[:, None] + rates
 
 
-# P and W of one group, by which states are chosen.
+# How each selection models P and W of one group.
 _MODELS: dict[str, Callable[[SelectiveBalancing, int], tuple[Tensor, Tensor]]] = {
     "hankel": _to_come,
     "least_squares": _present,

@@ -21,8 +21,8 @@ class Sums:
         return {f.name: getattr(self, f.name) for f in fields(self)}
 
     def plus(self: S, other: S, memory: float = 1.0) -> S:
-        """``memory * self + other``: what was seen before weighs less, since the model has changed since. What is
-        quadratic in the weights fades with the square."""
+        """``memory * self + other``. Older observations weigh less, since the model has changed in the meantime. Sums
+        that are quadratic in the weights are multiplied by ``memory**2``."""
         return type(self)(
             **{
                 name: (memory**2 if name in self.quadratic else memory) * value + getattr(other, name)
@@ -31,7 +31,7 @@ class Sums:
         )
 
     def after(self: S, before: Sums | None, memory: float = 1.0) -> S:
-        """``memory * before + self``; only ``self`` where before there was nothing, or a layer of another size."""
+        """``memory * before + self``; just ``self`` if ``before`` is None or of a layer of another size."""
         if not isinstance(before, type(self)):
             return self
         alike = all(value.shape == getattr(before, name).shape for name, value in self.tensors().items())

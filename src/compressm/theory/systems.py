@@ -1,12 +1,12 @@
-"""Diagonal linear time-invariant systems: the values that everything else computes with.
+"""Diagonal linear time-invariant systems, the values on which all reductions operate.
 
 A system maps an input sequence ``u`` (real, ``p`` channels) to an output sequence ``y`` (``q`` channels):
 
     x_k = diag(lam) x_{k-1} + B u_k,      y_k = C x_k          (complex output)
                                           y_k = Re(C x_k)      (real output, what LRU, S5 and S4D layers compute)
 
-The feed-through term ``D u_k`` of a layer is left out: no reduction touches it. The input enters before the output
-is read, as in those layers, so the impulse response is ``K_j = C diag(lam)^j B`` with ``j >= 0`` and the transfer
+The feed-through term ``D u_k`` of a layer is left out, since no reduction changes it. The output ``y_k`` depends on
+``u_k``, as in those layers, so the impulse response is ``K_j = C diag(lam)^j B`` with ``j >= 0`` and the transfer
 function is ``G(z) = sum_j K_j z^-j = C (I - diag(lam) z^-1)^-1 B``.
 """
 
@@ -33,8 +33,8 @@ class DiagonalSystem:
         C: output matrix, shape ``(*batch, q, n)``.
         real_output: whether the layer outputs ``Re(C x)`` (the default) or ``C x``.
 
-    All three are converted to complex128 on the CPU: every computation on systems is done in double precision, and
-    on one device, so that all replicas of a model come to the same result.
+    All three are converted to complex128 on the CPU. Every computation on systems uses double precision on one device,
+    so that all replicas of a model get the same result.
 
     Raises:
         InvalidSystemError: shapes that do not fit, entries that are not finite, or ``|lam| >= 1``.
@@ -154,8 +154,9 @@ class DiagonalSystem:
             terms = (self.C.mT @ self.C).mT * stein_solution(self.lam, self.B, False)
             power, size = (power + terms.sum((-2, -1)).real) / 2, (size + terms.abs().sum((-2, -1))) / 2
         norm = power.clamp_min(0).sqrt()
-        # Where modes cancel each other, the difference of large terms is rounding; a sum of squares is not. It is left
-        # where it would take minutes, and what remains is less than eps of what the modes could do alone.
+        # Where modes cancel, the difference of large terms is rounding error. A factor of P gives the norm as a sum of
+        # squares instead, which is accurate. Where that would take minutes the rounding error stays: it is below eps
+        # times the norm that the modes would have without cancellation.
         work = (1 + self.real_output) ** 2 * self.n**2 * min(self.p, self.n)
         lost = (power < 1e-9 * size) & torch.isfinite(size) & (work < LARGEST_EXACT_NORM)
         if bool(lost.any()):
@@ -166,9 +167,11 @@ class DiagonalSystem:
         return norm
 
     def mode_energy(self) -> Tensor:
-        """``sum_i ||B_i|| ||C_i|| / (1 - |lam_i|^2)``, shape ``(*batch,)``: the sum of all HSVs if no mode cancelled
-        another, and so the scale of rounding errors in them. With ``P_ii = ||B_i||^2 / (1 - |lam_i|^2)`` and Q alike it
-        is ``sum_i sqrt(P_ii Q_ii)``, which is never less than the sum of the HSVs, in both methods of `balancing`."""
+        """``sum_i ||B_i|| ||C_i|| / (1 - |lam_i|^2)``, shape ``(*batch,)``.
+
+        This would be the sum of all HSVs if no mode cancelled another, so it is the scale of their rounding errors.
+        With ``P_ii = ||B_i||^2 / (1 - |lam_i|^2)`` and ``Q_ii`` likewise, it equals ``sum_i sqrt(P_ii Q_ii)``, which is
+        never less than the sum of the HSVs, in both methods of `balancing`."""
         leak = (1 - self.lam.abs()) * (1 + self.lam.abs())
         return (self.B.norm(dim=-1) * self.C.norm(dim=-2) / leak).sum(-1)
 
@@ -203,7 +206,7 @@ def stein_solution(lam: Tensor, B: Tensor, conjugate: bool = True) -> Tensor:
 
 
 def decay_rate(lam: Tensor) -> Tensor:
-    """``-log|lam|``, per step: finite also where an eigenvalue is zero, whose mode is over after one step."""
+    """``-log|lam|`` per step, made finite for eigenvalues of zero, whose modes end after one step."""
     return -lam.abs().clamp_min(1e-30).log()
 
 

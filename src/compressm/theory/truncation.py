@@ -1,7 +1,7 @@
-"""One balanced system cut to fewer states: its order, its modes, their scale. `balancing.truncate` does so for a batch.
+"""Truncation of one balanced system: its order, its modes and their scale. `balancing.truncate` truncates a batch.
 
-An order of the balanced system is tried by diagonalising what is left. In the real method the number of complex states
-that come out is known only then: conjugate pairs are one state, and each left-over real eigenvalue is another.
+In the real method the number of complex states of a truncated system is known only after its diagonalisation: each
+conjugate pair is one state, and each real eigenvalue that has no partner is another. So orders are found by trial.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from compressm.theory.systems import DiagonalSystem
 
 @dataclass(frozen=True)
 class Factors:
-    """One system with the factors that its truncation to any order is made of; see `balancing.Balancing`.
+    """One system with the factors of its truncation to any order; see `balancing.Balancing`.
 
     Attributes:
         system: without batch dimensions.
@@ -36,7 +36,7 @@ class Factors:
     V: Tensor
 
     def modes(self, order: int) -> Modes:
-        """The modes of the system that the first ``order`` balanced dimensions make."""
+        """The modes of the system truncated to its first ``order`` balanced dimensions."""
         half = self.hsv[:order].rsqrt()
         to_new = half[:, None] * (self.U[:, :order].mH @ self.factor_Q.mH)
         to_old = (self.factor_P @ self.V[:, :order]) * half
@@ -71,13 +71,13 @@ class Modes:
 
 @dataclass(frozen=True)
 class Single:
-    """One reduced system before it is known to be good.
+    """One reduced system that has not been certified yet.
 
     Attributes:
         lam, B, C: of the reduced system, shapes ``(r,)``, ``(r, p)`` and ``(q, r)``.
         left, right: see `Reduction`, shapes ``(2r, 2n)`` and ``(2n, 2r)``.
         bound: twice the sum of the discarded HSVs.
-        scale: what all states could contribute if none cancelled another, at least the sum of all HSVs.
+        scale: `DiagonalSystem.mode_energy`, at least the sum of all HSVs.
         condition: condition number of the eigenvectors that diagonalised it.
     """
 
@@ -91,7 +91,7 @@ class Single:
     condition: float
 
     def padded(self, width: int) -> Single:
-        """The same in ``width`` states: the others are zero, and so are their B and C."""
+        """The same system with ``width`` states. The added ones have zero eigenvalues, B and C."""
         extra = width - self.lam.shape[0]
         if extra == 0:
             return self
@@ -117,12 +117,12 @@ def truncate_one(balanced: Factors, states: int, exceed: bool, lower: bool) -> S
 
 
 def resolved(hsv: Tensor) -> int:
-    """How many HSVs are above the precision with which they are known: the others are nothing but rounding noise."""
+    """Number of HSVs that are above the rounding noise."""
     return int((hsv > hsv.max() * hsv.shape[0] * torch.finfo(torch.float64).eps).sum())
 
 
 def _empty(system: DiagonalSystem) -> Single:
-    """Nothing reaches the output: one state that does nothing stands for the empty system."""
+    """A system whose output is always zero, as one state with B = C = 0."""
     n2 = 2 * system.n
     zeros = (torch.zeros(shape, dtype=torch.complex128) for shape in ((1,), (1, system.p), (system.q, 1)))
     empty = (torch.zeros(shape, dtype=torch.float64) for shape in ((2, n2), (n2, 2)))
@@ -130,11 +130,13 @@ def _empty(system: DiagonalSystem) -> Single:
 
 
 def _largest_order(balanced: Factors, most: int, states: int) -> tuple[int, Modes]:
-    """The largest order up to ``most`` that fits in so many complex states, or nearly, and its modes."""
+    """An order up to ``most`` whose modes fit in ``states`` complex states, and these modes.
+
+    It is the largest such order, or close to it."""
     order, over, modes = most, most + 1, balanced.modes(most)
     while modes.count > states:
-        # One real dimension less for each state too many is the best that fits, found in some attempts; where an
-        # attempt takes long, twice as many nearly always fit at once.
+        # Dropping one real dimension per surplus state finds the largest order that fits, in several attempts. Where an
+        # attempt is slow, drop two per surplus state: that nearly always fits at once.
         over = order
         order = max(1, order - (modes.count - states) * (1 if order <= 256 else 2))
         modes = balanced.modes(order)
@@ -153,7 +155,9 @@ def _largest_order(balanced: Factors, most: int, states: int) -> tuple[int, Mode
 
 
 def _stable_order(balanced: Factors, order: int, modes: Modes) -> tuple[int, Modes]:
-    """The same, or a lower order that is stable: equal HSVs on both sides of a cut leave a mode on the unit circle."""
+    """The order and modes, or those of a lower order that is stable.
+
+    Equal HSVs on both sides of a cut leave a mode on the unit circle."""
     while order > 1 and not modes.stable:
         order -= 1
         modes = balanced.modes(order)
@@ -161,7 +165,7 @@ def _stable_order(balanced: Factors, order: int, modes: Modes) -> tuple[int, Mod
 
 
 def _reduced(system: DiagonalSystem, modes: Modes, bound: float) -> Single:
-    """The system that these modes make, with states that are reached and seen equally well, the largest gain first."""
+    """The system with these modes, scaled to ``||B_i|| = ||C_i||`` and ordered by decreasing gain."""
     lam, left, right, r = modes.lam, modes.left, modes.right, modes.count
     stacked_B = left @ torch.cat([system.B.real, system.B.imag])
     stacked_C = torch.cat([system.C.real, -system.C.imag], 1) @ right
@@ -194,7 +198,7 @@ def diagonalise(lam: Tensor, to_new: Tensor, to_old: Tensor, method: Method) -> 
     Args:
         lam: eigenvalues of the system, shape ``(n,)``.
         to_new, to_old: ``T_l`` and ``T_r``, shapes ``(order, m)`` and ``(m, order)``.
-        method: whether they are complex, with ``m = n``, or in stacked real coordinates, with ``m = 2n``.
+        method: ``"complex"``: ``m = n``; ``"real"``: the matrices are in stacked real coordinates, ``m = 2n``.
     """
     if method == "complex":
         eigenvalues, vectors = torch.linalg.eig(to_new @ (lam[:, None] * to_old))
