@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -247,6 +248,9 @@ def load_tree(folder: str | os.PathLike[str]) -> Any:
 
 # A value that JSON cannot express becomes an object with one key, which starts with "$".
 
+# What `numpy.dtype.str` says of a plain type, such as "<f8" or "<M8[ns]".
+_ARRAY_TYPE = re.compile(r"[<>|=]?[A-Za-z?]\d*(\[\d*[A-Za-z]+\])?")
+
 
 def _encode(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
     if isinstance(value, np.generic):
@@ -306,6 +310,8 @@ def _decode(value: Any, tensors: Mapping[str, Tensor]) -> Any:
         key, dtype, shape = content
         if any(size < 0 for size in shape):
             raise ValueError(f"array of shape {shape}")
+        if not (isinstance(dtype, str) and _ARRAY_TYPE.fullmatch(dtype)):  # NumPy evaluates the text of other types
+            raise ValueError(f"array of type {dtype!r}")
         return np.frombuffer(tensors[key].numpy().tobytes(), dtype).reshape(shape).copy()
     if tag == "$tuple":
         return tuple(_decode(item, tensors) for item in content)
