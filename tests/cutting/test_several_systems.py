@@ -10,7 +10,6 @@ from scipy.linalg import solve_discrete_lyapunov
 import compressm
 from compressm.adapters import find_layers
 from compressm.adapters.base import layer_values
-from compressm.cutting.spectrum import mean_hsv
 from compressm.layers import S4D
 from compressm.theory.recurrence import balance_selective, moments
 from compressm.theory.systems import DiagonalSystem
@@ -72,7 +71,7 @@ def test_selective_layers_report_the_mean_over_their_groups() -> None:
     values = []
     for P, W in zip(balancing.P.numpy(), balancing.W.numpy(), strict=True):
         values.append(np.sort(np.sqrt(np.linalg.eigvals(P @ W).real.clip(0)))[::-1])
-    np.testing.assert_allclose(mean_hsv(balancing).numpy(), np.mean(values, 0), rtol=1e-5)
+    np.testing.assert_allclose(balancing.mean_hsv().numpy(), np.mean(values, 0), rtol=1e-5)
     assert np.ptp([value[0] for value in values]) > 0.01 * values[0][0]
 
 

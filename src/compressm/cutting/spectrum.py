@@ -23,8 +23,6 @@ from compressm.theory.systems import DiagonalSystem
 if TYPE_CHECKING:
     import pandas
 
-AnyBalancing = Balanced  # the former name
-
 
 @dataclass(frozen=True)
 class LayerSpectrum:
@@ -191,11 +189,6 @@ def snapshot(state: Any, method: Method) -> Balanced:
     if isinstance(state, Mapping):
         return balance_selective(Moments(**state))
     return balance(DiagonalSystem(*state), method)
-
-
-def mean_hsv(balancing: Balanced) -> Tensor:
-    """See `Balanced.mean_hsv`."""
-    return balancing.mean_hsv()
 
 
 @dataclass(frozen=True)

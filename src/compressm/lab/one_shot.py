@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from compressm.adapters import find_layers
 from compressm.cutting import Report, plan_reduction
 from compressm.cutting.made_cuts import MadeCuts
-from compressm.cutting.spectrum import AnyBalancing, Spectrum, balance_layers
+from compressm.cutting.spectrum import Spectrum, balance_layers
 from compressm.errors import CheckpointError
 from compressm.lab.one_shot_inputs import BATCH, read_batches, read_checkpoint
 from compressm.layers import LanguageModel
@@ -27,6 +27,7 @@ from compressm.runtime.files import read_pair
 from compressm.saving.card import model_card
 from compressm.saving.checkpoint import save_with_history
 from compressm.saving.source_folder import Carried, carry, contents, copy_files, new_folder, unloaded
+from compressm.theory.balanced import Balanced
 from compressm.theory.ranks import RankRule
 
 if TYPE_CHECKING:
@@ -243,7 +244,7 @@ def analyze_checkpoint(
     return Analysis(Spectrum.of(balancings), _parameters(model), prospects)
 
 
-def _prospect(model: nn.Module, balancings: Mapping[str, AnyBalancing], cuts: MadeCuts, tolerance: float) -> Prospect:
+def _prospect(model: nn.Module, balancings: Mapping[str, Balanced], cuts: MadeCuts, tolerance: float) -> Prospect:
     rule = RankRule(tolerance=tolerance, min_reduction=0.0)
     plan = plan_reduction(model, rule, balancings=balancings, cuts=cuts)
     smaller = copy.deepcopy(model)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from compressm.adapters import SelectiveAdapter, layers_that_need_data
 from compressm.errors import UnsupportedModelError
 from compressm.observing.expected import is_array
-from compressm.observing.moments import Statistics, observe_all, summed
+from compressm.observing.moments import Reading, Statistics, observe_all, summed
 from compressm.runtime.processes import gathered
 from compressm.theory.recurrence import Moments
 
@@ -51,27 +51,16 @@ class HalvedStatistics(Statistics):
         """Names of the layers without moments in either half."""
         return [name for name in self.layers if all(name in part.unseen for part in self._parts)]
 
-    def _look(
-        self,
-        name: str,
-        layer: nn.Module,
-        adapter: SelectiveAdapter,
-        hidden: Tensor,
-        present: Tensor | None,
-        starts: Tensor | None,
-        carried: Any,
-        told: bool,
-    ) -> None:
+    def _look(self, name: str, layer: nn.Module, adapter: SelectiveAdapter, reading: Reading) -> None:
         """As the parent's, for each half."""
-        half = self._dealer.halves(name, hidden.shape[0]).to(hidden.device)
-        if carried is not None:  # carried states are one value for all rows, whose form only the adapter knows
+        half = self._dealer.halves(name, reading.hidden.shape[0]).to(reading.hidden.device)
+        if reading.carried is not None:  # carried states are one value for all rows, whose form only the adapter knows
             half = half[:1].expand_as(half)
         for which, part in enumerate(self._parts):
             part._when, part._arguments = self._when, self._arguments
             rows = (half == which).nonzero()[:, 0]
             if len(rows):
-                its_present, its_starts = (None if value is None else value[rows] for value in (present, starts))
-                part._look(name, layer, adapter, hidden[rows], its_present, its_starts, carried, told)
+                part._look(name, layer, adapter, reading.of(rows))
 
     def of_halves(self) -> Halves:
         """Moments of each half by layer name, over all processes; their ``tokens`` is 0 if a half got no sequence.

@@ -14,7 +14,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -60,6 +60,27 @@ class Sample:
 
     hidden: Tensor
     present: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Reading:
+    """The inputs of one call of a layer.
+
+    Attributes:
+        hidden, present, starts, carried: see `Statistics.observe`.
+        told: ``present`` comes from the model, and the layer reads padding like any input.
+    """
+
+    hidden: Tensor
+    present: Tensor | None
+    starts: Tensor | None
+    carried: Any
+    told: bool
+
+    def of(self, rows: slice | Tensor) -> Reading:
+        """Some of the sequences: by a slice, or by their numbers."""
+        present, starts = (None if value is None else value[rows] for value in (self.present, self.starts))
+        return replace(self, hidden=self.hidden[rows], present=present, starts=starts)
 
 
 class Statistics:
@@ -204,36 +225,25 @@ class Statistics:
         if told:
             present = self._padding.of_layer(name)
         present = None if present is None or present.shape != hidden.shape[:2] else present.detach()
-        self._look(name, layer, adapter, hidden.detach(), present, starts, carried, told)
+        self._look(name, layer, adapter, Reading(hidden.detach(), present, starts, carried, told))
 
-    def _look(
-        self,
-        name: str,
-        layer: nn.Module,
-        adapter: SelectiveAdapter,
-        hidden: Tensor,
-        present: Tensor | None,
-        starts: Tensor | None,
-        carried: Any,
-        told: bool,
-    ) -> None:
-        """As `observe`. ``told``: ``present`` comes from the model, and the layer reads padding like any input."""
-        present = None if present is None else present[: self.sequences]
-        hidden = hidden[: self.sequences]
+    def _look(self, name: str, layer: nn.Module, adapter: SelectiveAdapter, reading: Reading) -> None:
+        """As `observe`."""
+        reading = reading.of(slice(self.sequences))
+        hidden, present, starts, carried = reading.hidden, reading.present, reading.starts, reading.carried
         if starts is not None:  # neither states nor convolutions carry anything from one sequence to the next
-            starts = starts[: self.sequences]
             present = hidden.new_ones(hidden.shape[:2]) if present is None else present
             hidden, present = unpacked(hidden, starts), unpacked(present, starts)
         Statistics._looking = True
         try:
             with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
                 hidden = hidden.to(next(layer.parameters()).dtype)
-                if present is not None and not told:  # as transformers does, before convolutions
+                if present is not None and not reading.told:  # as transformers does, before convolutions
                     hidden = hidden * present[..., None].to(hidden)
                 signals = (
                     adapter.signals(layer, hidden) if carried is None else adapter.signals_after(layer, hidden, carried)
                 )
-                new = moments(signals, present, padding_enters=told)
+                new = moments(signals, present, padding_enters=reading.told)
         finally:
             Statistics._looking = False
         if not all(bool(value.isfinite().all()) for value in new.tensors().values()):
@@ -405,6 +415,7 @@ def modes_kept(model: nn.Module) -> Generator[None]:
 __all__ = [
     "MODEL_CALLS",
     "NotFiniteWarning",
+    "Reading",
     "Sample",
     "Statistics",
     "gather",

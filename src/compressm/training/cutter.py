@@ -16,10 +16,11 @@ from compressm.cutting import Plan, Report, plan_reduction, resize_states, state
 from compressm.cutting.carry import Carry, check_optimizer, check_trained, follow, forget_sizes, paired_layers
 from compressm.cutting.fitting import fit_any_size
 from compressm.cutting.replay import errors_on_samples
-from compressm.cutting.spectrum import AnyBalancing, balance_layers
+from compressm.cutting.spectrum import balance_layers
 from compressm.observing.moments import Sample, Statistics
 from compressm.runtime.compiled_graphs import allow_recompilation, graphs_compiled
 from compressm.runtime.processes import from_first_rank, rebuild_replicas
+from compressm.theory.balanced import Balanced
 from compressm.theory.balancing import Method
 from compressm.theory.ranks import RankRule, check_sizes
 from compressm.theory.selection import Selection
@@ -100,7 +101,7 @@ class Cutter:
         if problems and not self.statistics.dropped:
             warnings.warn(problems[0], stacklevel=3)
 
-    def spectra(self) -> dict[str, AnyBalancing]:
+    def spectra(self) -> dict[str, Balanced]:
         """Balance all layers as they are now."""
         return balance_layers(self.model, self.method, self.statistics.moments())
 

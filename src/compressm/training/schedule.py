@@ -6,9 +6,10 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
-from compressm.cutting.spectrum import AnyBalancing, spectrum_changes
+from compressm.cutting.spectrum import spectrum_changes
 from compressm.errors import InvalidRankRuleError
 from compressm.runtime.processes import from_first_rank
+from compressm.theory.balanced import Balanced
 
 When = Literal["schedule", "settled"]
 
@@ -81,7 +82,7 @@ class Schedule:
         self.probe_every = max(1, distance // _PROBES)
         self.observe_every = min(_OBSERVE_EVERY, self.probe_every)
         self.cuts_done, self.stopped, self.postponed = 0, False, 0
-        self.probe: dict[str, AnyBalancing] = {}
+        self.probe: dict[str, Balanced] = {}
 
     @property
     def over(self) -> bool:
@@ -97,7 +98,7 @@ class Schedule:
         """Whether a cut after this step could be examined before training ends."""
         return step + self.check_after <= self.total_steps
 
-    def due(self, step: int, look: Callable[[], Mapping[str, AnyBalancing]]) -> bool:
+    def due(self, step: int, look: Callable[[], Mapping[str, Balanced]]) -> bool:
         """Whether a cut is to be made after this step.
 
         Args:
@@ -115,7 +116,7 @@ class Schedule:
             return step >= scheduled
         return step >= self.start and step % self.probe_every == 0 and self._settled(look())
 
-    def _settled(self, now: Mapping[str, AnyBalancing]) -> bool:
+    def _settled(self, now: Mapping[str, Balanced]) -> bool:
         """Whether all spectra are the same as at the previous probe, up to a small share."""
         before, self.probe = self.probe, dict(now)
         changes = spectrum_changes(before, now)

@@ -10,13 +10,12 @@ from torch import nn
 
 from compressm.adapters import find_layers
 from compressm.cutting.spectrum import (
-    AnyBalancing,
     SpectrumChange,
-    mean_hsv,
     snapshot,
     snapshot_state,
     spectrum_changes,
 )
+from compressm.theory.balanced import Balanced
 from compressm.theory.balancing import Method
 
 _DIGITS = 5  # of a singular value in the record
@@ -29,18 +28,19 @@ class SpectrumLog:
         method: see `balancing`.
 
     Attributes:
-        record: for every look its ``step``, and under ``layers``, by layer name: ``states``; ``hsv``, see `mean_hsv`;
-            and ``change``, a `SpectrumChange` since the look before. It is None where that one was of another order.
+        record: for every look its ``step``, and under ``layers``, by layer name: ``states``; ``hsv``, see
+            `Balanced.mean_hsv`; and ``change``, a `SpectrumChange` since the look before. It is None where that one was
+            of another order.
     """
 
     def __init__(self, method: Method) -> None:
         self.method: Method = method
         self.record: list[dict[str, Any]] = []
-        self._previous: dict[str, AnyBalancing] = {}
+        self._previous: dict[str, Balanced] = {}
 
     def look(self, model: nn.Module, step: int) -> None:
         """Add an entry."""
-        now: dict[str, AnyBalancing] = {
+        now: dict[str, Balanced] = {
             name: adapter.balance(layer, method=self.method)
             for name, (layer, adapter) in find_layers(model).items()
             if not adapter.needs_data
@@ -52,7 +52,7 @@ class SpectrumLog:
                 "layers": {
                     name: {
                         "states": balancing.energy.shape[-1],
-                        "hsv": [float(f"{value:.{_DIGITS}g}") for value in mean_hsv(balancing).tolist()],
+                        "hsv": [float(f"{value:.{_DIGITS}g}") for value in balancing.mean_hsv().tolist()],
                         "change": asdict(changes[name]) if name in changes else None,
                     }
                     for name, balancing in now.items()
