@@ -32,8 +32,8 @@ from compressm.adapters.base import layer_values, write
 from compressm.lab.config import DataConfig
 from compressm.lab.data.datasets import BatchOrder, SequenceData, load_data
 from compressm.layers import SequenceClassifier, parameter_groups
-from compressm.observing.damage import Sample, divergence, linear_changes
-from compressm.observing.observer import gather_evidence
+from compressm.observing.damage import LinearSample, divergence, linear_changes
+from compressm.observing.loss_evidence import gather_evidence
 from compressm.theory.balancing import Reduction, balance, truncate
 from compressm.theory.covariance import balance_covariances, predicted_damage, truncate_covariances
 from compressm.theory.evidence import Covariances
@@ -112,7 +112,7 @@ class Observed:
     """Moments, the calls that they came from, and the seconds that a batch took."""
 
     moments: Covariances
-    passes: list[tuple[Sample, ...]]
+    passes: list[tuple[LinearSample, ...]]
     seconds: float
 
 

@@ -235,16 +235,14 @@ def test_a_budget_is_shared_out_in_a_real_model() -> None:
 def test_equal_values_on_both_sides_of_a_cut_do_not_break_the_promise(monkeypatch: pytest.MonkeyPatch) -> None:
     # Between equal values a truncation may have to keep less than was asked for. No system was found in which it does,
     # all-pass ones included, so the truncation is made to do it: then the next sizes are tried until one holds.
-    from compressm.theory import ruled_truncation as cuts
-
-    real = cuts.truncate
+    real = Balancing.truncated
     asked: list[int] = []
 
     def shy(balancing: Balancing, states: int, exceed: bool = False) -> Any:
         asked.append(states)
         return real(balancing, states - 3 if len(asked) == 1 else states, exceed)
 
-    monkeypatch.setattr(cuts, "truncate", shy)
+    monkeypatch.setattr(Balancing, "truncated", shy)
     layer, _ = build("lru", torch.float32)
     (report,) = compressm.compress(layer, tolerance=0.1).layers
     assert len(asked) > 1

@@ -19,7 +19,8 @@ from compressm.layers.bidirectional import Bidirectional
 from compressm.observing.adjoints import Reading, covariances, readings
 from compressm.observing.damage import linear_changes
 from compressm.observing.labels import sampled_losses
-from compressm.observing.observer import Observer, gather_evidence
+from compressm.observing.loss_evidence import gather_evidence
+from compressm.observing.observer import Observer
 from compressm.theory.balancing import balance, truncate
 from compressm.theory.covariance import balance_covariances, truncate_covariances
 from compressm.theory.evidence import Covariances, white_scales

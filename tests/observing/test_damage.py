@@ -10,23 +10,24 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+import compressm
 from compressm.adapters import LRUAdapter, SelectiveAdapter, find_layers
 from compressm.adapters.base import layer_values, write
 from compressm.layers import LRU, SequenceClassifier
 from compressm.observing.adjoints import Reading, covariances
 from compressm.observing.damage import (
-    Sample,
+    LinearSample,
     divergence,
     linear_changes,
     linear_damages,
     selective_changes,
     selective_damages,
 )
+from compressm.observing.loss_evidence import gather_evidence
 from compressm.observing.masks import masked_forward
 from compressm.observing.moments import gather
-from compressm.observing.observer import Observer, gather_evidence
+from compressm.observing.observer import Observer
 from compressm.theory.balancing import balance, truncate
-from compressm.theory.budget import within_loss, within_states
 from compressm.theory.covariance import balance_covariances, predicted_damage, truncate_covariances
 from compressm.theory.evidence import Covariances
 from compressm.theory.fisher import MaskFisher, select_by_fisher
@@ -148,7 +149,7 @@ def test_the_estimate_by_covariances_is_too_large_by_the_memory_of_what_goes() -
     u, g = (torch.randn(4000, 100, 1, dtype=torch.float64, generator=generator) for _ in range(2))
     seen = covariances(system, Reading(u, g, system.C, None))
     nothing = DiagonalSystem(system.lam, 0 * system.B, system.C)
-    exact = divergence([linear_changes(layer, system, nothing, [Sample(u, g)])])
+    exact = divergence([linear_changes(layer, system, nothing, [LinearSample(u, g)])])
     empty = torch.zeros(2, 2, dtype=torch.float64)
     estimate = float(predicted_damage(seen, empty, empty))
     output = system.h2_norm().square() / 2 * 100
@@ -255,24 +256,18 @@ def test_the_predicted_divergence_is_the_measured_one_within_a_factor_of_two() -
 @pytest.mark.slow
 def test_a_loss_that_is_allowed_is_kept_and_spent_where_states_are_worth_least() -> None:
     net, draw = trained()
-    observer = gather_evidence(net, [draw(50, 1000 + k)[0] for k in range(8)], keep=400)
-    evidence, samples, layers = observer.evidence(), observer.samples(), find_layers(net)
-    balancings, curves = {}, {}
-    for name, (layer, adapter) in layers.items():
-        seen = evidence[name]
-        assert isinstance(seen, Covariances)
-        balancings[name] = balance_covariances(adapter.read(layer_values(layer)), seen)  # type: ignore[union-attr]
-        curves[name] = linear_damages(layer, balancings[name], samples[name])  # type: ignore[arg-type]
+    data = [draw(50, 1000 + k)[0] for k in range(11)]
     held_out = draw(2000, 5000)[0]
     for allowed in (0.003, 0.02):
-        plan = within_loss(curves, allowed)
-        assert all(2 <= states < 32 for states in plan.values())
         smaller = copy.deepcopy(net)
-        for name, (_, adapter) in layers.items():
-            target = smaller.get_submodule(name)
-            reduction = truncate_covariances(balancings[name], plan[name])
-            write(target, adapter.plan(layer_values(target), reduction))  # type: ignore[union-attr]
-        assert allowed / 4 < measured(net, smaller, held_out) < 2 * allowed
-    spent = within_states(curves, 16)
-    even = {name: float(curve[8]) for name, curve in curves.items()}
-    assert sum(float(curves[name][states]) for name, states in spent.items()) <= sum(even.values())
+        report = compressm.compress(smaller, data=data, loss="classification", max_loss=allowed)
+        assert all(2 <= states < 32 for states in report.state_dims.values())
+        assert report.measured_loss is not None
+        assert report.measured_loss <= allowed
+        assert allowed / 5 < measured(net, smaller, held_out) < 2 * allowed
+    rises = []
+    for rule in ({"total_states": 16}, {"states": 8}):
+        smaller = copy.deepcopy(net)
+        assert sum(compressm.compress(smaller, data=data, loss="classification", **rule).state_dims.values()) <= 16
+        rises.append(measured(net, smaller, held_out))
+    assert rises[0] <= 1.1 * rises[1]

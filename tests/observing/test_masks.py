@@ -23,8 +23,9 @@ from compressm.layers import (
     RecurrentBlock,
     SequenceClassifier,
 )
+from compressm.observing.loss_evidence import gather_evidence
 from compressm.observing.masks import can_be_masked, groups_of, mask_gradients, masked_forward
-from compressm.observing.observer import Observer, gather_evidence
+from compressm.observing.observer import Observer
 from compressm.theory.fisher import MaskFisher
 from compressm.theory.recurrence import ErrorEstimate, SelectiveReduction
 

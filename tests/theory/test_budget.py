@@ -8,11 +8,24 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from compressm.errors import InvalidRankRuleError
-from compressm.theory.budget import calibrated, linear_curve, within_loss, within_states
+from compressm.theory import budget
+from compressm.theory.budget import FLOOR, Offer, calibrated, linear_curve
 
 
 def curve(*damages: float) -> torch.Tensor:
     return torch.tensor([*damages, 0.0], dtype=torch.float64)
+
+
+def offers(curves: dict[str, torch.Tensor], floor: float) -> list[Offer]:
+    return [Offer.of([one], range(1, one.shape[0]), floor) for one in curves.values()]
+
+
+def within_loss(curves: dict[str, torch.Tensor], allowed: float, floor: float = FLOOR) -> dict[str, int]:
+    return dict(zip(curves, budget.within_loss(offers(curves, floor), allowed), strict=True))
+
+
+def within_states(curves: dict[str, torch.Tensor], states: int, floor: float = FLOOR) -> dict[str, int]:
+    return dict(zip(curves, budget.within_states(offers(curves, floor), states), strict=True))
 
 
 def total(curves: dict[str, torch.Tensor], ranks: dict[str, int]) -> float:
@@ -88,3 +101,20 @@ def test_bad_budgets_are_refused() -> None:
             within_loss(curves, bad)
     with pytest.raises(InvalidRankRuleError, match="floor must be"):
         within_loss(curves, 1.0, floor=2.0)
+
+
+def test_layers_that_share_a_size_are_counted_together() -> None:
+    # Two layers that share a size: a step of one state frees two.
+    shared = Offer.of([curve(9.0, 4.0, 1.0), curve(9.0, 2.0, 1.0)], range(1, 4))
+    alone = Offer.of([curve(9.0, 2.5, 1.2)], range(1, 4))
+    assert list(shared.damages) == [6.0, 2.0, 0.0]
+    assert budget.within_states([shared, alone], 7) == [2, 3]  # 1.0 a state, and the other would cost 1.2
+    assert budget.within_states([shared, alone], 6) == [2, 2]
+    assert budget.within_loss([shared, alone], 2.0) == [2, 3]
+    assert budget.within_loss([shared, alone], 1.9) == [3, 2]
+
+
+def test_sizes_in_multiples_stay_within_the_budget() -> None:
+    offer = Offer.of([linear_curve(torch.logspace(2, -4, 24, dtype=torch.float64))], [8, 16, 24])
+    assert sorted(budget.within_states([offer, offer], 40)) == [16, 24]
+    assert sum(budget.within_states([offer, offer], 39)) == 32

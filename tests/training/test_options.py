@@ -18,7 +18,7 @@ from compressm import Compressor, RankRule, compress
 from compressm.errors import ConfigError, InvalidRankRuleError
 from compressm.lab.config import CompressionConfig, parse_config
 from compressm.layers import LRU
-from compressm.training.options import ABSENT, OPTIONS, REQUIRED, check_options
+from compressm.training.options import ABSENT, OPTIONS, REQUIRED, SIZE_RULES, check_options
 
 # By hand: values that are fit and that are not. Every option about a number or a choice is here.
 VALUES: dict[str, tuple[list[Any], list[Any]]] = {
@@ -28,6 +28,7 @@ VALUES: dict[str, tuple[list[Any], list[Any]]] = {
     "fraction": ([0.01, 1, 1.0], [0, 1.01, -0.5, math.nan, True]),
     "max_error": ([0, 1e9], [-1e-9, math.inf, math.nan, "1"]),
     "total_states": ([1, 99], [0, 2.5, True]),
+    "max_loss": ([0, 0.01, 3.5], [-0.1, math.inf, math.nan, "0.1", True]),
     "max_drop": ([0, 0.002, 3], [-0.1, math.inf, math.nan, "0.1", True]),
     "multiple_of": ([1, 8], [0, 1.5, None]),
     "min_reduction": ([0, 0.05, 0.99], [1, -0.1, math.nan, None]),
@@ -38,6 +39,9 @@ VALUES: dict[str, tuple[list[Any], list[Any]]] = {
     "when": (["schedule", "settled"], ["later", None]),
     "method": (["real", "complex"], ["modal", None]),
     "selection": (["hankel", "gramians"], ["randm", None]),
+    "gramians": (["white", "loss"], ["data", None]),
+    "loss_terms": (["sequences", "tokens", "sum"], ["mean", None]),
+    "loss_scale": ([0.25, 1, 65536.0], [0, -1.0, math.nan, math.inf, None]),
     "carry": (["transform", "slice", "reset"], ["drop", None]),
     "check_after": ([1, 9, None], [0, 1.5]),
     "on_setback": (["halve", "stop"], ["cry", None]),
@@ -48,9 +52,10 @@ VALUES: dict[str, tuple[list[Any], list[Any]]] = {
 def compressor(**arguments: Any) -> Compressor:
     torch.manual_seed(0)
     layer = LRU(2, 8)
-    rules = ("tolerance", "states", "fraction", "max_error", "total_states")
     given = {"total_steps": 1000, "evaluate": lambda _: 0.0, **arguments}
-    if not any(name in given for name in rules):
+    if "max_loss" in given:
+        given.setdefault("gramians", "loss")
+    if not any(name in given for name in SIZE_RULES):
         given["tolerance"] = 0.1
     return Compressor(layer, torch.optim.SGD(layer.parameters(), 0.1), **given)
 
@@ -68,11 +73,11 @@ def test_the_compressors_signature_is_the_table() -> None:
 def test_the_signature_of_compress_is_the_tables_too() -> None:
     signature, hints = inspect.signature(compress).parameters, get_type_hints(compress)
     shared = {name: option for name, option in OPTIONS.items() if option.once is not ABSENT}
-    assert set(signature) - set(OPTIONS) == {"model", "data", "optimizer"}
+    assert set(signature) - set(OPTIONS) == {"model", "data", "loss", "optimizer"}
     assert set(signature) & set(OPTIONS) == set(shared)
     for name, option in shared.items():
         assert signature[name].default == option.once, name
-        assert hints[name] == option.annotation, name
+        assert hints[name] == (option.type | None if option.once is None else option.annotation), name
 
 
 def test_the_compressors_docstring_says_what_the_table_says() -> None:
@@ -113,7 +118,7 @@ def test_unfit_values_are_refused_by_name_and_fit_ones_are_not(name: str) -> Non
 @pytest.mark.parametrize("name", [name for name, option in OPTIONS.items() if option.file])
 def test_configurations_and_rules_refuse_what_the_compressor_refuses(name: str) -> None:
     fit, unfit = VALUES[name]
-    rule = {} if name in ("tolerance", "states", "fraction", "max_error", "total_states") else {"tolerance": 0.1}
+    rule = {} if name in SIZE_RULES else {"tolerance": 0.1}
     whole = {"data": {"name": "digits"}, "model": {"d_model": 4, "d_state": 8}, "run": {"steps": 1000}}
     plain = (bool, int, float, str, type(None))  # what YAML holds
     for value in fit:
@@ -139,6 +144,9 @@ def test_what_is_missing_is_asked_for() -> None:
         check_options(given | {"max_drop": 0.1})
     check_options(given | {"max_drop": 0.1, "evaluate": len})
     check_options(given | {"states": 3})
+    with pytest.raises(InvalidRankRuleError, match=r"max_loss=0\.1 is a rise of the loss, which white noise"):
+        check_options(given | {"max_loss": 0.1})
+    check_options(given | {"max_loss": 0.1, "gramians": "loss"})
 
 
 def test_attributes_are_the_parts_own() -> None:

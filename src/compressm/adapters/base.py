@@ -20,6 +20,9 @@ from compressm.adapters.plain import computed_tensors
 from compressm.errors import InvalidSystemError, UnsupportedModelError
 from compressm.theory.balanced import Balanced
 from compressm.theory.balancing import Balancing, Method, Reduction, balance
+from compressm.theory.covariance import balance_covariances
+from compressm.theory.evidence import Covariances
+from compressm.theory.fisher import MaskFisher
 from compressm.theory.recurrence import Moments, SelectiveBalancing, SelectiveReduction, Signals, balance_selective
 from compressm.theory.selection import Selection
 from compressm.theory.systems import DiagonalSystem
@@ -49,12 +52,15 @@ class LayerAdapter(ABC):
         """A change to parameters of the shapes for a state dimension; load values afterwards. Nothing is written."""
 
     @abstractmethod
-    def balance(self, layer: nn.Module, evidence: Moments | None = None, method: Method = "real") -> Balanced:
+    def balance(
+        self, layer: nn.Module, evidence: Moments | Covariances | None = None, method: Method = "real"
+    ) -> Balanced:
         """Hankel singular values of a layer as it is now.
 
         Args:
             layer: only read.
-            evidence: moments of the data, where the adapter `needs_data`.
+            evidence: moments of the data where the adapter `needs_data`; elsewhere moments of states and adjoint
+                states, or None for white noise.
             method: for linear time-invariant layers, see `compressm.theory.balancing`.
 
         Raises:
@@ -63,13 +69,21 @@ class LayerAdapter(ABC):
         """
 
     @abstractmethod
-    def cuts(self, layer: nn.Module, balanced: Balanced, selection: Selection = "hankel") -> Cuts:
+    def cuts(
+        self,
+        layer: nn.Module,
+        balanced: Balanced,
+        selection: Selection = "hankel",
+        fisher: MaskFisher | None = None,
+    ) -> Cuts:
         """The possible cuts of the layer.
 
         Args:
             layer: only read.
             balanced: the same layer, from `balance`.
             selection: how states are picked, see `compressm.cutting.plan.plan_reduction`.
+            fisher: the Fisher matrix of a mask on the states of a selective layer, if known. It picks the states of
+                layers that take no map of their vectors.
         """
 
     def system(self, layer: nn.Module) -> DiagonalSystem | None:
@@ -104,13 +118,23 @@ class Adapter(LayerAdapter):
         """The system that the layer computes."""
         return self.read(layer_values(layer))
 
-    def balance(self, layer: nn.Module, evidence: Moments | None = None, method: Method = "real") -> Balancing:
-        """Balance the system that the layer computes. No data are needed."""
-        del evidence
+    def balance(
+        self, layer: nn.Module, evidence: Moments | Covariances | None = None, method: Method = "real"
+    ) -> Balancing:
+        """Balance the system that the layer computes, by white noise or by moments of its states and adjoint states."""
+        if isinstance(evidence, Covariances):
+            return balance_covariances(self.system(layer), evidence)
         return balance(self.system(layer), method)
 
-    def cuts(self, layer: nn.Module, balanced: Balanced, selection: Selection = "hankel") -> Cuts:
+    def cuts(
+        self,
+        layer: nn.Module,
+        balanced: Balanced,
+        selection: Selection = "hankel",
+        fisher: MaskFisher | None = None,
+    ) -> Cuts:
         """Truncations of the balanced system; see `LinearCuts`."""
+        del fisher
         if not isinstance(balanced, Balancing):
             raise InvalidSystemError(_balanced_otherwise(layer, balanced, "Balancing"))
         return LinearCuts(layer_values(layer), balanced, selection, self.read, self.plan)
@@ -179,18 +203,26 @@ class SelectiveAdapter(LayerAdapter):
         """The change after which the recurrence gets ``into B``, ``out C`` and the kept states' rates. Nothing is
         written yet."""
 
-    def balance(self, layer: nn.Module, evidence: Moments | None = None, method: Method = "real") -> SelectiveBalancing:
+    def balance(
+        self, layer: nn.Module, evidence: Moments | Covariances | None = None, method: Method = "real"
+    ) -> SelectiveBalancing:
         """Balance the recurrence by its moments on data; see `compressm.theory.recurrence`."""
         del method
-        if evidence is None:
+        if not isinstance(evidence, Moments):
             raise UnsupportedModelError(f"{type(layer).__name__} is balanced with moments of data, and there are none")
         return balance_selective(evidence)
 
-    def cuts(self, layer: nn.Module, balanced: Balanced, selection: Selection = "hankel") -> Cuts:
+    def cuts(
+        self,
+        layer: nn.Module,
+        balanced: Balanced,
+        selection: Selection = "hankel",
+        fisher: MaskFisher | None = None,
+    ) -> Cuts:
         """Selections or maps of the states; see `SelectiveCuts`."""
         if not isinstance(balanced, SelectiveBalancing):
             raise InvalidSystemError(_balanced_otherwise(layer, balanced, "SelectiveBalancing"))
-        return SelectiveCuts(layer_values(layer), balanced, selection, self.maps(layer), self.plan)
+        return SelectiveCuts(layer_values(layer), balanced, selection, self.maps(layer), self.plan, fisher)
 
 
 def _balanced_otherwise(layer: nn.Module, balanced: Balanced, expected: str) -> str:

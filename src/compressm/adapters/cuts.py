@@ -18,6 +18,7 @@ from compressm.adapters.changes import LayerChange
 from compressm.errors import InvalidSystemError
 from compressm.theory.balancing import Balancing, Reduction
 from compressm.theory.certificate import Certificate
+from compressm.theory.fisher import MaskFisher, reduce_by_fisher
 from compressm.theory.pruning import SCORES, Score, prune
 from compressm.theory.ranks import Discards, RankRule, passes_gate
 from compressm.theory.recurrence import ErrorEstimate, SelectiveBalancing, SelectiveReduction
@@ -38,6 +39,7 @@ class Proposal:
         energy_kept: share of the layer's Hankel energy that the cut keeps; None if states were pruned without a change
             of basis.
         poles_before, poles_after: eigenvalues of a linear time-invariant layer.
+        reduction: the reduced system or recurrence.
     """
 
     states: int
@@ -47,6 +49,7 @@ class Proposal:
     energy_kept: float | None = None
     poles_before: tuple[complex, ...] = ()
     poles_after: tuple[complex, ...] = ()
+    reduction: Reduction | SelectiveReduction | None = None
 
 
 class Cuts(ABC):
@@ -99,7 +102,7 @@ class LinearCuts(Cuts):
         reduction = self._reduction(states, rule)
         if reduction is None or not passes_gate(self._balanced.system.n, reduction.system.n, rule):
             return None
-        proposal = Proposal(reduction.system.n, None, reduction.certificate)
+        proposal = Proposal(reduction.system.n, None, reduction.certificate, reduction=reduction)
         if not proposal.certificate.valid:
             return replace(proposal, reason="; ".join(proposal.certificate.failures))
         change = self._plan(self._values, reduction)
@@ -163,6 +166,8 @@ class SelectiveCuts(Cuts):
         selection: see `compressm.theory.selection.reduce_selective`.
         maps: ``folds_into``, ``folds_out`` and ``rotates`` of the layer, see `SelectiveAdapter.maps`.
         plan: of the layer's `SelectiveAdapter`.
+        fisher: picks the states, if the layer takes none of the maps and ``selection`` is ``"hankel"``. Where C can
+            compensate for removed states, least squares do less damage (measured on S6), and states are picked by it.
     """
 
     def __init__(
@@ -172,8 +177,10 @@ class SelectiveCuts(Cuts):
         selection: Selection,
         maps: tuple[bool, bool, bool],
         plan: Callable[[Mapping[str, Tensor], SelectiveReduction], LayerChange],
+        fisher: MaskFisher | None = None,
     ) -> None:
         self._values, self._balanced, self._maps, self._plan = values, balanced, maps, plan
+        self._fisher = fisher if selection == "hankel" and not any(maps) else None
         self._selection: Selection = selection
         self._made: dict[int, SelectiveReduction] = {}
         best_possible = maps[0] and selection in ("hankel", "least_squares")
@@ -187,14 +194,18 @@ class SelectiveCuts(Cuts):
         if not estimate.valid:
             return Proposal(reduction.states, None, estimate, "; ".join(estimate.failures))
         change = self._plan(self._values, reduction)
-        return Proposal(reduction.states, change, estimate, energy_kept=estimate.energy_kept)
+        return Proposal(reduction.states, change, estimate, energy_kept=estimate.energy_kept, reduction=reduction)
 
     def _reduction(self, states: int) -> SelectiveReduction:
         if states not in self._made:
-            into, out, rotates = self._maps
-            made = reduce_selective(self._balanced, states, into, out, self._selection, rotates=rotates)
-            self._made[states] = made
+            self._made[states] = self._reduced(states)
         return self._made[states]
+
+    def _reduced(self, states: int) -> SelectiveReduction:
+        if self._fisher is not None:
+            return reduce_by_fisher(self._fisher, states, self._balanced.moments)
+        into, out, rotates = self._maps
+        return reduce_selective(self._balanced, states, into, out, self._selection, rotates=rotates)
 
     def _discarded(self, states: int) -> Tensor:
         found = self._reduction(states).discarded

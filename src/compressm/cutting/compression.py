@@ -18,17 +18,23 @@ from compressm.cutting.made_cuts import MadeCuts
 from compressm.cutting.metrics import measure
 from compressm.cutting.plan import Plan, must_be_alike, plan_reduction
 from compressm.cutting.report import Report
+from compressm.cutting.rise import measured_rise
 from compressm.cutting.sizes import resize_states, state_dims
 from compressm.cutting.spectrum import balance_layers
 from compressm.errors import EvaluationError, InvalidRankRuleError
 from compressm.observing.held_out import gather_halves, joined, twice_readable
+from compressm.observing.loss_evidence import Gramians, Loss, LossEvidence, divided, gather_evidence
 from compressm.theory.balanced import Balanced
 from compressm.theory.balancing import Method
 from compressm.theory.ranks import RankRule, check_choice, check_sizes
+from compressm.theory.recurrence import Moments
 from compressm.theory.selection import Selection
 
 # Under `max_drop`: the number of cuts to try, and the range of their tolerances.
 _TRIALS, _LEAST, _LARGEST = 10, 1e-5, 0.99
+# Sequences kept for predictions of the loss, and how many plans are measured under `max_loss`.
+_SAMPLES, _CHECKS = 400, 6
+_ABOVE = "the rise of the loss on held-out data was above max_loss for every cut that was tried"
 
 
 def compress(
@@ -39,6 +45,7 @@ def compress(
     fraction: float | None = None,
     max_error: float | None = None,
     total_states: int | None = None,
+    max_loss: float | None = None,
     max_drop: float | None = None,
     evaluate: Callable[[nn.Module], float] | None = None,
     multiple_of: int = 1,
@@ -47,10 +54,12 @@ def compress(
     method: Method = "real",
     selection: Selection = "hankel",
     data: Any = None,
+    loss: Loss | None = None,
+    gramians: Gramians | None = None,
     optimizer: Optimizer | None = None,
     carry: Carry = "transform",
 ) -> Report:
-    """Reduce a model once, in place. Exactly one of the first six arguments says how far; see `RankRule`.
+    """Reduce a model once, in place. Exactly one of the first seven arguments says how far; see `RankRule`.
 
     Args:
         model: any module with layers that compressm knows.
@@ -59,6 +68,9 @@ def compress(
         fraction: at most this fraction of each layer's states.
         max_error: H-infinity error allowed in each layer, in units of output per input.
         total_states: budget over all layers together.
+        max_loss: rise of the loss, in nats per prediction, that the cuts of all layers together may cost. It is
+            predicted from data, and measured on every fourth batch before anything is written. Needs ``data`` and
+            ``loss``.
         max_drop: cut with the largest tolerance at which ``evaluate``, right after the cut, drops by at most this. The
             tolerance is found by bisection, in about ten evaluations.
         evaluate: ``evaluate(model)`` returns the metric, higher is better.
@@ -72,6 +84,12 @@ def compress(
             `compressm.observing.inputs` for the forms. All tokens count. The data are read twice, the second time to
             measure `LayerReport.error_on_data` and `error_held_out`. If the model has selective layers, batches whose
             order may change, as from a `DataLoader` that shuffles, are kept in memory between the two readings.
+        loss: the loss of the model's predictions: ``"classification"`` or ``"regression"``, where targets are drawn
+            from the model's own predictions; or ``loss(output, batch)``, which returns the loss of every sequence,
+            shape ``(batch,)``. With it states are measured by their effect on the loss.
+        gramians: ``"white"`` balances time-invariant layers under white noise; ``"loss"`` by their states on the data
+            and the gradients of the loss, see `compressm.theory.covariance`, and picks the states of selective layers
+            by their effect on the loss where that does less damage. By default ``"loss"`` if a loss is given.
         optimizer: if given, its state is carried over to the new parameters.
         carry: how the optimizer's state is carried over; see `compressm.cutting.carry`.
 
@@ -93,23 +111,108 @@ def compress(
     check_choice("selection", selection, Selection)
     sizes = {"tolerance": tolerance, "states": states, "fraction": fraction, "max_error": max_error}
     rule = RankRule(
-        **_searched(max_drop, evaluate, {**sizes, "total_states": total_states}),
+        **_searched(max_drop, evaluate, {**sizes, "total_states": total_states, "max_loss": max_loss}),
         multiple_of=multiple_of,
         min_reduction=min_reduction,
         per_layer=per_layer,
     )
+    gramians = check_gramians(gramians, loss, data, rule, method, selection)
     _check_before(model, rule, optimizer, carry)
-    batches = None if data is None else twice_readable(model, data)
-    halves = None if batches is None else gather_halves(model, batches)
+    if gramians == "loss":
+        assert loss is not None
+        seen, held_out = divided(model, data)
+        evidence = LossEvidence.of(gather_evidence(model, seen, loss, keep=_SAMPLES))
+    else:
+        seen, held_out, evidence = None if data is None else twice_readable(model, data), None, None
+    halves = None if seen is None else gather_halves(model, seen)
     moments = None if halves is None else joined(halves)
     if max_drop is not None and evaluate is not None:
-        balancings = balance_layers(model, method, moments)
-        plan = _largest_harmless(model, rule, balancings, selection, max_drop, evaluate)
+        balancings = balance_layers(model, method, moments, None if evidence is None else evidence.covariances)
+        plan = _largest_harmless(model, rule, balancings, selection, max_drop, evaluate, evidence)
     else:
-        plan = plan_reduction(model, rule, method, moments=moments, selection=selection)
-    if batches is not None:
-        plan = plan.measured(model, batches, halves, selection)
+        plan = plan_reduction(model, rule, method, moments=moments, selection=selection, loss=evidence)
+    if evidence is not None and loss is not None:
+        plan = _checked(model, plan, rule, moments, evidence, held_out, loss)
+    if seen is not None:
+        plan = plan.measured(model, seen, halves, selection, None if evidence is None else evidence.fishers)
     return plan.apply(model, optimizer, carry)
+
+
+def check_gramians(
+    gramians: Gramians | None,
+    loss: Loss | None,
+    data: Any,
+    rule: RankRule,
+    method: Method = "real",
+    selection: Selection = "hankel",
+) -> Gramians:
+    """What balances the layers, by default ``"loss"`` if a loss is given.
+
+    Raises:
+        InvalidRankRuleError: arguments that contradict each other.
+    """
+    if gramians is None:
+        gramians = "white" if loss is None else "loss"
+    check_choice("gramians", gramians, Gramians)
+    if gramians == "white":
+        if rule.max_loss is not None:
+            raise InvalidRankRuleError(
+                f"max_loss={rule.max_loss:g} is a rise of the loss, which white noise does not tell: pass data= and "
+                "loss='classification' (or 'regression', or a function), or choose another rule"
+            )
+        return gramians
+    if data is None or loss is None:
+        missing = "data" if data is None else "loss"
+        raise InvalidRankRuleError(
+            f"gramians='loss' needs data= and loss=, and {missing} is missing: pass batches, and "
+            "loss='classification', 'regression' or a function of output and batch"
+        )
+    check_loss_options(rule, method, selection)
+    return gramians
+
+
+def check_loss_options(rule: RankRule, method: Method, selection: Selection) -> None:
+    """Refuse options that have no meaning where layers are balanced by data and loss.
+
+    Raises:
+        InvalidRankRuleError: the option, and what to choose instead.
+    """
+    for name, value, only in (("method", method, "real"), ("selection", selection, "hankel")):
+        if value != only:
+            raise InvalidRankRuleError(
+                f"{name}={value!r} is there for cuts by white noise: use {name}={only!r} with gramians='loss', or "
+                "gramians='white'"
+            )
+    if rule.max_error is not None:
+        raise InvalidRankRuleError(
+            f"max_error={rule.max_error:g} is a bound under white noise, and cuts by data and loss have none: use "
+            "max_loss, or gramians='white'"
+        )
+
+
+def _checked(
+    model: nn.Module,
+    plan: Plan,
+    rule: RankRule,
+    moments: Mapping[str, Moments] | None,
+    evidence: LossEvidence,
+    held_out: Any,
+    loss: Loss,
+) -> Plan:
+    """The plan with the rise of the loss on held-out data. Under ``max_loss`` the allowance of the prediction is
+    lowered until the measured rise is within it, or nothing is cut."""
+    asked = rule
+    for _ in range(_CHECKS):
+        rise = measured_rise(model, plan.changes, held_out, loss)
+        if rule.max_loss is None or asked.max_loss is None or rise.nats <= rule.max_loss or not plan.changes:
+            return plan.with_rise(rise)
+        asked = replace(asked, max_loss=asked.max_loss * min(0.5, rule.max_loss / rise.nats))
+        plan = plan_reduction(model, asked, moments=moments, loss=evidence)
+    reports = tuple(
+        replace(one, states_after=one.states_before, outcome="kept", reason=_ABOVE, energy_kept=None)
+        for one in plan.report.layers
+    )
+    return Plan(replace(plan.report, layers=reports), {})
 
 
 def _searched(max_drop: float | None, evaluate: object, sizes: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -146,6 +249,7 @@ def _largest_harmless(
     selection: Selection,
     max_drop: float,
     evaluate: Callable[[nn.Module], float],
+    evidence: LossEvidence | None = None,
 ) -> Plan:
     """The plan with the largest tolerance at which the metric drops by at most ``max_drop``; the model is unchanged."""
     reference = measure(model, evaluate)
@@ -154,11 +258,12 @@ def _largest_harmless(
             f"evaluate returned {reference} before anything was cut, and no loss can be held against that; expected a "
             "finite number: see that weights, data and the metric itself are finite"
         )
-    cuts = MadeCuts(find_layers(model), balancings, selection)
+    fishers = None if evidence is None else evidence.fishers
+    cuts = MadeCuts(find_layers(model), balancings, selection, fishers)
 
     def planned(tolerance: float) -> Plan:
         wanted = replace(rule, tolerance=tolerance)
-        return plan_reduction(model, wanted, balancings=balancings, selection=selection, cuts=cuts)
+        return plan_reduction(model, wanted, balancings=balancings, selection=selection, cuts=cuts, loss=evidence)
 
     saved = state_dims(model), copy.deepcopy(model.state_dict())
     best = planned(0.0)  # removes only states without energy

@@ -12,6 +12,7 @@ from torch import nn
 
 from compressm.adapters import Cuts, LayerAdapter, Proposal
 from compressm.theory.balanced import Balanced
+from compressm.theory.fisher import MaskFisher
 from compressm.theory.ranks import Discards, RankRule
 from compressm.theory.selection import Selection
 
@@ -23,6 +24,7 @@ class MadeCuts:
         layers: the model's, from `find_layers`.
         balancings: of these layers as they are now.
         selection: how states are picked; see `plan_reduction`.
+        fishers: Fisher matrices of the masks of selective layers, as far as they are known.
     """
 
     def __init__(
@@ -30,9 +32,11 @@ class MadeCuts:
         layers: Mapping[str, tuple[nn.Module, LayerAdapter]],
         balancings: Mapping[str, Balanced],
         selection: Selection,
+        fishers: Mapping[str, MaskFisher] | None = None,
     ) -> None:
         self._layers: dict[str, Cuts] = {
-            name: adapter.cuts(layer, balancings[name], selection) for name, (layer, adapter) in layers.items()
+            name: adapter.cuts(layer, balancings[name], selection, (fishers or {}).get(name))
+            for name, (layer, adapter) in layers.items()
         }
 
     def proposal(self, name: str, states: int, rule: RankRule) -> Proposal | None:

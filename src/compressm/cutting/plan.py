@@ -5,28 +5,43 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from compressm.adapters import LayerAdapter, LayerChange, find_layers, layer_values, layers_that_need_data
 from compressm.adapters.base import tell_written, write
 from compressm.cutting.carry import Carry, carry_state, check_optimizer
 from compressm.cutting.made_cuts import MadeCuts
+from compressm.cutting.nats import damage_curves, predicted_rises
 from compressm.cutting.replay import Errors, errors_on_data
 from compressm.cutting.report import LayerReport, Report
+from compressm.cutting.rise import Rise
 from compressm.cutting.spectrum import balance_layers
 from compressm.errors import InvalidSystemError
 from compressm.observing.held_out import Halves, halved
+from compressm.observing.loss_evidence import LossEvidence
 from compressm.theory.balanced import Balanced
-from compressm.theory.balancing import Method
+from compressm.theory.balancing import Method, Reduction
+from compressm.theory.fisher import MaskFisher
 from compressm.theory.ranks import RankRule, check_choice, choose_ranks, passes_gate
-from compressm.theory.recurrence import Moments
+from compressm.theory.recurrence import Moments, SelectiveReduction
 from compressm.theory.selection import Selection
 
 Layers = Mapping[str, tuple[nn.Module, LayerAdapter]]
-_Decision = tuple[LayerReport, LayerChange | None]
+# How often the allowance of a cut is halved if the prediction for the cut as made is above it.
+_HALVINGS = 6
+
+
+class _Decision(NamedTuple):
+    """A layer's report, what is to be written, and the reduction behind it."""
+
+    report: LayerReport
+    change: LayerChange | None = None
+    reduction: Reduction | SelectiveReduction | None = None
+
+
 _Owners = Mapping[int, list[tuple[nn.Module, str]]]
 
 
@@ -47,6 +62,7 @@ class Plan:
         data: Any,
         halves: Halves | None = None,
         selection: Selection = "hankel",
+        fishers: Mapping[str, MaskFisher] | None = None,
     ) -> Plan:
         """The same plan, with the error of every layer on some data in its report; see `compressm.cutting.replay`.
 
@@ -54,10 +70,10 @@ class Plan:
             model: the model of this plan, not cut yet.
             data: the data of this plan.
             halves: moments of both halves of these data, for the error on held-out data.
-            selection: how states were picked.
+            selection, fishers: how states were picked. The Fisher matrices are those of all data.
         """
         started = time.perf_counter()
-        by_halves = {} if halves is None else self._by_halves(model, halves, selection)
+        by_halves = {} if halves is None else self._by_halves(model, halves, selection, fishers or {})
         errors = errors_on_data(model, self.changes, data, by_halves)
         return self.with_errors(errors, time.perf_counter() - started)
 
@@ -69,7 +85,12 @@ class Plan:
             else layer
             for layer in self.report.layers
         )
-        return replace(self, report=Report(layers, self.report.seconds + seconds))
+        return replace(self, report=replace(self.report, layers=layers, seconds=self.report.seconds + seconds))
+
+    def with_rise(self, rise: Rise) -> Plan:
+        """The same plan, with the measured rise of the loss in its report."""
+        report = replace(self.report, measured_loss=rise.nats, measured_loss_error=rise.standard_error)
+        return replace(self, report=report)
 
     def apply(self, model: nn.Module, optimizer: Optimizer | None = None, carry: Carry = "transform") -> Report:
         """Write the plan into its model, and carry the optimizer's state over.
@@ -89,7 +110,7 @@ class Plan:
         return replace(self.report, seconds=self.report.seconds + time.perf_counter() - started)
 
     def _by_halves(
-        self, model: nn.Module, halves: Halves, selection: Selection
+        self, model: nn.Module, halves: Halves, selection: Selection, fishers: Mapping[str, MaskFisher]
     ) -> dict[str, tuple[LayerChange, LayerChange]]:
         """For layers whose cuts are computed from data: the changes computed from each half of the data alone, to the
         same number of states."""
@@ -100,7 +121,9 @@ class Plan:
                 continue
             rule = RankRule(states=states[name])
             first, second = (
-                adapter.cuts(layer, adapter.balance(layer, half[name]), selection).proposal(states[name], rule)
+                adapter.cuts(layer, adapter.balance(layer, half[name]), selection, fishers.get(name)).proposal(
+                    states[name], rule
+                )
                 for half in halves
             )
             if first and second and first.change and second.change:
@@ -117,6 +140,7 @@ def plan_reduction(
     selection: Selection = "hankel",
     balancings: Mapping[str, Balanced] | None = None,
     cuts: MadeCuts | None = None,
+    loss: LossEvidence | None = None,
 ) -> Plan:
     """Balance every layer, choose the ranks, truncate, certify. Nothing is written.
 
@@ -131,6 +155,8 @@ def plan_reduction(
             see `pruning`.
         balancings: from `balance_layers` on the present model, if available, instead of ``moments``.
         cuts: of these balancings, to share them between several plans.
+        loss: evidence from data and the loss. It balances the linear layers in place of white noise, picks the states
+            of selective layers, and predicts the rise of the loss, which ``max_loss`` and ``total_states`` use.
 
     Raises:
         InvalidRankRuleError: an unknown method or selection, or a budget that is too small.
@@ -141,11 +167,35 @@ def plan_reduction(
     check_choice("selection", selection, Selection)
     layers = find_layers(model)
     _check_finite(layers)
-    balancings = balance_layers(model, method, moments) if balancings is None else balancings
-    cuts = MadeCuts(layers, balancings, selection) if cuts is None else cuts
+    if balancings is None:
+        balancings = balance_layers(model, method, moments, None if loss is None else loss.covariances)
+    cuts = MadeCuts(layers, balancings, selection, None if loss is None else loss.fishers) if cuts is None else cuts
+    damages = None
+    if loss is not None and (rule.max_loss is not None or rule.total_states is not None):
+        damages = damage_curves(layers, balancings, cuts, loss)
+    plan = _planned(model, layers, rule, balancings, cuts, damages, loss)
+    allowed, within = rule, rule.max_loss
+    for _ in range(_HALVINGS):
+        if within is None or allowed.max_loss is None or (plan.report.predicted_loss or 0.0) <= within:
+            break
+        allowed = replace(allowed, max_loss=allowed.max_loss / 2)
+        plan = _planned(model, layers, allowed, balancings, cuts, damages, loss)
+    return replace(plan, report=replace(plan.report, seconds=time.perf_counter() - started))
+
+
+def _planned(
+    model: nn.Module,
+    layers: Layers,
+    rule: RankRule,
+    balancings: Mapping[str, Balanced],
+    cuts: MadeCuts,
+    damages: Mapping[str, Tensor] | None,
+    loss: LossEvidence | None,
+) -> Plan:
+    """The plan by one rule."""
     alike = must_be_alike(layers, rule)
     energies = {name: balancing.energy for name, balancing in balancings.items()}
-    ranks = choose_ranks(energies, rule, discards=cuts.discards(), alike=alike)
+    ranks = choose_ranks(energies, rule, discards=cuts.discards(), alike=alike, damages=damages)
     shared = _shared_parameters(model)
     decided: dict[str, _Decision] = {}
     for name, (layer, adapter) in layers.items():
@@ -153,8 +203,20 @@ def plan_reduction(
         kept = LayerReport(name, present, present, "kept", "", None, hsv)
         decided[name] = _unless_shared(_decide(kept, cuts, ranks[name], rule), layer, shared)
     decided = _all_or_none(decided, alike)
-    changes = {name: change for name, (_, change) in decided.items() if change is not None}
-    return Plan(Report(tuple(report for report, _ in decided.values()), time.perf_counter() - started), changes)
+    changes = {name: one.change for name, one in decided.items() if one.change is not None}
+    return Plan(_reported(decided, layers, loss), changes)
+
+
+def _reported(decided: Mapping[str, _Decision], layers: Layers, loss: LossEvidence | None) -> Report:
+    """The report of some decisions, with the predicted rise of the loss."""
+    reports = {name: one.report for name, one in decided.items()}
+    if loss is None:
+        return Report(tuple(reports.values()), 0.0)
+    reductions = {name: one.reduction for name, one in decided.items() if one.change and one.reduction is not None}
+    together, alone = predicted_rises(layers, reductions, loss)
+    for name, rise in alone.items():
+        reports[name] = replace(reports[name], predicted_loss=rise)
+    return Report(tuple(reports.values()), 0.0, together)
 
 
 def _check_finite(layers: Layers) -> None:
@@ -178,32 +240,32 @@ def _decide(kept: LayerReport, cuts: MadeCuts, states: int, rule: RankRule) -> _
     present = kept.states_before
     proposal = cuts.proposal(kept.name, states, rule) if passes_gate(present, states, rule) else None
     if proposal is None:
-        return replace(kept, reason=f"less than {rule.min_reduction:.0%} of {present} states would go"), None
+        return _Decision(replace(kept, reason=f"less than {rule.min_reduction:.0%} of {present} states would go"))
     known = replace(kept, certificate=proposal.certificate)
     if proposal.change is None:
-        return replace(known, outcome="refused", reason=proposal.reason), None
+        return _Decision(replace(known, outcome="refused", reason=proposal.reason))
     report = replace(known, outcome="cut", states_after=proposal.states, energy_kept=proposal.energy_kept)
-    return replace(report, poles_before=proposal.poles_before, poles_after=proposal.poles_after), proposal.change
+    report = replace(report, poles_before=proposal.poles_before, poles_after=proposal.poles_after)
+    return _Decision(report, proposal.change, proposal.reduction)
 
 
 def _unless_shared(decision: _Decision, layer: nn.Module, shared: _Owners) -> _Decision:
     """The decision, refused if it writes a parameter that is shared with a module outside the layer."""
-    report, change = decision
-    other = None if change is None else _also_used(shared, layer, change)
+    other = None if decision.change is None else _also_used(shared, layer, decision.change)
     if other is None:
         return decision
-    return _refused(report, f"{other[0]} is also {other[1]}, which would change with it"), None
+    return _Decision(_refused(decision.report, f"{other[0]} is also {other[1]}, which would change with it"))
 
 
 def _all_or_none(decided: Mapping[str, _Decision], alike: Sequence[str]) -> dict[str, _Decision]:
     """The decisions, with no cut in layers that must share one state dimension if one of them cannot be cut."""
-    refused = [name for name in decided if name in alike and decided[name][0].outcome == "refused"]
+    refused = [name for name in decided if name in alike and decided[name].report.outcome == "refused"]
     if not refused:
         return dict(decided)
     reason = f"{refused[0]} was refused, and the layers of this model share one state dimension"
     return {
-        name: (_refused(report, reason), None) if name in alike and change is not None else (report, change)
-        for name, (report, change) in decided.items()
+        name: _Decision(_refused(one.report, reason)) if name in alike and one.change is not None else one
+        for name, one in decided.items()
     }
 
 

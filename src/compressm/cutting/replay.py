@@ -170,8 +170,8 @@ class _Replay:
     ) -> None:
         self.name, self.padding, self.run = name, padding, run or _called
         _, self.adapter = layers_that_need_data(layer).get("", (layer, None))
-        self.smaller = _copy(layer, change)
-        self.of_halves = [_copy(layer, one) for one in by_halves]
+        self.smaller = cut_copy(layer, change)
+        self.of_halves = [cut_copy(layer, one) for one in by_halves]
         self.dealer = Dealer()
         self.sums = [0.0, 0.0, 0.0, 0.0]
         self.failed = ""
@@ -231,7 +231,8 @@ def _called(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
     return layer(*args, **kwargs)
 
 
-def _copy(layer: nn.Module, change: LayerChange) -> nn.Module:
+def cut_copy(layer: nn.Module, change: LayerChange) -> nn.Module:
+    """A copy of a layer with a change written into it, in evaluation mode."""
     smaller = copy.deepcopy(layer).eval()
     write(smaller, change)
     tell_written(smaller)
@@ -277,4 +278,4 @@ def _sequence(output: Any) -> Tensor:
     raise TypeError(f"no sequence in a layer's output of type {type(output).__name__}")
 
 
-__all__ = ["Errors", "NotMeasuredWarning", "errors_on_data", "errors_on_samples"]
+__all__ = ["Errors", "NotMeasuredWarning", "cut_copy", "errors_on_data", "errors_on_samples"]

@@ -32,6 +32,8 @@ class LayerReport:
             from half of the sequences and measured on the other half. None if the cut does not depend on the data
             (time-invariant layers), if there is only one sequence, and during training.
         poles_before, poles_after: eigenvalues of a linear time-invariant layer that was cut; empty otherwise.
+        predicted_loss: rise of the loss predicted for the cut of this layer alone, in nats per prediction; see
+            `compressm.observing.damage`. None without evidence from the loss.
     """
 
     name: str
@@ -46,6 +48,7 @@ class LayerReport:
     error_held_out: float | None = None
     poles_before: tuple[complex, ...] = ()
     poles_after: tuple[complex, ...] = ()
+    predicted_loss: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
@@ -76,10 +79,21 @@ class Report:
     error, and the H-infinity error with its bound. The expected error of a linear time-invariant layer is the relative
     H2 error, which holds under white noise. That of a selective layer is the error of its recurrence, before the norm
     and the projection that follow.
+
+    Attributes:
+        layers: in the model's order.
+        seconds: duration.
+        predicted_loss: rise of the loss predicted for all cuts together, in nats per prediction. None without evidence
+            from the loss.
+        measured_loss: the same, measured on held-out data before the cut was written; see `compressm.cutting.rise`.
+        measured_loss_error: standard error of ``measured_loss``.
     """
 
     layers: tuple[LayerReport, ...]
     seconds: float
+    predicted_loss: float | None = None
+    measured_loss: float | None = None
+    measured_loss_error: float | None = None
 
     @property
     def cut(self) -> bool:
@@ -93,7 +107,9 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
-        return {"seconds": self.seconds, "layers": [layer.to_dict() for layer in self.layers]}
+        rise = {name: getattr(self, name) for name in ("predicted_loss", "measured_loss", "measured_loss_error")}
+        known = {name: value for name, value in rise.items() if value is not None}
+        return {"seconds": self.seconds, **known, "layers": [layer.to_dict() for layer in self.layers]}
 
     def __str__(self) -> str:
         titles = f"{'on data':>9} {'held out':>9} {'expected':>9} {'H∞ error':>10} {'bound':>10}"
@@ -105,6 +121,11 @@ class Report:
             numbers = " ".join([*shares, *(_number(value, 10, 3) for value in hinf)])
             outcome = f"{layer.outcome}{': ' + layer.reason if layer.reason else ''}"
             rows.append(f"{layer.name:32} {dims:>14} {numbers}  {outcome}")
+        if self.predicted_loss is not None:
+            rows.append(f"predicted rise of the loss: {self.predicted_loss:.3g} nats per prediction")
+        if self.measured_loss is not None:
+            error = f" ± {self.measured_loss_error:.1g}" if self.measured_loss_error else ""
+            rows.append(f"measured on held-out data:  {self.measured_loss:.3g}{error}")
         return "\n".join(rows)
 
 

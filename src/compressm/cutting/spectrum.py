@@ -16,6 +16,8 @@ from compressm.errors import MissingExtraError, UnsupportedModelError
 from compressm.observing.moments import gather
 from compressm.theory.balanced import Balanced
 from compressm.theory.balancing import Method, balance
+from compressm.theory.covariance import balance_covariances
+from compressm.theory.evidence import Covariances
 from compressm.theory.ranks import RankRule, choose_ranks
 from compressm.theory.recurrence import Moments, balance_selective
 from compressm.theory.systems import DiagonalSystem
@@ -131,7 +133,10 @@ class Spectrum:
 
 
 def balance_layers(
-    model: nn.Module, method: Method = "real", moments: Mapping[str, Moments] | None = None
+    model: nn.Module,
+    method: Method = "real",
+    moments: Mapping[str, Moments] | None = None,
+    covariances: Mapping[str, Covariances] | None = None,
 ) -> dict[str, Balanced]:
     """Balance every layer that has a state, by layer name.
 
@@ -139,6 +144,7 @@ def balance_layers(
         model: only read.
         method: for linear time-invariant layers, see `balancing`.
         moments: of every selective layer, from `statistics`.
+        covariances: moments of states and adjoint states of linear layers. Those without are balanced by white noise.
 
     Raises:
         UnsupportedModelError: no layer, or a selective one without moments.
@@ -153,7 +159,8 @@ def balance_layers(
                 f"{name!r} is a selective layer, and what its states carry depends on the data: pass data=, some "
                 "batches of the model's inputs"
             )
-        balancings[name] = adapter.balance(layer, (moments or {}).get(name), method)
+        evidence = (moments if adapter.needs_data else covariances) or {}
+        balancings[name] = adapter.balance(layer, evidence.get(name), method)
     return balancings
 
 
@@ -186,6 +193,8 @@ def snapshot_state(balancing: Balanced) -> Any:
 
 def snapshot(state: Any, method: Method) -> Balanced:
     """The inverse of `snapshot_state`."""
+    if isinstance(state, Mapping) and "evidence" in state:
+        return balance_covariances(DiagonalSystem(*state["system"]), Covariances(**state["evidence"]))
     if isinstance(state, Mapping):
         return balance_selective(Moments(**state))
     return balance(DiagonalSystem(*state), method)

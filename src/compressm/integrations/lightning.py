@@ -72,6 +72,8 @@ class CompressionCallback(Callback):
             "followers": _averages(trainer),
             **self._arguments,
         }
+        if arguments.get("gramians") == "loss":  # Lightning divides the loss by the number of accumulated batches
+            arguments.setdefault("loss_scale", 1 / trainer.accumulate_grad_batches)
         self.compressor = Compressor(pl_module, trainer.optimizers[0], **arguments)
         self._global_step = trainer.global_step
         if self._loaded is not None:

@@ -23,7 +23,7 @@ except ImportError as error:
 log = logging.getLogger(__name__)
 _RECORD = "compressm"
 # The parts of the compressor's state that are tensors. The Trainer's own state is JSON, so they are saved beside it.
-_TENSORS = ("observed", "probe", "moments", "samples")
+_TENSORS = ("observed", "probe", "moments", "samples", "gradients")
 
 
 class CompressionCallback(TrainerCallback):
@@ -70,6 +70,8 @@ class CompressionCallback(TrainerCallback):
         if arguments.get("max_drop") is not None and arguments.get("evaluate") is None:
             self._check_metric()
             arguments["evaluate"] = self._evaluate
+        if arguments.get("gramians") == "loss":  # the Trainer divides the loss by the number of accumulated batches
+            arguments.setdefault("loss_scale", 1 / args.gradient_accumulation_steps)
         self.compressor = Compressor(self._model, self.trainer.optimizer, state.max_steps, **arguments)
         if _RECORD in _records(state):
             self._resume(args, state)
@@ -83,12 +85,12 @@ class CompressionCallback(TrainerCallback):
         # A checkpoint of this step holds this record; on_save adds its tensors.
         record = self.compressor.state_dict()
         _records(state)[_RECORD] = {key: value for key, value in record.items() if key not in _TENSORS}
-        _records(state)[_RECORD]["beside"] = [key for key in _TENSORS if record[key]]
+        _records(state)[_RECORD]["beside"] = [key for key in _TENSORS if record.get(key)]
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if state.is_world_process_zero and self.compressor is not None:
             record = self.compressor.state_dict()
-            tensors = {key: record[key] for key in _TENSORS if record[key]}
+            tensors = {key: record[key] for key in _TENSORS if record.get(key)}
             if tensors and (folder := _checkpoint(args, state)).is_dir():
                 save_tree(folder / _RECORD, tensors)
 

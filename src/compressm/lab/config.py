@@ -14,6 +14,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from compressm.cutting.carry import Carry
 from compressm.errors import ConfigError
+from compressm.observing.loss_evidence import Gramians
+from compressm.observing.observer import Terms
 from compressm.theory.balancing import Method
 from compressm.theory.pruning import SCORES
 from compressm.theory.selection import Selection
@@ -214,6 +216,7 @@ class CompressionConfig(Section):
     fraction: float | None = _option("fraction")
     max_error: float | None = _option("max_error")
     total_states: int | None = _option("total_states")
+    max_loss: float | None = _option("max_loss")
     max_drop: float | None = _option("max_drop")
     cuts: int = _option("cuts")
     window: float = _option("window")
@@ -224,6 +227,9 @@ class CompressionConfig(Section):
     method: Method = _option("method")
     selection: Selection = _option("selection")
     per_layer: bool = _option("per_layer")
+    gramians: Gramians = _option("gramians")
+    loss_terms: Terms = _option("loss_terms")
+    loss_scale: float = _option("loss_scale")
     carry: Carry = _option("carry")
     check_after: int | None = _option("check_after")
     on_setback: OnSetback = _option("on_setback")

@@ -26,9 +26,11 @@ import torch
 from torch import Tensor, nn
 
 from compressm.observing.adjoints import readings, run
+from compressm.theory.balanced import Balanced
+from compressm.theory.balancing import Reduction
 from compressm.theory.budget import calibrated, linear_curve
 from compressm.theory.covariance import CovarianceBalancing, truncate_covariances
-from compressm.theory.recurrence import SelectiveBalancing, SelectiveReduction
+from compressm.theory.recurrence import SelectiveReduction
 from compressm.theory.systems import DiagonalSystem
 
 # Largest number of entries in one tensor of states: 16 MB of float32.
@@ -36,7 +38,7 @@ _BLOCK = 2**22
 
 
 @dataclass(frozen=True)
-class Sample:
+class LinearSample:
     """One call of a linear layer: its input, and the gradient of every sequence's own loss at its output.
 
     Attributes:
@@ -49,14 +51,18 @@ class Sample:
     g: Tensor
     lengths: Tensor | None = None
 
-    def part(self, rows: slice) -> Sample:
+    def tensors(self) -> list[Tensor | None]:
+        """The attributes, for a checkpoint."""
+        return [self.u, self.g, self.lengths]
+
+    def part(self, rows: slice) -> LinearSample:
         """Some of the sequences."""
-        return Sample(self.u[rows], self.g[rows], None if self.lengths is None else self.lengths[rows])
+        return LinearSample(self.u[rows], self.g[rows], None if self.lengths is None else self.lengths[rows])
 
 
 @torch.no_grad()
 def linear_changes(
-    layer: nn.Module, system: DiagonalSystem, reduced: DiagonalSystem, calls: Sequence[Sample]
+    layer: nn.Module, system: DiagonalSystem, reduced: DiagonalSystem, calls: Sequence[LinearSample]
 ) -> Tensor:
     """The first-order change of every sequence's loss if a linear layer computed the reduced system.
 
@@ -78,7 +84,7 @@ def linear_changes(
 
 
 def linear_damages(
-    layer: nn.Module, balancing: CovarianceBalancing, passes: Sequence[Sequence[Sample]], points: int = 8
+    layer: nn.Module, balancing: CovarianceBalancing, passes: Sequence[Sequence[LinearSample]], points: int = 8
 ) -> Tensor:
     """The damage curve of a linear layer, with cuts to some ranks tried on samples.
 
@@ -107,7 +113,7 @@ def linear_damages(
 
 
 def selective_damages(
-    balancing: SelectiveBalancing,
+    balancing: Balanced,
     passes: Sequence[Tensor],
     reduce: Callable[[int], SelectiveReduction],
     points: int = 8,
@@ -139,7 +145,7 @@ def _through(curve: Tensor, tried: Callable[[int], float | None], points: int) -
     return calibrated(curve, damages)
 
 
-def _changes(layer: nn.Module, difference: DiagonalSystem, call: Sample) -> Tensor:
+def _changes(layer: nn.Module, difference: DiagonalSystem, call: LinearSample) -> Tensor:
     change = torch.zeros(call.u.shape[0], dtype=torch.float64)
     for one in readings(layer, difference, call.u, call.g, None, call.lengths):
         x = run(difference.lam, difference.B, one.u)
@@ -182,4 +188,66 @@ def divergence(changes: Iterable[Tensor]) -> float:
     return float(total.square().mean() / 2)
 
 
-__all__ = ["Sample", "divergence", "linear_changes", "linear_damages", "selective_changes", "selective_damages"]
+def changes_of(
+    layer: nn.Module,
+    system: DiagonalSystem | None,
+    reduction: Reduction | SelectiveReduction,
+    passes: Sequence[Sequence[LinearSample] | Tensor],
+) -> Tensor:
+    """The first-order change of every sequence's loss if a layer is reduced.
+
+    Args:
+        layer: the layer before the cut.
+        system: that it computes, if it is time-invariant.
+        reduction: of this layer.
+        passes: from `Observer.samples`.
+
+    Returns:
+        float64, shape ``(sequences,)``.
+    """
+    if isinstance(reduction, SelectiveReduction):
+        return selective_changes(torch.cat([one for one in passes if isinstance(one, Tensor)]), reduction)
+    assert system is not None
+    calls = [one for one in passes if not isinstance(one, Tensor)]
+    return torch.cat([linear_changes(layer, system, reduction.system, each) for each in calls])
+
+
+def damage_curve(
+    layer: nn.Module,
+    balanced: Balanced,
+    passes: Sequence[Sequence[LinearSample] | Tensor],
+    reduce: Callable[[int], Reduction | SelectiveReduction | None],
+    points: int = 8,
+) -> Tensor:
+    """The damage curve of a layer of either kind; see `linear_damages` and `selective_damages`.
+
+    Args:
+        layer: the layer before the cut.
+        balanced: the layer.
+        passes: from `Observer.samples`.
+        reduce: reduces the layer to a number of states.
+        points: see `linear_damages`.
+    """
+    gradients = [one for one in passes if isinstance(one, Tensor)]
+    if isinstance(balanced, CovarianceBalancing):
+        calls = [one for one in passes if not isinstance(one, Tensor)]
+        return linear_damages(layer, balanced, calls, points)
+
+    def selected(states: int) -> SelectiveReduction:
+        reduction = reduce(states)
+        assert isinstance(reduction, SelectiveReduction)
+        return reduction
+
+    return selective_damages(balanced, gradients, selected, points)
+
+
+__all__ = [
+    "LinearSample",
+    "changes_of",
+    "damage_curve",
+    "divergence",
+    "linear_changes",
+    "linear_damages",
+    "selective_changes",
+    "selective_damages",
+]

@@ -48,9 +48,15 @@ def calls(model: nn.Module, data: Any) -> Iterator[Call]:
     Raises:
         ConfigError: data without a batch, or that the model cannot take.
     """
+    for call, _ in calls_and_batches(model, data):
+        yield call
+
+
+def calls_and_batches(model: nn.Module, data: Any) -> Iterator[tuple[Call, Any]]:
+    """As `calls`, each with the batch that it was made of."""
     expected, count = Expected.of(model), 0
     for batch in _batches(expected, data):
-        yield call_of(expected, batch, f"batch {count} of data")
+        yield call_of(expected, batch, f"batch {count} of data"), batch
         count += 1
     if not count:
         raise ConfigError(

@@ -35,13 +35,7 @@ def sampled_losses(output: Any, likelihood: Likelihood, present: Tensor | None =
     Raises:
         ConfigError: an unknown likelihood, or an output that is no such tensor.
     """
-    prediction: Any = output if isinstance(output, Tensor) else getattr(output, "logits", None)
-    if not isinstance(prediction, Tensor) or prediction.ndim < 2 or not prediction.is_floating_point():
-        raise ConfigError(
-            "the model must return a tensor of shape (batch, ..., classes or channels), or an object with such logits; "
-            f"got {type(output).__name__}: pass a function that returns the loss of every sequence"
-        )
-    prediction = prediction.float() if prediction.dtype in (torch.float16, torch.bfloat16) else prediction
+    prediction = prediction_of(output)
     if likelihood == "classification":
         flat = prediction.flatten(0, -2)
         targets = torch.multinomial(flat.detach().softmax(-1), 1)[:, 0]
@@ -56,4 +50,41 @@ def sampled_losses(output: Any, likelihood: Likelihood, present: Tensor | None =
     return losses.flatten(1).sum(1) if losses.ndim > 1 else losses
 
 
-__all__ = ["Likelihood", "sampled_losses"]
+def prediction_of(output: Any) -> Tensor:
+    """The logits or means in a model's output, shape ``(batch, ..., classes or channels)``, at least float32.
+
+    Raises:
+        ConfigError: there is no such tensor.
+    """
+    prediction: Any = output if isinstance(output, Tensor) else getattr(output, "logits", None)
+    if not isinstance(prediction, Tensor) or prediction.ndim < 2 or not prediction.is_floating_point():
+        raise ConfigError(
+            "the model must return a tensor of shape (batch, ..., classes or channels), or an object with such logits; "
+            f"got {type(output).__name__}: pass a function that returns the loss of every sequence"
+        )
+    return prediction.float() if prediction.dtype in (torch.float16, torch.bfloat16) else prediction
+
+
+def divergences(before: Any, after: Any, likelihood: Likelihood, present: Tensor | None = None) -> Tensor:
+    """The Kullback-Leibler divergence of one model's predictions from another's, for every prediction.
+
+    Args:
+        before, after: outputs of both models on the same inputs; see `sampled_losses` for their forms.
+        likelihood: see `sampled_losses`. ``"regression"``: both predict a normal distribution of unit variance.
+        present: see `sampled_losses`.
+
+    Returns:
+        float64, in nats, one entry for every prediction that is not padding, shape ``(predictions,)``.
+    """
+    old, new = prediction_of(before).double(), prediction_of(after).double()
+    if likelihood == "classification":
+        old, new = old.log_softmax(-1), new.log_softmax(-1)
+        found = (old.exp() * (old - new)).sum(-1)
+    else:
+        found = (old - new).square().sum(-1) / 2
+    if present is not None and found.shape == present.shape:
+        return found[present.bool()]
+    return found.flatten()
+
+
+__all__ = ["Likelihood", "divergences", "prediction_of", "sampled_losses"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import torch
@@ -14,21 +14,19 @@ from torch.utils.hooks import RemovableHandle
 from compressm.adapters import LayerAdapter, find_layers
 from compressm.errors import ConfigError, InvalidSystemError, UnsupportedModelError
 from compressm.observing.calls import Call, LinearCall, as_evidence, call_of_layer
-from compressm.observing.damage import Sample
+from compressm.observing.damage import LinearSample
 from compressm.observing.hooks import OwnHook
-from compressm.observing.labels import Likelihood, sampled_losses
 from compressm.observing.layer_calls import named_arguments
 from compressm.observing.masks import can_be_masked
-from compressm.observing.moments import MEMORY, modes_kept
+from compressm.observing.moments import MEMORY
 from compressm.observing.padding import Padding
 from compressm.runtime.processes import gathered, summed_tensors
-from compressm.runtime.random_state import rng_state, set_rng_state
 from compressm.theory.evidence import Covariances
 from compressm.theory.fisher import MaskFisher
 
 Terms = Literal["sequences", "tokens", "sum"]
 Evidence = Covariances | MaskFisher
-Kept = tuple[Sample, ...] | Tensor
+Kept = tuple[LinearSample, ...] | Tensor
 
 
 class Observer:
@@ -90,6 +88,7 @@ class Observer:
         self._layers = {name: both for name, both in found.items() if name not in self.unsupported}
         self._model, self._observed, self._passes = model, dict[str, Evidence](), 0
         self._samples: dict[str, dict[int, Kept]] = {}
+        self._counted = [0.0, 0.0]  # sequences, and predictions that the loss was made of
         self._hooks: list[RemovableHandle] = []
         self._pass = _Pass(model)
         self._eager: Any = None
@@ -145,6 +144,7 @@ class Observer:
         """Drop all evidence."""
         self._observed.clear()
         self._samples.clear()
+        self._counted = [0.0, 0.0]
 
     def evidence(self) -> dict[str, Evidence]:
         """The evidence by layer name. If `torch.distributed` is initialised, it is summed over all processes, and every
@@ -173,16 +173,47 @@ class Observer:
         numbers = sorted(set.intersection(*common)) if common else []
         return {name: [passes[number] for number in numbers] for name, passes in self._samples.items()}
 
+    @property
+    def predictions_per_sequence(self) -> float:
+        """How many predictions the loss of a sequence sums: its tokens, or 1."""
+        sequences, predictions = self._counted
+        return predictions / sequences if sequences else 1.0
+
+    def count(self, sequences: int, predictions: float | None) -> None:
+        """Count sequences, and the predictions that their losses sum; None for one per sequence."""
+        self._counted[0] += sequences
+        self._counted[1] += sequences if predictions is None else predictions
+
     def state_dict(self) -> dict[str, Any]:
-        """The evidence, as dicts of tensors."""
-        return {name: value.tensors() for name, value in self._observed.items()}
+        """The evidence and the samples, as dicts and lists of tensors."""
+        samples = {
+            name: {
+                str(number): one if isinstance(one, Tensor) else [sample.tensors() for sample in one]
+                for number, one in passes.items()
+            }
+            for name, passes in self._samples.items()
+        }
+        return {
+            "evidence": {name: value.tensors() for name, value in self._observed.items()},
+            "samples": samples,
+            "counted": list(self._counted),
+            "passes": self._passes,
+        }
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Restore the evidence that `state_dict` returned."""
         self._observed = {
             name: Covariances(**tensors) if "states" in tensors else MaskFisher(**tensors)
-            for name, tensors in state_dict.items()
+            for name, tensors in state_dict["evidence"].items()
         }
+        self._samples = {
+            name: {
+                int(number): one if isinstance(one, Tensor) else tuple(LinearSample(*sample) for sample in one)
+                for number, one in passes.items()
+            }
+            for name, passes in state_dict["samples"].items()
+        }
+        self._counted, self._passes = list(state_dict["counted"]), int(state_dict["passes"])
 
     def add(self, now: _Pass, name: str, call: Call, g: Tensor) -> None:
         """Add one call of a layer.
@@ -196,6 +227,8 @@ class Observer:
         batch, length = g.shape[:2]
         tokens = batch * length if call.present is None else float(call.present.sum())
         terms = {"sequences": batch, "tokens": tokens, "sum": 1}[self.terms]
+        if self.terms != "sum":
+            self.count(batch, tokens if self.terms == "tokens" else None)
         call, g = call.first(self.sequences), g[: self.sequences]
         g = g.to(torch.promote_types(g.dtype, torch.float32)) * (terms / now.loss_scale)
         if not (call.finite() and bool(torch.isfinite(g).all())):
@@ -214,7 +247,7 @@ class Observer:
         if isinstance(call, LinearCall):
             before = passes.get(now.number, ())
             assert isinstance(before, tuple)
-            passes[now.number] = (*before, Sample(call.u, g, call.lengths))
+            passes[now.number] = (*before, LinearSample(call.u, g, call.lengths))
         else:
             run: Tensor = now.runs[name]
             if any(_sequences(one).shape[1:] != run.shape[1:] for one in passes.values()):
@@ -312,66 +345,4 @@ def _summed(observed: Evidence) -> Evidence:
     return type(observed)(**summed_tensors(observed.tensors()))
 
 
-def gather_evidence(
-    model: nn.Module,
-    data: Iterable[Any],
-    loss: Likelihood | Callable[[Any, Any], Tensor] = "classification",
-    sequences: int | None = None,
-    keep: int = 0,
-) -> Observer:
-    """Evidence of every layer of a model that can be observed, over some data.
-
-    Args:
-        model: called in evaluation mode. The modes of all its parts, gradients and the random state are restored.
-        data: batches: a tensor, a mapping of keyword arguments, or a list or tuple whose first element is the input.
-        loss: ``"classification"`` or ``"regression"``, with targets drawn from the model's own prediction, see
-            `labels`; or a function of the model's output and the batch that returns the loss of every sequence, shape
-            ``(batch,)``, for example with the batch's own labels.
-        sequences: how many sequences of each batch are used; by default all.
-        keep: see `Observer`.
-
-    Returns:
-        an observer that has seen the data; see its `Observer.evidence`.
-
-    Raises:
-        UnsupportedModelError: no layer that compressm knows.
-        ConfigError: an output that does not fit the likelihood.
-    """
-    observer = Observer(model, "sum", sequences, memory=1.0, keep=keep)
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    rng = rng_state()
-    try:
-        with modes_kept(model), torch.enable_grad():
-            model.eval()
-            for parameter in trained:  # only gradients of activations are needed
-                parameter.requires_grad_(False)
-            for batch in data:
-                observer.observe_next(training_only=False, frozen=True)
-                _losses(model, batch, loss).sum().backward()
-    finally:
-        observer.close()
-        for parameter in trained:
-            parameter.requires_grad_()
-        set_rng_state(rng)
-    return observer
-
-
-def _losses(model: nn.Module, batch: Any, loss: Likelihood | Callable[[Any, Any], Tensor]) -> Tensor:
-    if isinstance(batch, Mapping):
-        inputs, output = next(iter(batch.values())), model(**batch)
-        present = batch.get("attention_mask")
-    else:
-        inputs = batch[0] if isinstance(batch, list | tuple) else batch
-        present, output = None, model(inputs)
-    if callable(loss):
-        losses = loss(output, batch)
-        if losses.shape != inputs.shape[:1]:
-            raise ConfigError(
-                f"loss must return the loss of every sequence, shape {tuple(inputs.shape[:1])}; got "
-                f"{tuple(losses.shape)}: use reduction='none', and sum over tokens"
-            )
-        return losses
-    return sampled_losses(output, loss, present)
-
-
-__all__ = ["Evidence", "Kept", "Observer", "Terms", "gather_evidence"]
+__all__ = ["Evidence", "Kept", "Observer", "Terms"]

@@ -63,8 +63,11 @@ def _lines(event: Event) -> list[str]:
 
 
 def _certificate(values: Mapping[str, Any]) -> str:
-    if "bound" in values:
+    if values.get("bound") is not None:
         return f"; H-infinity error {values['hinf_error']:.3g}, its bound {values['bound']:.3g}"
+    if "relative_output_error" in values:
+        expected = values["relative_output_error"] ** 0.5
+        return f"; balanced by data and loss, expected error of its output {expected:.2%}"
     if "relative_error" in values:
         expected, least = values["relative_error"], values["least_error"]
         return f"; expected error of the recurrence {expected:.2%}, least possible {least:.2%}"

@@ -20,7 +20,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -70,7 +70,7 @@ class Balancing(Balanced):
         """``(P^1/2 Q P^1/2)^1/2`` in the layer's own coordinates, shape ``(*batch, m, m)``."""
         return hankel_operator(self.factor_P @ self.factor_P.mH, self.factor_Q)
 
-    def state(self) -> list[Tensor]:
+    def state(self) -> Any:
         """The system's ``lam``, ``B`` and ``C``."""
         return [self.system.lam, self.system.B, self.system.C]
 
@@ -81,6 +81,10 @@ class Balancing(Balanced):
         flat = (x.reshape(math.prod(batch), *x.shape[len(batch) :]) for x in tensors)
         for lam, B, C, *factors in zip(*flat, strict=True):
             yield Factors(DiagonalSystem(lam, B, C, system.real_output), self.method, *factors)
+
+    def truncated(self, states: int, exceed: bool = False) -> Reduction:
+        """Cut to at most ``states`` complex states; see `truncate`."""
+        return truncate(self, states, exceed)
 
     def rearranged(self, order: Literal["smallest", "random"]) -> Balancing:
         """A copy with the complex states in another order, for comparisons. `truncate` keeps the first states.
@@ -133,9 +137,9 @@ class Reduction:
 
     @property
     def discarded(self) -> Tensor:
-        """Hankel energy that the cut discards from each system, half of the error bound, shape ``(*batch,)``."""
-        bounds = torch.tensor([one.bound for one in self.certificates], dtype=torch.float64)
-        return bounds.reshape(self.system.batch_shape) / 2
+        """Hankel energy that the cut discards from each system, shape ``(*batch,)``."""
+        discarded = torch.tensor([one.discarded for one in self.certificates], dtype=torch.float64)
+        return discarded.reshape(self.system.batch_shape)
 
     def padded(self, states: int) -> Reduction:
         """The same system with ``states`` states, if it has fewer.

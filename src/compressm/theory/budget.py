@@ -1,4 +1,4 @@
-"""How many states each layer keeps, by the predicted damage: the rise of a sequence's loss, in nats.
+"""How many states each layer keeps, by the predicted damage: the rise of the loss, in nats.
 
 Every layer has a *damage curve*: the predicted damage of keeping 0, 1, ..., n states, decreasing to 0. The damages of
 several layers add up.
@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -21,6 +22,40 @@ from torch import Tensor
 from compressm.errors import InvalidRankRuleError
 
 FLOOR = 1 / 16  # of a layer's states
+
+
+@dataclass(frozen=True)
+class Offer:
+    """The sizes that some layers can have in common.
+
+    Attributes:
+        sizes: ascending.
+        damages: predicted damage of each size, decreasing, summed over the layers.
+        layers: how many they are.
+    """
+
+    sizes: Sequence[int]
+    damages: Sequence[float]
+    layers: int = 1
+
+    @classmethod
+    def of(cls, curves: Sequence[Tensor], sizes: Sequence[int], floor: float = FLOOR) -> Offer:
+        """The offer of layers with these damage curves.
+
+        Args:
+            curves: one per layer, shape ``(n + 1,)``.
+            sizes: the sizes that they can have, ascending.
+            floor: share of its states that every layer keeps, rounded up.
+
+        Raises:
+            InvalidRankRuleError: a share out of range.
+        """
+        if not 0 <= floor <= 1:
+            raise InvalidRankRuleError(f"floor must be a share in [0, 1]; got {floor!r}")
+        least = max(math.ceil(floor * (curve.shape[0] - 1)) for curve in curves)
+        allowed = [size for size in sizes if size >= least] or list(sizes[-1:])
+        damages = [sum(float(curve[size]) for curve in curves) for size in allowed]
+        return cls(allowed, damages, len(curves))
 
 
 def linear_curve(damage: Tensor) -> Tensor:
@@ -51,71 +86,67 @@ def calibrated(curve: Tensor, measured: Mapping[int, float]) -> Tensor:
     return scaled.flip(0).cummax(0).values.flip(0)
 
 
-def within_loss(curves: Mapping[str, Tensor], max_loss: float, floor: float = FLOOR) -> dict[str, int]:
-    """The fewest states, over all layers, whose predicted damage is at most ``max_loss`` nats per sequence.
-
-    Args:
-        curves: per layer, shape ``(n + 1,)``.
-        max_loss: at least 0.
-        floor: share of its states that every layer keeps, rounded up.
+def within_loss(offers: Sequence[Offer], max_loss: float) -> list[int]:
+    """The sizes with the fewest states, over all layers, whose predicted damage is at most ``max_loss`` nats.
 
     Raises:
         InvalidRankRuleError: a number out of range.
     """
     if not (math.isfinite(max_loss) and max_loss >= 0):
         raise InvalidRankRuleError(f"max_loss must be a number of at least 0, in nats; got {max_loss!r}")
-    return _cheapest(curves, floor, stop=lambda damage, _: damage > max_loss)
+    return _cheapest(offers, lambda damage, _: damage <= max_loss)
 
 
-def within_states(curves: Mapping[str, Tensor], total: int, floor: float = FLOOR) -> dict[str, int]:
-    """Distribute ``total`` states over the layers such that the predicted damage is least.
+def within_states(offers: Sequence[Offer], total: int) -> list[int]:
+    """The sizes of at most ``total`` states over all layers whose predicted damage is least.
 
     Raises:
-        InvalidRankRuleError: a total below the layers' floors.
+        InvalidRankRuleError: a total below the layers' least sizes.
     """
-    least = sum(_floors(curves, floor).values())
+    least = sum(offer.layers * offer.sizes[0] for offer in offers)
     if total < least:
         raise InvalidRankRuleError(f"total_states={total} is less than the {least} that the layers' floors need")
-    return _cheapest(curves, floor, stop=lambda _, states: states < total)
+    return _cheapest(offers, lambda _, states: states > total)
 
 
-def _floors(curves: Mapping[str, Tensor], floor: float) -> dict[str, int]:
-    if not 0 <= floor <= 1:
-        raise InvalidRankRuleError(f"floor must be a share in [0, 1]; got {floor!r}")
-    return {name: max(1, math.ceil(floor * (curve.shape[0] - 1))) for name, curve in curves.items()}
+def _cheapest(offers: Sequence[Offer], take: Callable[[float, int], bool]) -> list[int]:
+    """Remove states where this costs least, as long as ``take`` allows it.
 
+    Each offer's damages are replaced by their lower convex hull, along which the next step is always the cheapest.
 
-def _cheapest(curves: Mapping[str, Tensor], floor: float, stop: Callable[[float, int], bool]) -> dict[str, int]:
-    """Remove states where this costs least, as long as ``stop`` allows it.
-
-    Each layer's curve is replaced by its lower convex hull, along which the next step is always the cheapest.
+    Args:
+        take: whether to take a step, by the damage after it and the states of all layers before it.
     """
-    floors = _floors(curves, floor)
-    ranks = {name: curve.shape[0] - 1 for name, curve in curves.items()}
-    damage = 0.0
-    queue = [step for name, curve in curves.items() if (step := _next_step(name, curve, ranks[name], floors[name]))]
+    places = [len(offer.sizes) - 1 for offer in offers]
+    states = sum(offer.layers * offer.sizes[-1] for offer in offers)
+    damage = sum(offer.damages[-1] for offer in offers)
+    queue = [step for index, offer in enumerate(offers) if (step := _next_step(index, offer, places[index]))]
     heapq.heapify(queue)
     while queue:
-        _, name, lower = heapq.heappop(queue)
-        for rank in range(ranks[name] - 1, lower - 1, -1):  # take a step of several states in part if it must stop
-            rise = float(curves[name][rank] - curves[name][ranks[name]])
-            if stop(damage + rise, sum(ranks.values()) - ranks[name] + rank):
+        _, index, lower = heapq.heappop(queue)
+        offer = offers[index]
+        for place in range(places[index] - 1, lower - 1, -1):  # take a step of several sizes in part if it must stop
+            rise = offer.damages[place] - offer.damages[places[index]]
+            if not take(damage + rise, states):
                 break
-            damage, ranks[name] = damage + rise, rank
+            states -= offer.layers * (offer.sizes[places[index]] - offer.sizes[place])
+            damage, places[index] = damage + rise, place
         else:
-            if step := _next_step(name, curves[name], ranks[name], floors[name]):
+            if step := _next_step(index, offer, places[index]):
                 heapq.heappush(queue, step)
-    return ranks
+    return [offer.sizes[place] for offer, place in zip(offers, places, strict=True)]
 
 
-def _next_step(name: str, curve: Tensor, rank: int, floor: int) -> tuple[float, str, int] | None:
-    """The lower rank with the least damage per removed state, and that damage."""
-    if rank <= floor:
+def _next_step(index: int, offer: Offer, place: int) -> tuple[float, int, int] | None:
+    """The place of the smaller size with the least damage per removed state, and that damage."""
+    if place == 0:
         return None
-    lower = torch.arange(floor, rank)
-    slopes = (curve[floor:rank] - curve[rank]) / (rank - lower)
-    best = int(slopes.argmin())
-    return float(slopes[best]), name, floor + best
+    slopes = [
+        (offer.damages[lower] - offer.damages[place]) / (offer.layers * (offer.sizes[place] - offer.sizes[lower]))
+        for lower in range(place)
+    ]
+    best = min(range(place), key=lambda lower: slopes[lower])
+    return slopes[best], index, best
 
 
-__all__ = ["FLOOR", "calibrated", "linear_curve", "within_loss", "within_states"]
+__all__ = ["FLOOR", "Offer", "calibrated", "linear_curve", "within_loss", "within_states"]

@@ -58,6 +58,11 @@ class Certificate:
         """``h2_error / h2_norm`` (0 for a system that is zero)."""
         return self.h2_error / self.h2_norm if self.h2_norm > 0 else 0.0
 
+    @property
+    def discarded(self) -> float:
+        """Hankel energy that the cut discards."""
+        return self.bound / 2
+
     def errors(self) -> tuple[float, float | None, float | None]:
         """The expected relative error, the H-infinity error and its bound, for a table."""
         return self.relative_h2_error, self.hinf_error, self.bound

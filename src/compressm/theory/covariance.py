@@ -61,6 +61,14 @@ class CovarianceBalancing(Balancing):
     alpha_Q: Tensor
     fallbacks: tuple[Fallback, ...]
 
+    def truncated(self, states: int, exceed: bool = False) -> Reduction:
+        """Cut to at most ``states`` complex states; see `truncate_covariances`."""
+        return truncate_covariances(self, states, exceed)
+
+    def state(self) -> Any:
+        """The system's ``lam``, ``B`` and ``C``, and the moments."""
+        return {"system": super().state(), "evidence": self.evidence.tensors()}
+
     @property
     def damage(self) -> Tensor:
         """Estimated rise of a sequence's loss if one complex state is removed, in nats, decreasing, shape ``(*batch,
@@ -78,6 +86,7 @@ class CovarianceCertificate(Certificate):
         fallback: which moments were replaced by dominating ones for stability: ``"none"``, ``"states"`` (P),
             ``"adjoints"`` (Q) or ``"both"``.
         alpha_P, alpha_Q: shares of white noise in the moments.
+        discarded_energy: sum of the discarded singular values.
     """
 
     predicted_damage: float = math.nan
@@ -85,6 +94,16 @@ class CovarianceCertificate(Certificate):
     fallback: Fallback = "none"
     alpha_P: float = 0.0
     alpha_Q: float = 0.0
+    discarded_energy: float = math.nan
+
+    @property
+    def discarded(self) -> float:
+        """Hankel energy that the cut discards, in units of the loss."""
+        return self.discarded_energy
+
+    def errors(self) -> tuple[float, float | None, float | None]:
+        """The predicted relative error on the data, and the H-infinity error, which has no bound."""
+        return math.sqrt(self.relative_output_error), self.hinf_error, None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers and strings, for JSON."""
@@ -228,19 +247,20 @@ def _facts(
     system: DiagonalSystem, lam: Tensor, B: Tensor, C: Tensor, bound: float, scale: float, condition: float
 ) -> Certificate:
     """Stability, conditioning, and the errors under white noise, which have no bound here."""
-    del bound
-    return certify(system, lam, B, C, math.inf, scale, condition)
+    facts = certify(system, lam, B, C, math.inf, scale, condition)
+    return CovarianceCertificate(**vars(facts), discarded_energy=bound / 2)
 
 
 def _stability(
     system: DiagonalSystem, lam: Tensor, B: Tensor, C: Tensor, bound: float, scale: float, condition: float
 ) -> Certificate:
     """Stability and conditioning alone."""
-    del C, B, bound, scale
+    del C, B, scale
     radius, unknown = float(lam.abs().max()), math.nan
     failures = () if radius < 1 else (f"the reduced system is unstable: spectral radius {radius:.9g}",)
     errors = (math.inf, unknown, unknown, unknown, unknown)
-    return Certificate(system.n, lam.shape[0], *errors, radius, condition, failures=failures)
+    facts = Certificate(system.n, lam.shape[0], *errors, radius, condition, failures=failures)
+    return CovarianceCertificate(**vars(facts), discarded_energy=bound / 2)
 
 
 def _unstable(reduction: Reduction) -> list[int]:
@@ -257,9 +277,13 @@ def _certified(balancing: CovarianceBalancing, reduction: Reduction) -> Reductio
     damage = predicted_damage(evidence, reduction.left, reduction.right)
     columns = (damage, error, balancing.alpha_P, balancing.alpha_Q)
     rows = zip(*(column.reshape(-1).tolist() for column in columns), strict=True)
+    added = [
+        {"fallback": fallback, **dict(zip(_ADDED, row, strict=True))}
+        for fallback, row in zip(balancing.fallbacks, rows, strict=True)
+    ]
     certificates = tuple(
-        CovarianceCertificate(**vars(one), fallback=fallback, **dict(zip(_ADDED, row, strict=True)))
-        for one, fallback, row in zip(reduction.certificates, balancing.fallbacks, rows, strict=True)
+        replace(one, **facts)  # of the kind CovarianceCertificate, from `_facts` or `_stability`
+        for one, facts in zip(reduction.certificates, added, strict=True)
     )
     return replace(reduction, certificates=certificates)
 

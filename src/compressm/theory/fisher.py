@@ -13,15 +13,15 @@ compensate: the cost is then minimised over their masks too (optimal brain surge
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from compressm.errors import InvalidRankRuleError, InvalidSystemError
 from compressm.theory.recurrence import ErrorEstimate, Moments, SelectiveReduction, balance_selective
-from compressm.theory.selection import compensation
+from compressm.theory.selection import compensation, reduction_by_maps
 from compressm.theory.sums import Sums
 
 EXCHANGES = 10
@@ -181,14 +181,9 @@ def reduce_by_fisher(
     out = into * selection.gains[..., None]
     if takes_over == "least_squares":
         out = torch.stack([compensation(one, kept) for one, kept in zip(P, selection.kept, strict=True)])
-    rest = torch.eye(n, dtype=torch.float64) - out.mT @ into
-    power, lost = float((balancing.W * P).sum()), float((balancing.W * (rest @ P @ rest.mT)).sum())
-    least = float(balancing.hsv[..., into.shape[-2] :].square().sum())
-    error, bound = ((max(value, least, 0.0) / power) ** 0.5 if power > 0 else 0.0 for value in (lost, least))
-    estimate = MaskEstimate(
-        n, into.shape[-2], error, bound, predicted_damage=selection.damage, shrinkage=fisher.shrinkage()
-    )
-    return SelectiveReduction(into, out, selection.kept, estimate, moments)
+    reduction = reduction_by_maps(balancing, into, out, selection.kept)
+    added: dict[str, Any] = {"predicted_damage": selection.damage, "shrinkage": fisher.shrinkage()}
+    return replace(reduction, estimate=MaskEstimate(**vars(reduction.estimate), **added))
 
 
 def damage_curve(fisher: MaskFisher) -> Tensor:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from compressm.errors import InvalidRankRuleError
+from compressm.theory.budget import FLOOR, Offer, within_loss, within_states
 
 # Maps a number of states to the Hankel energy that a cut to it discards in each of a layer's systems, ``(*batch,)``.
 Discards = Callable[[int], Tensor]
@@ -28,10 +29,10 @@ _SAMPLES = 8
 
 @dataclass(frozen=True)
 class RankRule:
-    """The rule that decides the state dimensions. Pass exactly one of the first five arguments.
+    """The rule that decides the state dimensions. Pass exactly one of the first six arguments.
 
-    ``tolerance`` and ``max_error`` promise a quality, and every cut keeps the promise. ``states``, ``fraction`` and
-    ``total_states`` are upper limits. If requirements conflict, the earlier one in this list holds:
+    ``tolerance``, ``max_error`` and ``max_loss`` promise a quality, and every cut keeps the promise. ``states``,
+    ``fraction`` and ``total_states`` are upper limits. If requirements conflict, the earlier one in this list holds:
 
     1. ``max_reduction``: at most this share of a layer's states is removed.
     2. The promise or the limit. A layer that is already within its limit is not cut.
@@ -54,8 +55,12 @@ class RankRule:
         max_error: the H-infinity error allowed per layer, in the units of output per input: the smallest ``r`` with ``2
             sum_{i>r} s_i <= max_error``. Selective layers have no such bound; for them it is twice the Hankel energy
             that the cut discards, which is at least twice the root mean square of the recurrence's output error.
-        total_states: a budget over all layers together. The states with the largest share of their own layer's energy
-            are kept, in whichever layer they are.
+        total_states: a budget over all layers together. Where the rise of the loss is predicted, it is spent such that
+            this rise is least. Otherwise the states with the largest share of their own layer's energy are kept, in
+            whichever layer they are.
+        max_loss: the rise of the loss, in nats per prediction, that a cut may cost over all layers together. It is
+            predicted from data and gradients of the loss, see `compressm.observing.damage`. States are removed in
+            whichever layer this costs least, and every layer keeps at least one state in sixteen.
         multiple_of: prefer state dimensions that are a multiple of this, for efficient hardware kernels; see above.
         min_reduction: cut a layer only if at least this share of its states is removed (0.05: the paper's 0.95 gate).
         max_reduction: remove at most this share of a layer's states, rounded down, whatever the rule says. In (0, 1].
@@ -65,7 +70,7 @@ class RankRule:
             of each, or an equal part of the budget.
 
     Raises:
-        InvalidRankRuleError: none or several of the five rules, a value out of range, or a limit below ``multiple_of``.
+        InvalidRankRuleError: none or several of the six rules, a value out of range, or a limit below ``multiple_of``.
     """
 
     tolerance: float | None = None
@@ -73,13 +78,14 @@ class RankRule:
     fraction: float | None = None
     max_error: float | None = None
     total_states: int | None = None
+    max_loss: float | None = None
     multiple_of: int = 1
     min_reduction: float = 0.05
     max_reduction: float = 1.0
     per_layer: bool = False
 
     def __post_init__(self) -> None:
-        rules = ("tolerance", "states", "fraction", "max_error", "total_states")
+        rules = ("tolerance", "states", "fraction", "max_error", "total_states", "max_loss")
         given = [name for name in rules if getattr(self, name) is not None]
         if len(given) != 1:
             got = ", ".join(f"{name}={getattr(self, name)}" for name in given) or "none"
@@ -89,6 +95,7 @@ class RankRule:
         _check("fraction", self.fraction, lambda v: 0 < v <= 1, "a fraction in (0, 1], for example 0.25")
         _check("max_error", self.max_error, lambda v: v >= 0, "a number of at least 0")
         _check("total_states", self.total_states, lambda v: v >= 1 and v == int(v), "a whole number of at least 1")
+        _check("max_loss", self.max_loss, lambda v: v >= 0, "a number of nats of at least 0, for example 0.01")
         _check("multiple_of", self.multiple_of, lambda v: v >= 1 and v == int(v), "a whole number of at least 1")
         _check("min_reduction", self.min_reduction, lambda v: 0 <= v < 1, "a share in [0, 1)")
         _check("max_reduction", self.max_reduction, lambda v: 0 < v <= 1, "a share in (0, 1]")
@@ -102,8 +109,14 @@ class RankRule:
 
     @property
     def guarantees_error(self) -> bool:
-        """Whether the rule promises an error, which may need a state more, instead of a number of states."""
+        """Whether the rule promises an error of each layer, which may need a state more, instead of a number of
+        states."""
         return self.tolerance is not None or self.max_error is not None
+
+    @property
+    def promises_quality(self) -> bool:
+        """Whether the rule limits the harm of each cut, instead of the number of states."""
+        return self.guarantees_error or self.max_loss is not None
 
 
 def check_choice(name: str, value: object, choices: Any) -> None:
@@ -130,6 +143,7 @@ def choose_ranks(
     *,
     discards: Mapping[str, Discards] | None = None,
     alike: Sequence[str] = (),
+    damages: Mapping[str, Tensor] | None = None,
 ) -> dict[str, int]:
     """The number of states that each layer keeps under a rule, before the gate; see `RankRule` for the precedence.
 
@@ -140,19 +154,23 @@ def choose_ranks(
         rule: the user's rule.
         discards: the energy that cuts discard, for the layers where it is more than that sum.
         alike: names of layers that share one state dimension.
+        damages: per layer, the predicted rise of the loss if 0, 1, ..., n states are kept, in nats per prediction,
+            shape ``(n + 1,)``. ``max_loss`` needs it, and ``total_states`` uses it if there is one for every layer.
 
     Returns:
         per layer a number in ``1..n``; ``n`` means that nothing may be cut.
 
     Raises:
-        InvalidRankRuleError: a budget of fewer states than the layers must keep.
+        InvalidRankRuleError: a budget of fewer states than the layers must keep, or ``max_loss`` without ``damages``.
     """
     present = {name: energy.shape[-1] for name, energy in energies.items()}
     _check_total(rule, present, alike)
     groups = _groups(present, alike)
     sizes = [_sizes([present[name] for name in group], rule) for group in groups]
     made = discards or {}
-    if rule.total_states is not None:
+    if rule.max_loss is not None or (rule.total_states is not None and set(damages or {}) >= set(energies)):
+        chosen = _cheapest_in_loss(groups, sizes, present, rule, damages or {})
+    elif rule.total_states is not None:
         chosen = _shared_budget(groups, sizes, energies, rule.total_states, made)
     elif rule.guarantees_error:
         chosen = [_promised(g, s, energies, rule, made) for g, s in zip(groups, sizes, strict=True)]
@@ -162,6 +180,37 @@ def choose_ranks(
     for group, size in zip(groups, chosen, strict=True):
         ranks |= {} if size is None else dict.fromkeys(group, size)
     return ranks
+
+
+def _cheapest_in_loss(
+    groups: Sequence[Sequence[str]],
+    sizes: Sequence[Sequence[int]],
+    present: Mapping[str, int],
+    rule: RankRule,
+    damages: Mapping[str, Tensor],
+) -> list[int | None]:
+    """Sizes by the predicted rise of the loss: at most ``max_loss``, or as little as a budget allows."""
+    if missing := [name for name in present if name not in damages]:
+        raise InvalidRankRuleError(
+            f"max_loss={rule.max_loss} needs a prediction for every layer, and there is none for {missing[0]!r}: "
+            "pass gramians='loss' and data, or choose another rule"
+        )
+    floor = FLOOR
+    if rule.total_states is not None:  # a smaller budget than the floors leaves each layer half of its part
+        floor = min(FLOOR, rule.total_states / (2 * sum(present.values())))
+    free = [index for index, one in enumerate(sizes) if one]
+    offers = [Offer.of([damages[name] for name in groups[index]], sizes[index], floor) for index in free]
+    if rule.max_loss is not None:
+        found = within_loss(offers, rule.max_loss)
+    else:
+        assert rule.total_states is not None
+        fixed = sum(present[name] for group, one in zip(groups, sizes, strict=True) if not one for name in group)
+        least = sum(offer.layers * offer.sizes[0] for offer in offers)
+        found = within_states(offers, max(least, rule.total_states - fixed))
+    chosen: list[int | None] = [None] * len(groups)
+    for index, size in zip(free, found, strict=True):
+        chosen[index] = size
+    return chosen
 
 
 def passes_gate(present: int, proposed: int, rule: RankRule) -> bool:

@@ -5,7 +5,7 @@ A truncation may have another number of states than the rule chose, since a real
 
 from __future__ import annotations
 
-from compressm.theory.balancing import Balancing, Reduction, truncate
+from compressm.theory.balancing import Balancing, Reduction
 from compressm.theory.ranks import RankRule, keeps_promise
 
 
@@ -26,11 +26,11 @@ def truncate_by_rule(ordered: Balancing, states: int, rule: RankRule, promises: 
         the cut; None if no cut has fewer states than the layer has now.
     """
     if not rule.guarantees_error:
-        reduction = truncate(ordered, states)
+        reduction = ordered.truncated(states)
         return reduction.padded(states) if states % rule.multiple_of == 0 and rule.multiple_of > 1 else reduction
     more = 0
     while states + more < ordered.system.n:
-        reduction = _in_multiples(ordered, truncate(ordered, states + more, exceed=True), rule.multiple_of)
+        reduction = _in_multiples(ordered, ordered.truncated(states + more, exceed=True), rule.multiple_of)
         if reduction.system.n >= ordered.system.n:
             return None
         if not promises or keeps_promise(reduction.discarded, ordered.energy, rule):
@@ -44,7 +44,7 @@ def _in_multiples(ordered: Balancing, reduction: Reduction, multiple_of: int) ->
     states = min(-(-reduction.system.n // multiple_of) * multiple_of, max(ordered.system.n, reduction.system.n))
     if states == reduction.system.n:
         return reduction
-    better = truncate(ordered, states)
+    better = ordered.truncated(states)
     if bool((better.discarded <= reduction.discarded).all()):
         reduction = better
     return reduction.padded(states)

@@ -74,10 +74,10 @@ def reduce_selective(
         pairs = [_present(balancing, g) for g in range(groups)]
         bases = [subspace(P, W, states) for P, W in pairs]
         reads = [readout(P, basis) if folds_out else basis.mT for (P, _), basis in zip(pairs, bases, strict=True)]
-        return _reduction(balancing, torch.stack(bases).mT, torch.stack(reads), None)
+        return reduction_by_maps(balancing, torch.stack(bases).mT, torch.stack(reads), None)
     if folds_into and selection in ("hankel", "least_squares") and states < n:
         into, out = _balanced_maps(balancing, states)
-        return _reduction(balancing, into, out, None)
+        return reduction_by_maps(balancing, into, out, None)
     kept, out = [], []
     for g in range(groups):
         if selection in _SCORES:
@@ -89,7 +89,7 @@ def reduce_selective(
         kept.append(select_with_compensation(P, W, states) if folds_out else select_by_removal(P, W, states))
         out.append(compensation(P, kept[-1]) if folds_out else torch.eye(n, dtype=torch.float64)[kept[-1]])
     chosen = torch.stack(kept)
-    return _reduction(balancing, torch.eye(n, dtype=torch.float64)[chosen], torch.stack(out), chosen)
+    return reduction_by_maps(balancing, torch.eye(n, dtype=torch.float64)[chosen], torch.stack(out), chosen)
 
 
 def select_with_compensation(P: Tensor, W: Tensor, states: int) -> Tensor:
@@ -247,7 +247,10 @@ def _balanced_maps(balancing: SelectiveBalancing, states: int) -> tuple[Tensor, 
     return half * (U[..., :states].mT @ L_W.mT), half * (Vh[..., :states, :] @ L_P.mT)
 
 
-def _reduction(balancing: SelectiveBalancing, into: Tensor, out: Tensor, kept: Tensor | None) -> SelectiveReduction:
+def reduction_by_maps(
+    balancing: SelectiveBalancing, into: Tensor, out: Tensor, kept: Tensor | None
+) -> SelectiveReduction:
+    """The reduction by given maps, with its predicted error; see `SelectiveReduction`."""
     P, W, n = balancing.P, balancing.W, balancing.P.shape[-1]
     rest = torch.eye(n, dtype=torch.float64) - out.mT @ into
     power = float((W * P).sum())

@@ -12,6 +12,8 @@ from torch.optim import Optimizer
 from compressm.cutting.carry import Carry, unwrap_optimizer
 from compressm.cutting.spectrum import snapshot, snapshot_state
 from compressm.errors import CheckpointError
+from compressm.observing.loss_evidence import Gramians
+from compressm.observing.observer import Terms
 from compressm.theory.balancing import Method
 from compressm.theory.selection import Selection
 from compressm.training.clock import Savings, StepClock, savings
@@ -66,11 +68,12 @@ class Compressor:
         states: state dimension to arrive at with the last cut; the cuts before approach it geometrically.
         fraction: share of the states at the start to arrive at with the last cut.
         max_error: H-infinity error that each cut may make in a layer, in units of output per input.
-        total_states: states of all layers together to arrive at with the last cut. One of these five or ``max_drop`` is
-            needed.
+        total_states: states of all layers together to arrive at with the last cut.
+        max_loss: rise of the loss that each cut may cost, in nats per prediction, predicted before it is made. Needs
+            ``gramians="loss"``. One of these six or ``max_drop`` is needed.
         max_drop: how much of the metric a cut may cost, in the metric's own units (0.002 is 0.2 points of an accuracy
             in [0, 1]). A cut after which the metric lost more, ``check_after`` steps later, is undone. Without one of
-            the five rules above, a cut discards what ``tolerance=0.02`` allows, and half of a layer's states at most.
+            the six rules above, a cut discards what ``tolerance=0.02`` allows, and half of a layer's states at most.
         evaluate: ``evaluate(model)`` returns the validation metric, higher is better. Needed for ``max_drop``.
         multiple_of: prefer state dimensions that are a multiple of this; see `RankRule` for what comes first.
         min_reduction: cut a layer only where this share of its states goes.
@@ -85,6 +88,14 @@ class Compressor:
             `compressm.theory.balancing`.
         selection: how states of selective layers are picked; see `compressm.theory.selection`. What those layers do
             with the data is observed at every eighth step while cuts are pending, on one sequence of the batch.
+        gramians: ``"white"`` balances time-invariant layers under white noise; ``"loss"`` by their states on the data
+            and the gradients of the loss, which the training's own backward passes give, on four sequences of each of
+            the last 50 batches before a cut. It also picks the states of selective layers by the loss where that does
+            less damage, and predicts what cuts cost.
+        loss_terms: how the loss of a batch is computed, for ``gramians="loss"``: ``"sequences"``, the mean over its
+            sequences; ``"tokens"``, the mean over its tokens, as in language models; or ``"sum"`` over its sequences.
+        loss_scale: factor by which the loss is multiplied before ``backward``, such as 1 over the number of accumulated
+            batches, for ``gramians="loss"``. The factor of ``scaler`` is known and comes on top.
         carry: what becomes of the optimizer's state; see `compressm.cutting.carry`.
         check_after: steps between a cut and its examination; by default half the distance between cuts.
         on_setback: after a roll-back ``"halve"`` the next cut, or ``"stop"`` cutting.
@@ -119,6 +130,7 @@ class Compressor:
         fraction: float | None = None,
         max_error: float | None = None,
         total_states: int | None = None,
+        max_loss: float | None = None,
         max_drop: float | None = None,
         evaluate: Callable[[nn.Module], float] | None = None,
         multiple_of: int = 1,
@@ -130,6 +142,9 @@ class Compressor:
         when: When = "schedule",
         method: Method = "real",
         selection: Selection = "hankel",
+        gramians: Gramians = "white",
+        loss_terms: Terms = "sequences",
+        loss_scale: float = 1.0,
         carry: Carry = "transform",
         check_after: int | None = None,
         on_setback: OnSetback = "halve",
@@ -141,18 +156,21 @@ class Compressor:
         check_options(locals())
         rule = wanted_rule(
             tolerance=tolerance, states=states, fraction=fraction, max_error=max_error, total_states=total_states,
-            multiple_of=multiple_of, min_reduction=min_reduction, per_layer=per_layer,
+            max_loss=max_loss, multiple_of=multiple_of, min_reduction=min_reduction, per_layer=per_layer,
         )  # fmt: skip
         self._schedule = Schedule(total_steps, cuts, window, start, when, check_after, examined=max_drop is not None)
-        self._cutter = Cutter(model, unwrap_optimizer(optimizer), tuple(followers), rule, method, selection, carry)
+        self._cutter = Cutter(
+            model, unwrap_optimizer(optimizer), tuple(followers), rule,
+            method, selection, carry, gramians, loss_terms,
+        )  # fmt: skip
         training = Training(model, self.optimizer, self.followers, scheduler, scaler)
         self._cushion = Cushion(
-            training, self._cutter.statistics,
+            training, self._cutter.observations,
             max_drop=max_drop, evaluate=evaluate, on_setback=on_setback, rewind=rewind,
         )  # fmt: skip
         goal = Goal(rule, sum(self.state_dims.values()))
         self._policy = Policy(self._schedule, goal, self._cushion, self._cutter)
-        self._steps = 0
+        self._steps, self._loss_scale, self._scaler = 0, loss_scale, scaler
         self.clock = StepClock(self.state_dims)
         self.history: list[Event] = []
         self._observe()
@@ -252,8 +270,14 @@ class Compressor:
         log.info("%s", event)
 
     def _observe(self) -> None:
-        """Have the layers that need data observed in the coming step, if a cut will need it."""
-        self._cutter.observe(self._schedule.observes(self._steps, self._cutter.unseen), self._steps + 1)
+        """Have the layers observed in the coming step, if a cut will need it."""
+        steps, factor = self._steps, getattr(self._scaler, "get_scale", lambda: 1.0)
+        self._cutter.observations.observe(
+            self._schedule.observes(steps, self._cutter.unseen),
+            self._schedule.observes_gradients(steps),
+            steps + 1,
+            self._loss_scale * float(factor()),
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that `load_state_dict` needs to go on in the middle of a schedule or of an observation.

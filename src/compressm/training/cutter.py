@@ -14,16 +14,19 @@ from compressm.adapters import find_layers
 from compressm.adapters.base import check_plain
 from compressm.cutting import Plan, Report, plan_reduction, resize_states, state_dims
 from compressm.cutting.carry import Carry, check_optimizer, check_trained, follow, forget_sizes, paired_layers
+from compressm.cutting.compression import check_loss_options
 from compressm.cutting.fitting import fit_any_size
 from compressm.cutting.replay import errors_on_samples
 from compressm.cutting.spectrum import balance_layers
-from compressm.observing.moments import Sample, Statistics
+from compressm.observing.loss_evidence import Gramians
+from compressm.observing.observer import Terms
 from compressm.runtime.compiled_graphs import allow_recompilation, graphs_compiled
 from compressm.runtime.processes import from_first_rank, rebuild_replicas
 from compressm.theory.balanced import Balanced
 from compressm.theory.balancing import Method
 from compressm.theory.ranks import RankRule, check_sizes
 from compressm.theory.selection import Selection
+from compressm.training.observations import Observations
 
 log = logging.getLogger(__name__)
 
@@ -34,10 +37,10 @@ class Cutter:
     Args:
         model, optimizer, followers: the parts of the training that a cut changes, see `Training`.
         rule: the rule that cuts will follow, to be checked against the model.
-        method, selection, carry: as in `Compressor`.
+        method, selection, carry, gramians, loss_terms: as in `Compressor`.
 
     Attributes:
-        statistics: the observations of the layers whose states depend on the data.
+        observations: of the layers, on which cuts are based.
 
     Raises:
         UnsupportedModelError, UnsupportedOptimizerError, InvalidRankRuleError: this model could not be cut.
@@ -52,11 +55,15 @@ class Cutter:
         method: Method = "real",
         selection: Selection = "hankel",
         carry: Carry = "transform",
+        gramians: Gramians = "white",
+        loss_terms: Terms = "sequences",
     ) -> None:
         self.model, self.optimizer, self.followers = model, optimizer, followers
         self.method: Method = method
         self.selection: Selection = selection
         self.carry: Carry = carry
+        if gramians == "loss":
+            check_loss_options(rule, method, selection)
         layers = find_layers(model)
         plain = {name: layer for name, (layer, _) in layers.items()}
         check_plain(plain)
@@ -64,7 +71,7 @@ class Cutter:
         check_trained(optimizer, layers)
         alike = [] if rule.per_layer else [name for name, (_, adapter) in layers.items() if adapter.uniform]
         check_sizes(rule, self.state_dims, alike)
-        self.statistics = Statistics(model)
+        self.observations = Observations(model, rule, gramians, loss_terms)
         self._graphs = 0  # graphs compiled so far; counted from the first cut on
 
     def free_sizes(self) -> None:
@@ -81,37 +88,27 @@ class Cutter:
     @property
     def unseen(self) -> bool:
         """Whether a layer that needs data has not been observed since the last cut."""
-        return bool(self.statistics.unseen)
-
-    def observe(self, wanted: bool, step: int) -> None:
-        """Switch the observation of layers on for the coming step, or off.
-
-        Args:
-            wanted: whether to observe.
-            step: the number of that step, for messages.
-        """
-        if wanted:
-            self.statistics.observe_next(when=f"step {step}")
-        else:
-            self.statistics.close()
+        return self.observations.unseen
 
     def warn_of_unseen_layers(self) -> None:
         """Warn early of a layer that cannot be observed, since the error would otherwise come only at the first cut."""
-        problems = self.statistics.problems()
-        if problems and not self.statistics.dropped:
+        if problems := self.observations.problems():
             warnings.warn(problems[0], stacklevel=3)
 
     def spectra(self) -> dict[str, Balanced]:
         """Balance all layers as they are now."""
-        return balance_layers(self.model, self.method, self.statistics.moments())
+        loss = self.observations.loss()
+        covariances = None if loss is None else loss.covariances
+        return balance_layers(self.model, self.method, self.observations.statistics.moments(), covariances)
 
     def plan(self, rule: RankRule) -> Plan:
         """Plan a cut by this rule, the same in all processes. Nothing is written."""
-        moments = self.statistics.moments()  # sums over all ranks
+        statistics = self.observations.statistics
+        moments, loss = statistics.moments(), self.observations.loss()  # sums over all ranks
 
         def decide() -> Plan:
-            plan = plan_reduction(self.model, rule, self.method, moments=moments, selection=self.selection)
-            return plan.with_errors(errors_on_samples(self.model, plan.changes, self.statistics.samples)).cpu()
+            plan = plan_reduction(self.model, rule, self.method, moments=moments, selection=self.selection, loss=loss)
+            return plan.with_errors(errors_on_samples(self.model, plan.changes, statistics.samples)).cpu()
 
         return from_first_rank(decide)
 
@@ -123,7 +120,7 @@ class Cutter:
         """Update everything that depends on a cut that was written: followers, observations, and holders of shapes."""
         for follower in self.followers:
             follow(follower, self.model, plan.changes)
-        self.statistics.reset()
+        self.observations.reset()
         self.tell_of_shapes()
 
     def tell_of_shapes(self) -> None:
@@ -142,8 +139,7 @@ class Cutter:
 
     def state_dict(self) -> dict[str, Any]:
         """The state that `load_state_dict` needs."""
-        samples = {name: [one.hidden, one.present] for name, one in self.statistics.samples.items()}
-        return {"state_dims": self.state_dims, "moments": self.statistics.state_dict(), "samples": samples}
+        return {"state_dims": self.state_dims, **self.observations.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Give the layers the saved state dimensions, and restore their observations.
@@ -156,8 +152,7 @@ class Cutter:
         if resized:
             forget_sizes(self.optimizer)
             rebuild_replicas(self.model)
-        self.statistics.load_state_dict(state["moments"])
-        self.statistics.samples = {name: Sample(*one) for name, one in state.get("samples", {}).items()}
+        self.observations.load_state_dict(state)
 
 
 __all__ = ["Cutter"]

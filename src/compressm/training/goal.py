@@ -19,24 +19,26 @@ def wanted_rule(
     fraction: float | None = None,
     max_error: float | None = None,
     total_states: int | None = None,
+    max_loss: float | None = None,
     multiple_of: int = 1,
     min_reduction: float = 0.05,
     per_layer: bool = False,
 ) -> RankRule:
     """The rule that the arguments of `Compressor` ask for.
 
-    Without any of the first five, a cut discards at most 2 % of a layer's Hankel energy and at most half of its states.
+    Without any of the first six, a cut discards at most 2 % of a layer's Hankel energy and at most half of its states.
 
     Raises:
-        InvalidRankRuleError: several of the first five, or a value out of range.
+        InvalidRankRuleError: several of the first six, or a value out of range.
     """
-    cautious = all(value is None for value in (tolerance, states, fraction, max_error, total_states))
+    cautious = all(value is None for value in (tolerance, states, fraction, max_error, total_states, max_loss))
     return RankRule(
         tolerance=_CAUTIOUS_TOLERANCE if cautious else tolerance,
         states=states,
         fraction=fraction,
         max_error=max_error,
         total_states=total_states,
+        max_loss=max_loss,
         multiple_of=multiple_of,
         min_reduction=min_reduction,
         max_reduction=_CAUTIOUS_REDUCTION if cautious else 1.0,
@@ -48,9 +50,9 @@ def wanted_rule(
 class Goal:
     """The aim of all cuts together.
 
-    A rule about quality (``tolerance``, ``max_error``) holds for every cut. A target size (``states``, ``fraction``,
-    ``total_states``) is reached with the last cut, and the cuts before it approach the target geometrically: with k
-    cuts left, a cut from n states towards m multiplies n by ``(m / n)^(1 / k)``.
+    A rule about quality (``tolerance``, ``max_error``, ``max_loss``) holds for every cut. A target size (``states``,
+    ``fraction``, ``total_states``) is reached with the last cut, and the cuts before it approach the target
+    geometrically: with k cuts left, a cut from n states towards m multiplies n by ``(m / n)^(1 / k)``.
 
     ``mildness`` is 1 at first and is halved by every roll-back. It scales the quantity that a cut may discard, or the
     exponent ``1 / k``.
@@ -72,7 +74,7 @@ class Goal:
             mildness: in (0, 1].
         """
         rule = self.rule
-        if rule.guarantees_error:
+        if rule.promises_quality:
             return self._promise(mildness)
         share = mildness / cuts_left  # share of the remaining way, in the logarithm of the size
         if rule.fraction is not None:
@@ -87,6 +89,8 @@ class Goal:
         rule = replace(self.rule, max_reduction=self.rule.max_reduction * mildness)
         if rule.tolerance is not None:
             return replace(rule, tolerance=rule.tolerance * mildness)
+        if rule.max_loss is not None:
+            return replace(rule, max_loss=rule.max_loss * mildness)
         assert rule.max_error is not None
         return replace(rule, max_error=rule.max_error * mildness)
 

@@ -16,6 +16,8 @@ from torch import nn
 
 from compressm.cutting.carry import Carry
 from compressm.errors import InvalidRankRuleError
+from compressm.observing.loss_evidence import Gramians
+from compressm.observing.observer import Terms
 from compressm.theory.balancing import Method
 from compressm.theory.ranks import check_choice
 from compressm.theory.selection import Selection
@@ -27,7 +29,7 @@ Part = Literal["goal", "schedule", "cushion", "cut", "training"]
 REQUIRED: Any = ...  # the default of an option that must be given
 ABSENT: Any = type("Absent", (), {"__repr__": lambda _: "ABSENT"})()  # marks an option that `compress` does not take
 
-SIZE_RULES = ("tolerance", "states", "fraction", "max_error", "total_states")
+SIZE_RULES = ("tolerance", "states", "fraction", "max_error", "total_states", "max_loss")
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,8 @@ class Option:
         if self.type is bool:
             return "True or False"
         if high is None:
-            return f"a {'whole number' if self.type is int else 'number'} of at least {low}"
+            kind = "whole number" if self.type is int else "number"
+            return f"a {kind} greater than {low}" if "gt" in self.bounds else f"a {kind} of at least {low}"
         interval = f"{'[' if 'ge' in self.bounds else '('}{low}, {high}{']' if 'le' in self.bounds else ')'}"
         return f"a share in {interval}" + (f", for example {self.example}" if self.example else "")
 
@@ -134,14 +137,20 @@ _TABLE = (
     ),
     Option(
         "total_states", int, None, "goal",
-        "states of all layers together to arrive at with the last cut. One of these five or ``max_drop`` is needed.",
+        "states of all layers together to arrive at with the last cut.",
         bounds=_POSITIVE, once=None,
+    ),
+    Option(
+        "max_loss", float, None, "goal",
+        "rise of the loss that each cut may cost, in nats per prediction, predicted before it is made. Needs "
+        "``gramians=\"loss\"``. One of these six or ``max_drop`` is needed.",
+        bounds=_NOT_NEGATIVE, once=None,
     ),
     Option(
         "max_drop", float, None, "cushion",
         "how much of the metric a cut may cost, in the metric's own units (0.002 is 0.2 points of an accuracy in "
         "[0, 1]). A cut after which the metric lost more, ``check_after`` steps later, is undone. Without one of the "
-        "five rules above, a cut discards what ``tolerance=0.02`` allows, and half of a layer's states at most.",
+        "six rules above, a cut discards what ``tolerance=0.02`` allows, and half of a layer's states at most.",
         bounds=_NOT_NEGATIVE, once=None,
     ),
     Option(
@@ -182,6 +191,26 @@ _TABLE = (
         "how states of selective layers are picked; see `compressm.theory.selection`. What those layers do with the "
         "data is observed at every eighth step while cuts are pending, on one sequence of the batch.",
         once="hankel",
+    ),
+    Option(
+        "gramians", Gramians, "white", "cut",
+        "``\"white\"`` balances time-invariant layers under white noise; ``\"loss\"`` by their states on the data and "
+        "the gradients of the loss, which the training's own backward passes give, on four sequences of each of the "
+        "last 50 batches before a cut. It also picks the states of selective layers by the loss where that does less "
+        "damage, and predicts what cuts cost.",
+        once=None,
+    ),
+    Option(
+        "loss_terms", Terms, "sequences", "cut",
+        "how the loss of a batch is computed, for ``gramians=\"loss\"``: ``\"sequences\"``, the mean over its "
+        "sequences; ``\"tokens\"``, the mean over its tokens, as in language models; or ``\"sum\"`` over its "
+        "sequences.",
+    ),
+    Option(
+        "loss_scale", float, 1.0, "cut",
+        "factor by which the loss is multiplied before ``backward``, such as 1 over the number of accumulated batches, "
+        "for ``gramians=\"loss\"``. The factor of ``scaler`` is known and comes on top.",
+        bounds={"gt": 0},
     ),
     Option(
         "carry", Carry, "transform", "cut", "what becomes of the optimizer's state; see `compressm.cutting.carry`.",
@@ -236,6 +265,11 @@ def check_options(given: Mapping[str, Any]) -> None:
         )
     for option in OPTIONS.values():
         option.check(given[option.name])
+    if given["max_loss"] is not None and given["gramians"] == "white":
+        raise InvalidRankRuleError(
+            f"max_loss={given['max_loss']:g} is a rise of the loss, which white noise does not tell: pass "
+            "gramians='loss', or choose another rule"
+        )
 
 
 __all__ = ["ABSENT", "OPTIONS", "REQUIRED", "SIZE_RULES", "Option", "check_options"]

@@ -16,6 +16,7 @@ When = Literal["schedule", "settled"]
 _PROBES = 10  # probes of the spectrum between two cuts
 _STILL = 0.02  # a spectrum has settled if at most this share of the Hankel energy moved between two probes
 _OBSERVE_EVERY = 8  # largest number of steps between two observations of selective layers
+_GRADIENTS = 50  # number of steps before a cut or probe in which the gradients of the loss are observed
 
 
 def cut_steps(total_steps: int, cuts: int, window: float, start: int) -> tuple[int, ...]:
@@ -131,6 +132,20 @@ class Schedule:
             unseen: whether a layer has not been observed since the last cut.
         """
         return not self.over and (unseen or step % self.observe_every == 0)
+
+    def observes_gradients(self, step: int) -> bool:
+        """Whether the gradients of the loss are to be observed in the step after this one.
+
+        Args:
+            step: training steps done.
+        """
+        if self.over:
+            return False
+        scheduled = max(self.cut_steps[self.cuts_done], self.postponed)
+        near = step >= scheduled - _GRADIENTS
+        if self.when == "settled" and step >= self.start - _GRADIENTS:
+            near = near or -step % self.probe_every <= _GRADIENTS
+        return near or step == 0  # once at the very start, which finds layers that no gradient reaches
 
     def made(self) -> None:
         """Count the cut that has just been made."""

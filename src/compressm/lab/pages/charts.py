@@ -263,7 +263,7 @@ def certificates(run: Run) -> Chart | None:
     for event in run.cuts:
         for layer in event["layers"]:
             certificate = layer["certificate"] or {}
-            if layer["outcome"] == "cut" and {"bound", "hinf_error"} <= certificate.keys():
+            if layer["outcome"] == "cut" and certificate.get("bound") is not None and "hinf_error" in certificate:
                 bounds, errors, labels = certain.setdefault(_text(layer["name"]), ([], [], []))
                 bounds.append(certificate["bound"])
                 errors.append(certificate["hinf_error"])

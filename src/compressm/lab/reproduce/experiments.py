@@ -163,6 +163,22 @@ def _family(layer: str, title: str, states: int, **options: Any) -> Experiment:
     )
 
 
+def _once(window: float, **changes: Any) -> dict[str, Any]:
+    """One cut after this share of the training, or as the changes say."""
+    keys = {f"compression.{key}": value for key, value in {"cuts": 1, "window": window, **changes}.items()}
+    return {"compression.tolerance": None, **keys}
+
+
+def _by_loss(window: float, **changes: Any) -> dict[str, Any]:
+    """The same, by states on data and the loss's gradients."""
+    return _once(window, gramians="loss", **changes)
+
+
+# An LRU of 256 states in one block of width 8 that learns in a few minutes.
+_SHORT = {
+    "data.pool": 2, "optimizer.name": "adamw", "optimizer.lr": 4e-3, "optimizer.weight_decay": 0.01,
+    "schedule.name": "cosine", "schedule.warmup": 0.03,
+}  # fmt: skip
 _PAPER = {"full": 97.3, "0.01": 96.9, "0.02": 96.9, "0.04": 95.9, "13": 92.6, "28": 96.0}
 _OURS = (
     Arm("real0.02", _tolerance(0.02, "real")),
@@ -238,6 +254,42 @@ EXPERIMENTS: dict[str, Experiment] = {
             seeds=1,
             steps=15_000,
             changes=_scaled_down("scifar"),
+        ),
+        Experiment(
+            "scifar-loss",
+            "Sequential CIFAR-10 in 256 steps, 2 blocks of LRU of 192 states: one cut to 44 states in all",
+            "scifar",
+            (
+                Arm("full", _BIG),
+                Arm("small", {**_BIG, "model.d_state": 22}),
+                Arm("white", _once(0.25, states=22)),
+                Arm("loss", _by_loss(0.25, total_states=44)),
+            ),
+            steps=15_000,
+            changes=_scaled_down("scifar"),
+        ),
+        Experiment(
+            "ablation-loss",
+            "Sequential MNIST in 196 steps, LRU of 256 states: one cut by white noise, or by data and loss",
+            "smnist",
+            (
+                Arm("full", _BIG),
+                *(
+                    arm
+                    for states in (12, 6)
+                    for arm in (
+                        Arm(f"small{states}", {**_BIG, "model.d_state": states}),
+                        Arm(f"white{states}", _once(0.25, states=states)),
+                        Arm(f"loss{states}", _by_loss(0.25, states=states)),
+                    )
+                ),
+                Arm("loss12-early", _by_loss(0.1, states=12)),
+                Arm("loss12-late", _by_loss(0.5, states=12)),
+                Arm("loss12-four-cuts", _by_loss(0.25, states=12, cuts=4)),
+                Arm("loss12-reset", _by_loss(0.25, states=12, carry="reset")),
+            ),
+            steps=6000,
+            changes=_SHORT,
         ),
         Experiment(
             "listops-small",

@@ -1,0 +1,182 @@
+"""Evidence of a model's layers from data and the loss, gathered in passes of its own or taken from an observer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from compressm.errors import ConfigError
+from compressm.observing.expected import is_array
+from compressm.observing.inputs import Call, calls_and_batches
+from compressm.observing.labels import Likelihood, prediction_of, sampled_losses
+from compressm.observing.moments import modes_kept
+from compressm.observing.observer import Kept, Observer
+from compressm.runtime.random_state import rng_state, set_rng_state
+from compressm.theory.evidence import Covariances
+from compressm.theory.fisher import MaskFisher
+
+# What balances a linear layer: white noise at its input and output; or its states on data, and the loss's gradients.
+Gramians = Literal["white", "loss"]
+Loss = Likelihood | Callable[[Any, Any], Tensor]
+
+
+@dataclass(frozen=True)
+class LossEvidence:
+    """What a model's layers do on data, and how the loss depends on it.
+
+    Attributes:
+        covariances: second moments of states and adjoint states, by name of the linear layers.
+        fishers: Fisher matrices of the masks, by name of the selective layers.
+        samples: for predictions by `damage`, by layer name; see `Observer.samples`.
+        predictions: how many predictions the loss of a sequence sums.
+    """
+
+    covariances: Mapping[str, Covariances]
+    fishers: Mapping[str, MaskFisher]
+    samples: Mapping[str, Sequence[Kept]]
+    predictions: float = 1.0
+
+    @classmethod
+    def of(cls, observer: Observer) -> LossEvidence:
+        """What an observer has seen; in several processes all of them must call this.
+
+        Raises:
+            UnsupportedModelError: a layer was never observed.
+        """
+        seen = observer.evidence()
+        return cls(
+            {name: one for name, one in seen.items() if isinstance(one, Covariances)},
+            {name: one for name, one in seen.items() if isinstance(one, MaskFisher)},
+            observer.samples(),
+            observer.predictions_per_sequence,
+        )
+
+
+def gather_evidence(
+    model: nn.Module,
+    data: Any,
+    loss: Loss = "classification",
+    sequences: int | None = None,
+    keep: int = 0,
+) -> Observer:
+    """Evidence of every layer of a model that can be observed, over some data.
+
+    Args:
+        model: called in evaluation mode. The modes of all its parts, gradients and the random state are restored.
+        data: a batch of the model's inputs, or an iterable of batches; see `compressm.observing.inputs`.
+        loss: ``"classification"`` or ``"regression"``, with targets drawn from the model's own prediction, see
+            `labels`; or a function of the model's output and the batch that returns the loss of every sequence, shape
+            ``(batch,)``, for example with the batch's own labels.
+        sequences: how many sequences of each batch are used; by default all.
+        keep: see `Observer`.
+
+    Returns:
+        an observer that has seen the data; see its `Observer.evidence`.
+
+    Raises:
+        UnsupportedModelError: no layer that compressm knows.
+        ConfigError: data that the model cannot take, or an output that does not fit the likelihood.
+    """
+    observer = Observer(model, "sum", sequences, memory=1.0, keep=keep)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    rng = rng_state()
+    try:
+        with modes_kept(model), torch.enable_grad():
+            model.eval()
+            for parameter in trained:  # only gradients of activations are needed
+                parameter.requires_grad_(False)
+            for call, batch in calls_and_batches(model, data):
+                observer.observe_next(training_only=False, frozen=True)
+                output = call(model)
+                losses = losses_of(output, batch, call, loss)
+                observer.count(len(losses), predictions(output, call, loss))
+                losses.sum().backward()
+    finally:
+        observer.close()
+        for parameter in trained:
+            parameter.requires_grad_()
+        set_rng_state(rng)
+    return observer
+
+
+def losses_of(output: Any, batch: Any, call: Call, loss: Loss) -> Tensor:
+    """The loss of every sequence of a batch, in nats, shape ``(batch,)``; see `gather_evidence`."""
+    if not callable(loss):
+        return sampled_losses(output, loss, mask_of(call))
+    losses = loss(output, batch)
+    rows = next(value for value in (*call.args, *call.kwargs.values()) if isinstance(value, Tensor)).shape[:1]
+    if not isinstance(losses, Tensor) or losses.shape != rows:
+        got = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
+        raise ConfigError(
+            f"loss must return the loss of every sequence, shape {tuple(rows)}; got {got}: use reduction='none', and "
+            "sum over tokens"
+        )
+    return losses
+
+
+def predictions(output: Any, call: Call, loss: Loss) -> float | None:
+    """How many predictions a batch's output makes: one per sequence, or one per token that is not padding. None if the
+    loss is a function, which tells the loss of a sequence alone."""
+    if callable(loss):
+        return None
+    shape, present = prediction_of(output).shape[:-1], mask_of(call)
+    return float(present.sum()) if present is not None and present.shape == shape else float(math.prod(shape))
+
+
+def mask_of(call: Call) -> Tensor | None:
+    """1 for tokens and 0 for padding, if the call's arguments say so."""
+    mask = call.kwargs.get("attention_mask")
+    return mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
+
+
+def divided(model: nn.Module, data: Any) -> tuple[list[Any], list[Any]]:
+    """Data in two parts: every fourth batch is held out, and the others are for evidence.
+
+    If there are fewer than four batches, each is divided into four by its rows first.
+
+    Raises:
+        ConfigError: data that the model cannot take, or fewer than four sequences.
+    """
+    batches = [batch for _, batch in calls_and_batches(model, data)]
+    if len(batches) < 4:
+        batches = [part for batch in batches for part in _quarters(batch)]
+    if len(batches) < 4:
+        raise ConfigError(
+            "data hold fewer than four sequences, and a part of them is held out to check the cut: pass at least four, "
+            "better some hundreds"
+        )
+    return [one for index, one in enumerate(batches) if index % 4 != 3], batches[3::4]
+
+
+def _quarters(batch: Any) -> list[Any]:
+    """A batch divided by its rows."""
+    arrays = _arrays(batch)
+    rows = len(arrays[0])
+    bounds = [rows * quarter // 4 for quarter in range(5)]
+    return [_rows(batch, rows, slice(*ends)) for ends in pairwise(bounds) if ends[0] < ends[1]]
+
+
+def _arrays(batch: Any) -> list[Any]:
+    if isinstance(batch, Mapping):
+        values: Any = batch.values()
+    else:
+        values = batch if isinstance(batch, list | tuple) else [batch]
+    return [value for value in values if is_array(value) and value.ndim > 0]
+
+
+def _rows(batch: Any, count: int, rows: slice) -> Any:
+    """Some rows of a batch: of every array in it that has ``count``."""
+    if isinstance(batch, Mapping):
+        return {key: _rows(value, count, rows) for key, value in batch.items()}
+    if isinstance(batch, list | tuple):
+        return tuple(_rows(value, count, rows) for value in batch)
+    return batch[rows] if is_array(batch) and batch.ndim > 0 and len(batch) == count else batch
+
+
+__all__ = ["Gramians", "Loss", "LossEvidence", "divided", "gather_evidence", "losses_of", "mask_of"]
