@@ -20,7 +20,7 @@ from compressm.cutting.plan import Plan, must_be_alike, plan_reduction
 from compressm.cutting.report import Report
 from compressm.cutting.rise import measured_rise
 from compressm.cutting.sizes import resize_states, state_dims
-from compressm.cutting.spectrum import balance_layers
+from compressm.cutting.spectrum import SAMPLES, balance_layers, balancing_of
 from compressm.errors import EvaluationError, InvalidRankRuleError
 from compressm.observing.held_out import gather_halves, joined, twice_readable
 from compressm.observing.loss_evidence import Gramians, Loss, LossEvidence, divided, gather_evidence
@@ -32,8 +32,7 @@ from compressm.theory.selection import Selection
 
 # Under `max_drop`: the number of cuts to try, and the range of their tolerances.
 _TRIALS, _LEAST, _LARGEST = 10, 1e-5, 0.99
-# Sequences kept for predictions of the loss, and how many plans are measured under `max_loss`.
-_SAMPLES, _CHECKS = 400, 6
+_CHECKS = 6  # how many plans are measured under `max_loss`
 _ABOVE = "the rise of the loss on held-out data was above max_loss for every cut that was tried"
 
 
@@ -116,12 +115,13 @@ def compress(
         min_reduction=min_reduction,
         per_layer=per_layer,
     )
-    gramians = check_gramians(gramians, loss, data, rule, method, selection)
+    gramians = balancing_of(gramians, loss, data, method, selection)
+    check_rule(rule, gramians)
     _check_before(model, rule, optimizer, carry)
     if gramians == "loss":
         assert loss is not None
         seen, held_out = divided(model, data)
-        evidence = LossEvidence.of(gather_evidence(model, seen, loss, keep=_SAMPLES))
+        evidence = LossEvidence.of(gather_evidence(model, seen, loss, keep=SAMPLES))
     else:
         seen, held_out, evidence = None if data is None else twice_readable(model, data), None, None
     halves = None if seen is None else gather_halves(model, seen)
@@ -138,52 +138,18 @@ def compress(
     return plan.apply(model, optimizer, carry)
 
 
-def check_gramians(
-    gramians: Gramians | None,
-    loss: Loss | None,
-    data: Any,
-    rule: RankRule,
-    method: Method = "real",
-    selection: Selection = "hankel",
-) -> Gramians:
-    """What balances the layers, by default ``"loss"`` if a loss is given.
+def check_rule(rule: RankRule, gramians: Gramians) -> None:
+    """Refuse a rule that what balances the layers cannot keep.
 
     Raises:
-        InvalidRankRuleError: arguments that contradict each other.
+        InvalidRankRuleError: the rule, and what to choose instead.
     """
-    if gramians is None:
-        gramians = "white" if loss is None else "loss"
-    check_choice("gramians", gramians, Gramians)
-    if gramians == "white":
-        if rule.max_loss is not None:
-            raise InvalidRankRuleError(
-                f"max_loss={rule.max_loss:g} is a rise of the loss, which white noise does not tell: pass data= and "
-                "loss='classification' (or 'regression', or a function), or choose another rule"
-            )
-        return gramians
-    if data is None or loss is None:
-        missing = "data" if data is None else "loss"
+    if gramians == "white" and rule.max_loss is not None:
         raise InvalidRankRuleError(
-            f"gramians='loss' needs data= and loss=, and {missing} is missing: pass batches, and "
-            "loss='classification', 'regression' or a function of output and batch"
+            f"max_loss={rule.max_loss:g} is a rise of the loss, which white noise does not tell: pass data= and "
+            "loss='classification' (or 'regression', or a function), or choose another rule"
         )
-    check_loss_options(rule, method, selection)
-    return gramians
-
-
-def check_loss_options(rule: RankRule, method: Method, selection: Selection) -> None:
-    """Refuse options that have no meaning where layers are balanced by data and loss.
-
-    Raises:
-        InvalidRankRuleError: the option, and what to choose instead.
-    """
-    for name, value, only in (("method", method, "real"), ("selection", selection, "hankel")):
-        if value != only:
-            raise InvalidRankRuleError(
-                f"{name}={value!r} is there for cuts by white noise: use {name}={only!r} with gramians='loss', or "
-                "gramians='white'"
-            )
-    if rule.max_error is not None:
+    if gramians == "loss" and rule.max_error is not None:
         raise InvalidRankRuleError(
             f"max_error={rule.max_error:g} is a bound under white noise, and cuts by data and loss have none: use "
             "max_loss, or gramians='white'"

@@ -12,8 +12,8 @@ from compressm.errors import MissingExtraError
 Backend = Literal["plotly", "matplotlib"]
 # Distinguishable for colour-blind readers (most colours are Okabe and Ito's), on white and on black backgrounds.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8f7fee", "#999999")
-_TITLE, _X, _Y = "Energy beyond the first r states", "states kept, r", "share of the Hankel energy discarded"
-_FLOOR = 1e-8  # smaller discarded shares count as zero
+_X = "states kept, r"
+_FLOOR = 1e-8  # smaller values count as zero
 
 
 def plot_discarded(discarded: Mapping[str, Sequence[float]], backend: Backend | None = None) -> Any:
@@ -23,12 +23,29 @@ def plot_discarded(discarded: Mapping[str, Sequence[float]], backend: Backend | 
         discarded: by layer name, the share of the Hankel energy that is lost if 1, 2, ... states are kept.
         backend: ``"plotly"`` or ``"matplotlib"``; by default plotly where it is installed.
     """
+    titles = "Energy beyond the first r states", "share of the Hankel energy discarded"
+    return _plot(discarded, titles, backend)
+
+
+def plot_rise(rises: Mapping[str, Sequence[float]], backend: Backend | None = None) -> Any:
+    """Plot the predicted rise of the loss if r states are kept, one line per layer; see `Spectrum.plot`.
+
+    Args:
+        rises: by layer name, nats per prediction if 1, 2, ... states are kept.
+        backend: see `plot_discarded`.
+    """
+    titles = "Rise of the loss if r states are kept", "predicted rise of the loss (nats per prediction)"
+    return _plot(rises, titles, backend)
+
+
+def _plot(values: Mapping[str, Sequence[float]], titles: tuple[str, str], backend: Backend | None) -> Any:
+    """Plot a value per number of states, one line per layer; ``titles`` are those of the picture and of its y axis."""
     if backend is None:
         backend = "plotly" if _found("plotly") else "matplotlib"
     if backend not in ("plotly", "matplotlib"):
         raise ValueError(f"backend must be 'plotly' or 'matplotlib'; got {backend!r}")
-    lines = [(name, [max(share, _FLOOR) for share in shares]) for name, shares in discarded.items()]
-    return _plotly(lines) if backend == "plotly" else _matplotlib(lines)
+    lines = [(name, [max(value, _FLOOR) for value in layer]) for name, layer in values.items()]
+    return _plotly(lines, *titles) if backend == "plotly" else _matplotlib(lines, *titles)
 
 
 def _found(name: str) -> bool:
@@ -39,12 +56,12 @@ def _found(name: str) -> bool:
     return True
 
 
-def _plotly(lines: list[tuple[str, list[float]]]) -> Any:
+def _plotly(lines: list[tuple[str, list[float]]], title: str, y_title: str) -> Any:
     try:
         from plotly import graph_objects
     except ImportError as error:
         raise MissingExtraError('this picture needs plotly: pip install "compressm[train]"') from error
-    figure = graph_objects.Figure(layout={"title": _TITLE, "xaxis_title": _X, "yaxis_title": _Y})
+    figure = graph_objects.Figure(layout={"title": title, "xaxis_title": _X, "yaxis_title": y_title})
     for index, (name, shares) in enumerate(lines):
         figure.add_scatter(
             x=list(range(1, len(shares) + 1)),
@@ -56,7 +73,7 @@ def _plotly(lines: list[tuple[str, list[float]]]) -> Any:
     return figure
 
 
-def _matplotlib(lines: list[tuple[str, list[float]]]) -> Any:
+def _matplotlib(lines: list[tuple[str, list[float]]], title: str, y_title: str) -> Any:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
@@ -67,11 +84,11 @@ def _matplotlib(lines: list[tuple[str, list[float]]]) -> Any:
         axis.semilogy(range(1, len(shares) + 1), shares, label=name, color=COLOURS[index % len(COLOURS)])
     for tolerance in (0.1, 0.01, 0.001):
         axis.axhline(tolerance, color="#999999", linewidth=0.6, linestyle=":")
-    axis.set(title=_TITLE, xlabel=_X, ylabel=_Y, xlim=(0, None))
+    axis.set(title=title, xlabel=_X, ylabel=y_title, xlim=(0, None))
     axis.spines[["top", "right"]].set_visible(False)
     if len(lines) <= 12:
         axis.legend(frameon=False, fontsize=8)
     return figure
 
 
-__all__ = ["COLOURS", "plot_discarded"]
+__all__ = ["COLOURS", "plot_discarded", "plot_rise"]

@@ -59,9 +59,11 @@ def measured_rise(model: nn.Module, changes: Mapping[str, LayerChange], data: An
             with cut_layers(model, changes) as smaller:
                 after = call(smaller)
             if callable(loss):
-                rises = (losses_of(after, batch, call, loss) - losses_of(before, batch, call, loss)).double()
+                rises = (
+                    losses_of(model, after, batch, call, loss) - losses_of(model, before, batch, call, loss)
+                ).double()
             else:
-                rises = divergences(before, after, loss, mask_of(call))
+                rises = divergences(before, after, loss, mask_of(model, call))
             sums += torch.stack([rises.sum(), rises.square().sum(), rises.new_tensor(rises.numel())]).cpu()
     total, squares, count = torch.stack(gathered(sums)).sum(0).tolist()
     mean = total / count

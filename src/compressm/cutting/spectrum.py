@@ -11,19 +11,29 @@ from torch import Tensor, nn
 
 from compressm.adapters import find_layers
 from compressm.adapters.base import check_plain
-from compressm.cutting.plots import Backend, plot_discarded
-from compressm.errors import MissingExtraError, UnsupportedModelError
+from compressm.cutting.made_cuts import MadeCuts
+from compressm.cutting.nats import damage_curves
+from compressm.cutting.plots import Backend, plot_discarded, plot_rise
+from compressm.errors import ConfigError, InvalidRankRuleError, MissingExtraError, UnsupportedModelError
+from compressm.observing.inputs import calls_and_batches
+from compressm.observing.loss_evidence import Gramians, Loss, LossEvidence, gather_evidence
 from compressm.observing.moments import gather
 from compressm.theory.balanced import Balanced
 from compressm.theory.balancing import Method, balance
 from compressm.theory.covariance import balance_covariances
 from compressm.theory.evidence import Covariances
-from compressm.theory.ranks import RankRule, choose_ranks
+from compressm.theory.ranks import RankRule, check_choice, choose_ranks
 from compressm.theory.recurrence import Moments, balance_selective
+from compressm.theory.selection import Selection
 from compressm.theory.systems import DiagonalSystem
 
 if TYPE_CHECKING:
     import pandas
+
+
+# Shares of the energy, and nats, in a printed spectrum.
+_LEVELS = (0.1, 0.01, 0.001)
+SAMPLES = 400  # sequences that are kept to predict the rise of the loss
 
 
 @dataclass(frozen=True)
@@ -36,11 +46,14 @@ class LayerSpectrum:
             state (see `Balancing`); ``(*batch, m)`` if the layer has several systems.
         energy: Hankel energy per complex state, decreasing, shape ``(n,)`` (see `Balancing.energy`); ``(*batch, n)``
             if the layer has several systems, one per channel or head, with one common rank.
+        rise: predicted rise of the loss if this layer alone keeps 0, 1, ..., n states, in nats per prediction, shape
+            ``(n + 1,)``; None without a loss.
     """
 
     name: str
     hsv: Tensor
     energy: Tensor
+    rise: Tensor | None = None
 
     @property
     def states(self) -> int:
@@ -51,6 +64,20 @@ class LayerSpectrum:
         """The least number of states that hold all but this share of the Hankel energy. If states are selected, as in
         most selective layers, a cut that keeps as much energy needs more states."""
         return choose_ranks({self.name: self.energy}, RankRule(tolerance=tolerance))[self.name]
+
+    def states_within(self, nats: float) -> int:
+        """The least number of states with which the predicted rise of the loss is at most this, in nats per prediction.
+
+        Raises:
+            ConfigError: the spectrum was computed without a loss.
+        """
+        if self.rise is None:
+            raise ConfigError(f"the loss of {self.name!r} is not known: call analyze(model, data=..., loss=...)")
+        return max(1, int((self.rise > nats).sum()))
+
+    def rise_by_state(self) -> list[float]:
+        """Predicted rise of the loss if the first 1, 2, ... states are kept; empty if it is not known."""
+        return [] if self.rise is None else self.rise[1:].tolist()
 
     def mean_energy(self) -> list[float]:
         """Energy per state, averaged over the layer's systems."""
@@ -71,9 +98,10 @@ class Spectrum:
     layers: tuple[LayerSpectrum, ...]
 
     @classmethod
-    def of(cls, balancings: Mapping[str, Balanced]) -> Spectrum:
-        """The spectrum of balanced layers, given by name."""
-        return cls(tuple(LayerSpectrum(name, one.hsv, one.energy) for name, one in balancings.items()))
+    def of(cls, balancings: Mapping[str, Balanced], rises: Mapping[str, Tensor] | None = None) -> Spectrum:
+        """The spectrum of balanced layers, given by name, with the rise of the loss where it is known."""
+        known = rises or {}
+        return cls(tuple(LayerSpectrum(name, one.hsv, one.energy, known.get(name)) for name, one in balancings.items()))
 
     def __iter__(self) -> Iterator[LayerSpectrum]:
         return iter(self.layers)
@@ -89,11 +117,16 @@ class Spectrum:
 
     def to_dict(self) -> dict[str, Any]:
         """Lists of numbers by layer name, for JSON."""
-        return {layer.name: {"hsv": layer.hsv.tolist(), "energy": layer.energy.tolist()} for layer in self.layers}
+        return {
+            layer.name: {"hsv": layer.hsv.tolist(), "energy": layer.energy.tolist()}
+            | ({} if layer.rise is None else {"rise": layer.rise.tolist()})
+            for layer in self.layers
+        }
 
     def to_dataframe(self) -> pandas.DataFrame:
         """A row per layer and state, with the columns ``layer``, ``state`` (from 1), ``energy``, and ``discarded``: the
-        share of the layer's Hankel energy that is lost if the states up to this one are kept.
+        share of the layer's Hankel energy that is lost if the states up to this one are kept. With a loss there is also
+        ``rise``, the predicted rise of the loss in nats per prediction.
 
         Raises:
             MissingExtraError: pandas is not installed.
@@ -107,10 +140,16 @@ class Spectrum:
             for layer in self.layers
             for state, (energy, discarded) in enumerate(zip(layer.mean_energy(), layer.discarded(), strict=True), 1)
         ]
-        return pandas.DataFrame(rows)
+        table = pandas.DataFrame(rows)
+        if all(layer.rise is not None for layer in self.layers):
+            table["rise"] = [rise for layer in self.layers for rise in layer.rise_by_state()]
+        return table
 
     def plot(self, backend: Backend | None = None) -> Any:
-        """Plot the share of energy that is discarded if r states of a layer are kept, on a logarithmic axis.
+        """Plot the cost of keeping only r states of a layer, on a logarithmic axis.
+
+        The cost is the predicted rise of the loss where it is known of every layer, and otherwise the discarded share
+        of the Hankel energy.
 
         Args:
             backend: ``"plotly"`` or ``"matplotlib"``; by default plotly where it is installed.
@@ -122,13 +161,20 @@ class Spectrum:
             MissingExtraError: the backend is not installed.
             ValueError: another backend.
         """
+        if all(layer.rise is not None for layer in self):
+            return plot_rise({layer.name: layer.rise_by_state() for layer in self}, backend)
         return plot_discarded({layer.name: layer.discarded() for layer in self}, backend)
 
     def __str__(self) -> str:
-        rows = [f"{'layer':32} {'states':>6} {'τ=0.1':>6} {'0.01':>6} {'0.001':>6}"]
+        with_loss = any(layer.rise is not None for layer in self.layers)
+        title = f"{'layer':32} {'states':>6} {'τ=0.1':>6} {'0.01':>6} {'0.001':>6}"
+        rows = [f"{title}   {'nats=0.1':>8} {'0.01':>6} {'0.001':>6}" if with_loss else title]
         for layer in self.layers:
-            kept = " ".join(f"{layer.states_for(tolerance):6d}" for tolerance in (0.1, 0.01, 0.001))
+            kept = " ".join(f"{layer.states_for(tolerance):6d}" for tolerance in _LEVELS)
             rows.append(f"{layer.name:32} {layer.states:6d} {kept}")
+            if layer.rise is not None:
+                first, *others = (layer.states_within(nats) for nats in _LEVELS)
+                rows[-1] += f"   {first:8d} " + " ".join(f"{states:6d}" for states in others)
         return "\n".join(rows)
 
 
@@ -164,7 +210,13 @@ def balance_layers(
     return balancings
 
 
-def analyze(model: nn.Module, method: Method = "real", data: Any = None) -> Spectrum:
+def analyze(
+    model: nn.Module,
+    method: Method = "real",
+    data: Any = None,
+    loss: Loss | None = None,
+    gramians: Gramians | None = None,
+) -> Spectrum:
     """Hankel singular values of every layer of a model that has a state. The model is only read.
 
     Args:
@@ -173,17 +225,68 @@ def analyze(model: nn.Module, method: Method = "real", data: Any = None) -> Spec
             ``"complex"`` (as in the CompreSSM paper).
         data: a batch of the model's inputs, or an iterable of batches, which selective layers need; see
             `compressm.observing.inputs` for the forms.
+        loss: the loss of the model's predictions, as in `compress`. With it the spectrum tells what states are worth to
+            the loss, at the cost of one backward pass per batch.
+        gramians: as in `compress`: by default ``"loss"`` if a loss is given, and ``"white"`` otherwise, where the
+            spectrum of a time-invariant layer knows neither the data nor the loss.
 
     Returns:
-        the spectra by layer, in the model's order; ``print`` shows how many states hold which share of the energy.
+        the spectra by layer, in the model's order; ``print`` shows how many states hold which share of the energy, and
+        with a loss how many keep its predicted rise below some nats per prediction.
 
     Raises:
         UnsupportedModelError: the model has no such layer, or has a selective one and no data were given.
         InvalidSystemError: a layer's parameters are not finite, its Gramians overflow, it is unstable (``|lam| >= 1``),
             or the method is unknown.
         ConfigError: data that the model cannot take.
+        InvalidRankRuleError: arguments that contradict each other.
     """
-    return Spectrum.of(balance_layers(model, method, None if data is None else gather(model, data)))
+    if balancing_of(gramians, loss, data, method) == "white":
+        return Spectrum.of(balance_layers(model, method, None if data is None else gather(model, data)))
+    assert loss is not None
+    batches = [batch for _, batch in calls_and_batches(model, data)]
+    evidence = LossEvidence.of(gather_evidence(model, batches, loss, keep=SAMPLES))
+    balancings = balance_layers(model, method, gather(model, batches), evidence.covariances)
+    layers = find_layers(model)
+    cuts = MadeCuts(layers, balancings, "hankel", evidence.fishers)
+    return Spectrum.of(balancings, damage_curves(layers, balancings, cuts, evidence))
+
+
+def balancing_of(
+    gramians: Gramians | None, loss: Loss | None, data: Any, method: Method = "real", selection: Selection = "hankel"
+) -> Gramians:
+    """What balances the layers, by default ``"loss"`` if a loss is given.
+
+    Raises:
+        InvalidRankRuleError: arguments that contradict each other.
+    """
+    if gramians is None:
+        gramians = "white" if loss is None else "loss"
+    check_choice("gramians", gramians, Gramians)
+    if gramians == "white":
+        return gramians
+    if data is None or loss is None:
+        missing = "data" if data is None else "loss"
+        raise InvalidRankRuleError(
+            f"gramians='loss' needs data= and loss=, and {missing} is missing: pass batches, and "
+            "loss='classification', 'regression' or a function of output and batch"
+        )
+    check_cut_by_loss(method, selection)
+    return gramians
+
+
+def check_cut_by_loss(method: Method, selection: Selection) -> None:
+    """Refuse choices that have no meaning where layers are balanced by data and loss.
+
+    Raises:
+        InvalidRankRuleError: the option, and what to choose instead.
+    """
+    for name, value, only in (("method", method, "real"), ("selection", selection, "hankel")):
+        if value != only:
+            raise InvalidRankRuleError(
+                f"{name}={value!r} is there for cuts by white noise: use {name}={only!r} with gramians='loss', or "
+                "gramians='white'"
+            )
 
 
 def snapshot_state(balancing: Balanced) -> Any:

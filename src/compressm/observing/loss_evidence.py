@@ -17,6 +17,7 @@ from compressm.observing.inputs import Call, calls_and_batches
 from compressm.observing.labels import Likelihood, prediction_of, sampled_losses
 from compressm.observing.moments import modes_kept
 from compressm.observing.observer import Kept, Observer
+from compressm.observing.padding import TELLS
 from compressm.runtime.random_state import rng_state, set_rng_state
 from compressm.theory.evidence import Covariances
 from compressm.theory.fisher import MaskFisher
@@ -94,8 +95,8 @@ def gather_evidence(
             for call, batch in calls_and_batches(model, data):
                 observer.observe_next(training_only=False, frozen=True)
                 output = call(model)
-                losses = losses_of(output, batch, call, loss)
-                observer.count(len(losses), predictions(output, call, loss))
+                losses = losses_of(model, output, batch, call, loss)
+                observer.count(len(losses), predictions(model, output, call, loss))
                 losses.sum().backward()
     finally:
         observer.close()
@@ -105,10 +106,10 @@ def gather_evidence(
     return observer
 
 
-def losses_of(output: Any, batch: Any, call: Call, loss: Loss) -> Tensor:
+def losses_of(model: nn.Module, output: Any, batch: Any, call: Call, loss: Loss) -> Tensor:
     """The loss of every sequence of a batch, in nats, shape ``(batch,)``; see `gather_evidence`."""
     if not callable(loss):
-        return sampled_losses(output, loss, mask_of(call))
+        return sampled_losses(output, loss, mask_of(model, call))
     losses = loss(output, batch)
     rows = next(value for value in (*call.args, *call.kwargs.values()) if isinstance(value, Tensor)).shape[:1]
     if not isinstance(losses, Tensor) or losses.shape != rows:
@@ -120,17 +121,19 @@ def losses_of(output: Any, batch: Any, call: Call, loss: Loss) -> Tensor:
     return losses
 
 
-def predictions(output: Any, call: Call, loss: Loss) -> float | None:
+def predictions(model: nn.Module, output: Any, call: Call, loss: Loss) -> float | None:
     """How many predictions a batch's output makes: one per sequence, or one per token that is not padding. None if the
     loss is a function, which tells the loss of a sequence alone."""
     if callable(loss):
         return None
-    shape, present = prediction_of(output).shape[:-1], mask_of(call)
+    shape, present = prediction_of(output).shape[:-1], mask_of(model, call)
     return float(present.sum()) if present is not None and present.shape == shape else float(math.prod(shape))
 
 
-def mask_of(call: Call) -> Tensor | None:
-    """1 for tokens and 0 for padding, if the call's arguments say so."""
+def mask_of(model: nn.Module, call: Call) -> Tensor | None:
+    """1 for tokens and 0 for padding, shape ``(batch, length)``, if the call's arguments or the model tell."""
+    if isinstance(model, TELLS):
+        return model.present(*call.args, **call.kwargs)
     mask = call.kwargs.get("attention_mask")
     return mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
 

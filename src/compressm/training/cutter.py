@@ -14,10 +14,10 @@ from compressm.adapters import find_layers
 from compressm.adapters.base import check_plain
 from compressm.cutting import Plan, Report, plan_reduction, resize_states, state_dims
 from compressm.cutting.carry import Carry, check_optimizer, check_trained, follow, forget_sizes, paired_layers
-from compressm.cutting.compression import check_loss_options
+from compressm.cutting.compression import check_rule
 from compressm.cutting.fitting import fit_any_size
 from compressm.cutting.replay import errors_on_samples
-from compressm.cutting.spectrum import balance_layers
+from compressm.cutting.spectrum import balance_layers, check_cut_by_loss
 from compressm.observing.loss_evidence import Gramians
 from compressm.observing.observer import Terms
 from compressm.runtime.compiled_graphs import allow_recompilation, graphs_compiled
@@ -63,7 +63,8 @@ class Cutter:
         self.selection: Selection = selection
         self.carry: Carry = carry
         if gramians == "loss":
-            check_loss_options(rule, method, selection)
+            check_cut_by_loss(method, selection)
+        check_rule(rule, gramians)
         layers = find_layers(model)
         plain = {name: layer for name, (layer, _) in layers.items()}
         check_plain(plain)
