@@ -1,7 +1,7 @@
 """``compressm analyze``."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -19,6 +19,10 @@ def analyze(
     data: Annotated[
         Path | None, typer.Option(help="As for compress; needed for layers whose states depend on the data.")
     ] = None,
+    gramians: Annotated[
+        Literal["white", "loss"] | None,
+        typer.Option(help="'loss' also shows what states are worth to the loss; needs --data."),
+    ] = None,
     sequences: Annotated[int, typer.Option(help="Sequences to look at.")] = 32,
     length: Length = 512,
     plot: Annotated[
@@ -31,7 +35,7 @@ def analyze(
 
     from compressm.lab.one_shot import analyze_checkpoint
 
-    analysis = analyze_checkpoint(checkpoint, data, sequences=sequences, length=length)
+    analysis = analyze_checkpoint(checkpoint, data, sequences=sequences, length=length, gramians=gramians)
     if not printed(json):
         Console().print(analysis.table())
         for line in analysis.refusals:

@@ -1,7 +1,7 @@
 """``compressm compress``."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -19,6 +19,14 @@ def compress(
     states: Annotated[int | None, typer.Option(help="State dimension to cut every layer to.")] = None,
     tolerance: Annotated[float | None, typer.Option(help="Share of the Hankel energy to discard.")] = None,
     fraction: Annotated[float | None, typer.Option(help="Share of the states to keep.")] = None,
+    total_states: Annotated[int | None, typer.Option(help="States of all layers together.")] = None,
+    max_loss: Annotated[
+        float | None, typer.Option(help="Rise of the loss that the cut may cost, in nats per prediction.")
+    ] = None,
+    gramians: Annotated[
+        Literal["white", "loss"] | None,
+        typer.Option(help="Balance by white noise, or by data and loss [loss with --max-loss, else white]."),
+    ] = None,
     sequences: Annotated[int, typer.Option(help="Sequences to cut by, and as many to measure the loss on.")] = 32,
     length: Length = 512,
     json: JsonFile = None,
@@ -27,8 +35,8 @@ def compress(
     from compressm.lab.one_shot import compress_checkpoint
 
     loss = compress_checkpoint(
-        checkpoint, output, data, states=states, tolerance=tolerance, fraction=fraction, sequences=sequences,
-        length=length,
+        checkpoint, output, data, states=states, tolerance=tolerance, fraction=fraction, total_states=total_states,
+        max_loss=max_loss, gramians=gramians, sequences=sequences, length=length,
     )  # fmt: skip
     if not printed(json):
         print(loss)

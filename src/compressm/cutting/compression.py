@@ -132,7 +132,7 @@ def compress(
     else:
         plan = plan_reduction(model, rule, method, moments=moments, selection=selection, loss=evidence)
     if evidence is not None and loss is not None:
-        plan = _checked(model, plan, rule, moments, evidence, held_out, loss)
+        plan = checked(model, plan, rule, moments, evidence, held_out, loss)
     if seen is not None:
         plan = plan.measured(model, seen, halves, selection, None if evidence is None else evidence.fishers)
     return plan.apply(model, optimizer, carry)
@@ -156,7 +156,7 @@ def check_rule(rule: RankRule, gramians: Gramians) -> None:
         )
 
 
-def _checked(
+def checked(
     model: nn.Module,
     plan: Plan,
     rule: RankRule,
@@ -265,4 +265,4 @@ def _metric_after(
         model.load_state_dict(weights)
 
 
-__all__ = ["compress"]
+__all__ = ["check_rule", "checked", "compress"]

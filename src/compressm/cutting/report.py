@@ -105,6 +105,16 @@ class Report:
         """State dimension of every layer afterwards."""
         return {layer.name: layer.states_after for layer in self.layers}
 
+    def rises(self) -> list[str]:
+        """Lines about the rise of the loss, as far as it is known."""
+        lines: list[str] = []
+        if self.predicted_loss is not None:
+            lines.append(f"predicted rise of the loss: {self.predicted_loss:.3g} nats per prediction")
+        if self.measured_loss is not None:
+            error = f" ± {self.measured_loss_error:.1g}" if self.measured_loss_error else ""
+            lines.append(f"measured on held-out data:  {self.measured_loss:.3g}{error}")
+        return lines
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
         rise = {name: getattr(self, name) for name in ("predicted_loss", "measured_loss", "measured_loss_error")}
@@ -121,11 +131,7 @@ class Report:
             numbers = " ".join([*shares, *(_number(value, 10, 3) for value in hinf)])
             outcome = f"{layer.outcome}{': ' + layer.reason if layer.reason else ''}"
             rows.append(f"{layer.name:32} {dims:>14} {numbers}  {outcome}")
-        if self.predicted_loss is not None:
-            rows.append(f"predicted rise of the loss: {self.predicted_loss:.3g} nats per prediction")
-        if self.measured_loss is not None:
-            error = f" ± {self.measured_loss_error:.1g}" if self.measured_loss_error else ""
-            rows.append(f"measured on held-out data:  {self.measured_loss:.3g}{error}")
+        rows += self.rises()
         return "\n".join(rows)
 
 

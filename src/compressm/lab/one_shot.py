@@ -16,12 +16,16 @@ from torch.nn import functional as F
 
 from compressm.adapters import find_layers
 from compressm.cutting import Report, plan_reduction
+from compressm.cutting.compression import check_rule, checked
 from compressm.cutting.made_cuts import MadeCuts
-from compressm.cutting.spectrum import Spectrum, balance_layers
+from compressm.cutting.nats import damage_curves
+from compressm.cutting.spectrum import SAMPLES, Spectrum, balance_layers, balancing_of
 from compressm.errors import CheckpointError
 from compressm.lab.one_shot_inputs import BATCH, read_batches, read_checkpoint
 from compressm.layers import LanguageModel
 from compressm.observing.held_out import gather_halves, joined
+from compressm.observing.labels import Likelihood
+from compressm.observing.loss_evidence import Gramians, LossEvidence, gather_evidence
 from compressm.observing.moments import gather
 from compressm.runtime.files import read_pair
 from compressm.saving.card import model_card
@@ -75,6 +79,7 @@ class Loss:
             f"loss {self.loss_before:.4f} → {self.loss_after:.4f} ({self.sequences} sequences of {self.length}), "
             f"parameters {self.parameters_before:,} → {self.parameters_after:,}"
         )
+        rows += self.report.rises()
         return "\n".join([*rows, str(self.carried)]).rstrip()
 
 
@@ -86,6 +91,9 @@ def compress_checkpoint(
     states: int | None = None,
     tolerance: float | None = None,
     fraction: float | None = None,
+    total_states: int | None = None,
+    max_loss: float | None = None,
+    gramians: Gramians | None = None,
     sequences: int = 32,
     length: int = 512,
 ) -> Loss:
@@ -101,7 +109,9 @@ def compress_checkpoint(
             the vocabulary is 256; or an ``.npz`` or ``.npy`` file of tokens. For a `SequenceClassifier` an ``.npz``
             file with ``x`` of shape ``(N, length, channels)``, or ``(N, length)`` for tokens, and ``y`` of shape
             ``(N,)``; with ``lengths``, shape ``(N,)``, where rows are padded. See `compressm.lab.data.arrays`.
-        states, tolerance, fraction: how far, exactly one of them; see `RankRule`.
+        states, tolerance, fraction, total_states, max_loss: how far, exactly one of them; see `RankRule`.
+        gramians: as in `compress`, with the model's own predictions as labels; by default ``"loss"`` under ``max_loss``
+            and ``"white"`` otherwise. The rise of the loss is measured on the sequences that were not cut by.
         sequences: the cut is made from the first so many sequences of the data, and the loss is measured on the next.
         length: tokens per sequence.
 
@@ -111,7 +121,12 @@ def compress_checkpoint(
         ConfigError: data that cannot be used.
         InvalidRankRuleError, UnsupportedModelError: as `compress`.
     """
-    rule = RankRule(states=states, tolerance=tolerance, fraction=fraction, min_reduction=0.0)
+    rule = RankRule(
+        states=states, tolerance=tolerance, fraction=fraction, total_states=total_states, max_loss=max_loss,
+        min_reduction=0.0,
+    )  # fmt: skip
+    loss: Likelihood | None = "classification" if gramians == "loss" or max_loss is not None else None
+    check_rule(rule, balancing_of(gramians, loss, data))
     folder, target = Path(checkpoint), Path(output)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise CheckpointError(f"output {target} exists and is not an empty folder: choose another")
@@ -123,9 +138,14 @@ def compress_checkpoint(
     seen = [inputs for inputs, _ in batches[:half]]
     with _fast(model):
         halves = gather_halves(model, seen)
-        balancings = balance_layers(model, moments=joined(halves))
+        moments = joined(halves)
         loss_before = _loss(model, batches[half:])
-        report = plan_reduction(model, rule, balancings=balancings).measured(model, seen, halves).apply(model)
+        evidence = None if loss is None else LossEvidence.of(gather_evidence(model, seen, loss, keep=SAMPLES))
+        plan = plan_reduction(model, rule, moments=moments, loss=evidence)
+        if evidence is not None and loss is not None:
+            plan = checked(model, plan, rule, moments, evidence, [inputs for inputs, _ in batches[half:]], loss)
+        fishers = None if evidence is None else evidence.fishers
+        report = plan.measured(model, seen, halves, fishers=fishers).apply(model)
         loss_after = _loss(model, batches[half:])
     with new_folder(target) as new:
         if extra is None:
@@ -191,12 +211,16 @@ class Analysis:
         """For the terminal: how many states each layer needs, and the model in all."""
         from rich.table import Table
 
-        made = Table(title="States that hold all but a share τ of the Hankel energy", title_justify="left")
-        for column in ("layer", "states", *(f"τ = {one.tolerance:g}" for one in self.prospects)):
+        title = "States that hold all but a share τ of the Hankel energy"
+        nats = (0.1, 0.01, 0.001) if all(layer.rise is not None for layer in self.spectrum) else ()
+        title += "\nor keep the rise of the loss below some nats per prediction" if nats else ""
+        made = Table(title=title, title_justify="left")
+        columns = [*(f"τ = {one.tolerance:g}" for one in self.prospects), *(f"{x:g} nats" for x in nats)]
+        for column in ("layer", "states", *columns):
             made.add_column(column, justify="left" if column == "layer" else "right")
         for layer in self.spectrum:
             cells = ["refused" if layer.name in one.refused else str(one.states[layer.name]) for one in self.prospects]
-            made.add_row(layer.name, str(layer.states), *cells)
+            made.add_row(layer.name, str(layer.states), *cells, *(str(layer.states_within(x)) for x in nats))
         made.add_section()
         total = sum(layer.states for layer in self.spectrum)
         made.add_row("all", str(total), *(str(sum(one.states.values())) for one in self.prospects))
@@ -220,6 +244,7 @@ def analyze_checkpoint(
     sequences: int = 32,
     length: int = 512,
     tolerances: Sequence[float] = (0.1, 0.01, 0.001),
+    gramians: Gramians | None = None,
 ) -> Analysis:
     """How many states every layer of a checkpoint really uses, and what cuts would save; see `compressm.analyze`.
 
@@ -228,20 +253,28 @@ def analyze_checkpoint(
         sequences: how many sequences of the data are looked at.
         length: tokens per sequence.
         tolerances: of the cuts that are tried.
+        gramians: ``"loss"`` also tells what states are worth to the loss, by one backward pass per batch, with the
+            model's own predictions as labels; see `compressm.analyze`.
 
     Raises:
         CheckpointError, ConfigError, UnsupportedModelError: as `compress_checkpoint`.
     """
     model, tokenizer, _ = read_checkpoint(Path(checkpoint))
-    moments = None
+    loss: Likelihood | None = "classification" if gramians == "loss" else None
+    balancing_of(gramians, loss, data)
+    moments, evidence = None, None
     if data is not None:
-        batches = read_batches(model, tokenizer, Path(data), sequences, length, labelled=False)
+        read = read_batches(model, tokenizer, Path(data), sequences, length, labelled=False)
+        batches = [inputs for inputs, _ in read]
         with _fast(model):
-            moments = gather(model, [inputs for inputs, _ in batches])
-    balancings = balance_layers(model, moments=moments)
-    cuts = MadeCuts(find_layers(model), balancings, "hankel")
+            moments = gather(model, batches)
+            evidence = None if loss is None else LossEvidence.of(gather_evidence(model, batches, loss, keep=SAMPLES))
+    balancings = balance_layers(model, moments=moments, covariances=None if evidence is None else evidence.covariances)
+    layers = find_layers(model)
+    cuts = MadeCuts(layers, balancings, "hankel", None if evidence is None else evidence.fishers)
     prospects = tuple(_prospect(model, balancings, cuts, tolerance) for tolerance in tolerances)
-    return Analysis(Spectrum.of(balancings), _parameters(model), prospects)
+    rises = None if evidence is None else damage_curves(layers, balancings, cuts, evidence)
+    return Analysis(Spectrum.of(balancings, rises), _parameters(model), prospects)
 
 
 def _prospect(model: nn.Module, balancings: Mapping[str, Balanced], cuts: MadeCuts, tolerance: float) -> Prospect:
