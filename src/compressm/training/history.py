@@ -82,19 +82,15 @@ class _Looked(Event):
     Attributes:
         layers: the report and certificate of each layer (see `LayerReport.to_dict`).
         reference: the metric that the cut will be compared with; None without ``max_drop``.
-        predicted_loss: rise of the loss predicted for the cut, in nats per prediction; None under white noise.
     """
 
     layers: tuple[dict[str, Any], ...] = ()  # pyright: ignore[reportIncompatibleMethodOverride]
     reference: float | None = None
-    predicted_loss: float | None = None
 
     def metrics(self) -> dict[str, float]:
         """Numbers for a logger, for each layer: states, kept share of Hankel energy and, where measured, the error of
         the output. A `Cut` adds its seconds."""
         values: dict[str, float] = {}
-        if self.predicted_loss is not None:
-            values["compressm/predicted_loss"] = self.predicted_loss
         for layer in self.layers:
             values[f"compressm/states/{layer['name']}"] = float(layer["states_after"])
             for name in ("energy_kept", "error_on_data"):
@@ -111,8 +107,7 @@ class Cut(_Looked):
 
     def _what(self) -> str:
         changed = ", ".join(f"{layer['states_before']} → {layer['states_after']}" for layer in self.layers)
-        loss = "" if self.predicted_loss is None else f", predicted rise of the loss {self.predicted_loss:.3g} nats"
-        return f"cut, states {changed}{loss}"
+        return f"cut, states {changed}"
 
     def metrics(self) -> dict[str, float]:
         return {**super().metrics(), "compressm/cut_seconds": self.seconds}

@@ -61,9 +61,9 @@ class Policy:
         self._schedule.made()
         self._cushion.watch(before, reference)
         if not plan.changes:
-            return Unchanged(step, report.seconds, _layers(report), reference, report.predicted_loss)
+            return Unchanged(step, report.seconds, _layers(report), reference)
         self._cutter.tell(plan)
-        return Cut(step, report.seconds, _layers(report), reference, report.predicted_loss)
+        return Cut(step, report.seconds, _layers(report), reference)
 
     def _postpone(self, step: int, metric: float) -> Postponed:
         """Postpone the cut, since a metric that is not finite cannot serve as its reference."""
@@ -86,7 +86,7 @@ class Policy:
         too_late = not self._schedule.leaves_time(now + 1)  # to examine another cut
         if self._cushion.on_setback == "stop" or too_late or self._goal.too_mild(self._cushion.mildness):
             self._schedule.stop()
-        elif self._goal.rule.promises_quality:
+        elif self._goal.rule.guarantees_error:
             # A milder cut by the same rule can be made at the next step instead of one interval later.
             self._schedule.once_more()
         return replace(event, seconds=event.seconds + time.perf_counter() - started)
