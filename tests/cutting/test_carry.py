@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from torch.optim import Optimizer
 
 from compressm.adapters import find_layers
-from compressm.adapters.base import layer_values, write
+from compressm.adapters.base import layer_values
 from compressm.cutting import compress
 from compressm.cutting.carry import carry_state, check_optimizer, unwrap_optimizer
 from compressm.cutting.spectrum import analyze
@@ -84,7 +84,6 @@ def test_momentum_of_one_gradient_is_pulled_back_like_the_gradient(layer: str) -
     adapter = find_layers(model)["blocks.0.ssm"][1]
     reduction = truncate(balance(adapter.read(layer_values(ssm))), 12, exceed=True)
     change = adapter.plan(layer_values(ssm), reduction)
-    write(ssm, change)
     carry_state(optimizer, ssm, change, "transform")
     carried = {name: optimizer.state[ssm.get_parameter(name)]["momentum_buffer"] for name in change.values()}
     model.zero_grad()

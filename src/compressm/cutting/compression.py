@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from compressm.adapters import find_layers
 from compressm.adapters.base import check_plain
-from compressm.cutting.carry import Carry, check_optimizer
+from compressm.cutting.carry import Carry, Together, check_optimizer, unwrap_optimizer
 from compressm.cutting.made_cuts import MadeCuts
 from compressm.cutting.metrics import measure
 from compressm.cutting.plan import Plan, must_be_alike, plan_reduction
@@ -47,7 +47,7 @@ def compress(
     method: Method = "real",
     selection: Selection = "hankel",
     data: Any = None,
-    optimizer: Optimizer | None = None,
+    optimizer: Any = None,
     carry: Carry = "transform",
 ) -> Report:
     """Reduce a model once, in place. Exactly one of the first six arguments says how far; see `RankRule`.
@@ -72,7 +72,7 @@ def compress(
             `compressm.observing.inputs` for the forms. All tokens count. The data are read twice, the second time to
             measure `LayerReport.error_on_data` and `error_held_out`. If the model has selective layers, batches whose
             order may change, as from a `DataLoader` that shuffles, are kept in memory between the two readings.
-        optimizer: if given, its state is carried over to the new parameters.
+        optimizer: if given, its state is carried over to the new parameters. A list of optimizers is allowed.
         carry: how the optimizer's state is carried over; see `compressm.cutting.carry`.
 
     Returns:
@@ -98,6 +98,7 @@ def compress(
         min_reduction=min_reduction,
         per_layer=per_layer,
     )
+    optimizer = None if optimizer is None else unwrap_optimizer(optimizer)
     _check_before(model, rule, optimizer, carry)
     batches = None if data is None else twice_readable(model, data)
     halves = None if batches is None else gather_halves(model, batches)
@@ -129,7 +130,7 @@ def _searched(max_drop: float | None, evaluate: object, sizes: Mapping[str, Any]
     return {**sizes, "tolerance": 0.0}
 
 
-def _check_before(model: nn.Module, rule: RankRule, optimizer: Optimizer | None, carry: Carry) -> None:
+def _check_before(model: nn.Module, rule: RankRule, optimizer: Optimizer | Together | None, carry: Carry) -> None:
     """Before any computation, refuse impossible sizes, and layers or state that cannot be written or carried over."""
     found = find_layers(model)
     check_sizes(rule, state_dims(model), must_be_alike(found, rule))

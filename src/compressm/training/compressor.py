@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from compressm.cutting.carry import Carry, unwrap_optimizer
+from compressm.cutting.carry import Carry, Together, unwrap_optimizer
 from compressm.cutting.spectrum import snapshot, snapshot_state
 from compressm.errors import CheckpointError
 from compressm.theory.balancing import Method
@@ -160,7 +160,7 @@ class Compressor:
 
     # The arguments are stored in the parts.
     model: nn.Module = _of("_cutter", "model")
-    optimizer: Optimizer = _of("_cutter", "optimizer")
+    optimizer: Optimizer | Together = _of("_cutter", "optimizer")
     followers: tuple[nn.Module, ...] = _of("_cutter", "followers")
     method: Method = _of("_cutter", "method")
     selection: Selection = _of("_cutter", "selection")

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 from torch import nn
 from torch.optim import Optimizer
 
-from compressm.cutting.carry import forget_sizes
+from compressm.cutting.carry import Together, forget_sizes
 from compressm.cutting.fitting import fit
 from compressm.runtime.processes import gathered, rank
 from compressm.runtime.random_state import rng_state, set_rng_state
@@ -28,7 +28,7 @@ class Training:
     """The parts of a training. ``followers`` are averaged copies of the model; the others are as in `Compressor`."""
 
     model: nn.Module
-    optimizer: Optimizer
+    optimizer: Optimizer | Together
     followers: Sequence[nn.Module] = ()
     scheduler: Stateful | None = None
     scaler: Stateful | None = None
