@@ -16,9 +16,10 @@ from torch.optim import Optimizer
 
 from compressm.adapters import LayerAdapter, find_layers
 from compressm.adapters.base import LayerChange, ParameterChange
+from compressm.adapters.mamba import selection_change
 from compressm.cutting.carried import prepare_carry
 from compressm.cutting.moves import Carry
-from compressm.cutting.optimizer_state import SECOND_MOMENTS, is_number, kinds_of, unknown_state
+from compressm.cutting.optimizer_state import SECOND_MOMENTS, is_number, kinds_of, refuse_known, unknown_state
 from compressm.cutting.optimizers import Together, forget_sizes, members_of, refuse_sharded
 from compressm.cutting.twins import step_twin, twin, undisturbed
 from compressm.errors import UnsupportedOptimizerError
@@ -40,6 +41,8 @@ def check_optimizer(optimizer: Optimizer | Together, layers: Mapping[str, nn.Mod
     """
     for member in members_of(optimizer):
         refuse_sharded(member)
+        if mode != "reset":
+            refuse_known(member)
         seen: set[Any] = set()
         for name, layer in layers.items():
             trained = _trained(member, layer)
@@ -148,9 +151,8 @@ def _first_entries(layer: nn.Module, parameters: Mapping[str, nn.Parameter]) -> 
             if name not in values:
                 continue
             old, states = values[name], value.shape[part.axis]
-            values[name] = old.narrow(part.axis, 0, states).clone()
-            matrix = torch.eye(states, old.shape[part.axis], dtype=torch.float64).to_sparse()
-            parts.append(ParameterChange((name,), (values[name],), part.axis, matrix, matrix))
+            parts.append(selection_change(name, old, part.axis, torch.arange(states)))
+            values[name] = parts[-1].values[0]
     return LayerChange(tuple(parts), {})
 
 
@@ -188,12 +190,16 @@ def _check_after(optimizer: Optimizer, parameters: Mapping[str, nn.Parameter], o
     for name, parameter in parameters.items():
         tensors = {"": parameter, **{key: v for key, v in one.state.get(parameter, {}).items() if isinstance(v, Tensor)}}
         for key, value in tensors.items():
-            if value.is_floating_point() and type(value) in (Tensor, nn.Parameter) and not bool(value.isfinite().all()):
+            if value.is_floating_point() and type(value) in (Tensor, nn.Parameter) and not _is_finite(value):
                 what = f"'{key}' of {name}" if key else name
                 raise UnsupportedOptimizerError(
                     f"{type(optimizer).__name__}: after a cut and a step {what} is not finite on a copy of a layer; use "
                     "AdamW for these layers"
                 )
+
+
+def _is_finite(value: Tensor) -> bool:
+    return value.numel() == 0 or bool(torch.stack(torch.aminmax(value.detach())).isfinite().all())
 
 
 def _makes_no_step(optimizer: Optimizer, when: str, error: Exception) -> UnsupportedOptimizerError:

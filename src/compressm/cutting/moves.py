@@ -65,9 +65,8 @@ class Basis:
 
     def select(self, tensors: Sequence[Tensor], kept: Tensor) -> list[Tensor]:
         """Carry anything through a cut that only selects."""
-        return list(torch.cat(list(tensors), self.part.axis).index_select(self.part.axis, kept).chunk(
-            len(tensors), self.part.axis
-        ))  # fmt: skip
+        axis, stacked = self.part.axis, tensors[0] if len(tensors) == 1 else torch.cat(list(tensors), self.part.axis)
+        return list(stacked.index_select(axis, kept.to(stacked.device)).chunk(len(tensors), axis))
 
     def _moved(self, tensors: Sequence[Tensor], matrix: Tensor) -> list[Tensor]:
         axis = self.part.axis
@@ -106,7 +105,7 @@ class PartStates:
         unknown: Unknown,
     ) -> None:
         self._part, self._states, self._kinds, self._fresh, self._unknown = part, states, kinds, fresh, unknown
-        self._olds = [old.detach().to("cpu", torch.float64) for old in olds]
+        self._olds = [old.detach() for old in olds]
         self._basis = Basis(part, tuple(old.shape for old in olds))
         self._kept = self._basis.kept()
 
@@ -134,11 +133,11 @@ class PartStates:
         kind = self._kinds[key]
         if kind in ("rows", "columns", "blocks"):
             return self._reduced(key)
+        if self._kept is not None and kind != "value":
+            return self._basis.select(self._spread(key, exact=True), self._kept)
         olds, basis = self._spread(key), self._basis
         if kind == "value":
             return self._values(olds)
-        if self._kept is not None:
-            return basis.select(olds, self._kept)
         if kind == "linear":
             return basis.linear(olds)
         if kind.startswith(ABOUT):
@@ -148,11 +147,11 @@ class PartStates:
         return basis.power(olds, {"quadratic": 2, "magnitude": 1, "step": -1, "squared step": -2}[kind])
 
     def _values(self, olds: list[Tensor]) -> list[Tensor]:
-        news = [new.detach().to("cpu", torch.float64) for new in self._part.values]
+        news, before = _wide(self._part.values), _wide(self._olds)
         if self._kept is not None:
-            chosen, present = (self._basis.select(x, self._kept) for x in (olds, self._olds))
+            chosen, present = (self._basis.select(x, self._kept) for x in (olds, before))
             return [x + (new - old) for x, new, old in zip(chosen, news, present, strict=True)]
-        away = [x - old for x, old in zip(olds, self._olds, strict=True)]
+        away = [x - old for x, old in zip(olds, before, strict=True)]
         moved = self._basis.direction(away, self._second_moments())
         return [new + x for new, x in zip(news, moved, strict=True)]
 
@@ -166,25 +165,25 @@ class PartStates:
 
     def _reduced(self, key: str) -> list[Tensor]:
         """A factor of second moments after the cut, or the means over blocks."""
-        factors = [self._factor(key, i) for i in range(len(self._states))]
-        axis, whole = self._part.axis, [shape[self._part.axis] for shape in self._basis.shapes]
-        sized = all(x is not None and x.shape[axis] == n for x, n in zip(factors, whole, strict=True))
-        kind = self._kinds[key]
-        if sized and kind != "blocks" and self._part.pullback.ndim == 2:  # means over other axes are linear
-            return self._basis.quadratic([x for x in factors if x is not None])
-        moments = self._basis.quadratic(self._second_moments(self._partner(key)) or [])
-        if kind == "blocks":
+        if self._kinds[key] == "blocks":
+            moments = self._moments_after(key)
             counts = [self._fresh(i)[key].numel() for i in range(len(moments))]
             return [v.reshape(count, -1).mean(1) for v, count in zip(moments, counts, strict=True)]
-        return [v.mean(-1 if kind == "rows" else -2, keepdim=True) for v in moments]
+        over = -1 if self._kinds[key] == "rows" else -2
+        if over % len(self._basis.shapes[0]) != self._part.axis and self._part.pullback.ndim == 2:
+            factors = [self._factor(key, i) for i in range(len(self._states))]  # means over another axis are linear
+            if all(x is not None for x in factors):
+                return self._basis.quadratic([x for x in factors if x is not None])
+        return [v.mean(over, keepdim=True) for v in self._moments_after(key)]
+
+    def _moments_after(self, key: str) -> list[Tensor]:
+        return self._basis.quadratic(self._second_moments(self._partner(key)) or [])
 
     def _factor(self, key: str, i: int) -> Tensor | None:
         """Rows or columns with the mean's axis as one of length 1."""
         if key not in self._states[i]:
             return None
         kind, shape, value = self._kinds[key], list(self._basis.shapes[i]), read_state(self._states[i], key)
-        if kind == "blocks":
-            return value
         shape[-1 if kind == "rows" else -2] = 1
         if value.numel() != torch.Size(shape).numel():
             raise self._unknown(key, i)
@@ -228,15 +227,20 @@ class PartStates:
         value = read_state(state, keys[0]).reshape(shape)
         return value.square() if kind == "magnitude" else value
 
-    def _spread(self, key: str) -> list[Tensor]:
-        """An entry of all parameters, in their shapes."""
+    def _spread(self, key: str, exact: bool = False) -> list[Tensor]:
+        """An entry of all parameters, in their shapes.
+
+        Args:
+            key: of the entry.
+            exact: as it is stored, where it is stored in full. Otherwise in float64 on the CPU.
+        """
         found: list[Tensor] = []
         for i, (state, shape) in enumerate(zip(self._states, self._basis.shapes, strict=True)):
             if key not in state:  # a value that was not stored is the present one
-                missing = self._olds[i] if self._kinds[key] == "value" else torch.zeros(shape, dtype=torch.float64)
-                found.append(missing)
+                zero = torch.zeros(shape, dtype=torch.float64)
+                found.append(*_wide([self._olds[i]]) if self._kinds[key] == "value" else zero)
                 continue
-            value = read_state(state, key)
+            value = state[key].detach() if exact and not is_quantised(state, key) else read_state(state, key)
             if value.ndim == 0 and self._kinds[key] == "value":  # Prodigy stores values that are all zero as one
                 value = value.expand(shape)
             if value.numel() != shape.numel():
@@ -264,6 +268,10 @@ class PartStates:
         elif new.ndim > old.ndim > 0:  # rows and columns that are stored without the mean's axis
             new = new.squeeze(-1 if new.shape[-1] == 1 else -2)
         return new.to(old).contiguous()
+
+
+def _wide(tensors: Sequence[Tensor]) -> list[Tensor]:
+    return [x.detach().to("cpu", torch.float64) for x in tensors]
 
 
 def sliced(part: ParameterChange, olds: Sequence[Tensor]) -> ParameterChange:

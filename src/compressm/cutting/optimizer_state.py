@@ -33,6 +33,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch.optim import Optimizer
 
 from compressm.errors import UnsupportedOptimizerError
@@ -107,6 +108,7 @@ _REASONS = {
     "psgd": "its preconditioners are factors along each axis",
     "galore": "its moments are those of projected gradients",
     "apollo": "its moments are those of projected gradients",
+    "prodigy": "it holds a part of the entries where slice_p is above 1; slice_p=1 works",
     "lbfgs": "it has one history of all parameters",
 }
 
@@ -146,14 +148,39 @@ def kinds_of(optimizer: Optimizer) -> Mapping[str, str]:
     return {}
 
 
+def refuse_known(optimizer: Optimizer) -> None:
+    """Refuse well-known optimizers whose state follows no cut.
+
+    Raises:
+        UnsupportedOptimizerError: says why.
+    """
+    if not kinds_of(optimizer) and (reason := _reason(optimizer)):
+        raise UnsupportedOptimizerError(
+            f"{_name(optimizer)} keeps what cannot follow a cut: {reason}; use AdamW for these layers, or pass "
+            "carry='reset'"
+        )
+
+
 def unknown_state(optimizer: Optimizer, key: str, parameter: str) -> UnsupportedOptimizerError:
     """The error about state of an unknown kind."""
-    kind = type(optimizer).__name__
-    reason = next((f" ({why})" for name, why in _REASONS.items() if name in kind.lower()), "")
+    reason = f" ({why})" if (why := _reason(optimizer)) else ""
     return UnsupportedOptimizerError(
-        f"{kind} keeps '{key}' for {parameter}, and how that changes with the state basis is not known{reason}: use "
-        "AdamW for these layers, pass carry='reset', or declare it with compressm.register_optimizer_state"
+        f"{_name(optimizer)} keeps '{key}' for {parameter}, and how that changes with the state basis is not "
+        f"known{reason}: use AdamW for these layers, pass carry='reset', or declare it with "
+        "compressm.register_optimizer_state"
     )
+
+
+def _name(optimizer: Optimizer) -> str:
+    """The class, after its module where another package has a class of torch's name."""
+    kind = type(optimizer)
+    known = hasattr(torch.optim, kind.__name__) and kind.__module__.partition(".")[0] != "torch"
+    return f"{kind.__module__}.{kind.__name__}" if known else kind.__name__
+
+
+def _reason(optimizer: Optimizer) -> str:
+    name = f"{type(optimizer).__module__}.{type(optimizer).__name__}".lower()
+    return next((why for part, why in _REASONS.items() if part in name), "")
 
 
 def is_number(value: Any) -> bool:
@@ -169,6 +196,7 @@ __all__ = [
     "SECOND_MOMENTS",
     "is_number",
     "kinds_of",
+    "refuse_known",
     "register_optimizer_state",
     "unknown_state",
 ]

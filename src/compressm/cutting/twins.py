@@ -5,22 +5,18 @@ from __future__ import annotations
 import contextlib
 import copy
 import inspect
-import random
 import sys
 import warnings
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from compressm.cutting.copies import copied
 from compressm.runtime.random_state import rng_state, set_rng_state
-
-# What a twin gets copies of. It shares all other objects, such as process groups and libraries' handles.
-_COPIED = (dict, list, tuple, set, Tensor, random.Random, np.random.Generator)
 
 
 def twin(optimizer: Optimizer, copies: Mapping[nn.Parameter, nn.Parameter], *, state: bool = True) -> Optimizer:
@@ -44,39 +40,31 @@ def twin(optimizer: Optimizer, copies: Mapping[nn.Parameter, nn.Parameter], *, s
         memo[id(group["params"])] = ours  # attributes may refer to this list
         if ours:
             settings = {key: value for key, value in group.items() if key != "params"}
-            groups.append({"params": ours, **_copied(settings, memo)})
+            groups.append({"params": ours, **copied(settings, memo)})
     memo[id(optimizer.param_groups)] = groups
     kept = {parameter: values for parameter, values in optimizer.state.items() if state and parameter in copies}
     memo[id(optimizer.state)] = one_state = copy.copy(optimizer.state)
     one_state.clear()
-    one_state.update({copies[parameter]: _copied(values, memo) for parameter, values in kept.items()})
+    one_state.update({copies[parameter]: copied(values, memo) for parameter, values in kept.items()})
     for key, value in held.items():
         if "_hooks" in key and isinstance(value, dict):
             vars(one)[key] = OrderedDict()  # a user's hooks count real steps only
         elif not (callable(value) and hasattr(type(optimizer), key)):  # a scheduler replaces `step` on the instance
-            vars(one)[key] = _copied(value, memo)
+            vars(one)[key] = copied(value, memo)
     one.param_groups, one.state = groups, one_state
     return one
-
-
-def _copied(value: Any, memo: dict[int, Any]) -> Any:
-    if id(value) in memo:
-        return memo[id(value)]
-    if not isinstance(value, _COPIED):
-        return value
-    try:
-        return copy.deepcopy(value, memo)
-    except Exception:  # it holds something that cannot be copied
-        return copy.copy(value)
 
 
 def step_twin(one: Optimizer) -> None:
     """Make one step of a twin, with random gradients. Call it in `undisturbed`."""
     parameters = [parameter for group in one.param_groups for parameter in group["params"]]
 
+    noise = torch.randn(1009)  # a prime number of values, repeated, since random numbers take longer than all else
+
     def closure() -> float:
         for parameter in parameters:
-            parameter.grad = torch.randn_like(parameter)
+            repeated = noise.repeat(-(-parameter.numel() // noise.numel()))[: parameter.numel()]
+            parameter.grad = repeated.view(parameter.shape).to(parameter)
         return 1.0
 
     if callable(train := getattr(one, "train", None)):  # schedule-free optimizers refuse steps in evaluation mode
