@@ -28,7 +28,9 @@ from compressm.errors import UnsupportedOptimizerError
 _HARMLESS = {"params", "lr", "initial_lr", "weight_decay"}
 
 
-def check_optimizer(optimizer: Optimizer | Together, layers: Mapping[str, nn.Module], mode: Carry = "transform") -> None:
+def check_optimizer(
+    optimizer: Optimizer | Together, layers: Mapping[str, nn.Module], mode: Carry = "transform"
+) -> None:
     """Refuse, before any cut, an optimizer whose state for these layers could not be carried over.
 
     Args:
@@ -124,6 +126,7 @@ def _try_a_cut(
             step_twin(one)
         except Exception as error:
             raise _makes_no_step(optimizer, "with the dense gradients of state space layers", error) from error
+        finite = _not_finite(by_name, one) is None  # otherwise the training has the same trouble without cuts
         if mode == "reset":
             _check_counts(optimizer, one, counts)
         else:
@@ -137,7 +140,11 @@ def _try_a_cut(
             step_twin(one)
         except Exception as error:
             raise _makes_no_step(optimizer, "after a cut", error) from error
-    _check_after(optimizer, by_name, one)
+    if finite and (what := _not_finite(by_name, one)):
+        raise UnsupportedOptimizerError(
+            f"{type(optimizer).__name__}: after a cut and a step {what} is not finite on a copy of {name or 'the layer'}; "
+            "use AdamW for these layers"
+        )
 
 
 def _first_entries(layer: nn.Module, parameters: Mapping[str, nn.Parameter]) -> LayerChange:
@@ -186,16 +193,16 @@ def _check_counts(optimizer: Optimizer, one: Optimizer, before: Mapping[tuple[in
         )
 
 
-def _check_after(optimizer: Optimizer, parameters: Mapping[str, nn.Parameter], one: Optimizer) -> None:
+def _not_finite(parameters: Mapping[str, nn.Parameter], one: Optimizer) -> str | None:
+    """The name of a parameter or of a part of its state that is not finite, if there is one."""
     for name, parameter in parameters.items():
-        tensors = {"": parameter, **{key: v for key, v in one.state.get(parameter, {}).items() if isinstance(v, Tensor)}}
-        for key, value in tensors.items():
-            if value.is_floating_point() and type(value) in (Tensor, nn.Parameter) and not _is_finite(value):
-                what = f"'{key}' of {name}" if key else name
-                raise UnsupportedOptimizerError(
-                    f"{type(optimizer).__name__}: after a cut and a step {what} is not finite on a copy of a layer; use "
-                    "AdamW for these layers"
-                )
+        if not _is_finite(parameter):
+            return name
+        for key, value in one.state.get(parameter, {}).items():
+            plain = isinstance(value, Tensor) and type(value) is Tensor and value.is_floating_point()
+            if plain and not _is_finite(value):
+                return f"'{key}' of {name}"
+    return None
 
 
 def _is_finite(value: Tensor) -> bool:

@@ -77,7 +77,9 @@ class Basis:
             moved = moved.view(*moved.shape[: axis + 1], *stacked.shape[axis + 1 :])
         else:
             by_state = stacked.movedim(axis, 0)
-            moved = (matrix @ by_state.flatten(1)).view(-1, *by_state.shape[1:]) if by_state.ndim > 1 else matrix @ by_state
+            moved = (
+                (matrix @ by_state.flatten(1)).view(-1, *by_state.shape[1:]) if by_state.ndim > 1 else matrix @ by_state
+            )
             moved = moved.movedim(0, axis)
         return list(moved.chunk(len(tensors), axis))
 

@@ -59,7 +59,10 @@ def step_twin(one: Optimizer) -> None:
     """Make one step of a twin, with random gradients. Call it in `undisturbed`."""
     parameters = [parameter for group in one.param_groups for parameter in group["params"]]
 
-    noise = torch.randn(1009)  # a prime number of values, repeated, since random numbers take longer than all else
+    # A prime number of values, repeated, since random numbers take longer than all else. None of them is so small that its
+    # square vanishes in float16.
+    noise = torch.randn(1009)
+    noise += noise.sign() / 2
 
     def closure() -> float:
         for parameter in parameters:

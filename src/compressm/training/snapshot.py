@@ -54,7 +54,9 @@ class Training:
                 optimizer's state and averages are restored.
         """
         # Copies, because the optimizer keeps the tensors that it loads, and a snapshot may be used again.
-        snapshot = {key: copied(value) if key == "optimizer" else copy.deepcopy(value) for key, value in snapshot.items()}
+        snapshot = {
+            key: copied(value) if key == "optimizer" else copy.deepcopy(value) for key, value in snapshot.items()
+        }
         fit(self.model, snapshot["model"]).load_state_dict(snapshot["model"])
         settings = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict(snapshot["optimizer"])
