@@ -142,8 +142,8 @@ def _try_a_cut(
             raise _makes_no_step(optimizer, "after a cut", error) from error
     if finite and (what := _not_finite(by_name, one)):
         raise UnsupportedOptimizerError(
-            f"{type(optimizer).__name__}: after a cut and a step {what} is not finite on a copy of {name or 'the layer'}; "
-            "use AdamW for these layers"
+            f"{type(optimizer).__name__}: after a cut and a step {what} is not finite, on a copy of a layer; use AdamW "
+            "for these layers"
         )
 
 

@@ -36,10 +36,11 @@ class Basis:
         """Carry squares of gradients."""
         return self._moved(tensors, self.part.pullback_squared)
 
-    def power(self, tensors: Sequence[Tensor], degree: float) -> list[Tensor]:
-        """Carry non-negative numbers that scale with gradients to the power of ``degree``. Zeros count as unknown."""
-        squares = [torch.where(x > 0, x ** (2 / degree), 0) for x in tensors]
-        return [torch.where(x > 0, x ** (degree / 2), 0) for x in self.quadratic(squares)]
+    def steps(self, tensors: Sequence[Tensor], moments: Sequence[Tensor] | None) -> list[Tensor]:
+        """Carry sizes of steps, or their squares: averages, weighted by the share in the new second moments."""
+        weights = [torch.ones_like(x) for x in tensors] if moments is None else moments
+        sums = self.quadratic([x * w for x, w in zip(tensors, weights, strict=True)])
+        return [torch.where(w > 0, x / w, 0) for x, w in zip(sums, self.quadratic(weights), strict=True)]
 
     def direction(self, tensors: Sequence[Tensor], moments: Sequence[Tensor] | None) -> list[Tensor]:
         """Carry gradients that were divided by the roots of second moments; of none if ``moments`` is None."""
@@ -77,10 +78,8 @@ class Basis:
             moved = moved.view(*moved.shape[: axis + 1], *stacked.shape[axis + 1 :])
         else:
             by_state = stacked.movedim(axis, 0)
-            moved = (
-                (matrix @ by_state.flatten(1)).view(-1, *by_state.shape[1:]) if by_state.ndim > 1 else matrix @ by_state
-            )
-            moved = moved.movedim(0, axis)
+            flat = by_state.flatten(1) if by_state.ndim > 1 else by_state
+            moved = (matrix @ flat).view(-1, *by_state.shape[1:]).movedim(0, axis)
         return list(moved.chunk(len(tensors), axis))
 
 
@@ -146,7 +145,11 @@ class PartStates:
             return self._about(olds, kind.removeprefix(ABOUT))
         if kind == "direction":
             return basis.direction(olds, self._second_moments())
-        return basis.power(olds, {"quadratic": 2, "magnitude": 1, "step": -1, "squared step": -2}[kind])
+        if kind == "step":
+            return basis.steps(olds, self._second_moments())
+        if kind == "magnitude":
+            return [x.sqrt() for x in basis.quadratic([x.square() for x in olds])]
+        return basis.quadratic(olds)
 
     def _values(self, olds: list[Tensor]) -> list[Tensor]:
         news, before = _wide(self._part.values), _wide(self._olds)
@@ -239,8 +242,9 @@ class PartStates:
         found: list[Tensor] = []
         for i, (state, shape) in enumerate(zip(self._states, self._basis.shapes, strict=True)):
             if key not in state:  # a value that was not stored is the present one
-                zero = torch.zeros(shape, dtype=torch.float64)
-                found.append(*_wide([self._olds[i]]) if self._kinds[key] == "value" else zero)
+                present, zero = _wide([self._olds[i]])[0], torch.zeros(shape, dtype=torch.float64)
+                missing = present if self._kinds[key] == "value" else zero
+                found.append(missing.to(self._olds[i].device) if exact else missing)
                 continue
             value = state[key].detach() if exact and not is_quantised(state, key) else read_state(state, key)
             if value.ndim == 0 and self._kinds[key] == "value":  # Prodigy stores values that are all zero as one

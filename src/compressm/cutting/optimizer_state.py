@@ -11,8 +11,8 @@ kind               what it is                                              after
 ``quadratic about  the same, where the optimizer subtracts the square of   ``G2 (v - m^2) + (G m)^2``
 m``                the average ``m``
 ``magnitude``      an average or maximum of absolute gradients             ``sqrt(G2 u^2)``
-``step``           the size of an entry's steps                            ``1 / sqrt(G2 s^-2)``
-``squared step``   an average of squared steps                             ``1 / (G2 a^-1)``
+``step``           sizes of an entry's steps, or their squares, where the  ``G2 (s v) / (G2 v)``, with second moments
+                   size of the gradient does not matter                    ``v``, or 1 if there are none
 ``direction``      an average of gradients divided by the roots of         ``G (d sqrt(v)) / sqrt(G2 v)``
                    second moments
 ``value``          an earlier value or an average of the parameter         the new value, plus its distance from the
@@ -23,9 +23,9 @@ m``                the average ``m``
 ``fresh``          follows from the parameter's shape                      as for a parameter of the new shape
 =================  ======================================================  =============================================
 
-``G2 v`` treats entries as uncorrelated, since an optimizer stores no covariances. A cut that only selects states selects
-the entries of all kinds, exactly. Numbers, such as step counters, are kept. What stands in no table is unknown, and is
-refused.
+So the new state is the one that the optimizer would have, had it trained the new coordinates. ``G2 v`` treats entries
+as uncorrelated, since an optimizer stores no covariances. A cut that only selects states selects the entries of all
+kinds, exactly. Numbers, such as step counters, are kept. What stands in no table is unknown, and is refused.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from torch.optim import Optimizer
 from compressm.errors import UnsupportedOptimizerError
 
 KINDS = (
-    "linear", "quadratic", "magnitude", "step", "squared step", "direction", "value", "rows", "columns", "blocks",
+    "linear", "quadratic", "magnitude", "step", "direction", "value", "rows", "columns", "blocks",
     "fresh",
 )  # fmt: skip
 ABOUT = "quadratic about "
@@ -47,6 +47,7 @@ ABOUT = "quadratic about "
 SECOND_MOMENTS = ("quadratic", "magnitude", "rows", "columns", "blocks")
 
 _ADAM = {"exp_avg": "linear", "exp_avg_sq": "quadratic", "max_exp_avg_sq": "quadratic"}
+_ADAN = {**_ADAM, "exp_avg_diff": "linear", "neg_pre_grad": "linear", "previous_grad": "linear"}
 _EIGHT_BIT = {"qmap1": "fresh", "absmax1": "fresh", "qmap2": "fresh", "absmax2": "fresh"}
 _BITSANDBYTES: dict[str, dict[str, str]] = {
     "Adam": {"state1": "linear", "state2": "quadratic"},
@@ -66,7 +67,7 @@ _TABLE: dict[type[Optimizer] | str, Mapping[str, str]] = {
     "torch.RMSprop": {
         "square_avg": "quadratic about grad_avg", "grad_avg": "linear", "momentum_buffer": "direction",
     },
-    "torch.Adadelta": {"square_avg": "quadratic", "acc_delta": "squared step"},
+    "torch.Adadelta": {"square_avg": "quadratic", "acc_delta": "step"},
     "torch.Rprop": {"prev": "linear", "step_size": "step"},
     "torch.ASGD": {"ax": "value"},
     "torch.Adafactor": {"row_var": "rows", "col_var": "columns", "variance": "quadratic"},
@@ -82,10 +83,8 @@ _TABLE: dict[type[Optimizer] | str, Mapping[str, str]] = {
     "lion_pytorch.Lion": {"exp_avg": "linear"},
     "prodigyopt.Prodigy": {"exp_avg": "linear", "exp_avg_sq": "quadratic", "s": "linear", "p0": "value"},
     "adan_pytorch.Adan": {"m": "linear", "v": "linear", "prev_grad": "linear", "n": "quadratic"},
-    **dict.fromkeys(
-        ("adan.Adan", "pytorch_optimizer.Adan"),
-        {**_ADAM, "exp_avg_diff": "linear", "neg_pre_grad": "linear", "previous_grad": "linear"},
-    ),
+    "adan.Adan": _ADAN,
+    "pytorch_optimizer.Adan": _ADAN,
     "adam_mini.Adam_mini": {
         "m": "linear", "v": "quadratic", "vmean": "blocks", "head_per_gpu": "fresh", "neuron_per_gpu": "fresh",
         "block_numel": "fresh",

@@ -1,7 +1,7 @@
 """Optimizer state that is stored in few bits: read as ordinary numbers, and written again.
 
-bitsandbytes stores codes in blocks: the value of an entry is ``qmap[code] absmax[block]``. torchao has tensors of its own
-classes, which can be read (``dequantize``) and copied into.
+bitsandbytes stores codes in blocks: the value of an entry is ``qmap[code] absmax[block]``. torchao has tensors of its
+own classes, which can be read (``dequantize``) and copied into.
 """
 
 from __future__ import annotations

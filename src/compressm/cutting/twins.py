@@ -59,8 +59,8 @@ def step_twin(one: Optimizer) -> None:
     """Make one step of a twin, with random gradients. Call it in `undisturbed`."""
     parameters = [parameter for group in one.param_groups for parameter in group["params"]]
 
-    # A prime number of values, repeated, since random numbers take longer than all else. None of them is so small that its
-    # square vanishes in float16.
+    # A prime number of values, repeated, since random numbers take longer than all else. None of them is so small that
+    # its square vanishes in float16.
     noise = torch.randn(1009)
     noise += noise.sign() / 2
 
