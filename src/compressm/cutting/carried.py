@@ -61,7 +61,7 @@ def _states_after(
     values: dict[str, Tensor] = {}
     for part in change.parameters:
         olds = [values.get(name, parameters[name].detach()) for name in part.names]
-        before = [states.get(name, optimizer.state.get(parameters[name], {})) for name in part.names]
+        before: list[State] = [states.get(name) or optimizer.state.get(parameters[name]) or {} for name in part.names]
         if any(before):
             after = _part_states(optimizer, parameters, part, olds, before, mode, layer).carried()
             states.update({name: new for name, new in zip(part.names, after, strict=True) if new})

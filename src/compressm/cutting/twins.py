@@ -8,7 +8,7 @@ import inspect
 import sys
 import warnings
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from typing import Any
 
 import torch
@@ -45,7 +45,7 @@ def twin(optimizer: Optimizer, copies: Mapping[nn.Parameter, nn.Parameter], *, s
     kept = {parameter: values for parameter, values in optimizer.state.items() if state and parameter in copies}
     memo[id(optimizer.state)] = one_state = copy.copy(optimizer.state)
     one_state.clear()
-    one_state.update({copies[parameter]: copied(values, memo) for parameter, values in kept.items()})
+    one_state.update({memo[id(parameter)]: copied(values, memo) for parameter, values in kept.items()})
     for key, value in held.items():
         if "_hooks" in key and isinstance(value, dict):
             vars(one)[key] = OrderedDict()  # a user's hooks count real steps only
@@ -81,7 +81,7 @@ def step_twin(one: Optimizer) -> None:
 
 
 @contextlib.contextmanager
-def undisturbed() -> Iterator[None]:
+def undisturbed() -> Generator[None, None, None]:
     """Run a twin without a trace: random generators go back, warnings are dropped, and nothing is compiled."""
     random_state = rng_state()
     stance = torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else contextlib.nullcontext()

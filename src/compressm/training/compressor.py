@@ -60,7 +60,8 @@ class Compressor:
 
     Args:
         model: the model, trained by ``optimizer``.
-        optimizer: SGD, Adam, AdamW, or a wrapper with one in ``.optimizer``.
+        optimizer: the optimizer, a wrapper with one in ``.optimizer``, or a list if several train the model. The page
+            docs/carry.md says which work; all others are refused here.
         total_steps: planned number of optimizer steps.
         tolerance: share of a layer's Hankel energy that each cut may discard (tau in the paper).
         states: state dimension to arrive at with the last cut; the cuts before approach it geometrically.
