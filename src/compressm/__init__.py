@@ -3,6 +3,7 @@
 import compressm._moved  # noqa: F401  # former module names go on working  # pyright: ignore[reportUnusedImport]
 from compressm.cutting import Report, compress
 from compressm.cutting.distil import distil
+from compressm.cutting.optimizer_state import register_optimizer_state
 from compressm.cutting.spectrum import Spectrum, analyze
 from compressm.errors import CompressmError
 from compressm.saving.checkpoint import load, save
@@ -27,6 +28,7 @@ __all__ = [
     "compress",
     "distil",
     "load",
+    "register_optimizer_state",
     "save",
     "truncate",
 ]

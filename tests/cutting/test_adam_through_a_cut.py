@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 import compressm
 from compressm.adapters import find_layers
-from compressm.adapters.base import layer_values, write
+from compressm.adapters.base import layer_values
 from compressm.cutting.carry import carry_state
 from compressm.layers import LinearAttention, SequenceClassifier
 from compressm.theory.balancing import balance, truncate
@@ -58,7 +58,6 @@ def test_first_moments_are_gradients_of_the_new_parameters(layer: str, adam: str
     ((_, adapter),) = find_layers(ssm).values()
     reduction = truncate(balance(adapter.read(layer_values(ssm))), 12, exceed=True)  # type: ignore[union-attr]
     change = adapter.plan(layer_values(ssm), reduction)  # type: ignore[union-attr, arg-type]
-    write(ssm, change)
     carry_state(optimizer, ssm, change, "transform")
     new = gradients(model, ssm)
     moved = 0

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from compressm.adapters import find_layers
 from compressm.adapters.base import check_plain
-from compressm.cutting.carry import Carry, check_optimizer
+from compressm.cutting.carry import Carry, Together, check_optimizer, unwrap_optimizer
 from compressm.cutting.made_cuts import MadeCuts
 from compressm.cutting.metrics import measure
 from compressm.cutting.plan import Plan, must_be_alike, plan_reduction
@@ -55,7 +55,7 @@ def compress(
     data: Any = None,
     loss: Loss | None = None,
     gramians: Gramians | None = None,
-    optimizer: Optimizer | None = None,
+    optimizer: Any = None,
     carry: Carry = "transform",
 ) -> Report:
     """Reduce a model once, in place. Exactly one of the first seven arguments says how far; see `RankRule`.
@@ -89,7 +89,7 @@ def compress(
         gramians: ``"white"`` balances time-invariant layers under white noise; ``"loss"`` by their states on the data
             and the gradients of the loss, see `compressm.theory.covariance`, and picks the states of selective layers
             by their effect on the loss where that does less damage. By default ``"loss"`` if a loss is given.
-        optimizer: if given, its state is carried over to the new parameters.
+        optimizer: if given, its state is carried over to the new parameters. A list of optimizers is allowed.
         carry: how the optimizer's state is carried over; see `compressm.cutting.carry`.
 
     Returns:
@@ -117,6 +117,7 @@ def compress(
     )
     gramians = balancing_of(gramians, loss, data, method, selection)
     check_rule(rule, gramians)
+    optimizer = None if optimizer is None else unwrap_optimizer(optimizer)
     _check_before(model, rule, optimizer, carry)
     if gramians == "loss":
         assert loss is not None
@@ -198,7 +199,7 @@ def _searched(max_drop: float | None, evaluate: object, sizes: Mapping[str, Any]
     return {**sizes, "tolerance": 0.0}
 
 
-def _check_before(model: nn.Module, rule: RankRule, optimizer: Optimizer | None, carry: Carry) -> None:
+def _check_before(model: nn.Module, rule: RankRule, optimizer: Optimizer | Together | None, carry: Carry) -> None:
     """Before any computation, refuse impossible sizes, and layers or state that cannot be written or carried over."""
     found = find_layers(model)
     check_sizes(rule, state_dims(model), must_be_alike(found, rule))

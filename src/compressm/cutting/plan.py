@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from compressm.adapters import LayerAdapter, LayerChange, find_layers, layer_values, layers_that_need_data
 from compressm.adapters.base import tell_written, write
-from compressm.cutting.carry import Carry, carry_state, check_optimizer
+from compressm.cutting.carry import Carry, Together, check_optimizer, prepare_carry
 from compressm.cutting.made_cuts import MadeCuts
 from compressm.cutting.nats import damage_curves, predicted_rises
 from compressm.cutting.replay import Errors, errors_on_data
@@ -92,7 +92,9 @@ class Plan:
         report = replace(self.report, measured_loss=rise.nats, measured_loss_error=rise.standard_error)
         return replace(self, report=report)
 
-    def apply(self, model: nn.Module, optimizer: Optimizer | None = None, carry: Carry = "transform") -> Report:
+    def apply(
+        self, model: nn.Module, optimizer: Optimizer | Together | None = None, carry: Carry = "transform"
+    ) -> Report:
         """Write the plan into its model, and carry the optimizer's state over.
 
         Raises:
@@ -100,12 +102,17 @@ class Plan:
         """
         started = time.perf_counter()
         layers = {name: model.get_submodule(name) for name in self.changes}
+        stores: dict[str, Callable[[], None]] = {}
         if optimizer is not None:
             check_optimizer(optimizer, layers, carry)
+            stores = {
+                name: prepare_carry(optimizer, dict(layers[name].named_parameters()), change, carry, name)
+                for name, change in self.changes.items()
+            }
         for name, change in self.changes.items():
             write(layers[name], change)
-            if optimizer is not None:
-                carry_state(optimizer, layers[name], change, carry)
+            if name in stores:
+                stores[name]()
         tell_written(model)
         return replace(self.report, seconds=self.report.seconds + time.perf_counter() - started)
 

@@ -43,12 +43,12 @@ class Convolution(nn.Module):
         if length > self.max_length:
             raise ValueError(f"a sequence of {length} steps is longer than max_length={self.max_length} of this layer")
         if u.numel() == 0:  # FFTs refuse empty input; the product has the right shape and zero gradients
-            return u * self.filter(1)[0].to(u.dtype) + self.D * u
+            return (u * self.filter(1)[0].to(u.dtype) + self.D * u).to(u.dtype)
         size = 2 ** math.ceil(math.log2(2 * length))
         wide = u.float() if u.dtype in (torch.float16, torch.bfloat16) else u
         response = torch.fft.rfft(self.filter(length).to(wide.dtype), n=size, dim=0)
         y = torch.fft.irfft(torch.fft.rfft(wide, n=size, dim=1) * response, n=size, dim=1)[:, :length]
-        return torch.addcmul(y.to(u.dtype), self.D, u)
+        return torch.addcmul(y.to(u.dtype), self.D, u).to(u.dtype)
 
     def initial_state(self, batch: int) -> Tensor:
         """The state of `step`: all inputs so far, shape ``(batch, steps, d_model)``. It grows with every step, and so
@@ -62,7 +62,7 @@ class Convolution(nn.Module):
         if length > self.max_length:
             raise ValueError(f"{length} steps are more than max_length={self.max_length} of this layer")
         response = self.filter(length).flip(0)
-        return (response * state).sum(1) + self.D * u, state
+        return ((response * state).sum(1) + self.D * u).to(u.dtype), state
 
     def extra_repr(self) -> str:
         return f"d_model={self.d_model}, max_length={self.max_length}"

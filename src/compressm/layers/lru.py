@@ -89,7 +89,7 @@ class LRU(nn.Module):
     def step(self, u: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
         """One time step: ``u`` of shape ``(batch, d_model)`` to ``y`` of the same shape, and the next state."""
         y, state = lti_step(state, u, *self.system())
-        return y + self.D * u, state
+        return (y + self.D * u).to(u.dtype), state
 
     def extra_repr(self) -> str:
         return f"d_model={self.d_model}, d_state={self.d_state}"

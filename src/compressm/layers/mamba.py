@@ -76,7 +76,7 @@ class Mamba(nn.Module):
         u = causal_conv(self.conv1d, u)
         delta, B, C = self.select(u)
         y = selective_scan(u, delta, -at_least_float32(self.A_log).exp(), B, C)
-        return self.out_proj(gated(y, u, self.D, z))
+        return self.out_proj(gated(y, u, self.D, z).to(z.dtype))  # A_log and D may be float32 beside bfloat16
 
     def select(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """``delta`` of shape ``(..., d_inner)``, ``B`` and ``C`` of shape ``(..., d_state)``, for ``u`` after the
@@ -88,7 +88,8 @@ class Mamba(nn.Module):
         """The zero state of `step`: the convolution's last inputs, shape ``(batch, d_conv - 1, d_inner)``, and the
         recurrence's state, shape ``(batch, d_inner, d_state)``."""
         width = self.conv1d.kernel_size[0] - 1
-        return self.D.new_zeros(batch, width, self.d_inner), self.D.new_zeros(batch, self.d_inner, self.d_state)
+        window = self.conv1d.weight.new_zeros(batch, width, self.d_inner)
+        return window, self.D.new_zeros(batch, self.d_inner, self.d_state)
 
     def step(self, v: Tensor, state: tuple[Tensor, Tensor]) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """One time step: ``v`` of shape ``(batch, d_model)`` to the output of the same shape, and the next state."""
@@ -97,7 +98,7 @@ class Mamba(nn.Module):
         u = F.silu(u)
         delta, B, C = self.select(u)
         y, h = selective_step(state[1], u, delta, -at_least_float32(self.A_log).exp(), B, C)
-        return self.out_proj((y + self.D * u) * F.silu(z)), (window, h)
+        return self.out_proj(((y + self.D * u) * F.silu(z)).to(z.dtype)), (window, h)
 
     def extra_repr(self) -> str:
         return f"d_model={self.d_model}, d_state={self.d_state}, d_inner={self.d_inner}, dt_rank={self.dt_rank}"

@@ -90,7 +90,7 @@ class Mamba2(nn.Module):
     def forward(self, v: Tensor) -> Tensor:
         x, delta, B, C, z = self.recurrence(v)
         y = ssd_scan(x * delta[..., None], -delta * at_least_float32(self.A_log).exp(), B, C) + self.D[:, None] * x
-        return self.out_proj(self.norm(y.flatten(-2), z))
+        return self.out_proj(self.norm(y.flatten(-2), z).to(z.dtype))  # A_log and D may be float32 beside bfloat16
 
     def _project(self, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The gate, the input of the convolution, and ``dt`` before its bias."""
@@ -118,7 +118,7 @@ class Mamba2(nn.Module):
         recurrence's state, shape ``(batch, heads, head_dim, d_state)``."""
         channels, _, taps = self.conv1d.weight.shape
         return (
-            self.D.new_zeros(batch, taps - 1, channels),
+            self.conv1d.weight.new_zeros(batch, taps - 1, channels),
             self.D.new_zeros(batch, self.n_heads, self.head_dim, self.d_state),
         )
 
@@ -130,7 +130,7 @@ class Mamba2(nn.Module):
         delta = F.softplus(dt + self.dt_bias)
         y, S = ssd_step(state[1], x * delta[..., None], -delta * at_least_float32(self.A_log).exp(), B, C)
         y = y + self.D[:, None] * x
-        return self.out_proj(self.norm(y.flatten(-2), z)), (window, S)
+        return self.out_proj(self.norm(y.flatten(-2), z).to(z.dtype)), (window, S)
 
     def extra_repr(self) -> str:
         return (

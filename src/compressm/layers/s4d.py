@@ -73,7 +73,7 @@ class S4D(nn.Module):
         return log_radius, phase, 2 * c_re, 2 * c_im
 
     def forward(self, u: Tensor) -> Tensor:
-        return torch.addcmul(siso_scan(u, *self.sampled()), self.D, u)
+        return torch.addcmul(siso_scan(u, *self.sampled()), self.D, u).to(u.dtype)
 
     def initial_state(self, batch: int) -> Tensor:
         """The zero state of `step`: real and imaginary part, shape ``(batch, 2, d_model, d_state)``."""
@@ -82,7 +82,7 @@ class S4D(nn.Module):
     def step(self, u: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
         """One time step: ``u`` of shape ``(batch, d_model)`` to ``y`` of the same shape, and the next state."""
         y, state = siso_step(state, u, *self.sampled())
-        return y + self.D * u, state
+        return (y + self.D * u).to(u.dtype), state
 
     def extra_repr(self) -> str:
         return f"d_model={self.d_model}, d_state={self.d_state}"

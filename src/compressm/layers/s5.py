@@ -104,7 +104,7 @@ class S5(nn.Module):
         if self.bidirectional:
             raise ValueError("a bidirectional S5 has no single steps: its output depends on inputs still to come")
         y, state = lti_step(state, u, *self._discrete(), 2 * self.C_re, 2 * self.C_im)
-        return y + self.D * u, state
+        return (y + self.D * u).to(u.dtype), state
 
     def _discrete(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """``log |lam|``, phase, and real and imaginary part of the discrete B."""

@@ -137,6 +137,17 @@ def in_backward() -> bool:
     return torch._C._current_graph_task_id() != -1  # pyright: ignore[reportPrivateUsage, reportAttributeAccessIssue]
 
 
+def input_dtype(layer: nn.Module) -> torch.dtype:
+    """The dtype in which a layer reads its input: that of its first linear map.
+
+    Its other parameters may have another one. Published checkpoints keep ``A_log`` and ``D`` in float32 beside weights
+    in bfloat16.
+    """
+    linear = [module.weight.dtype for module in layer.modules() if isinstance(module, nn.Linear)]
+    floating = [dtype for dtype in (*linear, next(layer.parameters()).dtype) if dtype.is_floating_point]
+    return floating[0] if floating else torch.get_default_dtype()
+
+
 def named_arguments(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments of a module's call by their names in its forward, or by position if it does not name them."""
     forward: Any = inspect.unwrap(type(module).forward)
@@ -218,6 +229,7 @@ __all__ = [
     "PaddingOver",
     "PaddingTold",
     "in_backward",
+    "input_dtype",
     "named_arguments",
     "not_finite",
     "reversed_layers",

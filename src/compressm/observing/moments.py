@@ -31,6 +31,7 @@ from compressm.observing.layer_calls import (
     PaddingOver,
     PaddingTold,
     in_backward,
+    input_dtype,
     not_finite,
     sequence_starts,
     unpacked,
@@ -237,7 +238,7 @@ class Statistics:
         Statistics._looking = True
         try:
             with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
-                hidden = hidden.to(next(layer.parameters()).dtype)
+                hidden = hidden.to(input_dtype(layer))
                 if present is not None and not reading.told:  # as transformers does, before convolutions
                     hidden = hidden * present[..., None].to(hidden)
                 signals = (

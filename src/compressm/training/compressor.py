@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from compressm.cutting.carry import Carry, unwrap_optimizer
+from compressm.cutting.carry import Carry, Together, unwrap_optimizer
 from compressm.cutting.spectrum import snapshot, snapshot_state
 from compressm.errors import CheckpointError
 from compressm.observing.loss_evidence import Gramians
@@ -62,7 +62,8 @@ class Compressor:
 
     Args:
         model: the model, trained by ``optimizer``.
-        optimizer: SGD, Adam, AdamW, or a wrapper with one in ``.optimizer``.
+        optimizer: the optimizer, a wrapper with one in ``.optimizer``, or a list if several train the model. The page
+            docs/carry.md says which work; all others are refused here.
         total_steps: planned number of optimizer steps.
         tolerance: share of a layer's Hankel energy that each cut may discard (tau in the paper).
         states: state dimension to arrive at with the last cut; the cuts before approach it geometrically.
@@ -178,7 +179,7 @@ class Compressor:
 
     # The arguments are stored in the parts.
     model: nn.Module = _of("_cutter", "model")
-    optimizer: Optimizer = _of("_cutter", "optimizer")
+    optimizer: Optimizer | Together = _of("_cutter", "optimizer")
     followers: tuple[nn.Module, ...] = _of("_cutter", "followers")
     method: Method = _of("_cutter", "method")
     selection: Selection = _of("_cutter", "selection")

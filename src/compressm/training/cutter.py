@@ -13,7 +13,15 @@ from torch.optim import Optimizer
 from compressm.adapters import find_layers
 from compressm.adapters.base import check_plain
 from compressm.cutting import Plan, Report, plan_reduction, resize_states, state_dims
-from compressm.cutting.carry import Carry, check_optimizer, check_trained, follow, forget_sizes, paired_layers
+from compressm.cutting.carry import (
+    Carry,
+    Together,
+    check_optimizer,
+    check_trained,
+    follow,
+    forget_sizes,
+    paired_layers,
+)
 from compressm.cutting.compression import check_rule
 from compressm.cutting.fitting import fit_any_size
 from compressm.cutting.replay import errors_on_samples
@@ -49,7 +57,7 @@ class Cutter:
     def __init__(
         self,
         model: nn.Module,
-        optimizer: Optimizer,
+        optimizer: Optimizer | Together,
         followers: tuple[nn.Module, ...],
         rule: RankRule,
         method: Method = "real",

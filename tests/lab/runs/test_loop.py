@@ -201,10 +201,10 @@ STEP, REPLACE = ("compressm.training.compressor", "Compressor.step"), ("compress
 POINTS: dict[str, Point] = {
     "before the first checkpoint": (*STEP, 2, "before"),
     "just before a cut": (*STEP, 6, "before"),
-    "in a cut, written but not carried": ("compressm.cutting.plan", "carry_state", 1, "before"),
-    "in a cut, carried": ("compressm.cutting.plan", "carry_state", 1, "after"),
+    "in a cut, written but not carried": ("compressm.cutting.plan", "write", 1, "after"),
+    "in a cut, carried": ("compressm.cutting.plan", "tell_written", 1, "before"),
     "just after a cut": (*STEP, 6, "after"),
-    "in the second cut": ("compressm.cutting.plan", "carry_state", 2, "before"),
+    "in the second cut": ("compressm.cutting.plan", "write", 2, "before"),
     "writing a checkpoint's tensors": ("compressm.runtime.files", "save_file", 3, "after"),
     "before a checkpoint counts": (*REPLACE, 5, "before"),
     "while a checkpoint is swapped": (*REPLACE, 5, "after"),
