@@ -9,14 +9,23 @@ from __future__ import annotations
 
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
-from compressm.adapters.changes import LayerChange, ParameterChange, layer_values, write
+from compressm.adapters.changes import (
+    LayerChange,
+    ParameterChange,
+    in_parameters,
+    layer_values,
+    not_divisible,
+    stored_values,
+    write,
+)
+from compressm.adapters.composed import composed_tensors
 from compressm.adapters.cuts import Cuts, LinearCuts, SelectiveCuts
-from compressm.adapters.plain import computed_tensors
+from compressm.adapters.plain import check_readable, computed_tensors
 from compressm.errors import InvalidSystemError, UnsupportedModelError
 from compressm.theory.balanced import Balanced
 from compressm.theory.balancing import Balancing, Method, Reduction, balance
@@ -190,7 +199,11 @@ class SelectiveAdapter(LayerAdapter):
         """Selections or maps of the states; see `SelectiveCuts`."""
         if not isinstance(balanced, SelectiveBalancing):
             raise InvalidSystemError(_balanced_otherwise(layer, balanced, "SelectiveBalancing"))
-        return SelectiveCuts(layer_values(layer), balanced, selection, self.maps(layer), self.plan)
+        return SelectiveCuts(layer_values(layer), balanced, selection, self.maps(layer), self.planned(layer))
+
+    def planned(self, layer: nn.Module) -> Callable[[Mapping[str, Tensor], SelectiveReduction], LayerChange]:
+        """`plan`, translated to the parameters that the layer's weights are computed from; see `composed`."""
+        return lambda values, reduction: in_parameters(layer, self.plan(values, reduction))
 
 
 def _balanced_otherwise(layer: nn.Module, balanced: Balanced, expected: str) -> str:
@@ -258,6 +271,15 @@ def find_layers(model: nn.Module) -> dict[str, tuple[nn.Module, LayerAdapter]]:
     return found
 
 
+def resized(layer: nn.Module, adapter: LayerAdapter, states: int) -> LayerChange:
+    """A change to a layer's parameters of the shapes for a state dimension; load values afterwards.
+
+    This is the adapter's `LayerAdapter.resized`, translated to the parameters that the layer's weights are computed
+    from; see `compressm.adapters.composed`. Nothing is written.
+    """
+    return in_parameters(layer, adapter.resized(layer, states))
+
+
 def layers_that_need_data(model: nn.Module) -> dict[str, tuple[nn.Module, SelectiveAdapter]]:
     """The selective layers of a model, whose `balance` needs moments of data, by name, with their adapters.
 
@@ -281,23 +303,29 @@ def _short_name(kind: type[nn.Module] | str) -> str:
 
 
 def check_plain(layers: Mapping[str, nn.Module]) -> None:
-    """Refuse layers in which a tensor that a cut reads or writes is computed from other parameters at every call.
+    """Refuse layers in which a tensor that a cut reads or writes is computed at every call, and cannot be cut.
 
-    Examples are weights under `torch.nn.utils.parametrize` (``weight_norm``, ``spectral_norm``) or under the older
-    hooks of the same names, pruned weights, and weights wrapped by an adapter such as LoRA.
+    Examples are weights under `torch.nn.utils.parametrize` (``spectral_norm``) or under the older hooks of the same
+    names, pruned weights, and weights wrapped by adapters other than LoRA. The weights of `compressm.adapters.composed`
+    can be cut.
 
     Args:
         layers: by their names in the model.
 
     Raises:
-        UnsupportedModelError: names the parameter, and how to make it a plain one again.
+        UnsupportedModelError: names the parameter, and how to make it a plain one again; or a layer without readable
+            values, see `check_readable`.
     """
+    check_readable(layers)
     for layer_name, layer in layers.items():
         adapter = _adapter(type(layer))
         assert adapter is not None
-        computed = dict(computed_tensors(layer))
+        computed, composed = dict(computed_tensors(layer)), composed_tensors(layer)
         try:
-            names = set(adapter.resized(layer, adapter.state_dim(layer)).values())
+            change = adapter.resized(layer, adapter.state_dim(layer))
+            names = set(change.values())
+            for bad in filter(None, (not_divisible(part, composed) for part in change.parameters)):
+                computed[bad] = composed[bad].kind, composed[bad].undo
             adapter.system(layer)
         except (KeyError, AttributeError) as error:
             # The error names the parameter in full; get_parameter's own message has only the last part of the name.
@@ -337,6 +365,8 @@ __all__ = [
     "layer_values",
     "layers_that_need_data",
     "register",
+    "resized",
+    "stored_values",
     "tell_written",
     "write",
 ]

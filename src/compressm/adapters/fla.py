@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from compressm.adapters.base import LayerChange, layer_values
+from compressm.adapters.composed import effective_weight
 from compressm.adapters.hf_base import HuggingFaceAdapter
 from compressm.adapters.linear_attention import mapped_rows
 from compressm.adapters.mamba import selection_change
@@ -59,7 +60,7 @@ class FLAAdapter(HuggingFaceAdapter):
         decay, beta = self.forgetting(module, seen, v)
         step = decay if decay.ndim == 4 else decay[..., None].expand_as(v).flatten(-2)
         stored = v if beta is None else beta[..., None] * v
-        gain = module.o_proj.weight.norm(dim=0).expand(*hidden.shape[:2], -1)
+        gain = effective_weight(module.o_proj).norm(dim=0).expand(*hidden.shape[:2], -1)
         if hasattr(module, "g_proj"):
             gain = gain * F.silu(module.g_proj(hidden))
         norm = next((n.weight for n in (getattr(module, k, None) for k in _NORMS) if n is not None), None)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from compressm.adapters.base import LayerChange, layer_values
+from compressm.adapters.composed import effective_weight
 from compressm.adapters.hf_mamba import HFMambaAdapter
 from compressm.adapters.hf_mamba2 import HFMamba2Adapter
 from compressm.layers.activations import causal_conv
@@ -25,7 +26,7 @@ class MambaSSMAdapter(HFMambaAdapter):
         u = causal_conv(m.conv1d, u)
         dt, B, C = m.x_proj(u).split([m.dt_rank, m.d_state, m.d_state], -1)
         delta = F.softplus(m.dt_proj(dt))
-        gain = F.silu(z) * m.out_proj.weight.norm(dim=0)
+        gain = F.silu(z) * effective_weight(m.out_proj).norm(dim=0)
         return Signals(delta * u, delta, m.A_log.float().exp(), B[:, :, None], C[:, :, None], gain)
 
     def plan(self, values: Mapping[str, Tensor], reduction: SelectiveReduction) -> LayerChange:
@@ -46,7 +47,7 @@ class MambaSSM2Adapter(HFMamba2Adapter):
         width = m.ngroups * m.d_state
         x, B, C = causal_conv(m.conv1d, xBC).split([m.d_ssm, width, width], -1)
         delta = F.softplus(dt + m.dt_bias).clamp(*m.dt_limit).repeat_interleave(m.headdim, -1)
-        gain = F.silu(z) * m.out_proj.weight[:, -m.d_ssm :].norm(dim=0)
+        gain = F.silu(z) * effective_weight(m.out_proj)[:, -m.d_ssm :].norm(dim=0)
         if m.rmsnorm:
             gain = gain * m.norm.weight
         B, C = (v.unflatten(-1, (m.ngroups, m.d_state)) for v in (B, C))

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from compressm.adapters import LayerAdapter, find_layers
-from compressm.adapters.base import LayerChange, ParameterChange, tell_written, write
+from compressm.adapters.base import LayerChange, ParameterChange, resized, tell_written, write
 from compressm.errors import UnsupportedModelError, UnsupportedOptimizerError
 
 Carry = Literal["transform", "slice", "reset"]
@@ -199,7 +199,7 @@ def check_trained(optimizer: Optimizer, layers: Mapping[str, tuple[nn.Module, La
     """
     trained = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     for layer_name, (layer, adapter) in layers.items():
-        for name in adapter.resized(layer, adapter.state_dim(layer)).values():
+        for name in resized(layer, adapter, adapter.state_dim(layer)).values():
             parameter = layer.get_parameter(name)
             if parameter.requires_grad and id(parameter) not in trained:
                 full_name = f"{layer_name}.{name}".lstrip(".")

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from compressm.adapters import find_layers
 from compressm.adapters.base import check_plain
+from compressm.adapters.plain import check_wrappers
 from compressm.cutting.carry import Carry, check_optimizer
 from compressm.cutting.made_cuts import MadeCuts
 from compressm.cutting.metrics import measure
@@ -132,9 +133,10 @@ def _searched(max_drop: float | None, evaluate: object, sizes: Mapping[str, Any]
 def _check_before(model: nn.Module, rule: RankRule, optimizer: Optimizer | None, carry: Carry) -> None:
     """Before any computation, refuse impossible sizes, and layers or state that cannot be written or carried over."""
     found = find_layers(model)
-    check_sizes(rule, state_dims(model), must_be_alike(found, rule))
     layers = {name: layer for name, (layer, _) in found.items()}
+    check_wrappers(model, layers)
     check_plain(layers)
+    check_sizes(rule, state_dims(model), must_be_alike(found, rule))
     if optimizer is not None:
         check_optimizer(optimizer, layers, carry)
 

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 from torch import Tensor, nn
 
 from compressm.adapters import LayerAdapter, find_layers
-from compressm.adapters.base import layer_values, tell_written, write
+from compressm.adapters.base import resized, stored_values, tell_written, write
 from compressm.errors import CheckpointError
 from compressm.runtime.processes import rebuild_replicas
 
@@ -104,14 +104,14 @@ def _after_loading(module: nn.Module, _: Any) -> None:
 
 def _fit_layer(layer: nn.Module, adapter: LayerAdapter, shapes: Mapping[str, tuple[int, ...]], prefix: str) -> bool:
     """Resize a layer to the shapes of its weights; returns whether that was needed."""
-    values = layer_values(layer)
+    values = stored_values(layer)
     wanted = {name: shapes[prefix + name] for name in values if prefix + name in shapes}
     differing = {name: shape for name, shape in wanted.items() if shape != tuple(values[name].shape)}
     if not differing:
         return False
 
     def shapes_at(states: int) -> dict[str, tuple[int, ...]]:
-        return {n: tuple(v.shape) for n, v in {**values, **adapter.resized(layer, states).values()}.items()}
+        return {n: tuple(v.shape) for n, v in {**values, **resized(layer, adapter, states).values()}.items()}
 
     # Every size is a linear function of the state dimension, so its values at two dimensions determine the wanted one.
     one, two = shapes_at(1), shapes_at(2)
@@ -120,7 +120,7 @@ def _fit_layer(layer: nn.Module, adapter: LayerAdapter, shapes: Mapping[str, tup
         if at_one != at_two:
             states = 1 + (size - at_one) // (at_two - at_one)
             if states >= 1 and all(shapes_at(states)[other] == asked for other, asked in wanted.items()):
-                write(layer, adapter.resized(layer, states))
+                write(layer, resized(layer, adapter, states))
                 return True
             break
     raise CheckpointError(

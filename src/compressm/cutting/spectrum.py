@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from compressm.adapters import find_layers
 from compressm.adapters.base import check_plain
+from compressm.adapters.plain import check_readable, check_wrappers
 from compressm.cutting.plots import Backend, plot_discarded
 from compressm.errors import MissingExtraError, UnsupportedModelError
 from compressm.observing.moments import gather
@@ -176,6 +177,9 @@ def analyze(model: nn.Module, method: Method = "real", data: Any = None) -> Spec
             or the method is unknown.
         ConfigError: data that the model cannot take.
     """
+    layers = {name: layer for name, (layer, _) in find_layers(model).items()}
+    check_wrappers(model, layers)
+    check_readable(layers)
     return Spectrum.of(balance_layers(model, method, None if data is None else gather(model, data)))
 
 

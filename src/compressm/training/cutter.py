@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from compressm.adapters import find_layers
 from compressm.adapters.base import check_plain
+from compressm.adapters.plain import check_wrappers
 from compressm.cutting import Plan, Report, plan_reduction, resize_states, state_dims
 from compressm.cutting.carry import Carry, check_optimizer, check_trained, follow, forget_sizes, paired_layers
 from compressm.cutting.fitting import fit_any_size
@@ -59,6 +60,7 @@ class Cutter:
         self.carry: Carry = carry
         layers = find_layers(model)
         plain = {name: layer for name, (layer, _) in layers.items()}
+        check_wrappers(model, plain)
         check_plain(plain)
         check_optimizer(optimizer, plain, carry)
         check_trained(optimizer, layers)
