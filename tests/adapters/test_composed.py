@@ -1,4 +1,4 @@
-"""Cuts through weight normalisation: the parameters that a weight is computed from are cut, and the weight with them."""
+"""Cuts through weight normalisation: the parameters of a weight are cut, and the weight with them."""
 
 from __future__ import annotations
 

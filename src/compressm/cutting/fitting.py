@@ -14,8 +14,9 @@ from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
-from compressm.adapters import LayerAdapter, find_layers
+from compressm.adapters import LayerAdapter, LayerChange, find_layers
 from compressm.adapters.base import resized, stored_values, tell_written, write
+from compressm.cutting.held_base import hold_cut_base
 from compressm.errors import CheckpointError
 from compressm.runtime.processes import rebuild_replicas
 
@@ -49,6 +50,7 @@ def fit_any_size(model: Model) -> Model:
             module.register_load_state_dict_pre_hook(_resize_for_weights)
         module.register_load_state_dict_post_hook(_after_loading)
         setattr(module, _OUTERMOST, False)
+    hold_cut_base(model)
     return model
 
 
@@ -87,19 +89,15 @@ def _before_loading(module: nn.Module, _state_dict: Mapping[str, Any], prefix: s
 def _resize_for_weights(layer: nn.Module, state_dict: Mapping[str, Any], prefix: str, *_: Any) -> None:
     (adapter,) = (adapter for found, adapter in find_layers(layer).values() if found is layer)
     shapes = {name: tuple(v.shape) for name, v in state_dict.items() if name.startswith(prefix) and hasattr(v, "shape")}
-    if _fit_layer(layer, adapter, shapes, prefix):
-        setattr(layer, _RESIZED, True)
+    setattr(layer, _RESIZED, _fit_layer(layer, adapter, shapes, prefix))
 
 
 def _after_loading(module: nn.Module, _: Any) -> None:
-    if not getattr(module, _OUTERMOST):
-        return
-    resized = [layer for layer in module.modules() if hasattr(layer, _RESIZED)]
-    for layer in resized:
-        delattr(layer, _RESIZED)
-    if resized:
+    # Called for every module inside first. The model may be inside of others, such as a PeftModel made later.
+    if any(getattr(layer, _RESIZED, False) for layer in module.modules()):
         tell_written(module)
-        rebuild_replicas(module)
+        if getattr(module, _OUTERMOST):
+            rebuild_replicas(module)
 
 
 def _fit_layer(layer: nn.Module, adapter: LayerAdapter, shapes: Mapping[str, tuple[int, ...]], prefix: str) -> bool:
@@ -120,13 +118,31 @@ def _fit_layer(layer: nn.Module, adapter: LayerAdapter, shapes: Mapping[str, tup
         if at_one != at_two:
             states = 1 + (size - at_one) // (at_two - at_one)
             if states >= 1 and all(shapes_at(states)[other] == asked for other, asked in wanted.items()):
-                write(layer, resized(layer, adapter, states))
+                change = resized(layer, adapter, states)
+                _check_whole(change, wanted, values, states, prefix)
+                write(layer, change)
                 return True
             break
     raise CheckpointError(
         f"{prefix.rstrip('.') or type(layer).__name__}: weights of shapes {list(differing.values())} belong to no "
         "state dimension of this layer; build the model as it was built when saved"
     )
+
+
+def _check_whole(
+    change: LayerChange, wanted: Mapping[str, Any], values: Mapping[str, Tensor], states: int, prefix: str
+) -> None:
+    """Refuse weights that give a layer another state dimension, and not all values that depend on it.
+
+    The others would be placeholders. Adapters that were saved without the base they were trained on are such weights.
+    """
+    missing = [name for name, value in change.values().items() if name not in wanted and value.shape != values[name].shape]
+    if missing:
+        raise CheckpointError(
+            f"these weights belong to a layer of {states} states and leave out {prefix}{missing[0]}, whose size depends "
+            "on that: load the model that they were trained with, then these; an adapter of peft that was trained "
+            "through a cut is saved with its base by compressm.integrations.peft.save"
+        )
 
 
 __all__ = ["fit", "fit_any_size"]
