@@ -136,7 +136,9 @@ def _check_whole(
 
     The others would be placeholders. Adapters that were saved without the base they were trained on are such weights.
     """
-    missing = [name for name, value in change.values().items() if name not in wanted and value.shape != values[name].shape]
+    missing = [
+        name for name, value in change.values().items() if name not in wanted and value.shape != values[name].shape
+    ]
     if missing:
         raise CheckpointError(
             f"these weights belong to a layer of {states} states and leave out {prefix}{missing[0]}, whose size depends "
