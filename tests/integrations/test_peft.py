@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 pytest.importorskip("peft")
 
-from peft import LoraConfig, PeftModel, get_peft_model  # noqa: E402
-from transformers import (  # noqa: E402
+from peft import LoraConfig, PeftModel, get_peft_model
+from tests.hf_models import perturb, tokens
+from transformers import (
     BambaConfig,
     BambaForCausalLM,
     Mamba2Config,
@@ -28,17 +29,14 @@ from transformers import (  # noqa: E402
     TrainingArguments,
 )
 
-import compressm  # noqa: E402
-from compressm.cutting import state_dims  # noqa: E402
-from compressm.cutting.fitting import fit_any_size  # noqa: E402
-from compressm.errors import CheckpointError, UnsupportedModelError  # noqa: E402
-from compressm.integrations.peft import load, save  # noqa: E402
-from compressm.integrations.transformers import CompressionCallback  # noqa: E402
-from tests.hf_models import perturb, tokens  # noqa: E402
+import compressm
+from compressm.cutting import state_dims
+from compressm.cutting.fitting import fit_any_size
+from compressm.errors import CheckpointError, UnsupportedModelError
+from compressm.integrations.peft import load, save
+from compressm.integrations.transformers import CompressionCallback
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:.*gradient_checkpointing.*is deprecated:FutureWarning"
-)  # what peft calls
+pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*is deprecated:FutureWarning")  # by peft
 
 COMMON: dict[str, Any] = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 2, "pad_token_id": 0}
 STATES, CUT = 8, 3
@@ -328,9 +326,7 @@ def test_an_adapter_without_its_base_does_not_slice_another_base(tmp_path: Path)
     model = adapted(mamba2(), ["in_proj"])
     trained(model)
     type(model).save_pretrained(model, tmp_path)
-    with pytest.raises(
-        CheckpointError, match=r"layer of 3 states and leave out .*in_proj\.base_layer\.weight.*integrations\.peft"
-    ):
+    with pytest.raises(CheckpointError, match=r"of 3 states, and leave out .*in_proj\.base_layer\.weight"):
         load(tmp_path, mamba2())
 
 

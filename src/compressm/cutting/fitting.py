@@ -9,14 +9,14 @@ averaged copies.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
 from compressm.adapters import LayerAdapter, LayerChange, find_layers
 from compressm.adapters.base import resized, stored_values, tell_written, write
-from compressm.cutting.held_base import hold_cut_base
+from compressm.cutting.held_base import hold_cut_base, is_factor
 from compressm.errors import CheckpointError
 from compressm.runtime.processes import rebuild_replicas
 
@@ -119,7 +119,7 @@ def _fit_layer(layer: nn.Module, adapter: LayerAdapter, shapes: Mapping[str, tup
             states = 1 + (size - at_one) // (at_two - at_one)
             if states >= 1 and all(shapes_at(states)[other] == asked for other, asked in wanted.items()):
                 change = resized(layer, adapter, states)
-                _check_whole(change, wanted, values, states, prefix)
+                _check_whole(change, differing, wanted, states, prefix)
                 write(layer, change)
                 return True
             break
@@ -130,20 +130,18 @@ def _fit_layer(layer: nn.Module, adapter: LayerAdapter, shapes: Mapping[str, tup
 
 
 def _check_whole(
-    change: LayerChange, wanted: Mapping[str, Any], values: Mapping[str, Tensor], states: int, prefix: str
+    change: LayerChange, differing: Iterable[str], wanted: Collection[str], states: int, prefix: str
 ) -> None:
-    """Refuse weights that give a layer another state dimension, and not all values that depend on it.
+    """Refuse an adapter that gives a layer another state dimension, without the base that it was trained on.
 
-    The others would be placeholders. Adapters that were saved without the base they were trained on are such weights.
+    The base's values would be placeholders. (Shards of whole models are loaded one by one, and fill in the rest later.)
     """
-    missing = [
-        name for name, value in change.values().items() if name not in wanted and value.shape != values[name].shape
-    ]
-    if missing:
+    missing = next((name for name in change.values() if name not in wanted), None)
+    if missing is not None and all(is_factor(name) for name in differing):
         raise CheckpointError(
-            f"these weights belong to a layer of {states} states and leave out {prefix}{missing[0]}, whose size depends "
-            "on that: load the model that they were trained with, then these; an adapter of peft that was trained "
-            "through a cut is saved with its base by compressm.integrations.peft.save"
+            f"these adapters belong to a layer of {states} states, and leave out {prefix}{missing}, which depends on "
+            "that: load the base that they were trained with first; adapters that are trained through a cut are saved "
+            "with what it changed in the base, by their model's save_pretrained or compressm.integrations.peft.save"
         )
 
 

@@ -32,8 +32,13 @@ PEFT_MODEL = "peft.peft_model.PeftModel"
 _FACTOR = re.compile(r"\.lora_(A|B|embedding_A|embedding_B|magnitude_vector)\.")
 
 
+def is_factor(name: str) -> bool:
+    """Whether a parameter of this name is part of an adapter."""
+    return _FACTOR.search(f".{name}") is not None
+
+
 def peft_models(model: nn.Module) -> list[nn.Module]:
-    """The modules of a model that save adapters alone: peft's models, and models of transformers with ``add_adapter``."""
+    """The modules of a model that save adapters alone: those of peft, and of transformers with ``add_adapter``."""
     inner = [one for one in model.modules() if getattr(one, "_hf_peft_config_loaded", False)]
     return [one for one in model.modules() if is_kind(one, PEFT_MODEL)] or inner
 
@@ -56,7 +61,7 @@ def cut_tensors(model: nn.Module) -> dict[str, Tensor]:
         buffers = [key for key, value in change.attributes.items() if isinstance(value, Tensor)]
         for one in (*change.values(), *buffers):
             full = f"{name}.{one}".lstrip(".")
-            if full in stored and not _FACTOR.search(full):
+            if full in stored and not is_factor(full):
                 found[full] = _unmerged(model, full, named[full].detach())
     for full in _changed_at_the_start(model):
         found[full] = _unmerged(model, full, named[full].detach())
@@ -127,4 +132,4 @@ def _complete(folder: Path, tensors: dict[str, Tensor]) -> None:
     torch.save({**tensors, **torch.load(file, map_location="cpu", weights_only=True)}, file)
 
 
-__all__ = ["cut_tensors", "hold_cut_base", "peft_models"]
+__all__ = ["cut_tensors", "hold_cut_base", "is_factor", "peft_models"]

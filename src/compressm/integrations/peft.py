@@ -4,7 +4,7 @@ LoRA needs nothing of this to train: pass the ``PeftModel`` to `Compressor`, `co
 other model. A cut goes through the factors of the adapters; see `compressm.adapters.composed`.
 
 ``PeftModel.save_pretrained`` then writes what cuts change in the base beside the adapter, see
-`compressm.cutting.held_base`. `save` writes the whole base too, so that peft and transformers load it without compressm.
+`compressm.cutting.held_base`. `save` writes the whole base too, so that peft loads both without compressm.
 """
 
 from __future__ import annotations
@@ -113,8 +113,8 @@ def _base_of(model: nn.Module) -> Any:
     merged = next((name for name, one in inner.named_modules() if getattr(one, "merged_adapters", None)), None)
     if merged is not None:
         raise UnsupportedModelError(
-            f"the adapters of {merged} are merged into the base: call unmerge_adapter() first; or save the merged model "
-            "alone, merge_and_unload().save_pretrained(folder)"
+            f"the adapters of {merged} are merged into the base: call unmerge_adapter() first; or save the merged "
+            "model alone, merge_and_unload().save_pretrained(folder)"
         )
     dims = {adapter.state_dim(layer) for layer, adapter in find_layers(inner).values() if adapter.uniform}
     if len(dims) > 1:
