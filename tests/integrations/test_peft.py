@@ -17,7 +17,6 @@ from torch import Tensor, nn
 pytest.importorskip("peft")
 
 from peft import LoraConfig, PeftModel, get_peft_model
-from tests.hf_models import perturb, tokens
 from transformers import (
     BambaConfig,
     BambaForCausalLM,
@@ -35,6 +34,7 @@ from compressm.cutting.fitting import fit_any_size
 from compressm.errors import CheckpointError, UnsupportedModelError
 from compressm.integrations.peft import load, save
 from compressm.integrations.transformers import CompressionCallback
+from hf_models import perturb, tokens
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*is deprecated:FutureWarning")  # by peft
 

@@ -94,6 +94,10 @@ class LayerAdapter(ABC):
         """Called after layers of a model were written. Update what the model stores beside them, such as a config."""
         del model  # nothing, by default
 
+    def untold(self, model: nn.Module) -> str | None:
+        """A warning if `written` cannot update what stores the layers' sizes, since it is not in ``model``."""
+        del model
+
 
 class Adapter(LayerAdapter):
     """Reads a linear time-invariant system out of one kind of layer, and plans how to write a smaller one back.
@@ -347,6 +351,17 @@ def check_plain(layers: Mapping[str, nn.Module]) -> None:
                 )
 
 
+class PartOfModelWarning(UserWarning):
+    """Layers are cut that are parts of a larger model, whose config does not learn of it."""
+
+
+def warn_of_parts(model: nn.Module) -> None:
+    """Warn, before a cut, of layers that belong to a larger model with a config that will not be updated."""
+    for adapter in {id(adapter): adapter for _, adapter in find_layers(model).values()}.values():
+        if (message := adapter.untold(model)) is not None:
+            warnings.warn(message, PartOfModelWarning, stacklevel=4)
+
+
 def tell_written(model: nn.Module) -> None:
     """Call `LayerAdapter.written` once for every adapter of the model's layers."""
     for adapter in {id(adapter): adapter for _, adapter in find_layers(model).values()}.values():
@@ -358,6 +373,7 @@ __all__ = [
     "LayerAdapter",
     "LayerChange",
     "ParameterChange",
+    "PartOfModelWarning",
     "SelectiveAdapter",
     "UnknownLayerWarning",
     "check_plain",
@@ -368,5 +384,6 @@ __all__ = [
     "resized",
     "stored_values",
     "tell_written",
+    "warn_of_parts",
     "write",
 ]

@@ -123,12 +123,11 @@ class FLAAdapter(HuggingFaceAdapter):
         heads = values["k_proj.weight"].shape[0] // module.head_k_dim
         return self.plan(values, first_states(module.head_k_dim, states, heads))
 
-    def written(self, model: nn.Module) -> None:
-        for module in model.modules():
-            config: Any = getattr(module, "config", None)
-            dims = self.dims_in(module) if config is not None else []
-            if dims and hasattr(config, "hidden_size"):
-                self.tell_config(config, max(dims))
+    def has_field(self, config: Any) -> bool:
+        return hasattr(config, "hidden_size")
+
+    def fields(self, config: Any) -> Any:
+        return {name: getattr(config, name, None) for name in ("expand_k", "expand_v", "head_dim")}
 
     def tell_config(self, config: Any, states: int) -> None:
         """Write a head's number of key dimensions into a model's config."""

@@ -32,8 +32,14 @@ class MambaSSMAdapter(HFMambaAdapter):
     def plan(self, values: Mapping[str, Tensor], reduction: SelectiveReduction) -> LayerChange:
         return _named(super().plan(values, reduction), reduction.states, "x_proj.")
 
-    def written(self, model: nn.Module) -> None:
-        _update_config(self, model)
+    def has_field(self, config: Any) -> bool:
+        return _ssm_cfg(config) is not None
+
+    def fields(self, config: Any) -> Any:
+        return dict(config.ssm_cfg)
+
+    def tell_config(self, config: Any, states: int) -> None:
+        config.ssm_cfg["d_state"] = states
 
 
 class MambaSSM2Adapter(HFMamba2Adapter):
@@ -65,8 +71,14 @@ class MambaSSM2Adapter(HFMamba2Adapter):
         m: Any = layer
         return self.plan(layer_values(layer), first_states(self.state_dim(layer), states, int(m.ngroups)))
 
-    def written(self, model: nn.Module) -> None:
-        _update_config(self, model)
+    def has_field(self, config: Any) -> bool:
+        return _ssm_cfg(config) is not None
+
+    def fields(self, config: Any) -> Any:
+        return dict(config.ssm_cfg)
+
+    def tell_config(self, config: Any, states: int) -> None:
+        config.ssm_cfg["d_state"] = states
 
 
 def _named(change: LayerChange, states: int, *submodules: str) -> LayerChange:
@@ -75,13 +87,10 @@ def _named(change: LayerChange, states: int, *submodules: str) -> LayerChange:
     return replace(change, attributes={**kept, "d_state": states})
 
 
-def _update_config(adapter: HFMambaAdapter | HFMamba2Adapter, model: nn.Module) -> None:
-    """Update the config that ``MambaLMHeadModel`` passes to its layers and saves."""
-    for module in model.modules():
-        config: Any = getattr(module, "config", None)
-        dims = adapter.dims_in(module)
-        if dims and isinstance(getattr(config, "ssm_cfg", None), dict):
-            config.ssm_cfg["d_state"] = max(dims)
+def _ssm_cfg(config: Any) -> dict[str, Any] | None:
+    """The arguments that ``MambaLMHeadModel`` passes to its layers and saves."""
+    found = getattr(config, "ssm_cfg", None)
+    return found if isinstance(found, dict) else None
 
 
 __all__ = ["MambaSSM2Adapter", "MambaSSMAdapter"]

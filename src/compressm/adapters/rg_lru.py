@@ -145,9 +145,9 @@ class RecurrentGemmaAdapter(HuggingFaceAdapter, RecurrentBlockAdapter):
         blocks, r = reduction.into.shape[:2]
         return LayerChange(change.parameters, {**change.attributes, "lru_width": blocks * r, "rg_lru.block_width": r})
 
-    def dims_in(self, module: nn.Module) -> list[int]:
-        blocks = getattr(getattr(module, "config", None), "num_attention_heads", 1)
-        return [blocks * states for states in super().dims_in(module)]
+    def tell_config(self, config: Any, states: int) -> None:
+        """The config holds the whole width, of all blocks of the gates together."""
+        config.lru_width = getattr(config, "num_attention_heads", 1) * states
 
 
 def gate_changes(name: str, weight: Tensor, kept: Tensor) -> list[ParameterChange]:

@@ -12,7 +12,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from compressm.adapters import find_layers
-from compressm.adapters.base import check_plain
+from compressm.adapters.base import check_plain, warn_of_parts
 from compressm.adapters.plain import check_wrappers
 from compressm.cutting.carry import Carry, check_optimizer
 from compressm.cutting.made_cuts import MadeCuts
@@ -135,6 +135,7 @@ def _check_before(model: nn.Module, rule: RankRule, optimizer: Optimizer | None,
     found = find_layers(model)
     layers = {name: layer for name, (layer, _) in found.items()}
     check_wrappers(model, layers)
+    warn_of_parts(model)
     check_plain(layers)
     check_sizes(rule, state_dims(model), must_be_alike(found, rule))
     if optimizer is not None:

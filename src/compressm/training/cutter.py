@@ -11,7 +11,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from compressm.adapters import find_layers
-from compressm.adapters.base import check_plain
+from compressm.adapters.base import check_plain, warn_of_parts
 from compressm.adapters.plain import check_wrappers
 from compressm.cutting import Plan, Report, plan_reduction, resize_states, state_dims
 from compressm.cutting.carry import Carry, check_optimizer, check_trained, follow, forget_sizes, paired_layers
@@ -61,6 +61,7 @@ class Cutter:
         layers = find_layers(model)
         plain = {name: layer for name, (layer, _) in layers.items()}
         check_wrappers(model, plain)
+        warn_of_parts(model)
         check_plain(plain)
         check_optimizer(optimizer, plain, carry)
         check_trained(optimizer, layers)
