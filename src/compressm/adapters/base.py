@@ -25,6 +25,7 @@ from compressm.adapters.changes import (
 )
 from compressm.adapters.composed import composed_tensors
 from compressm.adapters.cuts import Cuts, LinearCuts, SelectiveCuts
+from compressm.adapters.left_out import is_left_out
 from compressm.adapters.plain import check_readable, computed_tensors
 from compressm.errors import InvalidSystemError, UnsupportedModelError
 from compressm.theory.balanced import Balanced
@@ -243,22 +244,29 @@ def register(adapter: LayerAdapter) -> None:
     _REGISTRY[adapter.layer_type] = adapter
 
 
+def candidates(model: nn.Module) -> dict[str, tuple[nn.Module, LayerAdapter | None]]:
+    """The layers of a model that are known, with their adapters, or look like state space layers, by name."""
+    found: dict[str, tuple[nn.Module, LayerAdapter | None]] = {}
+    for name, module in model.named_modules():
+        adapter = _adapter(type(module))
+        looks = any(telltale in module._parameters for telltale in _TELLTALES)  # pyright: ignore[reportPrivateUsage]
+        if adapter is not None or looks:
+            found[name] = (module, adapter)
+    return found
+
+
 def find_layers(model: nn.Module) -> dict[str, tuple[nn.Module, LayerAdapter]]:
     """Every layer of a model that has a reducible state, by its name in the model, with its adapter.
 
-    Layers that look like state space layers and have no adapter are named in an `UnknownLayerWarning`.
+    Layers that look like state space layers and have no adapter are named in an `UnknownLayerWarning`. Layers that are
+    left out, see `compressm.adapters.left_out`, are not found.
 
     Raises:
         UnsupportedModelError: the model has none.
     """
-    found: dict[str, tuple[nn.Module, LayerAdapter]] = {}
-    unknown: list[str] = []
-    for name, module in model.named_modules():
-        adapter = _adapter(type(module))
-        if adapter is not None:
-            found[name] = (module, adapter)
-        elif any(telltale in module._parameters for telltale in _TELLTALES):  # pyright: ignore[reportPrivateUsage]
-            unknown.append(f"{name or 'the model itself'} ({type(module).__name__})")
+    every = {name: both for name, both in candidates(model).items() if not is_left_out(both[0])}
+    found = {name: (module, adapter) for name, (module, adapter) in every.items() if adapter is not None}
+    unknown = [f"{name or 'the model itself'} ({type(m).__name__})" for name, (m, known) in every.items() if not known]
     advice = "register an adapter for its class with compressm.adapters.register; docs/adapters.md shows how"
     some = f"{', '.join(unknown[:3])}{f' and {len(unknown) - 3} more' if len(unknown) > 3 else ''}"
     if not found and unknown:
@@ -376,6 +384,7 @@ __all__ = [
     "PartOfModelWarning",
     "SelectiveAdapter",
     "UnknownLayerWarning",
+    "candidates",
     "check_plain",
     "find_layers",
     "layer_values",

@@ -15,6 +15,7 @@ from compressm.adapters import find_layers
 from compressm.adapters.base import check_plain, warn_of_parts
 from compressm.adapters.plain import check_wrappers
 from compressm.cutting.carry import Carry, check_optimizer
+from compressm.cutting.choosing import Which, of_chosen_layers
 from compressm.cutting.made_cuts import MadeCuts
 from compressm.cutting.metrics import measure
 from compressm.cutting.plan import Plan, must_be_alike, plan_reduction
@@ -32,6 +33,7 @@ from compressm.theory.selection import Selection
 _TRIALS, _LEAST, _LARGEST = 10, 1e-5, 0.99
 
 
+@of_chosen_layers
 def compress(
     model: nn.Module,
     *,
@@ -45,6 +47,8 @@ def compress(
     multiple_of: int = 1,
     min_reduction: float = 0.0,
     per_layer: bool = False,
+    layers: Which | None = None,
+    exclude: Which | None = None,
     method: Method = "real",
     selection: Selection = "hankel",
     data: Any = None,
@@ -67,6 +71,8 @@ def compress(
             quality, the next smaller one under an upper limit; see `RankRule`.
         min_reduction: leave a layer alone unless this share of its states goes.
         per_layer: let the layers of a Hugging Face model differ in their state dimension; see `RankRule`.
+        layers: cut these layers only: a name, a glob, a list of these, or a function of a layer's name and the layer.
+        exclude: leave these layers as they are, and ask nothing of them; as ``layers``.
         method: ``"real"`` or ``"complex"``, for linear time-invariant layers.
         selection: how the states of selective layers are picked; see `compressm.theory.selection`.
         data: a batch of the model's inputs, or an iterable of batches, which selective layers need; see
@@ -89,6 +95,7 @@ def compress(
 
     After an error the model is unchanged.
     """
+    del layers, exclude  # see `of_chosen_layers`
     check_choice("carry", carry, Carry)
     check_choice("method", method, Method)
     check_choice("selection", selection, Selection)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from compressm.adapters import find_layers
 from compressm.adapters.base import check_plain
 from compressm.adapters.plain import check_readable, check_wrappers
+from compressm.cutting.choosing import Which, of_chosen_layers
 from compressm.cutting.plots import Backend, plot_discarded
 from compressm.errors import MissingExtraError, UnsupportedModelError
 from compressm.observing.moments import gather
@@ -158,7 +159,15 @@ def balance_layers(
     return balancings
 
 
-def analyze(model: nn.Module, method: Method = "real", data: Any = None) -> Spectrum:
+@of_chosen_layers
+def analyze(
+    model: nn.Module,
+    method: Method = "real",
+    data: Any = None,
+    *,
+    layers: Which | None = None,
+    exclude: Which | None = None,
+) -> Spectrum:
     """Hankel singular values of every layer of a model that has a state. The model is only read.
 
     Args:
@@ -167,6 +176,8 @@ def analyze(model: nn.Module, method: Method = "real", data: Any = None) -> Spec
             ``"complex"`` (as in the CompreSSM paper).
         data: a batch of the model's inputs, or an iterable of batches, which selective layers need; see
             `compressm.observing.inputs` for the forms.
+        layers: these layers only: a name, a glob, a list of these, or a function of a layer's name and the layer.
+        exclude: not these layers; as ``layers``.
 
     Returns:
         the spectra by layer, in the model's order; ``print`` shows how many states hold which share of the energy.
@@ -176,10 +187,12 @@ def analyze(model: nn.Module, method: Method = "real", data: Any = None) -> Spec
         InvalidSystemError: a layer's parameters are not finite, its Gramians overflow, it is unstable (``|lam| >= 1``),
             or the method is unknown.
         ConfigError: data that the model cannot take.
+        InvalidRankRuleError: ``layers`` or ``exclude`` name no layer.
     """
-    layers = {name: layer for name, (layer, _) in find_layers(model).items()}
-    check_wrappers(model, layers)
-    check_readable(layers)
+    del layers, exclude  # see `of_chosen_layers`
+    found = {name: layer for name, (layer, _) in find_layers(model).items()}
+    check_wrappers(model, found)
+    check_readable(found)
     return Spectrum.of(balance_layers(model, method, None if data is None else gather(model, data)))
 
 

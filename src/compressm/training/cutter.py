@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import warnings
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from torch import nn
 from torch.optim import Optimizer
 
 from compressm.adapters import find_layers
 from compressm.adapters.base import check_plain, warn_of_parts
+from compressm.adapters.left_out import Choice
 from compressm.adapters.plain import check_wrappers
 from compressm.cutting import Plan, Report, plan_reduction, resize_states, state_dims
 from compressm.cutting.carry import Carry, check_optimizer, check_trained, follow, forget_sizes, paired_layers
@@ -27,6 +29,18 @@ from compressm.theory.ranks import RankRule, check_sizes
 from compressm.theory.selection import Selection
 
 log = logging.getLogger(__name__)
+P, R = ParamSpec("P"), TypeVar("R")
+
+
+def _of_chosen(method: Callable[Concatenate[Cutter, P], R]) -> Callable[Concatenate[Cutter, P], R]:
+    """Let a method see the chosen layers only."""
+
+    @functools.wraps(method)
+    def wrapper(self: Cutter, /, *args: P.args, **kwargs: P.kwargs) -> R:
+        with self.choice.scope():
+            return method(self, *args, **kwargs)
+
+    return wrapper
 
 
 class Cutter:
@@ -38,11 +52,14 @@ class Cutter:
         method, selection, carry: as in `Compressor`.
 
     Attributes:
+        choice: the layers that are left out.
         statistics: the observations of the layers whose states depend on the data.
 
     Raises:
         UnsupportedModelError, UnsupportedOptimizerError, InvalidRankRuleError: this model could not be cut.
     """
+
+    choice = Choice()
 
     def __init__(
         self,
@@ -77,6 +94,7 @@ class Cutter:
             paired_layers(fit_any_size(follower), self.model)
 
     @property
+    @_of_chosen
     def state_dims(self) -> dict[str, int]:
         """Present state dimension of every layer, by its name in the model."""
         return state_dims(self.model)
@@ -104,10 +122,12 @@ class Cutter:
         if problems and not self.statistics.dropped:
             warnings.warn(problems[0], stacklevel=3)
 
+    @_of_chosen
     def spectra(self) -> dict[str, Balanced]:
         """Balance all layers as they are now."""
         return balance_layers(self.model, self.method, self.statistics.moments())
 
+    @_of_chosen
     def plan(self, rule: RankRule) -> Plan:
         """Plan a cut by this rule, the same in all processes. Nothing is written."""
         moments = self.statistics.moments()  # sums over all ranks
@@ -148,6 +168,7 @@ class Cutter:
         samples = {name: [one.hidden, one.present] for name, one in self.statistics.samples.items()}
         return {"state_dims": self.state_dims, "moments": self.statistics.state_dict(), "samples": samples}
 
+    @_of_chosen
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Give the layers the saved state dimensions, and restore their observations.
 
