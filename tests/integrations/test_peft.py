@@ -274,6 +274,19 @@ def test_an_adapter_of_another_kind_is_refused_at_construction() -> None:
         compressm.compress(model, states=CUT, data=[{"input_ids": tokens()}])
 
 
+def test_our_own_layers_are_cut_through_their_factors_too() -> None:
+    from compressm.layers import Mamba, Mamba2
+
+    torch.manual_seed(0)
+    model = adapted(nn.Sequential(Mamba(4, 8), Mamba2(4, 8, head_dim=4)), ["in_proj", "x_proj", "dt_proj", "out_proj"])
+    u = torch.randn(3, 20, 4)
+    merged = copy.deepcopy(model).merge_and_unload()
+    torch.testing.assert_close(model(u), merged(u), rtol=1e-4, atol=1e-5)  # no factor is passed over
+    for one in (model, merged):
+        assert {layer.states_after for layer in compressm.compress(one, states=CUT, data=[u]).layers} == {CUT}
+    torch.testing.assert_close(model(u), merged(u), rtol=1e-4, atol=1e-5)
+
+
 # Saving
 
 

@@ -3,7 +3,7 @@ values that are not there or are packed, and wrappers around whole layers."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any, cast
 
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from torch.nn.utils.prune import BasePruningMethod
 from compressm.adapters.composed import TUNER, composed_tensors, is_kind
 from compressm.errors import UnsupportedModelError
 
+_PACKED_MODULES = ("torch.ao.nn.quantized", "torch.nn.quantized")  # whose weights are no parameters
 _TRAINED_COPY = "peft.utils.other.AuxiliaryTrainingWrapper"
 
 
@@ -75,9 +76,15 @@ def check_readable(layers: Mapping[str, nn.Module]) -> None:
                 if _is_packed(value):
                     raise UnsupportedModelError(
                         f"{full} is quantised ({type(value).__name__} of {value.dtype}), and a cut needs its real "
-                        "values: cut the model first and quantise the smaller one, or leave this layer out of the "
-                        "quantisation (llm_int8_skip_modules, modules_to_not_convert)"
+                        "values: cut the model first and quantise the smaller one, leave this layer out of the "
+                        "quantisation (llm_int8_skip_modules, modules_to_not_convert), or out of the cut (exclude=)"
                     )
+            if type(module).__module__.startswith(_PACKED_MODULES):
+                raise UnsupportedModelError(
+                    f"{_join(layer_name, path)} is quantised ({type(module).__name__}), and a cut needs its real "
+                    "values: cut the model first and quantise the smaller one, or leave this layer out of the cut "
+                    "(exclude=)"
+                )
 
 
 def _refuse_meta(full: str, module: nn.Module) -> None:
@@ -99,19 +106,22 @@ def _is_packed(value: Tensor) -> bool:
     return quantised or (not plain and "quant" in f"{type(value).__module__}.{type(value).__qualname__}".lower())
 
 
-def check_wrappers(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
+def check_wrappers(model: nn.Module, layers: Mapping[str, nn.Module], observed: Collection[str] | None = None) -> None:
     """Refuse wrappers around whole layers that copy or replace their parameters during a call.
 
     Args:
         model: the model.
         layers: its layers, by name.
+        observed: the names of those that will be observed while the model runs; by default all.
 
     Raises:
         UnsupportedModelError: `torch.nn.DataParallel`, or an adapter of peft around a whole layer.
     """
     for name, module in model.named_modules():
         inside = [one for one in layers if name == "" or one == name or one.startswith(f"{name}.")]
-        if isinstance(module, nn.DataParallel) and inside:
+        if isinstance(module, nn.DataParallel) and any(
+            one in inside for one in (layers if observed is None else observed)
+        ):
             raise UnsupportedModelError(
                 f"{name or 'the model'} is a torch.nn.DataParallel, which runs copies of the layers that cannot be "
                 "observed: pass its .module, and train with torch.nn.parallel.DistributedDataParallel"

@@ -141,7 +141,7 @@ def _check_before(model: nn.Module, rule: RankRule, optimizer: Optimizer | None,
     """Before any computation, refuse impossible sizes, and layers or state that cannot be written or carried over."""
     found = find_layers(model)
     layers = {name: layer for name, (layer, _) in found.items()}
-    check_wrappers(model, layers)
+    check_wrappers(model, layers, [name for name, (_, adapter) in found.items() if adapter.needs_data])
     warn_of_parts(model)
     check_plain(layers)
     check_sizes(rule, state_dims(model), must_be_alike(found, rule))

@@ -190,9 +190,10 @@ def analyze(
         InvalidRankRuleError: ``layers`` or ``exclude`` name no layer.
     """
     del layers, exclude  # see `of_chosen_layers`
-    found = {name: layer for name, (layer, _) in find_layers(model).items()}
-    check_wrappers(model, found)
-    check_readable(found)
+    found = find_layers(model)
+    plain = {name: layer for name, (layer, _) in found.items()}
+    check_wrappers(model, plain, [name for name, (_, adapter) in found.items() if adapter.needs_data])
+    check_readable(plain)
     return Spectrum.of(balance_layers(model, method, None if data is None else gather(model, data)))
 
 
