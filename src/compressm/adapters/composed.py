@@ -100,7 +100,7 @@ def _is_plain_lora(module: Any) -> bool:
     if not is_kind(module, _LORA_LINEAR) or module.lora_variant or module.fan_in_fan_out:
         return False
     base = module.base_layer
-    return isinstance(base, nn.Linear) and isinstance(base._parameters.get("weight"), nn.Parameter)
+    return isinstance(base, nn.Linear) and "weight" in dict(base.named_parameters(recurse=False))
 
 
 def _lora(path: str, module: Any) -> Iterator[tuple[str, Composed]]:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable, Iterable, Sequence
 from fnmatch import fnmatchcase
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from typing import Any, TypeVar, cast
 
 from torch import nn
 
@@ -17,7 +18,7 @@ from compressm.errors import InvalidRankRuleError
 Which = str | Sequence[str] | Callable[[str, nn.Module], bool]
 EXPECTED = "the name of a layer or of a module around it, a glob (blocks.1?.*), a list of these, or a function of a \
 layer's name and the layer"
-P, R = ParamSpec("P"), TypeVar("R")
+F = TypeVar("F", bound=Callable[..., Any])
 
 
 def is_which(value: Any) -> bool:
@@ -94,22 +95,19 @@ def _some(names: Iterable[str]) -> str:
     return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
 
 
-def of_chosen_layers(
-    function: Callable[Concatenate[nn.Module, P], R],
-) -> Callable[Concatenate[nn.Module, P], R]:
+def of_chosen_layers(function: F) -> F:
     """Let a function of a model see the layers only that its arguments ``layers`` and ``exclude`` choose.
 
     ``per_layer`` is looked up among its arguments too; a function without it cuts nothing.
     """
 
     @functools.wraps(function)
-    def wrapper(model: nn.Module, /, *args: P.args, **kwargs: P.kwargs) -> R:
-        given: dict[str, Any] = {**(function.__kwdefaults__ or {}), **kwargs}
-        which = given.get("layers"), given.get("exclude"), given.get("per_layer")
-        with choose(model, *which).scope():
+    def wrapper(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        given: dict[str, Any] = {**(inspect.unwrap(function).__kwdefaults__ or {}), **kwargs}
+        with choose(model, given["layers"], given["exclude"], given.get("per_layer")).scope():
             return function(model, *args, **kwargs)
 
-    return wrapper
+    return cast("F", wrapper)
 
 
 __all__ = ["EXPECTED", "Which", "choose", "is_which", "of_chosen_layers"]

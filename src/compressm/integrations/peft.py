@@ -86,10 +86,8 @@ def load(folder: str | os.PathLike[str], model: nn.Module | None = None, **optio
         CheckpointError: the folder holds no base and none is given, or its base is not the one it was saved with.
     """
     folder = Path(folder)
-    if model is None:
-        model = _saved_base(folder)
-    fit_any_size(model)
-    loaded = PeftModel.from_pretrained(cast("Any", model), folder, **options)
+    base: Any = fit_any_size(_saved_base(folder) if model is None else model)
+    loaded: nn.Module = PeftModel.from_pretrained(base, folder, **options)
     return fit_any_size(loaded)
 
 
@@ -171,7 +169,7 @@ def _type_of(where: Path) -> Any:
         raise CheckpointError(f"{where}: no model of transformers ({error}); check the path") from error
 
 
-def _saved_base(folder: Path) -> Any:
+def _saved_base(folder: Path) -> nn.Module:
     try:
         record = json.loads((folder / _RECORD).read_text(encoding="utf-8"))
         where, digests = folder / record["base"], dict(record["sha256"])

@@ -6,7 +6,7 @@ import functools
 import logging
 import warnings
 from collections.abc import Callable, Mapping
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from typing import Any, TypeVar, cast
 
 from torch import nn
 from torch.optim import Optimizer
@@ -29,18 +29,18 @@ from compressm.theory.ranks import RankRule, check_sizes
 from compressm.theory.selection import Selection
 
 log = logging.getLogger(__name__)
-P, R = ParamSpec("P"), TypeVar("R")
+Action = TypeVar("Action", bound=Callable[..., Any])
 
 
-def _of_chosen(method: Callable[Concatenate[Cutter, P], R]) -> Callable[Concatenate[Cutter, P], R]:
-    """Let a method see the chosen layers only."""
+def _of_chosen(method: Action) -> Action:
+    """Let a method of `Cutter` see the chosen layers only."""
 
     @functools.wraps(method)
-    def wrapper(self: Cutter, /, *args: P.args, **kwargs: P.kwargs) -> R:
+    def wrapper(self: Cutter, *args: Any, **kwargs: Any) -> Any:
         with self.choice.scope():
             return method(self, *args, **kwargs)
 
-    return wrapper
+    return cast("Action", wrapper)
 
 
 class Cutter:
