@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
+from compressm.cutting.choosing import Which
 from compressm.training.options import ABSENT, OPTIONS, REQUIRED, Option
 
 PAGE = Path(__file__).parent.parent / "docs" / "options.md"
@@ -44,7 +45,7 @@ def values(option: Option) -> str:
     """The values that an option takes."""
     if get_origin(option.type) is Literal:
         return ", ".join(f"`{choice}`" for choice in get_args(option.type))
-    return option.expected if option.bounds or option.type is bool else ""
+    return option.expected if option.bounds or option.type in (bool, Which) else ""
 
 
 def default(value: Any) -> str:

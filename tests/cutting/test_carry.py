@@ -280,7 +280,7 @@ def test_weights_that_are_computed_from_others_are_refused_with_the_remedy(how: 
         lambda: compress(model, states=3, data=data),
     ]
     for call in calls:
-        if part == "out_proj":  # which no cut writes
+        if part == "out_proj" or (part, how) == ("conv1d", "weight_norm"):  # not written; channels are selected
             call()
             continue
         with pytest.raises(

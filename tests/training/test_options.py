@@ -33,6 +33,8 @@ VALUES: dict[str, tuple[list[Any], list[Any]]] = {
     "multiple_of": ([1, 8], [0, 1.5, None]),
     "min_reduction": ([0, 0.05, 0.99], [1, -0.1, math.nan, None]),
     "per_layer": ([True, False], ["no", None, 2]),
+    "layers": (["", ["blocks.0", "*"], ("a",), lambda name, layer: True], [3, True, ["a", 1]]),
+    "exclude": (["blocks.?", ["blocks.0"]], [3, 0.5, [None]]),
     "cuts": ([1, 4, 4.0], [0, 1.5, "4", None]),
     "window": ([0.1, 1], [0, 1.1, -0.1, math.nan, None]),
     "start": ([0, 7], [-1, 0.5, None]),

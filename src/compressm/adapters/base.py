@@ -9,14 +9,24 @@ from __future__ import annotations
 
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
-from compressm.adapters.changes import LayerChange, ParameterChange, layer_values, write
+from compressm.adapters.changes import (
+    LayerChange,
+    ParameterChange,
+    in_parameters,
+    layer_values,
+    not_divisible,
+    stored_values,
+    write,
+)
+from compressm.adapters.composed import composed_tensors
 from compressm.adapters.cuts import Cuts, LinearCuts, SelectiveCuts
-from compressm.adapters.plain import computed_tensors
+from compressm.adapters.left_out import is_left_out
+from compressm.adapters.plain import check_readable, computed_tensors
 from compressm.errors import InvalidSystemError, UnsupportedModelError
 from compressm.theory.balanced import Balanced
 from compressm.theory.balancing import Balancing, Method, Reduction, balance
@@ -98,6 +108,10 @@ class LayerAdapter(ABC):
     def written(self, model: nn.Module) -> None:
         """Called after layers of a model were written. Update what the model stores beside them, such as a config."""
         del model  # nothing, by default
+
+    def untold(self, model: nn.Module) -> str | None:
+        """A warning if `written` cannot update what stores the layers' sizes, since it is not in ``model``."""
+        del model
 
 
 class Adapter(LayerAdapter):
@@ -222,7 +236,11 @@ class SelectiveAdapter(LayerAdapter):
         """Selections or maps of the states; see `SelectiveCuts`."""
         if not isinstance(balanced, SelectiveBalancing):
             raise InvalidSystemError(_balanced_otherwise(layer, balanced, "SelectiveBalancing"))
-        return SelectiveCuts(layer_values(layer), balanced, selection, self.maps(layer), self.plan, fisher)
+        return SelectiveCuts(layer_values(layer), balanced, selection, self.maps(layer), self.planned(layer), fisher)
+
+    def planned(self, layer: nn.Module) -> Callable[[Mapping[str, Tensor], SelectiveReduction], LayerChange]:
+        """`plan`, translated to the parameters that the layer's weights are computed from; see `composed`."""
+        return lambda values, reduction: in_parameters(layer, self.plan(values, reduction))
 
 
 def _balanced_otherwise(layer: nn.Module, balanced: Balanced, expected: str) -> str:
@@ -258,22 +276,29 @@ def register(adapter: LayerAdapter) -> None:
     _REGISTRY[adapter.layer_type] = adapter
 
 
+def candidates(model: nn.Module) -> dict[str, tuple[nn.Module, LayerAdapter | None]]:
+    """The layers of a model that are known, with their adapters, or look like state space layers, by name."""
+    found: dict[str, tuple[nn.Module, LayerAdapter | None]] = {}
+    for name, module in model.named_modules():
+        adapter = _adapter(type(module))
+        looks = any(telltale in module._parameters for telltale in _TELLTALES)  # pyright: ignore[reportPrivateUsage]
+        if adapter is not None or looks:
+            found[name] = (module, adapter)
+    return found
+
+
 def find_layers(model: nn.Module) -> dict[str, tuple[nn.Module, LayerAdapter]]:
     """Every layer of a model that has a reducible state, by its name in the model, with its adapter.
 
-    Layers that look like state space layers and have no adapter are named in an `UnknownLayerWarning`.
+    Layers that look like state space layers and have no adapter are named in an `UnknownLayerWarning`. Layers that are
+    left out, see `compressm.adapters.left_out`, are not found.
 
     Raises:
         UnsupportedModelError: the model has none.
     """
-    found: dict[str, tuple[nn.Module, LayerAdapter]] = {}
-    unknown: list[str] = []
-    for name, module in model.named_modules():
-        adapter = _adapter(type(module))
-        if adapter is not None:
-            found[name] = (module, adapter)
-        elif any(telltale in module._parameters for telltale in _TELLTALES):  # pyright: ignore[reportPrivateUsage]
-            unknown.append(f"{name or 'the model itself'} ({type(module).__name__})")
+    every = {name: both for name, both in candidates(model).items() if not is_left_out(both[0])}
+    found = {name: (module, adapter) for name, (module, adapter) in every.items() if adapter is not None}
+    unknown = [f"{name or 'the model itself'} ({type(m).__name__})" for name, (m, known) in every.items() if not known]
     advice = "register an adapter for its class with compressm.adapters.register; docs/adapters.md shows how"
     some = f"{', '.join(unknown[:3])}{f' and {len(unknown) - 3} more' if len(unknown) > 3 else ''}"
     if not found and unknown:
@@ -288,6 +313,15 @@ def find_layers(model: nn.Module) -> dict[str, tuple[nn.Module, LayerAdapter]]:
         message = f"no adapter is known for {some}, which look like state space layers and are left as they are: "
         warnings.warn(message + advice, UnknownLayerWarning, stacklevel=2)
     return found
+
+
+def resized(layer: nn.Module, adapter: LayerAdapter, states: int) -> LayerChange:
+    """A change to a layer's parameters of the shapes for a state dimension; load values afterwards.
+
+    This is the adapter's `LayerAdapter.resized`, translated to the parameters that the layer's weights are computed
+    from; see `compressm.adapters.composed`. Nothing is written.
+    """
+    return in_parameters(layer, adapter.resized(layer, states))
 
 
 def layers_that_need_data(model: nn.Module) -> dict[str, tuple[nn.Module, SelectiveAdapter]]:
@@ -313,23 +347,29 @@ def _short_name(kind: type[nn.Module] | str) -> str:
 
 
 def check_plain(layers: Mapping[str, nn.Module]) -> None:
-    """Refuse layers in which a tensor that a cut reads or writes is computed from other parameters at every call.
+    """Refuse layers in which a tensor that a cut reads or writes is computed at every call, and cannot be cut.
 
-    Examples are weights under `torch.nn.utils.parametrize` (``weight_norm``, ``spectral_norm``) or under the older
-    hooks of the same names, pruned weights, and weights wrapped by an adapter such as LoRA.
+    Examples are weights under `torch.nn.utils.parametrize` (``spectral_norm``) or under the older hooks of the same
+    names, pruned weights, and weights wrapped by adapters other than LoRA. The weights of `compressm.adapters.composed`
+    can be cut.
 
     Args:
         layers: by their names in the model.
 
     Raises:
-        UnsupportedModelError: names the parameter, and how to make it a plain one again.
+        UnsupportedModelError: names the parameter, and how to make it a plain one again; or a layer without readable
+            values, see `check_readable`.
     """
+    check_readable(layers)
     for layer_name, layer in layers.items():
         adapter = _adapter(type(layer))
         assert adapter is not None
-        computed = dict(computed_tensors(layer))
+        computed, composed = dict(computed_tensors(layer)), composed_tensors(layer)
         try:
-            names = set(adapter.resized(layer, adapter.state_dim(layer)).values())
+            change = adapter.resized(layer, adapter.state_dim(layer))
+            names = set(change.values())
+            for bad in filter(None, (not_divisible(part, composed) for part in change.parameters)):
+                computed[bad] = composed[bad].kind, composed[bad].undo
             adapter.system(layer)
         except (KeyError, AttributeError) as error:
             # The error names the parameter in full; get_parameter's own message has only the last part of the name.
@@ -351,6 +391,17 @@ def check_plain(layers: Mapping[str, nn.Module]) -> None:
                 )
 
 
+class PartOfModelWarning(UserWarning):
+    """Layers are cut that are parts of a larger model, whose config does not learn of it."""
+
+
+def warn_of_parts(model: nn.Module) -> None:
+    """Warn, before a cut, of layers that belong to a larger model with a config that will not be updated."""
+    for adapter in {id(adapter): adapter for _, adapter in find_layers(model).values()}.values():
+        if (message := adapter.untold(model)) is not None:
+            warnings.warn(message, PartOfModelWarning, stacklevel=4)
+
+
 def tell_written(model: nn.Module) -> None:
     """Call `LayerAdapter.written` once for every adapter of the model's layers."""
     for adapter in {id(adapter): adapter for _, adapter in find_layers(model).values()}.values():
@@ -362,13 +413,18 @@ __all__ = [
     "LayerAdapter",
     "LayerChange",
     "ParameterChange",
+    "PartOfModelWarning",
     "SelectiveAdapter",
     "UnknownLayerWarning",
+    "candidates",
     "check_plain",
     "find_layers",
     "layer_values",
     "layers_that_need_data",
     "register",
+    "resized",
+    "stored_values",
     "tell_written",
+    "warn_of_parts",
     "write",
 ]

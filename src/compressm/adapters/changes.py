@@ -9,6 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from compressm.adapters.composed import Composed, composed_tensors
+from compressm.errors import UnsupportedModelError
+
 
 @dataclass(frozen=True)
 class ParameterChange:
@@ -26,6 +29,10 @@ class ParameterChange:
             concatenation; dense or sparse. If every channel has states of its own, shape ``(*before, new, old)``, one
             matrix for each index of the dimensions before ``axis``.
         pullback_squared: maps squared-gradient state (second moments), non-negative, same shape.
+        map: the matrix by which the new values of a single parameter are ``map @ old`` along the axis, shape ``(new,
+            old)``, dense or sparse. None if the new values are no linear function of the old. Weights that are computed
+            from several parameters (see `composed`) can be cut only if it is given.
+        kept: if the new values are some of the old entries along the axis, their indices, shape ``(new,)``.
     """
 
     names: tuple[str, ...]
@@ -33,6 +40,25 @@ class ParameterChange:
     axis: int
     pullback: Tensor
     pullback_squared: Tensor
+    map: Tensor | None = None
+    kept: Tensor | None = None
+
+    def of(self, name: str, value: Tensor, axis: int) -> ParameterChange:
+        """The same change of another parameter, whose entries along an axis belong to the same states.
+
+        Args:
+            name: the parameter's name.
+            value: the parameter.
+            axis: its axis.
+        """
+        if self.kept is not None:
+            new = value.detach().index_select(axis, self.kept.to(value.device))
+        else:
+            assert self.map is not None
+            along = value.detach().to("cpu", torch.float64).movedim(axis, 0)
+            moved = self.map @ along.reshape(along.shape[0], -1)
+            new = moved.view(-1, *along.shape[1:]).movedim(0, axis).to(value)
+        return replace(self, names=(name,), values=(new.contiguous(),), axis=axis)
 
 
 @dataclass(frozen=True)
@@ -59,8 +85,55 @@ class LayerChange:
 
 
 def layer_values(layer: nn.Module) -> dict[str, Tensor]:
-    """The layer's parameters and buffers, detached."""
+    """The layer's parameters and buffers, detached; and the weights that are computed from several parameters, under
+    the names that they have in a layer without that."""
+    return {**stored_values(layer), **{name: one.value for name, one in composed_tensors(layer).items()}}
+
+
+def stored_values(layer: nn.Module) -> dict[str, Tensor]:
+    """The layer's parameters and buffers, detached, under the names by which they are stored."""
     return {name: value.detach() for name, value in (*layer.named_parameters(), *layer.named_buffers())}
+
+
+def in_parameters(layer: nn.Module, change: LayerChange) -> LayerChange:
+    """The change of the layer's parameters that makes a change of its weights.
+
+    The two differ where weights are computed from several parameters; see `compressm.adapters.composed`.
+
+    Raises:
+        UnsupportedModelError: a weight whose parameters do not allow it.
+    """
+    composed = composed_tensors(layer)
+    if not composed:
+        return change
+    values = stored_values(layer)
+    parameters: list[ParameterChange] = []
+    for part in change.parameters:
+        if not any(name in composed for name in part.names):
+            parameters.append(part)
+            continue
+        if (bad := not_divisible(part, composed)) is not None:
+            raise UnsupportedModelError(f"{bad} is computed by {composed[bad].kind}: {composed[bad].undo} first")
+        (name,) = part.names
+        places = composed[name].along(part.axis)
+        parameters += [part.of(one, values[one], axis) for one, axis in places.items()]
+    attributes: dict[str, Any] = {}
+    for path, value in change.attributes.items():
+        owner, _, size = path.rpartition(".")
+        weight = composed.get(f"{owner}.weight")
+        places = weight.sizes.get(size, (path,)) if weight is not None else (path,)
+        attributes |= dict.fromkeys(places, value)
+    return LayerChange(tuple(parameters), attributes)
+
+
+def not_divisible(part: ParameterChange, composed: Mapping[str, Composed]) -> str | None:
+    """The name of a weight in a change that is computed from parameters in which the change cannot be made."""
+    for name in part.names:
+        one = composed.get(name)
+        possible = part.kept is not None or (one is not None and one.linear and part.map is not None)
+        if one is not None and not (possible and len(part.names) == 1 and one.along(part.axis)):
+            return name
+    return None
 
 
 @torch.no_grad()
@@ -89,4 +162,12 @@ def write(layer: nn.Module, change: LayerChange) -> None:
         setattr(owner, name, value)
 
 
-__all__ = ["LayerChange", "ParameterChange", "layer_values", "write"]
+__all__ = [
+    "LayerChange",
+    "ParameterChange",
+    "in_parameters",
+    "layer_values",
+    "not_divisible",
+    "stored_values",
+    "write",
+]

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from compressm.adapters.base import LayerChange, layer_values
+from compressm.adapters.composed import effective_weight
 from compressm.adapters.hf_base import HuggingFaceAdapter
 from compressm.adapters.linear_attention import mapped_rows
 from compressm.adapters.mamba import selection_change
@@ -59,7 +60,7 @@ class FLAAdapter(HuggingFaceAdapter):
         decay, beta = self.forgetting(module, seen, v)
         step = decay if decay.ndim == 4 else decay[..., None].expand_as(v).flatten(-2)
         stored = v if beta is None else beta[..., None] * v
-        gain = module.o_proj.weight.norm(dim=0).expand(*hidden.shape[:2], -1)
+        gain = effective_weight(module.o_proj).norm(dim=0).expand(*hidden.shape[:2], -1)
         if hasattr(module, "g_proj"):
             gain = gain * F.silu(module.g_proj(hidden))
         norm = next((n.weight for n in (getattr(module, k, None) for k in _NORMS) if n is not None), None)
@@ -122,12 +123,11 @@ class FLAAdapter(HuggingFaceAdapter):
         heads = values["k_proj.weight"].shape[0] // module.head_k_dim
         return self.plan(values, first_states(module.head_k_dim, states, heads))
 
-    def written(self, model: nn.Module) -> None:
-        for module in model.modules():
-            config: Any = getattr(module, "config", None)
-            dims = self.dims_in(module) if config is not None else []
-            if dims and hasattr(config, "hidden_size"):
-                self.tell_config(config, max(dims))
+    def has_field(self, config: Any) -> bool:
+        return hasattr(config, "hidden_size")
+
+    def fields(self, config: Any) -> Any:
+        return {name: getattr(config, name, None) for name in ("expand_k", "expand_v", "head_dim")}
 
     def tell_config(self, config: Any, states: int) -> None:
         """Write a head's number of key dimensions into a model's config."""

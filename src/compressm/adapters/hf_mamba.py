@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from compressm.adapters.base import LayerChange, ParameterChange, layer_values
+from compressm.adapters.composed import effective_weight
 from compressm.adapters.hf_base import Carried, HuggingFaceAdapter
 from compressm.adapters.mamba import projection_change, selection_change
 from compressm.adapters.rebind import not_fused, rebound_forward
@@ -58,7 +59,10 @@ class HFMambaAdapter(HuggingFaceAdapter):
             "mamba_inner_fn": not_fused,
         }
         rebound_forward(layer, functions)(hidden, carried and carried.first(hidden.shape[0]))
-        delta, gain = recorded["delta"], recorded["gate"] * layer.get_parameter("out_proj.weight").norm(dim=0)
+        delta, gain = (
+            recorded["delta"],
+            recorded["gate"] * effective_weight(layer.get_submodule("out_proj")).norm(dim=0),
+        )
         return Signals(
             recorded["u"] * delta, delta, recorded["rates"], recorded["B"], recorded["C"], gain,
             state=recorded.get("state"),
@@ -154,9 +158,10 @@ def _before_norm(reduction: SelectiveReduction, vector: str, weight: Tensor) -> 
 def _x_proj(values: Mapping[str, Tensor], into: _BeforeNorm, out: _BeforeNorm) -> ParameterChange:
     weight = values["x_proj.weight"]
     kept = torch.eye(weight.shape[0] - 2 * into.map.shape[1], dtype=torch.float64)
-    new = torch.block_diag(kept, into.map, out.map) @ weight.detach().to("cpu", torch.float64)
+    folded = torch.block_diag(kept, into.map, out.map)
+    new = folded @ weight.detach().to("cpu", torch.float64)
     pullback = torch.block_diag(kept, into.pullback, out.pullback)
-    return ParameterChange(("x_proj.weight",), (new.to(weight),), 0, pullback, pullback.square())
+    return ParameterChange(("x_proj.weight",), (new.to(weight),), 0, pullback, pullback.square(), folded)
 
 
 def _times(change: ParameterChange, factor: float) -> ParameterChange:
@@ -165,4 +170,6 @@ def _times(change: ParameterChange, factor: float) -> ParameterChange:
         values=tuple((value.double() * factor).to(value.dtype) for value in change.values),
         pullback=change.pullback / factor,
         pullback_squared=change.pullback_squared / factor**2,
+        map=None if change.map is None else change.map * factor,
+        kept=None,
     )

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from compressm.adapters.base import LayerChange, layer_values
+from compressm.adapters.composed import effective_weight
 from compressm.adapters.hf_base import Carried, HuggingFaceAdapter
 from compressm.adapters.mamba import selection_change
 from compressm.adapters.mamba2 import kept_channels
@@ -74,7 +75,7 @@ class HFMamba2Adapter(HuggingFaceAdapter):
         rebound_forward(layer, functions)(hidden, carried and carried.first(hidden.shape[0]))
         x, step = recorded["x"].flatten(-2), recorded["step"].flatten(-2)
         # The gated norm divides all channels of a token by one number. The gain leaves that number out.
-        gain = F.silu(_gate(layer, hidden, x.shape[-1])) * layer.get_parameter("out_proj.weight").norm(dim=0)
+        gain = F.silu(_gate(layer, hidden, x.shape[-1])) * effective_weight(layer.get_submodule("out_proj")).norm(dim=0)
         norm: Any = getattr(layer.norm, "weight", None)
         gain = gain if norm is None else gain * norm
         return Signals(x, step, x.new_ones(1, 1), recorded["B"], recorded["C"], gain, state=recorded.get("state"))
@@ -103,8 +104,9 @@ class HFMamba2Adapter(HuggingFaceAdapter):
         return LayerChange(tuple(changes), attributes)
 
     def state_dim(self, layer: nn.Module) -> int:
-        d_inner = layer.get_parameter("out_proj.weight").shape[1]
-        return (layer.get_parameter("conv1d.weight").shape[0] - d_inner) // (2 * _groups(layer))
+        module: Any = layer
+        d_inner = module.out_proj.weight.shape[1]
+        return (module.conv1d.weight.shape[0] - d_inner) // (2 * _groups(layer))
 
     def resized(self, layer: nn.Module, states: int) -> LayerChange:
         return self.plan(layer_values(layer), first_states(self.state_dim(layer), states, _groups(layer)))

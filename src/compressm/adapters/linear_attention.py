@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from compressm.adapters.base import LayerChange, ParameterChange, SelectiveAdapter, layer_values
+from compressm.adapters.composed import effective_weight
 from compressm.adapters.mamba import selection_change
 from compressm.layers.linear_attention import DeltaNet, GatedLinearAttention, LinearAttention, MatrixStateLayer
 from compressm.theory.recurrence import SelectiveReduction, Signals, first_states
@@ -32,7 +33,7 @@ class LinearAttentionAdapter(SelectiveAdapter):
         erase = beta[0] if beta else None
         stored = v if erase is None else erase[..., None] * v
         # The norm divides all channels of a head and token by one number. The gain leaves that number out.
-        gain = F.silu(layer.gate_proj(hidden)) * layer.norm_weight * layer.out_proj.weight.norm(dim=0)
+        gain = F.silu(layer.gate_proj(hidden)) * layer.norm_weight * effective_weight(layer.out_proj).norm(dim=0)
         return Signals(stored.flatten(-2), step, v.new_ones(1, 1), k, q, gain, erase)
 
     def plan(self, values: Mapping[str, Tensor], reduction: SelectiveReduction) -> LayerChange:
@@ -119,4 +120,4 @@ def mapped_rows(name: str, weight: Tensor, into: Tensor, back: Tensor) -> Parame
     rows = weight.detach().to("cpu", torch.float64).unflatten(0, (into.shape[0], -1))
     new = (into @ rows).flatten(0, 1)
     pullback = torch.block_diag(*back)
-    return ParameterChange((name,), (new.to(weight),), 0, pullback, pullback.square())
+    return ParameterChange((name,), (new.to(weight),), 0, pullback, pullback.square(), torch.block_diag(*into))

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from compressm.adapters.base import LayerChange, ParameterChange, SelectiveAdapter, layer_values
+from compressm.adapters.composed import effective_weight
 from compressm.layers.activations import causal_conv
 from compressm.layers.mamba import Mamba
 from compressm.theory.recurrence import SelectiveReduction, Signals, first_states
@@ -26,7 +27,7 @@ class MambaAdapter(SelectiveAdapter):
         u, z = layer.in_proj(hidden).chunk(2, -1)
         u = causal_conv(layer.conv1d, u)
         delta, B, C = layer.select(u)
-        gain = F.silu(z) * layer.out_proj.weight.norm(dim=0)
+        gain = F.silu(z) * effective_weight(layer.out_proj).norm(dim=0)
         return Signals(delta * u, delta, layer.A_log.exp(), B[:, :, None], C[:, :, None], gain)
 
     def plan(self, values: Mapping[str, Tensor], reduction: SelectiveReduction) -> LayerChange:
@@ -64,7 +65,8 @@ def projection_change(name: str, weight: Tensor, reduction: SelectiveReduction) 
     new = torch.cat([rows[:rest], into @ rows[rest : rest + n], out @ rows[rest + n :]])
     kept = torch.eye(rest, dtype=torch.float64)
     pullback = torch.block_diag(kept, out, into)
-    return ParameterChange((name,), (new.to(weight),), 0, pullback, pullback.square())
+    folded = torch.block_diag(kept, into, out)
+    return ParameterChange((name,), (new.to(weight),), 0, pullback, pullback.square(), folded)
 
 
 def selection_change(name: str, value: Tensor, axis: int, kept: Tensor) -> ParameterChange:
@@ -81,6 +83,5 @@ def selection_change(name: str, value: Tensor, axis: int, kept: Tensor) -> Param
     pullback = torch.sparse_coo_tensor(
         places, ones, (kept.shape[0], value.shape[axis]), is_coalesced=True, check_invariants=False
     )
-    return ParameterChange(
-        (name,), (value.detach().index_select(axis, kept.to(value.device)),), axis, pullback, pullback
-    )
+    new = value.detach().index_select(axis, kept.to(value.device))
+    return ParameterChange((name,), (new,), axis, pullback, pullback, pullback, kept)

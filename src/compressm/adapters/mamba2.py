@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from compressm.adapters.base import LayerChange, SelectiveAdapter, layer_values
+from compressm.adapters.composed import effective_weight
 from compressm.adapters.mamba import selection_change
 from compressm.layers.mamba2 import Mamba2
 from compressm.theory.recurrence import SelectiveReduction, Signals, first_states
@@ -25,7 +26,7 @@ class Mamba2Adapter(SelectiveAdapter):
         x, delta, B, C, z = layer.recurrence(hidden)
         step = (delta * layer.A_log.exp())[..., None].expand_as(x)
         # The gated norm divides all channels of a token by one number. The gain leaves that number out.
-        gain = F.silu(z) * layer.norm.weight * layer.out_proj.weight.norm(dim=0)
+        gain = F.silu(z) * layer.norm.weight * effective_weight(layer.out_proj).norm(dim=0)
         return Signals((x * delta[..., None]).flatten(-2), step.flatten(-2), delta.new_ones(1, 1), B, C, gain)
 
     def plan(self, values: Mapping[str, Tensor], reduction: SelectiveReduction) -> LayerChange:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from compressm.adapters.base import LayerChange, layer_values
+from compressm.adapters.composed import effective_weight
 from compressm.adapters.hf_mamba import HFMambaAdapter
 from compressm.adapters.hf_mamba2 import HFMamba2Adapter
 from compressm.layers.activations import causal_conv
@@ -25,14 +26,20 @@ class MambaSSMAdapter(HFMambaAdapter):
         u = causal_conv(m.conv1d, u)
         dt, B, C = m.x_proj(u).split([m.dt_rank, m.d_state, m.d_state], -1)
         delta = F.softplus(m.dt_proj(dt))
-        gain = F.silu(z) * m.out_proj.weight.norm(dim=0)
+        gain = F.silu(z) * effective_weight(m.out_proj).norm(dim=0)
         return Signals(delta * u, delta, m.A_log.float().exp(), B[:, :, None], C[:, :, None], gain)
 
     def plan(self, values: Mapping[str, Tensor], reduction: SelectiveReduction) -> LayerChange:
         return _named(super().plan(values, reduction), reduction.states, "x_proj.")
 
-    def written(self, model: nn.Module) -> None:
-        _update_config(self, model)
+    def has_field(self, config: Any) -> bool:
+        return _ssm_cfg(config) is not None
+
+    def fields(self, config: Any) -> Any:
+        return dict(config.ssm_cfg)
+
+    def tell_config(self, config: Any, states: int) -> None:
+        config.ssm_cfg["d_state"] = states
 
 
 class MambaSSM2Adapter(HFMamba2Adapter):
@@ -46,7 +53,7 @@ class MambaSSM2Adapter(HFMamba2Adapter):
         width = m.ngroups * m.d_state
         x, B, C = causal_conv(m.conv1d, xBC).split([m.d_ssm, width, width], -1)
         delta = F.softplus(dt + m.dt_bias).clamp(*m.dt_limit).repeat_interleave(m.headdim, -1)
-        gain = F.silu(z) * m.out_proj.weight[:, -m.d_ssm :].norm(dim=0)
+        gain = F.silu(z) * effective_weight(m.out_proj)[:, -m.d_ssm :].norm(dim=0)
         if m.rmsnorm:
             gain = gain * m.norm.weight
         B, C = (v.unflatten(-1, (m.ngroups, m.d_state)) for v in (B, C))
@@ -64,8 +71,14 @@ class MambaSSM2Adapter(HFMamba2Adapter):
         m: Any = layer
         return self.plan(layer_values(layer), first_states(self.state_dim(layer), states, int(m.ngroups)))
 
-    def written(self, model: nn.Module) -> None:
-        _update_config(self, model)
+    def has_field(self, config: Any) -> bool:
+        return _ssm_cfg(config) is not None
+
+    def fields(self, config: Any) -> Any:
+        return dict(config.ssm_cfg)
+
+    def tell_config(self, config: Any, states: int) -> None:
+        config.ssm_cfg["d_state"] = states
 
 
 def _named(change: LayerChange, states: int, *submodules: str) -> LayerChange:
@@ -74,13 +87,10 @@ def _named(change: LayerChange, states: int, *submodules: str) -> LayerChange:
     return replace(change, attributes={**kept, "d_state": states})
 
 
-def _update_config(adapter: HFMambaAdapter | HFMamba2Adapter, model: nn.Module) -> None:
-    """Update the config that ``MambaLMHeadModel`` passes to its layers and saves."""
-    for module in model.modules():
-        config: Any = getattr(module, "config", None)
-        dims = adapter.dims_in(module)
-        if dims and isinstance(getattr(config, "ssm_cfg", None), dict):
-            config.ssm_cfg["d_state"] = max(dims)
+def _ssm_cfg(config: Any) -> dict[str, Any] | None:
+    """The arguments that ``MambaLMHeadModel`` passes to its layers and saves."""
+    found = getattr(config, "ssm_cfg", None)
+    return found if isinstance(found, dict) else None
 
 
 __all__ = ["MambaSSM2Adapter", "MambaSSMAdapter"]

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from compressm.adapters.base import LayerChange, ParameterChange, SelectiveAdapter, layer_values
+from compressm.adapters.composed import effective_weight
 from compressm.adapters.hf_base import HuggingFaceAdapter
 from compressm.adapters.mamba import selection_change
 from compressm.errors import UnsupportedModelError
@@ -44,7 +45,7 @@ class RecurrentBlockAdapter(SelectiveAdapter):
         blocks = module.rg_lru.input_gate_weight.shape[:2]
         decay, driven = decay.unflatten(-1, blocks), driven.unflatten(-1, blocks)
         gate = self.activation(module)(module.linear_y(hidden)).unflatten(-1, blocks)
-        columns = module.linear_out.weight.unflatten(-1, blocks)
+        columns = effective_weight(module.linear_out).unflatten(-1, blocks)
         return Signals(driven.new_ones(driven.shape[:3]), decay, decay.new_ones(1, 1), driven, columns, gate)
 
     def activation(self, layer: Any) -> Any:
@@ -71,7 +72,12 @@ class RecurrentBlockAdapter(SelectiveAdapter):
         pullback = torch.block_diag(*reduction.into)
         parts.append(
             ParameterChange(
-                ("linear_out.weight",), (new.to(values["linear_out.weight"]),), 1, pullback, pullback.square()
+                ("linear_out.weight",),
+                (new.to(values["linear_out.weight"]),),
+                1,
+                pullback,
+                pullback.square(),
+                torch.block_diag(*reduction.out),
             )
         )
         width = blocks * r
@@ -139,9 +145,9 @@ class RecurrentGemmaAdapter(HuggingFaceAdapter, RecurrentBlockAdapter):
         blocks, r = reduction.into.shape[:2]
         return LayerChange(change.parameters, {**change.attributes, "lru_width": blocks * r, "rg_lru.block_width": r})
 
-    def dims_in(self, module: nn.Module) -> list[int]:
-        blocks = getattr(getattr(module, "config", None), "num_attention_heads", 1)
-        return [blocks * states for states in super().dims_in(module)]
+    def tell_config(self, config: Any, states: int) -> None:
+        """The config holds the whole width, of all blocks of the gates together."""
+        config.lru_width = getattr(config, "num_attention_heads", 1) * states
 
 
 def gate_changes(name: str, weight: Tensor, kept: Tensor) -> list[ParameterChange]:

@@ -12,8 +12,10 @@ from torch import nn
 from torch.optim import Optimizer
 
 from compressm.adapters import find_layers
-from compressm.adapters.base import check_plain
+from compressm.adapters.base import check_plain, warn_of_parts
+from compressm.adapters.plain import check_wrappers
 from compressm.cutting.carry import Carry, Together, check_optimizer, unwrap_optimizer
+from compressm.cutting.choosing import Which, of_chosen_layers
 from compressm.cutting.made_cuts import MadeCuts
 from compressm.cutting.metrics import measure
 from compressm.cutting.plan import Plan, must_be_alike, plan_reduction
@@ -36,6 +38,7 @@ _CHECKS = 6  # how many plans are measured under `max_loss`
 _ABOVE = "the rise of the loss on held-out data was above max_loss for every cut that was tried"
 
 
+@of_chosen_layers
 def compress(
     model: nn.Module,
     *,
@@ -50,6 +53,8 @@ def compress(
     multiple_of: int = 1,
     min_reduction: float = 0.0,
     per_layer: bool = False,
+    layers: Which | None = None,
+    exclude: Which | None = None,
     method: Method = "real",
     selection: Selection = "hankel",
     data: Any = None,
@@ -77,6 +82,8 @@ def compress(
             quality, the next smaller one under an upper limit; see `RankRule`.
         min_reduction: leave a layer alone unless this share of its states goes.
         per_layer: let the layers of a Hugging Face model differ in their state dimension; see `RankRule`.
+        layers: cut these layers only: a name, a glob, a list of these, or a function of a layer's name and the layer.
+        exclude: leave these layers as they are, and ask nothing of them; as ``layers``.
         method: ``"real"`` or ``"complex"``, for linear time-invariant layers.
         selection: how the states of selective layers are picked; see `compressm.theory.selection`.
         data: a batch of the model's inputs, or an iterable of batches, which selective layers need; see
@@ -105,6 +112,7 @@ def compress(
 
     After an error the model is unchanged.
     """
+    del layers, exclude  # see `of_chosen_layers`
     check_choice("carry", carry, Carry)
     check_choice("method", method, Method)
     check_choice("selection", selection, Selection)
@@ -202,9 +210,11 @@ def _searched(max_drop: float | None, evaluate: object, sizes: Mapping[str, Any]
 def _check_before(model: nn.Module, rule: RankRule, optimizer: Optimizer | Together | None, carry: Carry) -> None:
     """Before any computation, refuse impossible sizes, and layers or state that cannot be written or carried over."""
     found = find_layers(model)
-    check_sizes(rule, state_dims(model), must_be_alike(found, rule))
     layers = {name: layer for name, (layer, _) in found.items()}
+    check_wrappers(model, layers, [name for name, (_, adapter) in found.items() if adapter.needs_data])
+    warn_of_parts(model)
     check_plain(layers)
+    check_sizes(rule, state_dims(model), must_be_alike(found, rule))
     if optimizer is not None:
         check_optimizer(optimizer, layers, carry)
 

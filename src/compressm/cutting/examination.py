@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from compressm.adapters import LayerAdapter, find_layers
-from compressm.adapters.base import LayerChange, ParameterChange
+from compressm.adapters.base import LayerChange, ParameterChange, resized
 from compressm.adapters.mamba import selection_change
 from compressm.cutting.carried import prepare_carry
 from compressm.cutting.moves import Carry
@@ -68,7 +68,7 @@ def check_trained(optimizer: Optimizer | Together, layers: Mapping[str, tuple[nn
     """
     trained = {id(p) for member in members_of(optimizer) for group in member.param_groups for p in group["params"]}
     for layer_name, (layer, adapter) in layers.items():
-        for name in adapter.resized(layer, adapter.state_dim(layer)).values():
+        for name in resized(layer, adapter, adapter.state_dim(layer)).values():
             parameter = layer.get_parameter(name)
             if parameter.requires_grad and id(parameter) not in trained:
                 full_name = f"{layer_name}.{name}".lstrip(".")
@@ -83,7 +83,7 @@ def _trained(optimizer: Optimizer, layer: nn.Module) -> dict[str, nn.Parameter]:
     """The parameters that a cut of a layer changes and this optimizer trains."""
     adapter = find_layers(layer)[""][1]
     held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    names = adapter.resized(layer, adapter.state_dim(layer)).values()
+    names = resized(layer, adapter, adapter.state_dim(layer)).values()
     found = {name: layer.get_parameter(name) for name in names}
     return {name: p for name, p in found.items() if p.requires_grad and id(p) in held}
 
@@ -150,10 +150,10 @@ def _try_a_cut(
 def _first_entries(layer: nn.Module, parameters: Mapping[str, nn.Parameter]) -> LayerChange:
     """The cut that keeps the first entries of every parameter."""
     adapter = find_layers(layer)[""][1]
-    resized = adapter.resized(layer, max(1, adapter.state_dim(layer) // 2))
+    smaller = resized(layer, adapter, max(1, adapter.state_dim(layer) // 2))
     values: dict[str, Tensor] = {name: parameter.detach() for name, parameter in parameters.items()}
     parts: list[ParameterChange] = []
-    for part in resized.parameters:
+    for part in smaller.parameters:
         for name, value in zip(part.names, part.values, strict=True):
             if name not in values:
                 continue

@@ -9,13 +9,14 @@ averaged copies.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
-from compressm.adapters import LayerAdapter, find_layers
-from compressm.adapters.base import layer_values, tell_written, write
+from compressm.adapters import LayerAdapter, LayerChange, find_layers
+from compressm.adapters.base import resized, stored_values, tell_written, write
+from compressm.cutting.held_base import hold_cut_base, is_factor
 from compressm.errors import CheckpointError
 from compressm.runtime.processes import rebuild_replicas
 
@@ -49,6 +50,7 @@ def fit_any_size(model: Model) -> Model:
             module.register_load_state_dict_pre_hook(_resize_for_weights)
         module.register_load_state_dict_post_hook(_after_loading)
         setattr(module, _OUTERMOST, False)
+    hold_cut_base(model)
     return model
 
 
@@ -87,31 +89,27 @@ def _before_loading(module: nn.Module, _state_dict: Mapping[str, Any], prefix: s
 def _resize_for_weights(layer: nn.Module, state_dict: Mapping[str, Any], prefix: str, *_: Any) -> None:
     (adapter,) = (adapter for found, adapter in find_layers(layer).values() if found is layer)
     shapes = {name: tuple(v.shape) for name, v in state_dict.items() if name.startswith(prefix) and hasattr(v, "shape")}
-    if _fit_layer(layer, adapter, shapes, prefix):
-        setattr(layer, _RESIZED, True)
+    setattr(layer, _RESIZED, _fit_layer(layer, adapter, shapes, prefix))
 
 
 def _after_loading(module: nn.Module, _: Any) -> None:
-    if not getattr(module, _OUTERMOST):
-        return
-    resized = [layer for layer in module.modules() if hasattr(layer, _RESIZED)]
-    for layer in resized:
-        delattr(layer, _RESIZED)
-    if resized:
+    # Called for every module inside first. The model may be inside of others, such as a PeftModel made later.
+    if any(getattr(layer, _RESIZED, False) for layer in module.modules()):
         tell_written(module)
-        rebuild_replicas(module)
+        if getattr(module, _OUTERMOST):
+            rebuild_replicas(module)
 
 
 def _fit_layer(layer: nn.Module, adapter: LayerAdapter, shapes: Mapping[str, tuple[int, ...]], prefix: str) -> bool:
     """Resize a layer to the shapes of its weights; returns whether that was needed."""
-    values = layer_values(layer)
+    values = stored_values(layer)
     wanted = {name: shapes[prefix + name] for name in values if prefix + name in shapes}
     differing = {name: shape for name, shape in wanted.items() if shape != tuple(values[name].shape)}
     if not differing:
         return False
 
     def shapes_at(states: int) -> dict[str, tuple[int, ...]]:
-        return {n: tuple(v.shape) for n, v in {**values, **adapter.resized(layer, states).values()}.items()}
+        return {n: tuple(v.shape) for n, v in {**values, **resized(layer, adapter, states).values()}.items()}
 
     # Every size is a linear function of the state dimension, so its values at two dimensions determine the wanted one.
     one, two = shapes_at(1), shapes_at(2)
@@ -120,13 +118,31 @@ def _fit_layer(layer: nn.Module, adapter: LayerAdapter, shapes: Mapping[str, tup
         if at_one != at_two:
             states = 1 + (size - at_one) // (at_two - at_one)
             if states >= 1 and all(shapes_at(states)[other] == asked for other, asked in wanted.items()):
-                write(layer, adapter.resized(layer, states))
+                change = resized(layer, adapter, states)
+                _check_whole(change, differing, wanted, states, prefix)
+                write(layer, change)
                 return True
             break
     raise CheckpointError(
         f"{prefix.rstrip('.') or type(layer).__name__}: weights of shapes {list(differing.values())} belong to no "
         "state dimension of this layer; build the model as it was built when saved"
     )
+
+
+def _check_whole(
+    change: LayerChange, differing: Iterable[str], wanted: Collection[str], states: int, prefix: str
+) -> None:
+    """Refuse an adapter that gives a layer another state dimension, without the base that it was trained on.
+
+    The base's values would be placeholders. (Shards of whole models are loaded one by one, and fill in the rest later.)
+    """
+    missing = next((name for name in change.values() if name not in wanted), None)
+    if missing is not None and all(is_factor(name) for name in differing):
+        raise CheckpointError(
+            f"these adapters belong to a layer of {states} states, and leave out {prefix}{missing}, which depends on "
+            "that: load the base that they were trained with first; adapters that are trained through a cut are saved "
+            "with what it changed in the base, by their model's save_pretrained or compressm.integrations.peft.save"
+        )
 
 
 __all__ = ["fit", "fit_any_size"]

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from compressm.adapters import LayerAdapter, LayerChange, find_layers, layer_values, layers_that_need_data
 from compressm.adapters.base import tell_written, write
 from compressm.cutting.carry import Carry, Together, check_optimizer, prepare_carry
+from compressm.cutting.held_base import hold_cut_base
 from compressm.cutting.made_cuts import MadeCuts
 from compressm.cutting.nats import damage_curves, predicted_rises
 from compressm.cutting.replay import Errors, errors_on_data
@@ -114,6 +115,7 @@ class Plan:
             if name in stores:
                 stores[name]()
         tell_written(model)
+        hold_cut_base(model)
         return replace(self.report, seconds=self.report.seconds + time.perf_counter() - started)
 
     def _by_halves(

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from torch import nn
 
 from compressm.adapters import find_layers
-from compressm.adapters.base import tell_written, write
+from compressm.adapters.base import resized, tell_written, write
 from compressm.errors import CheckpointError
 
 
@@ -31,7 +31,7 @@ def resize_states(model: nn.Module, dims: Mapping[str, int]) -> None:
     for name, states in dims.items():
         layer, adapter = layers[name]
         if adapter.state_dim(layer) != states:
-            write(layer, adapter.resized(layer, states))
+            write(layer, resized(layer, adapter, states))
     tell_written(model)
 
 

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from compressm.adapters import find_layers
 from compressm.adapters.base import check_plain
+from compressm.adapters.plain import check_readable, check_wrappers
+from compressm.cutting.choosing import Which, of_chosen_layers
 from compressm.cutting.made_cuts import MadeCuts
 from compressm.cutting.nats import damage_curves
 from compressm.cutting.plots import Backend, plot_discarded, plot_rise
@@ -210,12 +212,16 @@ def balance_layers(
     return balancings
 
 
+@of_chosen_layers
 def analyze(
     model: nn.Module,
     method: Method = "real",
     data: Any = None,
     loss: Loss | None = None,
     gramians: Gramians | None = None,
+    *,
+    layers: Which | None = None,
+    exclude: Which | None = None,
 ) -> Spectrum:
     """Hankel singular values of every layer of a model that has a state. The model is only read.
 
@@ -229,6 +235,8 @@ def analyze(
             the loss, at the cost of one backward pass per batch.
         gramians: as in `compress`: by default ``"loss"`` if a loss is given, and ``"white"`` otherwise, where the
             spectrum of a time-invariant layer knows neither the data nor the loss.
+        layers: these layers only: a name, a glob, a list of these, or a function of a layer's name and the layer.
+        exclude: not these layers; as ``layers``.
 
     Returns:
         the spectra by layer, in the model's order; ``print`` shows how many states hold which share of the energy, and
@@ -239,17 +247,21 @@ def analyze(
         InvalidSystemError: a layer's parameters are not finite, its Gramians overflow, it is unstable (``|lam| >= 1``),
             or the method is unknown.
         ConfigError: data that the model cannot take.
-        InvalidRankRuleError: arguments that contradict each other.
+        InvalidRankRuleError: arguments that contradict each other, or ``layers`` or ``exclude`` that name no layer.
     """
-    if balancing_of(gramians, loss, data, method) == "white":
+    del layers, exclude  # see `of_chosen_layers`
+    gramians, found = balancing_of(gramians, loss, data, method), find_layers(model)
+    plain = {name: layer for name, (layer, _) in found.items()}
+    check_wrappers(model, plain, [name for name, (_, adapter) in found.items() if adapter.needs_data])
+    check_readable(plain)
+    if gramians == "white":
         return Spectrum.of(balance_layers(model, method, None if data is None else gather(model, data)))
     assert loss is not None
     batches = [batch for _, batch in calls_and_batches(model, data)]
     evidence = LossEvidence.of(gather_evidence(model, batches, loss, keep=SAMPLES))
     balancings = balance_layers(model, method, gather(model, batches), evidence.covariances)
-    layers = find_layers(model)
-    cuts = MadeCuts(layers, balancings, "hankel", evidence.fishers)
-    return Spectrum.of(balancings, damage_curves(layers, balancings, cuts, evidence))
+    cuts = MadeCuts(found, balancings, "hankel", evidence.fishers)
+    return Spectrum.of(balancings, damage_curves(found, balancings, cuts, evidence))
 
 
 def balancing_of(

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from compressm.cutting.carry import Carry
+from compressm.cutting.choosing import EXPECTED, Which, is_which
 from compressm.errors import ConfigError
 from compressm.observing.loss_evidence import Gramians
 from compressm.observing.observer import Terms
@@ -230,9 +231,18 @@ class CompressionConfig(Section):
     gramians: Gramians = _option("gramians")
     loss_terms: Terms = _option("loss_terms")
     loss_scale: float = _option("loss_scale")
+    layers: Which | None = _option("layers")
+    exclude: Which | None = _option("exclude")
     carry: Carry = _option("carry")
     check_after: int | None = _option("check_after")
     on_setback: OnSetback = _option("on_setback")
+
+    @field_validator("layers", "exclude", mode="before")
+    @classmethod
+    def _which(cls, value: Any, info: ValidationInfo) -> Any:
+        if value is not None and not is_which(value):
+            raise ValueError(f"compression.{info.field_name}|must be {EXPECTED}")
+        return value
 
     @model_validator(mode="after")
     def _one_rule(self) -> CompressionConfig:

@@ -65,9 +65,11 @@ def step_sizes(projection: nn.Linear, dt: Tensor) -> Tensor:
     """``softplus(projection(dt))``, Mamba's step sizes.
 
     Args:
-        projection: with a bias.
+        projection: with a bias; or a module around one, such as an adapter, which is called as it is.
         dt: shape ``(..., rank)``.
     """
+    if type(projection) is not nn.Linear or not unhooked(projection):
+        return F.softplus(projection(dt))
     weight, bias = projection.weight, projection.bias
     if dt.ndim != 3 or not 1 <= dt.shape[-1] <= _FEW or not takes(dt, weight, bias):
         return F.softplus(projection(dt))
@@ -86,6 +88,14 @@ def causal_conv(conv: nn.Conv1d, u: Tensor) -> Tensor:
     if takes(u, weight, bias):
         return applied(_Convolution, _rows(u), weight.flip(1).T.contiguous(), bias.contiguous())
     return F.silu(short_conv(conv, u))
+
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def unhooked(module: nn.Module) -> bool:
+    """Whether the module has no hooks. A module with hooks must be called, or its hooks do not run."""
+    return not any(getattr(module, hooks) for hooks in _HOOKS)
 
 
 def _rows(x: Tensor) -> Tensor:

@@ -7,13 +7,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from compressm.layers.activations import unhooked
 from compressm.layers.bidirectional import Bidirectional
 from compressm.layers.hyena import Hyena
 from compressm.layers.linear_attention import DeltaNet, GatedLinearAttention, LinearAttention
 from compressm.layers.lru import LRU
 from compressm.layers.mamba import Mamba
 from compressm.layers.mamba2 import Mamba2
-from compressm.layers.narrow import batch_norm, gated_residual, unhooked
+from compressm.layers.narrow import batch_norm, gated_residual
 from compressm.layers.padding import ends
 from compressm.layers.rg_lru import RecurrentBlock
 from compressm.layers.s4 import S4

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from compressm.layers.activations import applied, drawn, gelu_dropout, glu_residual, takes, without_draw
+from compressm.layers.activations import applied, drawn, gelu_dropout, glu_residual, takes, unhooked, without_draw
 from compressm.scans import native
 from compressm.scans.transforms import gradients, twice
 
@@ -21,7 +21,6 @@ from compressm.scans.transforms import gradients, twice
 _WIDEST_TAIL = 32
 _WIDEST_LINEAR = 8
 _WIDEST_NORM = 16
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 def linear(module: nn.Module, x: Tensor) -> Tensor:
@@ -74,11 +73,6 @@ def batch_norm(module: nn.BatchNorm1d, x: Tensor) -> tuple[Tensor, Tensor]:
     tensors = (x.contiguous(), weight.contiguous(), bias.contiguous(), mean, var)
     result: Any = _BatchNorm.apply(*tensors, float(momentum), float(module.eps))
     return result
-
-
-def unhooked(module: nn.Module) -> bool:
-    """Whether the module has no hooks. A module with hooks must be called, or its hooks do not run."""
-    return not any(getattr(module, hooks) for hooks in _HOOKS)
 
 
 def _plain(module: nn.Module, x: Tensor, widest: int) -> TypeGuard[nn.Linear]:

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from compressm.adapters.composed import is_linear
 from compressm.layers import Bidirectional
 from compressm.observing.hooks import OwnHook
 
@@ -81,10 +82,10 @@ class LayerWatch:
         """Handles of the hooks.
 
         Args:
-            entrance: the submodule that reads the layer's own input; by default the layer's first `nn.Linear`.
+            entrance: the submodule that reads the layer's own input; by default the layer's first linear map.
         """
         parts = dict(self.layer.named_children())
-        first = next((part for part in parts.values() if isinstance(part, nn.Linear)), None)
+        first = next((part for part in parts.values() if is_linear(part)), None)
         part = parts.get(entrance or "", first)
         handles = [
             self.layer.register_forward_pre_hook(_LayerBegins(self.observer, self), with_kwargs=True),

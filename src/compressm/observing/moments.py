@@ -237,7 +237,9 @@ class Statistics:
             hidden, present = unpacked(hidden, starts), unpacked(present, starts)
         Statistics._looking = True
         try:
-            with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
+            # In evaluation mode, since dropout (of LoRA) would disturb the signals and the training's random numbers.
+            with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False), modes_kept(layer):
+                layer.eval()
                 hidden = hidden.to(input_dtype(layer))
                 if present is not None and not reading.told:  # as transformers does, before convolutions
                     hidden = hidden * present[..., None].to(hidden)

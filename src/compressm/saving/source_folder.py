@@ -24,6 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from compressm.adapters import find_layers
+from compressm.adapters.base import resized
 from compressm.errors import CheckpointError
 
 # The weight files that transformers looks for, in this order. Each is one file, or an index of several.
@@ -149,7 +150,7 @@ def _sized_by_states(model: nn.Module) -> set[str]:
         states = adapter.state_dim(layer)
         if states > 1:
             now = dict(layer.named_parameters())
-            smaller = adapter.resized(layer, states - 1).values()
+            smaller = resized(layer, adapter, states - 1).values()
             sized |= {name for name, value in smaller.items() if name in now and now[name].shape != value.shape}
     return sized
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from compressm.cutting.carry import Carry, Together, unwrap_optimizer
+from compressm.cutting.choosing import Which, choose
 from compressm.cutting.spectrum import snapshot, snapshot_state
 from compressm.errors import CheckpointError
 from compressm.observing.loss_evidence import Gramians
@@ -79,6 +80,8 @@ class Compressor:
         multiple_of: prefer state dimensions that are a multiple of this; see `RankRule` for what comes first.
         min_reduction: cut a layer only where this share of its states goes.
         per_layer: let the layers of a Hugging Face model differ in their state dimension; see `RankRule`.
+        layers: cut these layers only: a name, a glob, a list of these, or a function of a layer's name and the layer.
+        exclude: leave these layers as they are, and ask nothing of them; as ``layers``.
         cuts: how many cuts.
         window: share of ``total_steps`` in which they are made.
         start: steps to wait before the window.
@@ -137,6 +140,8 @@ class Compressor:
         multiple_of: int = 1,
         min_reduction: float = 0.05,
         per_layer: bool = False,
+        layers: Which | None = None,
+        exclude: Which | None = None,
         cuts: int = 4,
         window: float = 0.1,
         start: int = 0,
@@ -160,10 +165,13 @@ class Compressor:
             max_loss=max_loss, multiple_of=multiple_of, min_reduction=min_reduction, per_layer=per_layer,
         )  # fmt: skip
         self._schedule = Schedule(total_steps, cuts, window, start, when, check_after, examined=max_drop is not None)
-        self._cutter = Cutter(
-            model, unwrap_optimizer(optimizer), tuple(followers), rule,
-            method, selection, carry, gramians, loss_terms,
-        )  # fmt: skip
+        choice = choose(model, layers, exclude, per_layer, followers)
+        with choice.scope():
+            self._cutter = Cutter(
+                model, unwrap_optimizer(optimizer), tuple(followers), rule,
+                method, selection, carry, gramians, loss_terms,
+            )  # fmt: skip
+        self._cutter.choice = choice
         training = Training(model, self.optimizer, self.followers, scheduler, scaler)
         self._cushion = Cushion(
             training, self._cutter.observations,

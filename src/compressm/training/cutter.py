@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import warnings
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar, cast
 
 from torch import nn
 from torch.optim import Optimizer
 
 from compressm.adapters import find_layers
-from compressm.adapters.base import check_plain
+from compressm.adapters.base import check_plain, warn_of_parts
+from compressm.adapters.left_out import Choice
+from compressm.adapters.plain import check_wrappers
 from compressm.cutting import Plan, Report, plan_reduction, resize_states, state_dims
 from compressm.cutting.carry import (
     Carry,
@@ -37,6 +40,18 @@ from compressm.theory.selection import Selection
 from compressm.training.observations import Observations
 
 log = logging.getLogger(__name__)
+Action = TypeVar("Action", bound=Callable[..., Any])
+
+
+def _of_chosen(method: Action) -> Action:
+    """Let a method of `Cutter` see the chosen layers only."""
+
+    @functools.wraps(method)
+    def wrapper(self: Cutter, *args: Any, **kwargs: Any) -> Any:
+        with self.choice.scope():
+            return method(self, *args, **kwargs)
+
+    return cast("Action", wrapper)
 
 
 class Cutter:
@@ -49,10 +64,13 @@ class Cutter:
 
     Attributes:
         observations: of the layers, on which cuts are based.
+        choice: the layers that are left out.
 
     Raises:
         UnsupportedModelError, UnsupportedOptimizerError, InvalidRankRuleError: this model could not be cut.
     """
+
+    choice = Choice()
 
     def __init__(
         self,
@@ -75,6 +93,8 @@ class Cutter:
         check_rule(rule, gramians)
         layers = find_layers(model)
         plain = {name: layer for name, (layer, _) in layers.items()}
+        check_wrappers(model, plain)
+        warn_of_parts(model)
         check_plain(plain)
         check_optimizer(optimizer, plain, carry)
         check_trained(optimizer, layers)
@@ -90,6 +110,7 @@ class Cutter:
             paired_layers(fit_any_size(follower), self.model)
 
     @property
+    @_of_chosen
     def state_dims(self) -> dict[str, int]:
         """Present state dimension of every layer, by its name in the model."""
         return state_dims(self.model)
@@ -104,12 +125,14 @@ class Cutter:
         if problems := self.observations.problems():
             warnings.warn(problems[0], stacklevel=3)
 
+    @_of_chosen
     def spectra(self) -> dict[str, Balanced]:
         """Balance all layers as they are now."""
         loss = self.observations.loss()
         covariances = None if loss is None else loss.covariances
         return balance_layers(self.model, self.method, self.observations.statistics.moments(), covariances)
 
+    @_of_chosen
     def plan(self, rule: RankRule) -> Plan:
         """Plan a cut by this rule, the same in all processes. Nothing is written."""
         statistics = self.observations.statistics
@@ -150,6 +173,7 @@ class Cutter:
         """The state that `load_state_dict` needs."""
         return {"state_dims": self.state_dims, **self.observations.state_dict()}
 
+    @_of_chosen
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Give the layers the saved state dimensions, and restore their observations.
 

@@ -15,6 +15,7 @@ from typing import Any, Literal, get_origin
 from torch import nn
 
 from compressm.cutting.carry import Carry
+from compressm.cutting.choosing import EXPECTED, Which, is_which
 from compressm.errors import InvalidRankRuleError
 from compressm.observing.loss_evidence import Gramians
 from compressm.observing.observer import Terms
@@ -70,6 +71,8 @@ class Option:
         low, high = (self.bounds.get(a, self.bounds.get(b)) for a, b in (("ge", "gt"), ("le", "lt")))
         if self.type is bool:
             return "True or False"
+        if self.type is Which:
+            return EXPECTED
         if high is None:
             kind = "whole number" if self.type is int else "number"
             return f"a {kind} greater than {low}" if "gt" in self.bounds else f"a {kind} of at least {low}"
@@ -86,10 +89,12 @@ class Option:
             return
         if get_origin(self.type) is Literal:
             check_choice(self.name, value, self.type)
-        elif self.type in (int, float, bool) and not self._fits(value):
+        elif self.type in (int, float, bool, Which) and not self._fits(value):
             raise InvalidRankRuleError(f"{self.name} must be {self.expected}; got {value!r}")
 
     def _fits(self, value: Any) -> bool:
+        if self.type is Which:
+            return is_which(value)
         if self.type is bool:
             return bool(value in (True, False))  # 0, 1 and NumPy's booleans are allowed too, strings are not
         if isinstance(value, bool | str | bytes):
@@ -171,6 +176,15 @@ _TABLE = (
         "per_layer", bool, False, "goal",
         "let the layers of a Hugging Face model differ in their state dimension; see `RankRule`.",
         once=False,
+    ),
+    Option(
+        "layers", Which, None, "goal",
+        "cut these layers only: a name, a glob, a list of these, or a function of a layer's name and the layer.",
+        once=None,
+    ),
+    Option(
+        "exclude", Which, None, "goal", "leave these layers as they are, and ask nothing of them; as ``layers``.",
+        once=None,
     ),
     Option("cuts", int, 4, "schedule", "how many cuts.", bounds=_POSITIVE),
     Option("window", float, 0.1, "schedule", "share of ``total_steps`` in which they are made.", bounds=_PART),
