@@ -88,3 +88,13 @@ def test_bad_budgets_are_refused() -> None:
             within_loss(curves, bad)
     with pytest.raises(InvalidRankRuleError, match="floor must be"):
         within_loss(curves, 1.0, floor=2.0)
+
+
+def test_floors_of_nothing_and_of_everything() -> None:
+    curves = {"a": linear_curve(torch.ones(8)), "b": linear_curve(torch.full((5,), 1e-6))}
+    assert within_loss(curves, 1e9, floor=0.0) == {"a": 1, "b": 1}  # a layer keeps one state at least
+    assert within_states(curves, 2, floor=0.0) == {"a": 1, "b": 1}
+    assert within_loss(curves, 1e9, floor=1.0) == {"a": 8, "b": 5}
+    assert within_states(curves, 13, floor=1.0) == {"a": 8, "b": 5}
+    assert within_states(curves, 99) == {"a": 8, "b": 5}
+    assert within_loss(curves, 1e9, floor=0.3) == {"a": 3, "b": 2}  # rounded up
