@@ -143,3 +143,14 @@ def test_moments_of_every_kind_of_recurrence_are_those_of_a_loop(kind: str, padd
         for name, expected in by_loop(s, mask.numpy(), padding_enters).items():
             value, size = found.tensors()[name], abs(expected).max()
             np.testing.assert_allclose(value, expected, rtol=1e-4, atol=1e-5 * size, err_msg=name)
+
+
+def test_a_placeholder_knows_its_sizes_and_no_error() -> None:
+    for n, states in ((5, 3), (3, 5)):
+        estimate = first_states(n, states, 2).estimate
+        assert (estimate.states_before, estimate.states_after) == (n, states)
+        assert math.isnan(estimate.relative_error)
+        assert math.isnan(estimate.least_error)
+    kept = first_states(3, 5).kept
+    assert kept is not None
+    assert kept.tolist() == [[0, 1, 2, 2, 2]]
