@@ -8,6 +8,10 @@ process forked from one that has torch and the tests loaded. What is done stays 
 interrupted one stopped, and a mutant is tested again only where its function has changed, or, with ``--again``, where
 nobody noticed it before. A smaller sample is part of a larger one.
 
+    python scripts/mutants.py theory --sample 200 --added tests/theory/test_balanced.py
+
+runs some new tests alone, on those mutants that nobody noticed. What other tests noticed stays noticed.
+
 ``scripts/equivalent_mutants.json`` names mutants that no test can notice, each with its changed line and the reason.
 They are counted apart. An entry holds as long as the mutant of that name still makes that change.
 """
@@ -136,6 +140,32 @@ def test(names: list[str], workers: int, again: bool) -> None:
         sys.exit(f"mutmut stopped early; see {Path('mutmut.log').resolve()}")
 
 
+def test_with(names: list[str], added: list[str]) -> None:
+    """Run some tests on those mutants that nobody has noticed yet. They must pass without a mutant."""
+    from mutmut.mutation.data import SourceFileMutationData
+
+    found = outcomes()
+    unnoticed = {name: found[name][1] for name in names if name in found and found[name][0] in UNNOTICED}
+    shutil.copytree("tests", Path("mutants", "tests"), dirs_exist_ok=True)
+    options = ["-x", "-q", "-p", "no:cacheprovider", "-m", "not slow and not gpu"]
+
+    def outcome(name: str) -> int:
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": "src", "MUTANT_UNDER_TEST": name}
+        command = [sys.executable, "-m", "pytest", *options, *added]
+        return subprocess.run(command, cwd="mutants", env=environment, capture_output=True, check=False).returncode
+
+    if (code := outcome("")) != 0:
+        sys.exit(f"the added tests do not pass without a mutant: pytest returned {code}")
+    for name, path in unnoticed.items():
+        failed = outcome(name) == 1
+        print(f"{name}: {'noticed' if failed else 'not noticed'}", flush=True)
+        if failed:
+            data = SourceFileMutationData(path=path)
+            data.load()
+            data.exit_code_by_key[name] = 1
+            data.save()
+
+
 def summary(names: list[str], total: int, before: dict[str, Any] | None) -> dict[str, Any]:
     """What is stored of a package: counts, and the diffs of mutants that nobody noticed, the equivalent ones apart.
 
@@ -168,6 +198,7 @@ def summary(names: list[str], total: int, before: dict[str, Any] | None) -> dict
         "survived": len(survivors),
         "equivalent": len(equivalent),
         "undecided": len(found) - killed - len(survivors) - len(equivalent),
+        "untested": len(names) - len(found),
         "score": round(killed / max(1, killed + len(survivors)), 4),
         "survivors": survivors,
         "equivalents": equivalent,
@@ -182,7 +213,7 @@ def changed_lines(diff: str) -> list[str]:
 def origin(tests: list[str], sample: int) -> dict[str, Any]:
     """How a result came about."""
     return {
-        "command": " ".join(["python", *sys.argv]),
+        "commands": [" ".join(["python", *sys.argv])],
         "tests": tests,
         "seed": SEED,
         "sample": sample,
@@ -197,6 +228,7 @@ def main() -> None:
     parser.add_argument("--tests", nargs="*", help="folders or files of tests; by default those of the package")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes at a time")
     parser.add_argument("--again", action="store_true", help="test those anew that nobody noticed: tests have changed")
+    parser.add_argument("--added", nargs="*", help="files of new tests, to be run alone on those that nobody noticed")
     parser.add_argument("--json", type=Path, default=ROOT / "results" / "mutants.json", help="where results go")
     options = parser.parse_args()
     if not any((ROOT / "src" / "compressm" / name).exists() for name in (options.part, f"{options.part}.py")):
@@ -211,11 +243,16 @@ def main() -> None:
     total = len(names)
     random.Random(SEED).shuffle(names)
     names = names[: options.sample or total]
-    test(names, options.workers, options.again)
+    if options.added:
+        test_with(names, options.added)
+    else:
+        test(names, options.workers, options.again)
     results = json.loads(stored.read_text()) if stored.exists() else {}
     before = results.get(options.part)
-    found = summary(names, total, before if options.again or (before and "before" in before) else None)
-    found = {**origin(tests, options.sample), **found}
+    later = options.again or options.added
+    found = summary(names, total, before if later or (before and "before" in before) else None)
+    commands = [*(before or {}).get("commands", []), " ".join(["python", *sys.argv])] if later else None
+    found = {**origin(tests, options.sample), **({"commands": commands} if commands else {}), **found}
     stored.write_text(json.dumps({**results, options.part: found}, indent=1, sort_keys=True, ensure_ascii=False) + "\n")
     counts = f"{found['killed']} noticed, {found['survived']} not, {found['equivalent']} equivalent"
     print(f"{options.part}: of {found['mutants']} mutants {counts}; score {found['score']:.1%}")
