@@ -96,6 +96,8 @@ def test_a_mask_gives_the_ends_of_sequences(kind: torch.dtype) -> None:
     assert lengths_of({"mask": [[1, 0], [1, 1]]}, "it").tolist() == [1, 2]  # type: ignore[union-attr]
     with pytest.raises(ConfigError, match="before the end of a sequence"):
         ends_of(mask.flip(1), "it")
+    with pytest.raises(ConfigError, match="before the end of a sequence"):
+        ends_of(torch.tensor([[1, 1, 1, 1], [1, 1, 0, 1]]).to(kind), "it")  # a hole
     for bad in (mask[0], mask[None], 2 * mask.float(), -mask.float()):
         with pytest.raises(ConfigError, match=r"must hold 1 \(counts\) and 0 \(padding\)"):
             ends_of(bad, "it")
