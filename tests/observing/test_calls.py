@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from compressm.adapters import find_layers
 from compressm.layers import LRU, Mamba
+from compressm.observing import adjoints
 from compressm.observing.calls import LinearCall, SelectiveCall, as_evidence, call_of_layer
 from compressm.observing.masks import mask_gradients
 from compressm.theory.evidence import Covariances
@@ -155,3 +156,25 @@ def test_a_call_is_repeated_with_the_precision_that_it_had() -> None:
     g = torch.randn(3, 4, 4)
     assert half.run(g, None).dtype == torch.float64
     assert not torch.equal(half.run(g, None), whole.run(g, None))
+
+
+@pytest.mark.parametrize(
+    ("limit", "sizes"), [(1, [1] * 5), (79, [1] * 5), (80, [2, 2, 1]), (119, [2, 2, 1]), (200, [5])]
+)
+@pytest.mark.parametrize("padded", [False, True])
+def test_sequences_are_read_a_few_at_a_time(
+    limit: int, sizes: list[int], padded: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # States of one sequence: 2 parts of 5 states at each of 4 tokens are 40 numbers.
+    monkeypatch.setattr(adjoints, "_BLOCK", limit)
+    u, g, present = torch.randn(5, 4, 3), torch.randn(5, 4, 2), torch.rand(5, 4) > 0.5
+    reading = adjoints.Reading(u, g, torch.ones(2, 5), present if padded else None)
+    blocks = list(adjoints._blocks(reading, 5))
+    assert [len(block.u) for block in blocks] == sizes
+    assert torch.equal(torch.cat([block.u for block in blocks]), u)
+    assert torch.equal(torch.cat([block.g for block in blocks]), g)
+    assert all(block.C is reading.C for block in blocks)
+    if padded:
+        assert torch.equal(torch.cat([block.present for block in blocks]), present)  # type: ignore[misc]
+    else:
+        assert all(block.present is None for block in blocks)
