@@ -12,7 +12,17 @@ from torch import Tensor, nn
 
 from compressm.errors import ConfigError
 from compressm.layers import LanguageModel, Mamba, SequenceClassifier
-from compressm.observing.expected import Expected, by_role, described, ends_of, is_array, lengths_of, numeric, role_of
+from compressm.observing.expected import (
+    Expected,
+    by_role,
+    described,
+    ends_of,
+    is_array,
+    lengths_of,
+    numeric,
+    prepared,
+    role_of,
+)
 
 
 class Foreign(nn.Module):
@@ -166,3 +176,66 @@ def test_arrays_of_numbers_keep_their_values() -> None:
     ):
         with pytest.raises(ConfigError, match="it is nested or sparse"):
             numeric(anything, bad, "it")
+
+
+def test_every_refusal_ends_with_what_to_do() -> None:
+    two, one = Expected("M", "numbers", channels=2), Expected("M", "numbers", channels=1)
+    tokens, anything = Expected("M", "tokens", vocabulary=5), Expected("M")
+    alone = "for one sequence alone pass x[None], for a data set a DataLoader of it"
+    batches = "pass list(x), if its first axis counts batches"
+    cases = [
+        (two, torch.zeros(4, 2), alone),
+        (one, torch.zeros(4, 1), alone),
+        (two, torch.zeros(4), "add the axes that are missing"),
+        (two, torch.zeros(4, 3), "add the axes that are missing"),
+        (two, torch.zeros(1, 4, 3, 2), batches),
+        (two, torch.zeros(1, 1, 4, 3, 2), "add the axes that are missing"),
+        (two, torch.zeros(4, 3, 5), "neither axis after the first has 2 channels"),
+        (tokens, torch.zeros(4), alone),
+        (tokens, torch.zeros(4, 3, 2), batches),
+        (tokens, torch.full((2, 3), 0.5), "pass the tokens themselves"),
+        (tokens, torch.full((2, 3), 5), "use the vocabulary that the model was trained with"),
+        (tokens, torch.full((2, 3), -1), "use the vocabulary that the model was trained with"),
+        (anything, torch.zeros(4), alone),
+        (anything, torch.zeros(0, 4), "pass at least one sequence"),
+        (two, torch.tensor(3.0), "pass at least one sequence"),
+        (anything, torch.full((2, 3), torch.inf), "mend or leave out that sequence"),
+        (anything, "text", "pass numbers"),
+    ]
+    for expected, value, remedy in cases:
+        with pytest.raises(ConfigError) as caught:
+            prepared(expected, value, "it")
+        assert str(caught.value).startswith("it ")
+        assert str(caught.value).endswith(f"; {remedy}"), remedy
+
+
+def test_inputs_get_the_form_that_the_model_takes() -> None:
+    two, one = Expected("M", "numbers", channels=2, dtype=torch.float64), Expected("M", "numbers", channels=1)
+    tokens, anything = Expected("M", "tokens", vocabulary=5), Expected("M")
+    x = torch.randn(4, 3, 2)
+    assert torch.equal(prepared(two, x, "it"), x.double())
+    turned = prepared(two, x.mT, "it")
+    assert torch.equal(turned, x.double())
+    assert turned.is_contiguous()
+    square = torch.randn(3, 2, 2)
+    assert torch.equal(prepared(two, square, "it"), square.double())  # time before channels where both would fit
+    assert torch.equal(prepared(one, x[..., 0], "it"), x[..., :1])
+    ids = torch.tensor([[0, 4, 2], [1, 1, 3]])
+    for form in (ids, ids.double(), ids[..., None], ids[:, None], ids.numpy().astype(np.uint8)):
+        found = prepared(tokens, form, "it")
+        assert found.dtype == torch.int64
+        assert torch.equal(found, ids)
+    assert torch.equal(prepared(anything, ids, "it"), ids)
+    assert torch.equal(prepared(anything, x, "it"), x)
+    # What stands after the end of a sequence is neither looked at nor kept.
+    lengths = torch.tensor([1, 2, 3, 3])
+    broken = x.clone()
+    broken[0, 1:] = torch.nan
+    broken[1, 2:] = torch.inf
+    found = prepared(two, broken, "it", lengths)
+    expected = torch.where(torch.arange(3)[None, :, None] < lengths[:, None, None], x, 0.0)
+    assert torch.equal(found, expected.double())
+    assert prepared(tokens, torch.tensor([[1, 99]]), "it", torch.tensor([1])).tolist() == [[1, 0]]
+    for bad in (torch.tensor([1, 2, 3]), torch.tensor([0, 2, 3, 3]), torch.tensor([1, 2, 3, 4])):
+        with pytest.raises(ConfigError, match=r"^it: "):
+            prepared(two, x, "it", bad)
