@@ -143,9 +143,9 @@ def test(names: list[str], workers: int, again: bool) -> None:
 def test_with(names: list[str], added: list[str]) -> None:
     """Run some tests on those mutants that nobody has noticed yet. They must pass without a mutant."""
     from mutmut.mutation.data import SourceFileMutationData
+    from mutmut.utils.file_utils import walk_mutatable_files
 
-    found = outcomes()
-    unnoticed = {name: found[name][1] for name in names if name in found and found[name][0] in UNNOTICED}
+    noticed = {name for name, (status, _) in outcomes().items() if status in NOTICED}
     shutil.copytree("tests", Path("mutants", "tests"), dirs_exist_ok=True)
     options = ["-x", "-q", "-p", "no:cacheprovider", "-m", "not slow and not gpu"]
 
@@ -156,14 +156,15 @@ def test_with(names: list[str], added: list[str]) -> None:
 
     if (code := outcome("")) != 0:
         sys.exit(f"the added tests do not pass without a mutant: pytest returned {code}")
-    for name, path in unnoticed.items():
-        failed = outcome(name) == 1
-        print(f"{name}: {'noticed' if failed else 'not noticed'}", flush=True)
-        if failed:
-            data = SourceFileMutationData(path=path)
-            data.load()
-            data.exit_code_by_key[name] = 1
-            data.save()
+    for path in walk_mutatable_files():
+        data = SourceFileMutationData(path=path)
+        data.load()
+        for name in [name for name in data.exit_code_by_key if name in names and name not in noticed]:
+            failed = outcome(name) == 1
+            print(f"{name}: {'noticed' if failed else 'not noticed'}", flush=True)
+            if failed:
+                data.exit_code_by_key[name] = 1
+                data.save()
 
 
 def summary(names: list[str], total: int, before: dict[str, Any] | None) -> dict[str, Any]:
