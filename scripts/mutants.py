@@ -7,6 +7,13 @@ Mutants are made and tested by mutmut (which `make mutants` installs), in a copy
 process forked from one that has torch and the tests loaded. What is done stays done: the same call goes on where an
 interrupted one stopped, and a mutant is tested again only where its function has changed, or, with ``--again``, where
 nobody noticed it before. A smaller sample is part of a larger one.
+
+    python scripts/mutants.py theory --sample 200 --added tests/theory/test_balanced.py
+
+runs some new tests alone, on those mutants that nobody noticed. What other tests noticed stays noticed.
+
+``scripts/equivalent_mutants.json`` names mutants that no test can notice, each with its changed line and the reason.
+They are counted apart. An entry holds as long as the mutant of that name still makes that change.
 """
 
 from __future__ import annotations
@@ -14,17 +21,20 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import platform
 import random
 import shutil
 import subprocess
 import sys
 import time
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
 
 ROOT = Path(__file__).resolve().parent.parent
+EQUIVALENT = ROOT / "scripts" / "equivalent_mutants.json"
 SEED = 26
 NOTICED = ("killed", "timeout", "segfault")
 UNNOTICED = ("survived", "no tests")
@@ -130,25 +140,85 @@ def test(names: list[str], workers: int, again: bool) -> None:
         sys.exit(f"mutmut stopped early; see {Path('mutmut.log').resolve()}")
 
 
-def summary(names: list[str], total: int, tests: list[str]) -> dict[str, Any]:
-    """What is stored of a package."""
+def test_with(names: list[str], added: list[str]) -> None:
+    """Run some tests on those mutants that nobody has noticed yet. They must pass without a mutant."""
+    from mutmut.mutation.data import SourceFileMutationData
+    from mutmut.utils.file_utils import walk_mutatable_files
+
+    noticed = {name for name, (status, _) in outcomes().items() if status in NOTICED}
+    shutil.copytree("tests", Path("mutants", "tests"), dirs_exist_ok=True)
+    options = ["-x", "-q", "-p", "no:cacheprovider", "-m", "not slow and not gpu"]
+
+    def outcome(name: str) -> int:
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": "src", "MUTANT_UNDER_TEST": name}
+        command = [sys.executable, "-m", "pytest", *options, *added]
+        return subprocess.run(command, cwd="mutants", env=environment, capture_output=True, check=False).returncode
+
+    if (code := outcome("")) != 0:
+        sys.exit(f"the added tests do not pass without a mutant: pytest returned {code}")
+    for path in walk_mutatable_files():
+        data = SourceFileMutationData(path=path)
+        data.load()
+        for name in [name for name in data.exit_code_by_key if name in names and name not in noticed]:
+            failed = outcome(name) == 1
+            print(f"{name}: {'noticed' if failed else 'not noticed'}", flush=True)
+            if failed:
+                data.exit_code_by_key[name] = 1
+                data.save()
+
+
+def summary(names: list[str], total: int, before: dict[str, Any] | None) -> dict[str, Any]:
+    """What is stored of a package: counts, and the diffs of mutants that nobody noticed, the equivalent ones apart.
+
+    Args:
+        names: the sample.
+        total: number of all mutants of the package.
+        before: what was stored last, if the tests have changed since.
+    """
     from mutmut.mutation.diff_apply import get_diff_for_mutant
 
+    known = json.loads(EQUIVALENT.read_text())
     found = {name: outcome for name, outcome in outcomes().items() if name in set(names)}
     killed = sum(status in NOTICED for status, _ in found.values())
-    unnoticed = {name: one for name, one in sorted(found.items()) if one[0] in UNNOTICED}
+    survivors: dict[str, Any] = {}
+    equivalent: dict[str, Any] = {}
+    for name, (status, path) in sorted(found.items()):
+        if status not in UNNOTICED:
+            continue
+        diff = get_diff_for_mutant(name, path=path)
+        if name in known and known[name]["becomes"] in changed_lines(diff):
+            equivalent[name] = {"diff": diff, "reason": known[name]["reason"]}
+        else:
+            survivors[name] = {"outcome": status, "diff": diff}
+    first = before and before.get("before", {key: before[key] for key in ("mutants", "killed", "survived", "score")})
     return {
-        "tests": tests,
+        **({"before": first} if first else {}),
         "all_mutants": total,
         "mutants": len(found),
         "killed": killed,
-        "survived": len(unnoticed),
-        "undecided": len(found) - killed - len(unnoticed),
-        "score": round(killed / max(1, killed + len(unnoticed)), 4),
-        "survivors": {
-            name: {"outcome": status, "diff": get_diff_for_mutant(name, path=path)}
-            for name, (status, path) in unnoticed.items()
-        },
+        "survived": len(survivors),
+        "equivalent": len(equivalent),
+        "undecided": len(found) - killed - len(survivors) - len(equivalent),
+        "untested": len(names) - len(found),
+        "score": round(killed / max(1, killed + len(survivors)), 4),
+        "survivors": survivors,
+        "equivalents": equivalent,
+    }
+
+
+def changed_lines(diff: str) -> list[str]:
+    """The lines that a mutant has in place of others, without their indentation."""
+    return [line[1:].strip() for line in diff.splitlines() if line.startswith("+") and not line.startswith("+++")]
+
+
+def origin(tests: list[str], sample: int) -> dict[str, Any]:
+    """How a result came about."""
+    return {
+        "commands": [" ".join(["python", *sys.argv])],
+        "tests": tests,
+        "seed": SEED,
+        "sample": sample,
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in ("torch", "mutmut")}},
     }
 
 
@@ -159,6 +229,7 @@ def main() -> None:
     parser.add_argument("--tests", nargs="*", help="folders or files of tests; by default those of the package")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes at a time")
     parser.add_argument("--again", action="store_true", help="test those anew that nobody noticed: tests have changed")
+    parser.add_argument("--added", nargs="*", help="files of new tests, to be run alone on those that nobody noticed")
     parser.add_argument("--json", type=Path, default=ROOT / "results" / "mutants.json", help="where results go")
     options = parser.parse_args()
     if not any((ROOT / "src" / "compressm" / name).exists() for name in (options.part, f"{options.part}.py")):
@@ -173,11 +244,19 @@ def main() -> None:
     total = len(names)
     random.Random(SEED).shuffle(names)
     names = names[: options.sample or total]
-    test(names, options.workers, options.again)
-    found = summary(names, total, tests)
+    if options.added:
+        test_with(names, options.added)
+    else:
+        test(names, options.workers, options.again)
     results = json.loads(stored.read_text()) if stored.exists() else {}
+    before = results.get(options.part)
+    later = options.again or options.added
+    found = summary(names, total, before if later or (before and "before" in before) else None)
+    commands = [*(before or {}).get("commands", []), " ".join(["python", *sys.argv])] if later else None
+    found = {**origin(tests, options.sample), **({"commands": commands} if commands else {}), **found}
     stored.write_text(json.dumps({**results, options.part: found}, indent=1, sort_keys=True, ensure_ascii=False) + "\n")
-    print(f"{options.part}: {found['killed']} of {found['mutants']} mutants noticed, {found['score']:.0%}")
+    counts = f"{found['killed']} noticed, {found['survived']} not, {found['equivalent']} equivalent"
+    print(f"{options.part}: of {found['mutants']} mutants {counts}; score {found['score']:.1%}")
     for name, survivor in found["survivors"].items():
         print(f"\n{name}: {survivor['outcome']}\n{survivor['diff']}")
 

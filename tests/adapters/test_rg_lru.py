@@ -165,3 +165,40 @@ def test_signals_of_recurrent_gemma_are_what_its_recurrence_gets() -> None:
         h = torch.exp(-signals.step[:, t]) * h + signals.B[:, t]
         states.append(h.flatten(-2))
     torch.testing.assert_close(torch.stack(states, 1), seen["states"], rtol=1e-4, atol=1e-5)
+
+
+def test_signals_after_a_carried_state_are_what_the_recurrence_gets_then() -> None:
+    block: Any = next(m for m in gemma().modules() if type(m).__name__ == "RecurrentGemmaRecurrentBlock")
+    adapter = compressm.adapters.find_layers(block)[""][1]
+    block.rg_lru.recurrent_param.data.fill_(-6.0)  # slow: the carried state weighs much
+    u, places = torch.randn(2, 9, 16), torch.arange(9).expand(2, 9)
+    seen: list[Tensor] = []
+    block.rg_lru.register_forward_hook(lambda _, args, out: seen.append(out))
+    with torch.no_grad():
+        block(u[:, :5], places[:, :5], None, use_cache=True)
+        assert adapter.carried(block, {"position_ids": places[:, :5]}) is None  # it starts there
+        for t in range(5, 9):
+            now = {"position_ids": places[:, t : t + 1]}
+            carried = adapter.carried(block, now)
+            assert carried is not None
+            assert adapter.carried(block, {**now, "use_cache": False}) is None
+            with pytest.raises(compressm.CompressmError, match="some rows of the batch and starts at position 0"):
+                adapter.carried(block, {"position_ids": torch.tensor([[0], [t]])})
+            signals = adapter.signals_after(block, u[:, t : t + 1], carried)
+            first = adapter.signals_after(block, u[:1, t : t + 1], carried)  # of the first sequence alone
+            assert signals.state is not None
+            h = torch.exp(-signals.step[:, 0]) * signals.state + signals.B[:, 0]
+            block(u[:, t : t + 1], places[:, t : t + 1], None, use_cache=True)
+            torch.testing.assert_close(h.flatten(-2), seen[-1][:, 0], rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(first.B, signals.B[:1])
+            assert first.state is not None
+            torch.testing.assert_close(first.state, signals.state[:1])
+        # Several tokens at once: the convolution starts from zeros, as in the layer itself, and the state goes on.
+        carried = adapter.carried(block, {"position_ids": places[:, 6:9]})
+        signals = adapter.signals_after(block, u[:, 6:9], carried)
+        block(u[:, 6:9], places[:, 6:9], None, use_cache=True)
+        assert signals.state is not None
+        h = signals.state
+        for t in range(3):
+            h = torch.exp(-signals.step[:, t]) * h + signals.B[:, t]
+            torch.testing.assert_close(h.flatten(-2), seen[-1][:, t], rtol=1e-4, atol=1e-5)

@@ -274,3 +274,19 @@ def test_the_error_is_looked_for_where_modes_were_removed() -> None:
     reduction = truncate(balance(system), 30)
     error = system.minus(reduction.system).transfer_function(weak).abs().max()
     assert reduction.certificate.hinf_error >= 0.99 * float(error)
+
+
+@pytest.mark.parametrize("method", ["real", "complex"])
+def test_states_are_rearranged_whole(method: Method) -> None:
+    """A complex state has two values in the real method, which stay side by side, the larger one first."""
+    pair = 2 if method == "real" else 1
+    balancing = balance(random_system(4, n=9, real_output=method == "real"), method)
+    states = balancing.hsv.reshape(-1, pair)
+    assert torch.equal(balancing.rearranged("smallest").hsv.reshape(-1, pair), states.flip(0))
+    drawn = balancing.rearranged("random").hsv.reshape(-1, pair)
+    assert not torch.equal(drawn, states)
+    assert torch.equal(drawn[drawn[:, 0].argsort(descending=True)], states)
+    # The vectors go with their values.
+    for other in (balancing.rearranged("smallest"), balancing.rearranged("random")):
+        product = other.factor_Q.mH @ other.factor_P
+        torch.testing.assert_close(product @ other.V, other.U * other.hsv.to(other.U.dtype))

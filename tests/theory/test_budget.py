@@ -118,3 +118,13 @@ def test_sizes_in_multiples_stay_within_the_budget() -> None:
     offer = Offer.of([linear_curve(torch.logspace(2, -4, 24, dtype=torch.float64))], [8, 16, 24])
     assert sorted(budget.within_states([offer, offer], 40)) == [16, 24]
     assert sum(budget.within_states([offer, offer], 39)) == 32
+
+
+def test_floors_of_nothing_and_of_everything() -> None:
+    curves = {"a": linear_curve(torch.ones(8)), "b": linear_curve(torch.full((5,), 1e-6))}
+    assert within_loss(curves, 1e9, floor=0.0) == {"a": 1, "b": 1}  # a layer keeps one state at least
+    assert within_states(curves, 2, floor=0.0) == {"a": 1, "b": 1}
+    assert within_loss(curves, 1e9, floor=1.0) == {"a": 8, "b": 5}
+    assert within_states(curves, 13, floor=1.0) == {"a": 8, "b": 5}
+    assert within_states(curves, 99) == {"a": 8, "b": 5}
+    assert within_loss(curves, 1e9, floor=0.3) == {"a": 3, "b": 2}  # rounded up

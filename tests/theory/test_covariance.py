@@ -267,3 +267,18 @@ def test_bad_evidence_is_refused() -> None:
         balance_covariances(replace(system, real_output=False), good)
     with pytest.raises(InvalidRankRuleError, match="at least 1"):
         truncate_covariances(balance_covariances(system, good), 0)
+
+
+def test_white_noise_alone_is_balanced_truncation_up_to_a_factor() -> None:
+    # alpha = 1 leaves of the data only their power: P and Q are Gramians, each times a number.
+    system = random_system(2, n=5)
+    data = evidence(covariance(1, 10), covariance(2, 10))
+    white, mixed = balance(system), balance_covariances(system, data, 1.0)
+    torch.testing.assert_close(mixed.hsv / mixed.hsv[0], white.hsv / white.hsv[0], rtol=1e-6, atol=1e-9)
+    assert (float(mixed.alpha_P), float(mixed.alpha_Q)) == (1.0, 1.0)
+    bare = balance_covariances(system, data, 0.0)
+    torch.testing.assert_close(bare.P, data.P)
+    torch.testing.assert_close(bare.Q, data.Q)
+    for alpha in (-1e-9, 1 + 1e-9):
+        with pytest.raises(InvalidSystemError, match="alpha"):
+            balance_covariances(system, data, alpha)

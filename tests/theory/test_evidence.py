@@ -105,3 +105,13 @@ def test_directions_that_the_data_have_not_shown_survive() -> None:
     bare, kept = balance_covariances(system, data, 0.0).hsv, balance_covariances(system, data).hsv
     assert float(bare[2]) <= 1e-6 * float(bare[0])
     assert float(kept[7]) >= 1e-4 * float(kept[0])
+
+
+def test_states_that_nothing_reaches_count_as_one_token() -> None:
+    system = random_system(0, 3)
+    x = draws(1, 50, 20, real_gramians(system)[0])
+    data = gathered(0 * x, x, system)
+    nothing, many = data.independent(system)
+    assert float(nothing) == 1
+    assert float(many) > 100
+    assert float(shrunk(system, data)[2]) == 0.5  # 1 / (N + 1)

@@ -178,3 +178,12 @@ def test_bad_arguments_are_refused() -> None:
         select_by_fisher(replace(fisher, products=fisher.products * torch.nan), 2)
     with pytest.raises(InvalidSystemError, match="0 sequences"):
         select_by_fisher(replace(fisher, sequences=torch.zeros(())), 2)
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1e4])
+def test_factors_and_states_do_not_depend_on_the_unit_of_the_loss(scale: float) -> None:
+    g = scores(5, 4000, 2, 5)
+    one, other = (select_by_fisher(MaskFisher.of(x), 3, gains=True) for x in (g, scale * g))
+    assert torch.equal(one.kept, other.kept)
+    torch.testing.assert_close(other.gains, one.gains, rtol=1e-6, atol=1e-6)
+    assert other.damage == pytest.approx(scale**2 * one.damage, rel=1e-6)

@@ -147,3 +147,71 @@ def test_unfit_arguments_are_named() -> None:
         reduce_selective(balancing, 0)
     with pytest.raises(InvalidRankRuleError, match=r"selection must be one of hankel, .*got 'best'"):
         reduce_selective(balancing, 1, selection="best")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("selection", ["hankel", "least_squares"])
+def test_the_maps_that_a_layer_can_take_are_used_by_both_kinds_of_error(selection: str) -> None:
+    """Any map, rotations, or a choice of states; the comparisons always choose states."""
+    P, W = random_moment(0, 5)[None], random_moment(1, 5)[None]
+    balancing = balance_selective(replace(moments(random_signals(0, n=5)), P=P, W=W, tokens=torch.tensor(1.0)))
+    values = balancing.hsv[0]
+    any_map = reduce_selective(balancing, 2, True, selection=selection)  # type: ignore[arg-type]
+    assert any_map.kept is None
+    assert any_map.discarded is not None
+    torch.testing.assert_close(any_map.discarded[0], values[2:].sum(), rtol=1e-6, atol=0)
+    rotated = reduce_selective(balancing, 2, selection=selection, rotates=True)  # type: ignore[arg-type]
+    assert rotated.kept is None
+    torch.testing.assert_close(rotated.into @ rotated.into.mT, torch.eye(2, dtype=torch.float64)[None])
+    projected = reduce_selective(balancing, 2, folds_out=False, selection=selection, rotates=True)  # type: ignore[arg-type]
+    torch.testing.assert_close(projected.out, projected.into)
+    # The readout is the least squares estimate of the states from their coordinates.
+    basis = rotated.into[0].numpy()
+    best = np.linalg.solve(basis @ P[0].numpy() @ basis.T, basis @ P[0].numpy())
+    np.testing.assert_allclose(rotated.out[0].numpy(), best, atol=1e-4 * abs(best).max())
+    chosen = reduce_selective(balancing, 2, selection=selection)  # type: ignore[arg-type]
+    assert chosen.kept is not None
+    for made in (rotated, chosen):
+        assert made.discarded is not None
+        assert float(made.discarded[0]) >= float(any_map.discarded[0])
+    for other in ("gramians", "magnitude", "random", "means"):
+        for maps in ({"folds_into": True}, {"rotates": True}):
+            assert reduce_selective(balancing, 2, selection=other, **maps).kept is not None  # type: ignore[arg-type]
+    # At full order nothing is mapped.
+    for maps in ({"folds_into": True}, {"rotates": True}, {}):
+        whole = reduce_selective(balancing, 9, selection=selection, **maps)  # type: ignore[arg-type]
+        assert torch.equal(whole.into, torch.eye(5, dtype=torch.float64)[None])
+
+
+def test_the_error_of_a_cut_is_the_lost_share_of_the_outputs_power() -> None:
+    balancing = balance_selective(moments(random_signals(4, d=4, n=5, groups=2)))
+    P, W = balancing.P.numpy(), balancing.W.numpy()
+    for selection in ("hankel", "gramians", "means"):
+        found = reduce_selective(balancing, 3, selection=selection)  # type: ignore[arg-type]
+        lost = total = discarded = 0.0
+        for g in range(2):
+            rest = np.eye(5) - found.out[g].numpy().T @ found.into[g].numpy()
+            lost, total = lost + np.trace(W[g] @ rest @ P[g] @ rest.T), total + np.trace(W[g] @ P[g])
+            roots = [np.linalg.cholesky(one[g]) for one in (W, P)]
+            sigma = np.linalg.svd(roots[0].T @ rest @ roots[1], compute_uv=False).sum()
+            assert found.discarded is not None
+            assert float(found.discarded[g]) == pytest.approx(sigma, rel=1e-6)
+            discarded += sigma
+        estimate = found.estimate
+        assert (estimate.states_before, estimate.states_after, estimate.failures) == (5, 3, ())
+        assert estimate.relative_error == pytest.approx((lost / total) ** 0.5, rel=1e-6)
+        least = float(balancing.hsv[:, 3:].square().sum())
+        assert estimate.least_error == pytest.approx((least / total) ** 0.5, rel=1e-6)
+        assert estimate.energy_kept == pytest.approx(max(0.0, 1 - discarded / float(balancing.hsv.sum())))
+        assert estimate.errors() == (estimate.relative_error, None, None)
+        assert estimate.to_dict()["failures"] == []
+
+
+def test_maps_that_are_not_finite_fail_and_discard_everything() -> None:
+    P, W = random_moment(0, 4), random_moment(1, 4)
+    P[0, 1] = P[1, 0] = torch.nan
+    broken = SelectiveBalancing(P[None], W[None], torch.ones(1, 4).double(), moments(random_signals(0, n=4)))
+    found = reduce_selective(broken, 2)
+    assert found.estimate.failures == ("the maps are not finite",)
+    assert not found.estimate.valid
+    assert found.discarded is not None
+    assert found.discarded.tolist() == [torch.inf]

@@ -13,6 +13,7 @@ from compressm import Compressor
 from compressm.layers import LRU, SequenceClassifier
 from compressm.scans import lti_scan, native
 from compressm.scans.selective import selective_scan
+from compressm.training import step_cost as formulas
 from compressm.training.step_cost import StepCost, step_cost
 
 needs_compiler = pytest.mark.skipif(not native.available(), reason="no C++ compiler")
@@ -127,3 +128,33 @@ def test_what_a_compressor_observes_is_no_part_of_a_step() -> None:
     assert not compressor.state_dict()["moments"]  # the copy has observed nothing for it
     model.train()(u)
     assert compressor.state_dict()["moments"]
+
+
+def test_formulas_are_those_of_the_algorithms() -> None:
+    batch, length, n, p, q = 3, 20, 5, 2, 7
+    u, complex_states = (batch, length, p), (batch, length, 2, n)
+    # B u and Re(C x) are real products of twice as many entries; lam x + v is 8 operations for a complex number.
+    ends = batch * length * (2 * 2 * n * p + 2 * 2 * n * q)
+    assert formulas._lti(u, None, None, (n, p), None, (q, n)) == ends + batch * length * 8 * n
+    assert formulas._chain(complex_states) == 8 * batch * length * n
+    assert formulas._chain_backward(complex_states) == 16 * batch * length * n
+    # Transforms of all inputs, outputs and impulse responses, and a complex product at every frequency.
+    transform = 5 * length * math.log2(length)
+    expected = transform * (batch * p + batch * q + p * q) + 8 * batch * length * p * q
+    assert formulas._convolution(u, (length, q, p)) == pytest.approx(expected, abs=1)
+    assert formulas._real_transform((4, 64, 3), (1,)) == 2.5 * 4 * 64 * 3 * math.log2(64)
+    assert formulas._real_transform((4, 8), (0, 1)) == 2.5 * 32 * math.log2(32)
+    assert formulas._real_transform((4, 1), (1,)) == 10  # a transform of length one is a copy
+    assert formulas._real_inverse_transform((4, 33), (1,), out_shape=(4, 64)) == 2.5 * 4 * 64 * math.log2(64)
+
+
+def test_products_of_compiled_kernels_are_two_operations_each() -> None:
+    rows, width, out = 6, 5, 7
+    products = formulas._KERNELS
+    assert products["linear_forward"]((rows, width, out)) == 2 * rows * width * out
+    for needs_input, count in ((None, 1), (object(), 2)):  # the gradient of the input is a second product
+        given = (rows, width, out, None, None, None, needs_input)
+        assert products["linear_backward"](given) == count * 2 * rows * width * out
+    # The tail of a block has two products of square matrices side by side.
+    assert products["tail_forward"]((rows, width)) == 2 * rows * width * 2 * width
+    assert products["tail_backward"]((rows, width)) == 3 * products["tail_forward"]((rows, width))
