@@ -24,6 +24,7 @@ from compressm.training.policy import Policy
 from compressm.training.schedule import Schedule, When
 from compressm.training.snapshot import Stateful, Training
 from compressm.training.step_cost import StepCost, step_cost
+from compressm.training.steps import StepWatch
 
 log = logging.getLogger(__name__)
 
@@ -153,6 +154,7 @@ class Compressor:
         goal = Goal(rule, sum(self.state_dims.values()))
         self._policy = Policy(self._schedule, goal, self._cushion, self._cutter)
         self._steps = 0
+        self._watch = StepWatch(self.optimizer, self._cutter.resized_parameters)
         self.clock = StepClock(self.state_dims)
         self.history: list[Event] = []
         self._observe()
@@ -215,6 +217,9 @@ class Compressor:
     def step(self) -> Event | None:
         """Count one training step; cut, examine or roll back if it is time. Call it after ``optimizer.step()``.
 
+        Calls without an optimizer step do nothing and are not counted: while gradients are accumulated, and when a
+        gradient scaler has skipped the step.
+
         Returns:
             what was done; None at most steps. After ``"rolled_back"`` the weights, optimizer, scheduler, scaler and
             random state are those of ``event.restored_step``; a loop that counts steps itself should go back to that
@@ -226,8 +231,10 @@ class Compressor:
             UnsupportedOptimizerError: at a cut, state whose meaning is not known.
             EvaluationError: ``evaluate`` raised, or returned no number.
 
-        After an error nothing has changed, and the cut or examination that was due is due again at the next call.
+        After an error nothing has changed, and the cut or examination that was due is due again at the next step.
         """
+        if not self._watch.made():
+            return None
         self.clock.end()
         self._steps += 1
         if self._steps == 1:
@@ -239,6 +246,7 @@ class Compressor:
             if event is not None:
                 self._note(event)
         finally:  # after an error the cut is due again at the next step, which needs its observations
+            self._watch.forget()
             self._observe()
             self.clock.begin()
         return event
@@ -289,6 +297,7 @@ class Compressor:
         self._schedule.probe = {name: snapshot(state, self.method) for name, state in state_dict["probe"].items()}
         self._cushion.load_state_dict(state_dict)
         self._steps = int(state_dict["steps"])
+        self._watch.forget()
         self._observe()
         self.history = [Event.from_dict(event) for event in state_dict["history"]]
         self.clock.load_state_dict(state_dict["phases"])

@@ -78,6 +78,12 @@ class Cutter:
         """Present state dimension of every layer, by its name in the model."""
         return state_dims(self.model)
 
+    def resized_parameters(self) -> list[nn.Parameter]:
+        """The parameters whose shapes a cut changes."""
+        layers = find_layers(self.model).values()
+        names = [(layer, adapter.resized(layer, adapter.state_dim(layer)).values()) for layer, adapter in layers]
+        return [layer.get_parameter(name) for layer, changed in names for name in changed]
+
     @property
     def unseen(self) -> bool:
         """Whether a layer that needs data has not been observed since the last cut."""
