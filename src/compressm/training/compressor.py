@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from compressm.cutting.carry import Carry, unwrap_optimizer
+from compressm.cutting.sizes import resized_parameters
 from compressm.cutting.spectrum import snapshot, snapshot_state
 from compressm.errors import CheckpointError
 from compressm.theory.balancing import Method
@@ -17,7 +18,7 @@ from compressm.theory.selection import Selection
 from compressm.training.clock import Savings, StepClock, savings
 from compressm.training.cushion import Cushion, OnSetback
 from compressm.training.cutter import Cutter
-from compressm.training.goal import Goal, wanted_rule
+from compressm.training.goal import Goal, initial_dims, initial_dims_of, wanted_rule
 from compressm.training.history import Event, Recompiled, RolledBack
 from compressm.training.options import check_options
 from compressm.training.policy import Policy
@@ -101,6 +102,7 @@ class Compressor:
         history: what was done, an `Event` each.
         clock: times of the steps, phase by phase; see `savings`.
         cut_steps: the steps after which cuts are scheduled.
+        initial_dims: state dimension of every layer before the first cut; ``fraction`` is relative to these.
 
     Raises:
         InvalidRankRuleError: contradicting or impossible arguments.
@@ -151,10 +153,11 @@ class Compressor:
             training, self._cutter.statistics,
             max_drop=max_drop, evaluate=evaluate, on_setback=on_setback, rewind=rewind,
         )  # fmt: skip
-        goal = Goal(rule, sum(self.state_dims.values()))
+        self.initial_dims = initial_dims(self.state_dims)
+        goal = Goal(rule, sum(self.initial_dims.values()))
         self._policy = Policy(self._schedule, goal, self._cushion, self._cutter)
         self._steps = 0
-        self._watch = StepWatch(self.optimizer, self._cutter.resized_parameters)
+        self._watch = StepWatch(self.optimizer, lambda: resized_parameters(model))
         self.clock = StepClock(self.state_dims)
         self.history: list[Event] = []
         self._observe()
@@ -271,6 +274,7 @@ class Compressor:
         return {
             "format": 1,
             "steps": self._steps,
+            "initial_dims": dict(self.initial_dims),
             **self._schedule.state_dict(),
             **self._cushion.state_dict(),
             **self._cutter.state_dict(),
@@ -293,6 +297,8 @@ class Compressor:
                 f"compressor state of format {state_dict.get('format')!r}; this version reads format 1"
             )
         self._cutter.load_state_dict(state_dict)
+        self.initial_dims = initial_dims_of(state_dict)
+        self._policy.started_with(sum(self.initial_dims.values()))
         self._schedule.load_state_dict(state_dict)
         self._schedule.probe = {name: snapshot(state, self.method) for name, state in state_dict["probe"].items()}
         self._cushion.load_state_dict(state_dict)

@@ -24,6 +24,7 @@ from compressm.theory.balanced import Balanced
 from compressm.theory.balancing import Method
 from compressm.theory.ranks import RankRule, check_sizes
 from compressm.theory.selection import Selection
+from compressm.training.goal import initial_dims
 
 log = logging.getLogger(__name__)
 
@@ -63,7 +64,7 @@ class Cutter:
         check_optimizer(optimizer, plain, carry)
         check_trained(optimizer, layers)
         alike = [] if rule.per_layer else [name for name, (_, adapter) in layers.items() if adapter.uniform]
-        check_sizes(rule, self.state_dims, alike)
+        check_sizes(rule, initial_dims(self.state_dims), alike)
         self.statistics = Statistics(model)
         self._graphs = 0  # graphs compiled so far; counted from the first cut on
 
@@ -77,12 +78,6 @@ class Cutter:
     def state_dims(self) -> dict[str, int]:
         """Present state dimension of every layer, by its name in the model."""
         return state_dims(self.model)
-
-    def resized_parameters(self) -> list[nn.Parameter]:
-        """The parameters whose shapes a cut changes."""
-        layers = find_layers(self.model).values()
-        names = [(layer, adapter.resized(layer, adapter.state_dim(layer)).values()) for layer, adapter in layers]
-        return [layer.get_parameter(name) for layer, changed in names for name in changed]
 
     @property
     def unseen(self) -> bool:

@@ -16,8 +16,8 @@ class StepWatch:
 
     A host may call `Compressor.step` after every batch, although the optimizer makes a step only at some of them:
     Accelerate's ``accumulate`` skips ``optimizer.step`` while gradients are accumulated, and a gradient scaler skips it
-    if gradients are not finite. A hook on ``optimizer.step`` tells the difference. Fused optimizers are called even then,
-    and get the scaler's finding as ``optimizer.found_inf``.
+    if gradients are not finite. A hook on ``optimizer.step`` tells the difference. Fused optimizers are called even
+    then, and get the scaler's finding as ``optimizer.found_inf``.
 
     Some optimizers change the weights without their ``step`` (``first_step`` and ``second_step`` of sharpness-aware
     minimisation). As long as the hook has not run once, a step is therefore also a change of the watched parameters.
