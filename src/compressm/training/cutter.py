@@ -19,7 +19,7 @@ from compressm.cutting.replay import errors_on_samples
 from compressm.cutting.spectrum import balance_layers
 from compressm.observing.moments import Sample, Statistics
 from compressm.runtime.compiled_graphs import allow_recompilation, graphs_compiled
-from compressm.runtime.processes import from_first_rank, rebuild_replicas
+from compressm.runtime.processes import check_replicas, from_first_rank, rebuild_replicas
 from compressm.theory.balanced import Balanced
 from compressm.theory.balancing import Method
 from compressm.theory.ranks import RankRule, check_sizes
@@ -63,6 +63,7 @@ class Cutter:
         check_plain(plain)
         check_optimizer(optimizer, plain, carry)
         check_trained(optimizer, layers)
+        check_replicas(model)
         alike = [] if rule.per_layer else [name for name, (_, adapter) in layers.items() if adapter.uniform]
         check_sizes(rule, initial_dims(self.state_dims), alike)
         self.statistics = Statistics(model)
@@ -108,6 +109,7 @@ class Cutter:
 
     def plan(self, rule: RankRule) -> Plan:
         """Plan a cut by this rule, the same in all processes. Nothing is written."""
+        check_replicas(self.model)
         moments = self.statistics.moments()  # sums over all ranks
 
         def decide() -> Plan:
