@@ -168,6 +168,52 @@ def test_a_follower_must_be_a_copy_of_the_model() -> None:
         compress(model, optimizer, followers=[other])
 
 
+def test_an_average_of_the_model_must_be_passed() -> None:
+    model = classifier()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    average = AveragedModel(model)
+    with pytest.raises(UnsupportedModelError, match=r"AveragedModel averages this model, .* followers=\[...\]"):
+        compress(model, optimizer)
+    compress(model, optimizer, followers=[average])
+    other = SequenceClassifier(1, 2, d_model=4, d_state=16, n_layers=2, norm="layer", r_min=0.9)
+    compress(other, torch.optim.SGD(other.parameters(), lr=0.1))  # another model's average is none of its business
+
+
+class ModelEma(nn.Module):
+    """An average as in timm: of everything in the state dict, broadcasting."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.module = copy.deepcopy(model)
+
+    @torch.no_grad()
+    def update(self, model: nn.Module) -> None:
+        for mine, theirs in zip(self.module.state_dict().values(), model.state_dict().values(), strict=True):
+            mine.copy_(0.9 * mine + 0.1 * theirs)
+
+
+@pytest.mark.parametrize("kind", [AveragedModel, ModelEma])
+def test_an_average_that_a_cut_did_not_reach_refuses_to_broadcast(kind: Any) -> None:
+    torch.manual_seed(0)
+    model = LRU(2, 16)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    compressor = Compressor(model, optimizer, 4, states=1, window=0.5, cuts=2, min_reduction=0.0)
+    average, other, twin = kind(model), LRU(2, 16), None  # begun too late to be seen
+    twin = kind(other)
+    update = "update" if kind is ModelEma else "update_parameters"
+    getattr(average, update)(model)
+    for _ in range(2):
+        model(torch.randn(2, 8, 2)).square().mean().backward()
+        optimizer.step()
+        compressor.step()
+    assert compressor.state_dims == {"": 1}  # so that every size broadcasts
+    getattr(twin, update)(other)
+    with pytest.raises(UnsupportedModelError, match=r"has \[16\] states and the model that it averages \[1\], since a"):
+        getattr(average, update)(model)
+    model.load_state_dict(other.state_dict())
+    getattr(average, update)(model)
+
+
 @pytest.fixture
 def dynamo() -> Iterator[Any]:
     import torch._dynamo as dynamo

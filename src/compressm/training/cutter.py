@@ -24,6 +24,7 @@ from compressm.theory.balanced import Balanced
 from compressm.theory.balancing import Method
 from compressm.theory.ranks import RankRule, check_sizes
 from compressm.theory.selection import Selection
+from compressm.training.averages import check_averages, guard_averages
 from compressm.training.goal import initial_dims
 
 log = logging.getLogger(__name__)
@@ -64,6 +65,7 @@ class Cutter:
         check_optimizer(optimizer, plain, carry)
         check_trained(optimizer, layers)
         check_replicas(model)
+        check_averages(model, followers)
         alike = [] if rule.per_layer else [name for name, (_, adapter) in layers.items() if adapter.uniform]
         check_sizes(rule, initial_dims(self.state_dims), alike)
         self.statistics = Statistics(model)
@@ -132,6 +134,7 @@ class Cutter:
     def tell_of_shapes(self) -> None:
         """Let DDP and `torch.compile`, which store the shapes of parameters, know that these have changed."""
         rebuild_replicas(self.model)
+        guard_averages(self.model, self.followers)
         self._graphs = graphs_compiled()
         if self._graphs:
             allow_recompilation()
@@ -159,6 +162,7 @@ class Cutter:
         if resized:
             forget_sizes(self.optimizer)
             rebuild_replicas(self.model)
+            guard_averages(self.model, self.followers)
         self.statistics.load_state_dict(state["moments"])
         self.statistics.samples = {name: Sample(*one) for name, one in state.get("samples", {}).items()}
 
