@@ -134,7 +134,10 @@ def train(
         hook(network)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     steps = CUTS[-1] + AFTER
-    compressor = Compressor(network, optimizer, steps, states=4, window=CUTS[-1] / steps, cuts=len(CUTS))
+    try:
+        compressor = Compressor(network, optimizer, steps, states=4, window=CUTS[-1] / steps, cuts=len(CUTS))
+    except UnsupportedModelError as error:
+        return {"refused": str(error)}
     first = dist.get_rank() * 4
     for step in range(steps):
         optimizer.zero_grad()
@@ -167,12 +170,7 @@ def train(
 def main(out: Path) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
-    results: dict[str, Any] = {}
-    for name, option in OPTIONS.items():
-        try:
-            results[name] = train(*option)
-        except UnsupportedModelError as error:
-            results[name] = {"refused": str(error)}
+    results = {name: train(*option) for name, option in OPTIONS.items()}
     if dist.get_rank() == 0:
         out.write_text(json.dumps(results))
     dist.destroy_process_group()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import itertools
 import logging
 from collections.abc import Iterator
@@ -20,6 +21,7 @@ from compressm.cutting import state_dims
 from compressm.cutting.carry import follow
 from compressm.errors import UnsupportedModelError
 from compressm.layers import LRU, SequenceClassifier
+from compressm.runtime.compiled_graphs import Pause
 from compressm.training.compressor import Compressor
 
 CUTS = (4, 8, 12)
@@ -262,6 +264,61 @@ def test_compiled_graphs_are_compiled_once_per_cut_and_counted(
     assert events == [("recompiled", step + 1, 2) for step in CUTS]
     assert sum("compiled graphs are compiled anew" in message for message in caplog.messages) == 2 * len(CUTS)
     torch.testing.assert_close(model.state_dict(), plain.state_dict(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+@pytest.mark.parametrize("in_place", [False, True])
+def test_observation_is_invisible_to_the_compiler(dynamo: Any, in_place: bool) -> None:
+    def selective() -> SequenceClassifier:
+        torch.manual_seed(0)
+        return SequenceClassifier(1, 2, d_model=4, d_state=16, n_layers=1, layer="mamba", dropout=0.0, norm="layer")
+
+    model, plain = selective(), selective()
+    compiled: Any = model
+    if in_place:
+        model.compile(backend="eager", fullgraph=True)
+    else:
+        compiled = torch.compile(model, backend="eager", fullgraph=True)
+    optimizers = [torch.optim.AdamW(m.parameters(), lr=1e-2) for m in (model, plain)]
+    arguments: dict[str, Any] = {"states": 4, "window": 1.0, "cuts": 2}  # observed at every second step
+    compressors = [Compressor(m, o, 40, **arguments) for m, o in zip((compiled, plain), optimizers, strict=True)]
+    graphs = []
+    for step in range(44):
+        u, y = batch(step, length=16)
+        for network, optimizer, compressor in zip((compiled, plain), optimizers, compressors, strict=True):
+            optimizer.zero_grad()
+            F.cross_entropy(network(u), y).backward()
+            optimizer.step()
+            compressor.step()
+        graphs.append(dynamo.utils.counters["stats"]["unique_graphs"])
+    # Observed steps compile nothing, and every size is compiled once, in one piece.
+    assert (graphs[0], graphs[1], graphs[19], graphs[20], graphs[21], graphs[-1]) == (0, 1, 1, 1, 2, 3)
+    assert not dynamo.utils.counters["graph_break"]
+    assert [list(one.state_dims.values()) for one in compressors] == [[4], [4]]
+    torch.testing.assert_close(model.state_dict(), plain.state_dict(), rtol=1e-4, atol=1e-5)
+
+
+def test_compiled_code_is_used_again_when_an_observer_is_gone(dynamo: Any) -> None:
+    def graphs_of_a_call() -> int:
+        dynamo.reset()
+        before = dynamo.utils.counters["stats"]["unique_graphs"]
+        torch.compile(lambda x: x + 1, backend="eager")(torch.ones(2))
+        return dynamo.utils.counters["stats"]["unique_graphs"] - before
+
+    first, second = Pause(), Pause()
+    first.begin()
+    second.begin()
+    first.end()
+    assert graphs_of_a_call() == 0  # the second lasts
+    second.end()
+    second.end()
+    assert graphs_of_a_call() == 1
+    model = SequenceClassifier(1, 2, d_model=4, d_state=8, layer="mamba")
+    compressor = Compressor(model, torch.optim.SGD(model.parameters(), lr=0.1), 24, states=4)
+    assert graphs_of_a_call() == 0
+    del compressor
+    gc.collect()
+    assert graphs_of_a_call() == 1
 
 
 @pytest.mark.slow

@@ -242,8 +242,8 @@ def _tensors_of(folder: Path, mark: str | None) -> dict[str, Any]:
     found = tensors.pop("mark", None)
     if mark is not None and found != mark:
         raise CheckpointError(
-            f"{folder} was not saved with the trainer_state.json that training is resumed from (mark {found}, expected "
-            f"{mark}): files of two checkpoints are mixed; resume from another one"
+            f"{folder} was not saved with the trainer_state.json that training is resumed from: files of two "
+            "checkpoints are mixed; resume from another one"
         )
     return tensors
 

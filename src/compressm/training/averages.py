@@ -30,16 +30,24 @@ def check_averages(model: nn.Module, followers: Sequence[nn.Module]) -> None:
     Raises:
         UnsupportedModelError: there is one, of the same weights.
     """
+    if _equal_copies(model, followers):
+        gc.collect()  # those of an earlier training may be garbage
+    for average in _equal_copies(model, followers):
+        raise UnsupportedModelError(
+            f"{type(average).__name__} averages this model, and cuts would not reach it: pass it as followers=[...]; "
+            "if it averages another model of the same weights, create it after the Compressor"
+        )
+
+
+def _equal_copies(model: nn.Module, followers: Sequence[nn.Module]) -> list[nn.Module]:
     ours = resized_parameters(model)
-    for average in _strangers(model, followers):
+
+    def equal(average: nn.Module) -> bool:
         theirs = resized_parameters(average)
-        if len(ours) == len(theirs) and all(
-            a.shape == b.shape and torch.equal(a, b.to(a)) for a, b in zip(ours, theirs, strict=True)
-        ):
-            raise UnsupportedModelError(
-                f"{type(average).__name__} averages this model, and cuts would not reach it: pass it as "
-                "followers=[...]; if it averages another model of the same weights, create it after the Compressor"
-            )
+        pairs = zip(ours, theirs, strict=False)
+        return len(ours) == len(theirs) and all(a.shape == b.shape and torch.equal(a, b.to(a)) for a, b in pairs)
+
+    return [average for average in _strangers(model, followers) if equal(average)]
 
 
 def guard_averages(model: nn.Module, followers: Sequence[nn.Module]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -160,6 +161,7 @@ class Compressor:
         self._watch = StepWatch(self.optimizer, lambda: resized_parameters(model))
         self.clock = StepClock(self.state_dims)
         self.history: list[Event] = []
+        weakref.finalize(self, self._cutter.statistics.close)
         self._observe()
         self._cutter.free_sizes()
 
