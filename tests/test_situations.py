@@ -15,11 +15,12 @@ pytest.importorskip("accelerate")
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "scripts"))
 
-from compressm import Compressor  # noqa: E402
-from compressm.errors import InvalidRankRuleError  # noqa: E402
 from situations import Row, Trial, all_rows  # noqa: E402
 from situations.replicas import HOST as REPLICAS  # noqa: E402
 from situations.trial import tried  # noqa: E402
+
+from compressm import Compressor  # noqa: E402
+from compressm.errors import InvalidRankRuleError  # noqa: E402
 
 ROWS = all_rows()
 STORED: list[dict[str, Any]] = json.loads((ROOT / "results" / "hosts.json").read_text(encoding="utf-8"))["rows"]

@@ -18,10 +18,10 @@ from compressm.training.goal import initial_dims_of, started_with
 from compressm.training.history import Event
 
 try:
+    from lightning.fabric.utilities.exceptions import MisconfigurationException
     from lightning.pytorch import Callback, LightningModule, Trainer
     from lightning.pytorch.callbacks import WeightAveraging
     from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
-    from lightning.pytorch.utilities.exceptions import MisconfigurationException
 except ImportError as error:
     raise MissingExtraError('this needs Lightning 2.6 or later: pip install "compressm[lightning]"') from error
 

