@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import itertools
 import logging
 from collections.abc import Iterator
@@ -20,6 +21,7 @@ from compressm.cutting import state_dims
 from compressm.cutting.carry import follow
 from compressm.errors import UnsupportedModelError
 from compressm.layers import LRU, SequenceClassifier
+from compressm.runtime.compiled_graphs import Pause
 from compressm.training.compressor import Compressor
 
 CUTS = (4, 8, 12)
@@ -168,6 +170,52 @@ def test_a_follower_must_be_a_copy_of_the_model() -> None:
         compress(model, optimizer, followers=[other])
 
 
+def test_an_average_of_the_model_must_be_passed() -> None:
+    model = classifier()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    average = AveragedModel(model)
+    with pytest.raises(UnsupportedModelError, match=r"AveragedModel averages this model, .* followers=\[...\]"):
+        compress(model, optimizer)
+    compress(model, optimizer, followers=[average])
+    other = SequenceClassifier(1, 2, d_model=4, d_state=16, n_layers=2, norm="layer", r_min=0.9)
+    compress(other, torch.optim.SGD(other.parameters(), lr=0.1))  # another model's average is none of its business
+
+
+class ModelEma(nn.Module):
+    """An average as in timm: of everything in the state dict, broadcasting."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.module = copy.deepcopy(model)
+
+    @torch.no_grad()
+    def update(self, model: nn.Module) -> None:
+        for mine, theirs in zip(self.module.state_dict().values(), model.state_dict().values(), strict=True):
+            mine.copy_(0.9 * mine + 0.1 * theirs)
+
+
+@pytest.mark.parametrize("kind", [AveragedModel, ModelEma])
+def test_an_average_that_a_cut_did_not_reach_refuses_to_broadcast(kind: Any) -> None:
+    torch.manual_seed(0)
+    model = LRU(2, 16)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    compressor = Compressor(model, optimizer, 4, states=1, window=0.5, cuts=2, min_reduction=0.0)
+    average, other, twin = kind(model), LRU(2, 16), None  # begun too late to be seen
+    twin = kind(other)
+    update = "update" if kind is ModelEma else "update_parameters"
+    getattr(average, update)(model)
+    for _ in range(2):
+        model(torch.randn(2, 8, 2)).square().mean().backward()
+        optimizer.step()
+        compressor.step()
+    assert compressor.state_dims == {"": 1}  # so that every size broadcasts
+    getattr(twin, update)(other)
+    with pytest.raises(UnsupportedModelError, match=r"has \[16\] states and the model that it averages \[1\], since a"):
+        getattr(average, update)(model)
+    model.load_state_dict(other.state_dict())
+    getattr(average, update)(model)
+
+
 @pytest.fixture
 def dynamo() -> Iterator[Any]:
     import torch._dynamo as dynamo
@@ -216,6 +264,61 @@ def test_compiled_graphs_are_compiled_once_per_cut_and_counted(
     assert events == [("recompiled", step + 1, 2) for step in CUTS]
     assert sum("compiled graphs are compiled anew" in message for message in caplog.messages) == 2 * len(CUTS)
     torch.testing.assert_close(model.state_dict(), plain.state_dict(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+@pytest.mark.parametrize("in_place", [False, True])
+def test_observation_is_invisible_to_the_compiler(dynamo: Any, in_place: bool) -> None:
+    def selective() -> SequenceClassifier:
+        torch.manual_seed(0)
+        return SequenceClassifier(1, 2, d_model=4, d_state=16, n_layers=1, layer="mamba", dropout=0.0, norm="layer")
+
+    model, plain = selective(), selective()
+    compiled: Any = model
+    if in_place:
+        model.compile(backend="eager", fullgraph=True)
+    else:
+        compiled = torch.compile(model, backend="eager", fullgraph=True)
+    optimizers = [torch.optim.AdamW(m.parameters(), lr=1e-2) for m in (model, plain)]
+    arguments: dict[str, Any] = {"states": 4, "window": 1.0, "cuts": 2}  # observed at every second step
+    compressors = [Compressor(m, o, 40, **arguments) for m, o in zip((compiled, plain), optimizers, strict=True)]
+    graphs = []
+    for step in range(44):
+        u, y = batch(step, length=16)
+        for network, optimizer, compressor in zip((compiled, plain), optimizers, compressors, strict=True):
+            optimizer.zero_grad()
+            F.cross_entropy(network(u), y).backward()
+            optimizer.step()
+            compressor.step()
+        graphs.append(dynamo.utils.counters["stats"]["unique_graphs"])
+    # Observed steps compile nothing, and every size is compiled once, in one piece.
+    assert (graphs[0], graphs[1], graphs[19], graphs[20], graphs[21], graphs[-1]) == (0, 1, 1, 1, 2, 3)
+    assert not dynamo.utils.counters["graph_break"]
+    assert [list(one.state_dims.values()) for one in compressors] == [[4], [4]]
+    torch.testing.assert_close(model.state_dict(), plain.state_dict(), rtol=1e-4, atol=1e-5)
+
+
+def test_compiled_code_is_used_again_when_an_observer_is_gone(dynamo: Any) -> None:
+    def graphs_of_a_call() -> int:
+        dynamo.reset()
+        before = dynamo.utils.counters["stats"]["unique_graphs"]
+        torch.compile(lambda x: x + 1, backend="eager")(torch.ones(2))
+        return dynamo.utils.counters["stats"]["unique_graphs"] - before
+
+    first, second = Pause(), Pause()
+    first.begin()
+    second.begin()
+    first.end()
+    assert graphs_of_a_call() == 0  # the second lasts
+    second.end()
+    second.end()
+    assert graphs_of_a_call() == 1
+    model = SequenceClassifier(1, 2, d_model=4, d_state=8, layer="mamba")
+    compressor = Compressor(model, torch.optim.SGD(model.parameters(), lr=0.1), 24, states=4)
+    assert graphs_of_a_call() == 0
+    del compressor
+    gc.collect()
+    assert graphs_of_a_call() == 1
 
 
 @pytest.mark.slow

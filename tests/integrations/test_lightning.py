@@ -21,7 +21,8 @@ with warnings.catch_warnings():
     from lightning.pytorch.loggers import CSVLogger
 
 from compressm.cutting import state_dims
-from compressm.errors import UnsupportedModelError
+from compressm.errors import InvalidRankRuleError, UnsupportedModelError
+from compressm.integrations.best_model import OlderModelWarning
 from compressm.integrations.lightning import CompressionCallback
 from compressm.layers import SequenceClassifier
 
@@ -153,7 +154,8 @@ def test_the_best_model_from_before_a_cut_is_reloaded(tmp_path: Path) -> None:
     trainer.fit(model, data(), data(8))
     assert trainer.global_step == 30  # 3 validations without improvement after the second
     assert dims(model) == 4 < sizes[1]
-    trainer.test(model, data(8), ckpt_path="best", verbose=False)
+    with pytest.warns(OlderModelWarning, match=f"has {sizes[1]} states in it, and 4 after the last cut.*'last'"):
+        trainer.test(model, data(8), ckpt_path="best", verbose=False)
     assert dims(model) == sizes[1]
     saved = torch.load(best.best_model_path, weights_only=False)["state_dict"]
     assert equal(model.state_dict(), saved)
@@ -211,6 +213,102 @@ def test_a_cut_under_observation_is_resumed(tmp_path: Path) -> None:
     assert dims(model) == 16
 
 
-def test_several_optimizers_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(UnsupportedModelError, match="has 2 optimizers"):
-        make_trainer(tmp_path, compression(), enable_checkpointing=False).fit(Classifier(optimizers=2), data())
+def test_two_optimizers_of_the_same_layers_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedModelError, match="2 of Classifier's 2 optimizers train parameters of"):
+        make_trainer(tmp_path, compression(total_steps=STEPS), enable_checkpointing=False).fit(
+            Classifier(optimizers=2), data()
+        )
+
+
+class Manual(Classifier):
+    """Manual optimisation with two optimizers: one for the state space layers, stepped at every second batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch: list[Tensor], index: int) -> None:
+        head, body = self.optimizers()
+        self.manual_backward(super().training_step(batch, index))
+        head.step()
+        head.zero_grad()
+        if index % 2:
+            body.step()
+            body.zero_grad()
+
+    def configure_optimizers(self) -> Any:
+        head = list(self.net.decoder.parameters())
+        body = [p for p in self.net.parameters() if all(p is not one for one in head)]
+        return torch.optim.SGD(head, lr=0.1), torch.optim.AdamW(body, lr=1e-2)
+
+
+def test_with_several_optimizers_the_one_of_the_state_space_layers_counts(tmp_path: Path) -> None:
+    callback, model = compression(total_steps=12), Manual()
+    trainer = make_trainer(tmp_path, callback, max_steps=36, enable_checkpointing=False)  # 24 batches
+    at: list[int] = []
+
+    class Watch(lightning.Callback):
+        def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+            if len(callback.compressor.history) > len(at):
+                body = trainer.optimizers[1]
+                at.append(max(int(state["step"]) for state in body.state.values()))
+
+    trainer.callbacks.append(Watch())
+    trainer.fit(model, data())
+    assert [event.step for event in callback.compressor.history] == at == [2, 4, 6]
+    assert dims(model) <= 4
+
+
+def test_manual_optimisation_needs_the_number_of_steps(tmp_path: Path) -> None:
+    with pytest.raises(InvalidRankRuleError, match=r"Manual optimises manually.*give CompressionCallback total_steps="):
+        make_trainer(tmp_path, compression(), enable_checkpointing=False).fit(Manual(), data())
+
+
+class Endless(torch.utils.data.IterableDataset):
+    """Examples without a length."""
+
+    def __iter__(self) -> Any:
+        u, y = next(iter(data()))
+        while True:
+            yield from zip(u, y, strict=True)
+
+
+@pytest.mark.parametrize("arguments", [{"max_epochs": -1}, {"max_epochs": 1, "train": "endless"}], ids=str)
+def test_a_training_without_a_planned_end_needs_the_number_of_steps(tmp_path: Path, arguments: dict[str, Any]) -> None:
+    train = DataLoader(Endless(), batch_size=4) if "train" in arguments else data()
+    arguments = {name: value for name, value in arguments.items() if name != "train"}
+    arguments = {"max_steps": -1, "max_time": {"seconds": 1}, "enable_checkpointing": False, **arguments}
+    with pytest.raises(InvalidRankRuleError, match=r"estimate of its steps is (inf|-1).* give CompressionCallback tot"):
+        make_trainer(tmp_path, compression(), **arguments).fit(Classifier(), train)
+
+    class Stop(lightning.Callback):
+        def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+            trainer.should_stop = trainer.global_step >= STEPS
+
+    callback, model = compression(total_steps=STEPS), Classifier()
+    make_trainer(tmp_path, callback, Stop(), **arguments).fit(model, train)
+    assert [event.step for event in callback.compressor.history] == [4, 8, 12]
+    assert dims(model) <= 4
+
+
+@pytest.mark.parametrize("batches", [True, 2])
+def test_a_trial_run_observes_and_does_not_cut(tmp_path: Path, batches: Any) -> None:
+    callback, model = compression(max_drop=0.1, evaluate=lambda m: 0.0), Classifier()
+    make_trainer(tmp_path, callback, fast_dev_run=batches, max_steps=-1).fit(model, data(), data(8))
+    assert callback.compressor.state_dict()["steps"] == int(batches)
+    assert callback.compressor.history == []
+    assert dims(model) == 16
+    with pytest.raises(InvalidRankRuleError, match="exactly one"):  # what a real run would refuse
+        make_trainer(tmp_path, compression(tolerance=0.1), fast_dev_run=True).fit(Classifier(), data())
+
+
+def test_a_second_fit_goes_on_with_the_schedule(tmp_path: Path) -> None:
+    callback, model = compression(total_steps=STEPS, fraction=0.25, states=None), Classifier()
+    trainer = make_trainer(tmp_path, callback, max_steps=6, enable_checkpointing=False)
+    trainer.fit(model, data())
+    assert [event.step for event in callback.compressor.history] == [4]
+    trainer.fit_loop.epoch_loop.max_steps = STEPS
+    trainer.fit_loop.max_epochs = 10
+    trainer.fit(model, data())
+    assert [event.step for event in callback.compressor.history] == [4, 8, 12]
+    assert dims(model) == 4

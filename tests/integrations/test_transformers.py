@@ -18,7 +18,13 @@ from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, Traini
 
 from compressm.cutting import state_dims  # noqa: E402
 from compressm.cutting.metrics import MetricWarning  # noqa: E402
-from compressm.errors import EvaluationError, InvalidRankRuleError, UnsupportedModelError  # noqa: E402
+from compressm.errors import (  # noqa: E402
+    CheckpointError,
+    EvaluationError,
+    InvalidRankRuleError,
+    UnsupportedModelError,
+)
+from compressm.integrations.best_model import OlderModelWarning  # noqa: E402
 from compressm.integrations.transformers import CompressionCallback  # noqa: E402
 from compressm.layers import SequenceClassifier  # noqa: E402
 
@@ -160,7 +166,8 @@ def test_the_best_model_from_before_a_cut_is_reloaded(tmp_path: Path) -> None:
     compressing(trainer)
     stopping = EarlyStoppingCallback(early_stopping_patience=4)
     trainer.add_callback(stopping)
-    trainer.train()
+    with pytest.warns(OlderModelWarning, match=r"best model \(.*checkpoint-6, .* and 4 after the last cut; to keep"):
+        trainer.train()
     assert trainer.state.global_step == 18  # 4 evaluations without improvement after the second
     assert trainer.state.best_model_checkpoint.endswith("checkpoint-6")
     saved = safetensors_of(tmp_path / "checkpoint-6")
@@ -218,9 +225,69 @@ def test_a_cut_under_observation_is_resumed(tmp_path: Path, moved: bool) -> None
     again = make_trainer(tmp_path / "a")
     callback = harmed(again)
     again.train(resume_from_checkpoint=str(folder))
-    kinds = [event.kind for event in callback.compressor.history]
-    assert kinds == (["cut"] if moved else ["cut", "rolled_back"])  # the snapshot lay elsewhere
-    assert (dims(again.model) == 16) is not moved
+    assert [event.kind for event in callback.compressor.history] == ["cut", "rolled_back"]
+    assert dims(again.model) == 16
+
+
+def test_a_roll_back_restores_the_run_that_was_resumed_and_not_another_one(tmp_path: Path) -> None:
+    def harmed(folder: str, rate: float) -> Trainer:
+        trainer = make_trainer(tmp_path / folder, learning_rate=rate)
+        compressing(
+            trainer, states=8, max_drop=0.1, cuts=1, check_after=6, on_setback="stop",
+            evaluate=lambda model: float(dims(model) == 16),
+        )  # fmt: skip
+        return trainer
+
+    unbroken = harmed("one", 1e-2)
+    unbroken.train()  # cut at 12, undone at 18
+    harmed("other", 3e-2).train()  # has a checkpoint-16 too
+    resumed = harmed("other", 1e-2)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "one" / "checkpoint-16"))
+    assert all(torch.equal(value, weights(unbroken.model)[name]) for name, value in weights(resumed.model).items())
+
+
+def test_files_of_two_checkpoints_are_not_mixed(tmp_path: Path) -> None:
+    for folder in ("one", "other"):
+        trainer = make_trainer(tmp_path / folder, max_steps=12)
+        compressing(trainer, states=8, max_drop=1.0, cuts=1, window=0.6, check_after=4, evaluate=lambda model: 0.0)
+        trainer.train()
+    shutil.rmtree(tmp_path / "one" / "checkpoint-8" / "compressm")
+    shutil.copytree(tmp_path / "other" / "checkpoint-8" / "compressm", tmp_path / "one" / "checkpoint-8" / "compressm")
+    with pytest.raises(CheckpointError, match=r"was not saved with the trainer_state\.json that training is resumed"):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "one" / "checkpoint-8"))
+
+
+def test_a_model_that_the_trainer_builds_anew_is_resumed(tmp_path: Path) -> None:
+    def make() -> Trainer:
+        built = make_trainer(tmp_path, max_steps=16)
+        trainer = Trainer(model_init=Classifier, args=built.args, train_dataset=examples(64))
+        compressing(trainer, fraction=0.25, states=None, window=0.75)
+        return trainer
+
+    unbroken, resumed = make(), make()
+    unbroken.train()
+    assert dims(unbroken.model) == 4
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-8"))
+    assert all(torch.equal(value, weights(unbroken.model)[name]) for name, value in weights(resumed.model).items())
+
+
+def test_a_smaller_batch_size_that_fits_begins_again_with_the_same_goal(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, auto_find_batch_size=True, save_strategy="no")
+    callback = compressing(trainer, fraction=0.25, states=None)
+
+    class OutOfMemory(TrainerCallback):
+        raised = False
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if state.global_step == 6 and not self.raised:
+                self.raised = True
+                assert dims(trainer.model) == 10
+                raise RuntimeError("CUDA out of memory.")
+
+    trainer.add_callback(OutOfMemory())
+    trainer.train()
+    assert [event.step for event in callback.compressor.history] == [4, 8, 12]
+    assert dims(trainer.model) == 4
 
 
 def test_its_record_is_plain_json(tmp_path: Path) -> None:

@@ -181,8 +181,10 @@ def test_steps_are_refused_since_their_states_cannot_be_followed() -> None:
         UnsupportedModelError, match=r"'ssm' .* not seen whole.*step.*call the layer itself, layer\(u\)"
     ):
         gather(net, [inputs(2, 5)])
-    compressor = compressm.Compressor(net, torch.optim.SGD(net.parameters(), 0.1), 40, states=3, cuts=1)
+    optimizer = torch.optim.SGD(net.parameters(), 0.1)
+    compressor = compressm.Compressor(net, optimizer, 40, states=3, cuts=1)
     net(inputs(2, 5)).sum().backward()
+    optimizer.step()
     with pytest.warns(UserWarning, match="not seen whole"):
         compressor.step()
 
@@ -204,9 +206,11 @@ def test_accumulated_calls_of_the_model_count_up_to_a_limit() -> None:
 
 def test_under_a_compressor_an_observation_is_one_step() -> None:
     net = Twice()
-    compressor = compressm.Compressor(net, torch.optim.SGD(net.parameters(), 0.0), 2000, states=3, cuts=1)
+    optimizer = torch.optim.SGD(net.parameters(), 0.0)
+    compressor = compressm.Compressor(net, optimizer, 2000, states=3, cuts=1)
     for number in range(6):
         net(inputs(2, 9, seed=number)).sum().backward()
+        optimizer.step()
         compressor.step()
     tokens = float(compressor.state_dict()["moments"]["first"]["tokens"])
     assert tokens == 18  # of the first step; at every eighth there is another
@@ -350,6 +354,7 @@ def test_one_bad_batch_does_not_spoil_the_moments() -> None:
                 net(u)
         else:
             net(u).sum().backward()
+        optimizer.step()
         event = compressor.step()
     assert event is not None
     assert event.kind == "cut"
@@ -358,15 +363,19 @@ def test_one_bad_batch_does_not_spoil_the_moments() -> None:
 
 def test_where_all_data_were_bad_the_cut_says_so_and_not_the_learning_rate() -> None:
     net = SequenceClassifier(1, 3, WIDTH, 6, 1, dropout=0.0, layer="mamba")
-    compressor = compressm.Compressor(net, torch.optim.SGD(net.parameters(), 0.0), 20, states=3, cuts=1)
+    optimizer = torch.optim.SGD(net.parameters(), 0.0)
+    compressor = compressm.Compressor(net, optimizer, 20, states=3, cuts=1)
     with pytest.warns(NotFiniteWarning):
         net(torch.full((2, 5, 1), math.nan))
+    optimizer.step()
     compressor.step()
     net(torch.full((2, 5, 1), math.nan))
+    optimizer.step()
     with pytest.raises(InvalidSystemError, match=r"all 2 observations of 'blocks.0.ssm' were left out: .*input u") as e:
         compressor.step()
     assert "learning rate" not in str(e.value)
     net(torch.randn(2, 5, 1))
+    optimizer.step()
     event = compressor.step()  # the cut is not lost
     assert event is not None
     assert event.kind == "cut"

@@ -209,10 +209,13 @@ def test_a_model_trained_in_evaluation_mode_is_told_so_at_once() -> None:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     compressor = Compressor(model, optimizer, 40, states=4, cuts=1)
     model(torch.randn(1, 6, 4)).square().mean().backward()
+    optimizer.step()
     with pytest.warns(UserWarning, match=r"call model.train\(\) before training"):
         compressor.step()
-    compressor.step()
-    compressor.step()
+    for _ in range(2):
+        optimizer.step()
+        compressor.step()
+    optimizer.step()
     with pytest.raises(UnsupportedModelError, match=r"call model.train\(\) before training"):
         compressor.step()
 

@@ -16,6 +16,13 @@ def state_dims(model: nn.Module) -> dict[str, int]:
     return {name: adapter.state_dim(layer) for name, (layer, adapter) in find_layers(model).items()}
 
 
+def resized_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """The parameters whose shapes a cut changes."""
+    layers = find_layers(model).values()
+    changed = [(layer, adapter.resized(layer, adapter.state_dim(layer)).values()) for layer, adapter in layers]
+    return [layer.get_parameter(name) for layer, names in changed for name in names]
+
+
 def resize_states(model: nn.Module, dims: Mapping[str, int]) -> None:
     """Resize layers to other state dimensions, so that a state dict of a compressed model fits. Load values afterwards.
 
@@ -35,4 +42,4 @@ def resize_states(model: nn.Module, dims: Mapping[str, int]) -> None:
     tell_written(model)
 
 
-__all__ = ["resize_states", "state_dims"]
+__all__ = ["resize_states", "resized_parameters", "state_dims"]

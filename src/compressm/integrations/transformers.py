@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
+import secrets
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
@@ -10,13 +13,22 @@ from torch import nn
 
 from compressm.cutting.fitting import fit_any_size
 from compressm.cutting.metrics import as_metric
-from compressm.errors import EvaluationError, InvalidRankRuleError, MissingExtraError, UnsupportedModelError
+from compressm.errors import (
+    CheckpointError,
+    EvaluationError,
+    InvalidRankRuleError,
+    MissingExtraError,
+    UnsupportedModelError,
+)
+from compressm.integrations.best_model import size_at_the_end, warn_of_older_model
 from compressm.saving.checkpoint import load_tree, save_tree
 from compressm.training.compressor import Compressor
+from compressm.training.goal import initial_dims_of, started_with
 from compressm.training.history import Event
 
 try:
     from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+    from transformers.trainer_utils import get_last_checkpoint
 except ImportError as error:
     raise MissingExtraError('this needs transformers: pip install "compressm[transformers]"') from error
 
@@ -35,7 +47,8 @@ class CompressionCallback(TrainerCallback):
 
     Optimizer, scheduler, accumulation, clipping, mixed precision and DistributedDataParallel keep working after a cut.
     Training resumes from checkpoints of every size, and reloads them (``load_best_model_at_end``). The Trainer logs
-    each cut.
+    each cut. Tensors of the compressor's state are in the checkpoint's folder, and are read from the folder that is
+    resumed from. If the model that ``load_best_model_at_end`` reloads is from before the last cut, a warning says so.
 
     With ``max_drop`` and no ``evaluate`` the metric is the Trainer's own: ``metric_for_best_model`` on the
     ``eval_dataset`` (the loss by default), negated if smaller is better. A roll-back restores the weights. It does not
@@ -57,6 +70,8 @@ class CompressionCallback(TrainerCallback):
         self.trainer = trainer
         self.compressor: Compressor | None = None
         self._arguments = arguments
+        self._call = _Call(trainer)
+        self._interrupted: Compressor | None = None  # whose training has begun and not ended
         if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
             raise UnsupportedModelError(
                 "Trainer shards the model with DeepSpeed or FSDP, and shards cannot be resized in place: train with "
@@ -72,9 +87,12 @@ class CompressionCallback(TrainerCallback):
             arguments["evaluate"] = self._evaluate
         if arguments.get("gramians") == "loss":  # the Trainer divides the loss by the number of accumulated batches
             arguments.setdefault("loss_scale", 1 / args.gradient_accumulation_steps)
-        self.compressor = Compressor(self._model, self.trainer.optimizer, state.max_steps, **arguments)
-        if _RECORD in _records(state):
-            self._resume(args, state)
+        record = _records(state).get(_RECORD)
+        with started_with(self._initial_dims(record)):
+            self.compressor = Compressor(self._model, self.trainer.optimizer, state.max_steps, **arguments)
+        if record is not None:
+            self._resume(record, self._call.resumed_from or self._checkpoint(state))
+        self._interrupted = self.compressor
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         assert self.compressor is not None
@@ -86,28 +104,55 @@ class CompressionCallback(TrainerCallback):
         record = self.compressor.state_dict()
         _records(state)[_RECORD] = {key: value for key, value in record.items() if key not in _TENSORS}
         _records(state)[_RECORD]["beside"] = [key for key in _TENSORS if record.get(key)]
+        _records(state)[_RECORD]["mark"] = secrets.token_hex(8)  # the tensors beside it bear the same
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if state.is_world_process_zero and self.compressor is not None:
             record = self.compressor.state_dict()
             tensors = {key: record[key] for key in _TENSORS if record.get(key)}
-            if tensors and (folder := _checkpoint(args, state)).is_dir():
-                save_tree(folder / _RECORD, tensors)
+            if tensors and (folder := self._checkpoint(state)).is_dir():
+                save_tree(folder / _RECORD, {**tensors, "mark": _records(state).get(_RECORD, {}).get("mark")})
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self._interrupted = None
+        warn_of_older_model(
+            self._model,
+            size_at_the_end(self.compressor),
+            f"the best model ({state.best_model_checkpoint}, reloaded by load_best_model_at_end)",
+            "to keep a model of the final size, let evaluations begin after the last cut (eval_delay), or pass "
+            "load_best_model_at_end=False",
+        )
 
     @property
     def _model(self) -> nn.Module:
         return cast("nn.Module", self.trainer.model)
 
-    def _resume(self, args: TrainingArguments, state: TrainerState) -> None:
+    def _initial_dims(self, record: dict[str, Any] | None) -> dict[str, int] | None:
+        """State dimensions before the first cut, if the model has been cut before this training begins or goes on.
+
+        ``auto_find_batch_size`` begins again with the model that the first attempt left behind.
+        """
+        if record is not None:
+            return initial_dims_of(record)
+        before = self._interrupted
+        return None if before is None or before.model is not self._model else before.initial_dims
+
+    def _resume(self, record: dict[str, Any], checkpoint: Path) -> None:
         assert self.compressor is not None
         nothing: dict[str, Any] = {"observed": None, "probe": {}, "moments": {}, "samples": {}}
-        record = {**nothing, **_records(state)[_RECORD]}
-        folder = _checkpoint(args, state) / _RECORD
-        if folder.is_dir():
-            record.update(load_tree(folder))
-        elif "observed" in record["beside"]:
-            log.warning("%s is not there: the last cut can no longer be undone, and is kept", folder)
+        folder, record = checkpoint / _RECORD, {**nothing, **record}
+        if not record["beside"]:
+            pass
+        elif not folder.is_dir():
+            lost = "the last cut can no longer be undone, and is kept" if "observed" in record["beside"] else ""
+            log.warning("%s is not there: %s", folder, lost or "layers are observed anew")
+        else:
+            record.update(_tensors_of(folder, record.get("mark")))
         self.compressor.load_state_dict(record)
+
+    def _checkpoint(self, state: TrainerState) -> Path:
+        """The folder of a checkpoint of this step; in a hyperparameter search every trial has a folder of its own."""
+        return Path(self.trainer._get_output_dir(self._call.trial)) / f"checkpoint-{state.global_step}"  # pyright: ignore[reportPrivateUsage]
 
     def _log(self, event: Event) -> None:
         if metrics := event.metrics():
@@ -159,8 +204,50 @@ def _records(state: TrainerState) -> dict[str, Any]:
     return cast("dict[str, Any]", state.stateful_callbacks)
 
 
-def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:
-    return Path(args.output_dir or ".") / f"checkpoint-{state.global_step}"
+class _Call:
+    """The arguments of the present ``trainer.train(...)``, which callbacks are not told, and models that it builds.
+
+    Attributes:
+        resumed_from: the checkpoint that training was resumed from; None for none.
+        trial: the trial of a hyperparameter search.
+    """
+
+    def __init__(self, trainer: Trainer) -> None:
+        self.resumed_from: Path | None = None
+        self.trial: Any = None
+        self._trainer, self._train = trainer, trainer.train
+        self._build: Callable[[Any], Any] = trainer.call_model_init
+        trainer.train = self.train
+        trainer.call_model_init = self.build
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """``trainer.train``."""
+        given = inspect.signature(self._train).bind(*args, **kwargs).arguments
+        folder = given.get("resume_from_checkpoint")
+        if folder is True:
+            folder = get_last_checkpoint(str(self._trainer.args.output_dir))
+        self.resumed_from, self.trial = Path(folder) if folder else None, given.get("trial")
+        return self._train(*args, **kwargs)
+
+    def build(self, trial: Any = None) -> Any:
+        """``trainer.call_model_init``: the model may have to load a checkpoint of another size."""
+        return fit_any_size(self._build(trial))
+
+
+def _tensors_of(folder: Path, mark: str | None) -> dict[str, Any]:
+    """The tensors that were saved with a ``trainer_state.json``. Earlier versions wrote no mark.
+
+    Raises:
+        CheckpointError: they belong to another step or run.
+    """
+    tensors: dict[str, Any] = load_tree(folder)
+    found = tensors.pop("mark", None)
+    if mark is not None and found != mark:
+        raise CheckpointError(
+            f"{folder} was not saved with the trainer_state.json that training is resumed from: files of two "
+            "checkpoints are mixed; resume from another one"
+        )
+    return tensors
 
 
 __all__ = ["CompressionCallback"]

@@ -41,7 +41,7 @@ class ModelCalled(_Hook):
     """A forward pre-hook of the whole model."""
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self.observer.counts(module):
+        if not torch.compiler.is_compiling() and self.observer.counts(module):
             self.observer.model_called(named_arguments(module, args, kwargs))
 
 
@@ -49,21 +49,24 @@ class ModelDone(_Hook):
     """A forward hook of the whole model."""
 
     def __call__(self, *_: Any) -> None:
-        self.observer.model_done()
+        if not torch.compiler.is_compiling():
+            self.observer.model_done()
 
 
 class PaddingTold(_Hook):
     """A forward pre-hook of a model that knows which of its inputs are padding."""
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.observer.padding_told(module, named_arguments(module, args, kwargs))
+        if not torch.compiler.is_compiling():
+            self.observer.padding_told(module, named_arguments(module, args, kwargs))
 
 
 class PaddingOver(_Hook):
     """A forward hook of a model that knows which of its inputs are padding."""
 
     def __call__(self, *_: Any) -> None:
-        self.observer.padding_over()
+        if not torch.compiler.is_compiling():
+            self.observer.padding_over()
 
 
 class LayerWatch:
@@ -120,17 +123,20 @@ class _LayerHook(_Hook):
 
 class _LayerBegins(_LayerHook):
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.watch.begins(args, kwargs)
+        if not torch.compiler.is_compiling():
+            self.watch.begins(args, kwargs)
 
 
 class _LayerEnds(_LayerHook):
     def __call__(self, *_: Any) -> None:
-        self.watch.ends()
+        if not torch.compiler.is_compiling():
+            self.watch.ends()
 
 
 class _PartBegins(_LayerHook):
     def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        self.watch.part_begins(args)
+        if not torch.compiler.is_compiling():
+            self.watch.part_begins(args)
 
 
 def in_backward() -> bool:

@@ -37,6 +37,7 @@ from compressm.observing.layer_calls import (
     unpacked,
 )
 from compressm.observing.padding import Padding
+from compressm.runtime.compiled_graphs import Pause
 from compressm.runtime.processes import gathered, summed_tensors
 from compressm.theory.recurrence import Moments, moments
 
@@ -113,6 +114,7 @@ class Statistics:
         self._why_dropped: dict[str, str] = {}
         self._missed: dict[str, str] = {}  # by layer, why a call could not be observed
         self._handles: list[RemovableHandle] = []
+        self._pause = Pause()  # hooks must not be compiled
         self._seen: set[str] = set()  # layers seen in this observation
         self._training_only, self._when, self._calls = True, "", 0
         self._arguments: dict[str, Any] = {}  # of the model's present call
@@ -152,6 +154,7 @@ class Statistics:
         self._seen.clear()
         if self._handles or not self._layers:
             return
+        self._pause.begin()
         self._handles = [
             self._model.register_forward_pre_hook(ModelCalled(self), with_kwargs=True, prepend=True),
             self._model.register_forward_hook(ModelDone(self), always_call=True),
@@ -298,6 +301,7 @@ class Statistics:
 
     def close(self) -> None:
         """End the observation and remove all hooks. The moments are kept."""
+        self._pause.end()
         for handle in self._handles:
             handle.remove()
         self._handles = []

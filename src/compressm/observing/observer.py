@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
@@ -20,6 +19,7 @@ from compressm.observing.layer_calls import named_arguments
 from compressm.observing.masks import can_be_masked
 from compressm.observing.moments import MEMORY
 from compressm.observing.padding import Padding
+from compressm.runtime.compiled_graphs import Pause
 from compressm.runtime.processes import gathered, summed_tensors
 from compressm.theory.evidence import Covariances
 from compressm.theory.fisher import MaskFisher
@@ -91,7 +91,7 @@ class Observer:
         self._counted = [0.0, 0.0]  # sequences, and predictions that the loss was made of
         self._hooks: list[RemovableHandle] = []
         self._pass = _Pass(model)
-        self._eager: Any = None
+        self._pause = Pause()
 
     @property
     def layers(self) -> list[str]:
@@ -118,8 +118,8 @@ class Observer:
             raise ConfigError(f"loss_scale must be a positive number; got {loss_scale!r}")
         self.close()
         self._passes += 1
-        if self._layers and "torch._dynamo" in sys.modules:
-            self._eager = torch.compiler.set_stance("force_eager")
+        if self._layers:
+            self._pause.begin()
         self._pass = now = _Pass(self._model, self._passes, loss_scale, training_only, frozen)
         if not self._layers:
             return
@@ -265,9 +265,7 @@ class Observer:
 
     def _compiled_again(self, *_: Any) -> None:
         """The model's forward is over, so compiled graphs may be used again."""
-        if self._eager is not None:
-            self._eager.__exit__(None, None, None)
-            self._eager = None
+        self._pause.end()
 
 
 class _Pass:
@@ -295,7 +293,7 @@ class _Hook(OwnHook):
         self.now, self.action = now, action
 
     def __call__(self, module: nn.Module, *arguments: Any) -> Any:
-        if self.now.over or (self.now.training_only and not module.training):
+        if torch.compiler.is_compiling() or self.now.over or (self.now.training_only and not module.training):
             return None
         return self.action(self.now, module, *arguments)
 

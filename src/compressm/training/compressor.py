@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch.optim import Optimizer
 
 from compressm.cutting.carry import Carry, Together, unwrap_optimizer
 from compressm.cutting.choosing import Which, choose
+from compressm.cutting.sizes import resized_parameters
 from compressm.cutting.spectrum import snapshot, snapshot_state
 from compressm.errors import CheckpointError
 from compressm.observing.loss_evidence import Gramians
@@ -20,13 +22,14 @@ from compressm.theory.selection import Selection
 from compressm.training.clock import Savings, StepClock, savings
 from compressm.training.cushion import Cushion, OnSetback
 from compressm.training.cutter import Cutter
-from compressm.training.goal import Goal, wanted_rule
+from compressm.training.goal import Goal, initial_dims, initial_dims_of, wanted_rule
 from compressm.training.history import Event, Recompiled, RolledBack
 from compressm.training.options import check_options
 from compressm.training.policy import Policy
 from compressm.training.schedule import Schedule, When
 from compressm.training.snapshot import Stateful, Training
 from compressm.training.step_cost import StepCost, step_cost
+from compressm.training.steps import StepWatch
 
 log = logging.getLogger(__name__)
 
@@ -115,6 +118,7 @@ class Compressor:
         history: what was done, an `Event` each.
         clock: times of the steps, phase by phase; see `savings`.
         cut_steps: the steps after which cuts are scheduled.
+        initial_dims: state dimension of every layer before the first cut; ``fraction`` is relative to these.
 
     Raises:
         InvalidRankRuleError: contradicting or impossible arguments.
@@ -177,11 +181,14 @@ class Compressor:
             training, self._cutter.observations,
             max_drop=max_drop, evaluate=evaluate, on_setback=on_setback, rewind=rewind,
         )  # fmt: skip
-        goal = Goal(rule, sum(self.state_dims.values()))
+        self.initial_dims = initial_dims(self.state_dims)
+        goal = Goal(rule, sum(self.initial_dims.values()))
         self._policy = Policy(self._schedule, goal, self._cushion, self._cutter)
         self._steps, self._loss_scale, self._scaler = 0, loss_scale, scaler
+        self._watch = StepWatch(self.optimizer, lambda: resized_parameters(model))
         self.clock = StepClock(self.state_dims)
         self.history: list[Event] = []
+        weakref.finalize(self, self._cutter.observations.close)
         self._observe()
         self._cutter.free_sizes()
 
@@ -242,6 +249,9 @@ class Compressor:
     def step(self) -> Event | None:
         """Count one training step; cut, examine or roll back if it is time. Call it after ``optimizer.step()``.
 
+        Calls without an optimizer step do nothing and are not counted: while gradients are accumulated, and when a
+        gradient scaler has skipped the step.
+
         Returns:
             what was done; None at most steps. After ``"rolled_back"`` the weights, optimizer, scheduler, scaler and
             random state are those of ``event.restored_step``; a loop that counts steps itself should go back to that
@@ -253,8 +263,10 @@ class Compressor:
             UnsupportedOptimizerError: at a cut, state whose meaning is not known.
             EvaluationError: ``evaluate`` raised, or returned no number.
 
-        After an error nothing has changed, and the cut or examination that was due is due again at the next call.
+        After an error nothing has changed, and the cut or examination that was due is due again at the next step.
         """
+        if not self._watch.made():
+            return None
         self.clock.end()
         self._steps += 1
         if self._steps == 1:
@@ -266,6 +278,7 @@ class Compressor:
             if event is not None:
                 self._note(event)
         finally:  # after an error the cut is due again at the next step, which needs its observations
+            self._watch.forget()
             self._observe()
             self.clock.begin()
         return event
@@ -296,6 +309,7 @@ class Compressor:
         return {
             "format": 1,
             "steps": self._steps,
+            "initial_dims": dict(self.initial_dims),
             **self._schedule.state_dict(),
             **self._cushion.state_dict(),
             **self._cutter.state_dict(),
@@ -318,10 +332,13 @@ class Compressor:
                 f"compressor state of format {state_dict.get('format')!r}; this version reads format 1"
             )
         self._cutter.load_state_dict(state_dict)
+        self.initial_dims = initial_dims_of(state_dict)
+        self._policy.started_with(sum(self.initial_dims.values()))
         self._schedule.load_state_dict(state_dict)
         self._schedule.probe = {name: snapshot(state, self.method) for name, state in state_dict["probe"].items()}
         self._cushion.load_state_dict(state_dict)
         self._steps = int(state_dict["steps"])
+        self._watch.forget()
         self._observe()
         self.history = [Event.from_dict(event) for event in state_dict["history"]]
         self.clock.load_state_dict(state_dict["phases"])

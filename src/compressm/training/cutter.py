@@ -32,11 +32,13 @@ from compressm.cutting.spectrum import balance_layers, check_cut_by_loss
 from compressm.observing.loss_evidence import Gramians
 from compressm.observing.observer import Terms
 from compressm.runtime.compiled_graphs import allow_recompilation, graphs_compiled
-from compressm.runtime.processes import from_first_rank, rebuild_replicas
+from compressm.runtime.processes import check_replicas, from_first_rank, rebuild_replicas
 from compressm.theory.balanced import Balanced
 from compressm.theory.balancing import Method
 from compressm.theory.ranks import RankRule, check_sizes
 from compressm.theory.selection import Selection
+from compressm.training.averages import check_averages, guard_averages
+from compressm.training.goal import initial_dims
 from compressm.training.observations import Observations
 
 log = logging.getLogger(__name__)
@@ -98,8 +100,10 @@ class Cutter:
         check_plain(plain)
         check_optimizer(optimizer, plain, carry)
         check_trained(optimizer, layers)
+        check_replicas(model)
+        check_averages(model, followers)
         alike = [] if rule.per_layer else [name for name, (_, adapter) in layers.items() if adapter.uniform]
-        check_sizes(rule, self.state_dims, alike)
+        check_sizes(rule, initial_dims(self.state_dims), alike)
         self.observations = Observations(model, rule, gramians, loss_terms)
         self._graphs = 0  # graphs compiled so far; counted from the first cut on
 
@@ -135,6 +139,7 @@ class Cutter:
     @_of_chosen
     def plan(self, rule: RankRule) -> Plan:
         """Plan a cut by this rule, the same in all processes. Nothing is written."""
+        check_replicas(self.model)
         statistics = self.observations.statistics
         moments, loss = statistics.moments(), self.observations.loss()  # sums over all ranks
 
@@ -158,6 +163,7 @@ class Cutter:
     def tell_of_shapes(self) -> None:
         """Let DDP and `torch.compile`, which store the shapes of parameters, know that these have changed."""
         rebuild_replicas(self.model)
+        guard_averages(self.model, self.followers)
         self._graphs = graphs_compiled()
         if self._graphs:
             allow_recompilation()
@@ -185,6 +191,7 @@ class Cutter:
         if resized:
             forget_sizes(self.optimizer)
             rebuild_replicas(self.model)
+            guard_averages(self.model, self.followers)
         self.observations.load_state_dict(state)
 
 

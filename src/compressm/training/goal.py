@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Generator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
+from typing import Any
 
 from compressm.theory.ranks import RankRule
 
@@ -99,9 +102,45 @@ class Goal:
         return self.rule.max_reduction * mildness < self.rule.min_reduction
 
 
+_at_the_start: ContextVar[Mapping[str, int] | None] = ContextVar("state dimensions at the start", default=None)
+
+
+@contextmanager
+def started_with(dims: Mapping[str, int] | None) -> Generator[None]:
+    """Let `Compressor` take these as the state dimensions before the first cut, while it is built in this block.
+
+    A host that resumes a training loads weights first, so the model has already the size after some cuts.
+
+    Args:
+        dims: state dimension of every layer before the first cut; None for those of the model.
+    """
+    token = _at_the_start.set(dims)
+    try:
+        yield
+    finally:
+        _at_the_start.reset(token)
+
+
+def initial_dims(present: Mapping[str, int]) -> dict[str, int]:
+    """State dimensions before the first cut: those of `started_with` if they are of this model, else the present."""
+    known = _at_the_start.get()
+    return dict(known if known is not None and set(known) == set(present) else present)
+
+
+def initial_dims_of(state: Mapping[str, Any]) -> dict[str, int]:
+    """State dimensions before the first cut, from a compressor's `state_dict`.
+
+    States of earlier versions do not store them. There the first planned cut in the history tells.
+    """
+    if "initial_dims" in state:
+        return {name: int(states) for name, states in state["initial_dims"].items()}
+    first = next((event["layers"] for event in state["history"] if event.get("layers")), ())
+    return {**state["state_dims"], **{layer["name"]: int(layer["states_before"]) for layer in first}}
+
+
 def towards(present: int, target: int, share: float) -> int:
     """The size after a share of the way from the present size to the target, geometrically: n (m / n)^share."""
     return present if target >= present else max(target, round(present * (target / present) ** share))
 
 
-__all__ = ["Goal", "towards", "wanted_rule"]
+__all__ = ["Goal", "initial_dims", "initial_dims_of", "started_with", "towards", "wanted_rule"]

@@ -90,6 +90,12 @@ class Observations:
         """
         return None if self.observer is None else LossEvidence.of(self.observer)
 
+    def close(self) -> None:
+        """Stop waiting for the coming step."""
+        self.statistics.close()
+        if self.observer is not None:
+            self.observer.close()
+
     def reset(self) -> None:
         """Forget everything, after a cut."""
         self.statistics.reset()

@@ -29,6 +29,10 @@ class Policy:
     def __init__(self, schedule: Schedule, goal: Goal, cushion: Cushion, cutter: Cutter) -> None:
         self._schedule, self._goal, self._cushion, self._cutter = schedule, goal, cushion, cutter
 
+    def started_with(self, states: int) -> None:
+        """Restore the number of states of all layers together before the first cut."""
+        self._goal = replace(self._goal, initial_states=states)
+
     def act(self, step: int) -> Event | None:
         """Cut or examine if it is due.
 

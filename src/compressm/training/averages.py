@@ -1,0 +1,106 @@
+"""Averaged copies of a model that were not passed as followers.
+
+After a cut such a copy has other shapes than the model. Averaging then fails, or broadcasts: a model cut to one state
+is averaged into every state of the copy. Nothing in the copy says of which model it is, so copies are found among all
+objects: at construction by their values, and after a cut by their layers.
+"""
+
+from __future__ import annotations
+
+import functools
+import gc
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from compressm.cutting.carry import paired_layers
+from compressm.cutting.sizes import resized_parameters, state_dims
+from compressm.errors import UnsupportedModelError
+
+_NAME = re.compile(r"Averag|SWA|EMA|Ema(?![a-z])")  # AveragedModel of torch, ModelEmaV3 of timm, EMA of ema_pytorch
+_UPDATES = ("update_parameters", "update")
+
+
+def check_averages(model: nn.Module, followers: Sequence[nn.Module]) -> None:
+    """Refuse, before training, an averaged copy of the model that is not among its followers.
+
+    Raises:
+        UnsupportedModelError: there is one, of the same weights.
+    """
+    if _equal_copies(model, followers):
+        gc.collect()  # those of an earlier training may be garbage
+    for average in _equal_copies(model, followers):
+        raise UnsupportedModelError(
+            f"{type(average).__name__} averages this model, and cuts would not reach it: pass it as followers=[...]; "
+            "if it averages another model of the same weights, create it after the Compressor"
+        )
+
+
+def _equal_copies(model: nn.Module, followers: Sequence[nn.Module]) -> list[nn.Module]:
+    ours = resized_parameters(model)
+
+    def equal(average: nn.Module) -> bool:
+        theirs = resized_parameters(average)
+        pairs = zip(ours, theirs, strict=False)
+        return len(ours) == len(theirs) and all(a.shape == b.shape and torch.equal(a, b.to(a)) for a, b in pairs)
+
+    return [average for average in _strangers(model, followers) if equal(average)]
+
+
+def guard_averages(model: nn.Module, followers: Sequence[nn.Module]) -> None:
+    """Let averaged copies of other sizes than the model refuse to average it, instead of broadcasting.
+
+    Args:
+        model: has just been resized.
+        followers: the copies that a cut has reached.
+    """
+    for average in _strangers(model, followers):
+        if list(state_dims(average).values()) != list(state_dims(model).values()):
+            for name in _UPDATES:
+                update = getattr(average, name, None)
+                if callable(update) and not isinstance(update, functools.partial):
+                    setattr(average, name, functools.partial(_update, average, update))
+
+
+def _update(average: nn.Module, update: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    model = next((value for value in (*args, *kwargs.values()) if isinstance(value, nn.Module)), None)
+    if model is not None:
+        theirs, ours = state_dims(average), state_dims(model)
+        if list(theirs.values()) != list(ours.values()):
+            raise UnsupportedModelError(
+                f"{type(average).__name__} has {list(theirs.values())} states and the model that it averages "
+                f"{list(ours.values())}, since a cut: pass it to Compressor(followers=[...]) before training"
+            )
+    return update(*args, **kwargs)
+
+
+def _strangers(model: nn.Module, followers: Sequence[nn.Module]) -> list[nn.Module]:
+    """The averaged copies of such a model, among all objects, that are neither its followers nor parts of it."""
+    known = {id(part) for one in (model, *followers) for part in one.modules()}
+    kinds: dict[type, bool] = {}
+    found: list[nn.Module] = []
+    for one in gc.get_objects():
+        kind = type(one)
+        if kind not in kinds:
+            kinds[kind] = issubclass(kind, nn.Module) and _NAME.search(kind.__name__) is not None
+        if kinds[kind] and id(one) not in known and _is_copy(one, model):
+            found.append(one)
+    return found
+
+
+def _is_copy(average: nn.Module, model: nn.Module) -> bool:
+    if type(average) is type(model) or not {id(part) for part in model.modules()}.isdisjoint(
+        map(id, average.modules())
+    ):
+        return False
+    try:
+        paired_layers(average, model)
+    except UnsupportedModelError:
+        return False
+    return True
+
+
+__all__ = ["check_averages", "guard_averages"]

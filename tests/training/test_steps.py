@@ -1,0 +1,154 @@
+"""A step is one that changed the weights: every count is compared with the optimizer's own."""
+
+from __future__ import annotations
+
+import gc
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
+
+from compressm import Compressor
+from compressm.layers import LRU, Mamba, SequenceClassifier
+from compressm.observing.moments import NotFiniteWarning
+
+STEPS = 12
+
+
+def classifier() -> SequenceClassifier:
+    torch.manual_seed(0)
+    return SequenceClassifier(1, 2, d_model=4, d_state=16, dropout=0.0, norm="layer", r_min=0.9)
+
+
+def compressing(model: nn.Module, optimizer: Any) -> Compressor:
+    return Compressor(model, optimizer, STEPS, states=4, window=0.5, cuts=2)  # after steps 3 and 6
+
+
+def examples(count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    u = torch.randn(count, 20, 1, generator=torch.Generator().manual_seed(1))
+    return u, (u.sum((1, 2)) > 0).long()
+
+
+def steps_of(optimizer: torch.optim.Optimizer) -> int:
+    """Adam's own count of its steps; it does not count what a scaler skips."""
+    return max((int(state["step"]) for state in optimizer.state.values()), default=0)
+
+
+def test_accumulated_batches_of_accelerate_are_one_step() -> None:
+    accelerate = pytest.importorskip("accelerate")
+    accelerator = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=4)
+    model, inner = classifier(), torch.optim.AdamW
+    batches = DataLoader(TensorDataset(*examples(4 * 4 * STEPS)), batch_size=4)
+    network, optimizer, batches = accelerator.prepare(model, inner(model.parameters(), lr=1e-2), batches)
+    compressor = compressing(network, optimizer)
+    seen = []
+    for u, y in batches:
+        with accelerator.accumulate(network):
+            accelerator.backward(F.cross_entropy(network(u), y))
+            optimizer.step()
+            event = compressor.step()
+            optimizer.zero_grad()
+        if event is not None:
+            seen.append((event.kind, event.step, steps_of(optimizer.optimizer)))
+    assert steps_of(optimizer.optimizer) == STEPS
+    assert seen == [("cut", 3, 3), ("cut", 6, 6)]
+    assert compressor.state_dict()["steps"] == STEPS
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_steps_that_a_scaler_skips_are_not_counted(fused: bool) -> None:
+    model = classifier()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, fused=fused)
+    compressor = compressing(model, optimizer)
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0, growth_interval=1000)
+    seen, calls = [], 0
+    u, y = examples(4)
+    while steps_of(optimizer) < STEPS:
+        calls += 1
+        loss = F.cross_entropy(model(u), y)
+        optimizer.zero_grad()
+        scaler.scale(loss * (float("inf") if calls in (1, 4, 5, 9) else 1.0)).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        event = compressor.step()
+        if event is not None:
+            seen.append((event.kind, event.step, steps_of(optimizer)))
+    assert calls == STEPS + 4
+    assert seen == [("cut", 3, 3), ("cut", 6, 6)]
+
+
+def test_a_batch_that_is_not_finite_and_is_skipped_leaves_no_trace() -> None:
+    def run(bad: tuple[int, ...]) -> tuple[dict[str, torch.Tensor], dict[str, int]]:
+        torch.manual_seed(0)
+        model = nn.Sequential(Mamba(2, d_state=16), nn.Linear(2, 1))
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        compressor = compressing(model, optimizer)
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=1000)
+        numbers = iter(range(100))
+        for call in range(STEPS + len(bad)):
+            seed = 999 if call in bad else next(numbers)
+            u = torch.randn(2, 8, 2, generator=torch.Generator().manual_seed(seed))
+            u[0, 3] = float("nan") if call in bad else 0.0
+            optimizer.zero_grad()
+            scaler.scale(model(u).square().mean()).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            compressor.step()
+        assert [event.step for event in compressor.history] == [3, 6]
+        return model.state_dict(), compressor.state_dims
+
+    clean, sizes = run(())
+    with pytest.warns(NotFiniteWarning, match="the model's input"):
+        poisoned, same_sizes = run((0, 3, 4))
+    assert sizes == same_sizes == {"0": 4}
+    assert all(torch.equal(value, poisoned[name]) for name, value in clean.items())
+
+
+class FirstAndSecond(torch.optim.Optimizer):
+    """Sharpness-aware minimisation as it is commonly published: its loops call ``first_step`` and ``second_step``."""
+
+    def __init__(self, parameters: Any) -> None:
+        super().__init__(parameters, {})
+        self.inner = torch.optim.SGD(self.param_groups, lr=1e-2)
+
+    def second_step(self) -> None:
+        self.inner.step()
+
+
+def test_an_optimizer_that_is_not_called_by_step_is_noticed_by_the_weights() -> None:
+    model = classifier()
+    optimizer = FirstAndSecond(model.parameters())
+    compressor = Compressor(model, optimizer, STEPS, states=4, window=0.5, cuts=2, carry="reset")
+    u, y = examples(4)
+    seen = []
+    for call in range(2 * STEPS):
+        optimizer.zero_grad()
+        F.cross_entropy(model(u), y).backward()
+        if call % 2:
+            optimizer.second_step()
+        if event := compressor.step():
+            seen.append((event.kind, event.step, call + 1))
+    assert seen == [("cut", 3, 6), ("cut", 6, 12)]
+
+
+def test_a_step_at_a_learning_rate_of_zero_counts() -> None:
+    layer = LRU(2, 16)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.0)
+    compressor = compressing(layer, optimizer)
+    for _ in range(3):
+        layer(torch.randn(2, 8, 2)).square().mean().backward()
+        optimizer.step()
+        event = compressor.step()
+    assert event is not None
+    assert event.step == 3
+
+
+def test_a_compressor_that_is_gone_leaves_no_hook() -> None:
+    layer = LRU(2, 16)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+    compressing(layer, optimizer)
+    gc.collect()
+    assert not optimizer._optimizer_step_post_hooks  # pyright: ignore[reportPrivateUsage]
