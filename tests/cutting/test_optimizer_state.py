@@ -267,6 +267,20 @@ def test_an_average_of_one_part_alone_is_carried_as_if_the_other_s_were_its_valu
     assert im not in optimizer.state
 
 
+def test_prodigy_s_start_at_zero_which_it_stores_as_one_number() -> None:
+    history = gradients(torch.ones(ROWS), torch.ones(COLUMNS))
+    swap = torch.eye(ROWS)[torch.tensor([3, 0, 5, 2, 1, 4])]
+    parameter, optimizer = trained(ALL["Prodigy"], torch.zeros(ROWS, COLUMNS), history)
+    wanted, other = trained(ALL["Prodigy"], torch.zeros(ROWS, COLUMNS), [swap @ gradient for gradient in history])
+    assert optimizer.state[parameter]["p0"].ndim == 0
+    carried(optimizer, parameter, swap, wanted)
+    assert optimizer.state[parameter]["p0"].abs().max() < 1e-9
+    for by, p in ((optimizer, parameter), (other, wanted)):
+        p.grad = swap @ history[0]
+        by.step()
+    torch.testing.assert_close(parameter, wanted)
+
+
 def test_an_entry_of_another_shape_than_its_kind_s_is_refused() -> None:
     parameter = nn.Parameter(torch.ones(4, 2))
     optimizer = torch.optim.Adam([parameter])

@@ -21,7 +21,7 @@ from compressm.cutting.carried import prepare_carry
 from compressm.cutting.moves import Carry
 from compressm.cutting.optimizer_state import SECOND_MOMENTS, is_number, kinds_of, refuse_known, unknown_state
 from compressm.cutting.optimizers import Together, forget_sizes, members_of, refuse_sharded
-from compressm.cutting.twins import step_twin, twin, undisturbed
+from compressm.cutting.twins import state_for, step_twin, twin, undisturbed
 from compressm.errors import UnsupportedOptimizerError
 
 # Settings that do not decide what an optimizer keeps. Groups may differ in them for every layer.
@@ -132,6 +132,8 @@ def _try_a_cut(
         else:
             _check_present(one, by_name, name)
         change = _first_entries(layer, by_name)
+        if mode != "reset":
+            _check_numbers(one, by_name, change, name)
         store = prepare_carry(one, by_name, change, mode, name)
         for key, value in change.values().items():
             by_name[key].data, by_name[key].grad = value.clone(), None
@@ -145,6 +147,18 @@ def _try_a_cut(
             f"{type(optimizer).__name__}: after a cut and a step {what} is not finite, on a copy of a layer; use AdamW "
             "for these layers"
         )
+
+
+def _check_numbers(one: Optimizer, parameters: Mapping[str, nn.Parameter], change: LayerChange, layer: str) -> None:
+    """Refuse numbers of unknown kind that follow from a parameter's shape, such as a count of its rows."""
+    for name, new in change.values().items():
+        numbers = {key: value for key, value in one.state.get(parameters[name], {}).items() if type(value) is int}
+        suspects = [key for key, value in numbers.items() if value > 1 and key not in kinds_of(one)]
+        if suspects:  # after their first step, counters are 1
+            old_state, new_state = (state_for(one, parameters[name], x) for x in (parameters[name], new))
+            for key in suspects:
+                if old_state.get(key) != new_state.get(key):
+                    raise unknown_state(one, key, f"{layer}.{name}".lstrip("."))
 
 
 def _first_entries(layer: nn.Module, parameters: Mapping[str, nn.Parameter]) -> LayerChange:
