@@ -290,6 +290,22 @@ def test_an_entry_of_another_shape_than_its_kind_s_is_refused() -> None:
         prepare_carry(optimizer, {"w": parameter}, change, "transform", "here")
 
 
+@pytest.mark.parametrize("value", [0.5, [torch.zeros(4, 2)], torch.zeros(())])
+def test_an_entry_that_is_no_tensor_of_its_kind_is_refused(value: Any) -> None:
+    parameter = nn.Parameter(torch.ones(4, 2))
+    optimizer = torch.optim.Adam([parameter])
+    eye = torch.eye(3, 4).double()
+    change = LayerChange((ParameterChange(("w",), (torch.zeros(3, 2),), 0, eye, eye),), {})
+    optimizer.state[parameter] = {"step": 3, "exp_avg": value}
+    with pytest.raises(UnsupportedOptimizerError, match=r"^Adam keeps 'exp_avg' for w"):
+        prepare_carry(optimizer, {"w": parameter}, change, "transform")
+    optimizer.state[parameter] = {"step": 3, "exp_avg": torch.arange(8.0).view(4, 2), "exp_avg_sq": None}
+    prepare_carry(optimizer, {"w": parameter}, change, "transform")()
+    after = optimizer.state[parameter]
+    assert after["exp_avg_sq"] is None
+    assert torch.equal(after["exp_avg"], torch.arange(6.0).view(3, 2))
+
+
 def test_kinds_that_do_not_exist_are_refused() -> None:
     with pytest.raises(UnsupportedOptimizerError, match=r"^kinds: 'm' is of kind 'cubic', which does not exist"):
         compressm.register_optimizer_state("Mine", {"m": "cubic"})
