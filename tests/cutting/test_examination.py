@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tests.cutting.optimizer_zoo import ALL, of, tensors_of
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -21,6 +20,7 @@ from compressm.cutting.carry import check_optimizer, unwrap_optimizer
 from compressm.errors import UnsupportedOptimizerError
 from compressm.layers import LRU, Mamba, Mamba2, SequenceClassifier
 from compressm.training.compressor import Compressor
+from optimizer_zoo import ALL, of, tensors_of
 
 
 class Keeps(Optimizer):

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from tests.layer_cases import LAYERS, WIDTH
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import Optimizer
@@ -21,6 +20,7 @@ from compressm.cutting.quantised_state import is_quantised, read_state, write_st
 from compressm.layers import Mamba, SequenceClassifier
 from compressm.observing.moments import gather
 from compressm.training.compressor import Compressor
+from layer_cases import LAYERS, WIDTH
 
 KEPT = ("A_log", "D", "dt_bias")  # what published checkpoints keep in float32
 

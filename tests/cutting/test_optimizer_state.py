@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-from tests.cutting.optimizer_zoo import ALL, OTHERS, TORCH, Make, tensors_of
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -22,6 +21,7 @@ from compressm.cutting.carry import carry_state, prepare_carry
 from compressm.errors import UnsupportedOptimizerError
 from compressm.layers import Mamba2
 from compressm.theory.recurrence import first_states
+from optimizer_zoo import ALL, OTHERS, TORCH, Make, tensors_of
 
 ROWS, COLUMNS, STEPS = 6, 4, 5
 
