@@ -68,7 +68,7 @@ def check_trained(optimizer: Optimizer | Together, layers: Mapping[str, tuple[nn
     """
     trained = {id(p) for member in members_of(optimizer) for group in member.param_groups for p in group["params"]}
     for layer_name, (layer, adapter) in layers.items():
-        for name in adapter.resized(layer, adapter.state_dim(layer)).values():
+        for name in _written(layer, adapter):
             parameter = layer.get_parameter(name)
             if parameter.requires_grad and id(parameter) not in trained:
                 full_name = f"{layer_name}.{name}".lstrip(".")
@@ -81,11 +81,19 @@ def check_trained(optimizer: Optimizer | Together, layers: Mapping[str, tuple[nn
 
 def _trained(optimizer: Optimizer, layer: nn.Module) -> dict[str, nn.Parameter]:
     """The parameters that a cut of a layer changes and this optimizer trains."""
-    adapter = find_layers(layer)[""][1]
     held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    names = adapter.resized(layer, adapter.state_dim(layer)).values()
-    found = {name: layer.get_parameter(name) for name in names}
+    found = {name: layer.get_parameter(name) for name in _written(layer, find_layers(layer)[""][1])}
     return {name: p for name, p in found.items() if p.requires_grad and id(p) in held}
+
+
+def _written(layer: nn.Module, adapter: LayerAdapter) -> list[str]:
+    """The names of the parameters that a cut of a layer changes."""
+    return list(_resized(layer, adapter, adapter.state_dim(layer)).values())
+
+
+def _resized(layer: nn.Module, adapter: LayerAdapter, states: int) -> LayerChange:
+    """A change of the layer's parameters to the shapes for a state dimension."""
+    return adapter.resized(layer, states)
 
 
 def _signature(optimizer: Optimizer, trained: Mapping[str, nn.Parameter]) -> list[Any]:
@@ -164,7 +172,7 @@ def _check_numbers(one: Optimizer, parameters: Mapping[str, nn.Parameter], chang
 def _first_entries(layer: nn.Module, parameters: Mapping[str, nn.Parameter]) -> LayerChange:
     """The cut that keeps the first entries of every parameter."""
     adapter = find_layers(layer)[""][1]
-    resized = adapter.resized(layer, max(1, adapter.state_dim(layer) // 2))
+    resized = _resized(layer, adapter, max(1, adapter.state_dim(layer) // 2))
     values: dict[str, Tensor] = {name: parameter.detach() for name, parameter in parameters.items()}
     parts: list[ParameterChange] = []
     for part in resized.parameters:
