@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from tests.layer_cases import LAYERS, WIDTH
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import Optimizer
@@ -21,6 +20,7 @@ from compressm.cutting.quantised_state import is_quantised, read_state, write_st
 from compressm.layers import Mamba, SequenceClassifier
 from compressm.observing.moments import gather
 from compressm.training.compressor import Compressor
+from layer_cases import LAYERS, WIDTH
 
 KEPT = ("A_log", "D", "dt_bias")  # what published checkpoints keep in float32
 
@@ -147,6 +147,12 @@ def test_float16_with_a_scaler_whose_first_step_overflows() -> None:
     assert [event.kind for event in events if event] == ["cut", "cut"]
     assert scaler.get_scale() < 2.0**24
     assert all(p.isfinite().all() and p.dtype == torch.float32 for p in model.parameters())
+
+
+def test_training_that_fails_without_cuts_is_not_refused_for_its_optimizer() -> None:
+    # Adam's second moments vanish in float16. The examination looks at what a cut adds to that.
+    layer = Mamba(4, 8).half()
+    Compressor(layer, torch.optim.AdamW(layer.parameters()), 20, states=4)
 
 
 # 8-bit state.

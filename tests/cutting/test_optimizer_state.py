@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-from tests.cutting.optimizer_zoo import ALL, OTHERS, TORCH, Make, tensors_of
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -22,6 +21,7 @@ from compressm.cutting.carry import carry_state, prepare_carry
 from compressm.errors import UnsupportedOptimizerError
 from compressm.layers import Mamba2
 from compressm.theory.recurrence import first_states
+from optimizer_zoo import ALL, OTHERS, TORCH, Make, tensors_of
 
 ROWS, COLUMNS, STEPS = 6, 4, 5
 
@@ -267,6 +267,20 @@ def test_an_average_of_one_part_alone_is_carried_as_if_the_other_s_were_its_valu
     assert im not in optimizer.state
 
 
+def test_prodigy_s_start_at_zero_which_it_stores_as_one_number() -> None:
+    history = gradients(torch.ones(ROWS), torch.ones(COLUMNS))
+    swap = torch.eye(ROWS)[torch.tensor([3, 0, 5, 2, 1, 4])]
+    parameter, optimizer = trained(ALL["Prodigy"], torch.zeros(ROWS, COLUMNS), history)
+    wanted, other = trained(ALL["Prodigy"], torch.zeros(ROWS, COLUMNS), [swap @ gradient for gradient in history])
+    assert optimizer.state[parameter]["p0"].ndim == 0
+    carried(optimizer, parameter, swap, wanted)
+    assert optimizer.state[parameter]["p0"].abs().max() < 1e-9
+    for by, p in ((optimizer, parameter), (other, wanted)):
+        p.grad = swap @ history[0]
+        by.step()
+    torch.testing.assert_close(parameter, wanted)
+
+
 def test_an_entry_of_another_shape_than_its_kind_s_is_refused() -> None:
     parameter = nn.Parameter(torch.ones(4, 2))
     optimizer = torch.optim.Adam([parameter])
@@ -274,6 +288,22 @@ def test_an_entry_of_another_shape_than_its_kind_s_is_refused() -> None:
     change = LayerChange((ParameterChange(("w",), (torch.zeros(3, 2),), 0, *(2 * [torch.eye(3, 4).double()])),), {})
     with pytest.raises(UnsupportedOptimizerError, match=r"^Adam keeps 'exp_avg' for here\.w, and how that changes"):
         prepare_carry(optimizer, {"w": parameter}, change, "transform", "here")
+
+
+@pytest.mark.parametrize("value", [0.5, [torch.zeros(4, 2)], torch.zeros(())])
+def test_an_entry_that_is_no_tensor_of_its_kind_is_refused(value: Any) -> None:
+    parameter = nn.Parameter(torch.ones(4, 2))
+    optimizer = torch.optim.Adam([parameter])
+    eye = torch.eye(3, 4).double()
+    change = LayerChange((ParameterChange(("w",), (torch.zeros(3, 2),), 0, eye, eye),), {})
+    optimizer.state[parameter] = {"step": 3, "exp_avg": value}
+    with pytest.raises(UnsupportedOptimizerError, match=r"^Adam keeps 'exp_avg' for w"):
+        prepare_carry(optimizer, {"w": parameter}, change, "transform")
+    optimizer.state[parameter] = {"step": 3, "exp_avg": torch.arange(8.0).view(4, 2), "exp_avg_sq": None}
+    prepare_carry(optimizer, {"w": parameter}, change, "transform")()
+    after = optimizer.state[parameter]
+    assert after["exp_avg_sq"] is None
+    assert torch.equal(after["exp_avg"], torch.arange(6.0).view(3, 2))
 
 
 def test_kinds_that_do_not_exist_are_refused() -> None:

@@ -21,7 +21,7 @@ from compressm.cutting.carried import prepare_carry
 from compressm.cutting.moves import Carry
 from compressm.cutting.optimizer_state import SECOND_MOMENTS, is_number, kinds_of, refuse_known, unknown_state
 from compressm.cutting.optimizers import Together, forget_sizes, members_of, refuse_sharded
-from compressm.cutting.twins import step_twin, twin, undisturbed
+from compressm.cutting.twins import state_for, step_twin, twin, undisturbed
 from compressm.errors import UnsupportedOptimizerError
 
 # Settings that do not decide what an optimizer keeps. Groups may differ in them for every layer.
@@ -68,7 +68,7 @@ def check_trained(optimizer: Optimizer | Together, layers: Mapping[str, tuple[nn
     """
     trained = {id(p) for member in members_of(optimizer) for group in member.param_groups for p in group["params"]}
     for layer_name, (layer, adapter) in layers.items():
-        for name in resized(layer, adapter, adapter.state_dim(layer)).values():
+        for name in _written(layer, adapter):
             parameter = layer.get_parameter(name)
             if parameter.requires_grad and id(parameter) not in trained:
                 full_name = f"{layer_name}.{name}".lstrip(".")
@@ -81,11 +81,14 @@ def check_trained(optimizer: Optimizer | Together, layers: Mapping[str, tuple[nn
 
 def _trained(optimizer: Optimizer, layer: nn.Module) -> dict[str, nn.Parameter]:
     """The parameters that a cut of a layer changes and this optimizer trains."""
-    adapter = find_layers(layer)[""][1]
     held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    names = resized(layer, adapter, adapter.state_dim(layer)).values()
-    found = {name: layer.get_parameter(name) for name in names}
+    found = {name: layer.get_parameter(name) for name in _written(layer, find_layers(layer)[""][1])}
     return {name: p for name, p in found.items() if p.requires_grad and id(p) in held}
+
+
+def _written(layer: nn.Module, adapter: LayerAdapter) -> list[str]:
+    """The names of the parameters that a cut of a layer changes."""
+    return list(resized(layer, adapter, adapter.state_dim(layer)).values())
 
 
 def _signature(optimizer: Optimizer, trained: Mapping[str, nn.Parameter]) -> list[Any]:
@@ -132,6 +135,8 @@ def _try_a_cut(
         else:
             _check_present(one, by_name, name)
         change = _first_entries(layer, by_name)
+        if mode != "reset":
+            _check_numbers(one, by_name, change, name)
         store = prepare_carry(one, by_name, change, mode, name)
         for key, value in change.values().items():
             by_name[key].data, by_name[key].grad = value.clone(), None
@@ -145,6 +150,18 @@ def _try_a_cut(
             f"{type(optimizer).__name__}: after a cut and a step {what} is not finite, on a copy of a layer; use AdamW "
             "for these layers"
         )
+
+
+def _check_numbers(one: Optimizer, parameters: Mapping[str, nn.Parameter], change: LayerChange, layer: str) -> None:
+    """Refuse numbers of unknown kind that follow from a parameter's shape, such as a count of its rows."""
+    for name, new in change.values().items():
+        numbers = {key: value for key, value in one.state.get(parameters[name], {}).items() if type(value) is int}
+        suspects = [key for key, value in numbers.items() if value > 1 and key not in kinds_of(one)]
+        if suspects:  # after their first step, counters are 1
+            old_state, new_state = (state_for(one, parameters[name], x) for x in (parameters[name], new))
+            for key in suspects:
+                if old_state.get(key) != new_state.get(key):
+                    raise unknown_state(one, key, f"{layer}.{name}".lstrip("."))
 
 
 def _first_entries(layer: nn.Module, parameters: Mapping[str, nn.Parameter]) -> LayerChange:

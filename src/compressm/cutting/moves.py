@@ -105,7 +105,9 @@ class PartStates:
         fresh: Callable[[int], State],
         unknown: Unknown,
     ) -> None:
-        self._part, self._states, self._kinds, self._fresh, self._unknown = part, states, kinds, fresh, unknown
+        self._part, self._kinds, self._fresh, self._unknown = part, kinds, fresh, unknown
+        self._nothing = [{key: None for key, value in state.items() if value is None} for state in states]
+        self._states = [{key: value for key, value in state.items() if value is not None} for state in states]
         self._olds = [old.detach() for old in olds]
         self._basis = Basis(part, tuple(old.shape for old in olds))
         self._kept = self._basis.kept()
@@ -122,12 +124,12 @@ class PartStates:
         Raises:
             UnsupportedOptimizerError: its kind is not known.
         """
-        if key in self._kinds:
-            return self._kinds[key] == "fresh"
+        stays = self._kinds.get(key, "fresh") == "fresh"
         for i, state in enumerate(self._states):
-            if key in state and not is_number(state[key]):
+            known = is_number(state.get(key)) if key not in self._kinds else isinstance(state.get(key, 0.0), Tensor)
+            if key in state and not (known or self._kinds.get(key) == "fresh"):
                 raise self._unknown(key, i)
-        return True
+        return stays
 
     def _after(self, key: str) -> list[Tensor]:
         """An entry after the cut, of the new parameters' shapes or those of factors."""
@@ -261,10 +263,12 @@ class PartStates:
         if any(kinds.get(key) in ("blocks", "fresh") or is_quantised(old, key) for key in old):
             fresh = dict(self._fresh(i))
             for key in moved.keys() & old.keys():
+                if key not in fresh:
+                    raise self._unknown(key, i)
                 write_state(fresh, key, moved[key].reshape(fresh[key].shape))
-            return {**fresh, **numbers}
+            return {**fresh, **numbers, **self._nothing[i]}
         plain = {key: self._like(old[key], x, i) for key, x in moved.items() if key in old}
-        return {key: plain.get(key, old[key]) for key in old}
+        return {**{key: plain.get(key, old[key]) for key in old}, **self._nothing[i]}
 
     def _like(self, old: Tensor, new: Tensor, i: int) -> Tensor:
         """The new values in the old ones' dtype, on their device, and flat or of as many axes as they were."""

@@ -7,8 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
+
+from compressm.layers import Mamba
 
 Make = Callable[[Iterable[nn.Parameter]], Optimizer]
 
@@ -67,3 +69,27 @@ def tensors_of(optimizer: Optimizer, parameter: nn.Parameter) -> dict[str, torch
         for key, value in optimizer.state[parameter].items()
         if isinstance(value, torch.Tensor) and value.ndim
     }
+
+
+class Keeps(Optimizer):
+    """Keeps for each parameter what ``make`` returns, and makes steps of gradient descent."""
+
+    def __init__(self, parameters: Iterable[nn.Parameter], lr: float = 1e-3) -> None:
+        super().__init__(parameters, {"lr": lr})
+
+    def make(self, parameter: nn.Parameter) -> dict[str, Any]:
+        return {"average": torch.zeros_like(parameter)}
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        del closure
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    if not self.state[parameter]:
+                        self.state[parameter].update(self.make(parameter))
+                    parameter.data.sub_(group["lr"] * parameter.grad)
+
+
+def layer_and_data() -> tuple[Mamba, Tensor]:
+    torch.manual_seed(0)
+    return Mamba(4, 8), torch.randn(3, 10, 4)
