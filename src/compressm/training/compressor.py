@@ -161,7 +161,7 @@ class Compressor:
         self._watch = StepWatch(self.optimizer, lambda: resized_parameters(model))
         self.clock = StepClock(self.state_dims)
         self.history: list[Event] = []
-        weakref.finalize(self, self._cutter.statistics.close)
+        weakref.finalize(self, self._cutter.statistics.close).atexit = False
         self._observe()
         self._cutter.free_sizes()
 

@@ -33,7 +33,7 @@ class StepWatch:
         self._values = self._copies()
         if hasattr(optimizer, "_optimizer_step_post_hooks"):  # absent where Optimizer.__init__ was not called
             hook = optimizer.register_step_post_hook(_Hook(self))
-            weakref.finalize(self, hook.remove)
+            weakref.finalize(self, hook.remove).atexit = False
 
     def stepped(self, skipped: bool) -> None:
         """``optimizer.step`` is over.
