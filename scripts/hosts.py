@@ -34,10 +34,11 @@ HEAD = """# Situations
 *Generated from stored results by `python scripts/hosts.py` (`make pages`). Edit that script or scripts/situations, not
 this page.*
 
-Every line was run, by `python scripts/hosts.py --measure`, with {packages}. It *works* if training went through its
-cuts and the checks of its row held: the cuts came after the right steps of the optimizer, the layers have the wanted
-states, and weights are bitwise those of an unbroken or undisturbed run, where the row has one. It is *refused* if
-compressm's own error came when the compressor was built, or where the host begins.
+Every line was run, by `python scripts/hosts.py --measure`, with
+{packages}.
+It *works* if training went through its cuts and the checks of its row held: the cuts came after the right steps of the
+optimizer, the layers have the wanted states, and weights are bitwise those of an unbroken or undisturbed run, where the
+row has one. It is *refused* if compressm's own error came when the compressor was built, or where the host begins.
 [In your training loop](hosts.md) says how each host is used.
 """
 

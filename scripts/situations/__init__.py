@@ -21,7 +21,7 @@ def all_rows() -> list[Row]:
     """The rows of all hosts, in their order."""
     for host in HOSTS:
         import_module(f"situations.{host}")
-    return list(ROWS)
+    return sorted(ROWS, key=lambda one: HOSTS.index(one.run.__module__.rpartition(".")[2]))
 
 
 __all__ = ["Row", "Trial", "all_rows", "row"]

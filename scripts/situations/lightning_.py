@@ -9,6 +9,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
+from lightning.pytorch.tuner import Tuner
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
@@ -234,3 +235,36 @@ def _(trial: Trial) -> None:
         trainer.test(module, data(1), ckpt_path="best", verbose=False)
     trial.check(any("and 4 after the last cut" in str(one.message) for one in said), "no warning")
     trial.check(set(state_dims(module).values()) == {16}, "not the best model")
+
+
+class Tuned(Module):
+    """A module whose batch size and learning rate the Tuner tries."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.batch_size, self.lr = 4, 1e-2
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        u, labels = batch(0)
+        return DataLoader(TensorDataset(u.repeat(STEPS, 1, 1), labels.repeat(STEPS)), batch_size=self.batch_size)
+
+    def val_dataloader(self) -> DataLoader[Any]:
+        return data(1)
+
+
+@row(HOST, "Tuner.lr_find before training")
+def _(trial: Trial) -> None:
+    callback, module = CompressionCallback(**SCHEDULE), Tuned()
+    trainer = host(trial, callback)
+    Tuner(trainer).lr_find(module, num_training=5, update_attr=False)
+    trainer.fit(module)
+    trial.cut(callback.compressor)
+
+
+@row(HOST, "Tuner.scale_batch_size before training")
+def _(trial: Trial) -> None:
+    callback, module = CompressionCallback(**SCHEDULE), Tuned()
+    trainer = host(trial, callback)
+    Tuner(trainer).scale_batch_size(module, max_trials=2)
+    trainer.fit(module)
+    trial.cut(callback.compressor)

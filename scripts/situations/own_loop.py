@@ -43,6 +43,22 @@ def _(trial: Trial) -> None:
     trial.loop(model, backward=backward)
 
 
+@row(HOST, "parameter groups with their own settings")
+def _(trial: Trial) -> None:
+    def optimizer(parameters: list[nn.Parameter], lr: float) -> torch.optim.Optimizer:
+        groups = [{"params": [one], "lr": lr * (1 + index % 3)} for index, one in enumerate(parameters)]
+        return torch.optim.AdamW(groups, weight_decay=0.1)
+
+    trial.loop(optimizer=optimizer)
+
+
+@row(HOST, "a layer whose parameters are frozen")
+def _(trial: Trial) -> None:
+    model = Net()
+    model.linear.requires_grad_(False)
+    trial.loop(model)
+
+
 @row(HOST, "weights in float64")
 def _(trial: Trial) -> None:
     model = Net().double()
@@ -318,6 +334,16 @@ def _(trial: Trial) -> None:
 @row(HOST, "cuts that do not fit into the training")
 def _(trial: Trial) -> None:
     trial.loop(start=STEPS - 2)
+
+
+@row(HOST, "a metric that is NaN when a cut is due (the cut is postponed)")
+def _(trial: Trial) -> None:
+    values = iter([float("nan")] + [0.5] * 10)
+    rule = {"cuts": 1, "window": 0.25, "max_drop": 0.1, "check_after": 2, "evaluate": lambda model: next(values)}
+    compressor = trial.loop(expect=False, **rule)
+    kinds = [event.kind for event in compressor.history]
+    trial.check(kinds == ["postponed", "cut", "kept"], f"{kinds}")
+    trial.cut(compressor, (4,))
 
 
 @row(HOST, "sharpness-aware minimisation, which calls first_step and second_step")

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from compressm.errors import InvalidRankRuleError
-from compressm.training.goal import Goal, towards, wanted_rule
+from compressm.training.goal import Goal, initial_dims, initial_dims_of, started_with, towards, wanted_rule
 
 
 def goal(initial: int = 64, **arguments: Any) -> Goal:
@@ -77,3 +77,20 @@ def test_a_cut_that_would_take_less_than_the_least_is_too_mild() -> None:
     assert [goal(tolerance=0.1).too_mild(2.0**-k) for k in range(6)] == [False] * 5 + [True]  # 0.05 of the states
     assert [goal().too_mild(2.0**-k) for k in range(6)] == [False] * 4 + [True] * 2  # half of them is the most
     assert not goal(tolerance=0.1, min_reduction=0.0).too_mild(1e-9)
+
+
+def test_the_first_sizes_are_read_from_a_state_of_any_version() -> None:
+    layers = [{"name": "a", "states_before": 32, "states_after": 20}]
+    cut, kept = {"kind": "cut", "layers": layers}, {"kind": "kept", "layers": []}
+    later = {"kind": "cut", "layers": [{"name": "a", "states_before": 20, "states_after": 10}]}
+    old = {"state_dims": {"a": 10, "b": 7}, "history": [kept, cut, kept, later]}
+    assert initial_dims_of(old) == {"a": 32, "b": 7}
+    assert initial_dims_of({**old, "history": []}) == {"a": 10, "b": 7}
+    assert initial_dims_of({**old, "initial_dims": {"a": 40, "b": 7}}) == {"a": 40, "b": 7}
+
+
+def test_the_first_sizes_hold_for_compressors_that_are_built_in_the_block() -> None:
+    with started_with({"a": 32}):
+        assert initial_dims({"a": 10}) == {"a": 32}
+        assert initial_dims({"b": 10}) == {"b": 10}  # another model
+    assert initial_dims({"a": 10}) == {"a": 10}

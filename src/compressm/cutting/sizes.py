@@ -19,7 +19,7 @@ def state_dims(model: nn.Module) -> dict[str, int]:
 def resized_parameters(model: nn.Module) -> list[nn.Parameter]:
     """The parameters whose shapes a cut changes."""
     layers = find_layers(model).values()
-    changed = [(layer, adapter.resized(layer, adapter.state_dim(layer)).values()) for layer, adapter in layers]
+    changed = [(layer, resized(layer, adapter, adapter.state_dim(layer)).values()) for layer, adapter in layers]
     return [layer.get_parameter(name) for layer, names in changed for name in names]
 
 

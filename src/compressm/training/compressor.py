@@ -12,7 +12,6 @@ from torch.optim import Optimizer
 
 from compressm.cutting.carry import Carry, Together, unwrap_optimizer
 from compressm.cutting.choosing import Which, choose
-from compressm.cutting.sizes import resized_parameters
 from compressm.cutting.spectrum import snapshot, snapshot_state
 from compressm.errors import CheckpointError
 from compressm.observing.loss_evidence import Gramians
@@ -185,10 +184,10 @@ class Compressor:
         goal = Goal(rule, sum(self.initial_dims.values()))
         self._policy = Policy(self._schedule, goal, self._cushion, self._cutter)
         self._steps, self._loss_scale, self._scaler = 0, loss_scale, scaler
-        self._watch = StepWatch(self.optimizer, lambda: resized_parameters(model))
+        self._watch = StepWatch(self.optimizer, self._cutter.resized_parameters)
         self.clock = StepClock(self.state_dims)
         self.history: list[Event] = []
-        weakref.finalize(self, self._cutter.observations.close)
+        weakref.finalize(self, self._cutter.observations.close).atexit = False
         self._observe()
         self._cutter.free_sizes()
 

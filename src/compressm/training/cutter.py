@@ -28,6 +28,7 @@ from compressm.cutting.carry import (
 from compressm.cutting.compression import check_rule
 from compressm.cutting.fitting import fit_any_size
 from compressm.cutting.replay import errors_on_samples
+from compressm.cutting.sizes import resized_parameters
 from compressm.cutting.spectrum import balance_layers, check_cut_by_loss
 from compressm.observing.loss_evidence import Gramians
 from compressm.observing.observer import Terms
@@ -118,6 +119,11 @@ class Cutter:
     def state_dims(self) -> dict[str, int]:
         """Present state dimension of every layer, by its name in the model."""
         return state_dims(self.model)
+
+    @_of_chosen
+    def resized_parameters(self) -> list[nn.Parameter]:
+        """The parameters whose shapes a cut changes."""
+        return resized_parameters(self.model)
 
     @property
     def unseen(self) -> bool:

@@ -36,7 +36,7 @@ class StepWatch:
         for member in members_of(optimizer):
             if hasattr(member, "_optimizer_step_post_hooks"):  # absent where Optimizer.__init__ was not called
                 hook = member.register_step_post_hook(_Hook(self))
-                weakref.finalize(self, hook.remove)
+                weakref.finalize(self, hook.remove).atexit = False
 
     def stepped(self, skipped: bool) -> None:
         """``optimizer.step`` is over.
