@@ -24,6 +24,8 @@ from transformers import (
     Mamba2ForCausalLM,
     MambaConfig,
     MambaForCausalLM,
+    RecurrentGemmaConfig,
+    RecurrentGemmaForCausalLM,
     Trainer,
     TrainingArguments,
 )
@@ -59,6 +61,14 @@ def bamba() -> Any:
     return _built(BambaForCausalLM, BambaConfig(**config, **heads, **states, mamba_proj_bias=True))
 
 
+def griffin() -> Any:
+    """A model of which a cut removes columns too."""
+    config = {**COMMON, "num_hidden_layers": 3, "intermediate_size": 24, "lru_width": 16, "attention_window_size": 8}
+    return _built(
+        RecurrentGemmaForCausalLM, RecurrentGemmaConfig(**config, num_attention_heads=2, num_key_value_heads=1)
+    )
+
+
 def _built(kind: Any, config: Any) -> Any:
     torch.manual_seed(0)
     model = kind(config)
@@ -71,6 +81,7 @@ MODELS: dict[str, tuple[Any, list[str]]] = {
     "mamba": (mamba, ["in_proj", "x_proj"]),
     "mamba2": (mamba2, ["in_proj"]),
     "hybrid": (bamba, ["in_proj", "out_proj", "q_proj"]),
+    "columns": (griffin, ["linear_x", "linear_y", "linear_out"]),
 }
 
 
@@ -166,8 +177,8 @@ def effective(model: Any, adapter: str) -> Tensor:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_the_optimizers_state_of_the_factors_is_that_of_the_gradient_of_the_smaller_weight(name: str) -> None:
-    """With one step of momentum the state is the gradient. ``dL/dB = s (dL/dW) A^T`` holds before the cut and after it,
-    with the gradient of W carried over as for a plain weight."""
+    """With one step of momentum the state is the gradient. ``dL/dB = s (dL/dW) A^T``, and ``dL/dA = s B^T (dL/dW)``,
+    hold before the cut and after it, with the gradient of W carried over as for a plain weight."""
     make, targets = MODELS[name]
     model = adapted(make(), targets)
     for one in model.parameters():
@@ -184,16 +195,17 @@ def test_the_optimizers_state_of_the_factors_is_that_of_the_gradient_of_the_smal
     states = [optimizer.state for optimizer in optimizers]
     checked = 0
     for path, module in model.named_modules():
-        if not hasattr(module, "lora_B") or not path.endswith(("mixer.in_proj", "mixer.x_proj", "mamba.in_proj")):
+        if not hasattr(module, "lora_B") or not path.endswith(("in_proj", "x_proj", "linear_x", "linear_out")):
             continue
         layer: Any = module
         weight = plain.get_parameter(f"{path.removeprefix('base_model.model.')}.weight")
-        G, A = states[1][weight]["momentum_buffer"].double(), layer.lora_A["default"].weight.detach().double()
-        B = layer.lora_B["default"].weight
-        found = states[0][B]["momentum_buffer"].double()
-        assert found.shape == B.shape
-        expected = layer.scaling["default"] * G @ A.T
-        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
+        G, scale = states[1][weight]["momentum_buffer"].double(), layer.scaling["default"]
+        A, B = (getattr(layer, f"lora_{factor}")["default"].weight for factor in "AB")
+        cut, expected = (A, scale * B.T.double() @ G) if path.endswith("out") else (B, scale * G @ A.T.double())
+        found = states[0][cut]["momentum_buffer"].double()
+        assert found.shape == cut.shape
+        tolerance = 1e-4 * float(expected.detach().abs().max())
+        torch.testing.assert_close(found, expected.detach(), rtol=1e-3, atol=tolerance)
         checked += 1
     assert checked >= 2
 
@@ -210,6 +222,22 @@ def test_the_next_step_moves_every_factor(name: str) -> None:
     compressor.optimizer.step()
     for one, value in model.named_parameters():
         assert torch.equal(value, before[one]) is not value.requires_grad
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_sizes_that_modules_store_are_those_of_their_weights_and_more_adapters_fit(name: str) -> None:
+    make, targets = MODELS[name]
+    model = adapted(make(), targets)
+    compressm.compress(model, states=CUT, data=[{"input_ids": tokens(3, 20)}])
+    model.add_adapter("later", LoraConfig(r=2, target_modules=targets))
+    model.set_adapter("later")
+    logits(model)
+    seen = 0
+    for path, module in model.named_modules():
+        if isinstance(module, nn.Linear) or hasattr(module, "lora_A"):
+            assert (module.out_features, module.in_features) == tuple(module.weight.shape), path
+            seen += hasattr(module, "lora_A")
+    assert seen > 2
 
 
 def test_observation_draws_no_random_numbers_for_dropout() -> None:
