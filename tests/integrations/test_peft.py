@@ -31,6 +31,7 @@ from transformers import (
 )
 
 import compressm
+from compressm.adapters.composed import effective_weight
 from compressm.cutting import state_dims
 from compressm.cutting.fitting import fit_any_size
 from compressm.errors import CheckpointError, UnsupportedModelError
@@ -147,32 +148,56 @@ def test_merged_adapters_can_be_unmerged_after_a_cut(name: str) -> None:
     torch.testing.assert_close(logits(model), logits(apart), rtol=0, atol=1e-5 * scale)
 
 
+X_PROJ = "base_model.model.backbone.layers.0.mixer.x_proj"
+
+
+@pytest.mark.filterwarnings("ignore:.*lora_bias=True.*")  # these cannot be merged
 def test_every_adapter_is_cut_and_each_as_if_it_were_alone() -> None:
-    model = adapted(mamba(), ["x_proj"], lora_bias=False)
-    model.add_adapter("other", LoraConfig(r=2, target_modules=["in_proj", "x_proj"]))
+    model = adapted(mamba(), ["x_proj"], lora_bias=True)
+    model.add_adapter("other", LoraConfig(r=2, target_modules=["in_proj", "x_proj"], lora_bias=True))
     with torch.no_grad():
         for name, value in model.named_parameters():
-            if "lora_B.other" in name:
+            if "lora_B" in name:
                 value.normal_(0, 0.1)
-    before = {one: effective(model, one) for one in ("default", "other")}
+    module: Any = model.get_submodule(X_PROJ)
+    base, before = module.base_layer.weight.detach().double(), {one: terms(module, one) for one in ("default", "other")}
     report = compressm.compress(model, states=CUT, data=[{"input_ids": tokens(3, 20)}])
     assert report.layers[0].states_after == CUT
-    base = model.get_submodule("base_model.model.backbone.layers.0.mixer.x_proj")
-    for one in ("default", "other"):
-        after = effective(model, one)
-        # The map of the rows, from the base alone by least squares: x_proj has more columns than rows.
-        M = torch.linalg.lstsq(before["base"].T if "base" in before else BASE.T, base.base_layer.weight.double().T)
-        torch.testing.assert_close(after, M.solution.T @ before[one], rtol=1e-4, atol=1e-5)
+    # The map of the rows, from the base alone: it has more columns than rows.
+    M = torch.linalg.lstsq(base.T, module.base_layer.weight.detach().double().T).solution.T
+    for one, (weight, bias) in before.items():
+        after = terms(module, one)
+        torch.testing.assert_close(after[0], M @ weight, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(after[1], M @ bias, rtol=1e-4, atol=1e-5)
 
 
-BASE = mamba().get_parameter("backbone.layers.0.mixer.x_proj.weight").detach().double()
+def terms(module: Any, adapter: str) -> tuple[Tensor, Tensor]:
+    """``W_0 + s B A`` and the bias of a projection, from the definition."""
+    A, B = module.lora_A[adapter].weight.double(), module.lora_B[adapter]
+    scale = module.scaling[adapter]
+    weight = module.base_layer.weight.double() + scale * B.weight.double() @ A
+    return weight.detach(), scale * B.bias.detach().double()
 
 
-def effective(model: Any, adapter: str) -> Tensor:
-    """``W_0 + s B A`` of a projection, from the definition."""
-    module: Any = model.get_submodule("base_model.model.backbone.layers.0.mixer.x_proj")
-    A, B = module.lora_A[adapter].weight.double(), module.lora_B[adapter].weight.double()
-    return (module.base_layer.weight.double() + module.scaling[adapter] * B @ A).detach()
+def test_biases_of_adapters_are_cut_with_the_biases_of_the_base() -> None:
+    model = adapted(bamba(), ["in_proj", "out_proj"], lora_bias=True)
+    merged = copy.deepcopy(model).merge_and_unload()
+    for one in (model, merged):
+        compressm.compress(one, states=CUT, data=[{"input_ids": tokens(3, 20)}])
+    torch.testing.assert_close(logits(model), logits(merged), rtol=0, atol=1e-5 * float(logits(merged).abs().max()))
+
+
+def test_the_effective_weight_is_that_of_the_definition_merged_or_not() -> None:
+    model = adapted(bamba(), ["out_proj"])
+    module: Any = next(one for name, one in model.named_modules() if name.endswith("layers.0.mamba.out_proj"))
+    A, B = module.lora_A["default"].weight, module.lora_B["default"].weight
+    base = module.base_layer.weight.detach().clone()
+    expected = (base + module.scaling["default"] * B @ A).detach()
+    torch.testing.assert_close(effective_weight(module), expected)
+    with model.disable_adapter():
+        assert torch.equal(effective_weight(module), base)
+    model.merge_adapter()
+    torch.testing.assert_close(effective_weight(module), expected)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -237,7 +262,7 @@ def test_sizes_that_modules_store_are_those_of_their_weights_and_more_adapters_f
         if isinstance(module, nn.Linear) or hasattr(module, "lora_A"):
             assert (module.out_features, module.in_features) == tuple(module.weight.shape), path
             seen += hasattr(module, "lora_A")
-    assert seen > 2
+    assert seen >= 2
 
 
 def test_observation_draws_no_random_numbers_for_dropout() -> None:
