@@ -466,6 +466,14 @@ def test_what_save_wrote_is_loaded_after_a_move_and_only_with_its_base(tmp_path:
         load(tmp_path / "moved" / "run")
 
 
+def test_a_base_that_adapters_were_split_off_is_held_too(tmp_path: Path) -> None:
+    model = get_peft_model(mamba(), LoraConfig(r=4, target_modules=["in_proj"], init_lora_weights="pissa"))
+    trained(model)
+    save(model, tmp_path)  # peft does not split it again when it loads this
+    for base in (None, mamba()):
+        torch.testing.assert_close(logits(load(tmp_path, base)), logits(model), rtol=0, atol=1e-5)
+
+
 def test_save_refuses_what_it_cannot_write(tmp_path: Path) -> None:
     base = mamba()
     with pytest.raises(UnsupportedModelError, match=r"expected a peft\.PeftModel"):
