@@ -11,7 +11,9 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 
 import compressm
+from compressm.adapters import selection_change
 from compressm.adapters.composed import composed_tensors, effective_weight
+from compressm.adapters.hf_mamba import _times
 from compressm.errors import UnsupportedModelError
 from compressm.layers import Mamba, Mamba2
 
@@ -80,3 +82,11 @@ def test_the_effective_weight_of_a_normalised_module_is_its_weight() -> None:
     expected: Tensor = module.parametrizations.weight.original1
     expected = expected / expected.norm(dim=1, keepdim=True) * module.parametrizations.weight.original0
     torch.testing.assert_close(effective_weight(module), expected)
+
+
+def test_a_change_of_one_parameter_is_made_in_another_with_the_same_axis() -> None:
+    weight, factor, kept = torch.randn(5, 3), torch.randn(2, 5), torch.tensor([3, 0])
+    change = selection_change("W", weight, 0, kept)
+    assert torch.equal(change.of("A", factor, 1).values[0], factor[:, kept])
+    assert torch.equal(_times(change, 2.0).values[0], 2 * weight[kept])
+    torch.testing.assert_close(_times(change, 2.0).of("A", factor, 1).values[0], 2 * factor[:, kept])

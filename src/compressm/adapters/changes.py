@@ -51,7 +51,10 @@ class ParameterChange:
             value: the parameter.
             axis: its axis.
         """
-        if self.kept is not None:
+        if value.is_meta:  # a placeholder, into which weights are about to be loaded
+            shape = (*value.shape[:axis], self.pullback.shape[0], *value.shape[axis + 1 :])
+            new = value.new_empty(shape)
+        elif self.kept is not None:
             new = value.detach().index_select(axis, self.kept.to(value.device))
         else:
             assert self.map is not None

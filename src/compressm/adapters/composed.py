@@ -114,7 +114,7 @@ def _lora(path: str, module: Any) -> Iterator[tuple[str, Composed]]:
     rows, columns = (_join(path, f"lora_{factor}.") for factor in "BA")
     shown = [] if module.disable_adapters else [one for one in module.active_adapters if one in adapters]
     for adapter in shown:
-        if adapter not in module.merged_adapters:
+        if adapter not in module.merged_adapters and not module.lora_B[adapter].weight.is_meta:
             weight = weight + module.get_delta_weight(adapter).detach().to(weight)
     parts: dict[str, Mapping[int, int]] = {f"{base}.weight": {0: 0, 1: 1}}
     for adapter in adapters:

@@ -12,7 +12,6 @@ from torch import nn
 
 from compressm.adapters.base import candidates
 from compressm.adapters.left_out import Choice
-from compressm.cutting.carry import paired_layers
 from compressm.errors import InvalidRankRuleError
 
 Which = str | Sequence[str] | Callable[[str, nn.Module], bool]
@@ -33,7 +32,6 @@ def choose(
     layers: Which | None = None,
     exclude: Which | None = None,
     per_layer: bool | None = None,
-    followers: Iterable[nn.Module] = (),
 ) -> Choice:
     """The choice of a model's layers.
 
@@ -43,7 +41,6 @@ def choose(
         exclude: those to leave out, of the former.
         per_layer: whether layers may differ in their state dimension though a config holds one for all; None if nothing
             is cut.
-        followers: copies of the model, in which the same layers are left out.
 
     Raises:
         InvalidRankRuleError: a pattern that names no layer; no layer is left; or layers are left out of a model whose
@@ -65,8 +62,7 @@ def choose(
             f"layers and exclude leave out {_some(torn)}, and the model's config holds one state dimension for all of "
             "its layers: pass per_layer=True too, and save with compressm.save; or leave out none"
         )
-    copies = [paired_layers(follower, model).get(name) for follower in followers for name in left]
-    return Choice((*left.values(), *(layer for layer in copies if layer is not None)))
+    return Choice(tuple(left.values()))
 
 
 def _matching(option: str, which: Which, named: dict[str, nn.Module]) -> set[str]:

@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from compressm.adapters import find_layers
-from compressm.adapters.base import resized
+from compressm.adapters.base import check_plain, resized
 from compressm.adapters.composed import is_kind
 from compressm.errors import UnsupportedModelError
 from compressm.runtime.files import replacing
@@ -57,6 +57,8 @@ def cut_tensors(model: nn.Module) -> dict[str, Tensor]:
     named = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     stored = model.state_dict(keep_vars=True)
     for name, (layer, adapter) in find_layers(model).items():
+        if not _is_cut(name, layer):
+            continue
         change = resized(layer, adapter, adapter.state_dim(layer))
         buffers = [key for key, value in change.attributes.items() if isinstance(value, Tensor)]
         for one in (*change.values(), *buffers):
@@ -66,6 +68,15 @@ def cut_tensors(model: nn.Module) -> dict[str, Tensor]:
     for full in _changed_at_the_start(model):
         found[full] = _unmerged(model, full, named[full].detach())
     return found
+
+
+def _is_cut(name: str, layer: nn.Module) -> bool:
+    """Whether a layer can be cut. One that cannot, such as a quantised one, is left out of cuts."""
+    try:
+        check_plain({name: layer})
+    except UnsupportedModelError:
+        return False
+    return True
 
 
 def _changed_at_the_start(model: nn.Module) -> list[str]:

@@ -19,7 +19,6 @@ on other data of the same kind. It is more likely too large than too small, sinc
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -38,6 +37,7 @@ from compressm.observing.inputs import calls
 from compressm.observing.layer_calls import named_arguments
 from compressm.observing.moments import Sample, modes_kept
 from compressm.observing.padding import Padding
+from compressm.runtime.copies import copied
 from compressm.runtime.processes import gathered
 
 
@@ -233,7 +233,7 @@ def _called(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
 
 def cut_copy(layer: nn.Module, change: LayerChange) -> nn.Module:
     """A copy of a layer with a change written into it, in evaluation mode."""
-    smaller = copy.deepcopy(layer).eval()
+    smaller = copied(layer).eval()
     write(smaller, change)
     tell_written(smaller)
     return smaller

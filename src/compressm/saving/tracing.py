@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 import logging
 import warnings
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 from compressm.cutting import state_dims
 from compressm.errors import ExportError, UnsupportedModelError
 from compressm.observing.inputs import calls
+from compressm.runtime.copies import copied
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ def trace(model: nn.Module, data: Any, step: bool, padded: bool) -> Traced:
     Raises:
         ExportError: the model does not offer what was asked for, or cannot be traced.
     """
-    model = copy.deepcopy(model).cpu().float().eval().requires_grad_(False)
+    model = copied(model).cpu().float().eval().requires_grad_(False)
     _check_offers(model, step, padded)
     example = _random_example(model) if data is None else example_of(model, data)
     if example.ndim < 2 or 0 in example.shape:

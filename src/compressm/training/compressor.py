@@ -168,7 +168,7 @@ class Compressor:
             max_loss=max_loss, multiple_of=multiple_of, min_reduction=min_reduction, per_layer=per_layer,
         )  # fmt: skip
         self._schedule = Schedule(total_steps, cuts, window, start, when, check_after, examined=max_drop is not None)
-        choice = choose(model, layers, exclude, per_layer, followers)
+        choice = choose(model, layers, exclude, per_layer)
         with choice.scope():
             self._cutter = Cutter(
                 model, unwrap_optimizer(optimizer), tuple(followers), rule,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from compressm.runtime.copies import copied
 from compressm.scans import native
 
 # An exponential counts as one operation, a complex multiplication and addition as eight.
@@ -41,9 +41,9 @@ def step_cost(model: nn.Module, loss: Callable[[nn.Module], Tensor]) -> StepCost
         model: any model.
         loss: ``loss(model)`` returns a scalar to be differentiated.
     """
-    copied = copy.deepcopy(model)
+    own = copied(model)
     kept: dict[tuple[int, int], int] = {}
-    parameters = {parameter.untyped_storage().data_ptr() for parameter in copied.parameters()}
+    parameters = {parameter.untyped_storage().data_ptr() for parameter in own.parameters()}
 
     def keep(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
@@ -57,11 +57,11 @@ def step_cost(model: nn.Module, loss: Callable[[nn.Module], Tensor]) -> StepCost
         if name in _KERNELS:
             compiled.append(_KERNELS[name](arguments))
 
-    devices = sorted({parameter.device.index for parameter in copied.parameters() if parameter.is_cuda})
+    devices = sorted({parameter.device.index for parameter in own.parameters() if parameter.is_cuda})
     counter = FlopCounterMode(display=False, custom_mapping=_formulas())
     with torch.random.fork_rng(devices=devices), native.watched(watch), counter:
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            value = loss(copied)
+            value = loss(own)
         value.backward()
     return StepCost(counter.get_total_flops() + sum(compiled), sum(kept.values()))
 
