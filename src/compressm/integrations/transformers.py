@@ -9,7 +9,7 @@ from typing import Any, cast
 from torch import nn
 
 from compressm.cutting.fitting import fit_any_size
-from compressm.cutting.metrics import as_metric
+from compressm.cutting.metrics import Better, as_metric
 from compressm.errors import EvaluationError, InvalidRankRuleError, MissingExtraError, UnsupportedModelError
 from compressm.saving.checkpoint import load_tree, save_tree
 from compressm.training.compressor import Compressor
@@ -23,7 +23,7 @@ except ImportError as error:
 log = logging.getLogger(__name__)
 _RECORD = "compressm"
 # The parts of the compressor's state that are tensors. The Trainer's own state is JSON, so they are saved beside it.
-_TENSORS = ("observed", "probe", "moments", "samples")
+_TENSORS = ("observed", "probe", "moments", "samples", "looks", "after")
 
 
 class CompressionCallback(TrainerCallback):
@@ -38,8 +38,10 @@ class CompressionCallback(TrainerCallback):
     each cut.
 
     With ``max_drop`` and no ``evaluate`` the metric is the Trainer's own: ``metric_for_best_model`` on the
-    ``eval_dataset`` (the loss by default), negated if smaller is better. A roll-back restores the weights. It does not
-    reset the Trainer's count of steps, since the data of these steps have been read; see ``rewind`` in `Compressor`.
+    ``eval_dataset``, the loss by default. Whether a larger one is better follows ``greater_is_better``. ``evaluate``
+    may also be the name of another metric of the Trainer's evaluation; a smaller one is better if its name ends with
+    ``loss`` or if ``mode="min"`` says so. A roll-back restores the weights. It does not reset the Trainer's count of
+    steps, since the data of these steps have been read; see ``rewind`` in `Compressor`.
 
     Args:
         trainer: the Trainer that the callback is added to.
@@ -67,9 +69,11 @@ class CompressionCallback(TrainerCallback):
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         arguments: dict[str, Any] = {"rewind": False, **self._arguments}
-        if arguments.get("max_drop") is not None and arguments.get("evaluate") is None:
-            self._check_metric()
-            arguments["evaluate"] = self._evaluate
+        evaluate = arguments.get("evaluate")
+        if isinstance(evaluate, str) or (evaluate is None and arguments.get("max_drop") is not None):
+            name = self._metric_name(evaluate)
+            self._check_metric(name)
+            arguments = {"mode": self._mode(name), **arguments, "evaluate": lambda _: self._evaluate(name)}
         self.compressor = Compressor(self._model, self.trainer.optimizer, state.max_steps, **arguments)
         if _RECORD in _records(state):
             self._resume(args, state)
@@ -98,7 +102,9 @@ class CompressionCallback(TrainerCallback):
 
     def _resume(self, args: TrainingArguments, state: TrainerState) -> None:
         assert self.compressor is not None
-        nothing: dict[str, Any] = {"observed": None, "probe": {}, "moments": {}, "samples": {}}
+        nothing: dict[str, Any] = {
+            "observed": None, "probe": {}, "moments": {}, "samples": {}, "looks": [], "after": [],
+        }  # fmt: skip
         record = {**nothing, **_records(state)[_RECORD]}
         folder = _checkpoint(args, state) / _RECORD
         if folder.is_dir():
@@ -111,9 +117,8 @@ class CompressionCallback(TrainerCallback):
         if metrics := event.metrics():
             self.trainer.log(metrics)
 
-    def _check_metric(self) -> None:
+    def _check_metric(self, name: str) -> None:
         """Refuse, before training, a metric that the evaluation does not return."""
-        name = self._metric_name()
         if self.trainer.eval_dataset is None:
             raise InvalidRankRuleError(
                 "max_drop needs a metric: give the Trainer an eval_dataset, or CompressionCallback evaluate="
@@ -127,20 +132,26 @@ class CompressionCallback(TrainerCallback):
         if name != "eval_loss" and self.trainer.compute_metrics is None:
             raise InvalidRankRuleError(
                 f"metric_for_best_model={self.trainer.args.metric_for_best_model!r}: the Trainer has no "
-                "compute_metrics that returns it; pass one, or leave the loss as the metric"
+                f"compute_metrics that returns {name!r}; pass one, or leave the loss as the metric"
             )
 
-    def _metric_name(self) -> str:
-        name = self.trainer.args.metric_for_best_model or "loss"
+    def _metric_name(self, asked: str | None) -> str:
+        name = asked or self.trainer.args.metric_for_best_model or "loss"
         return name if name.startswith("eval_") else f"eval_{name}"
 
-    def _evaluate(self, model: nn.Module) -> float:
-        """The Trainer's metric for the best model, negated if smaller is better. No callbacks are called.
+    def _mode(self, name: str) -> Better:
+        """Whether a larger value of this metric is better; losses are better if smaller."""
+        best, larger = self.trainer.args.metric_for_best_model, self.trainer.args.greater_is_better
+        if larger is None or (best is not None and name != self._metric_name(None)):
+            larger = not name.endswith("loss")
+        return "max" if larger else "min"
+
+    def _evaluate(self, name: str) -> float:
+        """A metric of the Trainer's evaluation. No callbacks are called.
 
         Raises:
             EvaluationError: the evaluation does not return this metric.
         """
-        args, name = self.trainer.args, self._metric_name()
         output = self.trainer.evaluation_loop(self.trainer.get_eval_dataloader(), description="Cut")
         metrics = output.metrics or {}
         if name not in metrics:
@@ -148,8 +159,7 @@ class CompressionCallback(TrainerCallback):
                 f"the Trainer's evaluation has no {name!r} (metric_for_best_model), only {', '.join(sorted(metrics))}: "
                 "let compute_metrics return it, or see that the model returns a loss for the eval_dataset"
             )
-        larger_is_better = not name.endswith("loss") if args.greater_is_better is None else args.greater_is_better
-        return as_metric(metrics[name]) * (1 if larger_is_better else -1)
+        return as_metric(metrics[name])
 
 
 def _records(state: TrainerState) -> dict[str, Any]:
