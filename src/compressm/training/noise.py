@@ -10,8 +10,9 @@ the mean time h after the cut of m later evaluations,
     loss = reference - mean of the m evaluations
     error² = s² (1 / k + 1 / m + (c + θ h - mean t)² / S_tt) + (δ b h)² + ((b' - b) h / 2)² + var(d) / N
 
-The slope b' of three evaluations after the cut says how far the trend has turned. The last term is there if `evaluate` returns one score per example: d are the N differences, example by example, between
-the mean scores before and after the cut. It is the error that a finite validation set makes, judged in pairs.
+The slope b' of three evaluations after the cut says how far the trend has turned. The last term is there if `evaluate`
+returns one score per example: d are the N differences, example by example, between the mean scores before and after the
+cut. It is the error that a finite validation set makes, judged in pairs.
 
 The factor 2, θ and δ were chosen so that errors on trainings without cuts have the size that is stated
 (`benchmarks/cushion.py`). Confidence follows Student's distribution with the residuals' degrees of freedom.
