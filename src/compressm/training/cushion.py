@@ -233,7 +233,7 @@ class Cushion:
         self.looks, self.after = ([Look.from_dict(one) for one in state.get(key) or ()] for key in ("looks", "after"))
         if self.observed is not None and "reference" in self.observed:  # an earlier version's reference, a number
             self.looks = [Look(int(self.observed["step"]), self.metric(float(self.observed["reference"])))]
-        more = state.get("cushion") or {"drop": None, "warned": False, "costs": []}
+        more: Mapping[str, Any] = state.get("cushion") or {"drop": None, "warned": False, "costs": []}
         self.drop, self.warned = math.inf if more["drop"] is None else float(more["drop"]), bool(more["warned"])
         self.costs = [(loss, error) for loss, error in more["costs"]]
 
