@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -14,10 +15,11 @@ import torch
 from torch import nn
 
 from compressm.cutting import compress
-from compressm.cutting.metrics import MetricWarning, as_metric, measure
+from compressm.cutting.metrics import MetricWarning, as_metric, measure, measured
 from compressm.errors import EvaluationError
 from compressm.layers import LRU
 from compressm.training.compressor import Compressor
+from compressm.training.cushion import CushionWarning
 from compressm.training.history import Event
 
 
@@ -27,7 +29,10 @@ def raises(_: nn.Module) -> float:
 
 BAD: dict[str, tuple[Callable[[nn.Module], Any], str]] = {
     "None": (lambda _: None, r"evaluate returned None \(NoneType\); expected one real number.*returns its metric"),
-    "a pair": (lambda _: (0.5, 3), r"evaluate returned \(0.5, 3\) \(tuple\); expected one real number"),
+    "a pair": (
+        lambda _: (0.5, 3),
+        r"evaluate returned \(0.5, 3\) \(tuple\); expected one real number, or one score per",
+    ),
     "a list": (lambda _: [0.5], r"evaluate returned \[0.5\] \(list\); expected one real number"),
     "a string": (lambda _: "0.9", r"evaluate returned '0.9' \(str\); expected one real number"),
     "a dict": (lambda _: {"a": 1}, r"evaluate returned \{'a': 1\} \(dict\); expected one real number"),
@@ -35,6 +40,10 @@ BAD: dict[str, tuple[Callable[[nn.Module], Any], str]] = {
     "a tensor": (lambda _: torch.ones(3), r"evaluate returned .* \(Tensor of shape \(3,\)\); .*their mean"),
     "an array": (lambda _: np.ones((2, 2)), r"evaluate returned .* \(ndarray of shape \(2, 2\)\); .*their mean"),
     "nothing in a tensor": (lambda _: torch.ones(0), r"\(Tensor of shape \(0,\)\)"),
+    "too few scores": (
+        lambda _: torch.ones(9),
+        r"\(Tensor of shape \(9,\)\); .*a score for each of 10 examples or more",
+    ),
     "an error": (raises, r"^evaluate raised ZeroDivisionError: division by zero in my code; expected one real number"),
 }
 GOOD = (0.75, 3, torch.tensor(0.75), torch.tensor([[0.75]]), np.float32(0.75), np.array(0.75), np.array([2]))
@@ -80,21 +89,15 @@ def given(*values: Any) -> Callable[[nn.Module], Any]:
     return evaluate
 
 
+# The cut comes after step 10. The metric is evaluated after steps 7, 8 and 9, before and after the cut, and at step 13.
+AT_THE_CUT, AFTER_THE_CUT, EXAMINED = 3, 4, 5
+
+
 @pytest.mark.parametrize("name", BAD)
 def test_what_is_no_metric_is_named_and_the_cut_is_not_lost(name: str) -> None:
     bad, words = BAD[name]
-    loop = Loop(given(0.9, bad, 0.85) if name != "None" else given(bad, 0.9, bad, 0.85))
-    assert loop.run(9) == []
-    if name == "None":
-        before = loop.everything()[: len(loop.layer.state_dict())]
-        with pytest.raises(EvaluationError, match=words) as caught:  # before the cut
-            loop.step()
-        assert "\n" not in str(caught.value)
-        assert [value.shape for value in before] == [value.shape for value in loop.layer.state_dict().values()]
-        assert not loop.compressor.observing
-        assert not loop.compressor.done
-    assert loop.run(1) == ["cut"]
-    loop.run(2)
+    loop = Loop(given(*[0.9] * EXAMINED, bad, 0.85))
+    assert loop.run(12) == ["cut"]
     with pytest.raises(EvaluationError, match=words) as caught:  # at its examination
         loop.step()
     assert "\n" not in str(caught.value)
@@ -103,26 +106,77 @@ def test_what_is_no_metric_is_named_and_the_cut_is_not_lost(name: str) -> None:
     assert loop.layer.d_state == 8
 
 
+@pytest.mark.parametrize("place", [0, AT_THE_CUT, AFTER_THE_CUT])
+def test_an_error_before_or_right_after_a_cut_changes_nothing_and_the_cut_is_due_again(place: int) -> None:
+    loop = Loop(given(*[0.9] * place, raises, *[0.9] * 5, 0.85))
+    loop.run(6 if place == 0 else 9)
+    with pytest.raises(EvaluationError, match="ZeroDivisionError"):
+        loop.step()
+    assert [value.shape for value in loop.layer.state_dict().values()] == [
+        value.shape for value in LRU(3, 16).state_dict().values()
+    ]
+    assert not loop.compressor.observing
+    assert not loop.compressor.done
+    assert loop.run(7) == ["cut", "kept"]
+    assert loop.layer.d_state == 8
+
+
+def test_an_error_right_after_a_cut_undoes_it_bit_for_bit() -> None:
+    failing = Loop(given(*[0.9] * AFTER_THE_CUT, raises))
+    failing.run(9)
+    with pytest.raises(EvaluationError):
+        failing.step()
+    plain = Loop(lambda _: 0.9, states=16)  # the same steps, and nothing to cut
+    plain.run(10)
+    assert all(torch.equal(a, b) for a, b in zip(failing.everything(), plain.everything(), strict=True))
+
+
+def test_scores_of_other_examples_are_refused() -> None:
+    loop = Loop(given([0.9] * 20, [0.9] * 21))
+    loop.run(7)
+    with pytest.raises(
+        EvaluationError, match="returned 21 scores and before that 20 scores; expected the same examples"
+    ):
+        loop.step()
+    loop = Loop(given([0.9] * 20, 0.9))
+    loop.run(7)
+    with pytest.raises(EvaluationError, match="returned one number and before that 20 scores"):
+        loop.step()
+
+
+@pytest.mark.parametrize("kind", [list, np.array, torch.tensor])
+def test_one_score_per_example_is_a_metric_and_their_mean_counts(kind: Callable[..., Any]) -> None:
+    values = [True, False] * 6 + [1, 0, 0]
+    value, scores = measured(LRU(3, 16), lambda _: kind(values))
+    assert value == 7 / 15
+    assert scores is not None
+    assert scores.tolist() == [float(one) for one in values]
+    assert measure(LRU(3, 16), lambda _: kind(values)) == 7 / 15
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_a_metric_that_is_not_finite_never_becomes_the_reference(value: float) -> None:
-    loop = Loop(given(value, 0.9, 0.85))
+    loop = Loop(given(*[0.9] * AT_THE_CUT, value, 0.9, 0.9, 0.85))
     loop.run(9)
     with pytest.warns(MetricWarning, match=r"evaluate returned (nan|-?inf) at step 10, before a cut.*again at step 11"):
         event = loop.step()
     assert event is not None
     assert event.kind == "postponed"
     assert str(event) == f"step 10: no cut, since the metric is {value}"
-    assert loop.run(30) == ["cut", "kept"]
+    assert loop.run(15) == ["cut", "kept"]
     assert loop.compressor.history[-1].reference == 0.9
     assert loop.layer.d_state == 8
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_a_cut_after_which_the_metric_is_not_finite_is_undone(value: float) -> None:
-    loop = Loop(given(0.9, value, 0.9, 0.85, 0.84), on_setback="halve")
+    loop = Loop(given(*[0.9] * EXAMINED, value), on_setback="halve")
     assert loop.run(12) == ["cut"]
-    with pytest.warns(MetricWarning, match=r"evaluate returned (nan|-?inf) at step 13, after a cut, .* undone"):
+    with pytest.warns() as caught:
         event = loop.step()
+    assert [one.category for one in caught] == [MetricWarning, CushionWarning]
+    assert re.match(r"evaluate returned (nan|-?inf) at step 13, after a cut, .* undone", str(caught[0].message))
+    assert str(caught[1].message) == "step 13: no more cuts will be tried: the cut that was undone was the last one"
     assert event is not None
     assert event.kind == "rolled_back"
     assert loop.layer.d_state == 16
@@ -134,13 +188,17 @@ def test_a_metric_that_stays_bad_is_told_and_nothing_is_cut() -> None:
         kinds = loop.run(40)
     assert set(kinds) == {"postponed"}
     assert "no more cuts are made" in str(caught[-1].message)
+    assert str(loop.compressor.history[-1]).endswith(
+        "no more cuts will be tried: too few steps are left to examine one"
+    )
     assert len(caught) == len(kinds) <= 30
     assert loop.compressor.done
     assert loop.layer.d_state == 16
 
 
 def test_a_postponed_cut_is_resumed_where_it_was() -> None:
-    first, second = (Loop(given(*values), steps=400) for values in ((math.nan,), (0.9, 0.9)))
+    # The cut is due after step 100, and the metric is evaluated after steps 97, 98 and 99.
+    first, second = Loop(given(0.9, 0.9, 0.9, math.nan), steps=400), Loop(lambda _: 0.9, steps=400)
     with pytest.warns(MetricWarning):
         assert first.run(100) == ["postponed"]
     second.compressor.load_state_dict(json.loads(json.dumps(first.compressor.state_dict())))

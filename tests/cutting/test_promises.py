@@ -144,7 +144,7 @@ def test_an_error_asked_for_of_a_selective_layer_is_that_of_the_made_cut() -> No
         ((path, (_, adapter)),) = find_layers(layer).items()
         balancing: Any = balance_layers(layer, moments=gather(layer, [u]))[path]
         allowed = 0.4 * float(balancing.hsv.sum(-1).max())
-        r = compressm.compress(copy.deepcopy(layer), max_error=allowed, data=[u]).state_dims[path]
+        r = compressm.compress(copy.deepcopy(layer), max_error=allowed, max_reduction=1.0, data=[u]).state_dims[path]
         into, out, rotates = adapter.maps(layer)  # type: ignore[union-attr]
         now, fewer = (reduce_selective(balancing, k, into, out, rotates=rotates).discarded for k in (r, r - 1))
         assert 2 * float(now.max()) <= allowed < 2 * float(fewer.max())  # type: ignore[union-attr]

@@ -23,7 +23,7 @@ from helpers import newest_checkpoint
 # 53 batches an epoch. Four cuts; each is examined, and as nothing may be lost some are rolled back.
 SETTINGS: dict[str, Any] = {
     "data": {"name": "digits", "validation": 0.25},
-    "model": {"d_model": 6, "d_state": 24},
+    "model": {"d_model": 6, "d_state": 24, "r_min": 0.9, "max_phase": 0.6},
     "optimizer": {"lr": 0.03, "ssm_lr_factor": 0.5, "max_grad_norm": 1.0},
     "schedule": {"name": "cosine"},
     "compression": {"states": 2, "cuts": 4, "start": 20, "window": 0.6, "max_drop": 0.0, "check_after": 7},

@@ -24,6 +24,9 @@ from compressm.runtime.random_state import rng_state, set_rng_state
 from compressm.saving.checkpoint import load_tree, save_tree
 from compressm.training.compressor import Compressor
 
+# Accuracies of so few digits cannot resolve a max_drop of 0, and setbacks end the cutting.
+pytestmark = pytest.mark.filterwarnings("ignore::compressm.training.cushion.CushionWarning")
+
 LAYERS = ("lru", "mamba")
 STEPS = 45
 
@@ -43,8 +46,9 @@ class Training:
         self.random = rng_state()
 
     def metric(self, model: torch.nn.Module) -> float:
-        """As good as a coin's toss, but of the weights alone: some cuts are kept, and some undone."""
-        return float(model.get_parameter("encoder.weight").detach().double().sum() * 1e4 % 1)
+        """Of the weights and sizes alone: cuts to an odd number of states do harm, and others do not."""
+        harm = next(iter(self.compressor.state_dims.values())) % 2
+        return 0.5 - 0.4 * harm + 1e-3 * float(model.get_parameter("encoder.weight").detach().double().sum() * 1e4 % 1)
 
     def step(self) -> str:
         set_rng_state(self.random)

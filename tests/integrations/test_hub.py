@@ -14,6 +14,9 @@ import compressm
 from compressm.layers import LRU, SequenceClassifier
 from compressm.saving.card import model_card
 
+# Accuracies of so few digits cannot resolve a max_drop of 0, and setbacks end the cutting.
+pytestmark = pytest.mark.filterwarnings("ignore::compressm.training.cushion.CushionWarning")
+
 hub = pytest.importorskip("huggingface_hub")
 
 

@@ -192,7 +192,11 @@ def test_a_harmful_cut_is_undone(tmp_path: Path) -> None:
     model = Classifier()
     trainer = make_trainer(tmp_path, callback, enable_checkpointing=False)
     trainer.fit(model, data())
-    assert [(event.kind, event.step) for event in callback.compressor.history] == [("cut", 12), ("rolled_back", 15)]
+    assert [(event.kind, event.step) for event in callback.compressor.history] == [
+        ("cut", 12),
+        ("rolled_back", 15),
+        ("stopped", 15),
+    ]
     assert trainer.global_step == STEPS
     assert dims(model) == 16
     assert trainer.optimizers[0].param_groups[0]["lr"] == trainer.lr_scheduler_configs[0].scheduler.get_last_lr()[0]
@@ -209,7 +213,7 @@ def test_a_cut_under_observation_is_resumed(tmp_path: Path) -> None:
     shutil.move(tmp_path / "a" / "step=14.ckpt", tmp_path / "elsewhere.ckpt")
     trainer = make_trainer(tmp_path, again, enable_checkpointing=False)
     trainer.fit(model, data(), ckpt_path=tmp_path / "elsewhere.ckpt")
-    assert [event.kind for event in again.compressor.history] == ["cut", "rolled_back"]
+    assert [event.kind for event in again.compressor.history] == ["cut", "rolled_back", "stopped"]
     assert dims(model) == 16
 
 

@@ -195,10 +195,25 @@ def test_a_harmful_cut_is_undone_by_the_trainers_own_metric(tmp_path: Path) -> N
     trainer.add_callback(Watch())
     trainer.train()
     kinds = [(event.kind, event.step) for event in callback.compressor.history]
-    assert kinds == [("cut", 12), ("rolled_back", 15)]
+    assert kinds == [("cut", 12), ("rolled_back", 15), ("stopped", 15)]
     assert trainer.state.global_step == STEPS
     assert dims(trainer.model) == 16
     assert sorted(rates[4:], reverse=True) == rates[4:]  # the scheduler was not turned back
+
+
+def test_another_metric_of_the_trainer_is_named(tmp_path: Path) -> None:
+    def score(_: Any) -> dict[str, float]:
+        harmed = float(dims(trainer.model) < 16)
+        return {"score": 1.0 - harmed, "my_loss": harmed}
+
+    for name, mode, metric in (("score", "max", 0.0), ("eval_my_loss", "min", 1.0)):
+        trainer = make_trainer(tmp_path / name)
+        trainer.compute_metrics = score
+        callback = compressing(trainer, states=8, max_drop=0.1, cuts=1, check_after=3, on_setback="stop", evaluate=name)
+        trainer.train()
+        assert callback.compressor.mode == mode
+        undone = next(event for event in callback.compressor.history if event.kind == "rolled_back")
+        assert (undone.metric, undone.loss) == (metric, 1.0)
 
 
 @pytest.mark.parametrize("moved", [False, True])
@@ -225,7 +240,7 @@ def test_a_cut_under_observation_is_resumed(tmp_path: Path, moved: bool) -> None
     again = make_trainer(tmp_path / "a")
     callback = harmed(again)
     again.train(resume_from_checkpoint=str(folder))
-    assert [event.kind for event in callback.compressor.history] == ["cut", "rolled_back"]
+    assert [event.kind for event in callback.compressor.history] == ["cut", "rolled_back", "stopped"]
     assert dims(again.model) == 16
 
 
@@ -360,9 +375,9 @@ def test_a_metric_that_no_evaluation_has_is_refused(tmp_path: Path) -> None:
 
 def test_a_metric_of_the_trainer_that_is_not_finite_makes_no_cut(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path, metric_for_best_model="score")
-    values = iter([float("nan")] + [0.5] * 20)
+    values = iter([0.5] * 3 + [float("nan")] + [0.5] * 20)  # three times before the cut is due
     trainer.compute_metrics = lambda prediction: {"score": next(values)}
     callback = compressing(trainer, states=8, max_drop=0.1, cuts=1, check_after=2)
     with pytest.warns(MetricWarning, match="evaluate returned nan at step 12, before a cut"):
         trainer.train()
-    assert [event.kind for event in callback.compressor.history] == ["postponed", "cut", "kept"]
+    assert [event.kind for event in callback.compressor.history] == ["postponed", "cut", "kept", "ended"]

@@ -87,7 +87,7 @@ def test_compression_section_is_the_compressors_arguments() -> None:
     theirs = {
         name: argument.default
         for name, argument in arguments.items()
-        if name not in ("self", "model", "optimizer", "total_steps", "evaluate", "scheduler", "scaler")
+        if name not in ("self", "model", "optimizer", "total_steps", "evaluate", "mode", "scheduler", "scaler")
         and name not in ("followers", "rewind")  # for loops of other kinds
     }
     assert ours == theirs

@@ -20,7 +20,10 @@ def test_without_a_rule_a_cut_is_cautious() -> None:
     assert (rule.tolerance, rule.max_reduction) == (0.02, 0.5)
     for name, value in {"tolerance": 0.1, "states": 4, "fraction": 0.5, "max_error": 1.0, "total_states": 9}.items():
         rule = wanted_rule(**{name: value}, min_reduction=0.2, per_layer=True)
-        assert (getattr(rule, name), rule.max_reduction, rule.min_reduction, rule.per_layer) == (value, 1.0, 0.2, True)
+        assert (getattr(rule, name), rule.min_reduction, rule.per_layer) == (value, 0.2, True)
+        # A rule about quality leaves half of the states to the cuts that follow; one about size says where to end.
+        assert rule.max_reduction == (0.5 if name in ("tolerance", "max_error") else 1.0)
+        assert wanted_rule(**{name: value}, max_reduction=0.7).max_reduction == 0.7
     with pytest.raises(InvalidRankRuleError, match="exactly one"):
         wanted_rule(states=4, fraction=0.5)
 
@@ -29,9 +32,9 @@ def test_promises_are_the_same_at_every_cut_and_half_as_much_after_a_setback() -
     for left in (4, 1):
         assert goal(tolerance=0.2).rule_now([32, 32], left) == goal(tolerance=0.2).rule
         milder = goal(tolerance=0.2).rule_now([32, 32], left, 0.25)
-        assert (milder.tolerance, milder.max_reduction) == (0.05, 0.25)
+        assert (milder.tolerance, milder.max_reduction) == (0.05, 0.125)
         milder = goal(max_error=3.0).rule_now([32], left, 0.5)
-        assert (milder.max_error, milder.max_reduction) == (1.5, 0.5)
+        assert (milder.max_error, milder.max_reduction) == (1.5, 0.25)
     assert goal().rule_now([32], 1, 0.5).max_reduction == 0.25
 
 
@@ -74,8 +77,10 @@ def test_half_of_the_way_is_the_geometric_middle() -> None:
 
 
 def test_a_cut_that_would_take_less_than_the_least_is_too_mild() -> None:
-    assert [goal(tolerance=0.1).too_mild(2.0**-k) for k in range(6)] == [False] * 5 + [True]  # 0.05 of the states
-    assert [goal().too_mild(2.0**-k) for k in range(6)] == [False] * 4 + [True] * 2  # half of them is the most
+    whole = goal(tolerance=0.1, max_reduction=1.0)
+    assert [whole.too_mild(2.0**-k) for k in range(6)] == [False] * 5 + [True]  # 0.05 of the states
+    for half in (goal(), goal(tolerance=0.1)):  # half of them is the most
+        assert [half.too_mild(2.0**-k) for k in range(6)] == [False] * 4 + [True] * 2
     assert not goal(tolerance=0.1, min_reduction=0.0).too_mild(1e-9)
 
 

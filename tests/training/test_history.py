@@ -9,10 +9,23 @@ from typing import Any
 import pytest
 
 from compressm.errors import CheckpointError
-from compressm.training.history import Cut, Event, Kept, Postponed, Recompiled, RolledBack, Unchanged
+from compressm.training.history import (
+    Cut,
+    Ended,
+    Event,
+    Kept,
+    Postponed,
+    Recompiled,
+    RolledBack,
+    Stopped,
+    Unchanged,
+    Watched,
+)
 
 RESULTS = Path(__file__).parents[2] / "results"
 KEYS = ["kind", "step", "seconds", "layers", "metric", "reference", "restored_step", "graphs"]
+LATER = {"loss": None, "error": None, "predicted_loss": None, "promised": None, "reason": ""}  # keys of later versions
+KEYS += LATER
 LAYER: dict[str, Any] = {
     "name": "blocks.0.ssm", "states_before": 8, "states_after": 5, "outcome": "cut", "energy_kept": 0.99,
     "error_on_data": 0.01,
@@ -32,10 +45,35 @@ LINES: list[tuple[Event, str, dict[str, float]]] = [
             "compressm/cut_seconds": 0.5,
         },
     ),
+    (
+        Cut(10, 0.5, (LAYER,), 0.9, 0.85, 0.0123),
+        "step 10: cut, states 8 → 5, metric 0.9 → 0.85, predicted rise of the loss 0.012 nats",
+        {
+            "compressm/states/blocks.0.ssm": 5.0,
+            "compressm/energy_kept/blocks.0.ssm": 0.99,
+            "compressm/error_on_data/blocks.0.ssm": 0.01,
+            "compressm/cut_seconds": 0.5,
+            "compressm/metric_change": 0.85 - 0.9,
+            "compressm/predicted_loss": 0.0123,
+        },
+    ),
+    (
+        Watched(15, metric=0.89, reference=0.9, loss=0.01, error=0.0123),
+        "step 15: cut watched on, metric 0.89 against 0.9, loss 0.01 ± 0.01",
+        {},
+    ),
+    (Kept(15, 0.0, 0.91, 0.9, -0.01), "step 15: cut kept, metric 0.91 against 0.9, loss -0.01", {}),
+    (Stopped(15, reason="it is late"), "step 15: no more cuts will be tried: it is late", {}),
+    (
+        Ended(99, 0.0, 0.91, 0.002, 0.001, 0.004),
+        "step 99: end, metric 0.91; the kept cuts cost 0.002 ± 0.001 when they were examined, 0.004 was allowed; where "
+        "the training would be without cuts is not known, since none ran beside it",
+        {},
+    ),
     (Unchanged(20, 0.25, (KEPT,)), "step 20: nothing to cut", {"compressm/states/blocks.0.ssm": 8.0}),
     (Kept(15, metric=0.91, reference=0.9), "step 15: cut kept, metric 0.91 against 0.9", {}),
     (
-        RolledBack(15, 0.125, 0.5, 0.9, restored_step=10),
+        RolledBack(15, 0.125, 0.5, 0.9, restored_step=10),  # as earlier versions stored it, without the loss
         "step 15: cut undone, back to step 10, metric 0.5 against 0.9",
         {"compressm/cut_seconds": 0.125},
     ),
@@ -76,7 +114,7 @@ def test_stored_histories_are_read_and_written_as_they_are(path: str) -> None:
     for stored in history:
         event = Event.from_dict(stored)
         assert (event.kind, event.step, list(event.layers)) == (stored["kind"], stored["step"], stored["layers"])
-        assert event.to_dict() == {"graphs": 0, **stored}  # the oldest have no graphs
+        assert event.to_dict() == {"graphs": 0, **LATER, **stored}  # the oldest have no graphs
 
 
 def test_the_oldest_and_the_newest_form() -> None:
@@ -84,8 +122,10 @@ def test_the_oldest_and_the_newest_form() -> None:
     assert Event.from_dict(first) == Cut(4, layers=({"name": "a", "states_before": 4, "states_after": 2},))
     undone = {"kind": "rolled_back", "step": 6, "seconds": 1.0, "layers": [], "metric": None, "reference": 0.9,
               "restored_step": 4}  # fmt: skip  # the metric was NaN, which JSON does not have
-    assert Event.from_dict(undone) == RolledBack(6, 1.0, None, 0.9, 4)
+    assert Event.from_dict(undone) == RolledBack(6, 1.0, None, 0.9, restored_step=4)
     assert str(Event.from_dict(undone)) == "step 6: cut undone, back to step 4, "
     assert Event.from_dict({**undone, "told_by_a_later_version": 1}) == Event.from_dict(undone)
-    with pytest.raises(CheckpointError, match=r"kind 'grown'; this version knows cut, unchanged, kept, rolled_back"):
+    with pytest.raises(
+        CheckpointError, match=r"kind 'grown'; this version knows cut, unchanged, watched, kept, rolled_back"
+    ):
         Event.from_dict({"kind": "grown", "step": 1, "layers": []})

@@ -15,6 +15,9 @@ from compressm.layers import SequenceClassifier, parameter_groups
 from compressm.training.compressor import Compressor
 from compressm.training.history import Event
 
+# Accuracies of so few digits cannot resolve a max_drop of 0, and setbacks end the cutting.
+pytestmark = pytest.mark.filterwarnings("ignore::compressm.training.cushion.CushionWarning")
+
 
 def model(fade: float) -> SequenceClassifier:
     torch.manual_seed(0)
@@ -28,7 +31,7 @@ def model(fade: float) -> SequenceClassifier:
 
 def cut_undo_and_cut(net: SequenceClassifier, **rule: Any) -> list[Event]:
     """A cut, its roll-back, and the cut that follows; the weights stand still."""
-    metrics = iter([0.9, 0.1, 0.9, 0.9, 0.9])
+    metrics = iter([0.9] * 4 + [0.1, 0.1] + [0.9] * 20)  # bad right after the first cut and at its examination
     optimizer = torch.optim.AdamW(parameter_groups(net, 0.0))
     compressor = Compressor(
         net, optimizer, 80, window=0.5, cuts=2, max_drop=0.01, evaluate=lambda _: next(metrics), check_after=3, **rule
@@ -48,14 +51,14 @@ def test_half_of_the_error_is_allowed() -> None:
     # The bound of keeping r states is twice what goes: the allowed error lies between two such bounds.
     allowed = 1.01 * 2 * max(float(spectrum.energy[16:].sum()) for spectrum in spectra)
     unwritten = copy.deepcopy(net)
-    first, _, second = cut_undo_and_cut(net, max_error=allowed)
+    first, _, second = cut_undo_and_cut(net, max_error=allowed, max_reduction=1.0)
     for event, share in ((first, 1.0), (second, 0.5)):
         for layer, spectrum in zip(event.layers, spectra, strict=True):
             least = next(r for r in range(1, 33) if 2 * float(spectrum.energy[r:].sum()) <= share * allowed)
             # A left-over real eigenvalue takes a whole state, and two of them no more than two.
             assert least <= layer["states_after"] <= least + 2
             assert layer["certificate"]["bound"] <= share * allowed * (1 + 1e-9)
-    one_shot = compressm.compress(unwritten, max_error=allowed / 2, min_reduction=0.05).state_dims
+    one_shot = compressm.compress(unwritten, max_error=allowed / 2, min_reduction=0.05, max_reduction=1.0).state_dims
     assert {layer["name"]: layer["states_after"] for layer in second.layers} == one_shot
     assert any(layer["certificate"]["bound"] > allowed / 2 for layer in first.layers)
 

@@ -17,7 +17,7 @@ from compressm.adapters.plain import check_wrappers
 from compressm.cutting.carry import Carry, Together, check_optimizer, unwrap_optimizer
 from compressm.cutting.choosing import Which, of_chosen_layers
 from compressm.cutting.made_cuts import MadeCuts
-from compressm.cutting.metrics import measure
+from compressm.cutting.metrics import Better, measure, sign_of
 from compressm.cutting.plan import Plan, must_be_alike, plan_reduction
 from compressm.cutting.report import Report
 from compressm.cutting.rise import measured_rise
@@ -28,7 +28,7 @@ from compressm.observing.held_out import gather_halves, joined, twice_readable
 from compressm.observing.loss_evidence import Gramians, Loss, LossEvidence, divided, gather_evidence
 from compressm.theory.balanced import Balanced
 from compressm.theory.balancing import Method
-from compressm.theory.ranks import RankRule, check_choice, check_sizes
+from compressm.theory.ranks import RankRule, check_choice, check_sizes, largest_reduction
 from compressm.theory.recurrence import Moments
 from compressm.theory.selection import Selection
 
@@ -49,9 +49,11 @@ def compress(
     total_states: int | None = None,
     max_loss: float | None = None,
     max_drop: float | None = None,
-    evaluate: Callable[[nn.Module], float] | None = None,
+    evaluate: Callable[[nn.Module], Any] | None = None,
+    mode: Better = "max",
     multiple_of: int = 1,
     min_reduction: float = 0.0,
+    max_reduction: float | None = None,
     per_layer: bool = False,
     layers: Which | None = None,
     exclude: Which | None = None,
@@ -77,10 +79,14 @@ def compress(
             ``loss``.
         max_drop: cut with the largest tolerance at which ``evaluate``, right after the cut, drops by at most this. The
             tolerance is found by bisection, in about ten evaluations.
-        evaluate: ``evaluate(model)`` returns the metric, higher is better.
+        evaluate: ``evaluate(model)`` returns the metric: a number, or one score per example, whose mean counts.
+        mode: ``"max"`` if a higher metric is better, ``"min"`` if a lower one is.
         multiple_of: prefer state dimensions that are a multiple of this: the next larger one under a rule about
             quality, the next smaller one under an upper limit; see `RankRule`.
         min_reduction: leave a layer alone unless this share of its states goes.
+        max_reduction: remove at most this share of a layer's states. By default half under ``tolerance``,
+            ``max_error``, ``max_loss`` and ``max_drop``, and no limit under ``states``, ``fraction`` and
+            ``total_states``.
         per_layer: let the layers of a Hugging Face model differ in their state dimension; see `RankRule`.
         layers: cut these layers only: a name, a glob, a list of these, or a function of a layer's name and the layer.
         exclude: leave these layers as they are, and ask nothing of them; as ``layers``.
@@ -114,6 +120,7 @@ def compress(
     """
     del layers, exclude  # see `of_chosen_layers`
     check_choice("carry", carry, Carry)
+    check_choice("mode", mode, Better)
     check_choice("method", method, Method)
     check_choice("selection", selection, Selection)
     sizes = {"tolerance": tolerance, "states": states, "fraction": fraction, "max_error": max_error}
@@ -121,6 +128,7 @@ def compress(
         **_searched(max_drop, evaluate, {**sizes, "total_states": total_states, "max_loss": max_loss}),
         multiple_of=multiple_of,
         min_reduction=min_reduction,
+        max_reduction=largest_reduction(max_reduction, size=(states, fraction, total_states) != (None, None, None)),
         per_layer=per_layer,
     )
     gramians = balancing_of(gramians, loss, data, method, selection)
@@ -137,7 +145,10 @@ def compress(
     moments = None if halves is None else joined(halves)
     if max_drop is not None and evaluate is not None:
         balancings = balance_layers(model, method, moments, None if evidence is None else evidence.covariances)
-        plan = _largest_harmless(model, rule, balancings, selection, max_drop, evaluate, evidence)
+        sign = sign_of(mode)
+        plan = _largest_harmless(
+            model, rule, balancings, selection, max_drop, lambda one: sign * measure(one, evaluate), evidence
+        )
     else:
         plan = plan_reduction(model, rule, method, moments=moments, selection=selection, loss=evidence)
     if evidence is not None and loss is not None:
@@ -225,11 +236,15 @@ def _largest_harmless(
     balancings: Mapping[str, Balanced],
     selection: Selection,
     max_drop: float,
-    evaluate: Callable[[nn.Module], float],
+    metric_of: Callable[[nn.Module], float],
     evidence: LossEvidence | None = None,
 ) -> Plan:
-    """The plan with the largest tolerance at which the metric drops by at most ``max_drop``; the model is unchanged."""
-    reference = measure(model, evaluate)
+    """The plan with the largest tolerance at which the metric drops by at most ``max_drop``; the model is unchanged.
+
+    Args:
+        metric_of: the metric of a model, higher is better.
+    """
+    reference = metric_of(model)
     if not math.isfinite(reference):
         raise EvaluationError(
             f"evaluate returned {reference} before anything was cut, and no loss can be held against that; expected a "
@@ -248,7 +263,7 @@ def _largest_harmless(
     for _ in range(_TRIALS):
         middle = (low * high) ** 0.5
         plan = planned(middle)
-        metric = _metric_after(model, plan, evaluate, *saved)
+        metric = _metric_after(model, plan, metric_of, *saved)
         if math.isfinite(metric) and metric >= reference - max_drop:
             low, best = middle, plan
         else:
@@ -259,7 +274,7 @@ def _largest_harmless(
 def _metric_after(
     model: nn.Module,
     plan: Plan,
-    evaluate: Callable[[nn.Module], float],
+    metric_of: Callable[[nn.Module], float],
     dims: Mapping[str, int],
     weights: Mapping[str, Any],
 ) -> float:
@@ -270,7 +285,7 @@ def _metric_after(
     """
     plan.apply(model)
     try:
-        return measure(model, evaluate)
+        return metric_of(model)
     finally:
         resize_states(model, dims)
         model.load_state_dict(weights)

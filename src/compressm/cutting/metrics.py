@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 
 from compressm.errors import EvaluationError
@@ -14,7 +15,10 @@ from compressm.observing.moments import modes_kept
 from compressm.runtime.processes import from_first_rank, gathered
 from compressm.runtime.random_state import rng_state, set_rng_state
 
-_EXPECTED = "expected one real number, higher is better"
+Better = Literal["max", "min"]
+
+_EXPECTED = "expected one real number, or one score per validation example"
+_EXAMPLES = 10  # fewer numbers are taken for several metrics
 
 
 class MetricWarning(UserWarning):
@@ -22,10 +26,25 @@ class MetricWarning(UserWarning):
 
 
 def measure(model: nn.Module, evaluate: Callable[[nn.Module], Any]) -> float:
-    """A metric of the model. The training modes of all its parts and the random state are restored afterwards.
+    """A metric of the model, see `measured`; the mean if ``evaluate`` returns one score per example.
+
+    Raises:
+        EvaluationError: as in `measured`.
+    """
+    return measured(model, evaluate)[0]
+
+
+def sign_of(mode: Better) -> int:
+    """1 if a higher metric is better, -1 if a lower one is."""
+    return 1 if mode == "max" else -1
+
+
+def measured(model: nn.Module, evaluate: Callable[[nn.Module], Any]) -> tuple[float, Tensor | None]:
+    """Evaluate a model. The training modes of all its parts and the random state are restored afterwards.
 
     Returns:
-        the value of ``evaluate(model)``: a real number, or a tensor or array of one element. It may be NaN or infinite.
+        the value of ``evaluate(model)``: a real number, or a tensor or array of one element, and None. Or the mean of
+        one score per example, and the scores, shape ``(N,)``. Values may be NaN or infinite.
 
     Raises:
         EvaluationError: it returned something else, or raised.
@@ -40,18 +59,20 @@ def measure(model: nn.Module, evaluate: Callable[[nn.Module], Any]) -> float:
         raise EvaluationError(f"evaluate raised {_one_line(error)}; {_EXPECTED}") from error
     finally:
         set_rng_state(rng)
-    return as_metric(value)
+    scores = _as_scores(value)
+    return (as_metric(value), None) if scores is None else (float(scores.double().mean()), scores)
 
 
-def measure_together(model: nn.Module, evaluate: Callable[[nn.Module], Any]) -> float:
-    """`measure` in every process of `torch.distributed` at once: the metric of rank 0, on all ranks.
+def measured_together(model: nn.Module, evaluate: Callable[[nn.Module], Any]) -> tuple[float, Tensor | None]:
+    """`measured` in every process of `torch.distributed` at once: the metric of rank 0, on all ranks.
 
     Raises:
         EvaluationError: on all ranks, if one of them raises it.
     """
-    metric, error = math.nan, None
+    metric: tuple[float, Tensor | None] = math.nan, None
+    error = None
     try:
-        metric = measure(model, evaluate)  # called on all ranks, since it may sum their shares
+        metric = measured(model, evaluate)  # called on all ranks, since it may sum their shares
     except EvaluationError as mine:
         error = mine
     problems = [one for one in gathered(None if error is None else str(error)) if one is not None]
@@ -66,6 +87,22 @@ def warn_not_finite(metric: float, what: str) -> None:
     """Warn at once that a metric is not finite, with the place and the consequence."""
     advice = "see that weights, data and the metric itself are finite"
     warnings.warn(f"evaluate returned {metric} {what}; {advice}", MetricWarning, stacklevel=6)
+
+
+def _as_scores(value: Any) -> Tensor | None:
+    """One score per example, shape ``(N,)``: a list, or a tensor or array of one axis. None for anything else."""
+    if isinstance(value, list):
+        numbers: list[Any] = value
+        if len(numbers) < _EXAMPLES or not all(isinstance(one, bool | int | float) for one in numbers):
+            return None
+        return torch.tensor(numbers, dtype=torch.float32)
+    if getattr(value, "ndim", None) != 1 or len(value) < _EXAMPLES:
+        return None
+    try:
+        scores = torch.as_tensor(value)
+    except (TypeError, ValueError):
+        return None
+    return None if scores.is_complex() else scores.detach().to("cpu", torch.float32)
 
 
 def as_metric(value: Any) -> float:
@@ -92,7 +129,11 @@ def _refused(value: Any) -> EvaluationError:
     what = repr(value).replace("\n", " ")
     what = what if len(what) <= 60 else f"{what[:57]}..."
     kind = type(value).__name__ if shape is None else f"{type(value).__name__} of shape {tuple(shape)}"
-    remedy = "return one of its elements, or their mean" if shape is not None or isinstance(value, tuple | list) else ""
+    remedy = (
+        "return one of its elements, their mean, or a score for each of 10 examples or more"
+        if shape is not None or isinstance(value, tuple | list)
+        else ""
+    )
     remedy = "see that it returns its metric" if value is None else remedy or "return the number itself"
     return EvaluationError(f"evaluate returned {what} ({kind}); {_EXPECTED}: {remedy}")
 
@@ -102,4 +143,6 @@ def _one_line(error: Exception) -> str:
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
-__all__ = ["MetricWarning", "as_metric", "measure", "measure_together", "warn_not_finite"]
+__all__ = [
+    "Better", "MetricWarning", "as_metric", "measure", "measured", "measured_together", "sign_of", "warn_not_finite",
+]  # fmt: skip

@@ -252,7 +252,8 @@ def analyze(
     del layers, exclude  # see `of_chosen_layers`
     gramians, found = balancing_of(gramians, loss, data, method), find_layers(model)
     plain = {name: layer for name, (layer, _) in found.items()}
-    check_wrappers(model, plain, [name for name, (_, adapter) in found.items() if adapter.needs_data])
+    observed = [name for name, (_, adapter) in found.items() if adapter.needs_data or gramians == "loss"]
+    check_wrappers(model, plain, observed)
     check_readable(plain)
     if gramians == "white":
         return Spectrum.of(balance_layers(model, method, None if data is None else gather(model, data)))

@@ -12,7 +12,7 @@ from typing import Any, cast
 from torch import nn
 
 from compressm.cutting.fitting import fit_any_size
-from compressm.cutting.metrics import as_metric
+from compressm.cutting.metrics import Better, as_metric
 from compressm.errors import (
     CheckpointError,
     EvaluationError,
@@ -35,7 +35,7 @@ except ImportError as error:
 log = logging.getLogger(__name__)
 _RECORD = "compressm"
 # The parts of the compressor's state that are tensors. The Trainer's own state is JSON, so they are saved beside it.
-_TENSORS = ("observed", "probe", "moments", "samples", "gradients")
+_TENSORS = ("observed", "probe", "moments", "samples", "gradients", "looks", "after")
 
 
 class CompressionCallback(TrainerCallback):
@@ -51,8 +51,10 @@ class CompressionCallback(TrainerCallback):
     resumed from. If the model that ``load_best_model_at_end`` reloads is from before the last cut, a warning says so.
 
     With ``max_drop`` and no ``evaluate`` the metric is the Trainer's own: ``metric_for_best_model`` on the
-    ``eval_dataset`` (the loss by default), negated if smaller is better. A roll-back restores the weights. It does not
-    reset the Trainer's count of steps, since the data of these steps have been read; see ``rewind`` in `Compressor`.
+    ``eval_dataset``, the loss by default. Whether a larger one is better follows ``greater_is_better``. ``evaluate``
+    may also be the name of another metric of the Trainer's evaluation; a smaller one is better if its name ends with
+    ``loss`` or if ``mode="min"`` says so. A roll-back restores the weights. It does not reset the Trainer's count of
+    steps, since the data of these steps have been read; see ``rewind`` in `Compressor`.
 
     Args:
         trainer: the Trainer that the callback is added to.
@@ -82,9 +84,11 @@ class CompressionCallback(TrainerCallback):
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         arguments: dict[str, Any] = {"rewind": False, **self._arguments}
-        if arguments.get("max_drop") is not None and arguments.get("evaluate") is None:
-            self._check_metric()
-            arguments["evaluate"] = self._evaluate
+        evaluate = arguments.get("evaluate")
+        if isinstance(evaluate, str) or (evaluate is None and arguments.get("max_drop") is not None):
+            name = self._metric_name(evaluate)
+            self._check_metric(name)
+            arguments = {"mode": self._mode(name), **arguments, "evaluate": lambda _: self._evaluate(name)}
         if arguments.get("gramians") == "loss":  # the Trainer divides the loss by the number of accumulated batches
             arguments.setdefault("loss_scale", 1 / args.gradient_accumulation_steps)
         record = _records(state).get(_RECORD)
@@ -139,7 +143,9 @@ class CompressionCallback(TrainerCallback):
 
     def _resume(self, record: dict[str, Any], checkpoint: Path) -> None:
         assert self.compressor is not None
-        nothing: dict[str, Any] = {"observed": None, "probe": {}, "moments": {}, "samples": {}}
+        nothing: dict[str, Any] = {
+            "observed": None, "probe": {}, "moments": {}, "samples": {}, "looks": [], "after": [],
+        }  # fmt: skip
         folder, record = checkpoint / _RECORD, {**nothing, **record}
         if not record["beside"]:
             pass
@@ -158,9 +164,8 @@ class CompressionCallback(TrainerCallback):
         if metrics := event.metrics():
             self.trainer.log(metrics)
 
-    def _check_metric(self) -> None:
+    def _check_metric(self, name: str) -> None:
         """Refuse, before training, a metric that the evaluation does not return."""
-        name = self._metric_name()
         if self.trainer.eval_dataset is None:
             raise InvalidRankRuleError(
                 "max_drop needs a metric: give the Trainer an eval_dataset, or CompressionCallback evaluate="
@@ -174,20 +179,26 @@ class CompressionCallback(TrainerCallback):
         if name != "eval_loss" and self.trainer.compute_metrics is None:
             raise InvalidRankRuleError(
                 f"metric_for_best_model={self.trainer.args.metric_for_best_model!r}: the Trainer has no "
-                "compute_metrics that returns it; pass one, or leave the loss as the metric"
+                f"compute_metrics that returns {name!r}; pass one, or leave the loss as the metric"
             )
 
-    def _metric_name(self) -> str:
-        name = self.trainer.args.metric_for_best_model or "loss"
+    def _metric_name(self, asked: str | None) -> str:
+        name = asked or self.trainer.args.metric_for_best_model or "loss"
         return name if name.startswith("eval_") else f"eval_{name}"
 
-    def _evaluate(self, model: nn.Module) -> float:
-        """The Trainer's metric for the best model, negated if smaller is better. No callbacks are called.
+    def _mode(self, name: str) -> Better:
+        """Whether a larger value of this metric is better; losses are better if smaller."""
+        best, larger = self.trainer.args.metric_for_best_model, self.trainer.args.greater_is_better
+        if larger is None or (best is not None and name != self._metric_name(None)):
+            larger = not name.endswith("loss")
+        return "max" if larger else "min"
+
+    def _evaluate(self, name: str) -> float:
+        """A metric of the Trainer's evaluation. No callbacks are called.
 
         Raises:
             EvaluationError: the evaluation does not return this metric.
         """
-        args, name = self.trainer.args, self._metric_name()
         output = self.trainer.evaluation_loop(self.trainer.get_eval_dataloader(), description="Cut")
         metrics = output.metrics or {}
         if name not in metrics:
@@ -195,8 +206,7 @@ class CompressionCallback(TrainerCallback):
                 f"the Trainer's evaluation has no {name!r} (metric_for_best_model), only {', '.join(sorted(metrics))}: "
                 "let compute_metrics return it, or see that the model returns a loss for the eval_dataset"
             )
-        larger_is_better = not name.endswith("loss") if args.greater_is_better is None else args.greater_is_better
-        return as_metric(metrics[name]) * (1 if larger_is_better else -1)
+        return as_metric(metrics[name])
 
 
 def _records(state: TrainerState) -> dict[str, Any]:

@@ -224,6 +224,7 @@ class CompressionConfig(Section):
     start: int = _option("start")
     when: When = _option("when")
     min_reduction: float = _option("min_reduction")
+    max_reduction: float | None = _option("max_reduction")
     multiple_of: int = _option("multiple_of")
     method: Method = _option("method")
     selection: Selection = _option("selection")
@@ -393,6 +394,9 @@ def parse_config(tree: Mapping[str, Any], source: str = "config") -> Config:
 def present_form(saved: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """A stored configuration with the keys that have come since, at the defaults by which it was made."""
     tree = {section: dict(values) for section, values in saved.items()}
+    made = tree.get("compression", {})
+    if any(made.get(name) is not None for name in ("tolerance", "max_error")):
+        made.setdefault("max_reduction", 1.0)  # one cut was not limited to half of the states
     for section, field in Config.model_fields.items():
         keys: Any = field.annotation
         for key, value in keys.model_fields.items():

@@ -23,6 +23,8 @@ from compressm.theory.budget import FLOOR, Offer, within_loss, within_states
 
 # Maps a number of states to the Hankel energy that a cut to it discards in each of a layer's systems, ``(*batch,)``.
 Discards = Callable[[int], Tensor]
+# The largest share of a layer's states that one cut removes under a rule about quality, unless the user says otherwise.
+_HALF = 0.5
 # How many cuts of a layer a budget computes, if the discarded energy does not follow from the singular values.
 _SAMPLES = 8
 
@@ -117,6 +119,22 @@ class RankRule:
     def promises_quality(self) -> bool:
         """Whether the rule limits the harm of each cut, instead of the number of states."""
         return self.guarantees_error or self.max_loss is not None
+
+
+def largest_reduction(asked: float | None, *, size: bool) -> float:
+    """The share of a layer's states that one cut may remove at most: what was asked for, or the default.
+
+    Energies and metrics do not show everything that a large cut costs. Under a rule about quality (``tolerance``,
+    ``max_error``, ``max_drop``) one cut therefore removes at most half of a layer's states. A rule about size
+    (``states``, ``fraction``, ``total_states``) names its own end, and has no such limit.
+
+    Args:
+        asked: ``max_reduction`` as the user gave it.
+        size: whether the rule is about size.
+    """
+    if asked is not None:
+        return asked
+    return 1.0 if size else _HALF
 
 
 def check_choice(name: str, value: object, choices: Any) -> None:

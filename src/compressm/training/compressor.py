@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from compressm.cutting.carry import Carry, Together, unwrap_optimizer
 from compressm.cutting.choosing import Which, choose
+from compressm.cutting.metrics import Better
 from compressm.cutting.spectrum import snapshot, snapshot_state
 from compressm.errors import CheckpointError
 from compressm.observing.loss_evidence import Gramians
@@ -22,7 +23,7 @@ from compressm.training.clock import Savings, StepClock, savings
 from compressm.training.cushion import Cushion, OnSetback
 from compressm.training.cutter import Cutter
 from compressm.training.goal import Goal, initial_dims, initial_dims_of, wanted_rule
-from compressm.training.history import Event, Recompiled, RolledBack
+from compressm.training.history import Cut, Event, Recompiled, RolledBack
 from compressm.training.options import check_options
 from compressm.training.policy import Policy
 from compressm.training.schedule import Schedule, When
@@ -54,8 +55,8 @@ class Compressor:
         compressor.step()
 
     By default it makes 4 equidistant cuts in the first tenth of the training steps, as in the CompreSSM paper. With
-    ``evaluate`` and ``max_drop`` every cut is examined after ``check_after`` steps. If the metric is then lower than
-    the best so far by more than ``max_drop``, the cut is undone exactly, and the next one discards half as much.
+    ``evaluate`` and ``max_drop`` every cut is examined some steps later. If it cost more of the metric than
+    ``max_drop``, and more than noise explains, it is undone exactly, and the next one discards half as much.
 
     A metric that climbs steeply hides what a cut will cost in the end. With ``max_drop`` alone a cut therefore discards
     2 % of a layer's Hankel energy and half of its states at most, however good the metric is.
@@ -76,11 +77,18 @@ class Compressor:
         max_loss: rise of the loss that each cut may cost, in nats per prediction, predicted before it is made. Needs
             ``gramians="loss"``. One of these six or ``max_drop`` is needed.
         max_drop: how much of the metric a cut may cost, in the metric's own units (0.002 is 0.2 points of an accuracy
-            in [0, 1]). A cut after which the metric lost more, ``check_after`` steps later, is undone. Without one of
-            the six rules above, a cut discards what ``tolerance=0.02`` allows, and half of a layer's states at most.
-        evaluate: ``evaluate(model)`` returns the validation metric, higher is better. Needed for ``max_drop``.
+            in [0, 1]). A cut that cost more, and more than noise explains, is undone; see docs/cushion.md. Without one
+            of the six rules above, a cut discards what ``tolerance=0.02`` allows.
+        evaluate: ``evaluate(model)`` returns the validation metric: a number; or one score per validation example,
+            always the same ones in the same order, which are then compared in pairs. Needed for ``max_drop``, which
+            calls it about six times per cut. Without ``max_drop`` it is called before and after each cut, for the
+            history.
+        mode: ``"max"`` if a higher metric is better, ``"min"`` if a lower one is, such as a loss or perplexity.
         multiple_of: prefer state dimensions that are a multiple of this; see `RankRule` for what comes first.
         min_reduction: cut a layer only where this share of its states goes.
+        max_reduction: remove at most this share of a layer's states in one cut. By default half under ``tolerance``,
+            ``max_error``, ``max_loss`` and ``max_drop``, in every family of layers, and no limit under ``states``,
+            ``fraction`` and ``total_states``.
         per_layer: let the layers of a Hugging Face model differ in their state dimension; see `RankRule`.
         layers: cut these layers only: a name, a glob, a list of these, or a function of a layer's name and the layer.
         exclude: leave these layers as they are, and ask nothing of them; as ``layers``.
@@ -103,8 +111,10 @@ class Compressor:
         loss_scale: factor by which the loss is multiplied before ``backward``, such as 1 over the number of accumulated
             batches, for ``gramians="loss"``. The factor of ``scaler`` is known and comes on top.
         carry: what becomes of the optimizer's state; see `compressm.cutting.carry`.
-        check_after: steps between a cut and its examination; by default half the distance between cuts.
-        on_setback: after a roll-back ``"halve"`` the next cut, or ``"stop"`` cutting.
+        check_after: steps between a cut and its first examination; by default half the distance between cuts. Up to two
+            more examinations follow, each half as many steps later.
+        on_setback: after a roll-back ``"halve"`` the next cut, which comes ``check_after`` steps later at the earliest,
+            or ``"stop"`` cutting. A cut that is kept doubles the next one again, up to the full size.
         scheduler: learning rate scheduler, rolled back with the rest.
         scaler: gradient scaler, rolled back with the rest.
         followers: averaged copies of the model (`torch.optim.swa_utils.AveragedModel`). What a cut changes in the
@@ -139,9 +149,11 @@ class Compressor:
         total_states: int | None = None,
         max_loss: float | None = None,
         max_drop: float | None = None,
-        evaluate: Callable[[nn.Module], float] | None = None,
+        evaluate: Callable[[nn.Module], Any] | None = None,
+        mode: Better = "max",
         multiple_of: int = 1,
         min_reduction: float = 0.05,
+        max_reduction: float | None = None,
         per_layer: bool = False,
         layers: Which | None = None,
         exclude: Which | None = None,
@@ -165,7 +177,8 @@ class Compressor:
         check_options(locals())
         rule = wanted_rule(
             tolerance=tolerance, states=states, fraction=fraction, max_error=max_error, total_states=total_states,
-            max_loss=max_loss, multiple_of=multiple_of, min_reduction=min_reduction, per_layer=per_layer,
+            max_loss=max_loss, multiple_of=multiple_of, min_reduction=min_reduction, max_reduction=max_reduction,
+            per_layer=per_layer,
         )  # fmt: skip
         self._schedule = Schedule(total_steps, cuts, window, start, when, check_after, examined=max_drop is not None)
         choice = choose(model, layers, exclude, per_layer)
@@ -178,7 +191,7 @@ class Compressor:
         training = Training(model, self.optimizer, self.followers, scheduler, scaler)
         self._cushion = Cushion(
             training, self._cutter.observations,
-            max_drop=max_drop, evaluate=evaluate, on_setback=on_setback, rewind=rewind,
+            max_drop=max_drop, evaluate=evaluate, mode=mode, on_setback=on_setback, rewind=rewind,
         )  # fmt: skip
         self.initial_dims = initial_dims(self.state_dims)
         goal = Goal(rule, sum(self.initial_dims.values()))
@@ -203,7 +216,8 @@ class Compressor:
     when: When = _of("_schedule", "when")
     check_after: int = _of("_schedule", "check_after")
     max_drop: float | None = _of("_cushion", "max_drop")
-    evaluate: Callable[[nn.Module], float] | None = _of("_cushion", "evaluate")
+    evaluate: Callable[[nn.Module], Any] | None = _of("_cushion", "evaluate")
+    mode: Better = _of("_cushion", "mode")
     on_setback: OnSetback = _of("_cushion", "on_setback")
     rewind: bool = _of("_cushion", "rewind")
 
@@ -273,14 +287,23 @@ class Compressor:
         if graphs := self._cutter.new_graphs():
             self._note(Recompiled(self._steps, graphs=graphs))
         try:
-            event = self._policy.act(self._steps)
-            if event is not None:
+            events = self._policy.act(self._steps)
+            for event in events:
                 self._note(event)
         finally:  # after an error the cut is due again at the next step, which needs its observations
             self._watch.forget()
             self._observe()
             self.clock.begin()
-        return event
+        if self._steps == self.total_steps and self.max_drop is None:
+            self._say_what_is_not_known()
+        return events[0] if events else None
+
+    def _say_what_is_not_known(self) -> None:
+        """At the end of a training whose cuts were not examined."""
+        if any(isinstance(event, Cut) for event in self.history):
+            log.info(
+                "step %d: end; what the cuts cost cannot be said: max_drop and evaluate were not given", self._steps
+            )
 
     def _note(self, event: Event) -> None:
         """Append an event to the history, and adjust the number of steps and the clock to it."""

@@ -8,11 +8,11 @@ from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from typing import Any
 
-from compressm.theory.ranks import RankRule
+from compressm.theory.ranks import RankRule, largest_reduction
 
 # The rule if only max_drop is given. In the paper a tolerance of 0.02 costs 0.4 points on sequential MNIST, 0.04 costs
 # 1.4.
-_CAUTIOUS_TOLERANCE, _CAUTIOUS_REDUCTION = 0.02, 0.5
+_CAUTIOUS_TOLERANCE = 0.02
 
 
 def wanted_rule(
@@ -25,11 +25,13 @@ def wanted_rule(
     max_loss: float | None = None,
     multiple_of: int = 1,
     min_reduction: float = 0.05,
+    max_reduction: float | None = None,
     per_layer: bool = False,
 ) -> RankRule:
     """The rule that the arguments of `Compressor` ask for.
 
-    Without any of the first six, a cut discards at most 2 % of a layer's Hankel energy and at most half of its states.
+    Without any of the first six, a cut discards at most 2 % of a layer's Hankel energy. `largest_reduction` says how
+    many of its states a cut removes at most.
 
     Raises:
         InvalidRankRuleError: several of the first six, or a value out of range.
@@ -44,7 +46,7 @@ def wanted_rule(
         max_loss=max_loss,
         multiple_of=multiple_of,
         min_reduction=min_reduction,
-        max_reduction=_CAUTIOUS_REDUCTION if cautious else 1.0,
+        max_reduction=largest_reduction(max_reduction, size=(states, fraction, total_states) != (None, None, None)),
         per_layer=per_layer,
     )
 

@@ -11,6 +11,7 @@ from compressm.errors import CheckpointError
 # Every event is stored with all of these keys, in this order. A kind without such a value stores the one given here.
 _ABSENT: dict[str, Any] = {
     "seconds": 0.0, "layers": (), "metric": None, "reference": None, "restored_step": None, "graphs": 0,
+    "loss": None, "error": None, "predicted_loss": None, "promised": None, "reason": "",
 }  # fmt: skip
 
 
@@ -18,11 +19,11 @@ _ABSENT: dict[str, Any] = {
 class Event:
     """Something that the compressor did after a training step.
 
-    The kinds are `Cut`, `Unchanged`, `Kept`, `RolledBack`, `Postponed` and `Recompiled`.
+    The kinds are `Cut`, `Unchanged`, `Watched`, `Kept`, `RolledBack`, `Postponed`, `Stopped`, `Ended` and `Recompiled`.
 
     Attributes:
-        kind: the kind as a word: ``"cut"``, ``"unchanged"``, ``"kept"``, ``"rolled_back"``, ``"postponed"`` or
-            ``"recompiled"``.
+        kind: the kind as a word: ``"cut"``, ``"unchanged"``, ``"watched"``, ``"kept"``, ``"rolled_back"``,
+            ``"postponed"``, ``"stopped"``, ``"ended"`` or ``"recompiled"``.
         step: number of training steps done when it happened.
         seconds: time that it took, without evaluations.
     """
@@ -81,7 +82,7 @@ class _Looked(Event):
 
     Attributes:
         layers: the report and certificate of each layer (see `LayerReport.to_dict`).
-        reference: the metric that the cut will be compared with; None without ``max_drop``.
+        reference: the metric right before the cut; None without ``evaluate``.
     """
 
     layers: tuple[dict[str, Any], ...] = ()  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -101,16 +102,35 @@ class _Looked(Event):
 
 @dataclass(frozen=True)
 class Cut(_Looked):
-    """At least one layer was cut."""
+    """At least one layer was cut.
+
+    Attributes:
+        metric: the metric right after the cut, on the same weights but for the cut; None without ``evaluate``.
+        predicted_loss: rise of the training loss that was predicted for the cut, in nats per prediction; None if the
+            cut was planned without evidence from the loss.
+    """
 
     kind = "cut"
 
+    metric: float | None = None
+    predicted_loss: float | None = None
+
     def _what(self) -> str:
         changed = ", ".join(f"{layer['states_before']} → {layer['states_after']}" for layer in self.layers)
-        return f"cut, states {changed}"
+        text = f"cut, states {changed}"
+        if self.metric is not None and self.reference is not None:
+            text += f", metric {self.reference:.4g} → {self.metric:.4g}"
+        if self.predicted_loss is not None:
+            text += f", predicted rise of the loss {self.predicted_loss:.2g} nats"
+        return text
 
     def metrics(self) -> dict[str, float]:
-        return {**super().metrics(), "compressm/cut_seconds": self.seconds}
+        values = {**super().metrics(), "compressm/cut_seconds": self.seconds}
+        if self.metric is not None and self.reference is not None:
+            values["compressm/metric_change"] = self.metric - self.reference
+        if self.predicted_loss is not None:
+            values["compressm/predicted_loss"] = self.predicted_loss
+        return values
 
 
 @dataclass(frozen=True)
@@ -128,15 +148,36 @@ class _Examined(Event):
     """A cut was examined.
 
     Attributes:
-        metric: the metric at the examination. None in a stored history if it was not finite.
-        reference: the metric that it was compared with.
+        metric: the metric, the mean of all examinations of the cut. None in a stored history if it was not finite.
+        reference: where the training without the cut is expected to stand at that time.
+        loss: how much worse the metric is than the reference; None in histories of earlier versions.
+        error: standard error of the loss; None if it is not known.
     """
 
     metric: float | None = None
     reference: float | None = None
+    loss: float | None = None
+    error: float | None = None
 
     def _against(self) -> str:
-        return "" if self.metric is None else f"metric {self.metric:.4g} against {self.reference or 0:.4g}"
+        if self.metric is None:
+            return ""
+        text = f"metric {self.metric:.4g} against {self.reference or 0:.4g}"
+        return text if self.loss is None else f"{text}, loss {_with_error(self.loss, self.error)}"
+
+
+def _with_error(loss: float, error: float | None) -> str:
+    return f"{loss:.2g}" if error is None else f"{loss:.2g} ± {error:.1g}"
+
+
+@dataclass(frozen=True)
+class Watched(_Examined):
+    """A cut was examined, and noise may explain its loss, so that it is examined again."""
+
+    kind = "watched"
+
+    def _what(self) -> str:
+        return f"cut watched on, {self._against()}"
 
 
 @dataclass(frozen=True)
@@ -186,6 +227,48 @@ class Postponed(Event):
 
 
 @dataclass(frozen=True)
+class Stopped(Event):
+    """No more cuts will be tried, although some were planned.
+
+    Attributes:
+        reason: why, in words.
+    """
+
+    kind = "stopped"
+
+    reason: str = ""
+
+    def _what(self) -> str:
+        return f"no more cuts will be tried: {self.reason}"
+
+
+@dataclass(frozen=True)
+class Ended(Event):
+    """The training is at its end.
+
+    Attributes:
+        metric: the metric at the end.
+        loss: what the kept cuts cost together when they were examined.
+        error: standard error of the loss; None if it is not known.
+        promised: what they were allowed to cost together, ``max_drop`` for each.
+    """
+
+    kind = "ended"
+
+    metric: float | None = None
+    loss: float = 0.0
+    error: float | None = None
+    promised: float = 0.0
+
+    def _what(self) -> str:
+        return (
+            f"end, metric {self.metric or 0:.4g}; the kept cuts cost {_with_error(self.loss, self.error)} when they "
+            f"were examined, {self.promised:.2g} was allowed; where the training would be without cuts is not known, "
+            "since none ran beside it"
+        )
+
+
+@dataclass(frozen=True)
 class Recompiled(Event):
     """`torch.compile` compiled graphs anew after a cut.
 
@@ -205,6 +288,9 @@ class Recompiled(Event):
         return {"compressm/graphs_recompiled": float(self.graphs)}
 
 
-_KINDS: dict[str, type[Event]] = {kind.kind: kind for kind in (Cut, Unchanged, Kept, RolledBack, Postponed, Recompiled)}
+_ALL = (Cut, Unchanged, Watched, Kept, RolledBack, Postponed, Stopped, Ended, Recompiled)
+_KINDS: dict[str, type[Event]] = {kind.kind: kind for kind in _ALL}
 
-__all__ = ["Cut", "Event", "Kept", "Postponed", "Recompiled", "RolledBack", "Unchanged"]
+__all__ = [
+    "Cut", "Ended", "Event", "Kept", "Postponed", "Recompiled", "RolledBack", "Stopped", "Unchanged", "Watched",
+]  # fmt: skip

@@ -16,6 +16,7 @@ from torch import nn
 
 from compressm.cutting.carry import Carry
 from compressm.cutting.choosing import EXPECTED, Which, is_which
+from compressm.cutting.metrics import Better
 from compressm.errors import InvalidRankRuleError
 from compressm.observing.loss_evidence import Gramians
 from compressm.observing.observer import Terms
@@ -154,14 +155,21 @@ _TABLE = (
     Option(
         "max_drop", float, None, "cushion",
         "how much of the metric a cut may cost, in the metric's own units (0.002 is 0.2 points of an accuracy in "
-        "[0, 1]). A cut after which the metric lost more, ``check_after`` steps later, is undone. Without one of the "
-        "six rules above, a cut discards what ``tolerance=0.02`` allows, and half of a layer's states at most.",
+        "[0, 1]). A cut that cost more, and more than noise explains, is undone; see docs/cushion.md. Without one of "
+        "the six rules above, a cut discards what ``tolerance=0.02`` allows.",
         bounds=_NOT_NEGATIVE, once=None,
     ),
     Option(
-        "evaluate", Callable[[nn.Module], float], None, "cushion",
-        "``evaluate(model)`` returns the validation metric, higher is better. Needed for ``max_drop``.",
+        "evaluate", Callable[[nn.Module], Any], None, "cushion",
+        "``evaluate(model)`` returns the validation metric: a number; or one score per validation example, always "
+        "the same ones in the same order, which are then compared in pairs. Needed for ``max_drop``, which calls it "
+        "about six times per cut. Without ``max_drop`` it is called before and after each cut, for the history.",
         once=None, file=False,
+    ),
+    Option(
+        "mode", Better, "max", "cushion",
+        "``\"max\"`` if a higher metric is better, ``\"min\"`` if a lower one is, such as a loss or perplexity.",
+        once="max", file=False,
     ),
     Option(
         "multiple_of", int, 1, "goal",
@@ -171,6 +179,13 @@ _TABLE = (
     Option(
         "min_reduction", float, 0.05, "goal", "cut a layer only where this share of its states goes.",
         bounds=_SHARE, once=0.0,
+    ),
+    Option(
+        "max_reduction", float, None, "goal",
+        "remove at most this share of a layer's states in one cut. By default half under ``tolerance``, ``max_error``, "
+        "``max_loss`` and ``max_drop``, in every family of layers, and no limit under ``states``, ``fraction`` and "
+        "``total_states``.",
+        bounds=_PART, example="0.5", once=None,
     ),
     Option(
         "per_layer", bool, False, "goal",
@@ -232,12 +247,14 @@ _TABLE = (
     ),
     Option(
         "check_after", int, None, "cushion",
-        "steps between a cut and its examination; by default half the distance between cuts.",
+        "steps between a cut and its first examination; by default half the distance between cuts. Up to two more "
+        "examinations follow, each half as many steps later.",
         bounds=_POSITIVE,
     ),
     Option(
         "on_setback", OnSetback, "halve", "cushion",
-        "after a roll-back ``\"halve\"`` the next cut, or ``\"stop\"`` cutting.",
+        "after a roll-back ``\"halve\"`` the next cut, which comes ``check_after`` steps later at the earliest, or "
+        "``\"stop\"`` cutting. A cut that is kept doubles the next one again, up to the full size.",
     ),
     Option(
         "scheduler", Stateful, None, "training", "learning rate scheduler, rolled back with the rest.",

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import math
 import time
+import warnings
 from dataclasses import replace
 from typing import Any
 
 from compressm.cutting import Report
-from compressm.cutting.metrics import warn_not_finite
-from compressm.training.cushion import Cushion
+from compressm.cutting.metrics import MetricWarning, warn_not_finite
+from compressm.errors import EvaluationError
+from compressm.training.cushion import LOOKS, Cushion, CushionWarning, gap
 from compressm.training.cutter import Cutter
 from compressm.training.goal import Goal
-from compressm.training.history import Cut, Event, Postponed, RolledBack, Unchanged
-from compressm.training.schedule import Schedule
+from compressm.training.history import Cut, Event, Postponed, RolledBack, Stopped, Unchanged
+from compressm.training.schedule import LOOKS_BEFORE, Schedule
+
+_NO_TIME = "too few steps are left to examine one"
 
 
 class Policy:
@@ -33,67 +37,130 @@ class Policy:
         """Restore the number of states of all layers together before the first cut."""
         self._goal = replace(self._goal, initial_states=states)
 
-    def act(self, step: int) -> Event | None:
-        """Cut or examine if it is due.
+    def act(self, step: int) -> list[Event]:
+        """Evaluate, cut or examine if it is due.
 
         Args:
             step: training steps done.
 
         Returns:
-            what was done; None if nothing was due.
+            what was done, in order; empty if nothing was due.
         """
-        if self._cushion.observed is not None:
-            due = step >= self._cushion.examine_at(self._schedule.check_after)
-            return self._examine(step) if due else None
-        return self._cut(step) if self._schedule.due(step, self._cutter.spectra) else None
+        events = self._watch_or_cut(step)
+        undone = bool(events) and isinstance(events[0], RolledBack)
+        if step == self._schedule.total_steps and self._cushion.costs and not undone:
+            events.append(self._cushion.end(step))
+        return events
 
-    def _cut(self, step: int) -> Event:
-        """Measure, plan, take a snapshot, and cut."""
-        reference = None
-        if self._cushion.examines:
-            metric = self._cushion.measure()
-            if not math.isfinite(metric):
-                return self._postpone(step, metric)
-            reference = self._cushion.reference(metric)
+    def _watch_or_cut(self, step: int) -> list[Event]:
+        cushion, schedule = self._cushion, self._schedule
+        if cushion.observed is not None:
+            due = step >= cushion.examine_at(schedule.check_after)
+            return self._examine(step) if due else []
+        stopped = schedule.stopped
+        if schedule.due(step, self._cutter.spectra) and self._knows_enough(step):
+            return self._cut(step)
+        if schedule.stopped and not stopped:
+            return [self._stop(step, _NO_TIME)]
+        if cushion.examines and schedule.looks(step):
+            cushion.look(step)
+        return []
+
+    def _knows_enough(self, step: int) -> bool:
+        """Whether a cut that settled spectra allow early can be compared with enough evaluations before it."""
+        early = not self._schedule.over and step < self._schedule.next_cut
+        return not (early and self._cushion.examines and len(self._cushion.looks) < LOOKS_BEFORE)
+
+    def _cut(self, step: int) -> list[Event]:
+        """Measure, plan, take a snapshot, cut, and measure again."""
+        cushion, reference, metric = self._cushion, None, None
+        if cushion.evaluate is not None:
+            look = cushion.look(step)
+            reference = cushion.metric(look.value)
+            if cushion.examines and not math.isfinite(look.value):
+                return self._postpone(step, reference)
         dims, cuts_left = self._cutter.state_dims.values(), self._schedule.cuts_left
-        plan = self._cutter.plan(self._goal.rule_now(dims, cuts_left, self._cushion.mildness))
-        before = None
-        if plan.changes and reference is not None:
-            before = self._cushion.snapshot(step, reference)
-        report = self._cutter.write(plan) if plan.changes else plan.report
+        plan = self._cutter.plan(self._goal.rule_now(dims, cuts_left, cushion.mildness))
+        if not plan.changes:
+            self._schedule.made()
+            return [Unchanged(step, plan.report.seconds, _layers(plan.report), reference)]
+        before = cushion.snapshot(step) if cushion.examines else None
+        report = self._cutter.write(plan)
+        if before is not None:
+            metric = cushion.metric(cushion.watch(before).value)
         # The cut counts as made only now. After an error above it is due again at the next step.
         self._schedule.made()
-        self._cushion.watch(before, reference)
-        if not plan.changes:
-            return Unchanged(step, report.seconds, _layers(report), reference)
         self._cutter.tell(plan)
-        return Cut(step, report.seconds, _layers(report), reference)
+        if before is not None:
+            cushion.warn_if_too_fine([step + self._schedule.check_after + i * self._apart for i in range(LOOKS)])
+        elif cushion.evaluate is not None:
+            metric = self._for_the_record(step)
+        return [Cut(step, report.seconds, _layers(report), reference, metric, report.predicted_loss)]
 
-    def _postpone(self, step: int, metric: float) -> Postponed:
+    def _for_the_record(self, step: int) -> float | None:
+        """The metric right after a cut that is not examined. An error of ``evaluate`` cannot undo this cut."""
+        try:
+            return self._cushion.metric(self._cushion.evaluated(step).value)
+        except EvaluationError as error:
+            warnings.warn(f"step {step}, right after a cut, which is kept: {error}", MetricWarning, stacklevel=6)
+            return None
+
+    @property
+    def _apart(self) -> int:
+        return gap(self._schedule.check_after)
+
+    def _postpone(self, step: int, metric: float) -> list[Event]:
         """Postpone the cut, since a metric that is not finite cannot serve as its reference."""
         self._schedule.postpone(step)
         again = f"it is tried again at step {self._schedule.postponed}"
         again = "no more cuts are made" if self._schedule.stopped else again
         warn_not_finite(metric, f"at step {step}, before a cut, and no cut can be held against that: {again}")
-        return Postponed(step, metric=metric)
+        events: list[Event] = [Postponed(step, metric=metric)]
+        if self._schedule.stopped:
+            events.append(Stopped(step, reason=_NO_TIME))
+        return events
 
-    def _examine(self, step: int) -> Event:
-        """Keep the cut that is under observation, or undo it."""
-        event = self._cushion.examine(step)
-        return self._after_setback(event) if isinstance(event, RolledBack) else event
+    def _examine(self, step: int) -> list[Event]:
+        """Keep the cut that is under observation, undo it, or go on watching it."""
+        last = step + self._apart > self._schedule.total_steps
+        event = self._cushion.examine(step, last)
+        return self._after_setback(event) if isinstance(event, RolledBack) else [event]
 
-    def _after_setback(self, event: RolledBack) -> RolledBack:
-        """Announce the restored shapes. Decide whether the next cut is due at once, at its scheduled step, or never."""
+    def _after_setback(self, event: RolledBack) -> list[Event]:
+        """Announce the restored shapes. Decide when the next cut comes: some steps later, or never."""
         started = time.perf_counter()
         self._cutter.tell_of_shapes()
         now = event.restored_step if self._cushion.rewind else event.step
-        too_late = not self._schedule.leaves_time(now + 1)  # to examine another cut
-        if self._cushion.on_setback == "stop" or too_late or self._goal.too_mild(self._cushion.mildness):
-            self._schedule.stop()
-        elif self._goal.rule.guarantees_error:
-            # A milder cut by the same rule can be made at the next step instead of one interval later.
-            self._schedule.once_more()
-        return replace(event, seconds=event.seconds + time.perf_counter() - started)
+        if self._goal.rule.guarantees_error:
+            self._schedule.once_more()  # a milder cut by the same rule takes the place of the one that was undone
+        # The evaluations at the next cut must be others than those that judged this one.
+        self._schedule.wait(now + self._schedule.check_after)
+        reason = self._reason_to_stop()
+        undone = replace(event, seconds=event.seconds + time.perf_counter() - started)
+        if not reason:
+            return [undone]
+        return [undone, self._stop(event.step, reason)]
+
+    def _stop(self, step: int, reason: str) -> Stopped:
+        """Make no more cuts, and warn of it unless the user asked for it."""
+        self._schedule.stop()
+        event = Stopped(step, reason=reason)
+        if self._cushion.on_setback != "stop":
+            warnings.warn(str(event), CushionWarning, stacklevel=6)
+        return event
+
+    def _reason_to_stop(self) -> str:
+        """Why there will be no other cut; empty if there will be one."""
+        schedule, mildness = self._schedule, self._cushion.mildness
+        if self._cushion.on_setback == "stop":
+            return "a cut was undone, and on_setback='stop'"
+        if schedule.over:
+            return "the cut that was undone was the last one"
+        if self._goal.too_mild(mildness):
+            return f"after repeated setbacks the next one would remove less than {self._goal.rule.min_reduction:.0%}"
+        if not schedule.leaves_time(schedule.next_cut):
+            return _NO_TIME
+        return ""
 
 
 def _layers(report: Report) -> tuple[dict[str, Any], ...]:

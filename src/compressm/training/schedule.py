@@ -15,6 +15,7 @@ When = Literal["schedule", "settled"]
 
 _PROBES = 10  # probes of the spectrum between two cuts
 _STILL = 0.02  # a spectrum has settled if at most this share of the Hankel energy moved between two probes
+LOOKS_BEFORE = 3  # evaluations before each cut, besides the one at the cut
 _OBSERVE_EVERY = 8  # largest number of steps between two observations of selective layers
 _GRADIENTS = 50  # number of steps before a cut or probe in which the gradients of the loss are observed
 
@@ -44,7 +45,7 @@ class Schedule:
 
     Attributes:
         cut_steps: the steps after which cuts are scheduled.
-        check_after: steps between a cut and its examination.
+        check_after: steps between a cut and its first examination.
         cuts_done: how many of the cuts have been made.
         stopped: whether no more cuts are to be made.
         postponed: no cut is made before this step; 0 if none was postponed.
@@ -70,6 +71,7 @@ class Schedule:
         self.cut_steps = cut_steps(total_steps, int(cuts), window, start)
         distance, last = self.cut_steps[0] - start, self.cut_steps[-1]
         self.check_after = max(1, distance // 2) if check_after is None else check_after
+        self.examined = examined
         if last > total_steps:
             raise InvalidRankRuleError(
                 f"the last of {cuts} cuts would come at step {last}, after total_steps={total_steps}: "
@@ -108,7 +110,7 @@ class Schedule:
         """
         if self.over:
             return False
-        if self.postponed and not self.leaves_time(step):
+        if (self.postponed or self.examined) and not self.leaves_time(step):
             self.stopped = True
         if self.stopped or step < self.postponed:
             return False
@@ -147,6 +149,22 @@ class Schedule:
             near = near or -step % self.probe_every <= _GRADIENTS
         return near or step == 0  # once at the very start, which finds layers that no gradient reaches
 
+    @property
+    def next_cut(self) -> int:
+        """The step after which the next cut is scheduled, or to which it was put off."""
+        return max(self.cut_steps[self.cuts_done], self.postponed)
+
+    def looks(self, step: int) -> bool:
+        """Whether the metric is to be evaluated after this step, to know where it stands when the next cut comes.
+
+        This is so at three steps before a cut, as far apart as examinations after it. With ``when="settled"``, where a
+        cut may come any time, it is so all along.
+        """
+        if self.over:
+            return False
+        left, apart = self.next_cut - step, max(1, min(self.check_after // 2, self.next_cut // (LOOKS_BEFORE + 1)))
+        return left > 0 and left % apart == 0 and (left <= LOOKS_BEFORE * apart or self.when == "settled")
+
     def made(self) -> None:
         """Count the cut that has just been made."""
         self.cuts_done += 1
@@ -155,6 +173,10 @@ class Schedule:
     def once_more(self) -> None:
         """Make the cut that was undone due again at once."""
         self.cuts_done = max(0, self.cuts_done - 1)
+
+    def wait(self, step: int) -> None:
+        """Make no cut before this step."""
+        self.postponed = step
 
     def stop(self) -> None:
         """Make no more cuts."""

@@ -28,6 +28,9 @@ from compressm.training.compressor import Compressor
 from compressm.training.history import Event
 from helpers import newest_checkpoint
 
+# Accuracies of so few digits cannot resolve a max_drop of 0, and setbacks end the cutting.
+pytestmark = pytest.mark.filterwarnings("ignore::compressm.training.cushion.CushionWarning")
+
 # 53 batches an epoch; cuts after steps 6 and 12; checkpoints after every 4 steps.
 TINY: dict[str, Any] = {
     "data": {"name": "digits", "validation": 0.25},
@@ -47,6 +50,7 @@ TINY: dict[str, Any] = {
 # Cuts down to one state after steps 69 and 78, late enough to hurt, and nothing may be lost: every test that uses it
 # checks that there was a roll-back.
 SETBACK: dict[str, Any] = {
+    "model": {"r_min": 0.9, "max_phase": 0.6},  # learns something within 60 steps
     "optimizer": {"lr": 0.03},
     "compression": {"states": 1, "cuts": 2, "start": 60, "window": 0.2, "max_drop": 0.0, "check_after": 3},
     "run": {"steps": 90, "checkpoint_every": 5},
@@ -246,7 +250,9 @@ def test_after_a_setback_curve_and_spectra_are_those_of_the_restored_model(tmp_p
     changes = {**SETBACK, "compression": compression}
     changes["run"] = {**SETBACK["run"], "spectrum_every": 24}
     result = train(config(changes), output=tmp_path, quiet=True)
-    assert [(event["kind"], event["restored_step"]) for event in result.history][-1] == ("rolled_back", 72)
+    assert [(event["kind"], event["restored_step"]) for event in result.history][-2:] == [
+        ("rolled_back", 72), ("stopped", None),
+    ]  # fmt: skip
     points = {point["step"]: point for point in result.curve}
     assert [point["step"] for point in result.curve] == [*range(8, 90, 8), 90]
     assert points[72]["state_dims"] == [16]

@@ -127,19 +127,38 @@ def _event(event: dict[str, Any]) -> dict[str, Any]:
     titles = {
         "cut": "cut", "rolled_back": "cut undone", "kept": "cut kept", "unchanged": "nothing to cut",
         "recompiled": "graphs recompiled", "postponed": "cut put off: the metric is not finite",
+        "watched": "cut watched on", "stopped": "no more cuts", "ended": "end",
     }  # fmt: skip
-    details = ""
+    details = event.get("reason") or ""
     if event.get("metric") is not None:
-        against = f" against {event.get('reference') or 0:.4f}" if event["kind"] != "postponed" else ""
-        details = f"metric {event['metric']:.4f}{against}"
-        if event.get("restored_step") is not None:
-            details += f", back to step {event['restored_step']:,}"
+        details = _measured(event)
+    if event.get("predicted_loss") is not None:
+        details += f", predicted rise of the loss {event['predicted_loss']:.2g} nats"
     return {
         "step": f"{event['step']:,}",
         "what": titles.get(event["kind"], event["kind"]),
         "details": details,
         "layers": [_layer(layer) for layer in event["layers"]],
     }
+
+
+def _measured(event: dict[str, Any]) -> str:
+    """The metric of an event, beside what it is compared with and what was promised."""
+    metric, reference, kind = event["metric"], event.get("reference"), event["kind"]
+    if kind == "cut" and reference is not None:
+        return f"metric {reference:.4f} → {metric:.4f}"
+    text = f"metric {metric:.4f}"
+    if kind not in ("postponed", "ended"):
+        text += f" against {reference or 0:.4f}"
+    if event.get("loss") is not None:
+        what = "kept cuts cost" if kind == "ended" else "loss"
+        text += f", {what} {event['loss']:.4f}"
+        text += "" if event.get("error") is None else f" ± {event['error']:.4f}"
+    if event.get("promised") is not None:
+        text += f", allowed {event['promised']:.4f}; no training without cuts ran beside"
+    if event.get("restored_step") is not None:
+        text += f", back to step {event['restored_step']:,}"
+    return text
 
 
 def _layer(layer: dict[str, Any]) -> dict[str, str]:

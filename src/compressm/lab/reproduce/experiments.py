@@ -77,6 +77,9 @@ _FULL_CIRCLE = {**_CIRCLE, "compression.cuts": 20}
 _LONG = {"data.pool": 1, "run.steps": 1500}
 
 
+_NO_TOLERANCE = {"compression.tolerance": None, "compression.max_reduction": None}
+
+
 def _protocol(tolerances: Sequence[float], states: Sequence[int], paper: Mapping[str, float]) -> tuple[Arm, ...]:
     """The paper's rows: 256 states, cut at these tolerances, and models that have so few states from the start."""
     return (
@@ -92,7 +95,7 @@ def _tolerance(tau: float, method: str) -> dict[str, Any]:
 
 def _cut_to_32(**changes: Any) -> dict[str, Any]:
     keys = {f"compression.{key}": value for key, value in changes.items()}
-    return {"compression.tolerance": None, "compression.states": 32, **keys}
+    return {**_NO_TOLERANCE, "compression.states": 32, **keys}
 
 
 def _afterwards(steps: int) -> tuple[Arm, ...]:
@@ -184,7 +187,7 @@ _OURS = (
     Arm("real0.02", _tolerance(0.02, "real")),
     Arm("small-real0.02", _BIG, same_states_as="real0.02"),
     # Four cuts, the default: the more there are, the sooner each is judged.
-    Arm("max-drop", {"compression.tolerance": None, "compression.max_drop": 0.002, "compression.cuts": 4}),
+    Arm("max-drop", {"compression.max_drop": 0.002, "compression.cuts": 4, **_NO_TOLERANCE}),
 )
 
 EXPERIMENTS: dict[str, Experiment] = {

@@ -166,9 +166,11 @@ class _Run:
             loss = float(self.loss)
             self._check_finite(loss)
             log.training(self.step, loss, self._rates())
+        seen = 0 if self.compressor is None else len(self.compressor.history)
         event = self._compress()
-        if event is not None:
-            log.compression(event, state_dims(self.model))
+        if event is not None and self.compressor is not None:
+            for one in self.compressor.history[seen:]:
+                log.compression(one, state_dims(self.model))
         # A roll-back restores the model from before the cut, so spectra and accuracy of this step are computed again.
         last = self.step == run.steps
         self._look_at_spectra(log)

@@ -139,7 +139,7 @@ def _compression(reduction: Mapping[str, Any], steps: int, evaluated: int, path:
         "selection": _SELECTIONS[selection],
     }
     if mode == "tolerance":
-        return {**made, "tolerance": round(1 - _share(reduction, "tol", path), 12)}
+        return {**made, "tolerance": round(1 - _share(reduction, "tol", path), 12), "max_reduction": 1.0}
     made["fraction"] = (1 - _share(reduction, "reduction_fraction", path)) ** cuts
     if mode == "pragmatic":
         allowed = _share(reduction, "performance_tolerance", path)

@@ -1,0 +1,67 @@
+"""Draw docs/images/which-rule.svg: what you know decides which rule to give. ``python scripts/which_rule.py``."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+PICTURE = Path(__file__).parent.parent / "docs" / "images" / "which-rule.svg"
+
+# Question, answer if yes: the rule, and what it promises. Asked from left to right.
+QUESTIONS = (
+    ("Do you know\nthe size?", "states, fraction,\ntotal_states", "the size"),
+    ("Do you have a\nvalidation metric?", "max_drop\n+ evaluate", "the metric"),
+    ("An error budget\nper layer?", "max_error", "H∞ error"),
+)
+LAST = ("tolerance", "Hankel energy")
+BLUE, GREEN, ORANGE = "#dbe7f3", "#d9eee4", "#f6e3d4"
+
+
+def box(axis: Any, x: float, y: float, text: str, colour: str, mono: bool = False) -> None:
+    """A rounded box with text."""
+    axis.text(
+        x, y, text, ha="center", va="center", fontsize=10, family="monospace" if mono else "sans-serif",
+        bbox={"boxstyle": "round,pad=0.5", "facecolor": colour, "edgecolor": "#5a6b7b"},
+    )  # fmt: skip
+
+
+def arrow(axis: Any, start: tuple[float, float], end: tuple[float, float], text: str) -> None:
+    """An arrow with a word beside it."""
+    axis.annotate("", xy=end, xytext=start, arrowprops={"arrowstyle": "->", "color": "#5a6b7b"})
+    axis.text((start[0] + end[0]) / 2 + 0.05, (start[1] + end[1]) / 2 + 0.06, text, fontsize=9, color="#5a6b7b")
+
+
+def draw(picture: Path) -> None:
+    """Draw the decision, one question after the other."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    matplotlib.rcParams["svg.hashsalt"] = "compressm"
+    from matplotlib import pyplot as plt
+
+    figure, axis = plt.subplots(figsize=(10, 3.2), layout="constrained")
+    for index, (question, rule, promise) in enumerate(QUESTIONS):
+        box(axis, index * 2.2, 2, question, BLUE)
+        box(axis, index * 2.2, 0.9, rule, GREEN if index == 0 else ORANGE, mono=True)
+        axis.text(index * 2.2, 0.3, f"keeps: {promise}", ha="center", fontsize=9)
+        arrow(axis, (index * 2.2, 1.68), (index * 2.2, 1.2), "yes")
+        arrow(axis, (index * 2.2 + 0.72, 2), (index * 2.2 + (1.48 if index < 2 else 1.6), 2), "no")
+    box(axis, 6.6, 2, LAST[0], ORANGE, mono=True)
+    axis.text(6.6, 1.55, f"keeps: {LAST[1]}", ha="center", fontsize=9)
+    axis.text(4.4, -0.15, "orange: at most half of a layer's states per cut", ha="center", fontsize=9, color="#8a5a33")
+    axis.set(xlim=(-1, 7.5), ylim=(-0.3, 2.5))
+    axis.axis("off")
+    picture.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(picture, metadata={"Date": None})
+    plt.close(figure)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Draw docs/images/which-rule.svg.")
+    parser.add_argument("--output", type=Path, default=PICTURE, help="draw it into this file")
+    draw(parser.parse_args().output)
+
+
+if __name__ == "__main__":
+    main()
