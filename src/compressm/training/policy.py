@@ -131,7 +131,7 @@ class Policy:
         started = time.perf_counter()
         self._cutter.tell_of_shapes()
         now = event.restored_step if self._cushion.rewind else event.step
-        if self._goal.rule.guarantees_error:
+        if self._goal.rule.promises_quality:
             self._schedule.once_more()  # a milder cut by the same rule takes the place of the one that was undone
         # The evaluations at the next cut must be others than those that judged this one.
         self._schedule.wait(now + self._schedule.check_after)
