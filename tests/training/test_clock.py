@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ import torch
 from compressm import Compressor
 from compressm.layers import SequenceClassifier
 from compressm.training.clock import Phase, StepClock, savings
+from compressm.training.step_cost import StepCost
 
 
 def test_the_sample_is_even_and_bounded() -> None:
@@ -86,3 +88,60 @@ def test_compressor_counts_steps_by_size_and_remembers_them() -> None:
     assert math.isfinite(saved.speedup)
     compressor.clock.load_state_dict(state["phases"])
     assert [p.steps for p in compressor.clock.phases] == [5, 5, 2]
+
+
+def test_operations_are_told_where_all_phases_were_counted() -> None:
+    def phases(*flops: int | None) -> list[Phase]:
+        return [Phase({"a": n}, 10, [1.0], [1.0], count) for n, count in zip((8, 4, 2), flops, strict=True)]
+
+    counted = savings(phases(100, 50, 10), 0.0, net_steps=25)
+    assert counted is not None
+    assert (counted.flops, counted.flops_if_big) == (10 * 160, 25 * 100)
+    assert str(counted) == (
+        "30 steps and their cuts took 30 s; without cuts an estimated 25 s (0.8 times); a step is 1.0 times faster, "
+        "36% of the operations were spared"
+    )
+    for partly in (phases(100, None, 10), phases(None, 50, 10), phases(None, None, None), phases(100, 50, None)):
+        found = savings(partly, 0.0)
+        assert found is not None
+        assert found.flops is found.flops_if_big is None
+        assert str(found).endswith("a step is 1.0 times faster")
+    for half in (replace(counted, flops=None), replace(counted, flops_if_big=None)):
+        assert "spared" not in str(half)
+
+
+def test_a_phase_too_short_to_be_timed_saves_nothing() -> None:
+    first, short, last = Phase({"a": 8}, 10, [2.0], [3.0]), Phase({"a": 6}, 5), Phase({"a": 4}, 20, [1.0], [0.5])
+    saved = savings([first, short, last], 4.0)
+    assert saved is not None
+    assert (saved.seconds, saved.seconds_if_big, saved.cut_seconds) == (20 + 10 + 20 + 4, 70, 4)
+    assert not saved.cpu
+    by_cpu = savings([first, short, last], 4.0, cpu=True)
+    assert by_cpu is not None
+    assert (by_cpu.seconds, by_cpu.step_speedup, by_cpu.cpu) == (30 + 15 + 10 + 4, 6, True)
+
+
+def test_a_clock_is_restored_with_its_phases_and_without_the_step_that_ran() -> None:
+    clock = StepClock({"a": 8})
+    clock.end()  # nothing was begun: a step is counted, and no time
+    assert (clock.phases[0].steps, clock.phases[0].wall, clock.phases[0].cpu) == (1, [], [])
+    clock.begin()
+    clock.end()
+    clock.measured(StepCost(7, 9))
+    clock.resize({"a": 8})
+    assert len(clock.phases) == 1
+    clock.resize({"a": 4})
+    stored = clock.state_dict()
+    assert [phase["state_dims"] for phase in stored] == [{"a": 8}, {"a": 4}]
+    assert (stored[0]["flops"], stored[0]["kept_bytes"], stored[1]["flops"]) == (7, 9, None)
+    clock.begin()
+    clock.load_state_dict(stored)
+    clock.end()
+    assert (clock.phases[1].steps, clock.phases[1].wall) == (1, [])
+    assert stored[1]["steps"] == 0
+    row = clock.phases[0].to_dict()
+    assert row == {
+        "state_dims": {"a": 8}, "steps": 2, "step_seconds": clock.phases[0].wall[0],
+        "step_cpu_seconds": clock.phases[0].cpu[0], "flops": 7, "kept_bytes": 9,
+    }  # fmt: skip
+    assert clock.phases[1].to_dict()["step_seconds"] is None
