@@ -166,6 +166,17 @@ def test_states_of_mamba2_are_picked_by_the_masks_fisher_matrix() -> None:
         torch.testing.assert_close(new.in_proj.weight[2 * d : 2 * d + 5], B[kept])
 
 
+def test_above_the_range_of_the_prediction_states_of_mamba2_are_picked_by_second_moments() -> None:
+    white, data = model("mamba2"), labelled()
+    white.decoder.weight.data.mul_(1e3)  # type: ignore[union-attr]  # so that every state matters much to the loss
+    by_loss = copy.deepcopy(white)
+    report = compressm.compress(by_loss, states=2, data=data, loss=own_loss)
+    assert (report.predicted_loss or 0.0) > 0.5
+    compressm.compress(white, states=2, data=[one for index, one in enumerate(data) if index % 4 != 3])
+    for (key, value), (_, other) in zip(white.state_dict().items(), by_loss.state_dict().items(), strict=True):
+        assert torch.equal(value, other), key
+
+
 def test_analysis_tells_the_rise_if_one_layer_is_cut() -> None:
     net, data = model(states=8), batches()
     spectrum = compressm.analyze(net, data=data, loss="classification")

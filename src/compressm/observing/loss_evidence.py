@@ -33,7 +33,7 @@ class LossEvidence:
 
     Attributes:
         covariances: second moments of states and adjoint states, by name of the linear layers.
-        fishers: Fisher matrices of the masks, by name of the selective layers.
+        fishers: Fisher matrices of the masks, per prediction, by name of the selective layers.
         samples: for predictions by `damage`, by layer name; see `Observer.samples`.
         predictions: how many predictions the loss of a sequence sums.
     """
@@ -50,12 +50,12 @@ class LossEvidence:
         Raises:
             UnsupportedModelError: a layer was never observed.
         """
-        seen = observer.evidence()
+        seen, predictions = observer.evidence(), observer.predictions_per_sequence
         return cls(
             {name: one for name, one in seen.items() if isinstance(one, Covariances)},
-            {name: one for name, one in seen.items() if isinstance(one, MaskFisher)},
+            {name: one.per(predictions) for name, one in seen.items() if isinstance(one, MaskFisher)},
             observer.samples(),
-            observer.predictions_per_sequence,
+            predictions,
         )
 
 

@@ -56,6 +56,10 @@ class MaskFisher(Sums):
         squares = flat.square()
         return cls(count, count, (flat.mT @ flat).view(shape), (squares.mT @ squares).view(shape))
 
+    def per(self, predictions: float) -> MaskFisher:
+        """The same for the loss of one prediction instead of a sequence's, which is the sum over so many."""
+        return replace(self, products=self.products / predictions, squares=self.squares / predictions**2)
+
     @property
     def F(self) -> Tensor:
         """``E_seq[g g^T]``, shape ``(groups, n, groups, n)``."""
