@@ -192,6 +192,7 @@ class Play:
             before = self.layer.d_state
             if self.compressor._cushion.observed is None:
                 self.standing, self.made_at = before, self.step
+            self.compressor.optimizer.step()  # without gradients: it only tells the compressor that a step was made
             self.compressor.step()
             for event in self.compressor.history[seen:]:
                 if isinstance(event, Cut):

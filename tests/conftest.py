@@ -1,13 +1,17 @@
 from __future__ import annotations
 
+import gc
 import random
 import sys
+from collections.abc import Generator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+
+from compressm.runtime import compiled_graphs
 
 sys.path[:0] = [
     str(Path(__file__).parent),
@@ -24,6 +28,14 @@ settings.load_profile("ci")
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--families", default=None, help="write what tests/test_families.py measures to this JSON file")
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_observed_any_more() -> Generator[None]:
+    """Collect what still waits to observe a model, since compiled code runs eagerly as long as it does."""
+    yield
+    if compiled_graphs._paused:  # pyright: ignore[reportPrivateUsage]
+        gc.collect()
 
 
 @pytest.fixture(autouse=True)

@@ -253,20 +253,13 @@ def test_what_is_not_supported_is_named() -> None:
 
 @pytest.mark.parametrize("kind", FORMS)
 def test_the_config_is_told_the_size_of_a_head(kind: str) -> None:
-    layer, adapter, _ = built(kind)
+    _, adapter, _ = built(kind)
     assert isinstance(adapter, SelectiveAdapter)
-    model = nn.Sequential(layer)
-    config = {"gated delta": SimpleNamespace(hidden_size=WIDTH, num_heads=HEADS, head_dim=N, expand_v=0.75)}.get(
+    config: Any = {"gated delta": SimpleNamespace(hidden_size=WIDTH, num_heads=HEADS, head_dim=N, expand_v=0.75)}.get(
         kind, SimpleNamespace(hidden_size=WIDTH, num_heads=HEADS, expand_k=9.0)
     )
-    model.config = config  # type: ignore[assignment]
-    write(layer, adapter.resized(layer, 3))
-    adapter.written(model)
+    adapter.tell_config(config, 3)
     if kind == "gated delta":
         assert (config.head_dim, config.expand_v) == (3, 0.75 * N / 3)
     else:
         assert config.expand_k == 3 * HEADS / WIDTH
-    apart = nn.Sequential(nn.Linear(1, 1))
-    apart.config = SimpleNamespace(hidden_size=WIDTH)  # type: ignore[assignment]
-    adapter.written(apart)  # no such layer: nothing to tell
-    assert vars(apart.config) == {"hidden_size": WIDTH}

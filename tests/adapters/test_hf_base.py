@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from compressm.adapters.hf_base import Carried, HuggingFaceAdapter
-from compressm.adapters.hf_mamba import HFMambaAdapter, JambaAdapter
+from compressm.adapters.hf_mamba import HFMambaAdapter
 from compressm.errors import UnsupportedModelError
 
 
@@ -82,19 +82,3 @@ def test_a_carried_state_answers_as_a_cache_and_keeps_nothing() -> None:
     assert bool(conv[0].any())  # a copy
     assert bool(recurrent[0].any())
     assert Carried(conv, None, False).first(1).recurrent is None
-
-
-def test_configs_hold_the_largest_state_dimension_below_them() -> None:
-    model = nn.ModuleDict({"a": Mixer(4), "b": nn.Sequential(Sharper(6), nn.Linear(1, 1)), "c": nn.Linear(1, 1)})
-    configs = [SimpleNamespace(state_size=9, other=1) for _ in range(3)]
-    model.config, model["b"].config, model["c"].config = configs  # type: ignore[assignment]
-    assert adapter().dims_in(model) == [4, 6]
-    adapter().written(model)
-    assert [config.state_size for config in configs] == [6, 6, 9]  # where there is no such layer, nothing is told
-    assert all(config.other == 1 for config in configs)
-    adapter(JambaAdapter).written(model)  # it has another name for it, which these configs do not have
-    assert [vars(config).keys() == {"state_size", "other"} for config in configs] == [True] * 3
-    model["a"].config = SimpleNamespace(mamba_d_state=1)  # type: ignore[assignment]
-    adapter(JambaAdapter).written(model)
-    assert model["a"].config.mamba_d_state == 4
-    assert adapter().uniform

@@ -34,9 +34,9 @@ def twice(layer: nn.Module) -> None:
 
 # What was done to a Mamba layer: the tensor, what computes it, and how to undo it.
 DONE: dict[str, tuple[Callable[[nn.Module], object], tuple[str, str, str]]] = {
-    "weight norm": (
-        lambda layer: parametrizations.weight_norm(layer.get_submodule("x_proj")),
-        ("x_proj.weight", "parametrization _WeightNorm", "parametrize.remove_parametrizations(module, 'weight')"),
+    "spectral norm": (
+        lambda layer: parametrizations.spectral_norm(layer.get_submodule("x_proj")),
+        ("x_proj.weight", "parametrization _SpectralNorm", "parametrize.remove_parametrizations(module, 'weight')"),
     ),
     "weight norm of old": (
         old_weight_norm,
@@ -81,7 +81,7 @@ def test_what_is_computed_is_named_with_the_way_back(kind: str) -> None:
 
 def test_what_no_cut_writes_may_be_computed() -> None:
     layer = Mamba(4, 4)
-    parametrizations.weight_norm(layer.get_submodule("out_proj"))
+    parametrizations.spectral_norm(layer.get_submodule("out_proj"))
     assert [name for name, _ in computed_tensors(layer)] == ["out_proj.weight"]
     check_plain({"": layer})
 

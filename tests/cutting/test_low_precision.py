@@ -136,7 +136,7 @@ def test_float16_with_a_scaler_whose_first_step_overflows() -> None:
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**24, growth_interval=3)
     compressor, events = Compressor(model, optimizer, 40, states=6, cuts=2, window=0.3, scaler=scaler), []
-    for _ in range(16):
+    for _ in range(30):  # of which the first ones overflow, and do not count
         optimizer.zero_grad()
         with torch.autocast("cpu", torch.float16):
             loss = F.cross_entropy(model(torch.randn(4, 9, 2)).float(), torch.randint(0, 3, (4,)))

@@ -50,7 +50,7 @@ def test_cuts_of_the_halves_are_made_of_each_half_alone(sequences: int) -> None:
     halves = gather_halves(model, u)
     plan = plan_reduction(model, RankRule(states=3), moments=joined(halves))
     assert list(plan.changes) == ["0", "1"]
-    found = plan._by_halves(model, halves, "hankel")
+    found = plan._by_halves(model, halves, "hankel", {})
     if sequences == 1:
         assert found == {}  # there is nothing to hold out
         return

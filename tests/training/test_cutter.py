@@ -32,17 +32,17 @@ def test_its_state_has_sizes_observations_and_the_last_sequence_of_each_layer() 
         "moments": {},
         "samples": {},
     }
-    one.observe(True, 1)
+    one.observations.observe(True, False, 1)
     tokens = torch.tensor([[1, 2, 3, 0], [4, 3, 2, 1]])
     net(tokens)
-    one.observe(False, 2)
+    one.observations.observe(False, False, 2)
     net(tokens.flip(0))  # no longer observed
     assert not one.unseen
     state = copy.deepcopy(one.state_dict())
     assert list(state["samples"]) == ["blocks.0.ssm", "blocks.1.ssm"]
     for name, (hidden, present) in state["samples"].items():
         assert hidden.shape == (1, 4, 4)
-        assert torch.equal(hidden, one.statistics.samples[name].hidden)
+        assert torch.equal(hidden, one.observations.statistics.samples[name].hidden)
         assert present.tolist() == [[True, True, True, False]]
     assert {name: float(value["tokens"]) for name, value in state["moments"].items()} == dict.fromkeys(
         state["samples"], 3
@@ -66,7 +66,7 @@ def test_its_state_has_sizes_observations_and_the_last_sequence_of_each_layer() 
 def test_after_a_cut_its_observations_are_of_another_layer_and_go() -> None:
     net = model()
     one = cutter(net)
-    one.observe(True, 1)
+    one.observations.observe(True, False, 1)
     net(torch.tensor([[1, 2, 3, 4]]))
     plan = one.plan(RankRule(states=3))
     assert one.write(plan).cut
