@@ -14,7 +14,8 @@ Criteria, besides cuts by the loss:
   their impulse response (``energy``, as AIRE-Prune, arXiv 2602.00534), and random ones;
 - selective layers: second moments (``hankel``); the product of the mean powers of state and output vector
   (``gramians``, the criterion of GHOST, arXiv 2602.11408); the size of B and C (``magnitude``); the mean square of the
-  gradient of a mask (``saliency``); and random ones.
+  gradient of a mask (``saliency``); and random ones. For Mamba-2 also the mask's whole Fisher matrix at every size
+  (``fisher``), which cuts by the loss follow only while it predicts little.
 """
 
 from __future__ import annotations
@@ -131,19 +132,28 @@ def criteria(
     for selection in selections:
         yield selection, plan_reduction(model, rule, moments=moments, selection=selection).changes, None
     if moments:
-        yield "saliency", by_saliency(model, moments, evidence, states), None
+        diagonals = {name: diagonal(fisher) for name, fisher in evidence.fishers.items()}
+        yield "saliency", by_fisher(model, moments, diagonals, states), None
+    if any(not any(adapter.maps(layer)) for layer, adapter in selective(model)):
+        yield "fisher", by_fisher(model, moments, evidence.fishers, states), None
     plan = plan_reduction(model, rule, moments=moments, loss=evidence)
     yield "loss", plan.changes, plan.report.predicted_loss
 
 
-def by_saliency(
-    model: nn.Module, moments: Mapping[str, Moments], evidence: LossEvidence, states: int
+def selective(model: nn.Module) -> list[tuple[nn.Module, SelectiveAdapter]]:
+    found = find_layers(model).values()
+    return [(layer, adapter) for layer, adapter in found if isinstance(adapter, SelectiveAdapter)]
+
+
+def by_fisher(
+    model: nn.Module, moments: Mapping[str, Moments], fishers: Mapping[str, MaskFisher], states: int
 ) -> dict[str, LayerChange]:
-    """The states whose masks have the largest mean square gradient."""
+    """The states that the Fisher matrices of masks pick; by their diagonals, those with the largest mean square
+    gradients."""
     changes: dict[str, LayerChange] = {}
     for name, (layer, adapter) in find_layers(model).items():
         assert isinstance(adapter, SelectiveAdapter)
-        reduction = reduce_by_fisher(diagonal(evidence.fishers[name]), states, moments[name])
+        reduction = reduce_by_fisher(fishers[name], states, moments[name])
         changes[name] = adapter.plan(layer_values(layer), reduction)
     return changes
 
@@ -188,9 +198,10 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
             [row["predicted"] for row in points], [row["rise"] for row in points],
             "os^Dv"[index % 5], color=COLOURS[index % len(COLOURS)], label=family, markersize=4,
         )  # fmt: skip
-    ends = [1e-5, 10]
+    ends = [1e-6, 10]
     axis.loglog(ends, ends, color="#999999", linewidth=0.8)
     axis.fill_between(ends, [e / 2 for e in ends], [2 * e for e in ends], color="#999999", alpha=0.2, linewidth=0)
+    axis.set(xlim=ends, ylim=ends)
     axis.set(xlabel="predicted rise of the loss (nats per sequence)", ylabel="measured on validation data")
     axis.spines[["top", "right"]].set_visible(False)
     axis.legend(frameon=False, fontsize=8)

@@ -27,6 +27,13 @@ STORED: list[dict[str, Any]] = json.loads((ROOT / "results" / "hosts.json").read
 QUICK = ("AdamW", "compressor.step() after every accumulated batch", "averaged model that is not passed as a follower")
 
 
+def _mark(index: int, row: Row) -> Any:
+    """Some rows are run by default, every eighth with the slow tests, and the others on their own."""
+    if row.situation in QUICK:
+        return ()
+    return pytest.mark.slow if index % 8 == 0 else pytest.mark.exhaustive
+
+
 def test_every_row_was_run_and_works_or_is_refused() -> None:
     assert [(one["host"], one["situation"]) for one in STORED] == [(one.host, one.situation) for one in ROWS]
     assert len({(one["host"], one["situation"]) for one in STORED}) == len(STORED) >= 60
@@ -39,7 +46,7 @@ def test_every_row_was_run_and_works_or_is_refused() -> None:
 @pytest.mark.parametrize(
     "index",
     [
-        pytest.param(i, id=f"{one.host}: {one.situation}", marks=() if one.situation in QUICK else pytest.mark.slow)
+        pytest.param(i, id=f"{one.host}: {one.situation}", marks=_mark(i, one))
         for i, one in enumerate(ROWS)
         if one.host != REPLICAS  # tests/training/test_replicas.py
     ],

@@ -169,7 +169,7 @@ QUICK = {("own loop", "fraction"), ("own loop", "max_drop"), ("trainer", "fracti
 @pytest.mark.parametrize(
     ("host", "rule"),
     [
-        pytest.param(host, rule, marks=() if (host, rule) in QUICK else pytest.mark.slow)
+        pytest.param(host, rule, marks=() if (host, rule) in QUICK else pytest.mark.exhaustive)
         for host in HOSTS
         for rule in RULES
     ],

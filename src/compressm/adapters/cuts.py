@@ -26,8 +26,8 @@ from compressm.theory.ruled_truncation import truncate_by_rule
 from compressm.theory.selection import Selection, reduce_selective
 from compressm.theory.systems import DiagonalSystem
 
-# Nats per prediction. Above it a prediction of second order fails, and so do selections by it: in Mamba-2 they did more
-# damage than those by second moments in half of the cases, and less in all cases below it (results/after_the_cut.json).
+# Nats per prediction. Above it a prediction of second order fails, and so do selections by it. On Mamba-2 they did less
+# damage than those by second moments below it, and often more above it (results/after_the_cut.json, "fisher").
 SECOND_ORDER = 0.05
 
 
