@@ -43,7 +43,7 @@ CONFIGURATION = r"""
 [tool.mutmut]
 source_paths = ["src"]
 only_mutate = {modules}
-pytest_add_cli_args = ["-p", "no:cacheprovider", "-x", "-m", "not slow and not gpu"]
+pytest_add_cli_args = ["-p", "no:cacheprovider", "-x", "-m", "not slow and not gpu and not exhaustive"]
 pytest_add_cli_args_test_selection = {tests}
 also_copy = ["README.md", "docs", "scripts", "examples", "benchmarks", "results"]
 process_isolation = "forkserver"
@@ -147,7 +147,7 @@ def test_with(names: list[str], added: list[str]) -> None:
 
     noticed = {name for name, (status, _) in outcomes().items() if status in NOTICED}
     shutil.copytree("tests", Path("mutants", "tests"), dirs_exist_ok=True)
-    options = ["-x", "-q", "-p", "no:cacheprovider", "-m", "not slow and not gpu"]
+    options = ["-x", "-q", "-p", "no:cacheprovider", "-m", "not slow and not gpu and not exhaustive"]
 
     def outcome(name: str) -> int:
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": "src", "MUTANT_UNDER_TEST": name}
