@@ -194,11 +194,7 @@ def checked(
             return plan.with_rise(rise)
         asked = replace(asked, max_loss=asked.max_loss * min(0.5, rule.max_loss / rise.nats))
         plan = plan_reduction(model, asked, moments=moments, loss=evidence)
-    reports = tuple(
-        replace(one, states_after=one.states_before, outcome="kept", reason=_ABOVE, energy_kept=None)
-        for one in plan.report.layers
-    )
-    return Plan(replace(plan.report, layers=reports), {})
+    return plan.withdrawn(_ABOVE)
 
 
 def _searched(max_drop: float | None, evaluate: object, sizes: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -18,6 +18,7 @@ from compressm.cutting.nats import damage_curves
 from compressm.cutting.plots import Backend, plot_discarded, plot_rise
 from compressm.errors import ConfigError, InvalidRankRuleError, MissingExtraError, UnsupportedModelError
 from compressm.observing.inputs import calls_and_batches
+from compressm.observing.labels import Likelihood
 from compressm.observing.loss_evidence import Gramians, Loss, LossEvidence, gather_evidence
 from compressm.observing.moments import gather
 from compressm.theory.balanced import Balanced
@@ -276,6 +277,8 @@ def balancing_of(
     if gramians is None:
         gramians = "white" if loss is None else "loss"
     check_choice("gramians", gramians, Gramians)
+    if loss is not None and not callable(loss):
+        check_choice("loss", loss, Likelihood)
     if gramians == "white":
         return gramians
     if data is None or loss is None:
