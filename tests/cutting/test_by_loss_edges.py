@@ -211,3 +211,18 @@ def test_a_forward_without_gradients_before_the_training_s_own_does_not_count() 
         predicted.append(compressor.history[0].predicted_loss)  # type: ignore[union-attr]
     assert dims == [[3], [3]]
     assert predicted[0] == predicted[1] is not None
+
+
+@pytest.mark.parametrize(
+    "rule", [{"max_loss": 1.0}, {"max_loss": 1.0, "max_reduction": 0.25}, {"states": 1, "max_reduction": 0.25}]
+)
+def test_real_eigenvalues_do_not_make_a_cut_larger_than_max_reduction(rule: dict[str, Any]) -> None:
+    share = rule.get("max_reduction", 0.5)
+    for seed, states in ((0, 7), (1, 12), (2, 5), (3, 12), (4, 7)):
+        torch.manual_seed(seed)
+        net = SequenceClassifier(4, 3, d_model=4, d_state=states, n_layers=2, layer="lru", r_min=0.1, r_max=0.9)
+        for block in net.blocks:
+            block.ssm.theta_log.data.sub_(4)  # nearly real eigenvalues, of which each may take a whole state
+        loss: dict[str, Any] = {"loss": "classification"} if "max_loss" in rule else {}
+        report = compressm.compress(net, data=data(4), **rule, **loss)
+        assert min(report.state_dims.values()) >= states - int(share * states)

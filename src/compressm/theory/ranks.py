@@ -309,11 +309,16 @@ def _groups(present: Mapping[str, int], alike: Sequence[str]) -> list[list[str]]
     return [*([together] if together else []), *([name] for name in present if name not in alike)]
 
 
+def fewest(present: int, rule: RankRule) -> int:
+    """The fewest states that ``max_reduction`` leaves to a layer that has ``present``."""
+    return max(1, present - math.floor(rule.max_reduction * present + 1e-9))
+
+
 def _sizes(present: Sequence[int], rule: RankRule) -> list[int]:
     """Sizes that layers of these dimensions can have in common, ascending: multiples, and the least present dimension.
     Empty if ``max_reduction`` keeps one layer larger than another layer is."""
     top = min(present)
-    least = max(1, *(n - math.floor(rule.max_reduction * n + 1e-9) for n in present))
+    least = max(fewest(n, rule) for n in present)
     multiples = [*range(-(-least // rule.multiple_of) * rule.multiple_of, top + 1, rule.multiple_of)]
     return multiples if top < least or top in multiples else [*multiples, top]
 
