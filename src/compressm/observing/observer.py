@@ -159,8 +159,8 @@ class Observer:
         unseen = [name for names in gathered(self.unseen) for name in names]
         if unseen:
             raise UnsupportedModelError(
-                f"no gradient has passed through {unseen[0]!r} yet: call observe_next() before a forward and backward "
-                "pass in training mode, and see that the loss depends on this layer"
+                f"no gradient has passed through {unseen[0]!r} yet: see that the loss depends on this layer, and in "
+                "training that the model is called as a whole and in training mode; or leave it out with exclude="
                 + (f"; {self.dropped} calls of layers were left out as not finite" if self.dropped else "")
             )
         return {name: _summed(self._observed[name]) for name in self._layers}
