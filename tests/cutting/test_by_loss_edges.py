@@ -226,3 +226,21 @@ def test_real_eigenvalues_do_not_make_a_cut_larger_than_max_reduction(rule: dict
         loss: dict[str, Any] = {"loss": "classification"} if "max_loss" in rule else {}
         report = compressm.compress(net, data=data(4), **rule, **loss)
         assert min(report.state_dims.values()) >= states - int(share * states)
+
+
+def test_a_model_of_layers_that_cannot_be_observed_alone_is_cut_without_a_prediction(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # As layers of flash-linear-attention and mamba_ssm, which need a GPU.
+    monkeypatch.setattr("compressm.observing.observer.can_be_masked", lambda _: False)
+    torch.manual_seed(0)
+    net = SequenceClassifier(4, 3, d_model=8, d_state=8, n_layers=2, layer="mamba2", head_dim=4)
+    by_moments = copy.deepcopy(net)
+    batches = data()
+    assert "blocks.0.ssm" in str(compressm.analyze(net, data=batches, loss="classification"))
+    report = compressm.compress(net, states=3, data=batches, loss="classification")
+    assert report.predicted_loss is None
+    assert report.measured_loss is not None
+    compressm.compress(by_moments, states=3, data=[batch for index, batch in enumerate(batches) if index % 4 != 3])
+    for (key, value), (_, other) in zip(net.state_dict().items(), by_moments.state_dict().items(), strict=True):
+        assert torch.equal(value, other), key

@@ -96,9 +96,10 @@ def gather_evidence(
                 observer.observe_next(training_only=False, frozen=True)
                 output = call(model)
                 losses = losses_of(model, output, batch, call, loss)
-                _check_losses(losses)
                 observer.count(len(losses), predictions(model, output, call, loss))
-                losses.sum().backward()
+                if observer.layers:  # otherwise nothing in the model has a gradient
+                    _check_losses(losses)
+                    losses.sum().backward()
     finally:
         observer.close()
         for parameter in trained:
