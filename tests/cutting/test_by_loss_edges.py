@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import compressm
+from compressm.cutting import plan_reduction
 from compressm.cutting.rise import cut_layers
 from compressm.errors import ConfigError, InvalidRankRuleError
 from compressm.layers import LRU, SequenceClassifier
@@ -83,7 +84,7 @@ def test_the_measured_rise_is_that_of_the_model_as_cut(kind: type[nn.Module]) ->
 def test_all_places_of_a_layer_in_one_parent_are_exchanged() -> None:
     net = Twice()
     layer = net.body[0]
-    change = compressm.cutting.plan_reduction(net, RankRule(states=2)).changes
+    change = plan_reduction(net, RankRule(states=2)).changes
     with cut_layers(net, change):
         assert net.body[0] is net.body[2] is not layer
     assert net.body[0] is net.body[2] is layer
@@ -140,10 +141,11 @@ def test_a_loss_without_gradient_or_that_is_not_finite_is_refused() -> None:
     ):
         with pytest.raises(ConfigError, match=message):
             compressm.compress(net, states=2, data=data(), loss=loss)
+    other: Any = "mse"
     for act in (
-        lambda: compressm.compress(net, states=2, data=data(), loss="mse"),
-        lambda: compressm.analyze(net, data=data(), loss="mse"),
-    ):  # type: ignore[arg-type]
+        lambda: compressm.compress(net, states=2, data=data(), loss=other),
+        lambda: compressm.analyze(net, data=data(), loss=other),
+    ):
         with pytest.raises(InvalidRankRuleError, match="loss must be one of 'classification', 'regression'; got 'mse'"):
             act()
 
@@ -170,11 +172,11 @@ def test_multiples_do_not_lift_a_floor_above_the_budget() -> None:
 def test_a_plan_whose_prediction_stays_above_max_loss_cuts_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     net = Twice()
     evidence = LossEvidence.of(gather_evidence(net, data(), keep=100))
-    plan = compressm.cutting.plan_reduction(net, RankRule(max_loss=1.0), loss=evidence)
+    plan = plan_reduction(net, RankRule(max_loss=1.0), loss=evidence)
     assert plan.changes
     # Curves that promise far too little: whatever is chosen by them costs more than it may.
     monkeypatch.setattr("compressm.cutting.plan.damage_curves", lambda *_: {"body.0": torch.zeros(9)})
-    plan = compressm.cutting.plan_reduction(net, RankRule(max_loss=1e-12), loss=evidence)
+    plan = plan_reduction(net, RankRule(max_loss=1e-12), loss=evidence)
     assert not plan.changes
     assert plan.report.predicted_loss == 0
     (layer,) = plan.report.layers
@@ -221,7 +223,8 @@ def test_real_eigenvalues_do_not_make_a_cut_larger_than_max_reduction(rule: dict
     for seed, states in ((0, 7), (1, 12), (2, 5), (3, 12), (4, 7)):
         torch.manual_seed(seed)
         net = SequenceClassifier(4, 3, d_model=4, d_state=states, n_layers=2, layer="lru", r_min=0.1, r_max=0.9)
-        for block in net.blocks:
+        blocks: Any = net.blocks
+        for block in blocks:
             block.ssm.theta_log.data.sub_(4)  # nearly real eigenvalues, of which each may take a whole state
         loss: dict[str, Any] = {"loss": "classification"} if "max_loss" in rule else {}
         report = compressm.compress(net, data=data(4), **rule, **loss)

@@ -20,6 +20,7 @@ pytestmark = [
 def main(out: Path, unfit: bool) -> None:
     """What one process does."""
     import compressm
+    from compressm.errors import ConfigError
     from compressm.layers import SequenceClassifier
 
     dist.init_process_group("gloo")
@@ -35,7 +36,7 @@ def main(out: Path, unfit: bool) -> None:
         report = compressm.compress(net, total_states=9, data=data, loss="classification")
         found = {"dims": report.state_dims, "rises": [report.predicted_loss, report.measured_loss]}
         found["weights"] = [value.sum().item() for value in net.state_dict().values()]
-    except compressm.errors.ConfigError as error:
+    except ConfigError as error:
         found = {"error": str(error)}
     (out / f"{rank}.json").write_text(json.dumps(found))
     dist.destroy_process_group()
