@@ -26,6 +26,7 @@ from compressm.cutting.spectrum import SAMPLES, balance_layers, balancing_of
 from compressm.errors import EvaluationError, InvalidRankRuleError
 from compressm.observing.held_out import gather_halves, joined, twice_readable
 from compressm.observing.loss_evidence import Gramians, Loss, LossEvidence, divided, gather_evidence
+from compressm.runtime.processes import from_first_rank, raised_on_all
 from compressm.theory.balanced import Balanced
 from compressm.theory.balancing import Method
 from compressm.theory.ranks import RankRule, check_choice, check_sizes, largest_reduction
@@ -136,9 +137,7 @@ def compress(
     optimizer = None if optimizer is None else unwrap_optimizer(optimizer)
     _check_before(model, rule, optimizer, carry)
     if gramians == "loss":
-        assert loss is not None
-        seen, held_out = divided(model, data)
-        evidence = LossEvidence.of(gather_evidence(model, seen, loss, keep=SAMPLES))
+        seen, held_out, evidence = _read(model, data, loss)
     else:
         seen, held_out, evidence = None if data is None else twice_readable(model, data), None, None
     halves = None if seen is None else gather_halves(model, seen)
@@ -150,12 +149,20 @@ def compress(
             model, rule, balancings, selection, max_drop, lambda one: sign * measure(one, evaluate), evidence
         )
     else:
-        plan = plan_reduction(model, rule, method, moments=moments, selection=selection, loss=evidence)
+        plan = _planned(model, rule, moments, evidence, method, selection)
     if evidence is not None and loss is not None:
         plan = checked(model, plan, rule, moments, evidence, held_out, loss)
     if seen is not None:
         plan = plan.measured(model, seen, halves, selection, None if evidence is None else evidence.fishers)
     return plan.apply(model, optimizer, carry)
+
+
+def _read(model: nn.Module, data: Any, loss: Loss | None) -> tuple[Any, Any, LossEvidence]:
+    """The data for evidence, those that are held out, and the evidence."""
+    assert loss is not None
+    seen, held_out = raised_on_all(lambda: divided(model, data))
+    observer = raised_on_all(lambda: gather_evidence(model, seen, loss, keep=SAMPLES))
+    return seen, held_out, LossEvidence.of(observer)
 
 
 def check_rule(rule: RankRule, gramians: Gramians) -> None:
@@ -193,12 +200,24 @@ def checked(
         if rule.max_loss is None or asked.max_loss is None or rise.nats <= rule.max_loss or not plan.changes:
             return plan.with_rise(rise)
         asked = replace(asked, max_loss=asked.max_loss * min(0.5, rule.max_loss / rise.nats))
-        plan = plan_reduction(model, asked, moments=moments, loss=evidence)
-    reports = tuple(
-        replace(one, states_after=one.states_before, outcome="kept", reason=_ABOVE, energy_kept=None)
-        for one in plan.report.layers
+        plan = _planned(model, asked, moments, evidence)
+    return plan.withdrawn(_ABOVE)
+
+
+def _planned(
+    model: nn.Module,
+    rule: RankRule,
+    moments: Mapping[str, Moments] | None,
+    evidence: LossEvidence | None,
+    method: Method = "real",
+    selection: Selection = "hankel",
+) -> Plan:
+    """The plan by a rule, the same in all processes, whose samples for predictions are different ones."""
+    if evidence is None:
+        return plan_reduction(model, rule, method, moments=moments, selection=selection)
+    return from_first_rank(
+        lambda: plan_reduction(model, rule, method, moments=moments, selection=selection, loss=evidence).cpu()
     )
-    return Plan(replace(plan.report, layers=reports), {})
 
 
 def _searched(max_drop: float | None, evaluate: object, sizes: Mapping[str, Any]) -> Mapping[str, Any]:

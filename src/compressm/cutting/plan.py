@@ -93,6 +93,16 @@ class Plan:
         report = replace(self.report, measured_loss=rise.nats, measured_loss_error=rise.standard_error)
         return replace(self, report=report)
 
+    def withdrawn(self, reason: str) -> Plan:
+        """A plan that cuts nothing, with the reason in the reports of the layers that this one would cut."""
+        layers = tuple(
+            replace(_refused(one, reason), outcome="kept", poles_before=(), poles_after=(), predicted_loss=None)
+            if one.outcome == "cut"
+            else one
+            for one in self.report.layers
+        )
+        return Plan(replace(self.report, layers=layers, predicted_loss=0.0), {})
+
     def apply(
         self, model: nn.Module, optimizer: Optimizer | Together | None = None, carry: Carry = "transform"
     ) -> Report:
@@ -189,6 +199,8 @@ def plan_reduction(
             break
         allowed = replace(allowed, max_loss=allowed.max_loss / 2)
         plan = _planned(model, layers, allowed, balancings, cuts, damages, loss)
+    if within is not None and not (plan.report.predicted_loss or 0.0) <= within:
+        plan = plan.withdrawn("the predicted rise of the loss was above max_loss for every cut that was tried")
     return replace(plan, report=replace(plan.report, seconds=time.perf_counter() - started))
 
 

@@ -89,8 +89,8 @@ def cut_layers(model: nn.Module, changes: Mapping[str, LayerChange]) -> Generato
     places = [
         (parent, name, child)
         for parent in list(model.modules())
-        for name, child in parent.named_children()
-        if id(child) in copies
+        for name, child in parent._modules.items()  # pyright: ignore[reportPrivateUsage]
+        if child is not None and id(child) in copies  # `named_children` leaves out a layer's second place in one parent
     ]
     try:
         for parent, name, child in places:

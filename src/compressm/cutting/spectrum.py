@@ -18,8 +18,10 @@ from compressm.cutting.nats import damage_curves
 from compressm.cutting.plots import Backend, plot_discarded, plot_rise
 from compressm.errors import ConfigError, InvalidRankRuleError, MissingExtraError, UnsupportedModelError
 from compressm.observing.inputs import calls_and_batches
+from compressm.observing.labels import Likelihood
 from compressm.observing.loss_evidence import Gramians, Loss, LossEvidence, gather_evidence
 from compressm.observing.moments import gather
+from compressm.runtime.processes import raised_on_all
 from compressm.theory.balanced import Balanced
 from compressm.theory.balancing import Method, balance
 from compressm.theory.covariance import balance_covariances
@@ -258,8 +260,8 @@ def analyze(
     if gramians == "white":
         return Spectrum.of(balance_layers(model, method, None if data is None else gather(model, data)))
     assert loss is not None
-    batches = [batch for _, batch in calls_and_batches(model, data)]
-    evidence = LossEvidence.of(gather_evidence(model, batches, loss, keep=SAMPLES))
+    batches = raised_on_all(lambda: [batch for _, batch in calls_and_batches(model, data)])
+    evidence = LossEvidence.of(raised_on_all(lambda: gather_evidence(model, batches, loss, keep=SAMPLES)))
     balancings = balance_layers(model, method, gather(model, batches), evidence.covariances)
     cuts = MadeCuts(found, balancings, "hankel", evidence.fishers)
     return Spectrum.of(balancings, damage_curves(found, balancings, cuts, evidence))
@@ -276,6 +278,8 @@ def balancing_of(
     if gramians is None:
         gramians = "white" if loss is None else "loss"
     check_choice("gramians", gramians, Gramians)
+    if loss is not None and not callable(loss):
+        check_choice("loss", loss, Likelihood)
     if gramians == "white":
         return gramians
     if data is None or loss is None:

@@ -115,7 +115,7 @@ def linear_damages(
 def selective_damages(
     balancing: Balanced,
     passes: Sequence[Tensor],
-    reduce: Callable[[int], SelectiveReduction],
+    reduce: Callable[[int], SelectiveReduction | None],
     points: int = 8,
 ) -> Tensor:
     """The damage curve of a selective layer, with cuts to some ranks tried on samples; see `linear_damages`.
@@ -123,16 +123,17 @@ def selective_damages(
     Args:
         balancing: of the layer, from its moments; gives the shape of the curve between the tried ranks.
         passes: from `Observer.samples`.
-        reduce: reduces the layer to a number of states.
+        reduce: reduces the layer to a number of states; None if there is no valid cut to it.
         points: see `linear_damages`.
     """
     gradients = torch.cat(list(passes))
 
-    def tried(rank: int) -> float:
+    def tried(rank: int) -> float | None:
         if rank == 0:
             nothing = gradients.diagonal(dim1=-2, dim2=-1).flatten(1).sum(1, dtype=torch.float64)
             return divergence([-nothing])
-        return divergence([selective_changes(gradients, reduce(rank))])
+        reduction = reduce(rank)
+        return None if reduction is None else divergence([selective_changes(gradients, reduction)])
 
     return _through(linear_curve(balancing.hsv.square()), tried, points)
 
@@ -225,7 +226,7 @@ def damage_curve(
         layer: the layer before the cut.
         balanced: the layer.
         passes: from `Observer.samples`.
-        reduce: reduces the layer to a number of states.
+        reduce: reduces the layer to a number of states; None if there is no valid cut to it.
         points: see `linear_damages`.
     """
     gradients = [one for one in passes if isinstance(one, Tensor)]
@@ -233,10 +234,9 @@ def damage_curve(
         calls = [one for one in passes if not isinstance(one, Tensor)]
         return linear_damages(layer, balanced, calls, points)
 
-    def selected(states: int) -> SelectiveReduction:
+    def selected(states: int) -> SelectiveReduction | None:
         reduction = reduce(states)
-        assert isinstance(reduction, SelectiveReduction)
-        return reduction
+        return reduction if isinstance(reduction, SelectiveReduction) else None
 
     return selective_damages(balanced, gradients, selected, points)
 

@@ -79,7 +79,8 @@ def divergences(before: Any, after: Any, likelihood: Likelihood, present: Tensor
     old, new = prediction_of(before).double(), prediction_of(after).double()
     if likelihood == "classification":
         old, new = old.log_softmax(-1), new.log_softmax(-1)
-        found = (old.exp() * (old - new)).sum(-1)
+        each = old.exp() * (old - new)
+        found = each.where(old > -torch.inf, 0.0).sum(-1)  # of a class that a mask excludes: 0 log 0 = 0
     else:
         found = (old - new).square().sum(-1) / 2
     if present is not None and found.shape == present.shape:

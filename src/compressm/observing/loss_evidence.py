@@ -97,7 +97,9 @@ def gather_evidence(
                 output = call(model)
                 losses = losses_of(model, output, batch, call, loss)
                 observer.count(len(losses), predictions(model, output, call, loss))
-                losses.sum().backward()
+                if observer.layers:  # otherwise nothing in the model has a gradient
+                    _check_losses(losses)
+                    losses.sum().backward()
     finally:
         observer.close()
         for parameter in trained:
@@ -119,6 +121,20 @@ def losses_of(model: nn.Module, output: Any, batch: Any, call: Call, loss: Loss)
             "sum over tokens"
         )
     return losses
+
+
+def _check_losses(losses: Tensor) -> None:
+    """Refuse losses without a gradient, or that are not finite."""
+    if not losses.requires_grad:
+        raise ConfigError(
+            "the losses have no gradient: compute them from the model's output with differentiable operations, without "
+            "detach(), item() or no_grad()"
+        )
+    if not bool((finite := torch.isfinite(losses)).all()):
+        row = int((~finite).nonzero()[0])
+        raise ConfigError(
+            f"the loss of sequence {row} of a batch is {float(losses[row].detach())}; expected a finite number"
+        )
 
 
 def predictions(model: nn.Module, output: Any, call: Call, loss: Loss) -> float | None:
@@ -177,6 +193,8 @@ def _rows(batch: Any, count: int, rows: slice) -> Any:
     """Some rows of a batch: of every array in it that has ``count``."""
     if isinstance(batch, Mapping):
         return {key: _rows(value, count, rows) for key, value in batch.items()}
+    if isinstance(batch, list) and len(batch) == count and not any(is_array(value) for value in batch):
+        return batch[rows]  # labels, lengths or names, one for each row
     if isinstance(batch, list | tuple):
         return tuple(_rows(value, count, rows) for value in batch)
     return batch[rows] if is_array(batch) and batch.ndim > 0 and len(batch) == count else batch

@@ -59,6 +59,8 @@ class Observer:
         dropped: how many calls of layers were left out, because inputs, gradients or
             the layer's parameters were not finite.
         unsupported: names of the selective layers that cannot be masked.
+        unlike: names of layers whose rows are not the model's sequences, such as single channels of them. They have no
+            `samples`, since a row's effect on the loss of its sequence is unknown.
 
     Raises:
         ConfigError: unknown ``terms``, or numbers out of range.
@@ -88,6 +90,7 @@ class Observer:
         self._layers = {name: both for name, both in found.items() if name not in self.unsupported}
         self._model, self._observed, self._passes = model, dict[str, Evidence](), 0
         self._samples: dict[str, dict[int, Kept]] = {}
+        self.unlike: set[str] = set()
         self._counted = [0.0, 0.0]  # sequences, and predictions that the loss was made of
         self._hooks: list[RemovableHandle] = []
         self._pass = _Pass(model)
@@ -124,7 +127,7 @@ class Observer:
         if not self._layers:
             return
         self._hooks.append(self._model.register_forward_pre_hook(_Hook(now, self._begun), with_kwargs=True))
-        self._hooks.append(self._model.register_forward_hook(_Hook(now, self._compiled_again), always_call=True))
+        self._hooks.append(self._model.register_forward_hook(_Hook(now, self._called), always_call=True))
         for module in now.padding.tellers:
             self._hooks.append(module.register_forward_pre_hook(_Hook(now, _padding_told), with_kwargs=True))
             self._hooks.append(module.register_forward_hook(_Hook(now, _padding_over), always_call=True))
@@ -156,8 +159,8 @@ class Observer:
         unseen = [name for names in gathered(self.unseen) for name in names]
         if unseen:
             raise UnsupportedModelError(
-                f"no gradient has passed through {unseen[0]!r} yet: call observe_next() before a forward and backward "
-                "pass in training mode, and see that the loss depends on this layer"
+                f"no gradient has passed through {unseen[0]!r} yet: see that the loss depends on this layer, and in "
+                "training that the model is called as a whole and in training mode; or leave it out with exclude="
                 + (f"; {self.dropped} calls of layers were left out as not finite" if self.dropped else "")
             )
         return {name: _summed(self._observed[name]) for name in self._layers}
@@ -238,7 +241,10 @@ class Observer:
         now.runs[name] = call.run(g, now.runs.get(name))
         new = as_evidence(now.runs[name])
         self._observed[name] = new.after(before, self.memory)
-        if self.keep:
+        if now.sizes and batch not in now.sizes:
+            self.unlike.add(name)
+            self._samples.pop(name, None)
+        if self.keep and name not in self.unlike:
             self._keep(now, name, call, g)
 
     def _keep(self, now: _Pass, name: str, call: Call, g: Tensor) -> None:
@@ -257,13 +263,22 @@ class Observer:
             del passes[min(passes)]
 
     def _begun(self, now: _Pass, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """The model is called. A second call ends the pass."""
-        del module, args, kwargs
+        """The model is called. A second call ends the pass. Calls without gradients do not count."""
+        del module
+        if not torch.is_grad_enabled():
+            return
         if now.begun:
             self.close()
         now.begun = True
+        tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+        now.sizes = {size for value in tensors for size in value.shape[:2]}  # sequences may be rows or columns
 
-    def _compiled_again(self, *_: Any) -> None:
+    def _called(self, *_: Any) -> None:
+        """A call of the model is over, or failed."""
+        if torch.is_grad_enabled():
+            self._compiled_again()
+
+    def _compiled_again(self) -> None:
         """The model's forward is over, so compiled graphs may be used again."""
         self._pause.end()
 
@@ -281,6 +296,7 @@ class _Pass:
     ) -> None:
         self.number, self.loss_scale, self.training_only, self.frozen = number, loss_scale, training_only, frozen
         self.begun = self.over = False
+        self.sizes: set[int] = set()  # one of them is the number of sequences; empty if it is not known
         self.padding = Padding(model)
         self.before: dict[str, Evidence | None] = {}  # evidence of each layer before this pass
         self.runs: dict[str, Any] = {}  # sums over each layer's calls so far

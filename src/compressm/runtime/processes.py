@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from compressm.errors import UnsupportedModelError
+from compressm.errors import CompressmError, UnsupportedModelError
 
 Value = TypeVar("Value")
 
@@ -64,6 +64,24 @@ def gathered(value: Value) -> list[Value]:
     values: list[Any] = [None] * world_size()
     dist.all_gather_object(values, value)
     return values
+
+
+def raised_on_all(act: Callable[[], Value]) -> Value:
+    """Call a function on all ranks. An error of compressm's own on one rank is raised on all, so that none waits for
+    ever.
+
+    Args:
+        act: called without arguments; it must not communicate itself.
+    """
+    found: list[Value] = []
+    unfit = None
+    try:
+        found.append(act())
+    except CompressmError as error:
+        unfit = error
+    if errors := [error for error in gathered(unfit) if error is not None]:
+        raise unfit or errors[0]
+    return found[0]
 
 
 def summed_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -204,4 +222,13 @@ def _forget_buckets(state: Any) -> None:
         reset()
 
 
-__all__ = ["check_replicas", "from_first_rank", "gathered", "rank", "rebuild_replicas", "summed_tensors", "world_size"]
+__all__ = [
+    "check_replicas",
+    "from_first_rank",
+    "gathered",
+    "raised_on_all",
+    "rank",
+    "rebuild_replicas",
+    "summed_tensors",
+    "world_size",
+]

@@ -211,24 +211,35 @@ def _cheapest_in_loss(
     if missing := [name for name in present if name not in damages]:
         raise InvalidRankRuleError(
             f"max_loss={rule.max_loss} needs a prediction for every layer, and there is none for {missing[0]!r}: "
-            "pass gramians='loss' and data, or choose another rule"
+            "pass gramians='loss' and data; if its effect on the loss of one sequence cannot be observed (see "
+            "docs/loss.md), leave it out with exclude=, or choose another rule"
         )
     floor = FLOOR
     if rule.total_states is not None:  # a smaller budget than the floors leaves each layer half of its part
         floor = min(FLOOR, rule.total_states / (2 * sum(present.values())))
     free = [index for index, one in enumerate(sizes) if one]
-    offers = [Offer.of([damages[name] for name in groups[index]], sizes[index], floor) for index in free]
+
+    def offers(floor: float) -> list[Offer]:
+        return [Offer.of([damages[name] for name in groups[index]], sizes[index], floor) for index in free]
+
     if rule.max_loss is not None:
-        found = within_loss(offers, rule.max_loss)
+        found = within_loss(offers(floor), rule.max_loss)
     else:
         assert rule.total_states is not None
         fixed = sum(present[name] for group, one in zip(groups, sizes, strict=True) if not one for name in group)
-        least = sum(offer.layers * offer.sizes[0] for offer in offers)
-        found = within_states(offers, max(least, rule.total_states - fixed))
+        left, asked = rule.total_states - fixed, offers(floor)
+        if _least(asked) > left:  # floors and multiples are rounded up, and the budget comes first
+            asked = offers(0.0)
+        found = within_states(asked, max(_least(asked), left))
     chosen: list[int | None] = [None] * len(groups)
     for index, size in zip(free, found, strict=True):
         chosen[index] = size
     return chosen
+
+
+def _least(offers: Sequence[Offer]) -> int:
+    """The fewest states that all layers together can keep."""
+    return sum(offer.layers * offer.sizes[0] for offer in offers)
 
 
 def passes_gate(present: int, proposed: int, rule: RankRule) -> bool:
@@ -298,11 +309,16 @@ def _groups(present: Mapping[str, int], alike: Sequence[str]) -> list[list[str]]
     return [*([together] if together else []), *([name] for name in present if name not in alike)]
 
 
+def fewest(present: int, rule: RankRule) -> int:
+    """The fewest states that ``max_reduction`` leaves to a layer that has ``present``."""
+    return max(1, present - math.floor(rule.max_reduction * present + 1e-9))
+
+
 def _sizes(present: Sequence[int], rule: RankRule) -> list[int]:
     """Sizes that layers of these dimensions can have in common, ascending: multiples, and the least present dimension.
     Empty if ``max_reduction`` keeps one layer larger than another layer is."""
     top = min(present)
-    least = max(1, *(n - math.floor(rule.max_reduction * n + 1e-9) for n in present))
+    least = max(fewest(n, rule) for n in present)
     multiples = [*range(-(-least // rule.multiple_of) * rule.multiple_of, top + 1, rule.multiple_of)]
     return multiples if top < least or top in multiples else [*multiples, top]
 

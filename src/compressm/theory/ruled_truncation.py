@@ -6,7 +6,7 @@ A truncation may have another number of states than the rule chose, since a real
 from __future__ import annotations
 
 from compressm.theory.balancing import Balancing, Reduction
-from compressm.theory.ranks import RankRule, keeps_promise
+from compressm.theory.ranks import RankRule, fewest, keeps_promise
 
 
 def truncate_by_rule(ordered: Balancing, states: int, rule: RankRule, promises: bool = True) -> Reduction | None:
@@ -17,8 +17,9 @@ def truncate_by_rule(ordered: Balancing, states: int, rule: RankRule, promises: 
         states: the number that the rule chose, from 1 to n.
         rule: if it promises a quality, the result is the smallest cut to ``states`` or more states that keeps the
             promise. It may need more for real eigenvalues without a partner, or where equal Hankel singular values
-            cannot be separated. Under any other rule the result has at most ``states``. States that do nothing are
-            added up to a multiple of ``rule.multiple_of``.
+            cannot be separated. Under any other rule the result has at most ``states``, or more where it would
+            otherwise remove more than ``rule.max_reduction``. States that do nothing are added up to a multiple of
+            ``rule.multiple_of``.
         promises: whether to keep the rule's promise. Pass False for comparisons that keep other states than the best
             ones: the same number of them cannot keep it.
 
@@ -27,7 +28,9 @@ def truncate_by_rule(ordered: Balancing, states: int, rule: RankRule, promises: 
     """
     if not rule.guarantees_error:
         reduction = ordered.truncated(states)
-        return reduction.padded(states) if states % rule.multiple_of == 0 and rule.multiple_of > 1 else reduction
+        if states % rule.multiple_of == 0 and rule.multiple_of > 1:
+            return reduction.padded(states)
+        return reduction if reduction.system.n >= fewest(ordered.system.n, rule) else _with_more(ordered, states)
     more = 0
     while states + more < ordered.system.n:
         reduction = _in_multiples(ordered, ordered.truncated(states + more, exceed=True), rule.multiple_of)
@@ -37,6 +40,12 @@ def truncate_by_rule(ordered: Balancing, states: int, rule: RankRule, promises: 
             return reduction
         more = max(rule.multiple_of, 2 * more)
     return None
+
+
+def _with_more(ordered: Balancing, states: int) -> Reduction | None:
+    """The cut to ``states`` or more states; None if it has no fewer than the layer has now."""
+    reduction = ordered.truncated(states, exceed=True)
+    return reduction if reduction.system.n < ordered.system.n else None
 
 
 def _in_multiples(ordered: Balancing, reduction: Reduction, multiple_of: int) -> Reduction:
