@@ -324,6 +324,11 @@ def resized(layer: nn.Module, adapter: LayerAdapter, states: int) -> LayerChange
     return in_parameters(layer, adapter.resized(layer, states))
 
 
+def cut_parameters(layer: nn.Module, adapter: LayerAdapter) -> dict[str, nn.Parameter]:
+    """The parameters whose shapes a cut of a layer changes, by name in the layer."""
+    return {name: layer.get_parameter(name) for name in resized(layer, adapter, adapter.state_dim(layer)).values()}
+
+
 def layers_that_need_data(model: nn.Module) -> dict[str, tuple[nn.Module, SelectiveAdapter]]:
     """The selective layers of a model, whose `balance` needs moments of data, by name, with their adapters.
 
@@ -418,6 +423,7 @@ __all__ = [
     "UnknownLayerWarning",
     "candidates",
     "check_plain",
+    "cut_parameters",
     "find_layers",
     "layer_values",
     "layers_that_need_data",

@@ -17,7 +17,20 @@ from compressm.layers.activations import causal_conv
 from compressm.theory.recurrence import SelectiveReduction, Signals, first_states
 
 
-class MambaSSMAdapter(HFMambaAdapter):
+class _SSMConfig:
+    """Configs that hold the state dimension in a dict of options for the layers, ``ssm_cfg``."""
+
+    def has_field(self, config: Any) -> bool:
+        return _ssm_cfg(config) is not None
+
+    def fields(self, config: Any) -> Any:
+        return dict(config.ssm_cfg)
+
+    def tell_config(self, config: Any, states: int) -> None:
+        config.ssm_cfg["d_state"] = states
+
+
+class MambaSSMAdapter(_SSMConfig, HFMambaAdapter):
     """``mamba_ssm.modules.mamba_simple.Mamba``."""
 
     def signals(self, layer: nn.Module, hidden: Tensor) -> Signals:
@@ -32,17 +45,8 @@ class MambaSSMAdapter(HFMambaAdapter):
     def plan(self, values: Mapping[str, Tensor], reduction: SelectiveReduction) -> LayerChange:
         return _named(super().plan(values, reduction), reduction.states, "x_proj.")
 
-    def has_field(self, config: Any) -> bool:
-        return _ssm_cfg(config) is not None
 
-    def fields(self, config: Any) -> Any:
-        return dict(config.ssm_cfg)
-
-    def tell_config(self, config: Any, states: int) -> None:
-        config.ssm_cfg["d_state"] = states
-
-
-class MambaSSM2Adapter(HFMamba2Adapter):
+class MambaSSM2Adapter(_SSMConfig, HFMamba2Adapter):
     """``mamba_ssm.modules.mamba2.Mamba2``, also where ``d_ssm`` leaves some channels to a gated MLP."""
 
     def signals(self, layer: nn.Module, hidden: Tensor) -> Signals:
@@ -70,15 +74,6 @@ class MambaSSM2Adapter(HFMamba2Adapter):
     def resized(self, layer: nn.Module, states: int) -> LayerChange:
         m: Any = layer
         return self.plan(layer_values(layer), first_states(self.state_dim(layer), states, int(m.ngroups)))
-
-    def has_field(self, config: Any) -> bool:
-        return _ssm_cfg(config) is not None
-
-    def fields(self, config: Any) -> Any:
-        return dict(config.ssm_cfg)
-
-    def tell_config(self, config: Any, states: int) -> None:
-        config.ssm_cfg["d_state"] = states
 
 
 def _named(change: LayerChange, states: int, *submodules: str) -> LayerChange:

@@ -6,6 +6,7 @@ import copy
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -22,10 +23,10 @@ from compressm.cutting.plan import Plan, must_be_alike, plan_reduction
 from compressm.cutting.report import Report
 from compressm.cutting.rise import measured_rise
 from compressm.cutting.sizes import resize_states, state_dims
-from compressm.cutting.spectrum import SAMPLES, balance_layers, balancing_of
+from compressm.cutting.spectrum import balance_layers, balancing_of
 from compressm.errors import EvaluationError, InvalidRankRuleError
 from compressm.observing.held_out import gather_halves, joined, twice_readable
-from compressm.observing.loss_evidence import Gramians, Loss, LossEvidence, divided, gather_evidence
+from compressm.observing.loss_evidence import Gramians, Loss, LossEvidence, divided, evidence_on
 from compressm.runtime.processes import from_first_rank, raised_on_all
 from compressm.theory.balanced import Balanced
 from compressm.theory.balancing import Method
@@ -137,32 +138,54 @@ def compress(
     optimizer = None if optimizer is None else unwrap_optimizer(optimizer)
     _check_before(model, rule, optimizer, carry)
     if gramians == "loss":
-        seen, held_out, evidence = _read(model, data, loss)
+        (seen, held_out), by_loss = raised_on_all(lambda: divided(model, data)), loss
     else:
-        seen, held_out, evidence = None if data is None else twice_readable(model, data), None, None
+        seen, held_out, by_loss = None if data is None else twice_readable(model, data), None, None
+
+    def planned(moments: Mapping[str, Moments] | None, evidence: LossEvidence | None) -> Plan:
+        if max_drop is None or evaluate is None:
+            return _planned(model, rule, moments, evidence, method, selection)
+        balancings = balance_layers(model, method, moments, None if evidence is None else evidence.covariances)
+        metric_of = partial(_signed, evaluate, sign_of(mode))
+        return _largest_harmless(model, rule, balancings, selection, max_drop, metric_of, evidence)
+
+    return plan_on(model, rule, seen, held_out, by_loss, selection, planned).apply(model, optimizer, carry)
+
+
+def _signed(evaluate: Callable[[nn.Module], Any], sign: int, model: nn.Module) -> float:
+    """The metric of a model, higher is better."""
+    return sign * measure(model, evaluate)
+
+
+def plan_on(
+    model: nn.Module,
+    rule: RankRule,
+    seen: Any,
+    held_out: Any = None,
+    loss: Loss | None = None,
+    selection: Selection = "hankel",
+    planned: Callable[[Mapping[str, Moments] | None, LossEvidence | None], Plan] | None = None,
+) -> Plan:
+    """A plan made from data and checked on them. Nothing is written.
+
+    Args:
+        model: not cut yet.
+        rule: of the plan.
+        seen: data to cut by, which give the same batches every time they are read; None for none.
+        held_out: data on which the rise of the loss is measured.
+        loss: balances by the loss; None for white noise.
+        selection: how the states of selective layers are picked.
+        planned: makes the plan from the moments and the evidence; by default by ``rule`` alone.
+    """
     halves = None if seen is None else gather_halves(model, seen)
     moments = None if halves is None else joined(halves)
-    if max_drop is not None and evaluate is not None:
-        balancings = balance_layers(model, method, moments, None if evidence is None else evidence.covariances)
-        sign = sign_of(mode)
-        plan = _largest_harmless(
-            model, rule, balancings, selection, max_drop, lambda one: sign * measure(one, evaluate), evidence
-        )
-    else:
-        plan = _planned(model, rule, moments, evidence, method, selection)
+    evidence = None if loss is None else evidence_on(model, seen, loss)
+    plan = _planned(model, rule, moments, evidence) if planned is None else planned(moments, evidence)
     if evidence is not None and loss is not None:
-        plan = checked(model, plan, rule, moments, evidence, held_out, loss)
+        plan = _checked(model, plan, rule, moments, evidence, held_out, loss)
     if seen is not None:
         plan = plan.measured(model, seen, halves, selection, None if evidence is None else evidence.fishers)
-    return plan.apply(model, optimizer, carry)
-
-
-def _read(model: nn.Module, data: Any, loss: Loss | None) -> tuple[Any, Any, LossEvidence]:
-    """The data for evidence, those that are held out, and the evidence."""
-    assert loss is not None
-    seen, held_out = raised_on_all(lambda: divided(model, data))
-    observer = raised_on_all(lambda: gather_evidence(model, seen, loss, keep=SAMPLES))
-    return seen, held_out, LossEvidence.of(observer)
+    return plan
 
 
 def check_rule(rule: RankRule, gramians: Gramians) -> None:
@@ -183,7 +206,7 @@ def check_rule(rule: RankRule, gramians: Gramians) -> None:
         )
 
 
-def checked(
+def _checked(
     model: nn.Module,
     plan: Plan,
     rule: RankRule,
@@ -310,4 +333,4 @@ def _metric_after(
         model.load_state_dict(weights)
 
 
-__all__ = ["check_rule", "checked", "compress"]
+__all__ = ["check_rule", "compress", "plan_on"]

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from compressm.adapters import LayerAdapter, find_layers
-from compressm.adapters.base import LayerChange, ParameterChange, resized
+from compressm.adapters.base import LayerChange, ParameterChange, cut_parameters, resized
 from compressm.adapters.mamba import selection_change
 from compressm.cutting.carried import prepare_carry
 from compressm.cutting.moves import Carry
@@ -68,8 +68,7 @@ def check_trained(optimizer: Optimizer | Together, layers: Mapping[str, tuple[nn
     """
     trained = {id(p) for member in members_of(optimizer) for group in member.param_groups for p in group["params"]}
     for layer_name, (layer, adapter) in layers.items():
-        for name in _written(layer, adapter):
-            parameter = layer.get_parameter(name)
+        for name, parameter in cut_parameters(layer, adapter).items():
             if parameter.requires_grad and id(parameter) not in trained:
                 full_name = f"{layer_name}.{name}".lstrip(".")
                 raise UnsupportedOptimizerError(
@@ -82,13 +81,8 @@ def check_trained(optimizer: Optimizer | Together, layers: Mapping[str, tuple[nn
 def _trained(optimizer: Optimizer, layer: nn.Module) -> dict[str, nn.Parameter]:
     """The parameters that a cut of a layer changes and this optimizer trains."""
     held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    found = {name: layer.get_parameter(name) for name in _written(layer, find_layers(layer)[""][1])}
+    found = cut_parameters(layer, find_layers(layer)[""][1])
     return {name: p for name, p in found.items() if p.requires_grad and id(p) in held}
-
-
-def _written(layer: nn.Module, adapter: LayerAdapter) -> list[str]:
-    """The names of the parameters that a cut of a layer changes."""
-    return list(resized(layer, adapter, adapter.state_dim(layer)).values())
 
 
 def _signature(optimizer: Optimizer, trained: Mapping[str, nn.Parameter]) -> list[Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Callable
 from typing import Any, Literal
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 
 from compressm.errors import EvaluationError
 from compressm.observing.moments import modes_kept
-from compressm.runtime.processes import from_first_rank, gathered
+from compressm.runtime.processes import from_first_rank, raised_on_all
 from compressm.runtime.random_state import rng_state, set_rng_state
 
 Better = Literal["max", "min"]
@@ -69,17 +68,7 @@ def measured_together(model: nn.Module, evaluate: Callable[[nn.Module], Any]) ->
     Raises:
         EvaluationError: on all ranks, if one of them raises it.
     """
-    metric: tuple[float, Tensor | None] = math.nan, None
-    error = None
-    try:
-        metric = measured(model, evaluate)  # called on all ranks, since it may sum their shares
-    except EvaluationError as mine:
-        error = mine
-    problems = [one for one in gathered(None if error is None else str(error)) if one is not None]
-    if error is not None:
-        raise error
-    if problems:
-        raise EvaluationError(problems[0])
+    metric = raised_on_all(lambda: measured(model, evaluate))  # on all ranks, since it may sum their shares
     return from_first_rank(lambda: metric)
 
 

@@ -36,7 +36,7 @@ from compressm.observing.held_out import Dealer
 from compressm.observing.inputs import calls
 from compressm.observing.layer_calls import named_arguments
 from compressm.observing.moments import Sample, modes_kept
-from compressm.observing.padding import Padding
+from compressm.observing.padding import Padding, mask_in
 from compressm.runtime.copies import copied
 from compressm.runtime.processes import gathered
 
@@ -100,7 +100,7 @@ def errors_on_data(
         with modes_kept(model):
             model.eval()
             for call in calls(model, data):
-                padding.begin(_mask(call.kwargs))
+                padding.begin(mask_in(call.kwargs))
                 call(model)
     finally:
         for handle in handles:
@@ -145,12 +145,6 @@ def _told(padding: Padding, model: nn.Module, args: tuple[Any, ...], kwargs: dic
 def _over(padding: Padding, *_: Any) -> None:
     """A forward hook of the same."""
     padding.over()
-
-
-def _mask(arguments: Mapping[str, Any]) -> Tensor | None:
-    """1 for tokens and 0 for padding, if the call's arguments say so."""
-    mask = arguments.get("attention_mask")
-    return mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
 
 
 class _Replay:

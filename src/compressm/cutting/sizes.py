@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from torch import nn
 
 from compressm.adapters import find_layers
-from compressm.adapters.base import resized, tell_written, write
+from compressm.adapters.base import cut_parameters, resized, tell_written, write
 from compressm.errors import CheckpointError
 
 
@@ -18,9 +18,7 @@ def state_dims(model: nn.Module) -> dict[str, int]:
 
 def resized_parameters(model: nn.Module) -> list[nn.Parameter]:
     """The parameters whose shapes a cut changes."""
-    layers = find_layers(model).values()
-    changed = [(layer, resized(layer, adapter, adapter.state_dim(layer)).values()) for layer, adapter in layers]
-    return [layer.get_parameter(name) for layer, names in changed for name in names]
+    return [p for layer, adapter in find_layers(model).values() for p in cut_parameters(layer, adapter).values()]
 
 
 def resize_states(model: nn.Module, dims: Mapping[str, int]) -> None:

@@ -19,7 +19,7 @@ from compressm.cutting.plots import Backend, plot_discarded, plot_rise
 from compressm.errors import ConfigError, InvalidRankRuleError, MissingExtraError, UnsupportedModelError
 from compressm.observing.inputs import calls_and_batches
 from compressm.observing.labels import Likelihood
-from compressm.observing.loss_evidence import Gramians, Loss, LossEvidence, gather_evidence
+from compressm.observing.loss_evidence import Gramians, Loss, evidence_on
 from compressm.observing.moments import gather
 from compressm.runtime.processes import raised_on_all
 from compressm.theory.balanced import Balanced
@@ -37,7 +37,6 @@ if TYPE_CHECKING:
 
 # Shares of the energy, and nats, in a printed spectrum.
 _LEVELS = (0.1, 0.01, 0.001)
-SAMPLES = 400  # sequences that are kept to predict the rise of the loss
 
 
 @dataclass(frozen=True)
@@ -261,7 +260,7 @@ def analyze(
         return Spectrum.of(balance_layers(model, method, None if data is None else gather(model, data)))
     assert loss is not None
     batches = raised_on_all(lambda: [batch for _, batch in calls_and_batches(model, data)])
-    evidence = LossEvidence.of(raised_on_all(lambda: gather_evidence(model, batches, loss, keep=SAMPLES)))
+    evidence = evidence_on(model, batches, loss)
     balancings = balance_layers(model, method, gather(model, batches), evidence.covariances)
     cuts = MadeCuts(found, balancings, "hankel", evidence.fishers)
     return Spectrum.of(balancings, damage_curves(found, balancings, cuts, evidence))

@@ -16,16 +16,15 @@ from torch.nn import functional as F
 
 from compressm.adapters import find_layers
 from compressm.cutting import Report, plan_reduction
-from compressm.cutting.compression import check_rule, checked
+from compressm.cutting.compression import check_rule, plan_on
 from compressm.cutting.made_cuts import MadeCuts
 from compressm.cutting.nats import damage_curves
-from compressm.cutting.spectrum import SAMPLES, Spectrum, balance_layers, balancing_of
+from compressm.cutting.spectrum import Spectrum, balance_layers, balancing_of
 from compressm.errors import CheckpointError
 from compressm.lab.one_shot_inputs import BATCH, read_batches, read_checkpoint
 from compressm.layers import LanguageModel
-from compressm.observing.held_out import gather_halves, joined
 from compressm.observing.labels import Likelihood
-from compressm.observing.loss_evidence import Gramians, LossEvidence, gather_evidence
+from compressm.observing.loss_evidence import Gramians, evidence_on
 from compressm.observing.moments import gather
 from compressm.runtime.files import read_pair
 from compressm.saving.card import model_card
@@ -137,15 +136,8 @@ def compress_checkpoint(
     before, contained = _parameters(model), contents(model)
     seen = [inputs for inputs, _ in batches[:half]]
     with _fast(model):
-        halves = gather_halves(model, seen)
-        moments = joined(halves)
         loss_before = _loss(model, batches[half:])
-        evidence = None if loss is None else LossEvidence.of(gather_evidence(model, seen, loss, keep=SAMPLES))
-        plan = plan_reduction(model, rule, moments=moments, loss=evidence)
-        if evidence is not None and loss is not None:
-            plan = checked(model, plan, rule, moments, evidence, [inputs for inputs, _ in batches[half:]], loss)
-        fishers = None if evidence is None else evidence.fishers
-        report = plan.measured(model, seen, halves, fishers=fishers).apply(model)
+        report = plan_on(model, rule, seen, [inputs for inputs, _ in batches[half:]], loss).apply(model)
         loss_after = _loss(model, batches[half:])
     with new_folder(target) as new:
         if extra is None:
@@ -268,7 +260,7 @@ def analyze_checkpoint(
         batches = [inputs for inputs, _ in read]
         with _fast(model):
             moments = gather(model, batches)
-            evidence = None if loss is None else LossEvidence.of(gather_evidence(model, batches, loss, keep=SAMPLES))
+            evidence = None if loss is None else evidence_on(model, batches, loss)
     balancings = balance_layers(model, moments=moments, covariances=None if evidence is None else evidence.covariances)
     layers = find_layers(model)
     cuts = MadeCuts(layers, balancings, "hankel", None if evidence is None else evidence.fishers)

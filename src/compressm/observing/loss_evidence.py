@@ -17,13 +17,15 @@ from compressm.observing.inputs import Call, calls_and_batches
 from compressm.observing.labels import Likelihood, prediction_of, sampled_losses
 from compressm.observing.moments import modes_kept
 from compressm.observing.observer import Kept, Observer
-from compressm.observing.padding import TELLS
+from compressm.observing.padding import TELLS, mask_in
+from compressm.runtime.processes import raised_on_all
 from compressm.runtime.random_state import rng_state, set_rng_state
 from compressm.theory.evidence import Covariances
 from compressm.theory.fisher import MaskFisher
 
 # What balances a linear layer: white noise at its input and output; or its states on data, and the loss's gradients.
 Gramians = Literal["white", "loss"]
+SAMPLES = 400  # sequences that are kept to predict the rise of the loss
 Loss = Likelihood | Callable[[Any, Any], Tensor]
 
 
@@ -108,6 +110,11 @@ def gather_evidence(
     return observer
 
 
+def evidence_on(model: nn.Module, batches: Any, loss: Loss) -> LossEvidence:
+    """Evidence over some data, with samples for predictions; over all processes, each with its share of the data."""
+    return LossEvidence.of(raised_on_all(lambda: gather_evidence(model, batches, loss, keep=SAMPLES)))
+
+
 def losses_of(model: nn.Module, output: Any, batch: Any, call: Call, loss: Loss) -> Tensor:
     """The loss of every sequence of a batch, in nats, shape ``(batch,)``; see `gather_evidence`."""
     if not callable(loss):
@@ -150,8 +157,7 @@ def mask_of(model: nn.Module, call: Call) -> Tensor | None:
     """1 for tokens and 0 for padding, shape ``(batch, length)``, if the call's arguments or the model tell."""
     if isinstance(model, TELLS):
         return model.present(*call.args, **call.kwargs)
-    mask = call.kwargs.get("attention_mask")
-    return mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
+    return mask_in(call.kwargs)
 
 
 def divided(model: nn.Module, data: Any) -> tuple[list[Any], list[Any]]:
@@ -200,4 +206,4 @@ def _rows(batch: Any, count: int, rows: slice) -> Any:
     return batch[rows] if is_array(batch) and batch.ndim > 0 and len(batch) == count else batch
 
 
-__all__ = ["Gramians", "Loss", "LossEvidence", "divided", "gather_evidence", "losses_of", "mask_of"]
+__all__ = ["Gramians", "Loss", "LossEvidence", "divided", "evidence_on", "gather_evidence", "losses_of", "mask_of"]

@@ -13,6 +13,12 @@ from compressm.observing.layer_calls import reversed_layers
 TELLS = (SequenceClassifier, LanguageModel, Bidirectional)  # have present(u, lengths)
 
 
+def mask_in(arguments: Mapping[str, Any]) -> Tensor | None:
+    """1 for tokens and 0 for padding, shape ``(batch, length)``, if a call's arguments by name say so."""
+    mask = arguments.get("attention_mask")
+    return mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
+
+
 class Padding:
     """The padding during a call of a model. A part of the model takes precedence over the model around it.
 
@@ -59,4 +65,4 @@ class Padding:
         return present.flip(1) if present is not None and name in self._reversed and not stays else present
 
 
-__all__ = ["TELLS", "Padding"]
+__all__ = ["TELLS", "Padding", "mask_in"]

@@ -71,7 +71,7 @@ def raised_on_all(act: Callable[[], Value]) -> Value:
     ever.
 
     Args:
-        act: called without arguments; it must not communicate itself.
+        act: called without arguments. If it communicates itself, an error in it must not leave other ranks waiting.
     """
     found: list[Value] = []
     unfit = None

@@ -27,6 +27,7 @@ from compressm.cutting.carry import (
 )
 from compressm.cutting.compression import check_rule
 from compressm.cutting.fitting import fit_any_size
+from compressm.cutting.plan import must_be_alike
 from compressm.cutting.replay import errors_on_samples
 from compressm.cutting.sizes import resized_parameters
 from compressm.cutting.spectrum import balance_layers, check_cut_by_loss
@@ -103,8 +104,7 @@ class Cutter:
         check_trained(optimizer, layers)
         check_replicas(model)
         check_averages(model, followers)
-        alike = [] if rule.per_layer else [name for name, (_, adapter) in layers.items() if adapter.uniform]
-        check_sizes(rule, initial_dims(self.state_dims), alike)
+        check_sizes(rule, initial_dims(self.state_dims), must_be_alike(layers, rule))
         self.observations = Observations(model, rule, gramians, loss_terms)
         self._graphs = 0  # graphs compiled so far; counted from the first cut on
 
