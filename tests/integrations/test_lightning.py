@@ -263,6 +263,27 @@ def test_with_several_optimizers_the_one_of_the_state_space_layers_counts(tmp_pa
     assert dims(model) <= 4
 
 
+class TwoLayers(Manual):
+    """Each of two state space layers has an optimizer of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.other = SequenceClassifier(1, 2, d_model=4, d_state=16, dropout=0.0, norm="layer", r_min=0.9)
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.other.parameters(), lr=0.1), torch.optim.AdamW(self.net.parameters(), lr=1e-2)
+
+
+def test_an_optimizer_of_layers_that_are_left_out_does_not_count(tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedModelError, match="2 of TwoLayers's 2 optimizers train parameters of"):
+        make_trainer(tmp_path, compression(total_steps=12), enable_checkpointing=False).fit(TwoLayers(), data())
+    callback, model = compression(total_steps=12, exclude="other.*", per_layer=True), TwoLayers()
+    make_trainer(tmp_path, callback, max_steps=36, enable_checkpointing=False).fit(model, data())
+    assert callback.compressor.optimizer is model.trainer.optimizers[1]
+    assert [event.step for event in callback.compressor.history] == [2, 4, 6]
+    assert [states <= 4 for states in state_dims(model).values()] == [True, False]
+
+
 def test_manual_optimisation_needs_the_number_of_steps(tmp_path: Path) -> None:
     with pytest.raises(InvalidRankRuleError, match=r"Manual optimises manually.*give CompressionCallback total_steps="):
         make_trainer(tmp_path, compression(), enable_checkpointing=False).fit(Manual(), data())

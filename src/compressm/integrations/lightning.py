@@ -9,6 +9,7 @@ from typing import Any
 
 from torch.optim import Optimizer
 
+from compressm.cutting.choosing import choose
 from compressm.cutting.fitting import fit_any_size
 from compressm.cutting.sizes import resized_parameters
 from compressm.errors import InvalidRankRuleError, MissingExtraError, UnsupportedModelError
@@ -93,7 +94,7 @@ class CompressionCallback(Callback):
         before = self._interrupted
         started = None if before is None or before.model is not pl_module else before.initial_dims
         with started_with(started if record is None else initial_dims_of(record)):
-            self.compressor = Compressor(pl_module, _optimizer(trainer, pl_module), **arguments)
+            self.compressor = Compressor(pl_module, _optimizer(trainer, pl_module, arguments), **arguments)
         if record is not None:
             self.compressor.load_state_dict(record)
         self._global_step, self._loaded, self._interrupted = trainer.global_step, None, self.compressor
@@ -169,13 +170,14 @@ def _total_steps(trainer: Trainer) -> int:
     return int(estimate)
 
 
-def _optimizer(trainer: Trainer, pl_module: LightningModule) -> Optimizer:
-    """The optimizer that trains the parameters whose shapes cuts change.
+def _optimizer(trainer: Trainer, pl_module: LightningModule, arguments: Mapping[str, Any]) -> Optimizer:
+    """The optimizer that trains the parameters whose shapes cuts change, of the layers that the arguments choose.
 
     Raises:
         UnsupportedModelError: several do.
     """
-    changed = {id(parameter) for parameter in resized_parameters(pl_module)}
+    with choose(pl_module, arguments.get("layers"), arguments.get("exclude")).scope():
+        changed = {id(parameter) for parameter in resized_parameters(pl_module)}
     training = [
         optimizer
         for optimizer in trainer.optimizers
