@@ -225,7 +225,8 @@ def _(trial: Trial) -> None:
     trainer, callback = made(trial.folder, rule, metric_for_best_model="score", greater_is_better=True)
     trainer.compute_metrics = lambda prediction: {"score": float(set(state_dims(trainer.model).values()) == {16})}
     trainer.train()
-    trial.check([event.kind for event in callback.compressor.history] == ["cut", "rolled_back"], "not undone")
+    kinds = [event.kind for event in callback.compressor.history]
+    trial.check(kinds[:3] == ["cut", "rolled_back", "stopped"], f"{kinds}")
     trial.cut(callback.compressor, (6,), 16)
 
 
