@@ -32,6 +32,7 @@ import shutil
 import subprocess
 import sys
 import time
+from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -78,6 +79,9 @@ def prepare(folder: Path, part: str, tests: list[str]) -> None:
             if not (ROOT / copy.relative_to(folder)).exists():
                 copy.unlink()
                 (folder / "mutants" / copy.relative_to(folder)).unlink(missing_ok=True)
+    for half in (folder / "mutants" / "src" / "compressm" / part.partition("/")[0]).rglob("*.py"):
+        if not half.with_name(f"{half.name}.meta").exists():  # an interrupted call left it half written
+            half.unlink()
     module = ROOT / "src" / "compressm" / f"{part}.py"
     modules = [f"src/compressm/{part}.py"] if module.exists() else [f"src/compressm/{part}/*.py"]
     text = CONFIGURATION.format(modules=json.dumps(modules), tests=json.dumps(tests))
@@ -90,11 +94,17 @@ def all_mutants() -> list[str]:
     from mutmut.utils.file_utils import walk_mutatable_files
     from mutmut.utils.format_utils import get_mutant_name
 
-    return [
-        get_mutant_name(path, name)
-        for path in sorted(walk_mutatable_files())
-        for name in mutate_file_contents(str(path), path.read_text()).mutant_names
-    ]
+    store, names = Path("names.json"), list[str]()
+    known = json.loads(store.read_text()) if store.exists() else {}
+    for path in sorted(walk_mutatable_files()):
+        text = path.read_text()
+        key = f"{path} {sha256(text.encode()).hexdigest()}"
+        if key not in known:  # half a minute for a package
+            made = mutate_file_contents(str(path), text).mutant_names
+            known[key] = [get_mutant_name(path, name) for name in made]
+        names += known[key]
+    store.write_text(json.dumps(known))
+    return names
 
 
 def outcomes() -> dict[str, tuple[str, Path]]:
