@@ -12,6 +12,11 @@ nobody noticed it before. A smaller sample is part of a larger one.
 
 runs some new tests alone, on those mutants that nobody noticed. What other tests noticed stays noticed.
 
+    python scripts/mutants.py training --sample 40 --seed 27 --tests tests/training/test_clock.py --wider tests/training
+
+tests mutants of another sample by a few quick tests, and those that these do not notice by more tests. A sample that
+no test was written for says what the tests are worth on mistakes that nobody has seen.
+
 ``scripts/equivalent_mutants.json`` names mutants that no test can notice, each with its changed line and the reason.
 They are counted apart. An entry holds as long as the mutant of that name still makes that change.
 """
@@ -27,6 +32,7 @@ import shutil
 import subprocess
 import sys
 import time
+from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -36,6 +42,7 @@ from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn, TimeR
 ROOT = Path(__file__).resolve().parent.parent
 EQUIVALENT = ROOT / "scripts" / "equivalent_mutants.json"
 SEED = 26
+HANGS = 5  # a mutant that takes so many times as long as the original has been noticed
 NOTICED = ("killed", "timeout", "segfault")
 UNNOTICED = ("survived", "no tests")
 
@@ -72,6 +79,9 @@ def prepare(folder: Path, part: str, tests: list[str]) -> None:
             if not (ROOT / copy.relative_to(folder)).exists():
                 copy.unlink()
                 (folder / "mutants" / copy.relative_to(folder)).unlink(missing_ok=True)
+    for half in (folder / "mutants" / "src" / "compressm" / part.partition("/")[0]).rglob("*.py"):
+        if not half.with_name(f"{half.name}.meta").exists():  # an interrupted call left it half written
+            half.unlink()
     module = ROOT / "src" / "compressm" / f"{part}.py"
     modules = [f"src/compressm/{part}.py"] if module.exists() else [f"src/compressm/{part}/*.py"]
     text = CONFIGURATION.format(modules=json.dumps(modules), tests=json.dumps(tests))
@@ -84,11 +94,17 @@ def all_mutants() -> list[str]:
     from mutmut.utils.file_utils import walk_mutatable_files
     from mutmut.utils.format_utils import get_mutant_name
 
-    return [
-        get_mutant_name(path, name)
-        for path in sorted(walk_mutatable_files())
-        for name in mutate_file_contents(str(path), path.read_text()).mutant_names
-    ]
+    store, names = Path("names.json"), list[str]()
+    known = json.loads(store.read_text()) if store.exists() else {}
+    for path in sorted(walk_mutatable_files()):
+        text = path.read_text()
+        key = f"{path} {sha256(text.encode()).hexdigest()}"
+        if key not in known:  # half a minute for a package
+            made = mutate_file_contents(str(path), text).mutant_names
+            known[key] = [get_mutant_name(path, name) for name in made]
+        names += known[key]
+    store.write_text(json.dumps(known))
+    return names
 
 
 def outcomes() -> dict[str, tuple[str, Path]]:
@@ -140,8 +156,9 @@ def test(names: list[str], workers: int, again: bool) -> None:
         sys.exit(f"mutmut stopped early; see {Path('mutmut.log').resolve()}")
 
 
-def test_with(names: list[str], added: list[str]) -> None:
+def test_with(names: list[str], tests: list[str]) -> None:
     """Run some tests on those mutants that nobody has noticed yet. They must pass without a mutant."""
+    import pytest
     from mutmut.mutation.data import SourceFileMutationData
     from mutmut.utils.file_utils import walk_mutatable_files
 
@@ -149,18 +166,28 @@ def test_with(names: list[str], added: list[str]) -> None:
     shutil.copytree("tests", Path("mutants", "tests"), dirs_exist_ok=True)
     options = ["-x", "-q", "-p", "no:cacheprovider", "-m", "not slow and not gpu and not exhaustive"]
 
-    def outcome(name: str) -> int:
+    def passes(name: str, timeout: float | None = None) -> bool:
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": "src", "MUTANT_UNDER_TEST": name}
-        command = [sys.executable, "-m", "pytest", *options, *added]
-        return subprocess.run(command, cwd="mutants", env=environment, capture_output=True, check=False).returncode
+        command = [sys.executable, "-m", "pytest", *options, *tests]
+        try:
+            done = subprocess.run(
+                command, cwd="mutants", env=environment, capture_output=True, check=False, timeout=timeout
+            )
+        except subprocess.TimeoutExpired:
+            return False
+        if done.returncode in (pytest.ExitCode.USAGE_ERROR, pytest.ExitCode.NO_TESTS_COLLECTED):
+            sys.exit(f"pytest could not run {' '.join(tests)}:\n{done.stdout.decode()[-2000:]}")
+        return done.returncode == 0
 
-    if (code := outcome("")) != 0:
-        sys.exit(f"the added tests do not pass without a mutant: pytest returned {code}")
+    begin = time.monotonic()
+    if not passes(""):
+        sys.exit(f"these tests do not pass without a mutant: {' '.join(tests)}")
+    patience = 60 + HANGS * (time.monotonic() - begin)
     for path in walk_mutatable_files():
         data = SourceFileMutationData(path=path)
         data.load()
         for name in [name for name in data.exit_code_by_key if name in names and name not in noticed]:
-            failed = outcome(name) == 1
+            failed = not passes(name, patience)
             print(f"{name}: {'noticed' if failed else 'not noticed'}", flush=True)
             if failed:
                 data.exit_code_by_key[name] = 1
@@ -211,13 +238,14 @@ def changed_lines(diff: str) -> list[str]:
     return [line[1:].strip() for line in diff.splitlines() if line.startswith("+") and not line.startswith("+++")]
 
 
-def origin(tests: list[str], sample: int) -> dict[str, Any]:
+def origin(tests: list[str], options: argparse.Namespace) -> dict[str, Any]:
     """How a result came about."""
     return {
         "commands": [" ".join(["python", *sys.argv])],
         "tests": tests,
-        "seed": SEED,
-        "sample": sample,
+        **({"wider": options.wider} if options.wider else {}),
+        "seed": options.seed,
+        "sample": options.sample,
         "versions": {"python": platform.python_version(), **{name: version(name) for name in ("torch", "mutmut")}},
     }
 
@@ -225,8 +253,10 @@ def origin(tests: list[str], sample: int) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("part", help="a package or module of compressm: theory, or theory/ranks")
-    parser.add_argument("--sample", type=int, default=200, help="how many mutants, drawn with a fixed seed; 0 for all")
+    parser.add_argument("--sample", type=int, default=200, help="how many mutants, drawn with --seed; 0 for all")
+    parser.add_argument("--seed", type=int, default=SEED, help="which sample; results are stored sample by sample")
     parser.add_argument("--tests", nargs="*", help="folders or files of tests; by default those of the package")
+    parser.add_argument("--wider", nargs="+", help="further tests, for those mutants that --tests do not notice")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes at a time")
     parser.add_argument("--again", action="store_true", help="test those anew that nobody noticed: tests have changed")
     parser.add_argument("--added", nargs="*", help="files of new tests, to be run alone on those that nobody noticed")
@@ -242,19 +272,23 @@ def main() -> None:
     os.chdir(folder)  # mutmut works on the present folder
     names = all_mutants()
     total = len(names)
-    random.Random(SEED).shuffle(names)
+    random.Random(options.seed).shuffle(names)
     names = names[: options.sample or total]
     if options.added:
         test_with(names, options.added)
     else:
         test(names, options.workers, options.again)
+        if options.wider:
+            test_with(names, options.wider)
     results = json.loads(stored.read_text()) if stored.exists() else {}
-    before = results.get(options.part)
+    samples, sample = results.get(options.part, {}), f"seed {options.seed}"
+    before = samples.get(sample)
     later = options.again or options.added
     found = summary(names, total, before if later or (before and "before" in before) else None)
     commands = [*(before or {}).get("commands", []), " ".join(["python", *sys.argv])] if later else None
-    found = {**origin(tests, options.sample), **({"commands": commands} if commands else {}), **found}
-    stored.write_text(json.dumps({**results, options.part: found}, indent=1, sort_keys=True, ensure_ascii=False) + "\n")
+    found = {**origin(tests, options), **({"commands": commands} if commands else {}), **found}
+    results = {**results, options.part: {**samples, sample: found}}
+    stored.write_text(json.dumps(results, indent=1, sort_keys=True, ensure_ascii=False) + "\n")
     counts = f"{found['killed']} noticed, {found['survived']} not, {found['equivalent']} equivalent"
     print(f"{options.part}: of {found['mutants']} mutants {counts}; score {found['score']:.1%}")
     for name, survivor in found["survivors"].items():

@@ -15,7 +15,7 @@ import compressm
 from compressm.adapters import find_layers
 from compressm.adapters.base import LayerChange, ParameterChange, layer_values
 from compressm.cutting.carry import check_optimizer, prepare_carry
-from compressm.cutting.copies import copied
+from compressm.cutting.copies import copied_state
 from compressm.cutting.quantised_state import is_quantised, read_state, write_state
 from compressm.layers import Mamba, SequenceClassifier
 from compressm.observing.moments import gather
@@ -301,7 +301,7 @@ def test_copies_share_no_memory() -> None:
     parameter = nn.Parameter(torch.ones(2))
     tensors = [parameter, torch.zeros(3)]
     value: dict[str, Any] = {"a": tensors, "b": (tensors[1], {"c": tensors[1]}), "d": None, "e": {1, 2}, "f": tensors}
-    new = copied(value)
+    new = copied_state(value)
     assert new.keys() == value.keys()
     assert isinstance(new["a"][0], nn.Parameter)
     assert new["b"][0] is new["b"][1]["c"] is new["a"][1]  # what was one object is one object
@@ -310,7 +310,7 @@ def test_copies_share_no_memory() -> None:
         one.data.fill_(7.0)
     assert torch.equal(parameter, torch.ones(2))
     assert torch.equal(tensors[1], torch.zeros(3))
-    assert torch.equal(copied(value, {id(tensors[1]): parameter})["b"][0], parameter)
+    assert torch.equal(copied_state(value, {id(tensors[1]): parameter})["b"][0], parameter)
 
 
 def test_the_system_of_a_layer_is_the_same_beside_float32_rates() -> None:

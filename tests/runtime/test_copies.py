@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from compressm.runtime.copies import copied
+from compressm.runtime.copies import copied_module
 
 
 class Keeps(nn.Module):
@@ -28,7 +28,7 @@ def test_a_state_that_a_forward_pass_has_left_is_copied_without_its_graph() -> N
     y = model(torch.randn(2, 3))
     with pytest.raises(RuntimeError, match="deepcopy"):
         copy.deepcopy(model)
-    other = copied(model)
+    other = copied_module(model)
     state: Any = other[0].state
     assert torch.equal(state, y)
     assert not state.requires_grad

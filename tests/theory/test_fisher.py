@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from compressm.errors import InvalidRankRuleError, InvalidSystemError
-from compressm.theory.fisher import MaskEstimate, MaskFisher, damage_curve, reduce_by_fisher, select_by_fisher
+from compressm.theory.fisher import MaskEstimate, MaskFisher, reduce_by_fisher, select_by_fisher
 from compressm.theory.recurrence import moments
 from compressm.theory.selection import compensation, select_by_removal
 from helpers import random_signals
@@ -70,17 +70,6 @@ def test_gains_are_the_minimum_over_the_kept_masks(seed: int) -> None:
     assert float(value.detach()) == pytest.approx(taken_over.damage, rel=1e-9)
     (slope,) = torch.autograd.grad(value, gains)
     assert float(slope.abs().max()) < 1e-4 * float(F.diagonal().max())  # of a ridge of 1e-6
-
-
-def test_the_curve_is_what_greedy_removal_costs() -> None:
-    fisher = MaskFisher.of(scores(1, 3000, 2, 6))
-    curve, F = damage_curve(fisher), fisher.shrunk()
-    assert curve.shape == (7,)
-    assert float(curve[6]) == 0
-    assert bool((curve[:-1] >= curve[1:]).all())
-    assert float(curve[0]) >= float(F.sum()) / 2 * (1 - 1e-9)
-    for states in range(1, 6):
-        assert select_by_fisher(fisher, states).damage <= float(curve[states]) * (1 + 1e-9)
 
 
 def test_few_sequences_are_not_believed_about_pairs() -> None:

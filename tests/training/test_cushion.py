@@ -305,6 +305,13 @@ def test_a_state_of_earlier_versions_is_read() -> None:
     assert (event.reference, again.cushion.mildness) == (0.9, 0.25)
 
 
+def test_before_the_first_cut_nothing_is_lost_milder_or_under_observation() -> None:
+    assert Loop().cushion.state_dict() == {
+        "aggressiveness": 1.0, "observed": None, "looks": [], "after": [],
+        "cushion": {"drop": 0.0, "warned": False, "costs": []},
+    }  # fmt: skip
+
+
 def test_without_max_drop_nothing_is_examined() -> None:
     assert not Loop(max_drop=None, evaluate=None).cushion.examines
     assert Loop(max_drop=0.0).cushion.examines

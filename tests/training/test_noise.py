@@ -107,6 +107,13 @@ def test_confidence_is_students(freedom: int) -> None:
     assert quantile(0.95, 0) == pytest.approx(float(stats.norm.ppf(0.95)))
 
 
+def test_a_look_is_shifted_in_time_in_value_or_in_both() -> None:
+    one = Look(3, 0.5)
+    assert one.shifted(steps=2) == Look(5, 0.5)
+    assert one.shifted(loss=0.25) == Look(3, 0.25)
+    assert one.shifted(2, 0.25) == Look(5, 0.25)
+
+
 def test_only_the_last_evaluations_count() -> None:
     old = looks((1, 2, 3), np.array([0.1, 0.9, 0.2]))
     recent = looks((10, 12, 14, 16, 18, 20), np.linspace(0.5, 0.6, 6))

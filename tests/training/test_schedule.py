@@ -156,6 +156,28 @@ def test_what_does_not_fit_is_refused(arguments: dict[str, Any], message: str) -
     Schedule(80, window=1.0)
 
 
+@pytest.mark.parametrize(("check_after", "looks"), [(1, [7, 8, 9]), (3, [7, 8, 9]), (4, [4, 6, 8]), (30, [4, 6, 8])])
+def test_the_metric_is_looked_at_thrice_before_a_cut_as_often_as_after_it(check_after: int, looks: list[int]) -> None:
+    schedule = Schedule(200, 1, 0.05, check_after=check_after, examined=True)  # a cut at step 10
+    assert [step for step in range(1, 11) if schedule.looks(step)] == looks
+    schedule.made()
+    assert not any(schedule.looks(step) for step in range(11, 200))
+
+
+def test_gradients_are_observed_at_the_very_start_and_in_the_fifty_steps_before_a_cut() -> None:
+    schedule = Schedule(1000, 1, 0.5)
+    assert [step for step in range(500) if schedule.observes_gradients(step)] == [0, *range(450, 500)]
+    schedule.made()
+    assert not schedule.observes_gradients(500)
+    assert not schedule.observes_gradients(0)
+
+
+def test_a_cut_that_was_put_off_is_due_at_that_step() -> None:
+    look, schedule = Eyes(), Schedule(80, 4, 0.5)
+    schedule.wait(15)
+    assert [schedule.due(step, look) for step in (10, 14, 15, 16)] == [False, False, True, True]
+
+
 def test_layers_are_observed_at_every_eighth_step_and_more_often_where_cuts_are_close() -> None:
     schedule = Schedule(20_000)
     assert [step for step in range(40) if schedule.observes(step)] == [0, 8, 16, 24, 32]

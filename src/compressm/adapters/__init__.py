@@ -14,13 +14,14 @@ from compressm.adapters.base import (
     layers_that_need_data,
     register,
 )
+from compressm.adapters.changes import selection_change
 from compressm.adapters.cuts import Cuts, Proposal
 from compressm.adapters.fla import FLADeltaNetAdapter, FLAGatedDeltaNetAdapter, FLAGatedLinearAttentionAdapter
 from compressm.adapters.hf_mamba import FalconMambaAdapter, HFMambaAdapter, JambaAdapter
 from compressm.adapters.hf_mamba2 import HFMamba2Adapter
 from compressm.adapters.linear_attention import DeltaNetAdapter, GatedLinearAttentionAdapter, LinearAttentionAdapter
 from compressm.adapters.lru import LRUAdapter
-from compressm.adapters.mamba import MambaAdapter, projection_change, selection_change
+from compressm.adapters.mamba import MambaAdapter, projection_change
 from compressm.adapters.mamba2 import Mamba2Adapter
 from compressm.adapters.mamba_ssm import MambaSSM2Adapter, MambaSSMAdapter
 from compressm.adapters.rg_lru import RecurrentBlockAdapter, RecurrentGemmaAdapter

@@ -87,6 +87,24 @@ class LayerChange:
         return replace(self, parameters=tuple(parameters), attributes=attributes)
 
 
+def selection_change(name: str, value: Tensor, axis: int, kept: Tensor) -> ParameterChange:
+    """The change of a parameter whose entries along an axis belong to one state each.
+
+    Args:
+        name: the parameter's name.
+        value: the parameter.
+        axis: the axis.
+        kept: the indices that stay, shape ``(kept,)``.
+    """
+    places = torch.stack([torch.arange(kept.shape[0]), kept])  # sparse: a projection can have 10^4 rows
+    ones = torch.ones(kept.shape[0], dtype=torch.float64)
+    pullback = torch.sparse_coo_tensor(
+        places, ones, (kept.shape[0], value.shape[axis]), is_coalesced=True, check_invariants=False
+    )
+    new = value.detach().index_select(axis, kept.to(value.device))
+    return ParameterChange((name,), (new,), axis, pullback, pullback, pullback, kept)
+
+
 def layer_values(layer: nn.Module) -> dict[str, Tensor]:
     """The layer's parameters and buffers, detached; and the weights that are computed from several parameters, under
     the names that they have in a layer without that."""
@@ -171,6 +189,7 @@ __all__ = [
     "in_parameters",
     "layer_values",
     "not_divisible",
+    "selection_change",
     "stored_values",
     "write",
 ]

@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from compressm.adapters.base import LayerChange, layer_values
+from compressm.adapters.changes import selection_change
 from compressm.adapters.composed import effective_weight
 from compressm.adapters.hf_base import HuggingFaceAdapter
 from compressm.adapters.linear_attention import mapped_rows
-from compressm.adapters.mamba import selection_change
 from compressm.adapters.rebind import rebound_forward
 from compressm.errors import UnsupportedModelError
 from compressm.theory.recurrence import SelectiveReduction, Signals, first_states

@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from compressm.adapters.base import LayerChange, ParameterChange, layer_values
+from compressm.adapters.changes import selection_change
 from compressm.adapters.composed import effective_weight
 from compressm.adapters.hf_base import Carried, HuggingFaceAdapter
-from compressm.adapters.mamba import projection_change, selection_change
+from compressm.adapters.mamba import projection_change
 from compressm.adapters.rebind import not_fused, rebound_forward
 from compressm.theory.recurrence import SelectiveReduction, Signals, first_states
 

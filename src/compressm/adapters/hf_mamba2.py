@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from compressm.adapters.base import LayerChange, layer_values
+from compressm.adapters.changes import selection_change
 from compressm.adapters.composed import effective_weight
 from compressm.adapters.hf_base import Carried, HuggingFaceAdapter
-from compressm.adapters.mamba import selection_change
 from compressm.adapters.mamba2 import kept_channels
 from compressm.adapters.rebind import not_fused, rebound_forward
 from compressm.theory.recurrence import SelectiveReduction, Signals, first_states

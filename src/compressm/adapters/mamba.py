@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from compressm.adapters.base import LayerChange, ParameterChange, SelectiveAdapter, layer_values
+from compressm.adapters.changes import selection_change
 from compressm.adapters.composed import effective_weight
 from compressm.layers.activations import causal_conv
 from compressm.layers.mamba import Mamba
@@ -67,21 +68,3 @@ def projection_change(name: str, weight: Tensor, reduction: SelectiveReduction) 
     pullback = torch.block_diag(kept, out, into)
     folded = torch.block_diag(kept, into, out)
     return ParameterChange((name,), (new.to(weight),), 0, pullback, pullback.square(), folded)
-
-
-def selection_change(name: str, value: Tensor, axis: int, kept: Tensor) -> ParameterChange:
-    """The change of a parameter whose entries along an axis belong to one state each.
-
-    Args:
-        name: the parameter's name.
-        value: the parameter.
-        axis: the axis.
-        kept: the indices that stay, shape ``(kept,)``.
-    """
-    places = torch.stack([torch.arange(kept.shape[0]), kept])  # sparse: a projection can have 10^4 rows
-    ones = torch.ones(kept.shape[0], dtype=torch.float64)
-    pullback = torch.sparse_coo_tensor(
-        places, ones, (kept.shape[0], value.shape[axis]), is_coalesced=True, check_invariants=False
-    )
-    new = value.detach().index_select(axis, kept.to(value.device))
-    return ParameterChange((name,), (new,), axis, pullback, pullback, pullback, kept)

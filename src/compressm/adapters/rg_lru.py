@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from compressm.adapters.base import LayerChange, ParameterChange, SelectiveAdapter, layer_values
+from compressm.adapters.changes import selection_change
 from compressm.adapters.composed import effective_weight
 from compressm.adapters.hf_base import HuggingFaceAdapter
-from compressm.adapters.mamba import selection_change
 from compressm.errors import UnsupportedModelError
 from compressm.layers.parts import short_conv
 from compressm.layers.rg_lru import RecurrentBlock, recurrence_terms

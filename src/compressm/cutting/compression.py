@@ -188,16 +188,25 @@ def plan_on(
     return plan
 
 
-def check_rule(rule: RankRule, gramians: Gramians) -> None:
+def check_rule(
+    rule: RankRule,
+    gramians: Gramians,
+    remedy: str = "pass data= and loss='classification' (or 'regression', or a function)",
+) -> None:
     """Refuse a rule that what balances the layers cannot keep.
+
+    Args:
+        rule: how far cuts are to go.
+        gramians: what balances the layers.
+        remedy: what has the caller's layers balanced by the loss.
 
     Raises:
         InvalidRankRuleError: the rule, and what to choose instead.
     """
     if gramians == "white" and rule.max_loss is not None:
         raise InvalidRankRuleError(
-            f"max_loss={rule.max_loss:g} is a rise of the loss, which white noise does not tell: pass data= and "
-            "loss='classification' (or 'regression', or a function), or choose another rule"
+            f"max_loss={rule.max_loss:g} is a rise of the loss, which white noise does not tell: {remedy}, "
+            "or choose another rule"
         )
     if gramians == "loss" and rule.max_error is not None:
         raise InvalidRankRuleError(

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 
-def copied(value: Any, memo: dict[int, Any] | None = None) -> Any:
+def copied_state(value: Any, memo: dict[int, Any] | None = None) -> Any:
     """A copy of nested dicts, lists and tuples of tensors, numbers and random generators. All else is shared.
 
     Args:
@@ -27,14 +27,14 @@ def copied(value: Any, memo: dict[int, Any] | None = None) -> Any:
     if isinstance(value, dict):
         memo[id(value)] = new = copy.copy(value)
         new.clear()
-        new.update({copied(key, memo): copied(one, memo) for key, one in value.items()})
+        new.update({copied_state(key, memo): copied_state(one, memo) for key, one in value.items()})
         return new
     if isinstance(value, list):
         memo[id(value)] = new = list[Any]()
-        new.extend(copied(one, memo) for one in value)
+        new.extend(copied_state(one, memo) for one in value)
         return new
     if type(value) is tuple:
-        return tuple(copied(one, memo) for one in value)
+        return tuple(copied_state(one, memo) for one in value)
     if isinstance(value, (random.Random, np.random.Generator, set)):
         return copy.deepcopy(value)
     return value
@@ -52,4 +52,4 @@ def _copied_tensor(value: Tensor) -> Tensor:
         return type(value).__tensor_unflatten__(inner, settings, value.size(), value.stride())  # type: ignore[attr-defined]
 
 
-__all__ = ["copied"]
+__all__ = ["copied_state"]

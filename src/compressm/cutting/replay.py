@@ -37,7 +37,7 @@ from compressm.observing.inputs import calls
 from compressm.observing.layer_calls import named_arguments
 from compressm.observing.moments import Sample, modes_kept
 from compressm.observing.padding import Padding, mask_in
-from compressm.runtime.copies import copied
+from compressm.runtime.copies import copied_module
 from compressm.runtime.processes import gathered
 
 
@@ -227,7 +227,7 @@ def _called(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
 
 def cut_copy(layer: nn.Module, change: LayerChange) -> nn.Module:
     """A copy of a layer with a change written into it, in evaluation mode."""
-    smaller = copied(layer).eval()
+    smaller = copied_module(layer).eval()
     write(smaller, change)
     tell_written(smaller)
     return smaller

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from compressm.cutting.copies import copied
+from compressm.cutting.copies import copied_state
 from compressm.runtime.random_state import rng_state, set_rng_state
 
 
@@ -40,17 +40,17 @@ def twin(optimizer: Optimizer, copies: Mapping[nn.Parameter, nn.Parameter], *, s
         memo[id(group["params"])] = ours  # attributes may refer to this list
         if ours:
             settings = {key: value for key, value in group.items() if key != "params"}
-            groups.append({"params": ours, **copied(settings, memo)})
+            groups.append({"params": ours, **copied_state(settings, memo)})
     memo[id(optimizer.param_groups)] = groups
     kept = {parameter: values for parameter, values in optimizer.state.items() if state and parameter in copies}
     memo[id(optimizer.state)] = one_state = copy.copy(optimizer.state)
     one_state.clear()
-    one_state.update({memo[id(parameter)]: copied(values, memo) for parameter, values in kept.items()})
+    one_state.update({memo[id(parameter)]: copied_state(values, memo) for parameter, values in kept.items()})
     for key, value in held.items():
         if "_hooks" in key and isinstance(value, dict):
             vars(one)[key] = OrderedDict()  # a user's hooks count real steps only
         elif not (callable(value) and hasattr(type(optimizer), key)):  # a scheduler replaces `step` on the instance
-            vars(one)[key] = copied(value, memo)
+            vars(one)[key] = copied_state(value, memo)
     one.param_groups, one.state = groups, one_state
     return one
 

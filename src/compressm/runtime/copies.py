@@ -10,7 +10,7 @@ from torch import Tensor, nn
 Module = TypeVar("Module", bound=nn.Module)
 
 
-def copied(module: Module) -> Module:
+def copied_module(module: Module) -> Module:
     """A deep copy of a module. Tensors that a forward pass has left in it are copied without their graph.
 
     Examples are the states that transformers' RecurrentGemma keeps in its layers, which `copy.deepcopy` refuses.
@@ -24,4 +24,4 @@ def copied(module: Module) -> Module:
     return copy.deepcopy(module, {**left})
 
 
-__all__ = ["copied"]
+__all__ = ["copied_module"]

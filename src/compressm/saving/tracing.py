@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from compressm.cutting import state_dims
 from compressm.errors import ExportError, UnsupportedModelError
 from compressm.observing.inputs import calls
-from compressm.runtime.copies import copied
+from compressm.runtime.copies import copied_module
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ def trace(model: nn.Module, data: Any, step: bool, padded: bool) -> Traced:
     Raises:
         ExportError: the model does not offer what was asked for, or cannot be traced.
     """
-    model = copied(model).cpu().float().eval().requires_grad_(False)
+    model = copied_module(model).cpu().float().eval().requires_grad_(False)
     _check_offers(model, step, padded)
     example = _random_example(model) if data is None else example_of(model, data)
     if example.ndim < 2 or 0 in example.shape:

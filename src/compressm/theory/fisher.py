@@ -190,21 +190,6 @@ def reduce_by_fisher(
     return replace(reduction, estimate=MaskEstimate(**vars(reduction.estimate), **added))
 
 
-def damage_curve(fisher: MaskFisher) -> Tensor:
-    """Predicted damage of keeping 0, 1, ..., n states of every group, in nats per sequence, decreasing to 0.
-
-    States are removed greedily as in `select_by_fisher`, without its exchanges, so the curve is an upper estimate.
-    """
-    groups, n = fisher.products.shape[:2]
-    F = fisher.shrunk()
-    order = _removed(F, groups, n, 0)
-    costs = torch.zeros(n + 1, dtype=torch.float64)
-    for states in range(n):
-        gone = torch.tensor(order[: groups * (n - states)], dtype=torch.long)
-        costs[states] = F[gone][:, gone].sum() / 2
-    return costs.clamp_min(0).flip(0).cummax(0).values.flip(0)
-
-
 def _removed(F: Tensor, groups: int, n: int, states: int) -> list[int]:
     """The removed states in their order: in every round each group loses the state whose removal costs least then."""
     gone, cost = list[int](), F.diagonal().clone()
@@ -250,4 +235,4 @@ def _gains(F: Tensor, stays: Tensor) -> Tensor:
     return 1 + torch.linalg.solve(inner + ridge * torch.eye(len(inner), dtype=F.dtype), pulled)
 
 
-__all__ = ["MaskEstimate", "MaskFisher", "MaskSelection", "damage_curve", "reduce_by_fisher", "select_by_fisher"]
+__all__ = ["MaskEstimate", "MaskFisher", "MaskSelection", "reduce_by_fisher", "select_by_fisher"]

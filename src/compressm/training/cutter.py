@@ -94,7 +94,7 @@ class Cutter:
         self.carry: Carry = carry
         if gramians == "loss":
             check_cut_by_loss(method, selection)
-        check_rule(rule, gramians)
+        check_rule(rule, gramians, "pass gramians='loss'")
         layers = find_layers(model)
         plain = {name: layer for name, (layer, _) in layers.items()}
         check_wrappers(model, plain)

@@ -296,11 +296,6 @@ def check_options(given: Mapping[str, Any]) -> None:
         )
     for option in OPTIONS.values():
         option.check(given[option.name])
-    if given["max_loss"] is not None and given["gramians"] == "white":
-        raise InvalidRankRuleError(
-            f"max_loss={given['max_loss']:g} is a rise of the loss, which white noise does not tell: pass "
-            "gramians='loss', or choose another rule"
-        )
 
 
 __all__ = ["ABSENT", "OPTIONS", "REQUIRED", "SIZE_RULES", "Option", "check_options"]

@@ -11,7 +11,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from compressm.cutting.carry import Together, forget_sizes
-from compressm.cutting.copies import copied
+from compressm.cutting.copies import copied_state
 from compressm.cutting.fitting import fit
 from compressm.runtime.processes import gathered, rank
 from compressm.runtime.random_state import rng_state, set_rng_state
@@ -38,7 +38,7 @@ class Training:
         """Copies of all states, and the random states of all ranks: nested dicts and lists of tensors and numbers."""
         return {
             "model": copy.deepcopy(self.model.state_dict()),
-            "optimizer": copied(self.optimizer.state_dict()),
+            "optimizer": copied_state(self.optimizer.state_dict()),
             "followers": [copy.deepcopy(follower.state_dict()) for follower in self.followers],
             "scheduler": None if self.scheduler is None else copy.deepcopy(self.scheduler.state_dict()),
             "scaler": None if self.scaler is None else copy.deepcopy(self.scaler.state_dict()),
@@ -55,7 +55,7 @@ class Training:
         """
         # Copies, because the optimizer keeps the tensors that it loads, and a snapshot may be used again.
         snapshot = {
-            key: copied(value) if key == "optimizer" else copy.deepcopy(value) for key, value in snapshot.items()
+            key: copied_state(value) if key == "optimizer" else copy.deepcopy(value) for key, value in snapshot.items()
         }
         fit(self.model, snapshot["model"]).load_state_dict(snapshot["model"])
         settings = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from compressm.runtime.copies import copied
+from compressm.runtime.copies import copied_module
 from compressm.scans import native
 
 # An exponential counts as one operation, a complex multiplication and addition as eight.
@@ -41,7 +41,7 @@ def step_cost(model: nn.Module, loss: Callable[[nn.Module], Tensor]) -> StepCost
         model: any model.
         loss: ``loss(model)`` returns a scalar to be differentiated.
     """
-    own = copied(model)
+    own = copied_module(model)
     kept: dict[tuple[int, int], int] = {}
     parameters = {parameter.untyped_storage().data_ptr() for parameter in own.parameters()}
 

@@ -1,0 +1,69 @@
+"""Averaged copies of a model that a cut did not reach: what they refuse, and what they pass on."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import compressm
+from compressm.errors import UnsupportedModelError
+from compressm.layers import LRU
+from compressm.training.averages import check_averages, guard_averages
+
+
+class EMA(nn.Module):
+    """An averaged copy of some other package. It remembers what it was given."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.module = copy.deepcopy(model)
+        self.given: list[tuple[Any, ...]] = []
+
+    def update(self, *given: Any) -> int:
+        self.given.append(given)
+        return len(self.given)
+
+
+def model() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(LRU(2, 8, r_min=0.9))
+
+
+def test_a_copy_of_the_same_weights_must_be_a_follower() -> None:
+    net = model()
+    average = EMA(net)
+    check_averages(net, (average,))
+    with pytest.raises(UnsupportedModelError, match=r"EMA averages this model, .* pass it as followers"):
+        check_averages(net, ())
+    with torch.no_grad():
+        next(average.parameters()).add_(1.0)  # of another model
+    check_averages(net, ())
+
+
+def test_a_copy_that_no_cut_reached_refuses_to_average_other_sizes_only() -> None:
+    net = model()
+    average, whole = EMA(net), copy.deepcopy(net)
+    compressm.compress(net, states=3)
+    guard_averages(net, ())
+    guard_averages(net, ())  # as after a second cut
+    with pytest.raises(
+        UnsupportedModelError, match=r"EMA has \[8\] states and the model that it averages \[3\]"
+    ):
+        average.update(net)
+    assert average.update(0.9) == 1  # no model is among these
+    assert average.update(whole) == 2  # of its own size
+    assert average.given == [(0.9,), (whole,)]
+
+
+def test_a_follower_and_a_copy_of_the_new_size_are_left_alone() -> None:
+    net = model()
+    follower = EMA(net)
+    compressm.compress(net, states=3)
+    average = EMA(net)
+    guard_averages(net, (follower,))
+    assert "update" not in vars(follower)
+    assert "update" not in vars(average)
