@@ -3,14 +3,15 @@
     python scripts/cut_animation.py            draw docs/images/cut.png from results/cut_animation.json
     python scripts/cut_animation.py --measure  train first, a minute or two on two cores, and store that file
 
-Every frame shows the eigenvalues (poles) of the layer, its Hankel singular values and the accuracy on held-out digits at
-one training step, as recorded in the run. The picture is an animated PNG, drawn for a column of 390 pixels.
+Every frame shows the eigenvalues (poles) of the layer, its Hankel singular values and the accuracy on held-out digits
+at one training step, as recorded in the run. The picture is an animated PNG, drawn for a column of 390 pixels.
 """
 
 from __future__ import annotations
 
 import argparse
 import io
+import itertools
 import json
 import math
 import shlex
@@ -69,7 +70,7 @@ def _train(cut: bool) -> list[dict[str, Any]]:
 
 
 def _look(model: Any, data: Any) -> dict[str, Any]:
-    """The layer's poles and Hankel singular values, and the share of held-out digits that the model classifies right."""
+    """The layer's poles and Hankel singular values, and the share of held-out digits that are classified right."""
     import torch
 
     import compressm
@@ -157,7 +158,7 @@ def _accuracy(axis: Any, shrunk: Any, full: Any, index: int, steps: int) -> None
     at = [frame["step"] for frame in full[: index + 1]]
     axis.plot(at, [100 * frame["accuracy"] for frame in full[: index + 1]], color=BIG, linewidth=1.6)
     axis.plot(at, [100 * frame["accuracy"] for frame in shrunk[: index + 1]], color=SMALL, linewidth=2)
-    for before, after in zip(shrunk[:index], shrunk[1 : index + 1], strict=True):
+    for before, after in itertools.pairwise(shrunk[: index + 1]):
         if len(after["poles"]) < len(before["poles"]):
             axis.axvline(before["step"], color=GONE, linewidth=1, linestyle=":")
     here, big = shrunk[index], full[index]
