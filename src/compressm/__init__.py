@@ -5,6 +5,7 @@ from compressm.cutting import Report, compress
 from compressm.cutting.distil import distil
 from compressm.cutting.optimizer_state import register_optimizer_state
 from compressm.cutting.spectrum import Spectrum, analyze
+from compressm.cutting.system import ReducedSystem, reduce
 from compressm.errors import CompressmError
 from compressm.saving.checkpoint import load, save
 from compressm.theory.balancing import balance, truncate
@@ -21,6 +22,7 @@ __all__ = [
     "DiagonalSystem",
     "Event",
     "RankRule",
+    "ReducedSystem",
     "Report",
     "Spectrum",
     "analyze",
@@ -28,6 +30,7 @@ __all__ = [
     "compress",
     "distil",
     "load",
+    "reduce",
     "register_optimizer_state",
     "save",
     "truncate",

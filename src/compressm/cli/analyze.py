@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from compressm.cli.common import printed, write_result
-from compressm.cli.options import PICTURES, Checkpoint, JsonFile, Length, command_line, file_option
+from compressm.cli.options import PICTURES, Checkpoint, JsonFile, Length, OwnData, OwnModel, command_line, file_option
 from compressm.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -16,9 +16,8 @@ if TYPE_CHECKING:
 def analyze(
     context: typer.Context,
     checkpoint: Checkpoint,
-    data: Annotated[
-        Path | None, typer.Option(help="As for compress; needed for layers whose states depend on the data.")
-    ] = None,
+    data: OwnData = None,
+    model: OwnModel = None,
     gramians: Annotated[
         Literal["white", "loss"] | None,
         typer.Option(help="'loss' also shows what states are worth to the loss; needs --data."),
@@ -35,7 +34,7 @@ def analyze(
 
     from compressm.lab.one_shot import analyze_checkpoint
 
-    analysis = analyze_checkpoint(checkpoint, data, sequences=sequences, length=length, gramians=gramians)
+    analysis = analyze_checkpoint(checkpoint, data, sequences=sequences, length=length, gramians=gramians, build=model)
     if not printed(json):
         Console().print(analysis.table())
         for line in analysis.refusals:

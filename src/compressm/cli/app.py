@@ -2,12 +2,16 @@
 
 # No `from __future__ import annotations`: typer reads the annotations.
 
-from typing import Annotated
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Annotated, Any
 
 import typer
 
 from compressm.cli.analyze import analyze
 from compressm.cli.bench import bench
+from compressm.cli.common import spoken_at
 from compressm.cli.compress import compress
 from compressm.cli.demo import demo
 from compressm.cli.export import export
@@ -22,21 +26,43 @@ def make_app() -> typer.Typer:
     app = typer.Typer(
         help="In-training compression of state space models.",
         no_args_is_help=True,
-        add_completion=False,
+        add_completion=True,
         pretty_exceptions_enable=False,
         rich_markup_mode=None,
     )
     app.callback()(common)
-    app.command()(train)
-    app.command()(demo)
-    app.command()(reproduce)
-    app.command("import")(import_)
-    app.command()(report)
-    app.command()(analyze)
-    app.command()(compress)
-    app.command()(bench)
-    app.command()(export)
+    commands = (train, demo, reproduce, import_, report, analyze, compress, bench, export)
+    for command in commands:
+        app.command(command.__name__.rstrip("_"))(with_verbosity(command))
     return app
+
+
+def with_verbosity(command: Callable[..., Any]) -> Callable[..., Any]:
+    """A command with the options ``--quiet`` and ``--verbose``, which every command has."""
+
+    @functools.wraps(command)
+    def spoken(*args: Any, quiet: bool = False, verbose: bool = False, **kwargs: Any) -> Any:
+        with spoken_at(quiet, verbose, to_output=str(kwargs.get("json")) == "-"):
+            return command(*args, **kwargs)
+
+    flags = {
+        "quiet": ("--quiet", "-q", "Print nothing but errors."),
+        "verbose": ("--verbose", "-v", "Print versions and times, and where in the code an error arose."),
+    }
+    signature = inspect.signature(command)
+    added = [
+        inspect.Parameter(
+            name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=False,
+            annotation=Annotated[bool, typer.Option(*words, help=help)],
+        )
+        for name, (*words, help) in flags.items()
+    ]
+    parameters = [*(one.replace(kind=inspect.Parameter.KEYWORD_ONLY) for one in signature.parameters.values()), *added]
+    spoken.__signature__ = signature.replace(parameters=parameters)  # pyright: ignore[reportFunctionMemberAccess]
+    spoken.__annotations__ = {one.name: one.annotation for one in parameters}
+    return spoken
 
 
 def print_version(wanted: bool) -> None:

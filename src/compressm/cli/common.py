@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import sys
+import time
+import traceback
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
@@ -37,4 +42,57 @@ def write_result(path: Path | None, result: dict[str, Any]) -> None:
         write_json(path, finite(result))
 
 
-__all__ = ["fail", "printed", "write_result"]
+@contextlib.contextmanager
+def spoken_at(quiet: bool, verbose: bool, to_output: bool) -> Generator[None]:
+    """Run a command quietly, verbosely, or as it is.
+
+    Args:
+        quiet: nothing reaches the terminal. An error is reported by `compressm.cli.main`, outside of this.
+        verbose: versions before, the time after, and the traceback of an error, on standard error.
+        to_output: the result goes to standard output (``--json -``), also with ``quiet``.
+
+    Raises:
+        ConfigError: both.
+    """
+    if quiet and verbose:
+        from compressm.errors import ConfigError
+
+        raise ConfigError("--quiet and --verbose contradict each other: leave one out")
+    if verbose:
+        with _verbose():
+            yield
+    elif quiet:
+        with contextlib.ExitStack() as stack:
+            nowhere = stack.enter_context(open(os.devnull, "w", encoding="utf-8"))
+            stack.enter_context(contextlib.redirect_stderr(nowhere))
+            if not to_output:
+                stack.enter_context(contextlib.redirect_stdout(nowhere))
+            yield
+    else:
+        yield
+
+
+@contextlib.contextmanager
+def _verbose() -> Generator[None]:
+    import platform
+
+    import torch
+
+    from compressm import __version__
+
+    start = time.perf_counter()
+    print(
+        f"compressm {__version__}, torch {torch.__version__}, Python {platform.python_version()}, "
+        f"{torch.get_num_threads()} threads",
+        file=sys.stderr,
+    )
+    try:
+        yield
+    except Exception:
+        traceback.print_exc()
+        raise
+    finally:
+        print(f"took {time.perf_counter() - start:.1f} s", file=sys.stderr)
+
+
+__all__ = ["fail", "printed", "spoken_at", "write_result"]

@@ -6,16 +6,17 @@ from typing import Annotated, Literal
 import typer
 
 from compressm.cli.common import printed, write_result
-from compressm.cli.options import Checkpoint, JsonFile, Length, command_line
+from compressm.cli.options import Checkpoint, JsonFile, Length, OwnData, OwnModel, command_line
+from compressm.errors import ConfigError
 
 
 def compress(
     context: typer.Context,
     checkpoint: Checkpoint,
-    data: Annotated[
-        Path, typer.Option(help="Text for a language model; .npz with x, y for a classifier, or with x for tokens.")
-    ],
-    output: Annotated[Path, typer.Option(help="Folder for the smaller checkpoint.")],
+    output: Annotated[Path | None, typer.Option(help="Folder for the smaller checkpoint.")] = None,
+    data: OwnData = None,
+    model: OwnModel = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Write nothing: show what would be lost.")] = False,
     states: Annotated[int | None, typer.Option(help="State dimension to cut every layer to.")] = None,
     tolerance: Annotated[float | None, typer.Option(help="Share of the Hankel energy to discard.")] = None,
     fraction: Annotated[float | None, typer.Option(help="Share of the states to keep.")] = None,
@@ -34,10 +35,13 @@ def compress(
     """Cut a trained checkpoint once, and show what was lost."""
     from compressm.lab.one_shot import compress_checkpoint
 
+    if output is None and not dry_run:
+        raise ConfigError("--output: missing; name a new folder for the smaller checkpoint, or try with --dry-run")
     loss = compress_checkpoint(
-        checkpoint, output, data, states=states, tolerance=tolerance, fraction=fraction, total_states=total_states,
-        max_loss=max_loss, gramians=gramians, sequences=sequences, length=length,
+        checkpoint, None if dry_run else output, data, build=model, states=states, tolerance=tolerance,
+        fraction=fraction, total_states=total_states, max_loss=max_loss, gramians=gramians, sequences=sequences,
+        length=length,
     )  # fmt: skip
     if not printed(json):
         print(loss)
-    write_result(json, {"command": command_line(context), "output": str(output), **loss.to_dict()})
+    write_result(json, {"command": command_line(context), "output": output and str(output), **loss.to_dict()})

@@ -39,7 +39,34 @@ def command_line(context: typer.Context) -> str:
 
 JsonFile = Annotated[Path | None, file_option("--json", help="Write the result to this file; - prints it.")]
 MarkdownFile = Annotated[Path | None, file_option("--markdown", help="Write the table to this file.")]
-Checkpoint = Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="A Hugging Face folder, or our own.")]
+Checkpoint = Annotated[
+    Path,
+    typer.Argument(
+        metavar="CHECKPOINT", help="A Hugging Face folder, or our own; with --model also a .safetensors file."
+    ),
+]
+OwnModel = Annotated[
+    str | None,
+    typer.Option("--model", help="package.module:function that builds the model, for a class of your own."),
+]
+OwnData = Annotated[
+    str | None,
+    typer.Option(
+        "--data",
+        help="Text, .npz, .npy, .csv or .parquet, a folder of them, or package.module:function. Needed for layers "
+        "whose states depend on the data, and to measure the loss.",
+    ),
+]
 Length = Annotated[int, typer.Option(help="Tokens per sequence.")]
 
-__all__ = ["PICTURES", "Checkpoint", "JsonFile", "Length", "MarkdownFile", "command_line", "file_option"]
+__all__ = [
+    "PICTURES",
+    "Checkpoint",
+    "JsonFile",
+    "Length",
+    "MarkdownFile",
+    "OwnData",
+    "OwnModel",
+    "command_line",
+    "file_option",
+]

@@ -6,7 +6,8 @@ from typing import Annotated
 import typer
 
 from compressm.cli.common import write_result
-from compressm.cli.options import JsonFile, command_line
+from compressm.cli.options import JsonFile, OwnModel, command_line
+from compressm.errors import ConfigError
 
 
 def train(
@@ -15,12 +16,21 @@ def train(
         Path,
         typer.Argument(
             metavar="CONFIG",
-            help="YAML file, or a built-in one: digits, demo, smnist, psmnist, smnist-mamba, scifar, listops or imdb.",
+            help="YAML file, or a built-in one: digits, demo, smnist, psmnist, smnist-mamba, scifar, listops or imdb; "
+            "needed unless --model and --data are given.",
         ),
-    ],
+    ] = Path(),
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="[key=value]...", help="For example optimizer.lr=1e-3.")
     ] = None,
+    model: OwnModel = None,
+    data: Annotated[
+        str | None,
+        typer.Option(
+            "--data", help="Data of your own: .npz, .csv or .parquet, a folder of them, or package.module:function."
+        ),
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Train nothing: print the plan.")] = False,
     resume: Annotated[bool, typer.Option(help="Go on from the last checkpoint in the run's folder.")] = False,
     origin: Annotated[
         Path | None,
@@ -33,8 +43,20 @@ def train(
     from compressm.lab.config import load_config
     from compressm.lab.runs.loop import train as run
 
-    settings = load_config(config, overrides or [])
+    given = list(overrides or [])
+    if "=" in config.name and not config.exists():  # no CONFIG, and the first argument is a key=value
+        given, config = [str(config), *given], Path()
+    if config == Path():
+        if model is None or data is None:
+            raise ConfigError("CONFIG: missing; name a YAML file or a built-in one, or give both --model and --data")
+        config = Path("own")
+    settings = load_config(config, given, build=model, source=data)
     if output is None and settings.run.output is None:
         output = Path("runs") / f"{config.stem}-seed{settings.run.seed}"
+    if dry_run:
+        from compressm.lab.runs.dry import described
+
+        print(described(settings, output or Path(settings.run.output or "runs")))
+        return
     result = run(settings, output=output, resume=resume, origin=origin, command=command_line(context))
     write_result(json, result.to_dict())

@@ -39,6 +39,7 @@ class DataConfig(Section):
     Attributes:
         name: ``digits`` (comes with scikit-learn), ``smnist``, ``psmnist``, ``scifar``, ``imdb`` or ``listops``
             (generated).
+        source: data of your own instead: ``package.module:function``, a file or a folder; see docs/own.md.
         root: the directory with the files, where any are needed; by default that in the environment variable
             ``COMPRESSM_DATA``.
         validation: share of the training data that is held out for validation.
@@ -48,15 +49,19 @@ class DataConfig(Section):
         examples: of ``listops``: how many for training (96,000); 2000 each are for validation and test.
     """
 
-    name: Literal["digits", "smnist", "psmnist", "scifar", "imdb", "listops"]
+    name: Literal["digits", "smnist", "psmnist", "scifar", "imdb", "listops"] | None = None
     root: str | None = None
     validation: float = Field(0.1, gt=0, lt=1)
     pool: Literal[1, 2, 4] = 1
     max_length: int | None = Field(None, ge=8)
     examples: int | None = Field(None, ge=1)
+    source: str | None = Field(None, min_length=1)
 
     @model_validator(mode="after")
     def _consistent(self) -> DataConfig:
+        if (self.name is None) == (self.source is None):
+            both = "is given beside data.source" if self.name else "is missing, and so is data.source"
+            raise ValueError(f"data.name|{both}; give one: a data set that compressm knows, or your own data")
         if self.pool > 1 and self.name not in ("smnist", "psmnist", "scifar"):
             raise ValueError(f"data.pool|is for images of 28 and 32 pixels a side, not for {self.name}; leave it at 1")
         if self.max_length is not None and self.name not in ("imdb", "listops"):
@@ -95,6 +100,9 @@ _LAYER_OPTIONS = {
 class ModelConfig(Section):
     """Arguments of `compressm.layers.SequenceClassifier`; input width and classes come from the data.
 
+    ``build`` names a function of your own instead, ``package.module:function``, that returns a classifier of sequences.
+    It gets ``d_input``, ``n_classes`` and ``vocabulary`` of the data if its signature names them. See docs/own.md.
+
     ``r_min``, ``r_max`` and ``max_phase`` are options of ``layer: lru``; ``dt_min`` and ``dt_max`` of ``s5`` and
     ``s4d``, ``bidirectional`` of ``s5``, ``init`` of ``s4d``; ``expand`` and ``d_conv`` of ``mamba`` and ``mamba2``,
     ``dt_rank`` of ``mamba``, ``head_dim`` and ``n_groups`` of ``mamba2``; ``n_heads`` and ``expand`` of the layers
@@ -102,8 +110,8 @@ class ModelConfig(Section):
     ``gated`` of ``delta_net``, ``n_blocks`` and ``d_conv`` of ``rg_lru``.
     """
 
-    d_model: int = Field(ge=1)
-    d_state: int | list[int]
+    d_model: int | None = Field(None, ge=1)
+    d_state: int | list[int] | None = None
     n_layers: int = Field(1, ge=1)
     layer: Layer = "lru"
     dropout: float = Field(0.1, ge=0, lt=1)
@@ -125,9 +133,17 @@ class ModelConfig(Section):
     gate_rank: int | None = Field(None, ge=1)
     gated: bool | None = None
     n_blocks: int | None = Field(None, ge=1)
+    build: str | None = Field(None, min_length=1)
 
     @model_validator(mode="after")
     def _consistent(self) -> ModelConfig:
+        if self.build is not None:
+            if others := sorted(self.model_fields_set - {"build"}):
+                raise ValueError(f"model.{others[0]}|is given beside model.build, whose function alone says it")
+            return self
+        if self.d_model is None or self.d_state is None:
+            name = "d_model" if self.d_model is None else "d_state"
+            raise ValueError(f"model.{name}|missing; add it to the file, or give model.{name}=<value>, or model.build")
         dims = [self.d_state] if isinstance(self.d_state, int) else self.d_state
         if not dims or min(dims) < 1:
             raise ValueError("model.d_state|must be at least 1, or a list of such numbers")
@@ -316,9 +332,10 @@ class Config(Section):
                 f"compression.cuts|puts the last cut at step {last}, after run.steps={steps}: lower compression.cuts, "
                 "compression.start or compression.window"
             )
-        if compression.selection in ("smallest", *SCORES) and self.model.layer not in ("lru", "s5", "s4d"):
+        own = self.model.build is not None
+        if not own and compression.selection in ("smallest", *SCORES) and self.model.layer not in ("lru", "s5", "s4d"):
             raise ValueError(f"compression.selection|is for layers lru, s5 and s4d, not {self.model.layer}")
-        if self.loss.hankel_norm is not None and self.model.layer != "lru":
+        if not own and self.loss.hankel_norm is not None and self.model.layer != "lru":
             raise ValueError(f"loss.hankel_norm|is for layer lru, not {self.model.layer}")
         if self.schedule.lr_min > self.optimizer.lr:
             raise ValueError(f"schedule.lr_min|must not exceed optimizer.lr={self.optimizer.lr}")
@@ -330,12 +347,16 @@ def builtin_configs() -> dict[str, Path]:
     return {path.stem: path for path in sorted((Path(__file__).parent / "configs").glob("*.yaml"))}
 
 
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+def load_config(
+    path: str | Path, overrides: Sequence[str] = (), *, build: str | None = None, source: str | None = None
+) -> Config:
     """Read a configuration from a YAML file.
 
     Args:
         path: the file; or the name of one that comes with the package, ``"smnist"`` for example.
         overrides: ``"section.key=value"``, the value in YAML; they win over the file.
+        build: takes the place of the section ``model``, as its key of that name.
+        source: takes the place of what the section ``data`` says about where data come from.
 
     Raises:
         ConfigError: no such file, not YAML, or an unknown key or unfit value, named by its dotted name with a remedy.
@@ -343,6 +364,12 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     if str(path) in (built_in := builtin_configs()):
         path = built_in[str(path)]
     tree = read_yaml(Path(path))
+    if build is not None:
+        tree["model"] = {"build": build}
+    if source is not None:
+        section = tree.get("data")
+        kept = cast("dict[str, Any]", section) if isinstance(section, dict) else {}
+        tree["data"] = {"source": source, **{key: kept[key] for key in ("validation",) if key in kept}}
     for override in overrides:
         _override(tree, override)
     return parse_config(tree, str(path))

@@ -52,8 +52,8 @@ class Loss:
     """
 
     report: Report
-    loss_before: float
-    loss_after: float
+    loss_before: float | None
+    loss_after: float | None
     parameters_before: int
     parameters_after: int
     sequences: int
@@ -74,19 +74,22 @@ class Loss:
             measured = layer.error_on_data if layer.error_held_out is None else layer.error_held_out
             error = "" if measured is None else f"{measured:.2%}"
             rows.append(f"{layer.name:{width}}  {dims:>10}  {discarded:16.2%}  {error:>13}{note}")
-        rows.append(
-            f"loss {self.loss_before:.4f} → {self.loss_after:.4f} ({self.sequences} sequences of {self.length}), "
-            f"parameters {self.parameters_before:,} → {self.parameters_after:,}"
-        )
+        parameters = f"parameters {self.parameters_before:,} → {self.parameters_after:,}"
+        if self.loss_before is None or self.loss_after is None:
+            rows.append(f"{parameters}; the loss was not measured: give --data with labels for that")
+        else:
+            measured = f"({self.sequences} sequences of {self.length})"
+            rows.append(f"loss {self.loss_before:.4f} → {self.loss_after:.4f} {measured}, {parameters}")
         rows += self.report.rises()
         return "\n".join([*rows, str(self.carried)]).rstrip()
 
 
 def compress_checkpoint(
     checkpoint: str | os.PathLike[str],
-    output: str | os.PathLike[str],
-    data: str | os.PathLike[str],
+    output: str | os.PathLike[str] | None,
+    data: str | os.PathLike[str] | None = None,
     *,
+    build: str | None = None,
     states: int | None = None,
     tolerance: float | None = None,
     fraction: float | None = None,
@@ -103,11 +106,14 @@ def compress_checkpoint(
 
     Args:
         checkpoint: a folder written by Hugging Face's ``save_pretrained`` (a causal language model), or by `save`.
-        output: folder to write, new or empty.
-        data: for language models a text file, read with the checkpoint's tokenizer, or as bytes where there is none and
-            the vocabulary is 256; or an ``.npz`` or ``.npy`` file of tokens. For a `SequenceClassifier` an ``.npz``
-            file with ``x`` of shape ``(N, length, channels)``, or ``(N, length)`` for tokens, and ``y`` of shape
-            ``(N,)``; with ``lengths``, shape ``(N,)``, where rows are padded. See `compressm.lab.data.arrays`.
+        output: folder to write, new or empty; None writes nothing and only says what would be lost.
+        data: None if all layers are linear; the loss is then not measured. ``package.module:function``, see
+            `compressm.lab.data.own`, or a file or folder, see `compressm.lab.data.files`. For language models a text
+            file, read with the checkpoint's tokenizer, or as bytes where there is none and the vocabulary is 256; or
+            a file of tokens. For a `SequenceClassifier` ``x`` of shape ``(N, length, channels)``, or ``(N, length)``
+            for tokens, and ``y`` of shape ``(N,)``; with ``lengths``, shape ``(N,)``, where rows are padded.
+        build: ``package.module:function`` that returns the model, if it is of a class of your own. The checkpoint may
+            then be a ``.safetensors`` file of its state dict.
         states, tolerance, fraction, total_states, max_loss: how far, exactly one of them; see `RankRule`.
         gramians: as in `compress`, with the model's own predictions as labels; by default ``"loss"`` under ``max_loss``
             and ``"white"`` otherwise. The rise of the loss is measured on the sequences that were not cut by.
@@ -126,33 +132,37 @@ def compress_checkpoint(
     )  # fmt: skip
     loss: Likelihood | None = "classification" if gramians == "loss" or max_loss is not None else None
     check_rule(rule, balancing_of(gramians, loss, data))
-    folder, target = Path(checkpoint), Path(output)
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+    folder, target = Path(checkpoint), None if output is None else Path(output)
+    if target is not None and target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise CheckpointError(f"output {target} exists and is not an empty folder: choose another")
-    model, tokenizer, unexpected = read_checkpoint(folder)
+    model, tokenizer, unexpected = read_checkpoint(folder, build)
     extra = None if unexpected is None else unloaded(model, folder, unexpected)
-    batches = read_batches(model, tokenizer, Path(data), 2 * sequences, length, halves=2)
+    batches = [] if data is None else read_batches(model, tokenizer, Path(data), 2 * sequences, length, halves=2)
     half = len(batches) // 2
     before, contained = _parameters(model), contents(model)
-    seen = [inputs for inputs, _ in batches[:half]]
+    seen = [inputs for inputs, _ in batches[:half]] or None
     with _fast(model):
         loss_before = _loss(model, batches[half:])
         report = plan_on(model, rule, seen, [inputs for inputs, _ in batches[half:]], loss).apply(model)
         loss_after = _loss(model, batches[half:])
-    with new_folder(target) as new:
-        if extra is None:
-            carried = _resave(model, folder, new)
-        else:
-            cast("Any", model).save_pretrained(new)
-            carried = carry(folder, new, model, extra, contained)
-    rows = next(iter(batches[0][0].values()))
-    counts = (before, _parameters(model), half * BATCH, rows.shape[1])
-    return Loss(report, loss_before, loss_after, *counts, carried)
+    carried = Carried()
+    if target is not None:
+        with new_folder(target) as new:
+            if extra is None:
+                carried = _resave(model, folder, new)
+            else:
+                cast("Any", model).save_pretrained(new)
+                carried = carry(folder, new, model, extra, contained)
+    rows = 0 if not batches else next(iter(batches[0][0].values())).shape[1]
+    return Loss(report, loss_before, loss_after, before, _parameters(model), half * BATCH, rows, carried)
 
 
 def _resave(model: nn.Module, source: Path, target: Path) -> Carried:
     """Save as `save` does, with the history and the other files of the source."""
     names = ("model.safetensors", "compressm.json")
+    if not (source / names[1]).is_file():  # the weights of a model of the user's
+        save_with_history(model, target, [])
+        return Carried()
     history = read_pair(source, *names)[0].get("history")
     save_with_history(model, target, history if isinstance(history, list) else [])
     card = source / "README.md"
@@ -237,6 +247,7 @@ def analyze_checkpoint(
     length: int = 512,
     tolerances: Sequence[float] = (0.1, 0.01, 0.001),
     gramians: Gramians | None = None,
+    build: str | None = None,
 ) -> Analysis:
     """How many states every layer of a checkpoint really uses, and what cuts would save; see `compressm.analyze`.
 
@@ -247,11 +258,12 @@ def analyze_checkpoint(
         tolerances: of the cuts that are tried.
         gramians: ``"loss"`` also tells what states are worth to the loss, by one backward pass per batch, with the
             model's own predictions as labels; see `compressm.analyze`.
+        build: as `compress_checkpoint`.
 
     Raises:
         CheckpointError, ConfigError, UnsupportedModelError: as `compress_checkpoint`.
     """
-    model, tokenizer, _ = read_checkpoint(Path(checkpoint))
+    model, tokenizer, _ = read_checkpoint(Path(checkpoint), build)
     loss: Likelihood | None = "classification" if gramians == "loss" else None
     balancing_of(gramians, loss, data)
     moments, evidence = None, None
@@ -283,16 +295,22 @@ def _parameters(model: nn.Module) -> int:
 
 
 @torch.no_grad()
-def _loss(model: nn.Module, batches: list[tuple[dict[str, Tensor], Tensor]]) -> float:
+def _loss(model: nn.Module, batches: list[tuple[dict[str, Tensor], Tensor]]) -> float | None:
+    """Cross-entropy of classes and tokens, the mean squared error of numbers; None without data or labels."""
     losses: list[float] = []
     for inputs, targets in batches:
+        if not targets.numel():
+            return None
         out = model(**inputs)
         logits: Tensor = out if isinstance(out, Tensor) else out.logits
+        if targets.is_floating_point():
+            losses.append(float(F.mse_loss(logits.float().reshape(targets.shape), targets.float())))
+            continue
         if logits.ndim == 3:
             targets = _without_padding(model, inputs, targets)
             logits, targets = logits[:, :-1].flatten(0, 1), targets[:, 1:].flatten()
         losses.append(float(F.cross_entropy(logits.float(), targets)))
-    return sum(losses) / len(losses)
+    return sum(losses) / len(losses) if losses else None
 
 
 def _without_padding(model: nn.Module, inputs: Mapping[str, Tensor], tokens: Tensor) -> Tensor:

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import inspect
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from compressm.errors import CheckpointError, ConfigError, MissingExtraError
-from compressm.lab.data.arrays import Arrays, are_arrays, read_arrays
+from compressm.lab.data.arrays import Arrays, arranged, read_arrays
+from compressm.lab.data.files import is_data
+from compressm.lab.data.own import own_content
+from compressm.lab.named import build_named, is_named
 from compressm.layers import LanguageModel, SequenceClassifier
 from compressm.observing.expected import Expected
 from compressm.saving.checkpoint import load
@@ -20,8 +27,12 @@ BATCH = 4  # sequences
 _TOKENIZERS = ("tokenizer*", "vocab.*", "merges.txt", "spiece.model", "sentencepiece*")  # a tokenizer's files
 
 
-def read_checkpoint(folder: Path) -> tuple[nn.Module, Any, list[str] | None]:
+def read_checkpoint(folder: Path, build: str | None = None) -> tuple[nn.Module, Any, list[str] | None]:
     """Load a checkpoint.
+
+    Args:
+        folder: a Hugging Face folder, or one of ours; with ``build`` also a file ``.safetensors`` of the state dict.
+        build: ``package.module:function`` that returns a model of the user's own class; see `compressm.lab.named`.
 
     Returns:
         the model in evaluation mode; its tokenizer, or None; and the names of the tensors that transformers found no
@@ -30,13 +41,41 @@ def read_checkpoint(folder: Path) -> tuple[nn.Module, Any, list[str] | None]:
     Raises:
         CheckpointError: no checkpoint, or one that cannot be loaded as a causal language model.
     """
+    if build is not None:
+        return _of_the_user(folder, build_named(build, "--model")).eval(), None, None
     own = (folder / "compressm.json").is_file()
+    if folder.is_file():
+        raise CheckpointError(f"{folder} is a file: say with --model package.module:function what builds its model")
     if not own and not (folder / "config.json").is_file():
         raise CheckpointError(
             f"{folder} is no checkpoint: expected a folder with config.json (Hugging Face) or compressm.json"
         )
     model, tokenizer, unexpected = (load(folder), None, None) if own else _hugging_face(folder)
     return model.eval(), tokenizer, unexpected
+
+
+def _of_the_user(path: Path, model: nn.Module) -> nn.Module:
+    """A model with the weights of a checkpoint of ours, or of a safetensors file."""
+    if (path / "compressm.json").is_file():
+        return load(path, model)
+    file = path / "model.safetensors" if path.is_dir() else path
+    if not file.is_file():
+        raise CheckpointError(
+            f"{file}: no such file; save one with safetensors.torch.save_file(model.state_dict(), ...)"
+        )
+    try:
+        tensors = load_file(file)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{file} cannot be read as safetensors ({_first_line(error)}): save one with "
+            "safetensors.torch.save_file(model.state_dict(), ...)"
+        ) from error
+    try:
+        model.load_state_dict(tensors)
+    except RuntimeError as error:
+        lines = [line.strip() for line in str(error).splitlines()]
+        raise CheckpointError(f"{file} does not fit the model: {' '.join(lines[1:3])}") from error
+    return model
 
 
 def _hugging_face(folder: Path) -> tuple[nn.Module, Any, list[str]]:
@@ -99,13 +138,18 @@ def read_batches(
         raise ConfigError(
             f"sequences must be at least {BATCH} and length at least 2; got {sequences // halves} and {length}"
         )
-    expected = Expected.of(model)
-    if isinstance(model, SequenceClassifier):
+    expected = _expected(model)
+    named = is_named(str(path)) and not path.exists()
+    if named or expected.kind == "anything":
+        arrays = arranged(own_content(str(path)), expected, labelled, f"data {path}")
+    elif isinstance(model, SequenceClassifier):
         arrays = read_arrays(path, expected, labelled)
-    elif are_arrays(path):
-        arrays = _rows(read_arrays(path, expected, labelled=False), length)
+    elif is_data(path):
+        arrays = read_arrays(path, expected, labelled=False)
     else:
         arrays = Arrays(_windows(model, tokenizer, path, length)[0])
+    if expected.kind == "tokens" and not isinstance(model, SequenceClassifier):
+        arrays = _rows(arrays, length)
     count = halves * (min(sequences, len(arrays)) // (halves * BATCH))
     if count == 0:
         why = ": half for the cut, half to measure the loss on" if halves == 2 else ""
@@ -114,8 +158,18 @@ def read_batches(
             "more data, or a smaller length"
         )
     targets = arrays.x if arrays.y is None else arrays.y
+    if arrays.y is None and expected.kind == "anything":
+        targets = torch.empty(len(arrays), 0)  # nothing to measure a loss by
     places = [(i * BATCH, (i + 1) * BATCH) for i in range(count)]
     return [(arrays.batch(expected, start, stop), targets[start:stop]) for start, stop in places]
+
+
+def _expected(model: nn.Module) -> Expected:
+    """The model's expectations, with the name of its input: batches here are keyword arguments."""
+    expected = Expected.of(model)
+    if expected.argument:
+        return expected
+    return replace(expected, argument=next(iter(inspect.signature(model.forward).parameters)))
 
 
 def _rows(arrays: Arrays, length: int) -> Arrays:
@@ -126,7 +180,10 @@ def _rows(arrays: Arrays, length: int) -> Arrays:
 
 def _windows(model: nn.Module, tokenizer: Any, path: Path, length: int) -> tuple[Tensor, Tensor]:
     try:
-        content = path.read_bytes()
+        texts = sorted(path.rglob("*.txt")) if path.is_dir() else [path]
+        if not texts:
+            raise ConfigError(f"data {path} holds neither text (.txt) nor arrays: check the path")
+        content = b"\n".join(text.read_bytes() for text in texts)
     except OSError as error:
         raise ConfigError(f"data {path} cannot be read: {error.strerror}") from error
     vocabulary = cast("Any", model).config["vocabulary"] if isinstance(model, LanguageModel) else _vocabulary(model)

@@ -152,7 +152,7 @@ class Reduction:
             return self
         rows = torch.tensor([*range(r), *[0] * idle])
         C = torch.cat([system.C, torch.zeros_like(system.C[..., :1]).expand(*system.C.shape[:-1], idle)], -1)
-        wider = DiagonalSystem(system.lam[..., rows], system.B[..., rows, :], C, system.real_output)
+        wider = replace(system, lam=system.lam[..., rows], B=system.B[..., rows, :], C=C)
         left = self.left[..., torch.cat([rows, rows + r]), :]
         n2, batch = left.shape[-1], system.batch_shape
         right = torch.nn.functional.pad(self.right.reshape(*batch, n2, 2, r), (0, idle)).reshape(*batch, n2, 2 * states)
@@ -160,12 +160,7 @@ class Reduction:
 
     def rescaled(self, factors: Tensor) -> Reduction:
         """The same system with states ``x'_i`` multiplied by ``factors_i > 0``, shape ``(*batch, r)``."""
-        system = DiagonalSystem(
-            self.system.lam,
-            self.system.B * factors[..., :, None],
-            self.system.C / factors[..., None, :],
-            self.system.real_output,
-        )
+        system = replace(self.system, B=self.system.B * factors[..., :, None], C=self.system.C / factors[..., None, :])
         both = torch.cat([factors, factors], -1)
         return replace(self, system=system, left=self.left * both[..., :, None], right=self.right / both[..., None, :])
 
@@ -249,7 +244,7 @@ def truncate(
     lam = stack("lam")
     if not bool((lam.abs() < 1).all()):
         lam = torch.where(lam.abs() < 1, lam, 0.0)
-    reduced = DiagonalSystem(lam, stack("B"), stack("C"), system.real_output)
+    reduced = replace(system, lam=lam, B=stack("B"), C=stack("C"))
     return Reduction(reduced, stack("left"), stack("right"), certificates)
 
 

@@ -8,17 +8,39 @@ A system maps an input sequence ``u`` (real, ``p`` channels) to an output sequen
 The feed-through term ``D u_k`` of a layer is left out, since no reduction changes it. The output ``y_k`` depends on
 ``u_k``, as in those layers, so the impulse response is ``K_j = C diag(lam)^j B`` with ``j >= 0`` and the transfer
 function is ``G(z) = sum_j K_j z^-j = C (I - diag(lam) z^-1)^-1 B``.
+
+In control theory ``x_{k+1} = A x_k + B u_k, y_k = C x_k + D u_k``: the output is one step later, so the transfer
+function is ``D + z^-1 G(z)``. Hankel singular values and errors are the same, since ``|z^-1| = 1`` on the unit circle.
+See `DiagonalSystem.from_abcd`.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from compressm.errors import InvalidSystemError
+from compressm.errors import InvalidSystemError, MissingExtraError
 from compressm.theory.factors import displacement_factor
+from compressm.theory.realisation import (
+    Discretisation,
+    Matrices,
+    Realisation,
+    as_tensor,
+    check_stable,
+    checked_matrices,
+    discretised,
+    matrices_of,
+    modes_of,
+    real_matrices,
+    undone,
+)
+
+if TYPE_CHECKING:
+    from scipy.signal import StateSpace
 
 LARGEST_EXACT_NORM = 5e7  # multiplications; about a second
 
@@ -32,9 +54,10 @@ class DiagonalSystem:
         B: input matrix, shape ``(*batch, n, p)``.
         C: output matrix, shape ``(*batch, q, n)``.
         real_output: whether the layer outputs ``Re(C x)`` (the default) or ``C x``.
+        model: of a system of control theory, its feed-through and sampling time; None for a layer.
 
-    All three are converted to complex128 on the CPU. Every computation on systems uses double precision on one device,
-    so that all replicas of a model get the same result.
+    The first three are converted to complex128 on the CPU. Every computation on systems uses double precision on one
+    device, so that all replicas of a model get the same result.
 
     Raises:
         InvalidSystemError: shapes that do not fit, entries that are not finite, or ``|lam| >= 1``.
@@ -44,6 +67,7 @@ class DiagonalSystem:
     B: Tensor
     C: Tensor
     real_output: bool = True
+    model: Realisation | None = None
 
     def __post_init__(self) -> None:
         for name in ("lam", "B", "C"):
@@ -79,6 +103,134 @@ class DiagonalSystem:
                 f"the largest |lam| is {radius:.9g}; "
                 "balanced truncation needs every eigenvalue strictly inside the unit disc"
             )
+
+    @classmethod
+    def from_abcd(
+        cls, A: Any, B: Any, C: Any, D: Any = None, *, dt: float = 1.0, discretise: Discretisation | None = None
+    ) -> DiagonalSystem:
+        """The modes of a model ``(A, B, C, D)`` of control theory.
+
+        Without ``discretise`` the model is ``x_{k+1} = A x_k + B u_k, y_k = C x_k + D u_k``. With it the model is
+        ``x' = A x + B u, y = C x + D u`` and is sampled; see `compressm.theory.realisation` for the equations.
+
+        Args:
+            A, B, C, D: arrays, tensors or nested lists, shapes ``(n, n)``, ``(n, p)``, ``(q, n)``, ``(q, p)``, real or
+                complex; ``D=None`` stands for zeros.
+            dt: sampling time in seconds.
+            discretise: for a model of continuous time: ``"zoh"``, exact at the sampling times for inputs that are
+                constant between them; or ``"bilinear"`` (Tustin), which keeps the Hankel singular values and the
+                H-infinity error.
+
+        Returns:
+            the system, with one complex state for each conjugate pair of poles and one for each real pole.
+
+        Raises:
+            InvalidSystemError: matrices that do not fit, a pole that is not stable, or A not diagonalisable.
+        """
+        A, B, C, D = checked_matrices(A, B, C, D)
+        if not (isinstance(dt, int | float) and 0 < dt < float("inf")):
+            raise InvalidSystemError(f"dt must be a sampling time in seconds, above 0; got {dt!r}")
+        if discretise not in (None, "zoh", "bilinear"):
+            raise InvalidSystemError(f"discretise must be 'zoh', 'bilinear' or None; got {discretise!r}")
+        check_stable(np.linalg.eigvals(A), discretise is not None)
+        lam, B, C, real = modes_of(A, B, C)
+        if discretise is not None:
+            lam, B, C, D = discretised(lam, B, C, D, real, float(dt), discretise)
+        model = Realisation(torch.from_numpy(D.copy()), float(dt), discretise)
+        return cls(as_tensor(lam), as_tensor(B), as_tensor(C), real, model)
+
+    @classmethod
+    def from_model(cls, model: Any, *, dt: float | None = None, discretise: Discretisation = "zoh") -> DiagonalSystem:
+        """The modes of a model of scipy.signal (``lti``, ``dlti``) or of python-control.
+
+        Args:
+            model: the model; transfer functions become state space models first.
+            dt: sampling time in seconds; needed for a model of continuous time, and for no other.
+            discretise: how a model of continuous time is sampled; see `from_abcd`.
+
+        Raises:
+            InvalidSystemError: something else than such a model, a sampling time that is missing or contradicts it, or
+                see `from_abcd`.
+        """
+        if isinstance(model, DiagonalSystem):
+            return model
+        matrices, own, continuous = matrices_of(model)
+        if continuous:
+            if dt is None:
+                raise InvalidSystemError(
+                    "the model is of continuous time: give the sampling time dt= in seconds, and discretise= 'zoh' or "
+                    "'bilinear'"
+                )
+            return cls.from_abcd(*matrices, dt=dt, discretise=discretise)
+        if None not in (dt, own) and dt != own:
+            raise InvalidSystemError(f"dt={dt!r}, and the model has the sampling time {own!r}: leave dt out")
+        return cls.from_abcd(*matrices, dt=own or dt or 1.0)
+
+    def to_abcd(self, *, continuous: bool = False) -> Matrices:
+        """``(A, B, C, D)`` of control theory, of the least order that these modes need; A is block diagonal.
+
+        A layer's output depends on the present input, ``y_k = Re(C diag(lam) x_{k-1}) + Re(C B) u_k``; its matrices say
+        so.
+
+        Args:
+            continuous: of the model in continuous time from which ``discretise=`` made this one, or a reduced one.
+
+        Returns:
+            NumPy arrays, float64 (complex128 for a system of complex output), shapes ``(n, n)``, ``(n, p)``, ``(q, n)``
+            and ``(q, p)``.
+
+        Raises:
+            InvalidSystemError: a batch of systems; or ``continuous`` of a system that is of discrete time.
+        """
+        if self.batch_shape:
+            raise InvalidSystemError(
+                f"a batch of systems, of shape {tuple(self.batch_shape)}, has no single (A, B, C, D): take one of them"
+            )
+        lam, B, C = (x.resolve_conj().numpy() for x in (self.lam, self.B, self.C))
+        if self.model is None:
+            direct, C = C @ B, C * lam
+            D = direct.real if self.real_output else direct
+        else:
+            D = self.model.D.numpy()
+        if continuous:
+            if self.model is None or self.model.discretisation is None:
+                raise InvalidSystemError(
+                    "the system is of discrete time: continuous=True is for what from_abcd(..., discretise=...) sampled"
+                )
+            lam, B, C, D = undone(lam, B, C, D, self.real_output, self.model.dt, self.model.discretisation)
+        if not self.real_output:
+            return np.diag(lam), B, C, D
+        return *real_matrices(lam, B, C), D
+
+    def to_scipy(self, *, continuous: bool = False) -> StateSpace:
+        """As `to_abcd`, as a ``scipy.signal.StateSpace``, with the sampling time if it is of discrete time."""
+        from scipy.signal import StateSpace
+
+        matrices = self.to_abcd(continuous=continuous)
+        return StateSpace(*matrices) if continuous else StateSpace(*matrices, dt=self.dt)
+
+    def to_control(self, *, continuous: bool = False) -> Any:
+        """As `to_abcd`, as a ``control.StateSpace`` of python-control.
+
+        Raises:
+            MissingExtraError: python-control is not installed.
+            InvalidSystemError: see `to_abcd`.
+        """
+        try:
+            import control
+        except ModuleNotFoundError as error:
+            raise MissingExtraError('to_control needs python-control: pip install "compressm[control]"') from error
+        return control.StateSpace(*self.to_abcd(continuous=continuous), 0 if continuous else self.dt)
+
+    @property
+    def dt(self) -> float:
+        """Sampling time in seconds; 1 for a layer, whose unit of time is a step."""
+        return 1.0 if self.model is None else self.model.dt
+
+    @property
+    def order(self) -> int:
+        """Order of the model that `to_abcd` gives: two for a complex state, one for a real one."""
+        return self.to_abcd()[0].shape[0]
 
     @property
     def n(self) -> int:

@@ -116,6 +116,11 @@ def truncate_one(balanced: Factors, states: int, exceed: bool, lower: bool) -> S
     return _reduced(balanced.system, modes, bound=2 * float(balanced.hsv[order:].sum()))
 
 
+def truncate_to_order(balanced: Factors, order: int) -> Single:
+    """Cut one balanced system to its first ``order`` balanced dimensions, however many complex states that makes."""
+    return _reduced(balanced.system, balanced.modes(order), bound=2 * float(balanced.hsv[order:].sum()))
+
+
 def resolved(hsv: Tensor) -> int:
     """Number of HSVs that are above the rounding noise."""
     return int((hsv > hsv.max() * hsv.shape[0] * torch.finfo(torch.float64).eps).sum())
@@ -235,4 +240,4 @@ def _condition(basis: Tensor) -> float:
     return float(values[0] / values[-1]) if float(values[-1]) > 0 else math.inf
 
 
-__all__ = ["Factors", "Modes", "Single", "diagonalise", "resolved", "truncate_one"]
+__all__ = ["Factors", "Modes", "Single", "diagonalise", "resolved", "truncate_one", "truncate_to_order"]

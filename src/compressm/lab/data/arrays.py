@@ -1,4 +1,4 @@
-"""Sequences and labels from files of arrays: ``.npz`` and ``.npy``.
+"""Sequences and labels from files of arrays; `compressm.lab.data.files` says which files and folders.
 
 The arrays of an ``.npz`` file are found by their names (``x``, ``inputs``, ``tokens`` and so on; ``y``, ``labels``,
 ``targets``; ``lengths`` or ``mask``; in upper case too, and with a common ending such as ``_train``), or in the order
@@ -8,7 +8,6 @@ in which `numpy.savez` got them without names. Arrays of other names are not loo
 
 from __future__ import annotations
 
-import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,9 +18,8 @@ import torch
 from torch import Tensor
 
 from compressm.errors import ConfigError
+from compressm.lab.data.files import SPLITS, is_data, read_content
 from compressm.observing.expected import Expected, by_role, described, lengths_of, numeric, prepared, role_of
-
-_SPLITS = ("_train", "_test", "_val", "_validation")
 
 
 @dataclass(frozen=True)
@@ -30,7 +28,8 @@ class Arrays:
 
     Attributes:
         x: sequences, shape ``(N, length, channels)`` or ``(N, length)``.
-        y: labels, int64, shape ``(N,)``; None where they were not asked for, or there are none.
+        y: labels, int64, shape ``(N,)``, or for models that compressm does not know of any shape and type; None where
+            they were not asked for, or there are none.
         lengths: of the sequences, where rows are padded, int64, shape ``(N,)``.
     """
 
@@ -47,30 +46,22 @@ class Arrays:
         if self.lengths is None:
             return inputs
         lengths = self.lengths[start:stop]
-        if expected.own:
+        if expected.own or "lengths" in expected.keywords:
             return inputs | {"lengths": lengths}
+        if expected.kind == "anything" and "attention_mask" not in expected.keywords:
+            raise ConfigError(
+                f"the data are padded, and {expected.model}.forward takes neither lengths nor attention_mask: give it "
+                "one of these arguments, or sequences of one length"
+            )
         within = torch.arange(self.x.shape[1]) < lengths[:, None]
         return inputs | {"attention_mask": within.long()}
-
-
-def are_arrays(path: Path) -> bool:
-    """Whether a file holds arrays: by its first bytes, whatever its name.
-
-    Raises:
-        ConfigError: it cannot be read.
-    """
-    try:
-        with path.open("rb") as file:
-            return file.read(6) == b"\x93NUMPY" or zipfile.is_zipfile(file)
-    except OSError as error:
-        raise ConfigError(f"data {path} cannot be read: {error.strerror}") from error
 
 
 def read_arrays(path: Path, expected: Expected, labelled: bool) -> Arrays:
     """Read a file of sequences.
 
     Args:
-        path: an ``.npz`` or ``.npy`` file.
+        path: a file or folder; see `compressm.lab.data.files`.
         expected: by the model.
         labelled: whether the labels are needed.
 
@@ -78,25 +69,35 @@ def read_arrays(path: Path, expected: Expected, labelled: bool) -> Arrays:
         ConfigError: it cannot be read, or holds something else.
     """
     where = f"data {path}"
-    if not are_arrays(path):
+    if not is_data(path):
         raise ConfigError(
             f"{where} is no file of arrays: save one with numpy.savez(file, x=..., y=...), x of shape (N, length, "
             "channels), or (N, length) for tokens, and y of shape (N,)"
         )
-    try:
-        loaded: Any = np.load(path, allow_pickle=False)
-        content = {"x": loaded} if isinstance(loaded, np.ndarray) else {name: loaded[name] for name in loaded.files}
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise ConfigError(
-            f"{where} cannot be read ({' '.join(str(error).split())}): save plain arrays of numbers in it"
-        ) from error
+    return arranged(read_content(path), expected, labelled, where)
+
+
+def arranged(content: Mapping[str, Any], expected: Expected, labelled: bool, where: str) -> Arrays:
+    """Named arrays as the model takes them; see `read_arrays`.
+
+    Args:
+        content: the arrays.
+        expected: by the model.
+        labelled: whether the labels are needed.
+        where: what messages are to call the data.
+
+    Raises:
+        ConfigError: they are something else.
+    """
     found = _found(content, where)
     lengths = lengths_of(found, where)
     x = prepared(_on_cpu(expected), found["x"], f"x in {where}", lengths)
-    if not labelled:
+    if not labelled or (expected.kind == "anything" and "y" not in found):
         return Arrays(x, None, lengths)
     if "y" not in found:
         raise ConfigError(f"{where} holds no labels: save them as y, shape ({len(x)},), to measure the loss on")
+    if expected.kind == "anything":
+        return Arrays(x, _targets(expected, found["y"], len(x), f"y in {where}"), lengths)
     return Arrays(x, labels(found["y"], expected.classes, len(x), f"y in {where}"), lengths)
 
 
@@ -144,6 +145,14 @@ def labels(y: Any, classes: int, count: int, where: str) -> Tensor:
     )
 
 
+def _targets(expected: Expected, y: Any, count: int, where: str) -> Tensor:
+    """Labels of a model that compressm does not know: classes, int64, or numbers in the model's dtype."""
+    values = numeric(expected, y, where)
+    if values.ndim == 0 or len(values) != count:
+        raise ConfigError(f"{where} has shape {tuple(values.shape)}: expected one label for each of {count} sequences")
+    return values if values.is_floating_point() else values.long()
+
+
 def _on_cpu(expected: Expected) -> Expected:
     return replace(expected, device=torch.device("cpu"))
 
@@ -153,7 +162,7 @@ def _found(content: Mapping[str, Any], where: str) -> dict[str, Any]:
     positional = [f"arr_{i}" for i in range(len(content))]
     if 1 <= len(content) <= 2 and sorted(content) == positional:
         return dict(zip(("x", "y"), (content[name] for name in positional), strict=False))
-    ending = next((e for e in _SPLITS if content and all(name.lower().endswith(e) for name in content)), "")
+    ending = next((e for e in SPLITS if content and all(name.lower().endswith(e) for name in content)), "")
     plain = {name[: len(name) - len(ending)]: value for name, value in content.items()}
     found = by_role({name: value for name, value in plain.items() if role_of(name) is not None}, where)
     if "x" not in found:
@@ -181,4 +190,4 @@ def _from_one_hot(values: Tensor, where: str) -> Tensor:
     return on.long().argmax(1)
 
 
-__all__ = ["Arrays", "are_arrays", "labels", "read_arrays"]
+__all__ = ["Arrays", "arranged", "labels", "read_arrays"]

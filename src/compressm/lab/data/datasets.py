@@ -23,6 +23,7 @@ from torch import Tensor
 from compressm.errors import ConfigError
 from compressm.lab.config import DataConfig
 from compressm.lab.data import listops, reviews
+from compressm.lab.data.own import own_data
 from compressm.lab.data.sequences import BatchOrder, SequenceData, Split
 
 ROOT_VARIABLE = "COMPRESSM_DATA"
@@ -50,6 +51,8 @@ def load_data(config: DataConfig) -> SequenceData:
     Raises:
         ConfigError: files that are missing, damaged, or not the canonical ones.
     """
+    if config.source is not None:
+        return own_data(config.source, config.validation)
     if config.name == "digits":
         return _digits(config.validation)
     if config.name == "listops":

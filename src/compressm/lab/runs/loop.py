@@ -29,7 +29,7 @@ from compressm.lab.data.sequences import BatchOrder, SequenceData, Split
 from compressm.lab.runs.energy import Energy
 from compressm.lab.runs.folder import checkpoints_in, prepare
 from compressm.lab.runs.logs import RunLog, TensorBoard, Tracker, WeightsAndBiases
-from compressm.lab.runs.models import build_compressor, build_model, build_optimizer, build_scheduler
+from compressm.lab.runs.models import build_compressor, build_optimizer, build_scheduler, model_for
 from compressm.lab.runs.objective import Objective
 from compressm.lab.runs.origin import checkpoint_to_begin_with
 from compressm.lab.runs.place import accelerator, device_name, seed_all
@@ -72,7 +72,7 @@ def train(
             diverged.
         CheckpointError: a damaged checkpoint.
     """
-    folder = Path(output or config.run.output or f"runs/{config.data.name}-seed{config.run.seed}")
+    folder = Path(output or config.run.output or f"runs/{config.data.name or 'own'}-seed{config.run.seed}")
     finished = prepare(folder, config, resume)
     if finished is not None:
         return finished
@@ -113,8 +113,7 @@ class _Run:
         """Model, optimizer, schedule, compressor, and the clock of the steps."""
         config, data = self.config, self.data
         seed_all(config.run.seed)
-        model = build_model(config, data.channels, data.n_classes, data.vocabulary, data.padding)
-        self.model: nn.Module = model.to(self.accelerator.device)
+        self.model: nn.Module = model_for(config, data).to(self.accelerator.device)
         seed_all(config.run.seed + 1_000_003 * self.rank)  # the processes have the same weights and different dropout
         self.optimizer = build_optimizer(config.optimizer, self.model)
         self.scheduler = build_scheduler(config, self.optimizer)
@@ -193,6 +192,10 @@ class _Run:
         self.optimizer.zero_grad()
         self.loss = loss.detach()
         self.step += 1
+
+    def _fresh(self) -> nn.Module | None:
+        """A model of the user's class as it was built, for `load`, which builds those of compressm itself."""
+        return None if self.config.model.build is None else model_for(self.config, self.data)
 
     def _compress(self) -> Event | None:
         if self.compressor is None:
@@ -343,7 +346,7 @@ class _Run:
         model, validation = self.model, float(self.curve[-1]["validation_accuracy"])
         self.accelerator.wait_for_everyone()
         if self.best is not None:
-            model = load(self.folder / "best").to(self.accelerator.device)
+            model = load(self.folder / "best", self._fresh()).to(self.accelerator.device)
             validation = self.accuracy(model, self.data.validation)
         result = self._result(model, validation, command)
         if self.accelerator.is_main_process:

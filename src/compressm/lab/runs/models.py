@@ -13,16 +13,65 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from compressm.errors import ConfigError, InvalidRankRuleError
 from compressm.lab.config import Config, OptimizerConfig
+from compressm.lab.data.sequences import SequenceData
+from compressm.lab.named import build_named
 from compressm.layers import SequenceClassifier, parameter_groups
+from compressm.observing.expected import described
+from compressm.runtime.random_state import rng_state, set_rng_state
 from compressm.training.compressor import Compressor
 
 
 def build_model(
     config: Config, channels: int, n_classes: int, vocabulary: int | None = None, padding: int | None = 0
-) -> SequenceClassifier:
-    """A model with weights drawn from torch's present random state."""
+) -> nn.Module:
+    """A model with weights drawn from torch's present random state.
+
+    Raises:
+        ConfigError: ``model.build`` names no function that returns a model.
+    """
+    if config.model.build is not None:
+        offered = {"d_input": channels, "n_classes": n_classes, "vocabulary": vocabulary}
+        return build_named(config.model.build, "model.build =", offered)
     options: dict[str, Any] = {} if vocabulary is None else {"vocabulary": vocabulary, "padding": padding}
-    return SequenceClassifier(channels, n_classes, **options, **config.model.model_dump(exclude_none=True))
+    arguments = config.model.model_dump(exclude={"build"}, exclude_none=True)
+    return SequenceClassifier(channels, n_classes, **options, **arguments)
+
+
+def model_for(config: Config, data: SequenceData) -> nn.Module:
+    """A model for these data; one of the user's is tried on two sequences.
+
+    Raises:
+        ConfigError: ``model.build`` names no function that returns a classifier of these sequences.
+    """
+    model = build_model(config, data.channels, data.n_classes, data.vocabulary, data.padding)
+    if config.model.build is not None:
+        _check_fits(model, data, config.model.build)
+    return model
+
+
+def _check_fits(model: nn.Module, data: SequenceData, build: str) -> None:
+    """Call a model of the user's on two sequences, with the random state as it was."""
+    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    indices = torch.arange(min(2, len(data.train)), device=data.train.y.device)
+    u, lengths = data.batch(data.train, indices)[0].to(device), data.lengths(data.train, indices)
+    takes = f"model.build = {build!r}: {type(model).__name__}"
+    before, training = rng_state(), model.training
+    try:
+        with torch.no_grad():
+            logits: Any = model.eval()(u) if lengths is None else model.eval()(u, lengths.to(device))
+    except (RuntimeError, TypeError, ValueError, IndexError) as error:
+        raise ConfigError(
+            f"{takes} cannot be called with {described(u)}{'' if lengths is None else ' and lengths'}: "
+            f"{' '.join(str(error).split())[:200]}"
+        ) from error
+    finally:
+        model.train(training)
+        set_rng_state(before)
+    if not isinstance(logits, torch.Tensor) or tuple(logits.shape) != (len(u), data.n_classes):
+        raise ConfigError(
+            f"{takes} returned {described(logits)} for {len(u)} sequences: expected logits of shape "
+            f"({len(u)}, {data.n_classes}), one for each class of the data"
+        )
 
 
 def build_optimizer(config: OptimizerConfig, model: nn.Module) -> Optimizer:
@@ -73,4 +122,4 @@ def build_compressor(
         raise ConfigError(f"compression: {error}") from error
 
 
-__all__ = ["build_compressor", "build_model", "build_optimizer", "build_scheduler", "learning_rate_factor"]
+__all__ = ["build_compressor", "build_model", "build_optimizer", "build_scheduler", "learning_rate_factor", "model_for"]

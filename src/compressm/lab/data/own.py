@@ -1,0 +1,198 @@
+"""Data of the user's own: what a function returns, as named arrays; and a data set to train on, made of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from compressm.errors import ConfigError
+from compressm.lab.data.files import SPLITS, Content, is_data, read_content
+from compressm.lab.data.sequences import SequenceData, Split
+from compressm.lab.named import call_named, is_named
+from compressm.observing.expected import by_role, described, is_array, lengths_of, role_of
+
+_FORMS = (
+    "return (x, y), a mapping {'x': ..., 'y': ...}, a torch Dataset, or batches (x, y); x of shape "
+    "(N, length, channels), or (N, length) for tokens"
+)
+
+
+def own_content(source: str, key: str = "--data") -> Content:
+    """Named arrays from ``package.module:function``, or from a file or folder.
+
+    Args:
+        source: either of them.
+        key: what messages begin with.
+
+    Raises:
+        ConfigError: neither, or what holds no arrays.
+    """
+    if is_named(source) and not Path(source).exists():
+        return content_of(call_named(source, key), f"{key} {source}")
+    path = Path(source)
+    if path.exists() and not is_data(path):
+        raise ConfigError(f"{key} {path}: no .npz, .npy, .csv or .parquet file, nor a folder of them")
+    return read_content(path) if path.is_dir() or is_data(path) else {}
+
+
+def content_of(value: Any, where: str) -> Content:
+    """Named arrays from what a function of the user's returned.
+
+    Raises:
+        ConfigError: none of the forms that are understood.
+    """
+    if isinstance(value, Mapping):
+        return {str(key): one for key, one in cast("Mapping[Any, Any]", value).items()}
+    if is_array(value):
+        return {"x": value}
+    if isinstance(value, tuple | list) and len(value) == 2 and is_array(value[0]) and _one_each(*value):  # pyright: ignore[reportUnknownArgumentType]
+        return {"x": value[0], "y": value[1]}
+    if hasattr(value, "__getitem__") and hasattr(value, "__len__") and not isinstance(value, str | list | tuple):
+        value = [
+            [(part if is_array(part) else np.asarray(part))[None] for part in _parts(value[i], where)]
+            for i in range(len(value))
+        ]
+    if isinstance(value, str | bytes) or not isinstance(value, Iterable):
+        raise ConfigError(f"{where} returned {described(value)}: {_FORMS}")
+    batches = [_parts(batch, where) for batch in cast("Iterable[Any]", value)]
+    if not batches:
+        raise ConfigError(f"{where} returned no batch: {_FORMS}")
+    try:
+        columns = [torch.cat([torch.as_tensor(part) for part in parts]) for parts in zip(*batches, strict=True)]
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise ConfigError(f"{where} returned batches that do not fit together ({error}): {_FORMS}") from error
+    return dict(zip(("x", "y"), columns, strict=False))
+
+
+def _one_each(x: Any, y: Any) -> bool:
+    return hasattr(y, "__len__") and len(x) == len(y)
+
+
+def _parts(item: Any, where: str) -> list[Any]:
+    """Inputs and labels of one item or batch."""
+    if isinstance(item, Mapping):
+        found = by_role({str(key): value for key, value in cast("Mapping[Any, Any]", item).items()}, where)
+        return [found[role] for role in ("x", "y") if role in found]
+    if is_array(item):
+        return [item]
+    if isinstance(item, tuple | list) and len(item) == 2 and is_array(item[0]):
+        return list(cast("Iterable[Any]", item))
+    raise ConfigError(f"{where} returned {described(item)} in a place of a sequence: {_FORMS}")
+
+
+def own_data(source: str, validation: float) -> SequenceData:
+    """A labelled data set to train on. Numbers are taken as they are, without normalisation.
+
+    Where there is no test split (``x_test``, ``y_test``), a fifth of each class is the test data; where there is no
+    validation split, a share of the rest.
+
+    Args:
+        source: ``package.module:function``, a file or a folder; see `compressm.lab.data.files`.
+        validation: share of the training data that is held out for validation.
+
+    Raises:
+        ConfigError: no such data, or what no classifier can learn from.
+    """
+    where = f"data.source = {source!r}"
+    content = own_content(source, "data.source")
+    splits = {
+        ending: _split(part, f"{where}{ending and f' ({ending[1:]})'}") for ending, part in _by_split(content).items()
+    }
+    train, test = splits.pop("_train", None) or splits.pop("", None), splits.pop("_test", None)
+    held_out = splits.pop("_val", None) or splits.pop("_validation", None)
+    if train is None:
+        raise ConfigError(f"{where} holds {', '.join(content) or 'nothing'}: name the sequences x and the labels y")
+    if test is None:
+        train, test = _divided(train, 0.2, where)
+    if held_out is None:
+        train, held_out = _divided(train, validation, where)
+    classes = 1 + max(int(split.y.max()) for split in (train, held_out, test))
+    vocabulary = None
+    if not train.x.is_floating_point():
+        vocabulary = 1 + max(int(split.x.max()) for split in (train, held_out, test))
+    channels = train.x.shape[2]
+    label = Path(source).stem if Path(source).exists() else source
+    scale = torch.zeros(channels), torch.ones(channels)
+    return SequenceData(label, train, held_out, test, *scale, classes, vocabulary, padding=None)
+
+
+def _by_split(content: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """The arrays of every split, by its ending; an empty one for arrays without."""
+    found: dict[str, dict[str, Any]] = {}
+    for name, value in content.items():
+        ending = next((ending for ending in SPLITS if name.lower().endswith(ending)), "")
+        plain = name[: len(name) - len(ending)]
+        if role_of(plain) is not None:
+            found.setdefault(ending, {})[plain] = value
+    return found
+
+
+def _split(content: Mapping[str, Any], where: str) -> Split:
+    found = by_role(content, where)
+    if "x" not in found or "y" not in found:
+        raise ConfigError(f"{where} holds {', '.join(content)}: training needs sequences, x, and their labels, y")
+    x, y = _tensor(found["x"], f"x in {where}"), _classes(found["y"], f"y in {where}")
+    if x.ndim == 2:
+        x = x[..., None]
+    if x.ndim != 3 or 0 in x.shape:
+        raise ConfigError(
+            f"x in {where} has shape {tuple(x.shape)}: expected (N, length, channels), or (N, length) for tokens or "
+            "one channel"
+        )
+    if len(y) != len(x):
+        raise ConfigError(f"{where} holds {len(x)} sequences and {len(y)} labels: one label for each was expected")
+    if x.is_floating_point() and not bool(x.isfinite().all()):
+        raise ConfigError(f"x in {where} holds NaN or infinity: mend or leave out those sequences")
+    if not x.is_floating_point() and (x.shape[2] > 1 or int(x.min()) < 0):
+        x = x.float()  # whole numbers with a sign or of several channels are measurements
+    lengths = lengths_of(found, where)
+    return Split(x, y, None if lengths is None or not x.is_floating_point() else lengths)
+
+
+def _tensor(value: Any, where: str) -> Tensor:
+    try:
+        tensor = torch.as_tensor(value if isinstance(value, Tensor) else np.ascontiguousarray(value))
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{where} is {described(value)}: pass numbers") from error
+    if tensor.is_complex():
+        raise ConfigError(f"{where} is complex: pass its real and imaginary parts as channels")
+    return tensor.float() if tensor.is_floating_point() else tensor.long()
+
+
+def _classes(value: Any, where: str) -> Tensor:
+    """Labels as classes from 0: whole numbers as they are, names in alphabetical order."""
+    array = value.cpu().numpy() if isinstance(value, Tensor) else np.asarray(value)
+    if array.dtype.kind in "USO":
+        array = np.unique(array.astype(str), return_inverse=True)[1]
+    if array.ndim == 2 and array.shape[1] == 1:
+        array = array[:, 0]
+    numbers = array.ndim == 1 and array.dtype.kind in "biuf"
+    if not numbers or (array != array.astype(np.int64)).any() or array.min(initial=0) < 0:
+        raise ConfigError(
+            f"{where} is {described(value)}: compressm train classifies; give each sequence a class, a whole number "
+            "from 0. For regression use Compressor in your own loop"
+        )
+    return torch.from_numpy(array.astype(np.int64))
+
+
+def _divided(split: Split, share: float, where: str) -> tuple[Split, Split]:
+    """A split in two, with this share of every class in the second one, always the same."""
+    generator, mask = torch.Generator().manual_seed(0), torch.zeros(len(split), dtype=torch.bool)
+    for label in split.y.unique().tolist():
+        members = (split.y == label).nonzero()[:, 0]
+        mask[members[torch.randperm(len(members), generator=generator)[: round(share * len(members))]]] = True
+    if bool(mask.all()) or not bool(mask.any()):
+        raise ConfigError(f"{where} holds {len(split)} sequences, too few to hold some out: give more")
+    parts = [
+        Split(split.x[rows], split.y[rows], None if split.lengths is None else split.lengths[rows])
+        for rows in (~mask, mask)
+    ]
+    return parts[0], parts[1]
+
+
+__all__ = ["content_of", "own_content", "own_data"]
