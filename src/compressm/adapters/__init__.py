@@ -19,6 +19,8 @@ from compressm.adapters.fla import FLADeltaNetAdapter, FLAGatedDeltaNetAdapter, 
 from compressm.adapters.hf_delta import HFDeltaRuleAdapter
 from compressm.adapters.hf_mamba import FalconMambaAdapter, HFMambaAdapter, JambaAdapter
 from compressm.adapters.hf_mamba2 import HFMamba2Adapter
+from compressm.adapters.hf_xlstm import XLSTMAdapter
+from compressm.adapters.hf_zamba import ZambaAdapter
 from compressm.adapters.linear_attention import DeltaNetAdapter, GatedLinearAttentionAdapter, LinearAttentionAdapter
 from compressm.adapters.lru import LRUAdapter
 from compressm.adapters.mamba import MambaAdapter, projection_change, selection_change
@@ -49,6 +51,8 @@ register(HFMamba2Adapter(_HUGGING_FACE.format("falcon_h1", "FalconH1Mixer"), "ma
 register(HFMamba2Adapter(_HUGGING_FACE.format("granitemoehybrid", "GraniteMoeHybridMambaLayer"), "mamba_d_state"))
 register(HFMamba2Adapter(_HUGGING_FACE.format("nemotron_h", "NemotronHMamba2Mixer"), "ssm_state_size"))
 register(HFMamba2Adapter(_HUGGING_FACE.format("zamba2", "Zamba2MambaMixer"), "mamba_d_state"))
+register(ZambaAdapter(_HUGGING_FACE.format("zamba", "ZambaMambaMixer")))
+register(XLSTMAdapter("transformers.models.xlstm.modeling_xlstm.xLSTMLayer"))
 register(HFDeltaRuleAdapter(_HUGGING_FACE.format("qwen3_next", "Qwen3NextGatedDeltaNet")))
 register(HFDeltaRuleAdapter(_HUGGING_FACE.format("qwen3_5", "Qwen3_5GatedDeltaNet")))
 register(HFDeltaRuleAdapter(_HUGGING_FACE.format("qwen3_5_moe", "Qwen3_5MoeGatedDeltaNet")))
@@ -98,6 +102,8 @@ __all__ = [
     "S4DAdapter",
     "S5Adapter",
     "SelectiveAdapter",
+    "XLSTMAdapter",
+    "ZambaAdapter",
     "find_layers",
     "layer_values",
     "layers_that_need_data",

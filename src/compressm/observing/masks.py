@@ -14,6 +14,7 @@ are the channels that reach its gates and its recurrence; there only the diagona
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -80,6 +81,8 @@ def groups_of(layer: nn.Module) -> int:
         return int(module.rg_lru.input_gate_weight.shape[0])
     if isinstance(layer, MatrixStateLayer):
         return layer.n_heads
+    if hasattr(module, "x_proj_weight"):  # Zamba's
+        return int(module.n_mamba_heads)
     return int(getattr(module, "num_k_heads", getattr(module, "n_groups", 1)))
 
 
@@ -119,7 +122,13 @@ def mask_gradients(
 
 def _masked(function: Forward, M: Tensor, name: str) -> Forward:
     """One of the functions that a layer's forward calls, with M on its states."""
-    return _masked_delta_rule(function, M) if name in _DELTA_RULES else _masked_scan(function, M, *_SCANS[name])
+    if name in _DELTA_RULES:
+        return _masked_delta_rule(function, M)
+    by_group = [_masked_scan(function, part, *_SCANS[name]) for part in M.split(1, 1)]
+    if name != "mamba_selective_scan" or len(by_group) == 1:
+        return _masked_scan(function, M, *_SCANS[name])
+    groups = itertools.cycle(by_group)  # Zamba scans one head after the other
+    return lambda *args, **kwargs: next(groups)(*args, **kwargs)
 
 
 def _masked_delta_rule(rule: Forward, M: Tensor) -> Forward:

@@ -53,8 +53,8 @@ class Signals:
             the output projection; shape ``(batch, length, d)``, or ``(batch, length, groups, n)`` where every state has
             a gate of its own, or None for ones.
         erase: for the delta rule, the share of the state along ``B_t`` that is erased before ``x_t`` is stored, shape
-            ``(batch, length, groups)``, or ``(batch, length, d)`` where channels of a group erase differently, as heads of
-            values that share the keys of one head do; None for other recurrences.
+            ``(batch, length, groups)``, or ``(batch, length, d)`` where channels of a group erase differently, as heads
+            of values that share a head of keys do; None for other recurrences.
         state: the initial state, shape ``(batch, d, n)``; None for zero.
         removed: a cut removes states, and nothing compensates for them: C must be known at every time. `moments` then
             also sums the products of single states' contributions; see `removal_costs`.
@@ -102,7 +102,7 @@ class Moments(Sums):
 
 
 class _LongSum:
-    """A sum of outer products over many steps, shape ``(groups, n, n)``: in float32 over some steps, then in float64."""
+    """A sum of outer products over many steps, shape ``(groups, n, n)``: float32 over some steps, then float64."""
 
     def __init__(self, groups: int, n: int, like: Tensor) -> None:
         self._block, self._steps = like.new_zeros(groups, n, n), 0
@@ -233,9 +233,9 @@ def removal_costs(balancing: SelectiveBalancing) -> Tensor | None:
     """Costs of removing states without compensation, shape ``(groups, n, n)``; None if they were not gathered.
 
     Removing the set R of a group's states changes the output by ``sum_{i in R} C_i h_i``. The power of this is the sum
-    over i, j in R of ``reads_ij``, exactly, however states and output vectors are correlated. A delta rule also fails to
-    erase ``erase sum_{i in R} B_i h_i`` and so stores a value that is wrong by as much. The output is linear in what is
-    stored, so its relative error is about that of the stored values. Both errors are added, relative to the output.
+    over i, j in R of ``reads_ij``, exactly, however states and output vectors are correlated. A delta rule also fails
+    to erase ``erase sum_{i in R} B_i h_i`` and so stores a value that is wrong by as much. The output is linear in what
+    is stored, so its relative error is about that of the stored values. Both errors are added, relative to the output.
     """
     m = balancing.moments
     if m.reads is None or m.erasures is None or m.stored is None:

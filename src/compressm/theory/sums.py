@@ -12,8 +12,8 @@ S = TypeVar("S", bound="Sums")
 
 @dataclass(frozen=True)
 class Sums:
-    """Tensors that are sums. Those named in ``quadratic`` are sums of squares of weights or of their products. Sums that
-    were not gathered are None."""
+    """Tensors that are sums. Those named in ``quadratic`` are sums of squares of weights or of their products. A sum
+    that was not gathered is None."""
 
     quadratic: ClassVar[frozenset[str]] = frozenset()
 
