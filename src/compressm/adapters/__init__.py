@@ -17,8 +17,11 @@ from compressm.adapters.base import (
 from compressm.adapters.changes import selection_change
 from compressm.adapters.cuts import Cuts, Proposal
 from compressm.adapters.fla import FLADeltaNetAdapter, FLAGatedDeltaNetAdapter, FLAGatedLinearAttentionAdapter
+from compressm.adapters.hf_delta import HFDeltaRuleAdapter
 from compressm.adapters.hf_mamba import FalconMambaAdapter, HFMambaAdapter, JambaAdapter
 from compressm.adapters.hf_mamba2 import HFMamba2Adapter
+from compressm.adapters.hf_xlstm import XLSTMAdapter
+from compressm.adapters.hf_zamba import ZambaAdapter
 from compressm.adapters.linear_attention import DeltaNetAdapter, GatedLinearAttentionAdapter, LinearAttentionAdapter
 from compressm.adapters.lru import LRUAdapter
 from compressm.adapters.mamba import MambaAdapter, projection_change
@@ -49,6 +52,13 @@ register(HFMamba2Adapter(_HUGGING_FACE.format("falcon_h1", "FalconH1Mixer"), "ma
 register(HFMamba2Adapter(_HUGGING_FACE.format("granitemoehybrid", "GraniteMoeHybridMambaLayer"), "mamba_d_state"))
 register(HFMamba2Adapter(_HUGGING_FACE.format("nemotron_h", "NemotronHMamba2Mixer"), "ssm_state_size"))
 register(HFMamba2Adapter(_HUGGING_FACE.format("zamba2", "Zamba2MambaMixer"), "mamba_d_state"))
+register(ZambaAdapter(_HUGGING_FACE.format("zamba", "ZambaMambaMixer")))
+register(XLSTMAdapter("transformers.models.xlstm.modeling_xlstm.xLSTMLayer"))
+register(HFDeltaRuleAdapter(_HUGGING_FACE.format("qwen3_next", "Qwen3NextGatedDeltaNet")))
+register(HFDeltaRuleAdapter(_HUGGING_FACE.format("qwen3_5", "Qwen3_5GatedDeltaNet")))
+register(HFDeltaRuleAdapter(_HUGGING_FACE.format("qwen3_5_moe", "Qwen3_5MoeGatedDeltaNet")))
+register(HFDeltaRuleAdapter(_HUGGING_FACE.format("qwen4_exp", "Qwen4ExpTextGatedDeltaNet")))
+register(HFDeltaRuleAdapter(_HUGGING_FACE.format("olmo_hybrid", "OlmoHybridGatedDeltaNet")))
 register(RecurrentGemmaAdapter(_HUGGING_FACE.format("recurrent_gemma", "RecurrentGemmaRecurrentBlock")))
 register(
     FLAGatedLinearAttentionAdapter(
@@ -74,6 +84,7 @@ __all__ = [
     "FLAGatedLinearAttentionAdapter",
     "FalconMambaAdapter",
     "GatedLinearAttentionAdapter",
+    "HFDeltaRuleAdapter",
     "HFMamba2Adapter",
     "HFMambaAdapter",
     "JambaAdapter",
@@ -92,6 +103,8 @@ __all__ = [
     "S4DAdapter",
     "S5Adapter",
     "SelectiveAdapter",
+    "XLSTMAdapter",
+    "ZambaAdapter",
     "find_layers",
     "layer_values",
     "layers_that_need_data",

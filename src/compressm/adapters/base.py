@@ -27,6 +27,7 @@ from compressm.adapters.composed import composed_tensors
 from compressm.adapters.cuts import Cuts, LinearCuts, SelectiveCuts
 from compressm.adapters.left_out import is_left_out
 from compressm.adapters.plain import check_readable, computed_tensors
+from compressm.adapters.refused import reason_refused
 from compressm.errors import InvalidSystemError, UnsupportedModelError
 from compressm.theory.balanced import Balanced
 from compressm.theory.balancing import Balancing, Method, Reduction, balance
@@ -282,7 +283,7 @@ def candidates(model: nn.Module) -> dict[str, tuple[nn.Module, LayerAdapter | No
     for name, module in model.named_modules():
         adapter = _adapter(type(module))
         looks = any(telltale in module._parameters for telltale in _TELLTALES)  # pyright: ignore[reportPrivateUsage]
-        if adapter is not None or looks:
+        if adapter is not None or looks or reason_refused(module) is not None:
             found[name] = (module, adapter)
     return found
 
@@ -298,21 +299,32 @@ def find_layers(model: nn.Module) -> dict[str, tuple[nn.Module, LayerAdapter]]:
     """
     every = {name: both for name, both in candidates(model).items() if not is_left_out(both[0])}
     found = {name: (module, adapter) for name, (module, adapter) in every.items() if adapter is not None}
-    unknown = [f"{name or 'the model itself'} ({type(m).__name__})" for name, (m, known) in every.items() if not known]
-    advice = "register an adapter for its class with compressm.adapters.register; docs/adapters.md shows how"
-    some = f"{', '.join(unknown[:3])}{f' and {len(unknown) - 3} more' if len(unknown) > 3 else ''}"
+    unknown = {name: module for name, (module, adapter) in every.items() if adapter is None}
     if not found and unknown:
-        raise UnsupportedModelError(f"no adapter is known for {some}, which look like state space layers: {advice}")
+        raise UnsupportedModelError(_why_unknown(unknown))
     if not found:
         known = ", ".join(sorted(_short_name(kind) for kind in _REGISTRY))
         raise UnsupportedModelError(
             f"{type(model).__name__} has no state space layer (known: {known}); if it has one that is not recognised, "
-            + advice
+            + _ADVICE
         )
     if unknown:
-        message = f"no adapter is known for {some}, which look like state space layers and are left as they are: "
-        warnings.warn(message + advice, UnknownLayerWarning, stacklevel=2)
+        warnings.warn(_why_unknown(unknown, " and are left as they are"), UnknownLayerWarning, stacklevel=2)
     return found
+
+
+_ADVICE = "register an adapter for its class with compressm.adapters.register; docs/adapters.md shows how"
+
+
+def _why_unknown(layers: Mapping[str, nn.Module], what_becomes: str = "") -> str:
+    """A message about layers without adapters: the reason for those that are known not to be possible, else advice."""
+    name, layer = next(iter(layers.items()))
+    alike = {name: one for name, one in layers.items() if reason_refused(one) == reason_refused(layer)}
+    names = [f"{name or 'the model itself'} ({type(one).__name__})" for name, one in alike.items()]
+    some = f"{', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''}"
+    if (reason := reason_refused(layer)) is not None:
+        return f"{some} cannot be cut{what_becomes}: {reason}"
+    return f"no adapter is known for {some}, which look like state space layers{what_becomes}: {_ADVICE}"
 
 
 def resized(layer: nn.Module, adapter: LayerAdapter, states: int) -> LayerChange:

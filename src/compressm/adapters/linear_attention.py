@@ -19,12 +19,17 @@ from compressm.theory.recurrence import SelectiveReduction, Signals, first_state
 
 class LinearAttentionAdapter(SelectiveAdapter):
     """Folds a reduction, one per head, into the rows of ``k_proj`` and ``q_proj``. All states decay alike, so any
-    linear map is possible."""
+    linear map is possible.
+
+    Attributes:
+        keys, queries: names of the two projections.
+    """
 
     layer_type = LinearAttention
     entrance = "q_proj"
     folds_into = True
     folds_out = True
+    keys, queries = "k_proj", "q_proj"
 
     def signals(self, layer: nn.Module, hidden: Tensor) -> Signals:
         assert isinstance(layer, MatrixStateLayer)
@@ -40,13 +45,14 @@ class LinearAttentionAdapter(SelectiveAdapter):
         if self.folds_into and not self.rotates:
             reduction = self._balance_of_k_and_q_kept(values, reduction)
         rows = reduction.into.shape[0] * reduction.states
-        return LayerChange(
-            (
-                mapped_rows("k_proj.weight", values["k_proj.weight"], reduction.into, reduction.out),
-                mapped_rows("q_proj.weight", values["q_proj.weight"], reduction.out, reduction.into),
-            ),
-            {"k_proj.out_features": rows, "q_proj.out_features": rows},
+        maps = {self.keys: (reduction.into, reduction.out), self.queries: (reduction.out, reduction.into)}
+        changes = (
+            mapped_rows(name, values[name], into, back)
+            for projection, (into, back) in maps.items()
+            for name in (f"{projection}.weight", f"{projection}.bias")
+            if name in values
         )
+        return LayerChange(tuple(changes), {f"{projection}.out_features": rows for projection in maps})
 
     def _balance_of_k_and_q_kept(
         self, values: Mapping[str, Tensor], reduction: SelectiveReduction
@@ -58,7 +64,8 @@ class LinearAttentionAdapter(SelectiveAdapter):
         """
         heads = reduction.into.shape[0]
         k, q = (
-            values[f"{name}_proj.weight"].detach().to("cpu", torch.float64).unflatten(0, (heads, -1)) for name in "kq"
+            values[f"{name}.weight"].detach().to("cpu", torch.float64).unflatten(0, (heads, -1))
+            for name in (self.keys, self.queries)
         )
 
         def ratio(k: Tensor, q: Tensor) -> Tensor:
@@ -112,12 +119,12 @@ def mapped_rows(name: str, weight: Tensor, into: Tensor, back: Tensor) -> Parame
 
     Args:
         name: the parameter's name.
-        weight: shape ``(heads * n, channels)``.
+        weight: shape ``(heads * n, channels)``, or a bias of shape ``(heads * n,)``.
         into: new rows of a head are ``into`` times its old ones, shape ``(heads, r, n)``.
         back: on the kept subspace the old rows are ``back^T`` times the new ones, shape ``(heads, r, n)``. Gradients
             with respect to the new rows are therefore ``back`` times those with respect to the old ones.
     """
-    rows = weight.detach().to("cpu", torch.float64).unflatten(0, (into.shape[0], -1))
-    new = (into @ rows).flatten(0, 1)
+    rows = weight.detach().to("cpu", torch.float64).reshape(into.shape[0], into.shape[2], -1)
+    new = (into @ rows).reshape(-1, *weight.shape[1:])
     pullback = torch.block_diag(*back)
     return ParameterChange((name,), (new.to(weight),), 0, pullback, pullback.square(), torch.block_diag(*into))

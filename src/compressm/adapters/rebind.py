@@ -41,5 +41,14 @@ def rebound_forward(layer: nn.Module, functions: dict[str, Callable[..., Any]]) 
     return types.MethodType(rebound, layer)
 
 
+def called_function(layer: nn.Module, name: str) -> Callable[..., Any]:
+    """The function that a layer's forward calls under a global name; the replacement, if the forward of this instance
+    was rebound."""
+    exchanged: Any = layer.__dict__.get("forward")
+    forward: Any = getattr(exchanged, "__func__", None) or inspect.unwrap(type(layer).forward)
+    found: Any = getattr(forward, "__globals__", {}).get(name)
+    return found if found is not None else inspect.unwrap(type(layer).forward).__globals__[name]
+
+
 def not_fused(*_: Any, **__: Any) -> None:
     """Returns None, which tells transformers that no kernel for the whole layer is available."""

@@ -183,11 +183,11 @@ class _Replay:
 
     def compare(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """A forward hook: add one call of the layer."""
-        del layer
         if self.failed:
             return
-        args = tuple(None if _is_cache(value) else value for value in args)
-        kwargs = {key: None if _is_cache(value) else value for key, value in kwargs.items()}
+        state = named_arguments(layer, args, kwargs).get("state")  # of xLSTM, whose cache is a tuple of tensors
+        args = tuple(None if _is_cache(value) or value is state else value for value in args)
+        kwargs = {key: None if _is_cache(value) or value is state else value for key, value in kwargs.items()}
         if "use_cache" in kwargs:
             kwargs["use_cache"] = False  # some layers store their states in themselves
         try:

@@ -14,7 +14,7 @@ are the channels that reach its gates and its recurrence; there only the diagona
 
 from __future__ import annotations
 
-import inspect
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from compressm.adapters import LayerAdapter
-from compressm.adapters.rebind import global_names, not_fused, rebound_forward
+from compressm.adapters.rebind import called_function, global_names, not_fused, rebound_forward
 from compressm.layers import DeltaNet, Mamba, Mamba2, RecurrentBlock
 from compressm.layers.linear_attention import MatrixStateLayer
 
@@ -37,6 +37,15 @@ _SCANS = {
     "mamba_selective_scan": (4, True),
     "mamba2_chunk_scan": (4, False),
 }
+# The delta rule's kernels, by their global names, whose first arguments are queries and keys before their norm.
+_DELTA_RULES = frozenset(
+    {
+        "torch_chunk_gated_delta_rule",
+        "torch_recurrent_gated_delta_rule",
+        "chunk_kimi_delta_attention",
+        "recurrent_kimi_delta_attention",
+    }
+)
 _FUSED = {"mamba_inner_fn": not_fused, "mamba2_split_conv1d_scan_combined": not_fused}
 
 
@@ -55,13 +64,13 @@ def masked_forward(layer: nn.Module, mask: Tensor) -> Forward | None:
     if isinstance(layer, MatrixStateLayer):
         return lambda u: _masked_matrix_state(layer, M, u)
     if isinstance(layer, RecurrentBlock):
-        return rebound_forward(layer, {"short_conv": _times(_original(layer, "short_conv"), channels)})
+        return rebound_forward(layer, {"short_conv": _times(called_function(layer, "short_conv"), channels)})
     if hasattr(layer, "rg_lru"):  # RecurrentGemma's
         return lambda *args, **kwargs: _with_masked_input(layer, channels, args, kwargs)
-    names = global_names(layer) & _SCANS.keys()
+    names = global_names(layer) & (_SCANS.keys() | _DELTA_RULES)
     if not names or not (isinstance(layer, Mamba | Mamba2) or type(layer).__module__.startswith("transformers.")):
         return None
-    functions = {name: _masked_scan(_original(layer, name), M, *_SCANS[name]) for name in names}
+    functions = {name: _masked(called_function(layer, name), M, name) for name in names}
     return rebound_forward(layer, {**functions, **_FUSED})
 
 
@@ -72,7 +81,9 @@ def groups_of(layer: nn.Module) -> int:
         return int(module.rg_lru.input_gate_weight.shape[0])
     if isinstance(layer, MatrixStateLayer):
         return layer.n_heads
-    return int(getattr(module, "n_groups", 1))
+    if hasattr(module, "x_proj_weight"):  # Zamba's
+        return int(module.n_mamba_heads)
+    return int(getattr(module, "num_k_heads", getattr(module, "n_groups", 1)))
 
 
 def can_be_masked(layer: nn.Module) -> bool:
@@ -109,12 +120,24 @@ def mask_gradients(
     return gradient
 
 
-def _original(layer: nn.Module, name: str) -> Forward:
-    """A function that the layer's forward calls; the replacement, if this instance's forward was rebound."""
-    exchanged: Any = layer.__dict__.get("forward")
-    forward: Any = getattr(exchanged, "__func__", None) or inspect.unwrap(type(layer).forward)
-    found: Any = getattr(forward, "__globals__", {}).get(name)
-    return found if found is not None else inspect.unwrap(type(layer).forward).__globals__[name]
+def _masked(function: Forward, M: Tensor, name: str) -> Forward:
+    """One of the functions that a layer's forward calls, with M on its states."""
+    if name in _DELTA_RULES:
+        return _masked_delta_rule(function, M)
+    by_group = [_masked_scan(function, part, *_SCANS[name]) for part in M.split(1, 1)]
+    if name != "mamba_selective_scan" or len(by_group) == 1:
+        return _masked_scan(function, M, *_SCANS[name])
+    groups = itertools.cycle(by_group)  # Zamba scans one head after the other
+    return lambda *args, **kwargs: next(groups)(*args, **kwargs)
+
+
+def _masked_delta_rule(rule: Forward, M: Tensor) -> Forward:
+    """A delta rule with ``M^T q`` in place of q, and ``M k`` in place of k; it scales both to norm 1 itself."""
+
+    def masked(query: Tensor, key: Tensor, *args: Any, **kwargs: Any) -> Any:
+        return rule(_mapped(query, M), _mapped(key, M.mT), *args, **kwargs)
+
+    return masked
 
 
 def _masked_scan(scan: Forward, M: Tensor, place: int, time_last: bool) -> Forward:

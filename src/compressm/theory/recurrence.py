@@ -22,7 +22,7 @@ For it ``W = E[C C^T] + c E[B B^T]``, with c such that both terms have the same 
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -53,8 +53,11 @@ class Signals:
             the output projection; shape ``(batch, length, d)``, or ``(batch, length, groups, n)`` where every state has
             a gate of its own, or None for ones.
         erase: for the delta rule, the share of the state along ``B_t`` that is erased before ``x_t`` is stored, shape
-            ``(batch, length, groups)``; None for other recurrences.
+            ``(batch, length, groups)``, or ``(batch, length, d)`` where channels of a group erase differently, as heads
+            of values that share a head of keys do; None for other recurrences.
         state: the initial state, shape ``(batch, d, n)``; None for zero.
+        removed: a cut removes states, and nothing compensates for them: C must be known at every time. `moments` then
+            also sums the products of single states' contributions; see `removal_costs`.
     """
 
     x: Tensor
@@ -65,6 +68,7 @@ class Signals:
     gain: Tensor | None = None
     erase: Tensor | None = None
     state: Tensor | None = None
+    removed: bool = False
 
 
 @dataclass(frozen=True)
@@ -78,6 +82,9 @@ class Moments(Sums):
             same trace, is added to W: the output reads the state along C, and the erasure along B.
         B, C: sums over tokens, shape ``(groups, n)``.
         rates: ``tokens`` times the decay rates averaged over the channels of a group, shape ``(groups, n)``.
+        reads, erasures: sums of ``gain^2 (C * h)(C * h)^T`` and ``erase^2 (B * h)(B * h)^T``, with products entry by
+            entry, over tokens and the channels of a group, shape ``(groups, n, n)``. None unless `Signals.removed`.
+        stored: sum of ``(x - erase B . h)^2``, what the delta rule really stores, shape ``(groups,)``; likewise.
 
     All are float64 on the CPU.
     """
@@ -89,6 +96,29 @@ class Moments(Sums):
     B: Tensor
     C: Tensor
     rates: Tensor
+    reads: Tensor | None = None
+    erasures: Tensor | None = None
+    stored: Tensor | None = None
+
+
+class _LongSum:
+    """A sum of outer products over many steps, shape ``(groups, n, n)``: float32 over some steps, then float64."""
+
+    def __init__(self, groups: int, n: int, like: Tensor) -> None:
+        self._block, self._steps = like.new_zeros(groups, n, n), 0
+        self._total = torch.zeros(groups, n, n, dtype=torch.float64)
+
+    def add(self, vectors: Tensor) -> None:
+        """Add the products of vectors of shape ``(batch, groups, channels, n)``."""
+        rows = vectors.transpose(0, 1).reshape(*self._block.shape[:1], -1, self._block.shape[-1])
+        self._block = torch.baddbmm(self._block, rows.mT, rows)
+        self._steps += 1
+        if self._steps % _FLOAT32_STEPS == 0:
+            self._total, self._block = self.total(), torch.zeros_like(self._block)
+
+    def total(self) -> Tensor:
+        """The sum up to now, float64 on the CPU."""
+        return self._total + self._block.to("cpu", torch.float64)
 
 
 @torch.no_grad()
@@ -119,26 +149,33 @@ def moments(signals: Signals, present: Tensor | None = None, *, padding_enters: 
     gain = torch.ones_like(x) if signals.gain is None else signals.gain.float()
     gain = gain[:, :, :, None] if gain.ndim == 4 else gain.reshape(x.shape)
     gain = gain * present[..., None, None, None]
-    erase = None if signals.erase is None else signals.erase.float()[..., None, None]
-    h, P = torch.zeros_like(x[:, 0] * rates), x.new_zeros(groups, n, n)
+    erase = None if signals.erase is None else signals.erase.float().reshape(batch, length, groups, -1, 1)
+    h = torch.zeros_like(x[:, 0] * rates)
     h = h if signals.state is None else signals.state.to(h).reshape(h.shape)
-    total = torch.zeros(groups, n, n, dtype=torch.float64)
+    P, reads, erasures = (_LongSum(groups, n, x) for _ in range(3))
+    stored = torch.zeros(groups, dtype=torch.float64)
     for t, decay in enumerate(decays):
-        h, key = decay * h, (keys if padding_enters else B)[:, t, :, None]
+        h, key, new = decay * h, (keys if padding_enters else B)[:, t, :, None], x[:, t]
         if erase is not None:
-            h = h - erase[:, t] * (h * key).sum(-1, keepdim=True) * key
-        h = h + x[:, t] * key
-        seen = (h * gain[:, t]).transpose(0, 1).reshape(groups, -1, n)
-        P = torch.baddbmm(P, seen.mT, seen)
-        if t % _FLOAT32_STEPS == _FLOAT32_STEPS - 1 or t == length - 1:
-            total, P = total + P.to("cpu", torch.float64), torch.zeros_like(P)
+            recalled = h * key
+            new = new - erase[:, t] * recalled.sum(-1, keepdim=True)
+            if signals.removed:
+                erasures.add(erase[:, t] * recalled)
+        h = h + new * key
+        P.add(h * gain[:, t])
+        if signals.removed:
+            reads.add(h * gain[:, t] * C[:, t, :, None])
+            stored += new.square().sum((0, 2, 3)).to(stored)
     B, C = (vectors.to("cpu", torch.float64).reshape(-1, groups, n) for vectors in (B, C))
     W, V = (vectors.mT @ vectors for vectors in (v.transpose(0, 1) for v in (C, B)))
     if erase is not None:
         W = W + V * (_trace(W) / _trace(V).clamp_min(1e-300))
     weight = tokens if signals.C.ndim == 3 else 1.0
-    sums = (total, weight * W, V, B.sum(0), weight * C.sum(0), tokens * rates.mean(1).to("cpu", torch.float64))
-    return Moments(torch.tensor(tokens, dtype=torch.float64), *sums)
+    sums = (P.total(), weight * W, V, B.sum(0), weight * C.sum(0), tokens * rates.mean(1).to("cpu", torch.float64))
+    found = Moments(torch.tensor(tokens, dtype=torch.float64), *sums)
+    if not signals.removed:
+        return found
+    return replace(found, reads=reads.total(), erasures=erasures.total(), stored=stored)
 
 
 def _trace(matrices: Tensor) -> Tensor:
@@ -190,6 +227,21 @@ def balance_selective(moments: Moments) -> SelectiveBalancing:
         )
     P, W = moments.P / moments.tokens, moments.W / moments.tokens
     return SelectiveBalancing(P, W, torch.linalg.svdvals(root(W).mT @ root(P)), moments)
+
+
+def removal_costs(balancing: SelectiveBalancing) -> Tensor | None:
+    """Costs of removing states without compensation, shape ``(groups, n, n)``; None if they were not gathered.
+
+    Removing the set R of a group's states changes the output by ``sum_{i in R} C_i h_i``. The power of this is the sum
+    over i, j in R of ``reads_ij``, exactly, however states and output vectors are correlated. A delta rule also fails
+    to erase ``erase sum_{i in R} B_i h_i`` and so stores a value that is wrong by as much. The output is linear in what
+    is stored, so its relative error is about that of the stored values. Both errors are added, relative to the output.
+    """
+    m = balancing.moments
+    if m.reads is None or m.erasures is None or m.stored is None:
+        return None
+    power = m.reads.sum((-2, -1)) / m.stored.clamp_min(1e-300)
+    return (m.reads + power[:, None, None] * m.erasures) / m.tokens
 
 
 def root(matrix: Tensor) -> Tensor:

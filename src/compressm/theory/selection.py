@@ -26,7 +26,7 @@ from torch import Tensor
 
 from compressm.errors import InvalidRankRuleError
 from compressm.runtime.random_state import generator_from
-from compressm.theory.recurrence import ErrorEstimate, SelectiveBalancing, SelectiveReduction, root
+from compressm.theory.recurrence import ErrorEstimate, SelectiveBalancing, SelectiveReduction, removal_costs, root
 
 Selection = Literal[
     "hankel", "least_squares", "means", "gramians", "magnitude", "random", "smallest", "modal", "hinf", "energy",
@@ -78,7 +78,7 @@ def reduce_selective(
     if folds_into and selection in ("hankel", "least_squares") and states < n:
         into, out = _balanced_maps(balancing, states)
         return reduction_by_maps(balancing, into, out, None)
-    kept, out = [], []
+    kept, out, costs = [], [], removal_costs(balancing)
     for g in range(groups):
         if selection in _SCORES:
             chosen = torch.argsort(-_SCORES[selection](balancing)[g], stable=True)[:states]
@@ -86,7 +86,8 @@ def reduce_selective(
             out.append(torch.eye(n, dtype=torch.float64)[kept[-1]])
             continue
         P, W = _MODELS[selection](balancing, g)
-        kept.append(select_with_compensation(P, W, states) if folds_out else select_by_removal(P, W, states))
+        power = W * P if costs is None or selection == "means" else costs[g]
+        kept.append(select_with_compensation(P, W, states) if folds_out else select_by_removal(power, states))
         out.append(compensation(P, kept[-1]) if folds_out else torch.eye(n, dtype=torch.float64)[kept[-1]])
     chosen = torch.stack(kept)
     return reduction_by_maps(balancing, torch.eye(n, dtype=torch.float64)[chosen], torch.stack(out), chosen)
@@ -156,11 +157,18 @@ def compensation(P: Tensor, kept: Tensor) -> Tensor:
     return out
 
 
-def select_by_removal(P: Tensor, W: Tensor, states: int) -> Tensor:
-    """The states to keep where C cannot compensate for the others. The removed states are those with the least joint
-    contribution to the output, ``E[(sum_j C_j h_j)^2] = sum_ij (W * P)_ij`` over them. Shapes as above."""
-    n = P.shape[0]
-    power = W * P
+def select_by_removal(power: Tensor, states: int) -> Tensor:
+    """The states to keep where C cannot compensate for the others: those removed have the least ``sum_ij power_ij``.
+
+    Args:
+        power: the joint contribution of states i and j to the output, ``E[C_i h_i C_j h_j]``, shape ``(n, n)``. It is
+            ``W * P`` if states and output vectors are uncorrelated beyond their second moments.
+        states: how many, at most n.
+
+    Returns:
+        their indices, ascending.
+    """
+    n = power.shape[0]
     gone, cost = list[int](), power.diagonal().clone()  # cost of removing each state after those already gone
     for _ in range(n - states):
         j = int(cost.index_fill(0, torch.tensor(gone, dtype=torch.long), torch.inf).argmin())
@@ -258,12 +266,24 @@ def reduction_by_maps(
     least = float(balancing.hsv[..., into.shape[-2] :].square().sum())
     lost = max(lost, least)  # less than the least possible is rounding
     relative, bound = ((max(value, 0.0) / power) ** 0.5 if power > 0 else 0.0 for value in (lost, least))
+    if kept is not None and (costs := removal_costs(balancing)) is not None:
+        relative = _relative_cost(balancing, costs, kept)
+        bound = min(bound, relative)
     failures = () if bool(torch.isfinite(into).all() and torch.isfinite(out).all()) else ("the maps are not finite",)
     discarded = _discarded(balancing, rest)
     energy = float(balancing.hsv.sum())
     share = max(0.0, 1 - float(discarded.sum()) / energy) if energy > 0 else 1.0
     estimate = ErrorEstimate(n, into.shape[-2], relative, bound, failures, energy_kept=share)
     return SelectiveReduction(into, out, kept, estimate, balancing.moments, discarded)
+
+
+def _relative_cost(balancing: SelectiveBalancing, costs: Tensor, kept: Tensor) -> float:
+    """The relative error of the output when all but the kept states, shape ``(groups, r)``, are removed."""
+    gone = torch.ones_like(costs[..., 0]).scatter_(1, kept, 0.0)
+    assert balancing.moments.reads is not None
+    power = float(balancing.moments.reads.sum() / balancing.moments.tokens)
+    lost = float((gone[:, :, None] * costs * gone[:, None, :]).sum())
+    return (max(lost, 0.0) / power) ** 0.5 if power > 0 else 0.0
 
 
 def _discarded(balancing: SelectiveBalancing, rest: Tensor) -> Tensor:

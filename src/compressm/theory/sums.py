@@ -12,13 +12,15 @@ S = TypeVar("S", bound="Sums")
 
 @dataclass(frozen=True)
 class Sums:
-    """Tensors that are sums. Those named in ``quadratic`` are sums of squares of weights or of their products."""
+    """Tensors that are sums. Those named in ``quadratic`` are sums of squares of weights or of their products. A sum
+    that was not gathered is None."""
 
     quadratic: ClassVar[frozenset[str]] = frozenset()
 
     def tensors(self) -> dict[str, Tensor]:
         """The sums by name."""
-        return {f.name: getattr(self, f.name) for f in fields(self)}
+        named = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {name: value for name, value in named.items() if value is not None}
 
     def plus(self: S, other: S, memory: float = 1.0) -> S:
         """``memory * self + other``. Older observations weigh less, since the model has changed in the meantime. Sums
@@ -34,8 +36,8 @@ class Sums:
         """``memory * before + self``; just ``self`` if ``before`` is None or of a layer of another size."""
         if not isinstance(before, type(self)):
             return self
-        alike = all(value.shape == getattr(before, name).shape for name, value in self.tensors().items())
-        return before.plus(self, memory) if alike else self
+        mine, theirs = ({name: value.shape for name, value in one.tensors().items()} for one in (self, before))
+        return before.plus(self, memory) if mine == theirs else self
 
 
 __all__ = ["Sums"]
