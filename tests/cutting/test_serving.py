@@ -117,7 +117,7 @@ def test_sequences_and_bytes_that_move_by_hand() -> None:
     assert memory.sequences(10_000 + 3 * memory.sequence(1000), 1000) == 3
     assert memory.sequences(9_999, 1000) == 0
     assert memory.moved(1000, 2) == 9_000 + 2 * (2 * 6144 + 100_500)
-    assert "hold 0 → 0 sequences of 4,096 tokens" in Serving(memory, memory, 1).headline()
+    assert "hold 0 sequences of 4,096 tokens" in Serving(memory, memory, 1).headline()
 
 
 def test_weights_that_a_token_reads_leave_out_embeddings_and_experts() -> None:

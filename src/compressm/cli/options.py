@@ -7,7 +7,7 @@ This module and those of the commands import typer, so `compressm.cli.main` impo
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -41,5 +41,22 @@ JsonFile = Annotated[Path | None, file_option("--json", help="Write the result t
 MarkdownFile = Annotated[Path | None, file_option("--markdown", help="Write the table to this file.")]
 Checkpoint = Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="A Hugging Face folder, or our own.")]
 Length = Annotated[int, typer.Option(help="Tokens per sequence.")]
+TargetName = Annotated[
+    Literal["mamba_ssm", "vllm", "sglang", "flashinfer", "llama.cpp", "transformers"] | None,
+    typer.Option("--target", help="Cut to sizes only that these kernels or this server take."),
+]
+MemorySize = Annotated[
+    str | None, typer.Option("--memory", metavar="SIZE", help="Say how many sequences a memory holds, such as 40GB.")
+]
 
-__all__ = ["PICTURES", "Checkpoint", "JsonFile", "Length", "MarkdownFile", "command_line", "file_option"]
+__all__ = [
+    "PICTURES",
+    "Checkpoint",
+    "JsonFile",
+    "Length",
+    "MarkdownFile",
+    "MemorySize",
+    "TargetName",
+    "command_line",
+    "file_option",
+]

@@ -284,9 +284,18 @@ def _check_before(model: nn.Module, rule: RankRule, optimizer: Optimizer | Toget
     check_wrappers(model, layers, [name for name, (_, adapter) in found.items() if adapter.needs_data])
     warn_of_parts(model)
     check_plain(layers)
-    check_sizes(rule, state_dims(model), must_be_alike(found, rule), checked_sizes(model, rule))
+    check_model_sizes(model, rule)
     if optimizer is not None:
         check_optimizer(optimizer, layers, carry)
+
+
+def check_model_sizes(model: nn.Module, rule: RankRule) -> None:
+    """Refuse a rule whose sizes this model cannot have.
+
+    Raises:
+        InvalidRankRuleError: the limit or the target, and what to ask for instead.
+    """
+    check_sizes(rule, state_dims(model), must_be_alike(find_layers(model), rule), checked_sizes(model, rule))
 
 
 def _largest_harmless(
@@ -350,4 +359,4 @@ def _metric_after(
         model.load_state_dict(weights)
 
 
-__all__ = ["check_rule", "compress", "plan_on"]
+__all__ = ["check_model_sizes", "check_rule", "compress", "plan_on"]

@@ -22,6 +22,7 @@ from compressm.theory.geometry import Geometry
 from compressm.theory.targets import Target, parallel_sizes, takers
 
 CONTEXTS = (4096, 32768)  # tokens of a sequence, at which the keys and values of attention are counted
+_LOOK = 2  # tokens after which a cache is looked at; layers may take a single one for the continuation of a sequence
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 
 
@@ -152,11 +153,11 @@ class Serving:
     def headline(self) -> str:
         """One line: the state per sequence, and how many sequences fit."""
         before, after = self.before.checkpoint, self.after.checkpoint
-        share = f" ({after / before:.0%})" if before else ""
-        line = f"state per sequence {human(before)} → {human(after)}{share}"
+        share = f" ({after / before:.0%})" if before != after else ""
+        line = f"state per sequence {_change(before, after)}{share}"
         if self.memory is not None:
-            counts = (one.sequences(self.memory, CONTEXTS[0]) for one in (self.before, self.after))
-            line += f", {human(self.memory)} hold {' → '.join(f'{count:,}' for count in counts)} sequences"
+            counts = [f"{one.sequences(self.memory, CONTEXTS[0]):,}" for one in (self.before, self.after)]
+            line += f", {human(self.memory)} hold {' → '.join(dict.fromkeys(counts))} sequences"
             line += f" of {CONTEXTS[0]:,} tokens" if self.before.attention else ""
         return line
 
@@ -169,11 +170,10 @@ class Serving:
             f" a cached prefix keeps {human(after.checkpoint)}",
         ]
         lines += self._attention()
-        moved = ", ".join(
-            f"{human(one.moved(CONTEXTS[0]))} ({human(one.moved(CONTEXTS[0], 64) // 64)} in a batch of 64)"
-            for one in (before, after)
+        alone, batched = (
+            _change(*(one.moved(CONTEXTS[0], batch) // batch for one in (before, after))) for batch in (1, 64)
         )
-        lines.append(f"  bytes moved per generated token {moved.replace('), ', ') → ')}")
+        lines.append(f"  bytes moved per generated token {alone}; in a batch of 64 {batched}")
         lines.append(f"  weights {_change(before.weights, after.weights)}")
         if self.speed:
             lines.append(f"  tokens per second here, one sequence: {' → '.join(f'{one:.1f}' for one in self.speed)}")
@@ -272,16 +272,16 @@ def cache_of(model: nn.Module, tokens: Tensor) -> Any:
 
 
 def attention_of(model: nn.Module) -> tuple[Attention, ...] | None:
-    """The bytes per token of every attention layer, read off the real cache of one token.
+    """The bytes per token of every attention layer, read off the real cache after two tokens.
 
     Returns:
-        None for a model that is no causal language model of transformers, or that does not run one token.
+        None for a model that is no causal language model of transformers, or that does not run them.
     """
     if not hasattr(model, "generate"):
         return None
     device = next(model.parameters()).device
     try:
-        cache = cache_of(model, torch.zeros(1, 1, dtype=torch.long, device=device))
+        cache = cache_of(model, torch.zeros(1, _LOOK, dtype=torch.long, device=device))
     except (RuntimeError, ValueError, TypeError):  # such as kernels that need a GPU, or wider layers
         return None
     found: list[Attention] = []
@@ -289,7 +289,7 @@ def attention_of(model: nn.Module) -> tuple[Attention, ...] | None:
         keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
         if isinstance(keys, Tensor) and isinstance(values, Tensor) and keys.numel():
             window = getattr(layer, "sliding_window", None)
-            found.append(Attention(keys.nbytes + values.nbytes, window if isinstance(window, int) else None))
+            found.append(Attention((keys.nbytes + values.nbytes) // _LOOK, window if isinstance(window, int) else None))
     return tuple(found)
 
 

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -16,9 +15,10 @@ from torch.nn import functional as F
 
 from compressm.adapters import find_layers
 from compressm.cutting import Report, plan_reduction
-from compressm.cutting.compression import check_rule, plan_on
+from compressm.cutting.compression import check_model_sizes, check_rule, plan_on
 from compressm.cutting.made_cuts import MadeCuts
 from compressm.cutting.nats import damage_curves
+from compressm.cutting.serving import Memory, Serving, attention_of, decoding_speed, human
 from compressm.cutting.spectrum import Spectrum, balance_layers, balancing_of
 from compressm.errors import CheckpointError
 from compressm.lab.one_shot_inputs import BATCH, read_batches, read_checkpoint
@@ -27,11 +27,14 @@ from compressm.observing.labels import Likelihood
 from compressm.observing.loss_evidence import Gramians, evidence_on
 from compressm.observing.moments import gather
 from compressm.runtime.files import read_pair
-from compressm.saving.card import model_card
+from compressm.saving import mamba_ssm_format
+from compressm.saving.card import extend_card, model_card
 from compressm.saving.checkpoint import save_with_history
+from compressm.saving.mamba_ssm_format import is_mamba_ssm
 from compressm.saving.source_folder import Carried, carry, contents, copy_files, new_folder, unloaded
 from compressm.theory.balanced import Balanced
 from compressm.theory.ranks import RankRule
+from compressm.theory.targets import Target
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -49,6 +52,7 @@ class Loss:
         sequences: how many sequences the cut was made from, and as many the loss was measured on.
         length: tokens per sequence.
         carried: what the smaller checkpoint got from its source as it was, and what it did not get.
+        serving: what serving the model costs before and after.
     """
 
     report: Report
@@ -59,14 +63,18 @@ class Loss:
     sequences: int
     length: int
     carried: Carried = field(default_factory=Carried)
+    serving: Serving | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
-        return {**self.__dict__, "report": self.report.to_dict(), "carried": asdict(self.carried)}
+        serving = None if self.serving is None else self.serving.to_dict()
+        parts = {"report": self.report.to_dict(), "carried": asdict(self.carried), "serving": serving}
+        return {**self.__dict__, **parts}
 
     def __str__(self) -> str:
         width = max(len(layer.name) for layer in self.report.layers)
-        rows = [f"{'layer':{width}}  {'states':>10}  {'energy discarded':>16}  {'error on data':>13}"]
+        rows = [] if self.serving is None else self.serving.lines()
+        rows += [f"{'layer':{width}}  {'states':>10}  {'energy discarded':>16}  {'error on data':>13}"]
         for layer in self.report.layers:
             discarded = 0.0 if layer.energy_kept is None else 1 - layer.energy_kept
             dims = f"{layer.states_before} → {layer.states_after}"
@@ -92,9 +100,13 @@ def compress_checkpoint(
     fraction: float | None = None,
     total_states: int | None = None,
     max_loss: float | None = None,
+    multiple_of: int = 1,
+    target: Target | None = None,
     gramians: Gramians | None = None,
     sequences: int = 32,
     length: int = 512,
+    memory: int | None = None,
+    speed: bool = False,
 ) -> Loss:
     """Cut a checkpoint once, and save the smaller model in the format that it came in.
 
@@ -109,10 +121,13 @@ def compress_checkpoint(
             file with ``x`` of shape ``(N, length, channels)``, or ``(N, length)`` for tokens, and ``y`` of shape
             ``(N,)``; with ``lengths``, shape ``(N,)``, where rows are padded. See `compressm.lab.data.arrays`.
         states, tolerance, fraction, total_states, max_loss: how far, exactly one of them; see `RankRule`.
+        multiple_of, target: sizes that are preferred, and those that are allowed; see `RankRule`.
         gramians: as in `compress`, with the model's own predictions as labels; by default ``"loss"`` under ``max_loss``
             and ``"white"`` otherwise. The rise of the loss is measured on the sequences that were not cut by.
         sequences: the cut is made from the first so many sequences of the data, and the loss is measured on the next.
         length: tokens per sequence.
+        memory: of the device that will serve the model, in bytes; the report says how many sequences it holds.
+        speed: whether to measure tokens per second on this machine, before and after.
 
     Raises:
         CheckpointError: a checkpoint that cannot be read, or holds what cannot reach the output; or an output folder
@@ -122,7 +137,7 @@ def compress_checkpoint(
     """
     rule = RankRule(
         states=states, tolerance=tolerance, fraction=fraction, total_states=total_states, max_loss=max_loss,
-        min_reduction=0.0,
+        min_reduction=0.0, multiple_of=multiple_of, target=target,
     )  # fmt: skip
     loss: Likelihood | None = "classification" if gramians == "loss" or max_loss is not None else None
     check_rule(rule, balancing_of(gramians, loss, data))
@@ -130,7 +145,10 @@ def compress_checkpoint(
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise CheckpointError(f"output {target} exists and is not an empty folder: choose another")
     model, tokenizer, unexpected = read_checkpoint(folder)
-    extra = None if unexpected is None else unloaded(model, folder, unexpected)
+    check_model_sizes(model, rule)
+    theirs = is_mamba_ssm(folder)
+    extra = None if unexpected is None or theirs else unloaded(model, folder, unexpected)
+    bill = _Bill(model, memory, speed)
     batches = read_batches(model, tokenizer, Path(data), 2 * sequences, length, halves=2)
     half = len(batches) // 2
     before, contained = _parameters(model), contents(model)
@@ -139,15 +157,57 @@ def compress_checkpoint(
         loss_before = _loss(model, batches[half:])
         report = plan_on(model, rule, seen, [inputs for inputs, _ in batches[half:]], loss).apply(model)
         loss_after = _loss(model, batches[half:])
+    serving = bill.after_the_cut()
     with new_folder(target) as new:
-        if extra is None:
+        if theirs:
+            carried = Carried((), *copy_files(folder, new, mamba_ssm_format.save(model, folder, new)))
+        elif extra is None:
             carried = _resave(model, folder, new)
         else:
             cast("Any", model).save_pretrained(new)
             carried = carry(folder, new, model, extra, contained)
+        if unexpected is not None:
+            carried = _with_card(new / "README.md", report, carried, [serving.headline(), _losses(loss_before, loss_after)])
     rows = next(iter(batches[0][0].values()))
     counts = (before, _parameters(model), half * BATCH, rows.shape[1])
-    return Loss(report, loss_before, loss_after, *counts, carried)
+    return Loss(report, loss_before, loss_after, *counts, carried, serving)
+
+
+def _losses(before: float, after: float) -> str:
+    return f"loss on held-out data {before:.4f} → {after:.4f} nats per prediction"
+
+
+def _with_card(card: Path, report: Report, carried: Carried, facts: Sequence[str]) -> Carried:
+    """What was carried, after the card was told of the cut."""
+    if card.name not in carried.files:
+        return carried
+    try:
+        extend_card(card, report, facts)
+    except CheckpointError as error:
+        return replace(carried, unextended=str(error))
+    return replace(carried, files=tuple(one for one in carried.files if one != card.name), extended=(card.name,))
+
+
+class _Bill:
+    """The serving report of a model that is about to be cut.
+
+    Args:
+        model: as it is before the cut.
+        memory: see `Serving`.
+        speed: whether to measure the speed of generation.
+    """
+
+    def __init__(self, model: nn.Module, memory: int | None, speed: bool) -> None:
+        self._model, self._memory = model, memory
+        self._attention = attention_of(model)
+        self._before = Memory.of(model, self._attention)
+        self._speed = decoding_speed(model) if speed else None
+
+    def after_the_cut(self) -> Serving:
+        """The report, when the model has been cut."""
+        speeds = (self._speed, None if self._speed is None else decoding_speed(self._model))
+        known = tuple(one for one in speeds if one is not None)
+        return Serving(self._before, Memory.of(self._model, self._attention), self._memory, known)
 
 
 def _resave(model: nn.Module, source: Path, target: Path) -> Carried:
@@ -172,12 +232,16 @@ class Prospect:
         states: state dimension of every layer afterwards.
         refused: why, for the layers that may not be cut.
         parameters: number of the model's parameters afterwards.
+        state_bytes: what one sequence would keep in the recurrent layers.
+        targets: the kernels and servers that would take all layers.
     """
 
     tolerance: float
     states: dict[str, int]
     refused: dict[str, str]
     parameters: int
+    state_bytes: int
+    targets: tuple[Target, ...]
 
 
 @dataclass(frozen=True)
@@ -188,16 +252,19 @@ class Analysis:
         spectrum: Hankel singular values of every layer.
         parameters: number of the model's parameters.
         prospects: what cuts would do, one for every tolerance that was tried.
+        memory: the bytes of the model as it is.
     """
 
     spectrum: Spectrum
     parameters: int
     prospects: tuple[Prospect, ...]
+    memory: Memory
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
         cuts = [asdict(prospect) for prospect in self.prospects]
-        return {"layers": self.spectrum.to_dict(), "parameters": self.parameters, "cuts": cuts}
+        memory = self.memory.to_dict()
+        return {"layers": self.spectrum.to_dict(), "parameters": self.parameters, "memory": memory, "cuts": cuts}
 
     def table(self) -> Table:
         """For the terminal: how many states each layer needs, and the model in all."""
@@ -216,8 +283,17 @@ class Analysis:
         made.add_section()
         total = sum(layer.states for layer in self.spectrum)
         made.add_row("all", str(total), *(str(sum(one.states.values())) for one in self.prospects))
+        sizes = (human(one.state_bytes) for one in self.prospects)
+        made.add_row("bytes per sequence", human(self.memory.checkpoint), *sizes)
         made.add_row("parameters", f"{self.parameters:,}", *(f"{one.parameters:,}" for one in self.prospects))
         return made
+
+    @property
+    def takers(self) -> list[str]:
+        """A line for every cut that was tried: the kernels and servers that would take its sizes."""
+        return [
+            f"τ = {one.tolerance:g}: taken by {', '.join(one.targets) or 'no known target'}" for one in self.prospects
+        ]
 
     @property
     def refusals(self) -> list[str]:
@@ -237,6 +313,7 @@ def analyze_checkpoint(
     length: int = 512,
     tolerances: Sequence[float] = (0.1, 0.01, 0.001),
     gramians: Gramians | None = None,
+    target: Target | None = None,
 ) -> Analysis:
     """How many states every layer of a checkpoint really uses, and what cuts would save; see `compressm.analyze`.
 
@@ -247,11 +324,14 @@ def analyze_checkpoint(
         tolerances: of the cuts that are tried.
         gramians: ``"loss"`` also tells what states are worth to the loss, by one backward pass per batch, with the
             model's own predictions as labels; see `compressm.analyze`.
+        target: try sizes only that these kernels or this server take.
 
     Raises:
         CheckpointError, ConfigError, UnsupportedModelError: as `compress_checkpoint`.
     """
     model, tokenizer, _ = read_checkpoint(Path(checkpoint))
+    rules = [RankRule(tolerance=one, min_reduction=0.0, target=target) for one in tolerances]
+    check_model_sizes(model, rules[0])
     loss: Likelihood | None = "classification" if gramians == "loss" else None
     balancing_of(gramians, loss, data)
     moments, evidence = None, None
@@ -264,18 +344,23 @@ def analyze_checkpoint(
     balancings = balance_layers(model, moments=moments, covariances=None if evidence is None else evidence.covariances)
     layers = find_layers(model)
     cuts = MadeCuts(layers, balancings, "hankel", None if evidence is None else evidence.fishers)
-    prospects = tuple(_prospect(model, balancings, cuts, tolerance) for tolerance in tolerances)
+    memory = Memory.of(model, attention_of(model))
+    prospects = tuple(_prospect(model, balancings, cuts, rule, memory) for rule in rules)
     rises = None if evidence is None else damage_curves(layers, balancings, cuts, evidence)
-    return Analysis(Spectrum.of(balancings, rises), _parameters(model), prospects)
+    return Analysis(Spectrum.of(balancings, rises), _parameters(model), prospects, memory)
 
 
-def _prospect(model: nn.Module, balancings: Mapping[str, Balanced], cuts: MadeCuts, tolerance: float) -> Prospect:
-    rule = RankRule(tolerance=tolerance, min_reduction=0.0)
+def _prospect(
+    model: nn.Module, balancings: Mapping[str, Balanced], cuts: MadeCuts, rule: RankRule, memory: Memory
+) -> Prospect:
     plan = plan_reduction(model, rule, balancings=balancings, cuts=cuts)
-    smaller = copy.deepcopy(model)
-    plan.apply(smaller)
     refused = {layer.name: layer.reason for layer in plan.report.layers if layer.outcome == "refused"}
-    return Prospect(tolerance, plan.report.state_dims, refused, _parameters(smaller))
+    dims, parameters = plan.report.state_dims, _parameters(model)
+    for name, change in plan.changes.items():
+        layer = model.get_submodule(name)
+        parameters += sum(new.numel() - layer.get_parameter(one).numel() for one, new in change.values().items())
+    smaller = memory.resized(dims)
+    return Prospect(rule.tolerance or 0.0, dims, refused, parameters, smaller.checkpoint, smaller.takers())
 
 
 def _parameters(model: nn.Module) -> int:

@@ -13,7 +13,9 @@ from compressm.errors import CheckpointError, ConfigError, MissingExtraError
 from compressm.lab.data.arrays import Arrays, are_arrays, read_arrays
 from compressm.layers import LanguageModel, SequenceClassifier
 from compressm.observing.expected import Expected
+from compressm.saving import mamba_ssm_format
 from compressm.saving.checkpoint import load
+from compressm.saving.mamba_ssm_format import is_mamba_ssm
 from compressm.saving.source_folder import some
 
 BATCH = 4  # sequences
@@ -30,18 +32,33 @@ def read_checkpoint(folder: Path) -> tuple[nn.Module, Any, list[str] | None]:
     Raises:
         CheckpointError: no checkpoint, or one that cannot be loaded as a causal language model.
     """
-    own = (folder / "compressm.json").is_file()
+    own, theirs = (folder / "compressm.json").is_file(), is_mamba_ssm(folder)
     if not own and not (folder / "config.json").is_file():
         raise CheckpointError(
             f"{folder} is no checkpoint: expected a folder with config.json (Hugging Face) or compressm.json"
         )
-    model, tokenizer, unexpected = (load(folder), None, None) if own else _hugging_face(folder)
-    return model.eval(), tokenizer, unexpected
+    if own:
+        return load(folder).eval(), None, None
+    if theirs:
+        return mamba_ssm_format.load(folder), _tokenizer(folder), []
+    return _hugging_face(folder)
+
+
+def _tokenizer(folder: Path) -> Any:
+    """The tokenizer in a checkpoint's folder; None without one."""
+    from transformers import AutoTokenizer
+
+    if not any(path for pattern in _TOKENIZERS for path in folder.glob(pattern)):
+        return None
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"the tokenizer in {folder} cannot be loaded: {_first_line(error)}") from error
 
 
 def _hugging_face(folder: Path) -> tuple[nn.Module, Any, list[str]]:
     try:
-        from transformers import AutoModelForCausalLM, AutoTokenizer
+        from transformers import AutoModelForCausalLM
     except ModuleNotFoundError as error:
         raise MissingExtraError(
             'a Hugging Face checkpoint needs transformers: pip install "compressm[transformers]"'
@@ -56,13 +73,7 @@ def _hugging_face(folder: Path) -> tuple[nn.Module, Any, list[str]]:
             f"{folder} lacks {some(missing)}, which transformers would draw at random: copy the folder again, or save "
             "the model that you trained"
         )
-    unexpected = list(info["unexpected_keys"])
-    if not any(path for pattern in _TOKENIZERS for path in folder.glob(pattern)):
-        return model, None, unexpected
-    try:
-        return model, AutoTokenizer.from_pretrained(folder, local_files_only=True), unexpected
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"the tokenizer in {folder} cannot be loaded: {_first_line(error)}") from error
+    return model.eval(), _tokenizer(folder), list(info["unexpected_keys"])
 
 
 def _first_line(error: Exception) -> str:

@@ -46,15 +46,21 @@ class Carried:
         tensors: names of the tensors that transformers does not load.
         files: files, beside weights and config.
         left: files that were not copied, and why.
+        extended: files that were copied and completed: the card.
+        unextended: why the card was copied as it was; empty where it was not.
     """
 
     tensors: tuple[str, ...] = ()
     files: tuple[str, ...] = ()
     left: Mapping[str, str] | None = None
+    extended: tuple[str, ...] = ()
+    unextended: str = ""
 
     def __str__(self) -> str:
         lines = [f"tensors that transformers does not load, copied: {some(self.tensors)}"] if self.tensors else []
         lines += [f"files copied: {some(self.files)}"] if self.files else []
+        lines += [f"card extended: {', '.join(self.extended)}"] if self.extended else []
+        lines += [f"card copied as it was: {self.unextended}"] if self.unextended else []
         lines += [f"not copied: {name} ({reason})" for name, reason in (self.left or {}).items()]
         return "\n".join(lines)
 
