@@ -24,6 +24,7 @@ from compressm.cutting.spectrum import balance_layers
 from compressm.errors import InvalidSystemError
 from compressm.observing.held_out import Halves, halved
 from compressm.observing.loss_evidence import LossEvidence
+from compressm.runtime.paging import layer_done
 from compressm.theory.balanced import Balanced
 from compressm.theory.balancing import Method, Reduction
 from compressm.theory.fisher import MaskFisher
@@ -252,6 +253,7 @@ def _check_finite(layers: Layers) -> None:
                     "finite; look at the data first, then go back to a checkpoint from before that, or lower the "
                     "learning rate"
                 )
+        layer_done()
 
 
 def _decide(kept: LayerReport, cuts: MadeCuts, states: int, rule: RankRule) -> _Decision:

@@ -9,6 +9,7 @@ from torch import nn
 from compressm.adapters import find_layers
 from compressm.adapters.base import cut_parameters, resized, tell_written, write
 from compressm.errors import CheckpointError
+from compressm.runtime.paging import layer_done
 from compressm.theory.geometry import Geometry
 from compressm.theory.ranks import RankRule
 from compressm.theory.targets import check_target, legal_sizes
@@ -21,7 +22,11 @@ def state_dims(model: nn.Module) -> dict[str, int]:
 
 def geometries(model: nn.Module) -> dict[str, Geometry]:
     """The geometry of every layer that has a reducible state, by layer name."""
-    return {name: adapter.geometry(layer) for name, (layer, adapter) in find_layers(model).items()}
+    found: dict[str, Geometry] = {}
+    for name, (layer, adapter) in find_layers(model).items():
+        found[name] = adapter.geometry(layer)
+        layer_done()
+    return found
 
 
 def checked_sizes(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -21,7 +20,7 @@ from compressm.cutting.nats import damage_curves
 from compressm.cutting.serving import Memory, Serving, attention_of, decoding_speed, human
 from compressm.cutting.spectrum import Spectrum, balance_layers, balancing_of
 from compressm.errors import CheckpointError
-from compressm.lab.one_shot_inputs import BATCH, read_batches, read_checkpoint
+from compressm.lab.one_shot_inputs import BATCH, Checkpoint, read_batches, read_checkpoint
 from compressm.layers import LanguageModel
 from compressm.observing.labels import Likelihood
 from compressm.observing.loss_evidence import Gramians, evidence_on
@@ -30,7 +29,7 @@ from compressm.runtime.files import read_pair
 from compressm.saving import mamba_ssm_format
 from compressm.saving.card import extend_card, model_card
 from compressm.saving.checkpoint import save_with_history
-from compressm.saving.mamba_ssm_format import is_mamba_ssm
+from compressm.saving.mapped import save_mapped
 from compressm.saving.source_folder import Carried, carry, contents, copy_files, new_folder, unloaded
 from compressm.theory.balanced import Balanced
 from compressm.theory.ranks import RankRule
@@ -141,36 +140,45 @@ def compress_checkpoint(
     )  # fmt: skip
     loss: Likelihood | None = "classification" if gramians == "loss" or max_loss is not None else None
     check_rule(rule, balancing_of(gramians, loss, data))
-    folder, target = Path(checkpoint), Path(output)
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise CheckpointError(f"output {target} exists and is not an empty folder: choose another")
-    model, tokenizer, unexpected = read_checkpoint(folder)
+    folder, place = Path(checkpoint), Path(output)
+    if place.exists() and (not place.is_dir() or any(place.iterdir())):
+        raise CheckpointError(f"output {place} exists and is not an empty folder: choose another")
+    read = read_checkpoint(folder)
+    model = read.model
     check_model_sizes(model, rule)
-    theirs = is_mamba_ssm(folder)
-    extra = None if unexpected is None or theirs else unloaded(model, folder, unexpected)
-    bill = _Bill(model, memory, speed)
-    batches = read_batches(model, tokenizer, Path(data), 2 * sequences, length, halves=2)
+    extra = unloaded(model, folder, read.unexpected) if read.format == "transformers" else {}
+    batches = read_batches(model, read.tokenizer, Path(data), 2 * sequences, length, halves=2)
     half = len(batches) // 2
-    before, contained = _parameters(model), contents(model)
-    seen = [inputs for inputs, _ in batches[:half]]
-    with _fast(model):
-        loss_before = _loss(model, batches[half:])
-        report = plan_on(model, rule, seen, [inputs for inputs, _ in batches[half:]], loss).apply(model)
-        loss_after = _loss(model, batches[half:])
-    serving = bill.after_the_cut()
-    with new_folder(target) as new:
-        if theirs:
-            carried = Carried((), *copy_files(folder, new, mamba_ssm_format.save(model, folder, new)))
-        elif extra is None:
-            carried = _resave(model, folder, new)
-        else:
-            cast("Any", model).save_pretrained(new)
-            carried = carry(folder, new, model, extra, contained)
-        if unexpected is not None:
-            carried = _with_card(new / "README.md", report, carried, [serving.headline(), _losses(loss_before, loss_after)])
+    before, contained = _parameters(model), contents(model) if read.mapped is None else set[bytes]()
+    seen, held_out = [inputs for inputs, _ in batches[:half]], batches[half:]
+    with read.at_work("reading the data", 4 * half + (2 * half if loss else 0)):
+        bill = _Bill(model, memory, speed)
+        loss_before = _loss(model, held_out)
+        report = plan_on(model, rule, seen, [inputs for inputs, _ in held_out], loss).apply(model)
+        loss_after = _loss(model, held_out)
+        serving = bill.after_the_cut()
+        with new_folder(place) as new:
+            carried = _saved(read, folder, new, extra, contained)
+            if read.format != "compressm":
+                facts = [serving.headline(), _losses(loss_before, loss_after)]
+                carried = _with_card(new / "README.md", report, carried, facts)
     rows = next(iter(batches[0][0].values()))
     counts = (before, _parameters(model), half * BATCH, rows.shape[1])
+    if read.mapped is not None:
+        read.mapped.pager.close()
     return Loss(report, loss_before, loss_after, *counts, carried, serving)
+
+
+def _saved(read: Checkpoint, source: Path, target: Path, extra: Mapping[str, Path], contained: set[bytes]) -> Carried:
+    """Write the model in the format that it came in, and say what was carried beside it."""
+    if read.mapped is not None:
+        return save_mapped(read.mapped, source, target)
+    if read.format == "mamba_ssm":
+        return Carried((), *copy_files(source, target, mamba_ssm_format.save(read.model, source, target)))
+    if read.format == "compressm":
+        return _resave(read.model, source, target)
+    cast("Any", read.model).save_pretrained(target)
+    return carry(source, target, read.model, extra, contained)
 
 
 def _losses(before: float, after: float) -> str:
@@ -329,24 +337,28 @@ def analyze_checkpoint(
     Raises:
         CheckpointError, ConfigError, UnsupportedModelError: as `compress_checkpoint`.
     """
-    model, tokenizer, _ = read_checkpoint(Path(checkpoint))
+    read = read_checkpoint(Path(checkpoint))
+    model = read.model
     rules = [RankRule(tolerance=one, min_reduction=0.0, target=target) for one in tolerances]
     check_model_sizes(model, rules[0])
     loss: Likelihood | None = "classification" if gramians == "loss" else None
     balancing_of(gramians, loss, data)
-    moments, evidence = None, None
+    batches: list[Any] = []
     if data is not None:
-        read = read_batches(model, tokenizer, Path(data), sequences, length, labelled=False)
-        batches = [inputs for inputs, _ in read]
-        with _fast(model):
-            moments = gather(model, batches)
-            evidence = None if loss is None else evidence_on(model, batches, loss)
-    balancings = balance_layers(model, moments=moments, covariances=None if evidence is None else evidence.covariances)
-    layers = find_layers(model)
-    cuts = MadeCuts(layers, balancings, "hankel", None if evidence is None else evidence.fishers)
-    memory = Memory.of(model, attention_of(model))
-    prospects = tuple(_prospect(model, balancings, cuts, rule, memory) for rule in rules)
-    rises = None if evidence is None else damage_curves(layers, balancings, cuts, evidence)
+        pairs = read_batches(model, read.tokenizer, Path(data), sequences, length, labelled=False)
+        batches = [inputs for inputs, _ in pairs]
+    with read.at_work("reading the data", len(batches) * (1 if loss is None else 2)):
+        moments = gather(model, batches) if batches else None
+        evidence = evidence_on(model, batches, loss) if batches and loss is not None else None
+        covariances = None if evidence is None else evidence.covariances
+        balancings = balance_layers(model, moments=moments, covariances=covariances)
+        layers = find_layers(model)
+        cuts = MadeCuts(layers, balancings, "hankel", None if evidence is None else evidence.fishers)
+        memory = Memory.of(model, attention_of(model))
+        prospects = tuple(_prospect(model, balancings, cuts, rule, memory) for rule in rules)
+        rises = None if evidence is None else damage_curves(layers, balancings, cuts, evidence)
+    if read.mapped is not None:
+        read.mapped.pager.close()
     return Analysis(Spectrum.of(balancings, rises), _parameters(model), prospects, memory)
 
 
@@ -375,8 +387,11 @@ def _loss(model: nn.Module, batches: list[tuple[dict[str, Tensor], Tensor]]) -> 
         logits: Tensor = out if isinstance(out, Tensor) else out.logits
         if logits.ndim == 3:
             targets = _without_padding(model, inputs, targets)
-            logits, targets = logits[:, :-1].flatten(0, 1), targets[:, 1:].flatten()
-        losses.append(float(F.cross_entropy(logits.float(), targets)))
+            logits, targets = logits[:, :-1], targets[:, 1:]
+        # Sequence by sequence, since a large vocabulary makes logits in float32 larger than the model.
+        rows = zip(logits, targets, strict=True)
+        total = sum(float(F.cross_entropy(one.float(), wanted, reduction="sum")) for one, wanted in rows)
+        losses.append(total / int((targets != -100).sum()))
     return sum(losses) / len(losses)
 
 
@@ -384,12 +399,6 @@ def _without_padding(model: nn.Module, inputs: Mapping[str, Tensor], tokens: Ten
     """The tokens, with padding replaced by the label that cross entropy ignores."""
     present = model.present(**inputs) if isinstance(model, LanguageModel) else inputs.get("attention_mask")
     return tokens if present is None else tokens.masked_fill(present == 0, -100)
-
-
-def _fast(model: nn.Module) -> contextlib.AbstractContextManager[Any]:
-    from compressm.integrations.hf_scan import can_be_fast, fast_scan
-
-    return fast_scan(model) if can_be_fast(model) else contextlib.nullcontext()
 
 
 __all__ = ["Loss", "compress_checkpoint"]
