@@ -11,7 +11,9 @@ from __future__ import annotations
 import json
 import mmap
 import os
+import shutil
 import tempfile
+import weakref
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -79,7 +81,7 @@ class Pager:
 
     def __init__(self) -> None:
         self._maps: dict[Path, mmap.mmap] = {}
-        self._scratch = tempfile.TemporaryDirectory(prefix="compressm-")
+        self._scratch: Path | None = None
         self._count = 0
 
     def tensor(self, file: Path, place: Place) -> Tensor:
@@ -95,7 +97,10 @@ class Pager:
 
     def stored(self, value: Tensor) -> Tensor:
         """The same values, in a scratch file."""
-        file = Path(self._scratch.name) / f"{self._count}.safetensors"
+        if self._scratch is None:
+            self._scratch = Path(tempfile.mkdtemp(prefix="compressm-"))
+            weakref.finalize(self, shutil.rmtree, self._scratch, ignore_errors=True)
+        file = self._scratch / f"{self._count}.safetensors"
         self._count += 1
         with SafetensorsWriter(file, {"value": value}) as writer:
             writer.write(value)
@@ -119,7 +124,8 @@ class Pager:
     def close(self) -> None:
         """Delete the scratch files. Mapped tensors stay readable as long as they are used."""
         self._maps.clear()
-        self._scratch.cleanup()
+        if self._scratch is not None:
+            shutil.rmtree(self._scratch, ignore_errors=True)
 
 
 _ACTIVE: ContextVar[Pager | None] = ContextVar("pager", default=None)
