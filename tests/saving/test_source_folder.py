@@ -87,6 +87,14 @@ def stored(folder: Path) -> dict[str, Tensor]:
     return tensors
 
 
+def test_a_card_with_unreadable_metadata_is_copied_as_it_is_and_named(tmp_path: Path, text: Path) -> None:
+    nemotron(tmp_path / "big")
+    (tmp_path / "big" / "README.md").write_text(card := "---\nlicense: : :\n---\n# A\n")
+    result = compress_checkpoint(tmp_path / "big", tmp_path / "small", text, states=2, sequences=4, length=32)
+    assert (tmp_path / "small" / "README.md").read_text() == card
+    assert "card copied as it was: README.md: its metadata cannot be read" in str(result)
+
+
 @pytest.mark.parametrize("shards", ["50GB", "4KB"])
 @pytest.mark.parametrize("tied", [False, True])
 def test_every_tensor_and_every_file_reaches_the_output(shards: str, tied: bool, tmp_path: Path, text: Path) -> None:
@@ -116,9 +124,17 @@ def test_every_tensor_and_every_file_reaches_the_output(shards: str, tied: bool,
         assert after[name].dtype == value.dtype
         assert torch.equal(after[name], value)
     assert result.carried.tensors == tuple(sorted(extra))
-    for name, content in {**OTHER_FILES, "generation_config.json": generation}.items():
+    as_they_were = {**OTHER_FILES, "generation_config.json": generation}
+    card = as_they_were.pop("README.md")
+    for name, content in as_they_were.items():
         assert (small / name).read_text() == content, name
-    assert set(result.carried.files) == {*OTHER_FILES, "generation_config.json"}
+    assert set(result.carried.files) == set(as_they_were)
+    extended = (small / "README.md").read_text()
+    assert result.carried.extended == ("README.md",)
+    assert "license: apache-2.0" in extended
+    assert card.rpartition("---\n")[2].strip() in extended
+    assert "| 2 | 6 | 2 |" in extended
+    assert "- compressed\n" in extended
     assert set(result.carried.left or {}) == {*STALE_FILES, ".cache"}
     for name in (*STALE_FILES, ".cache"):
         assert not (small / name).exists()

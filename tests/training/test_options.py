@@ -34,6 +34,7 @@ VALUES: dict[str, tuple[list[Any], list[Any]]] = {
     "min_reduction": ([0, 0.05, 0.99], [1, -0.1, math.nan, None]),
     "max_reduction": ([0.01, 0.5, 1, 1.0], [0, 1.01, -0.5, math.nan, True]),
     "per_layer": ([True, False], ["no", None, 2]),
+    "target": ([None], ["tensorrt", 1]),
     "layers": (["", ["blocks.0", "*"], ("a",), lambda name, layer: True], [3, True, ["a", 1]]),
     "exclude": (["blocks.?", ["blocks.0"]], [3, 0.5, [None]]),
     "cuts": ([1, 4, 4.0], [0, 1.5, "4", None]),

@@ -12,6 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from compressm.adapters.changes import (
@@ -25,6 +26,7 @@ from compressm.adapters.changes import (
 )
 from compressm.adapters.composed import composed_tensors
 from compressm.adapters.cuts import Cuts, LinearCuts, SelectiveCuts
+from compressm.adapters.geometry import of_signals, one_token
 from compressm.adapters.left_out import is_left_out
 from compressm.adapters.plain import check_readable, computed_tensors
 from compressm.adapters.refused import reason_refused
@@ -34,6 +36,7 @@ from compressm.theory.balancing import Balancing, Method, Reduction, balance
 from compressm.theory.covariance import balance_covariances
 from compressm.theory.evidence import Covariances
 from compressm.theory.fisher import MaskFisher
+from compressm.theory.geometry import Geometry
 from compressm.theory.recurrence import Moments, SelectiveBalancing, SelectiveReduction, Signals, balance_selective
 from compressm.theory.selection import Selection
 from compressm.theory.systems import DiagonalSystem
@@ -97,6 +100,10 @@ class LayerAdapter(ABC):
                 layers that take no map of their vectors.
         """
 
+    @abstractmethod
+    def geometry(self, layer: nn.Module) -> Geometry:
+        """The sizes of what the layer carries from one token to the next; see `Geometry`."""
+
     def system(self, layer: nn.Module) -> DiagonalSystem | None:
         """The system that the layer computes; None if its recurrence depends on the data."""
         del layer
@@ -132,6 +139,12 @@ class Adapter(LayerAdapter):
     def system(self, layer: nn.Module) -> DiagonalSystem:
         """The system that the layer computes."""
         return self.read(layer_values(layer))
+
+    def geometry(self, layer: nn.Module) -> Geometry:
+        """Complex states, each two numbers; one system for all channels, or one for each."""
+        states = self.state_dim(layer)
+        dtype = next(value.dtype for value in layer_values(layer).values() if value.is_floating_point())
+        return Geometry("lti", states, 2 * self.system(layer).lam.numel() // states, state_dtype=dtype)
 
     def balance(
         self, layer: nn.Module, evidence: Moments | Covariances | None = None, method: Method = "real"
@@ -169,6 +182,8 @@ class SelectiveAdapter(LayerAdapter):
             then projected by an orthonormal basis, and so is C unless ``folds_out`` allows any map of it.
         entrance: a submodule that the layer calls once, with its own input. It lets the layer be observed when its
             ``forward`` is called directly. None if there is none; such calls are then refused.
+        keeps_last: whether the window of the layer's convolution, as it is carried, includes the present input.
+        state_dtype: of the state that the layer carries; None for that of its activations.
     """
 
     needs_data = True
@@ -176,6 +191,8 @@ class SelectiveAdapter(LayerAdapter):
     folds_out: bool = False
     rotates: bool = False
     entrance: str | None = None
+    keeps_last: bool = False
+    state_dtype: torch.dtype | None = None
 
     def maps(self, layer: nn.Module) -> tuple[bool, bool, bool]:
         """``folds_into``, ``folds_out`` and ``rotates`` of one layer; override it if they depend on its options."""
@@ -190,6 +207,18 @@ class SelectiveAdapter(LayerAdapter):
             layer: the layer, which must not be changed; autograd is off.
             hidden: some sequences of a batch that the layer was called with, shape ``(batch, length, d_model)``.
         """
+
+    def geometry(self, layer: nn.Module) -> Geometry:
+        """From the layer's `signals` for one token, and from its convolutions."""
+        with torch.no_grad():
+            signals = self.signals(layer, one_token(layer))
+        return of_signals(
+            layer,
+            signals,
+            states=self.state_dim(layer),
+            keeps_last=self.keeps_last,
+            state_dtype=self.state_dtype,
+        )
 
     def carried(self, layer: nn.Module, arguments: Mapping[str, Any]) -> Any:
         """The state from which a call of the layer continues, for `signals_after`; None if its states start at zero.

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from compressm.adapters.composed import Composed, composed_tensors
 from compressm.errors import UnsupportedModelError
+from compressm.runtime.paging import is_paging, layer_done, stored
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,14 @@ class LayerChange:
         return {
             name: value for change in self.parameters for name, value in zip(change.names, change.values, strict=True)
         }
+
+    def in_files(self) -> LayerChange:
+        """The same change; its values are in files if those of the model are, see `compressm.runtime.paging`."""
+        if not is_paging():
+            return self
+        parameters = tuple(replace(one, values=tuple(map(stored, one.values))) for one in self.parameters)
+        layer_done()
+        return replace(self, parameters=parameters)
 
     def cpu(self) -> LayerChange:
         """The same change with all tensors on the CPU."""
@@ -172,8 +181,10 @@ def write(layer: nn.Module, change: LayerChange) -> None:
             # keeps the old shape for as long as a reference to the last loss exists.
             other = torch.float16 if parameter.dtype != torch.float16 else torch.float32
             parameter.data = torch.empty(0, dtype=other, device=device)
-        # Copy the values: the same change may be written into several models, such as averaged copies.
-        parameter.data = value.to(device=device, copy=True, memory_format=torch.contiguous_format)
+        # Copy the values: the same change may be written into several models, such as averaged copies. In a model that
+        # lives in files they do too, and nobody trains it.
+        copy = not is_paging()
+        parameter.data = value.to(device=device, copy=copy, memory_format=torch.contiguous_format)
         parameter.grad = None
     for path, value in change.attributes.items():
         prefix, _, name = path.rpartition(".")

@@ -198,7 +198,7 @@ class SelectiveCuts(Cuts):
         estimate = reduction.estimate
         if not estimate.valid:
             return Proposal(reduction.states, None, estimate, "; ".join(estimate.failures))
-        change = self._plan(self._values, reduction)
+        change = self._plan(self._values, reduction).in_files()
         return Proposal(reduction.states, change, estimate, energy_kept=estimate.energy_kept, reduction=reduction)
 
     def _reduction(self, states: int) -> SelectiveReduction:

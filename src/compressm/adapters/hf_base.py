@@ -64,6 +64,8 @@ class HuggingFaceAdapter(SelectiveAdapter):
 
     uniform = True
     config_field = "state_size"
+    keeps_last = True
+    state_dtype = torch.float32
 
     def __init__(self, layer_type: str) -> None:
         self.layer_type = layer_type

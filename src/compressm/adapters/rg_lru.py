@@ -98,6 +98,7 @@ class RecurrentGemmaAdapter(HuggingFaceAdapter, RecurrentBlockAdapter):
 
     config_field = "lru_width"
     entrance = None
+    keeps_last = False
 
     def signals(self, layer: nn.Module, hidden: Tensor) -> Signals:
         """As the parent's, except for the first token, whose input RecurrentGemma does not scale by the decay."""

@@ -6,7 +6,18 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from compressm.cli.common import printed, write_result
-from compressm.cli.options import PICTURES, Checkpoint, JsonFile, Length, OwnData, OwnModel, command_line, file_option
+from compressm.cli.options import (
+    PICTURES,
+    Checkpoint,
+    JsonFile,
+    Length,
+    MemorySize,
+    OwnData,
+    OwnModel,
+    TargetName,
+    command_line,
+    file_option,
+)
 from compressm.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -24,6 +35,8 @@ def analyze(
     ] = None,
     sequences: Annotated[int, typer.Option(help="Sequences to look at.")] = 32,
     length: Length = 512,
+    target: TargetName = None,
+    memory: MemorySize = None,
     plot: Annotated[
         Path | None, file_option(help="Draw the spectra into this file.", endings=(".html", *PICTURES))
     ] = None,
@@ -32,12 +45,18 @@ def analyze(
     """Show how many states each layer of a trained model really uses, and what a cut would save."""
     from rich.console import Console
 
+    from compressm.cutting.serving import Serving, parse_bytes
     from compressm.lab.one_shot import analyze_checkpoint
 
-    analysis = analyze_checkpoint(checkpoint, data, sequences=sequences, length=length, gramians=gramians, build=model)
+    device = None if memory is None else parse_bytes(memory)
+    analysis = analyze_checkpoint(
+        checkpoint, data, sequences=sequences, length=length, gramians=gramians, build=model, target=target
+    )
     if not printed(json):
+        for line in Serving(analysis.memory, analysis.memory, device).lines():
+            print(line)
         Console().print(analysis.table())
-        for line in analysis.refusals:
+        for line in (*analysis.takers, *analysis.refusals):
             print(line)
     if plot is not None:
         _draw(analysis.spectrum, plot)

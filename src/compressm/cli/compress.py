@@ -6,7 +6,16 @@ from typing import Annotated, Literal
 import typer
 
 from compressm.cli.common import printed, write_result
-from compressm.cli.options import Checkpoint, JsonFile, Length, OwnData, OwnModel, command_line
+from compressm.cli.options import (
+    Checkpoint,
+    JsonFile,
+    Length,
+    MemorySize,
+    OwnData,
+    OwnModel,
+    TargetName,
+    command_line,
+)
 from compressm.errors import ConfigError
 
 
@@ -24,23 +33,29 @@ def compress(
     max_loss: Annotated[
         float | None, typer.Option(help="Rise of the loss that the cut may cost, in nats per prediction.")
     ] = None,
+    multiple_of: Annotated[int, typer.Option(help="Prefer state dimensions that are a multiple of this.")] = 1,
+    target: TargetName = None,
     gramians: Annotated[
         Literal["white", "loss"] | None,
         typer.Option(help="Balance by white noise, or by data and loss [loss with --max-loss, else white]."),
     ] = None,
     sequences: Annotated[int, typer.Option(help="Sequences to cut by, and as many to measure the loss on.")] = 32,
     length: Length = 512,
+    memory: MemorySize = None,
+    speed: Annotated[bool, typer.Option("--speed", help="Measure tokens per second on this machine.")] = False,
     json: JsonFile = None,
 ) -> None:
     """Cut a trained checkpoint once, and show what was lost."""
+    from compressm.cutting.serving import parse_bytes
     from compressm.lab.one_shot import compress_checkpoint
 
     if output is None and not dry_run:
         raise ConfigError("--output: missing; name a new folder for the smaller checkpoint, or try with --dry-run")
     loss = compress_checkpoint(
         checkpoint, None if dry_run else output, data, build=model, states=states, tolerance=tolerance,
-        fraction=fraction, total_states=total_states, max_loss=max_loss, gramians=gramians, sequences=sequences,
-        length=length,
+        fraction=fraction, total_states=total_states, max_loss=max_loss, multiple_of=multiple_of, target=target,
+        gramians=gramians, sequences=sequences, length=length,
+        memory=None if memory is None else parse_bytes(memory), speed=speed,
     )  # fmt: skip
     if not printed(json):
         print(loss)

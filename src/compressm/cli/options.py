@@ -7,7 +7,7 @@ This module and those of the commands import typer, so `compressm.cli.main` impo
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -58,6 +58,13 @@ OwnData = Annotated[
     ),
 ]
 Length = Annotated[int, typer.Option(help="Tokens per sequence.")]
+TargetName = Annotated[
+    Literal["mamba_ssm", "vllm", "sglang", "flashinfer", "llama.cpp", "transformers"] | None,
+    typer.Option("--target", help="Cut to sizes only that these kernels or this server take."),
+]
+MemorySize = Annotated[
+    str | None, typer.Option("--memory", metavar="SIZE", help="Say how many sequences a memory holds, such as 40GB.")
+]
 
 __all__ = [
     "PICTURES",
@@ -65,8 +72,10 @@ __all__ = [
     "JsonFile",
     "Length",
     "MarkdownFile",
+    "MemorySize",
     "OwnData",
     "OwnModel",
+    "TargetName",
     "command_line",
     "file_option",
 ]

@@ -22,9 +22,10 @@ from compressm.cutting.metrics import Better, measure, sign_of
 from compressm.cutting.plan import Plan, must_be_alike, plan_reduction
 from compressm.cutting.report import Report
 from compressm.cutting.rise import measured_rise
-from compressm.cutting.sizes import resize_states, state_dims
+from compressm.cutting.serving import Memory, Serving
+from compressm.cutting.sizes import checked_sizes, resize_states, state_dims
 from compressm.cutting.spectrum import balance_layers, balancing_of
-from compressm.errors import EvaluationError, InvalidRankRuleError
+from compressm.errors import EvaluationError, InvalidRankRuleError, UnsupportedModelError
 from compressm.observing.held_out import gather_halves, joined, twice_readable
 from compressm.observing.loss_evidence import Gramians, Loss, LossEvidence, divided, evidence_on
 from compressm.runtime.processes import from_first_rank, raised_on_all
@@ -33,6 +34,7 @@ from compressm.theory.balancing import Method
 from compressm.theory.ranks import RankRule, check_choice, check_sizes, largest_reduction
 from compressm.theory.recurrence import Moments
 from compressm.theory.selection import Selection
+from compressm.theory.targets import Target
 
 # Under `max_drop`: the number of cuts to try, and the range of their tolerances.
 _TRIALS, _LEAST, _LARGEST = 10, 1e-5, 0.99
@@ -57,6 +59,7 @@ def compress(
     min_reduction: float = 0.0,
     max_reduction: float | None = None,
     per_layer: bool = False,
+    target: Target | None = None,
     layers: Which | None = None,
     exclude: Which | None = None,
     method: Method = "real",
@@ -90,6 +93,7 @@ def compress(
             ``max_error``, ``max_loss`` and ``max_drop``, and no limit under ``states``, ``fraction`` and
             ``total_states``.
         per_layer: let the layers of a Hugging Face model differ in their state dimension; see `RankRule`.
+        target: cut to sizes only that these kernels or this server take; see `compressm.theory.targets`.
         layers: cut these layers only: a name, a glob, a list of these, or a function of a layer's name and the layer.
         exclude: leave these layers as they are, and ask nothing of them; as ``layers``.
         method: ``"real"`` or ``"complex"``, for linear time-invariant layers.
@@ -132,6 +136,7 @@ def compress(
         min_reduction=min_reduction,
         max_reduction=largest_reduction(max_reduction, size=(states, fraction, total_states) != (None, None, None)),
         per_layer=per_layer,
+        target=target,
     )
     gramians = balancing_of(gramians, loss, data, method, selection)
     check_rule(rule, gramians)
@@ -149,7 +154,19 @@ def compress(
         metric_of = partial(_signed, evaluate, sign_of(mode))
         return _largest_harmless(model, rule, balancings, selection, max_drop, metric_of, evidence)
 
-    return plan_on(model, rule, seen, held_out, by_loss, selection, planned).apply(model, optimizer, carry)
+    plan = plan_on(model, rule, seen, held_out, by_loss, selection, planned)
+    before = _memory(model)
+    report = plan.apply(model, optimizer, carry)
+    after = None if before is None else _memory(model)
+    return report if before is None or after is None else replace(report, serving=Serving(before, after))
+
+
+def _memory(model: nn.Module) -> Memory | None:
+    """The bytes of a model; None if the width of one of its layers is not known."""
+    try:
+        return Memory.of(model)
+    except UnsupportedModelError:
+        return None
 
 
 def _signed(evaluate: Callable[[nn.Module], Any], sign: int, model: nn.Module) -> float:
@@ -276,9 +293,18 @@ def _check_before(model: nn.Module, rule: RankRule, optimizer: Optimizer | Toget
     check_wrappers(model, layers, [name for name, (_, adapter) in found.items() if adapter.needs_data])
     warn_of_parts(model)
     check_plain(layers)
-    check_sizes(rule, state_dims(model), must_be_alike(found, rule))
+    check_model_sizes(model, rule)
     if optimizer is not None:
         check_optimizer(optimizer, layers, carry)
+
+
+def check_model_sizes(model: nn.Module, rule: RankRule) -> None:
+    """Refuse a rule whose sizes this model cannot have.
+
+    Raises:
+        InvalidRankRuleError: the limit or the target, and what to ask for instead.
+    """
+    check_sizes(rule, state_dims(model), must_be_alike(find_layers(model), rule), checked_sizes(model, rule))
 
 
 def _largest_harmless(
@@ -342,4 +368,4 @@ def _metric_after(
         model.load_state_dict(weights)
 
 
-__all__ = ["check_rule", "compress", "plan_on"]
+__all__ = ["check_model_sizes", "check_rule", "compress", "plan_on"]

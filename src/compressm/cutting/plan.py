@@ -19,10 +19,12 @@ from compressm.cutting.nats import damage_curves, predicted_rises
 from compressm.cutting.replay import Errors, errors_on_data
 from compressm.cutting.report import LayerReport, Report
 from compressm.cutting.rise import Rise
+from compressm.cutting.sizes import sizes_for
 from compressm.cutting.spectrum import balance_layers
 from compressm.errors import InvalidSystemError
 from compressm.observing.held_out import Halves, halved
 from compressm.observing.loss_evidence import LossEvidence
+from compressm.runtime.paging import layer_done
 from compressm.theory.balanced import Balanced
 from compressm.theory.balancing import Method, Reduction
 from compressm.theory.fisher import MaskFisher
@@ -216,7 +218,8 @@ def _planned(
     """The plan by one rule."""
     alike = must_be_alike(layers, rule)
     energies = {name: balancing.energy for name, balancing in balancings.items()}
-    ranks = choose_ranks(energies, rule, discards=cuts.discards(), alike=alike, damages=damages)
+    legal = sizes_for(model, rule)
+    ranks = choose_ranks(energies, rule, discards=cuts.discards(), alike=alike, damages=damages, legal=legal)
     shared = _shared_parameters(model)
     decided: dict[str, _Decision] = {}
     for name, (layer, adapter) in layers.items():
@@ -250,6 +253,7 @@ def _check_finite(layers: Layers) -> None:
                     "finite; look at the data first, then go back to a checkpoint from before that, or lower the "
                     "learning rate"
                 )
+        layer_done()
 
 
 def _decide(kept: LayerReport, cuts: MadeCuts, states: int, rule: RankRule) -> _Decision:

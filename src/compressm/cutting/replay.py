@@ -20,7 +20,7 @@ on other data of the same kind. It is more likely too large than too small, sinc
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -38,6 +38,7 @@ from compressm.observing.layer_calls import named_arguments
 from compressm.observing.moments import Sample, modes_kept
 from compressm.observing.padding import Padding, mask_in
 from compressm.runtime.copies import copied_module
+from compressm.runtime.paging import is_paging
 from compressm.runtime.processes import gathered
 
 
@@ -164,8 +165,8 @@ class _Replay:
     ) -> None:
         self.name, self.padding, self.run = name, padding, run or _called
         _, self.adapter = layers_that_need_data(layer).get("", (layer, None))
-        self.smaller = cut_copy(layer, change)
-        self.of_halves = [cut_copy(layer, one) for one in by_halves]
+        self.halved, self._changes = bool(by_halves), (change, *by_halves)
+        self._made = None if is_paging() else [cut_copy(layer, one) for one in self._changes]
         self.dealer = Dealer()
         self.sums = [0.0, 0.0, 0.0, 0.0]
         self.failed = ""
@@ -192,7 +193,7 @@ class _Replay:
             kwargs["use_cache"] = False  # some layers store their states in themselves
         try:
             y = _sequence(output)
-            others = [_sequence(self.run(one, *args, **kwargs)) for one in (self.smaller, *self.of_halves)]
+            others = [_sequence(self.run(one, *args, **kwargs)) for one in self._copies(layer)]
             changed, *by_halves = [(other.double() - y.double()).square().sum(-1) for other in others]
         except _FAILURES as error:
             self.failed = f"its smaller copy failed: {_first_line(error)}"
@@ -204,6 +205,10 @@ class _Replay:
         weights = self._weights(y, kwargs)
         for place, value in enumerate((changed, y.double().square().sum(-1), held_out, torch.ones_like(changed))):
             self.sums[place] += float((value * weights).sum())
+
+    def _copies(self, layer: nn.Module) -> Iterable[nn.Module]:
+        """The layer with each of the changes. If the model lives in files, copies are made anew for every call."""
+        return self._made or (_unobserved(layer, one) for one in self._changes)
 
     def _weights(self, output: Tensor, kwargs: Mapping[str, Any]) -> Tensor:
         """1 for tokens and 0 for padding, as far as that is known for this output, shape ``(batch, length)``."""
@@ -223,6 +228,18 @@ def _first_line(error: Exception) -> str:
 
 def _called(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
     return layer(*args, **kwargs)
+
+
+def _unobserved(layer: nn.Module, change: LayerChange) -> nn.Module:
+    """As `cut_copy`, of a layer that is being observed: without its hooks, which refer to the observer."""
+    hooks = [(layer, name, vars(layer)[name]) for name in ("_forward_hooks", "_forward_pre_hooks")]
+    for owner, name, own in hooks:
+        setattr(owner, name, type(own)())
+    try:
+        return cut_copy(layer, change)
+    finally:
+        for owner, name, own in hooks:
+            setattr(owner, name, own)
 
 
 def cut_copy(layer: nn.Module, change: LayerChange) -> nn.Module:
@@ -251,7 +268,7 @@ def _errors(replays: Mapping[str, _Replay]) -> dict[str, Errors]:
             message = f"the error of {name!r} on the data could not be measured, {failed}"
             warnings.warn(message, NotMeasuredWarning, stacklevel=4)
         elif tokens > 0:
-            found[name] = Errors(relative(changed, before), relative(held_out, before) if replay.of_halves else None)
+            found[name] = Errors(relative(changed, before), relative(held_out, before) if replay.halved else None)
     return found
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from compressm.cutting.serving import Serving
 from compressm.theory.certificate import Certificate
 from compressm.theory.recurrence import ErrorEstimate
 
@@ -87,6 +88,7 @@ class Report:
             from the loss.
         measured_loss: the same, measured on held-out data before the cut was written; see `compressm.cutting.rise`.
         measured_loss_error: standard error of ``measured_loss``.
+        serving: bytes of state before and after; None in training, and for layers whose width is not known.
     """
 
     layers: tuple[LayerReport, ...]
@@ -94,6 +96,7 @@ class Report:
     predicted_loss: float | None = None
     measured_loss: float | None = None
     measured_loss_error: float | None = None
+    serving: Serving | None = None
 
     @property
     def cut(self) -> bool:
@@ -119,11 +122,13 @@ class Report:
         """Plain values, for JSON."""
         rise = {name: getattr(self, name) for name in ("predicted_loss", "measured_loss", "measured_loss_error")}
         known = {name: value for name, value in rise.items() if value is not None}
-        return {"seconds": self.seconds, **known, "layers": [layer.to_dict() for layer in self.layers]}
+        serving = {} if self.serving is None else {"serving": self.serving.to_dict()}
+        return {"seconds": self.seconds, **known, **serving, "layers": [layer.to_dict() for layer in self.layers]}
 
     def __str__(self) -> str:
         titles = f"{'on data':>9} {'held out':>9} {'expected':>9} {'H∞ error':>10} {'bound':>10}"
-        rows = [f"{'layer':32} {'states':>14} {titles}  outcome"]
+        rows = [] if self.serving is None else [self.serving.headline()]
+        rows.append(f"{'layer':32} {'states':>14} {titles}  outcome")
         for layer in self.layers:
             dims, c = f"{layer.states_before} → {layer.states_after}", layer.certificate
             expected, *hinf = (None, None, None) if c is None else c.errors()

@@ -9,11 +9,51 @@ from torch import nn
 from compressm.adapters import find_layers
 from compressm.adapters.base import cut_parameters, resized, tell_written, write
 from compressm.errors import CheckpointError
+from compressm.runtime.paging import layer_done
+from compressm.theory.geometry import Geometry
+from compressm.theory.ranks import RankRule
+from compressm.theory.targets import check_target, legal_sizes
 
 
 def state_dims(model: nn.Module) -> dict[str, int]:
     """State dimension of every layer that has a reducible state, by layer name."""
     return {name: adapter.state_dim(layer) for name, (layer, adapter) in find_layers(model).items()}
+
+
+def geometries(model: nn.Module) -> dict[str, Geometry]:
+    """The geometry of every layer that has a reducible state, by layer name."""
+    found: dict[str, Geometry] = {}
+    for name, (layer, adapter) in find_layers(model).items():
+        found[name] = adapter.geometry(layer)
+        layer_done()
+    return found
+
+
+def checked_sizes(
+    model: nn.Module, rule: RankRule, dims: Mapping[str, int] | None = None
+) -> dict[str, tuple[int, ...]] | None:
+    """The sizes of each layer that the rule's target takes; None without a target.
+
+    Args:
+        model: only read.
+        rule: with a target, or without.
+        dims: state dimensions before the first cut; by default the present ones.
+
+    Raises:
+        InvalidRankRuleError: a layer has no smaller size that the target takes.
+    """
+    if rule.target is None:
+        return None
+    found = geometries(model)
+    return check_target(rule.target, {name: one.resized((dims or {}).get(name, one.states)) for name, one in found.items()})
+
+
+def sizes_for(model: nn.Module, rule: RankRule) -> dict[str, tuple[int, ...]] | None:
+    """As `checked_sizes`, for layers that may have been cut to their smallest size already."""
+    if rule.target is None:
+        return None
+    target = rule.target
+    return {name: legal_sizes(target, geometry) for name, geometry in geometries(model).items()}
 
 
 def resized_parameters(model: nn.Module) -> list[nn.Parameter]:
@@ -40,4 +80,4 @@ def resize_states(model: nn.Module, dims: Mapping[str, int]) -> None:
     tell_written(model)
 
 
-__all__ = ["resize_states", "resized_parameters", "state_dims"]
+__all__ = ["checked_sizes", "geometries", "resize_states", "resized_parameters", "sizes_for", "state_dims"]

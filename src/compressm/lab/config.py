@@ -20,6 +20,7 @@ from compressm.observing.observer import Terms
 from compressm.theory.balancing import Method
 from compressm.theory.pruning import SCORES
 from compressm.theory.selection import Selection
+from compressm.theory.targets import Target
 from compressm.training.cushion import OnSetback
 from compressm.training.options import OPTIONS, SIZE_RULES
 from compressm.training.schedule import When, cut_steps
@@ -245,6 +246,7 @@ class CompressionConfig(Section):
     method: Method = _option("method")
     selection: Selection = _option("selection")
     per_layer: bool = _option("per_layer")
+    target: Target | None = _option("target")
     gramians: Gramians = _option("gramians")
     loss_terms: Terms = _option("loss_terms")
     loss_scale: float = _option("loss_scale")

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
-import copy
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -16,22 +14,26 @@ from torch.nn import functional as F
 
 from compressm.adapters import find_layers
 from compressm.cutting import Report, plan_reduction
-from compressm.cutting.compression import check_rule, plan_on
+from compressm.cutting.compression import check_model_sizes, check_rule, plan_on
 from compressm.cutting.made_cuts import MadeCuts
 from compressm.cutting.nats import damage_curves
+from compressm.cutting.serving import Memory, Serving, attention_of, decoding_speed, human
 from compressm.cutting.spectrum import Spectrum, balance_layers, balancing_of
 from compressm.errors import CheckpointError
-from compressm.lab.one_shot_inputs import BATCH, read_batches, read_checkpoint
+from compressm.lab.one_shot_inputs import BATCH, Checkpoint, read_batches, read_checkpoint
 from compressm.layers import LanguageModel
 from compressm.observing.labels import Likelihood
 from compressm.observing.loss_evidence import Gramians, evidence_on
 from compressm.observing.moments import gather
 from compressm.runtime.files import read_pair
-from compressm.saving.card import model_card
+from compressm.saving import mamba_ssm_format
+from compressm.saving.card import extend_card, model_card
 from compressm.saving.checkpoint import save_with_history
+from compressm.saving.mapped import save_mapped
 from compressm.saving.source_folder import Carried, carry, contents, copy_files, new_folder, unloaded
 from compressm.theory.balanced import Balanced
 from compressm.theory.ranks import RankRule
+from compressm.theory.targets import Target
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -49,6 +51,7 @@ class Loss:
         sequences: how many sequences the cut was made from, and as many the loss was measured on.
         length: tokens per sequence.
         carried: what the smaller checkpoint got from its source as it was, and what it did not get.
+        serving: what serving the model costs before and after.
     """
 
     report: Report
@@ -59,14 +62,18 @@ class Loss:
     sequences: int
     length: int
     carried: Carried = field(default_factory=Carried)
+    serving: Serving | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
-        return {**self.__dict__, "report": self.report.to_dict(), "carried": asdict(self.carried)}
+        serving = None if self.serving is None else self.serving.to_dict()
+        parts = {"report": self.report.to_dict(), "carried": asdict(self.carried), "serving": serving}
+        return {**self.__dict__, **parts}
 
     def __str__(self) -> str:
         width = max(len(layer.name) for layer in self.report.layers)
-        rows = [f"{'layer':{width}}  {'states':>10}  {'energy discarded':>16}  {'error on data':>13}"]
+        rows = [] if self.serving is None else self.serving.lines()
+        rows += [f"{'layer':{width}}  {'states':>10}  {'energy discarded':>16}  {'error on data':>13}"]
         for layer in self.report.layers:
             discarded = 0.0 if layer.energy_kept is None else 1 - layer.energy_kept
             dims = f"{layer.states_before} → {layer.states_after}"
@@ -95,9 +102,13 @@ def compress_checkpoint(
     fraction: float | None = None,
     total_states: int | None = None,
     max_loss: float | None = None,
+    multiple_of: int = 1,
+    target: Target | None = None,
     gramians: Gramians | None = None,
     sequences: int = 32,
     length: int = 512,
+    memory: int | None = None,
+    speed: bool = False,
 ) -> Loss:
     """Cut a checkpoint once, and save the smaller model in the format that it came in.
 
@@ -115,10 +126,13 @@ def compress_checkpoint(
         build: ``package.module:function`` that returns the model, if it is of a class of your own. The checkpoint may
             then be a ``.safetensors`` file of its state dict.
         states, tolerance, fraction, total_states, max_loss: how far, exactly one of them; see `RankRule`.
+        multiple_of, target: sizes that are preferred, and those that are allowed; see `RankRule`.
         gramians: as in `compress`, with the model's own predictions as labels; by default ``"loss"`` under ``max_loss``
             and ``"white"`` otherwise. The rise of the loss is measured on the sequences that were not cut by.
         sequences: the cut is made from the first so many sequences of the data, and the loss is measured on the next.
         length: tokens per sequence.
+        memory: of the device that will serve the model, in bytes; the report says how many sequences it holds.
+        speed: whether to measure tokens per second on this machine, before and after.
 
     Raises:
         CheckpointError: a checkpoint that cannot be read, or holds what cannot reach the output; or an output folder
@@ -128,33 +142,101 @@ def compress_checkpoint(
     """
     rule = RankRule(
         states=states, tolerance=tolerance, fraction=fraction, total_states=total_states, max_loss=max_loss,
-        min_reduction=0.0,
+        min_reduction=0.0, multiple_of=multiple_of, target=target,
     )  # fmt: skip
     loss: Likelihood | None = "classification" if gramians == "loss" or max_loss is not None else None
     check_rule(rule, balancing_of(gramians, loss, data))
-    folder, target = Path(checkpoint), None if output is None else Path(output)
-    if target is not None and target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise CheckpointError(f"output {target} exists and is not an empty folder: choose another")
-    model, tokenizer, unexpected = read_checkpoint(folder, build)
-    extra = None if unexpected is None else unloaded(model, folder, unexpected)
-    batches = [] if data is None else read_batches(model, tokenizer, Path(data), 2 * sequences, length, halves=2)
+    folder, place = Path(checkpoint), None if output is None else Path(output)
+    if place is not None and place.exists() and (not place.is_dir() or any(place.iterdir())):
+        raise CheckpointError(f"output {place} exists and is not an empty folder: choose another")
+    read = read_checkpoint(folder, build)
+    model = read.model
+    check_model_sizes(model, rule)
+    extra = unloaded(model, folder, read.unexpected) if read.format == "transformers" else {}
+    batches = [] if data is None else read_batches(model, read.tokenizer, Path(data), 2 * sequences, length, halves=2)
     half = len(batches) // 2
-    before, contained = _parameters(model), contents(model)
-    seen = [inputs for inputs, _ in batches[:half]] or None
-    with _fast(model):
-        loss_before = _loss(model, batches[half:])
-        report = plan_on(model, rule, seen, [inputs for inputs, _ in batches[half:]], loss).apply(model)
-        loss_after = _loss(model, batches[half:])
-    carried = Carried()
-    if target is not None:
-        with new_folder(target) as new:
-            if extra is None:
-                carried = _resave(model, folder, new)
-            else:
-                cast("Any", model).save_pretrained(new)
-                carried = carry(folder, new, model, extra, contained)
+    before, contained = _parameters(model), contents(model) if read.mapped is None else set[bytes]()
+    seen, held_out = [inputs for inputs, _ in batches[:half]], batches[half:]
+    with read.at_work("reading the data", 4 * half + (2 * half if loss else 0)):
+        bill = _Bill(model, memory, speed)
+        loss_before = _loss(model, held_out)
+        report = plan_on(model, rule, seen or None, [inputs for inputs, _ in held_out], loss).apply(model)
+        loss_after = _loss(model, held_out)
+        serving = bill.after_the_cut()
+        carried = Carried()
+        if place is not None:
+            facts = [serving.headline(), *_losses(loss_before, loss_after)]
+            carried = _written(read, folder, place, report, facts, extra, contained)
     rows = 0 if not batches else next(iter(batches[0][0].values())).shape[1]
-    return Loss(report, loss_before, loss_after, before, _parameters(model), half * BATCH, rows, carried)
+    if read.mapped is not None:
+        read.mapped.pager.close()
+    return Loss(report, loss_before, loss_after, before, _parameters(model), half * BATCH, rows, carried, serving)
+
+
+def _written(
+    read: Checkpoint,
+    source: Path,
+    target: Path,
+    report: Report,
+    facts: Sequence[str],
+    extra: Mapping[str, Path],
+    contained: set[bytes],
+) -> Carried:
+    """Write the smaller model with its card and all that the source holds beside it, and say what was carried."""
+    with new_folder(target) as new:
+        carried = _saved(read, source, new, extra, contained)
+        return carried if read.format == "compressm" else _with_card(new / "README.md", report, carried, facts)
+
+
+def _saved(read: Checkpoint, source: Path, target: Path, extra: Mapping[str, Path], contained: set[bytes]) -> Carried:
+    """Write the model in the format that it came in, and say what was carried beside it."""
+    if read.mapped is not None:
+        return save_mapped(read.mapped, source, target)
+    if read.format == "mamba_ssm":
+        return Carried((), *copy_files(source, target, mamba_ssm_format.save(read.model, source, target)))
+    if read.format == "compressm":
+        return _resave(read.model, source, target)
+    cast("Any", read.model).save_pretrained(target)
+    return carry(source, target, read.model, extra, contained)
+
+
+def _losses(before: float | None, after: float | None) -> list[str]:
+    if before is None or after is None:
+        return []
+    return [f"loss on held-out data {before:.4f} → {after:.4f} nats per prediction"]
+
+
+def _with_card(card: Path, report: Report, carried: Carried, facts: Sequence[str]) -> Carried:
+    """What was carried, after the card was told of the cut."""
+    if card.name not in carried.files:
+        return carried
+    try:
+        extend_card(card, report, facts)
+    except CheckpointError as error:
+        return replace(carried, unextended=str(error))
+    return replace(carried, files=tuple(one for one in carried.files if one != card.name), extended=(card.name,))
+
+
+class _Bill:
+    """The serving report of a model that is about to be cut.
+
+    Args:
+        model: as it is before the cut.
+        memory: see `Serving`.
+        speed: whether to measure the speed of generation.
+    """
+
+    def __init__(self, model: nn.Module, memory: int | None, speed: bool) -> None:
+        self._model, self._memory = model, memory
+        self._attention = attention_of(model)
+        self._before = Memory.of(model, self._attention)
+        self._speed = decoding_speed(model) if speed else None
+
+    def after_the_cut(self) -> Serving:
+        """The report, when the model has been cut."""
+        speeds = (self._speed, None if self._speed is None else decoding_speed(self._model))
+        known = tuple(one for one in speeds if one is not None)
+        return Serving(self._before, Memory.of(self._model, self._attention), self._memory, known)
 
 
 def _resave(model: nn.Module, source: Path, target: Path) -> Carried:
@@ -182,12 +264,16 @@ class Prospect:
         states: state dimension of every layer afterwards.
         refused: why, for the layers that may not be cut.
         parameters: number of the model's parameters afterwards.
+        state_bytes: what one sequence would keep in the recurrent layers.
+        targets: the kernels and servers that would take all layers.
     """
 
     tolerance: float
     states: dict[str, int]
     refused: dict[str, str]
     parameters: int
+    state_bytes: int
+    targets: tuple[Target, ...]
 
 
 @dataclass(frozen=True)
@@ -198,16 +284,19 @@ class Analysis:
         spectrum: Hankel singular values of every layer.
         parameters: number of the model's parameters.
         prospects: what cuts would do, one for every tolerance that was tried.
+        memory: the bytes of the model as it is.
     """
 
     spectrum: Spectrum
     parameters: int
     prospects: tuple[Prospect, ...]
+    memory: Memory
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
         cuts = [asdict(prospect) for prospect in self.prospects]
-        return {"layers": self.spectrum.to_dict(), "parameters": self.parameters, "cuts": cuts}
+        memory = self.memory.to_dict()
+        return {"layers": self.spectrum.to_dict(), "parameters": self.parameters, "memory": memory, "cuts": cuts}
 
     def table(self) -> Table:
         """For the terminal: how many states each layer needs, and the model in all."""
@@ -226,8 +315,17 @@ class Analysis:
         made.add_section()
         total = sum(layer.states for layer in self.spectrum)
         made.add_row("all", str(total), *(str(sum(one.states.values())) for one in self.prospects))
+        sizes = (human(one.state_bytes) for one in self.prospects)
+        made.add_row("bytes per sequence", human(self.memory.checkpoint), *sizes)
         made.add_row("parameters", f"{self.parameters:,}", *(f"{one.parameters:,}" for one in self.prospects))
         return made
+
+    @property
+    def takers(self) -> list[str]:
+        """A line for every cut that was tried: the kernels and servers that would take its sizes."""
+        return [
+            f"τ = {one.tolerance:g}: taken by {', '.join(one.targets) or 'no known target'}" for one in self.prospects
+        ]
 
     @property
     def refusals(self) -> list[str]:
@@ -248,6 +346,7 @@ def analyze_checkpoint(
     tolerances: Sequence[float] = (0.1, 0.01, 0.001),
     gramians: Gramians | None = None,
     build: str | None = None,
+    target: Target | None = None,
 ) -> Analysis:
     """How many states every layer of a checkpoint really uses, and what cuts would save; see `compressm.analyze`.
 
@@ -259,35 +358,47 @@ def analyze_checkpoint(
         gramians: ``"loss"`` also tells what states are worth to the loss, by one backward pass per batch, with the
             model's own predictions as labels; see `compressm.analyze`.
         build: as `compress_checkpoint`.
+        target: try sizes only that these kernels or this server take.
 
     Raises:
         CheckpointError, ConfigError, UnsupportedModelError: as `compress_checkpoint`.
     """
-    model, tokenizer, _ = read_checkpoint(Path(checkpoint), build)
+    read = read_checkpoint(Path(checkpoint), build)
+    model = read.model
+    rules = [RankRule(tolerance=one, min_reduction=0.0, target=target) for one in tolerances]
+    check_model_sizes(model, rules[0])
     loss: Likelihood | None = "classification" if gramians == "loss" else None
     balancing_of(gramians, loss, data)
-    moments, evidence = None, None
+    batches: list[Any] = []
     if data is not None:
-        read = read_batches(model, tokenizer, Path(data), sequences, length, labelled=False)
-        batches = [inputs for inputs, _ in read]
-        with _fast(model):
-            moments = gather(model, batches)
-            evidence = None if loss is None else evidence_on(model, batches, loss)
-    balancings = balance_layers(model, moments=moments, covariances=None if evidence is None else evidence.covariances)
-    layers = find_layers(model)
-    cuts = MadeCuts(layers, balancings, "hankel", None if evidence is None else evidence.fishers)
-    prospects = tuple(_prospect(model, balancings, cuts, tolerance) for tolerance in tolerances)
-    rises = None if evidence is None else damage_curves(layers, balancings, cuts, evidence)
-    return Analysis(Spectrum.of(balancings, rises), _parameters(model), prospects)
+        pairs = read_batches(model, read.tokenizer, Path(data), sequences, length, labelled=False)
+        batches = [inputs for inputs, _ in pairs]
+    with read.at_work("reading the data", len(batches) * (1 if loss is None else 2)):
+        moments = gather(model, batches) if batches else None
+        evidence = evidence_on(model, batches, loss) if batches and loss is not None else None
+        covariances = None if evidence is None else evidence.covariances
+        balancings = balance_layers(model, moments=moments, covariances=covariances)
+        layers = find_layers(model)
+        cuts = MadeCuts(layers, balancings, "hankel", None if evidence is None else evidence.fishers)
+        memory = Memory.of(model, attention_of(model))
+        prospects = tuple(_prospect(model, balancings, cuts, rule, memory) for rule in rules)
+        rises = None if evidence is None else damage_curves(layers, balancings, cuts, evidence)
+    if read.mapped is not None:
+        read.mapped.pager.close()
+    return Analysis(Spectrum.of(balancings, rises), _parameters(model), prospects, memory)
 
 
-def _prospect(model: nn.Module, balancings: Mapping[str, Balanced], cuts: MadeCuts, tolerance: float) -> Prospect:
-    rule = RankRule(tolerance=tolerance, min_reduction=0.0)
+def _prospect(
+    model: nn.Module, balancings: Mapping[str, Balanced], cuts: MadeCuts, rule: RankRule, memory: Memory
+) -> Prospect:
     plan = plan_reduction(model, rule, balancings=balancings, cuts=cuts)
-    smaller = copy.deepcopy(model)
-    plan.apply(smaller)
     refused = {layer.name: layer.reason for layer in plan.report.layers if layer.outcome == "refused"}
-    return Prospect(tolerance, plan.report.state_dims, refused, _parameters(smaller))
+    dims, parameters = plan.report.state_dims, _parameters(model)
+    for name, change in plan.changes.items():
+        layer = model.get_submodule(name)
+        parameters += sum(new.numel() - layer.get_parameter(one).numel() for one, new in change.values().items())
+    smaller = memory.resized(dims)
+    return Prospect(rule.tolerance or 0.0, dims, refused, parameters, smaller.checkpoint, smaller.takers())
 
 
 def _parameters(model: nn.Module) -> int:
@@ -308,8 +419,11 @@ def _loss(model: nn.Module, batches: list[tuple[dict[str, Tensor], Tensor]]) -> 
             continue
         if logits.ndim == 3:
             targets = _without_padding(model, inputs, targets)
-            logits, targets = logits[:, :-1].flatten(0, 1), targets[:, 1:].flatten()
-        losses.append(float(F.cross_entropy(logits.float(), targets)))
+            logits, targets = logits[:, :-1], targets[:, 1:]
+        # Sequence by sequence, since a large vocabulary makes logits in float32 larger than the model.
+        rows = zip(logits, targets, strict=True)
+        total = sum(float(F.cross_entropy(one.float(), wanted, reduction="sum")) for one, wanted in rows)
+        losses.append(total / int((targets != -100).sum()))
     return sum(losses) / len(losses) if losses else None
 
 
@@ -317,12 +431,6 @@ def _without_padding(model: nn.Module, inputs: Mapping[str, Tensor], tokens: Ten
     """The tokens, with padding replaced by the label that cross entropy ignores."""
     present = model.present(**inputs) if isinstance(model, LanguageModel) else inputs.get("attention_mask")
     return tokens if present is None else tokens.masked_fill(present == 0, -100)
-
-
-def _fast(model: nn.Module) -> contextlib.AbstractContextManager[Any]:
-    from compressm.integrations.hf_scan import can_be_fast, fast_scan
-
-    return fast_scan(model) if can_be_fast(model) else contextlib.nullcontext()
 
 
 __all__ = ["Loss", "compress_checkpoint"]

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import inspect
-from dataclasses import replace
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
@@ -14,44 +16,107 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from compressm.errors import CheckpointError, ConfigError, MissingExtraError
+from compressm.integrations.hf_scan import can_be_fast, fast_scan
 from compressm.lab.data.arrays import Arrays, arranged, read_arrays
 from compressm.lab.data.files import is_data
 from compressm.lab.data.own import own_content
 from compressm.lab.named import build_named, is_named
 from compressm.layers import LanguageModel, SequenceClassifier
 from compressm.observing.expected import Expected
+from compressm.saving import mamba_ssm_format
 from compressm.saving.checkpoint import load
+from compressm.saving.mamba_ssm_format import is_mamba_ssm
+from compressm.saving.mapped import Mapped, blocks, open_mapped
 from compressm.saving.source_folder import some
 
 BATCH = 4  # sequences
+_BYTES_PER_TOKEN, _SPARE = 8, 16
 _TOKENIZERS = ("tokenizer*", "vocab.*", "merges.txt", "spiece.model", "sentencepiece*")  # a tokenizer's files
 
 
-def read_checkpoint(folder: Path, build: str | None = None) -> tuple[nn.Module, Any, list[str] | None]:
-    """Load a checkpoint.
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint that was read.
+
+    Attributes:
+        model: in evaluation mode.
+        tokenizer: None without one.
+        format: ours, that of mamba_ssm, or that of transformers.
+        unexpected: names of the tensors that transformers found no place for.
+        mapped: if the model's parameters are pages of its files.
+    """
+
+    model: nn.Module
+    tokenizer: Any
+    format: Literal["compressm", "mamba_ssm", "transformers"]
+    unexpected: tuple[str, ...] = ()
+    mapped: Mapped | None = None
+
+    @contextmanager
+    def at_work(self, title: str = "", passes: int = 0) -> Generator[None]:
+        """While the model reads data: our scans where it has them, pages let go of, and a progress bar.
+
+        Args:
+            title: of the bar.
+            passes: how many batches will be read; 0 for no bar.
+        """
+        fast = fast_scan(self.model) if can_be_fast(self.model) else nullcontext()
+        with fast, bar(self.model, title, passes) as advance:
+            pages = nullcontext() if self.mapped is None else self.mapped.released(advance)
+            with pages if self.mapped is not None else _counted(self.model, advance):
+                yield
+
+
+@contextmanager
+def _counted(model: nn.Module, advance: Callable[[], None]) -> Generator[None]:
+    handles = [one.register_forward_hook(lambda *_: advance()) for one in blocks(model)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def bar(model: nn.Module, title: str, passes: int) -> Generator[Callable[[], None]]:
+    """A progress bar on standard error, with the time that is left; advanced once per block of layers and batch."""
+    if not passes:
+        yield lambda: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task(title, total=passes * max(1, len(blocks(model))))
+        yield lambda: progress.advance(task)
+
+
+def read_checkpoint(folder: Path, build: str | None = None) -> Checkpoint:
+    """Load a checkpoint, or open it as pages of its files where that is possible; see `compressm.saving.mapped`.
 
     Args:
         folder: a Hugging Face folder, or one of ours; with ``build`` also a file ``.safetensors`` of the state dict.
         build: ``package.module:function`` that returns a model of the user's own class; see `compressm.lab.named`.
 
-    Returns:
-        the model in evaluation mode; its tokenizer, or None; and the names of the tensors that transformers found no
-        place for, None for a checkpoint of ours.
-
     Raises:
         CheckpointError: no checkpoint, or one that cannot be loaded as a causal language model.
     """
     if build is not None:
-        return _of_the_user(folder, build_named(build, "--model")).eval(), None, None
-    own = (folder / "compressm.json").is_file()
+        return Checkpoint(_of_the_user(folder, build_named(build, "--model")).eval(), None, "compressm")
     if folder.is_file():
         raise CheckpointError(f"{folder} is a file: say with --model package.module:function what builds its model")
+    own, theirs = (folder / "compressm.json").is_file(), is_mamba_ssm(folder)
     if not own and not (folder / "config.json").is_file():
         raise CheckpointError(
             f"{folder} is no checkpoint: expected a folder with config.json (Hugging Face) or compressm.json"
         )
-    model, tokenizer, unexpected = (load(folder), None, None) if own else _hugging_face(folder)
-    return model.eval(), tokenizer, unexpected
+    if own:
+        return Checkpoint(load(folder).eval(), None, "compressm")
+    if theirs:
+        return Checkpoint(mamba_ssm_format.load(folder), _tokenizer(folder), "mamba_ssm")
+    return _hugging_face(folder)
 
 
 def _of_the_user(path: Path, model: nn.Module) -> nn.Module:
@@ -78,14 +143,29 @@ def _of_the_user(path: Path, model: nn.Module) -> nn.Module:
     return model
 
 
-def _hugging_face(folder: Path) -> tuple[nn.Module, Any, list[str]]:
+def _tokenizer(folder: Path) -> Any:
+    """The tokenizer in a checkpoint's folder; None without one."""
+    from transformers import AutoTokenizer
+
+    if not any(path for pattern in _TOKENIZERS for path in folder.glob(pattern)):
+        return None
     try:
-        from transformers import AutoModelForCausalLM, AutoTokenizer
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"the tokenizer in {folder} cannot be loaded: {_first_line(error)}") from error
+
+
+def _hugging_face(folder: Path) -> Checkpoint:
+    try:
+        from transformers import AutoModelForCausalLM
     except ModuleNotFoundError as error:
         raise MissingExtraError(
             'a Hugging Face checkpoint needs transformers: pip install "compressm[transformers]"'
         ) from error
     try:
+        mapped = open_mapped(folder)
+        if mapped is not None:
+            return Checkpoint(mapped.model, _tokenizer(folder), "transformers", mapped.unexpected, mapped)
         loaded: Any = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, output_loading_info=True)
     except (OSError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"{folder} cannot be loaded as a causal language model: {_first_line(error)}") from error
@@ -95,13 +175,7 @@ def _hugging_face(folder: Path) -> tuple[nn.Module, Any, list[str]]:
             f"{folder} lacks {some(missing)}, which transformers would draw at random: copy the folder again, or save "
             "the model that you trained"
         )
-    unexpected = list(info["unexpected_keys"])
-    if not any(path for pattern in _TOKENIZERS for path in folder.glob(pattern)):
-        return model, None, unexpected
-    try:
-        return model, AutoTokenizer.from_pretrained(folder, local_files_only=True), unexpected
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"the tokenizer in {folder} cannot be loaded: {_first_line(error)}") from error
+    return Checkpoint(model.eval(), _tokenizer(folder), "transformers", tuple(info["unexpected_keys"]))
 
 
 def _first_line(error: Exception) -> str:
@@ -147,7 +221,7 @@ def read_batches(
     elif is_data(path):
         arrays = read_arrays(path, expected, labelled=False)
     else:
-        arrays = Arrays(_windows(model, tokenizer, path, length)[0])
+        arrays = Arrays(_windows(model, tokenizer, _texts(path), sequences, length))
     if expected.kind == "tokens" and not isinstance(model, SequenceClassifier):
         arrays = _rows(arrays, length)
     count = halves * (min(sequences, len(arrays)) // (halves * BATCH))
@@ -178,36 +252,67 @@ def _rows(arrays: Arrays, length: int) -> Arrays:
     return Arrays(arrays.x[:, :length], None, lengths)
 
 
-def _windows(model: nn.Module, tokenizer: Any, path: Path, length: int) -> tuple[Tensor, Tensor]:
-    try:
-        texts = sorted(path.rglob("*.txt")) if path.is_dir() else [path]
-        if not texts:
-            raise ConfigError(f"data {path} holds neither text (.txt) nor arrays: check the path")
-        content = b"\n".join(text.read_bytes() for text in texts)
-    except OSError as error:
-        raise ConfigError(f"data {path} cannot be read: {error.strerror}") from error
+def _texts(path: Path) -> list[Path]:
+    """A text file, or those of a folder."""
+    texts = sorted(path.rglob("*.txt")) if path.is_dir() else [path]
+    if not texts:
+        raise ConfigError(f"data {path} holds neither text (.txt) nor arrays: check the path")
+    for text in texts:
+        if not text.is_file():
+            raise ConfigError(f"data {text} cannot be read: no such file")
+    return texts
+
+
+def _windows(model: nn.Module, tokenizer: Any, texts: Sequence[Path], sequences: int, length: int) -> Tensor:
+    """The first tokens of texts, in windows, shape ``(count, length)`` with at most ``sequences`` windows."""
     vocabulary = cast("Any", model).config["vocabulary"] if isinstance(model, LanguageModel) else _vocabulary(model)
-    if tokenizer is not None:
-        tokens = torch.tensor(tokenizer(content.decode("utf-8", "replace"))["input_ids"], dtype=torch.long)
-    elif vocabulary == 256:  # the only size at which every byte has an id and no id is anything else
-        tokens = torch.from_numpy(np.frombuffer(content, np.uint8).astype(np.int64))
-    else:
+    if tokenizer is None and vocabulary != 256:  # the only size at which every byte has an id and no id is else
         raise ConfigError(
             f"the checkpoint has no tokenizer and a vocabulary of {vocabulary}, and only one of 256 is that of bytes: "
             "save the tokenizer in the checkpoint's folder, or call compressm.compress from Python, with ids as data"
         )
+    tokens = _first_tokens(tokenizer, texts, sequences * length)
     if len(tokens) and (largest := int(tokens.max())) >= vocabulary:
         raise ConfigError(
             f"the tokenizer gives ids up to {largest}, and the model's vocabulary has {vocabulary}: save the model's "
             "own tokenizer in the checkpoint's folder"
         )
     count = len(tokens) // length
-    windows = tokens[: count * length].view(count, length)
-    return windows, windows
+    return tokens[: count * length].view(count, length)
+
+
+def _first_tokens(tokenizer: Any, texts: Sequence[Path], count: int) -> Tensor:
+    """The first ``count`` tokens of texts, or all if there are fewer. No more of the files is read than they need."""
+    size = sum(text.stat().st_size + 1 for text in texts) - 1  # a line's end between two texts
+    wanted = count if tokenizer is None else _BYTES_PER_TOKEN * count
+    while True:
+        content = _first_bytes(texts, wanted)
+        if tokenizer is None:
+            return torch.from_numpy(np.frombuffer(content, np.uint8).astype(np.int64))
+        text = content.decode("utf-8", "ignore" if wanted < size else "replace")
+        tokens = torch.tensor(tokenizer(text)["input_ids"], dtype=torch.long)
+        # Where the text was cut the last tokens may differ from those of the whole, so there must be some to spare.
+        if wanted >= size or len(tokens) > count + _SPARE:
+            return tokens[:count]
+        wanted *= 4
+
+
+def _first_bytes(texts: Sequence[Path], count: int) -> bytes:
+    """The first bytes of texts that follow each other, a line's end between them."""
+    content = b""
+    for text in texts:
+        try:
+            with text.open("rb") as opened:
+                content += (b"\n" if content else b"") + opened.read(count - len(content))
+        except OSError as error:
+            raise ConfigError(f"data {text} cannot be read: {error.strerror}") from error
+        if len(content) >= count:
+            break
+    return content[:count]
 
 
 def _vocabulary(model: nn.Module) -> int:
     return int(cast("Any", model).get_input_embeddings().num_embeddings)
 
 
-__all__ = ["BATCH", "read_batches", "read_checkpoint"]
+__all__ = ["BATCH", "Checkpoint", "read_batches", "read_checkpoint"]

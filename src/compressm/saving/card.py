@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from compressm.cutting import state_dims
+from compressm.cutting import Report, state_dims
+from compressm.errors import CheckpointError, MissingExtraError
 from compressm.training.history import Cut, Event
 
 _HEAD = """---
@@ -51,6 +54,45 @@ def model_card(
     return "\n".join(lines)
 
 
+_SECTION = "## Compressed states"
+
+
+def extend_card(path: Path, report: Report, facts: Sequence[str] = ()) -> None:
+    """Add what a cut did to a card that is there: a section, and two tags among its metadata, which is kept.
+
+    Args:
+        path: the card, with or without metadata.
+        report: of the cut.
+        facts: further lines, such as the loss before and after.
+
+    Raises:
+        CheckpointError: the card's metadata cannot be read.
+        MissingExtraError: huggingface_hub is not installed.
+    """
+    from compressm import __version__  # not at the top: the package imports this module's users
+
+    try:
+        from huggingface_hub import ModelCard
+        from yaml import YAMLError
+    except ModuleNotFoundError as error:
+        raise MissingExtraError('cards need huggingface_hub: pip install "compressm[transformers]"') from error
+    try:
+        card = ModelCard(path.read_text(encoding="utf-8"), ignore_metadata_errors=False)
+    except (ValueError, YAMLError) as error:
+        raise CheckpointError(f"{path.name}: its metadata cannot be read ({str(error).splitlines()[0]})") from error
+    data: Any = card.data
+    tags = list(data.get("tags") or [])
+    data["tags"] = [*tags, *(tag for tag in ("compressed", "state-space-model") if tag not in tags)]
+    counts = Counter((layer.states_before, layer.states_after) for layer in report.layers)
+    rows = [f"| {number} | {before} | {after} |" for (before, after), number in counts.items()]
+    table = ["| layers | states before | states now |", "|---:|---:|---:|", *rows]
+    lines = [_SECTION, "", f"The state dimension was cut by compressm {__version__}.", "", *table]
+    if facts:
+        lines += ["", *(f"- {fact.strip()}" for fact in facts)]
+    card.text = f"{card.text.rstrip()}\n\n" + "\n".join(lines) + "\n"
+    path.write_text(str(card), encoding="utf-8")
+
+
 def _lines(event: Event) -> list[str]:
     if not isinstance(event, Cut):
         return [str(event)]
@@ -78,4 +120,4 @@ def _measured(error: float | None) -> str:
     return "" if error is None else f"; error of its output on a sequence of the training data {error:.2%}"
 
 
-__all__ = ["model_card"]
+__all__ = ["extend_card", "model_card"]

@@ -46,15 +46,21 @@ class Carried:
         tensors: names of the tensors that transformers does not load.
         files: files, beside weights and config.
         left: files that were not copied, and why.
+        extended: files that were copied and completed: the card.
+        unextended: why the card was copied as it was; empty where it was not.
     """
 
     tensors: tuple[str, ...] = ()
     files: tuple[str, ...] = ()
     left: Mapping[str, str] | None = None
+    extended: tuple[str, ...] = ()
+    unextended: str = ""
 
     def __str__(self) -> str:
         lines = [f"tensors that transformers does not load, copied: {some(self.tensors)}"] if self.tensors else []
         lines += [f"files copied: {some(self.files)}"] if self.files else []
+        lines += [f"card extended: {', '.join(self.extended)}"] if self.extended else []
+        lines += [f"card copied as it was: {self.unextended}"] if self.unextended else []
         lines += [f"not copied: {name} ({reason})" for name, reason in (self.left or {}).items()]
         return "\n".join(lines)
 
@@ -185,7 +191,7 @@ def carry(source: Path, target: Path, model: nn.Module, extra: Mapping[str, Path
     added = {name: file for name, file in missing.items() if name in extra}
     if added:
         _add_shard(target, _tensors(added))
-    _complete_config(source / "config.json", target / "config.json", cast("Any", model).config)
+    complete_config(source / "config.json", target / "config.json", cast("Any", model).config)
     loaded = weight_files(source)
     indices = [source / f"{name}.index.json" for name in _SINGLE[: 1 if loaded[0].suffix == ".safetensors" else 2]]
     files, left = copy_files(source, target, [source / "config.json", *loaded, *indices])
@@ -238,7 +244,7 @@ def _add_shard(folder: Path, tensors: dict[str, Tensor]) -> None:
     index_path.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def _complete_config(source: Path, target: Path, config: Any) -> None:
+def complete_config(source: Path, target: Path, config: Any) -> None:
     """Put back entries that transformers leaves out when it writes a config, unless they have another value now."""
     before = json.loads(source.read_text(encoding="utf-8"))
     after = json.loads(target.read_text(encoding="utf-8"))
@@ -309,4 +315,4 @@ def some(names: Iterable[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
-__all__ = ["Carried", "carry", "contents", "copy_files", "new_folder", "some", "tensors_of", "unloaded", "weight_files"]
+__all__ = ["Carried", "carry", "complete_config", "contents", "copy_files", "new_folder", "some", "tensors_of", "unloaded", "weight_files"]

@@ -12,7 +12,7 @@ import heapq
 import math
 from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, get_args
 
 import torch
@@ -20,9 +20,12 @@ from torch import Tensor
 
 from compressm.errors import InvalidRankRuleError
 from compressm.theory.budget import FLOOR, Offer, within_loss, within_states
+from compressm.theory.targets import ONE_SIZE, Target
 
 # Maps a number of states to the Hankel energy that a cut to it discards in each of a layer's systems, ``(*batch,)``.
 Discards = Callable[[int], Tensor]
+# The sizes that a target takes, by layer; see `targets.check_target`. Layers that are not named may have any size.
+Legal = Mapping[str, Sequence[int]]
 # The largest share of a layer's states that one cut removes under a rule about quality, unless the user says otherwise.
 _HALF = 0.5
 # How many cuts of a layer a budget computes, if the discarded energy does not follow from the singular values.
@@ -42,6 +45,9 @@ class RankRule:
     4. ``multiple_of``: a promise is rounded up to a multiple. A limit is rounded down, or up where ``max_reduction``
        forbids rounding down. A layer that has fewer states than ``multiple_of`` keeps them.
     5. ``min_reduction``: a cut that removes less is not made.
+
+    A ``target`` stands above all of these: no layer is cut to a size that it does not take. A promise is rounded up to
+    such a size, a limit down.
 
     A limit below ``multiple_of`` is refused: for ``states`` and ``total_states`` when the rule is made; for
     ``fraction``, or a ``total_states`` too small for all layers together, before any computation (`check_sizes`).
@@ -70,6 +76,8 @@ class RankRule:
             all, as in Hugging Face's; `compressm.save` and `compressm.load` support such models. Otherwise these layers
             share one state dimension: the smallest that keeps the promise in all of them, the largest within the limit
             of each, or an equal part of the budget.
+        target: the kernels or the server that will run the model: ``"mamba_ssm"``, ``"vllm"``, ``"sglang"``,
+            ``"flashinfer"``, ``"llama.cpp"`` or ``"transformers"``; see `compressm.theory.targets` for what each takes.
 
     Raises:
         InvalidRankRuleError: none or several of the six rules, a value out of range, or a limit below ``multiple_of``.
@@ -85,6 +93,7 @@ class RankRule:
     min_reduction: float = 0.05
     max_reduction: float = 1.0
     per_layer: bool = False
+    target: Target | None = None
 
     def __post_init__(self) -> None:
         rules = ("tolerance", "states", "fraction", "max_error", "total_states", "max_loss")
@@ -101,6 +110,12 @@ class RankRule:
         _check("multiple_of", self.multiple_of, lambda v: v >= 1 and v == int(v), "a whole number of at least 1")
         _check("min_reduction", self.min_reduction, lambda v: 0 <= v < 1, "a share in [0, 1)")
         _check("max_reduction", self.max_reduction, lambda v: 0 < v <= 1, "a share in (0, 1]")
+        if self.target is not None:
+            check_choice("target", self.target, Target)
+            if self.per_layer and self.target in ONE_SIZE:
+                raise InvalidRankRuleError(
+                    f"target={self.target!r} takes one state dimension for all layers: leave out per_layer, or target"
+                )
         for name in ("states", "total_states"):
             limit = getattr(self, name)
             if limit is not None and limit < self.multiple_of:
@@ -162,6 +177,7 @@ def choose_ranks(
     discards: Mapping[str, Discards] | None = None,
     alike: Sequence[str] = (),
     damages: Mapping[str, Tensor] | None = None,
+    legal: Legal | None = None,
 ) -> dict[str, int]:
     """The number of states that each layer keeps under a rule, before the gate; see `RankRule` for the precedence.
 
@@ -174,6 +190,7 @@ def choose_ranks(
         alike: names of layers that share one state dimension.
         damages: per layer, the predicted rise of the loss if 0, 1, ..., n states are kept, in nats per prediction,
             shape ``(n + 1,)``. ``max_loss`` needs it, and ``total_states`` uses it if there is one for every layer.
+        legal: sizes that the rule's target takes, ascending, by layer; a layer may also keep its own.
 
     Returns:
         per layer a number in ``1..n``; ``n`` means that nothing may be cut.
@@ -182,9 +199,9 @@ def choose_ranks(
         InvalidRankRuleError: a budget of fewer states than the layers must keep, or ``max_loss`` without ``damages``.
     """
     present = {name: energy.shape[-1] for name, energy in energies.items()}
-    _check_total(rule, present, alike)
+    _check_total(rule, present, alike, legal)
     groups = _groups(present, alike)
-    sizes = [_sizes([present[name] for name in group], rule) for group in groups]
+    sizes = [_sizes({name: present[name] for name in group}, rule, legal) for group in groups]
     made = discards or {}
     if rule.max_loss is not None or (rule.total_states is not None and set(damages or {}) >= set(energies)):
         chosen = _cheapest_in_loss(groups, sizes, present, rule, damages or {})
@@ -265,18 +282,23 @@ def keeps_promise(discarded: Tensor, energy: Tensor, rule: RankRule) -> bool:
     return bool((discarded <= allowed * (1 + 1e-12) + rounding).all())
 
 
-def check_sizes(rule: RankRule, present: Mapping[str, int], alike: Sequence[str] = ()) -> None:
-    """Refuse a fraction below ``multiple_of``, or a budget that is too small, before anything is computed.
+def check_sizes(
+    rule: RankRule, present: Mapping[str, int], alike: Sequence[str] = (), legal: Legal | None = None
+) -> None:
+    """Refuse a limit that holds no size, before anything is computed: below ``multiple_of``, or below every size that
+    the target takes.
 
     Args:
         rule: the user's rule.
         present: state dimension of every layer.
         alike: names of layers that share one.
+        legal: as in `choose_ranks`.
 
     Raises:
-        InvalidRankRuleError: such a fraction or budget.
+        InvalidRankRuleError: such a limit.
     """
-    _check_total(rule, present, alike)
+    _check_total(rule, present, alike, legal)
+    _check_legal(rule, present, alike, legal)
     if rule.fraction is None or rule.multiple_of == 1:
         return
     for name, n in present.items():
@@ -287,12 +309,44 @@ def check_sizes(rule: RankRule, present: Mapping[str, int], alike: Sequence[str]
             )
 
 
-def _check_total(rule: RankRule, present: Mapping[str, int], alike: Sequence[str]) -> None:
+def _check_legal(rule: RankRule, present: Mapping[str, int], alike: Sequence[str], legal: Legal | None) -> None:
+    """Refuse a target whose sizes the rule does not reach, in any of the layers that share one size."""
+    if legal is None:
+        return
+    free = replace(rule, max_reduction=1.0)
+    for group in _groups(present, alike):
+        dims = {name: present[name] for name in group}
+        name, sizes = group[0], [size for size in _sizes(dims, free, legal) if size < max(dims.values())]
+        if not sizes:
+            raise InvalidRankRuleError(
+                f"target={rule.target!r} takes no size below the {present[name]} states of {name!r} that is a multiple "
+                f"of {rule.multiple_of} and suits all layers that share it: lower multiple_of, or leave target out"
+            )
+        limits = [limit for n in dims.values() if (limit := _limit(rule, n)) is not None]
+        if limits and sizes[0] > min(limits) < max(dims.values()):
+            which = f"fraction={rule.fraction:g}" if rule.states is None else f"states={rule.states}"
+            raise InvalidRankRuleError(
+                f"{which} is an upper limit, and target={rule.target!r} takes no size of {name!r} below {sizes[0]}: "
+                f"ask for {', '.join(map(str, sizes[:4]))}{' or more' if len(sizes) > 4 else ''}, or another target"
+            )
+
+
+def _limit(rule: RankRule, present: int) -> int | None:
+    """The most states that a rule of size leaves to a layer; None under other rules."""
+    return rule.states if rule.fraction is None else _fraction(rule.fraction, present)
+
+
+def _check_total(rule: RankRule, present: Mapping[str, int], alike: Sequence[str], legal: Legal | None = None) -> None:
     if rule.total_states is None:
         return
-    least = sum(len(g) * min(rule.multiple_of, *(present[n] for n in g)) for g in _groups(present, alike))
+    least = sum(len(g) * _fewest_in_common({n: present[n] for n in g}, rule, legal) for g in _groups(present, alike))
     if rule.total_states >= least:
         return
+    if rule.target is not None:
+        raise InvalidRankRuleError(
+            f"total_states={rule.total_states} is less than the {least} states that {len(present)} layers keep at least "
+            f"with target={rule.target!r}: raise total_states, or choose another target"
+        )
     if rule.multiple_of == 1:
         raise InvalidRankRuleError(
             f"total_states={rule.total_states} is less than one state for each of {len(present)} layers"
@@ -314,13 +368,24 @@ def fewest(present: int, rule: RankRule) -> int:
     return max(1, present - math.floor(rule.max_reduction * present + 1e-9))
 
 
-def _sizes(present: Sequence[int], rule: RankRule) -> list[int]:
-    """Sizes that layers of these dimensions can have in common, ascending: multiples, and the least present dimension.
-    Empty if ``max_reduction`` keeps one layer larger than another layer is."""
-    top = min(present)
-    least = max(fewest(n, rule) for n in present)
+def _fewest_in_common(present: Mapping[str, int], rule: RankRule, legal: Legal | None) -> int:
+    """The smallest size that layers can have in common, whatever ``max_reduction`` says."""
+    if legal is None:
+        return min(rule.multiple_of, *present.values())
+    return min(_sizes(present, replace(rule, max_reduction=1.0), legal), default=min(present.values()))
+
+
+def _sizes(present: Mapping[str, int], rule: RankRule, legal: Legal | None = None) -> list[int]:
+    """Sizes that layers of these dimensions can have in common, ascending: multiples, and the least present dimension,
+    as far as every layer has the size already or the target takes it. Empty if ``max_reduction`` keeps one layer larger
+    than another layer is."""
+    top = min(present.values())
+    least = max(fewest(n, rule) for n in present.values())
     multiples = [*range(-(-least // rule.multiple_of) * rule.multiple_of, top + 1, rule.multiple_of)]
-    return multiples if top < least or top in multiples else [*multiples, top]
+    sizes = multiples if top < least or top in multiples else [*multiples, top]
+    if legal is None:
+        return sizes
+    return [size for size in sizes if all(size == n or size in legal.get(name, (size,)) for name, n in present.items())]
 
 
 def _promised(

@@ -19,6 +19,7 @@ from compressm.observing.loss_evidence import Gramians
 from compressm.observing.observer import Terms
 from compressm.theory.balancing import Method
 from compressm.theory.selection import Selection
+from compressm.theory.targets import Target
 from compressm.training.clock import Savings, StepClock, savings
 from compressm.training.cushion import Cushion, OnSetback
 from compressm.training.cutter import Cutter
@@ -90,6 +91,7 @@ class Compressor:
             ``max_error``, ``max_loss`` and ``max_drop``, in every family of layers, and no limit under ``states``,
             ``fraction`` and ``total_states``.
         per_layer: let the layers of a Hugging Face model differ in their state dimension; see `RankRule`.
+        target: cut to sizes only that these kernels or this server take; see docs/serving.md.
         layers: cut these layers only: a name, a glob, a list of these, or a function of a layer's name and the layer.
         exclude: leave these layers as they are, and ask nothing of them; as ``layers``.
         cuts: how many cuts.
@@ -155,6 +157,7 @@ class Compressor:
         min_reduction: float = 0.05,
         max_reduction: float | None = None,
         per_layer: bool = False,
+        target: Target | None = None,
         layers: Which | None = None,
         exclude: Which | None = None,
         cuts: int = 4,
@@ -178,7 +181,7 @@ class Compressor:
         rule = wanted_rule(
             tolerance=tolerance, states=states, fraction=fraction, max_error=max_error, total_states=total_states,
             max_loss=max_loss, multiple_of=multiple_of, min_reduction=min_reduction, max_reduction=max_reduction,
-            per_layer=per_layer,
+            per_layer=per_layer, target=target,
         )  # fmt: skip
         self._schedule = Schedule(total_steps, cuts, window, start, when, check_after, examined=max_drop is not None)
         choice = choose(model, layers, exclude, per_layer)

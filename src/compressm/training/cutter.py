@@ -29,7 +29,7 @@ from compressm.cutting.compression import check_rule
 from compressm.cutting.fitting import fit_any_size
 from compressm.cutting.plan import must_be_alike
 from compressm.cutting.replay import errors_on_samples
-from compressm.cutting.sizes import resized_parameters
+from compressm.cutting.sizes import checked_sizes, resized_parameters
 from compressm.cutting.spectrum import balance_layers, check_cut_by_loss
 from compressm.observing.loss_evidence import Gramians
 from compressm.observing.observer import Terms
@@ -104,7 +104,8 @@ class Cutter:
         check_trained(optimizer, layers)
         check_replicas(model)
         check_averages(model, followers)
-        check_sizes(rule, initial_dims(self.state_dims), must_be_alike(layers, rule))
+        dims = initial_dims(self.state_dims)
+        check_sizes(rule, dims, must_be_alike(layers, rule), checked_sizes(model, rule, dims))
         self.observations = Observations(model, rule, gramians, loss_terms)
         self._graphs = 0  # graphs compiled so far; counted from the first cut on
 

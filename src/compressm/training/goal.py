@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from compressm.theory.ranks import RankRule, largest_reduction
+from compressm.theory.targets import Target
 
 # The rule if only max_drop is given. In the paper a tolerance of 0.02 costs 0.4 points on sequential MNIST, 0.04 costs
 # 1.4.
@@ -27,6 +28,7 @@ def wanted_rule(
     min_reduction: float = 0.05,
     max_reduction: float | None = None,
     per_layer: bool = False,
+    target: Target | None = None,
 ) -> RankRule:
     """The rule that the arguments of `Compressor` ask for.
 
@@ -48,6 +50,7 @@ def wanted_rule(
         min_reduction=min_reduction,
         max_reduction=largest_reduction(max_reduction, size=(states, fraction, total_states) != (None, None, None)),
         per_layer=per_layer,
+        target=target,
     )
 
 

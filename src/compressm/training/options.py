@@ -23,6 +23,7 @@ from compressm.observing.observer import Terms
 from compressm.theory.balancing import Method
 from compressm.theory.ranks import check_choice
 from compressm.theory.selection import Selection
+from compressm.theory.targets import Target
 from compressm.training.cushion import OnSetback
 from compressm.training.schedule import When
 from compressm.training.snapshot import Stateful
@@ -191,6 +192,11 @@ _TABLE = (
         "per_layer", bool, False, "goal",
         "let the layers of a Hugging Face model differ in their state dimension; see `RankRule`.",
         once=False,
+    ),
+    Option(
+        "target", Target, None, "goal",
+        "cut to sizes only that these kernels or this server take; see docs/serving.md.",
+        once=None,
     ),
     Option(
         "layers", Which, None, "goal",

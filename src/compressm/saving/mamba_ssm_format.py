@@ -1,0 +1,141 @@
+"""Checkpoints in the format of the package ``mamba_ssm``: read into transformers' classes, and written back as they were.
+
+Their config has no ``model_type``; it holds the arguments of ``MambaConfig`` of ``mamba_ssm``, with those of its layers in
+``ssm_cfg``. The tensors are those of transformers' Mamba and Mamba-2 under the same names but one.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from compressm.cutting.sizes import state_dims
+from compressm.errors import CheckpointError
+
+_THEIRS, _OURS = "backbone.embedding.weight", "backbone.embeddings.weight"
+_FILES = ("model.safetensors", "pytorch_model.bin")
+
+
+def is_mamba_ssm(folder: Path) -> bool:
+    """Whether a folder holds a checkpoint in this format."""
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(config, dict) and "model_type" not in config and {"d_model", "n_layer"} <= set(config)
+
+
+def weights_of(folder: Path) -> Path:
+    """The file that holds the weights.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    for name in _FILES:
+        if (folder / name).is_file():
+            return folder / name
+    raise CheckpointError(f"{folder} has no {' or '.join(_FILES)}: check the path")
+
+
+def load(folder: Path) -> nn.Module:
+    """Load a checkpoint into ``MambaForCausalLM`` or ``Mamba2ForCausalLM`` of transformers, in its own dtype.
+
+    Raises:
+        CheckpointError: layers that transformers does not have, or tensors that are missing or left over.
+    """
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    tensors = {(_OURS if name == _THEIRS else name): value for name, value in _read(weights_of(folder)).items()}
+    with torch.device("meta"):
+        model = _built(config, tensors, folder)
+    if model.config.tie_word_embeddings:
+        tensors.setdefault("lm_head.weight", tensors.get(_OURS, torch.empty(0)))
+    wanted = set(model.state_dict())
+    if wanted != set(tensors):
+        wrong = sorted(wanted ^ set(tensors))
+        raise CheckpointError(f"{folder}: {wrong[0]} is not what its config promises; copy the folder again")
+    try:
+        model.load_state_dict(tensors, assign=True)
+    except RuntimeError as error:
+        raise CheckpointError(f"{folder}: {str(error).strip().splitlines()[-1].strip()}") from error
+    model.tie_weights()
+    return model.eval()
+
+
+def save(model: nn.Module, source: Path, target: Path) -> tuple[Path, ...]:
+    """Write a model as its source was written.
+
+    Args:
+        model: from `load`, cut to one state dimension.
+        source: the folder that it was loaded from.
+        target: an existing folder.
+
+    Returns:
+        the files of the source that were replaced.
+    """
+    config = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    (states,) = set(state_dims(model).values())
+    config["ssm_cfg"] = {**(config.get("ssm_cfg") or {}), "d_state": states}
+    (target / "config.json").write_text(json.dumps(config, indent=4) + "\n", encoding="utf-8")
+    file = weights_of(source)
+    known = set(_read(file))
+    values = {(_THEIRS if name == _OURS else name): value for name, value in model.state_dict().items()}
+    values = {name: value.detach().clone() for name, value in values.items() if name in known}
+    if file.suffix == ".safetensors":
+        save_file(values, target / file.name, metadata={"format": "pt"})
+    else:
+        torch.save(values, target / file.name)
+    return source / "config.json", file
+
+
+def _read(file: Path) -> dict[str, Tensor]:
+    if file.suffix == ".safetensors":
+        return load_file(file)
+    return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+
+
+def _built(config: Mapping[str, Any], tensors: Mapping[str, Tensor], folder: Path) -> Any:
+    """The model of transformers that has the layers of a config."""
+    import transformers
+
+    layers: dict[str, Any] = dict(config.get("ssm_cfg") or {})
+    kind = layers.pop("layer", "Mamba1")
+    if kind not in ("Mamba1", "Mamba2") or config.get("attn_layer_idx") or config.get("d_intermediate"):
+        raise CheckpointError(
+            f"{folder} is a model of mamba_ssm with {kind}, attention or MLPs; expected Mamba1 or Mamba2 layers alone: "
+            "load it with mamba_ssm and cut it with compressm.compress"
+        )
+    if not config.get("rms_norm", True):
+        raise CheckpointError(f"{folder} has LayerNorm (rms_norm=false), which transformers' Mamba has not")
+    width, dtype = config["d_model"], tensors[_OURS].dtype if _OURS in tensors else torch.float32
+    names = {"d_state": "state_size", "d_conv": "conv_kernel", "expand": "expand", "dt_rank": "time_step_rank"}
+    common: dict[str, Any] = {
+        "vocab_size": tensors[_OURS].shape[0] if _OURS in tensors else config.get("vocab_size", 0),
+        "hidden_size": width,
+        "num_hidden_layers": config["n_layer"],
+        "residual_in_fp32": config.get("residual_in_fp32", True),
+        "tie_word_embeddings": config.get("tie_embeddings", True),
+        "layer_norm_epsilon": 1e-5,
+        "use_bias": layers.get("bias", False),
+        "use_conv_bias": layers.get("conv_bias", True),
+        "dtype": dtype,
+        "state_size": 16 if kind == "Mamba1" else 128,
+    }
+    if kind == "Mamba2":
+        head = layers.get("headdim", 64)
+        names |= {"headdim": "head_dim", "ngroups": "n_groups", "chunk_size": "chunk_size"}
+        names.pop("dt_rank")
+        common |= {"head_dim": head, "num_heads": layers.get("expand", 2) * width // head, "n_groups": 1}
+    given = {names[name]: value for name, value in layers.items() if name in names}
+    name = "Mamba" if kind == "Mamba1" else "Mamba2"
+    settings = getattr(transformers, f"{name}Config")(**{**common, **given})
+    model = getattr(transformers, f"{name}ForCausalLM")(settings)
+    return cast("Any", model).to(dtype)
+
+
+__all__ = ["is_mamba_ssm", "load", "save", "weights_of"]
