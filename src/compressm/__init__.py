@@ -12,6 +12,7 @@ from compressm.theory.ranks import RankRule
 from compressm.theory.systems import DiagonalSystem
 from compressm.training.compressor import Compressor
 from compressm.training.history import Event
+from compressm.training.probe import Probe, probe
 
 __version__ = "0.1.0.dev1"
 
@@ -20,6 +21,7 @@ __all__ = [
     "Compressor",
     "DiagonalSystem",
     "Event",
+    "Probe",
     "RankRule",
     "Report",
     "Spectrum",
@@ -28,6 +30,7 @@ __all__ = [
     "compress",
     "distil",
     "load",
+    "probe",
     "register_optimizer_state",
     "save",
     "truncate",

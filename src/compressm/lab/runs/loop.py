@@ -32,14 +32,14 @@ from compressm.lab.runs.logs import RunLog, TensorBoard, Tracker, WeightsAndBias
 from compressm.lab.runs.models import build_compressor, build_model, build_optimizer, build_scheduler
 from compressm.lab.runs.objective import Objective
 from compressm.lab.runs.origin import checkpoint_to_begin_with
-from compressm.lab.runs.place import accelerator, device_name, seed_all
+from compressm.lab.runs.place import accelerator, device_name
 from compressm.lab.runs.result import RunResult
 from compressm.lab.runs.same_settings import check_same
 from compressm.lab.runs.spectra import SpectrumLog
 from compressm.lab.runs.timers import Timers
 from compressm.runtime.files import write_json
 from compressm.runtime.memory import keep_freed_memory
-from compressm.runtime.random_state import rng_state, set_rng_state
+from compressm.runtime.random_state import rng_state, seed_all, set_rng_state
 from compressm.saving.checkpoint import load, save
 from compressm.training.clock import StepClock, savings
 from compressm.training.history import Cut, Event, RolledBack
