@@ -4,9 +4,9 @@
 
 DATA is a folder with ``mnist/``, ``cifar10/`` and ``fsdd/fsdd.tar.gz``. State matters on sequential MNIST and CIFAR-10
 (both averaged over 2 x 2 pixels), where small models from scratch stay behind (`results/smnist-quarter/`,
-`results/scifar-small/`), and not on spoken digits. Every probe that is done is stored at once in the folder ``--parts``,
-so that a run that was killed goes on. One thread; shares of the training's time are by CPU time, since the machine
-may run other programs.
+`results/scifar-small/`), and not on spoken digits. Every short training that is done is stored in the folder
+``--parts``, so that a run that was killed goes on. One thread. Shares of the training's time are by CPU time, with
+evaluations, since the machine may run other programs; they are not known of a probe that a kill interrupted.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import json
 import math
 import time
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ from compressm.lab.data.datasets import load_data
 from compressm.layers import SequenceClassifier, parameter_groups
 from compressm.training.probe import Task
 
-SEEDS, VALIDATION = 3, 1000  # seeds of each probe, validation examples
+SEEDS, VALIDATION = 2, 1000  # seeds of each probe, validation examples
 
 
 @dataclass(frozen=True)
@@ -63,25 +64,26 @@ class Experiment:
     """A task with its data: builds, trains and evaluates models."""
 
     def __init__(self, name: str, data: Path) -> None:
-        self.setting = SETTINGS[name]
-        if name == "fsdd":
-            task = spoken_digits(data / "fsdd" / "fsdd.tar.gz")
-            self.x, self.y = task.x, task.y
-            self.valid = task.valid_x[:VALIDATION], task.valid_y[:VALIDATION]
-            return
-        found = load_data(DataConfig(name=name, validation=0.1, pool=2, root=str(data)))
-        self.x, self.y = found.batch(found.train, torch.arange(len(found.train)))
+        self.name, self.folder, self.setting = name, data, SETTINGS[name]
+
+    @cached_property
+    def data(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Sequences and labels to learn from, and to validate on."""
+        if self.name == "fsdd":
+            task = spoken_digits(self.folder / "fsdd" / "fsdd.tar.gz")
+            return task.x, task.y, task.valid_x[:VALIDATION], task.valid_y[:VALIDATION]
+        found = load_data(DataConfig(name=self.name, validation=0.1, pool=2, root=str(self.folder)))
         chosen = torch.randperm(len(found.validation), generator=torch.Generator().manual_seed(0))[:VALIDATION]
-        self.valid = found.batch(found.validation, chosen)
+        return *found.batch(found.train, torch.arange(len(found.train))), *found.batch(found.validation, chosen)
 
     def build(self, states: int) -> nn.Module:
         s = self.setting
         return SequenceClassifier(
-            self.x.shape[-1], 10, s.width, states, n_layers=s.layers, dropout=0.1, r_min=s.r_min, r_max=0.999
+            self.data[0].shape[-1], 10, s.width, states, n_layers=s.layers, dropout=0.1, r_min=s.r_min, r_max=0.999
         )
 
     def train(self, model: nn.Module, task: Task) -> None:
-        s = self.setting
+        s, (x, y, *_) = self.setting, self.data
         kind = torch.optim.AdamW if s.decay else torch.optim.Adam
         optimizer = kind(parameter_groups(model, task.rate * s.rate, s.decay, s.recurrence))
         warm = max(1, task.steps // 10)
@@ -94,8 +96,8 @@ class Experiment:
 
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         for _ in range(task.steps):
-            batch = torch.randint(0, len(self.x), (s.batch,))
-            loss = F.cross_entropy(model.train()(self.x[batch]), self.y[batch])
+            batch = torch.randint(0, len(x), (s.batch,))
+            loss = F.cross_entropy(model.train()(x[batch]), y[batch])
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -103,7 +105,7 @@ class Experiment:
 
     @torch.no_grad()
     def evaluate(self, model: nn.Module) -> Tensor:
-        x, y = self.valid
+        *_, x, y = self.data
         return torch.cat([model.eval()(part).argmax(-1) for part in x.split(500)]) == y
 
     def step_seconds(self, steps: int = 8) -> float:
@@ -127,16 +129,16 @@ def one_probe(experiment: Experiment, number: int, folder: Path) -> tuple[Probe,
 
 
 def row(name: str, experiment: Experiment, number: int, parts: Path) -> dict[str, Any]:
-    """The result of a probe; read where it is there already."""
+    """The result of a probe. Short trainings that are stored are not made again."""
     path = parts / f"{name}-{number}.json"
+    resumed = any((parts / name).glob(f"*-seed{SEEDS * number}-*"))
+    found, seconds = one_probe(experiment, number, parts / name)
     if not path.exists():
-        found, seconds = one_probe(experiment, number, parts / name)
-        share = seconds / (experiment.setting.total_steps * experiment.step_seconds())
-        parts.mkdir(parents=True, exist_ok=True)
-        result = {"task": name, "probe": number, "cpu_seconds": seconds, "cpu_share": share, **found.to_dict()}
-        path.write_text(json.dumps(result))
-        print(f"{name} {number}: {share:.1%} of the training\n{found}", flush=True)
-    return json.loads(path.read_text())
+        share = None if resumed else seconds / (experiment.setting.total_steps * experiment.step_seconds())
+        path.write_text(json.dumps({"cpu_share": share}))
+    share = json.loads(path.read_text())["cpu_share"]
+    print(f"{name} {number}, share of the CPU time {share}\n{found}", flush=True)
+    return {"task": name, "probe": number, "cpu_share": share, **found.to_dict()}
 
 
 def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:

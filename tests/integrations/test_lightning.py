@@ -263,6 +263,11 @@ def test_with_several_optimizers_the_one_of_the_state_space_layers_counts(tmp_pa
     assert dims(model) <= 4
 
 
+def test_a_twin_is_refused() -> None:
+    with pytest.raises(InvalidRankRuleError, match=r"control='twin' .* Lightning makes the steps"):
+        CompressionCallback(tolerance=0.1, control="twin")
+
+
 def test_manual_optimisation_needs_the_number_of_steps(tmp_path: Path) -> None:
     with pytest.raises(InvalidRankRuleError, match=r"Manual optimises manually.*give CompressionCallback total_steps="):
         make_trainer(tmp_path, compression(), enable_checkpointing=False).fit(Manual(), data())

@@ -77,7 +77,8 @@ def uncut(steps: int) -> Loop:
 def test_the_twin_is_the_training_without_the_cut_bit_for_bit() -> None:
     loop = Loop()
     loop.run(14)
-    assert loop.compressor.observing and loop.model.ssm.d_state == 2
+    assert loop.compressor.observing
+    assert loop.model.ssm.d_state == 2
     twin = loop.compressor._cushion.twin
     assert twin is not None
     alone = uncut(14)
@@ -91,9 +92,13 @@ def test_a_harmful_cut_is_undone_and_no_step_is_lost() -> None:
         loop.run(40)
     *watched, undone = (one for one in loop.compressor.history if isinstance(one, Watched | RolledBack))
     assert [(one.kind, one.step) for one in watched] == [("watched", 16), ("watched", 19)]
-    assert isinstance(undone, RolledBack) and undone.step == undone.restored_step == 22
+    assert isinstance(undone, RolledBack)
+    assert undone.step == undone.restored_step == 22
     assert "the uncut twin goes on" in str(undone)
-    assert undone.seconds > 0 and undone.error is not None and undone.loss is not None and undone.loss > 0.1
+    assert undone.seconds > 0
+    assert undone.error is not None
+    assert undone.loss is not None
+    assert undone.loss > 0.1
     alone = uncut(40)
     assert all(torch.equal(value, loop.model.state_dict()[name]) for name, value in alone.model.state_dict().items())
     moments = alone.optimizer.state_dict()["state"]
@@ -105,7 +110,8 @@ def test_the_loss_is_the_difference_of_the_two_metrics() -> None:
     loop = Loop()
     loop.run(19)
     kept = loop.compressor.history[-1]
-    assert isinstance(kept, Kept) and loop.compressor._cushion.twin is None
+    assert isinstance(kept, Kept)
+    assert loop.compressor._cushion.twin is None
     differences = []
     for steps in (16, 19):
         other = Loop()
@@ -140,7 +146,9 @@ def test_a_training_resumes_beside_its_twin() -> None:
         (one.kind, one.step) for one in whole.compressor.history
     ]
     mine, theirs = second.compressor.history[-2], whole.compressor.history[-2]
-    assert isinstance(mine, Kept) and isinstance(theirs, Kept) and mine.loss == theirs.loss
+    assert isinstance(mine, Kept)
+    assert isinstance(theirs, Kept)
+    assert mine.loss == theirs.loss
     with pytest.raises(CheckpointError, match="control='twin' and train_step"):
         Loop(control="trend", train_step=None).compressor.load_state_dict(state["compressor"])
 
@@ -172,7 +180,7 @@ def test_averages_and_parameters_outside_of_the_model_are_refused() -> None:
 
 def test_calls_that_do_not_tell_the_twin_what_to_do_are_refused() -> None:
     loop = Loop()
-    with pytest.raises(InvalidRankRuleError, match="compressor.step\\(batch\\)"):
+    with pytest.raises(InvalidRankRuleError, match=r"compressor\.step\(batch\)"):
         loop.compressor.step()
     loop.run(1)
     with pytest.raises(InvalidRankRuleError, match="as a list"):

@@ -12,6 +12,7 @@ from compressm.cli.compress import compress
 from compressm.cli.demo import demo
 from compressm.cli.export import export
 from compressm.cli.import_ import import_
+from compressm.cli.probe import probe
 from compressm.cli.report import report
 from compressm.cli.reproduce import reproduce
 from compressm.cli.train import train
@@ -28,6 +29,7 @@ def make_app() -> typer.Typer:
     )
     app.callback()(common)
     app.command()(train)
+    app.command()(probe)
     app.command()(demo)
     app.command()(reproduce)
     app.command("import")(import_)

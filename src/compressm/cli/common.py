@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, Protocol
+
+from compressm.errors import ConfigError
 
 
 def fail(message: str) -> int:
@@ -37,4 +39,30 @@ def write_result(path: Path | None, result: dict[str, Any]) -> None:
         write_json(path, finite(result))
 
 
-__all__ = ["fail", "printed", "write_result"]
+class Drawable(Protocol):
+    """Something that can be plotted."""
+
+    def plot(self, backend: Literal["plotly", "matplotlib"] | None = None) -> Any:
+        """A figure of plotly or of matplotlib."""
+        ...
+
+
+def draw(what: Drawable, path: Path) -> None:
+    """Draw a picture into a file: a page with plotly's if its name ends with ``.html``, otherwise matplotlib's.
+
+    Raises:
+        ConfigError: the file cannot be written.
+    """
+    from compressm.runtime.files import replacing
+
+    try:
+        with replacing(path) as new:
+            if path.suffix == ".html":
+                what.plot("plotly").write_html(new)
+            else:
+                what.plot("matplotlib").savefig(new, dpi=150, format=path.suffix[1:])
+    except OSError as error:
+        raise ConfigError(f"--plot {path}: cannot be written ({error.strerror}); choose another place") from error
+
+
+__all__ = ["draw", "fail", "printed", "write_result"]

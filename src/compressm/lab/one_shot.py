@@ -197,7 +197,8 @@ class Analysis:
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
         cuts = [asdict(prospect) for prospect in self.prospects]
-        return {"layers": self.spectrum.to_dict(), "parameters": self.parameters, "cuts": cuts}
+        advice = {} if not (text := self.spectrum.advice()) else {"advice": text}
+        return {"layers": self.spectrum.to_dict(), "parameters": self.parameters, "cuts": cuts, **advice}
 
     def table(self) -> Table:
         """For the terminal: how many states each layer needs, and the model in all."""

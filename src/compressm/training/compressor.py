@@ -123,9 +123,9 @@ class Compressor:
             counts them from there.
         rewind: a roll-back turns back time as well. False where a host counts the steps: then only what was learnt goes
             back (weights, the optimizer's state, averages), and steps, learning rates, scaler and random state go on.
-        control: with what a cut is compared. ``"trend"``: the course of the metric before it, which goes on. ``"twin"``:
-            the uncut model, which trains on beside it on the same batches until the cut is judged. Needs ``train_step``
-            and the batch in ``compressor.step(batch)``, in a loop of your own in one process.
+        control: with what a cut is compared. ``"trend"``: the course of the metric before it, which goes on.
+            ``"twin"``: the uncut model, which trains on beside it on the same batches until the cut is judged. Needs
+            ``train_step`` and the batch in ``compressor.step(batch)``, in a loop of your own in one process.
         train_step: ``train_step(model, optimizer, batch)`` makes one training step, as your loop does, with the model
             and the optimizer that it is given. Only ``control="twin"`` calls it, for the twin.
 

@@ -62,9 +62,9 @@ def probe(
     states: int | Sequence[int],
     steps: int,
     total_steps: int | None = None,
-    seeds: int | Sequence[int] = 3,
+    seeds: int | Sequence[int] = 2,
     rates: Sequence[float] = (1.0, 3.0, 9.0),
-    worth: float = 0.1,
+    worth: float = 0.2,
     mode: Better = "max",
     folder: str | os.PathLike[str] | None = None,
     quiet: bool = False,
@@ -85,8 +85,8 @@ def probe(
         steps: steps of each short training. Enough of them that something is learnt.
         total_steps: steps of the long training, to say which share of its time the probe took.
         seeds: how many seeds, two or more; or the seeds.
-        rates: factors on the learning rates, ascending. With the first seed they are tried one after the other until one
-            is no better, for a smaller size from the best one of the larger size on.
+        rates: factors on the learning rates, ascending. With the first seed they are tried one after the other until
+            one is no better, for a smaller size from the best one of the larger size on.
         worth: share of what the largest size learns that a smaller one may be behind and still count as as good.
         mode: ``"max"`` if a higher metric is better, ``"min"`` if a lower one is.
         folder: stores every short training when it is done. A probe that was killed goes on from there.
@@ -167,15 +167,15 @@ class _Runner:
         metric, scores = self._metric(model, name)
         parameters = sum(one.numel() for one in model.parameters())
         return self.made.add(
-            ShortRun(
-                task.states, task.seed, task.rate, before, metric, scores, seconds, parameters, record.checksums
-            )
+            ShortRun(task.states, task.seed, task.rate, before, metric, scores, seconds, parameters, record.checksums)
         )
 
     def _metric(self, model: nn.Module, name: str) -> tuple[float, Any]:
         value, scores = measured(model, self.evaluate)
         if not math.isfinite(value):
-            raise EvaluationError(f"evaluate returned {value} for {name}; lower the learning rate or drop it from rates=")
+            raise EvaluationError(
+                f"evaluate returned {value} for {name}; lower the learning rate, or leave this one out of rates="
+            )
         return value, scores
 
 
@@ -253,7 +253,7 @@ def _check(steps: int, total_steps: int | None, rates: Sequence[float], worth: f
     if not rates or list(rates) != sorted(set(rates)) or not all(rate > 0 and math.isfinite(rate) for rate in rates):
         raise ConfigError(f"rates = {tuple(rates)}: positive factors on the learning rates were expected, ascending")
     if not 0 < worth < 1:
-        raise ConfigError(f"worth = {worth:g}: a share in (0, 1) was expected, for example 0.1")
+        raise ConfigError(f"worth = {worth:g}: a share in (0, 1) was expected, for example 0.2")
 
 
 def _warn_of_other_batches(runs: Sequence[ShortRun]) -> None:
@@ -262,8 +262,8 @@ def _warn_of_other_batches(runs: Sequence[ShortRun]) -> None:
         first = next(one for one in runs if one.seed == run.seed)
         if run.batches != first.batches:
             warnings.warn(
-                f"with seed {run.seed}, {run.states} and {first.states} states were trained on different batches, which "
-                "also makes them differ: draw the order of batches in train from torch, NumPy or Python, or by "
+                f"with seed {run.seed}, {run.states} and {first.states} states were trained on different batches, "
+                "which also makes them differ: draw the order of batches in train from torch, NumPy or Python, or by "
                 "task.seed",
                 ProbeWarning,
                 stacklevel=3,

@@ -42,14 +42,31 @@ def check_twin(training: Training, max_drop: float | None, train_step: TrainStep
         raise InvalidRankRuleError(f"control='twin' {problem}")
 
 
+def refuse_twin(arguments: Mapping[str, Any], host: str) -> None:
+    """Refuse ``control="twin"`` where a host makes the training steps.
+
+    Args:
+        arguments: of `Compressor`.
+        host: who makes them.
+
+    Raises:
+        InvalidRankRuleError: it is asked for.
+    """
+    if arguments.get("control") == "twin":
+        raise InvalidRankRuleError(
+            f"control='twin' lets an uncut twin make every step too, and here {host} makes the steps: use "
+            "control='trend', or a loop of your own"
+        )
+
+
 def _problem(training: Training, max_drop: float | None, train_step: TrainStep | None) -> str:
     if max_drop is None:
         return "compares a cut with an uncut twin, and without max_drop no cut is examined: give max_drop and evaluate"
     if train_step is None:
         return (
             "needs train_step, a function that makes one training step, and is called for the twin: "
-            "train_step=lambda model, optimizer, batch: ..., with compressor.step(batch) in the loop; where a host owns "
-            "the step (Trainer, Lightning), use control='trend'"
+            "train_step=lambda model, optimizer, batch: ..., with compressor.step(batch) in the loop; where a host "
+            "makes the steps (Trainer, Lightning), use control='trend'"
         )
     if world_size() > 1:
         return f"works in one process, and there are {world_size()}: use control='trend'"
@@ -84,9 +101,7 @@ class Twin:
         random: the random state in which the coming step begins.
     """
 
-    def __init__(
-        self, training: Training, train_step: TrainStep, snapshot: Mapping[str, Any] | None = None
-    ) -> None:
+    def __init__(self, training: Training, train_step: TrainStep, snapshot: Mapping[str, Any] | None = None) -> None:
         self._train_step, self.seconds, self.random = train_step, 0.0, rng_state()
         self.model = copied(training.model)
         copies = dict(zip(training.model.parameters(), self.model.parameters(), strict=True))
@@ -185,4 +200,4 @@ class _Hook:
             steps.begun()
 
 
-__all__ = ["Control", "TrainStep", "Twin", "check_twin"]
+__all__ = ["Control", "TrainStep", "Twin", "check_twin", "refuse_twin"]

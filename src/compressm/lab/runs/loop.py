@@ -19,6 +19,7 @@ import torch
 from accelerate.utils import broadcast, gather_object
 from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from compressm import __version__
 from compressm.cutting import state_dims
@@ -44,6 +45,8 @@ from compressm.saving.checkpoint import load, save
 from compressm.training.clock import StepClock, savings
 from compressm.training.history import Cut, Event, RolledBack
 from compressm.training.step_cost import step_cost
+
+_Batch = tuple[Tensor, Tensor, Tensor | None, int]  # sequences, labels, lengths where padded, step
 
 
 def train(
@@ -119,8 +122,9 @@ class _Run:
         self.optimizer = build_optimizer(config.optimizer, self.model)
         self.scheduler = build_scheduler(config, self.optimizer)
         self.compressor = build_compressor(
-            config, self.model, self.optimizer, self.scheduler, lambda model: self.accuracy(model, data.validation)
-        )
+            config, self.model, self.optimizer, self.scheduler,
+            lambda model: self.accuracy(model, data.validation), self._learn,
+        )  # fmt: skip
         self.clock = StepClock(state_dims(self.model)) if self.compressor is None else self.compressor.clock
 
     def _begin(self, resume: bool, origin: str | Path | None) -> None:
@@ -161,13 +165,13 @@ class _Run:
     def _advance(self, log: RunLog) -> None:
         """One training step and all that is due after it."""
         run = self.config.run
-        self._train_step()
+        batch = self._train_step()
         if run.log_every and self.step % run.log_every == 0:
             loss = float(self.loss)
             self._check_finite(loss)
             log.training(self.step, loss, self._rates())
         seen = 0 if self.compressor is None else len(self.compressor.history)
-        event = self._compress()
+        event = self._compress(batch)
         if event is not None and self.compressor is not None:
             for one in self.compressor.history[seen:]:
                 log.compression(one, state_dims(self.model))
@@ -180,26 +184,32 @@ class _Run:
         if last or (run.checkpoint_every and self.step % run.checkpoint_every == 0 and not undone):
             self._checkpoint()
 
-    def _train_step(self) -> None:
+    def _train_step(self) -> _Batch:
         self.clock.begin()
-        u, y, lengths = self._batch()
-        self.wrapped.train()
-        loss = self.objective(self.wrapped, u, y, self.step, lengths)
+        batch = (*self._batch(), self.step)
+        self.loss = self._learn(self.wrapped, self.optimizer, batch)
+        self.scheduler.step()
+        self.step += 1
+        return batch
+
+    def _learn(self, model: nn.Module, optimizer: Optimizer, batch: _Batch) -> Tensor:
+        """One step of a model, which may be an uncut twin; returns its loss."""
+        u, y, lengths, step = batch
+        model.train()
+        loss = self.objective(model, u, y, step, lengths)
         self.accelerator.backward(loss)
         if self.config.optimizer.max_grad_norm is not None:
-            nn.utils.clip_grad_norm_(self.model.parameters(), self.config.optimizer.max_grad_norm)
-        self.optimizer.step()
-        self.scheduler.step()
-        self.optimizer.zero_grad()
-        self.loss = loss.detach()
-        self.step += 1
+            nn.utils.clip_grad_norm_(model.parameters(), self.config.optimizer.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss.detach()
 
-    def _compress(self) -> Event | None:
+    def _compress(self, batch: _Batch) -> Event | None:
         if self.compressor is None:
             self.clock.end()
             return None
         with self.timers.timed("reduction"):
-            event = self.compressor.step()
+            event = self.compressor.step(batch)
         if not isinstance(event, Cut | RolledBack):
             return event
         self.best = None  # weights of another size are no candidates for the result

@@ -15,6 +15,7 @@ from compressm.errors import ConfigError, InvalidRankRuleError
 from compressm.lab.config import Config, OptimizerConfig
 from compressm.layers import SequenceClassifier, parameter_groups
 from compressm.training.compressor import Compressor
+from compressm.training.twin import TrainStep
 
 
 def build_model(
@@ -57,9 +58,14 @@ def learning_rate_factor(config: Config) -> Callable[[int], float]:
 
 
 def build_compressor(
-    config: Config, model: nn.Module, optimizer: Optimizer, scheduler: Any, evaluate: Callable[[nn.Module], float]
+    config: Config,
+    model: nn.Module,
+    optimizer: Optimizer,
+    scheduler: Any,
+    evaluate: Callable[[nn.Module], float],
+    train_step: TrainStep,
 ) -> Compressor | None:
-    """The compressor, or None where compression is disabled.
+    """The compressor, or None where compression is disabled. Arguments are those of `Compressor`.
 
     Raises:
         ConfigError: arguments that it refuses.
@@ -68,7 +74,10 @@ def build_compressor(
     if not arguments.pop("enabled"):
         return None
     try:
-        return Compressor(model, optimizer, config.run.steps, evaluate=evaluate, scheduler=scheduler, **arguments)
+        return Compressor(
+            model, optimizer, config.run.steps,
+            evaluate=evaluate, scheduler=scheduler, train_step=train_step, **arguments,
+        )  # fmt: skip
     except InvalidRankRuleError as error:
         raise ConfigError(f"compression: {error}") from error
 
