@@ -13,6 +13,7 @@ from compressm.theory.ranks import RankRule
 from compressm.theory.systems import DiagonalSystem
 from compressm.training.compressor import Compressor
 from compressm.training.history import Event
+from compressm.training.probe import Probe, probe
 
 __version__ = "0.1.0.dev1"
 
@@ -21,6 +22,7 @@ __all__ = [
     "Compressor",
     "DiagonalSystem",
     "Event",
+    "Probe",
     "RankRule",
     "ReducedSystem",
     "Report",
@@ -30,6 +32,7 @@ __all__ = [
     "compress",
     "distil",
     "load",
+    "probe",
     "reduce",
     "register_optimizer_state",
     "save",

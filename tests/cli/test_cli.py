@@ -156,6 +156,29 @@ def test_train_writes_its_result(
     assert json.loads(capsys.readouterr().out) == result
 
 
+def test_probe_answers_and_goes_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    arguments = ["probe", str(CONFIGS / "digits.yaml"), "run.steps=1000", "run.device=cpu", "--steps", "4"]
+    arguments += ["--states", "8,2", "--output", "parts", "--json", "result.json", "--plot", "picture.svg"]
+    assert main(arguments) == 0
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert result["answer"] in capsys.readouterr().out.lower()
+    assert [size["states"] for size in result["sizes"]] == [8, 2]
+    assert result["steps"] == 4
+    assert result["command"].startswith("compressm probe ")
+    assert (tmp_path / "picture.svg").stat().st_size > 1000
+    monkeypatch.setattr("compressm.lab.probing._Bench.train", None)  # nothing is trained again
+    assert main(arguments) == 0
+    again = json.loads((tmp_path / "result.json").read_text())
+    assert again == result
+    capsys.readouterr()
+    for wrong, message in (("8", "two different sizes"), ("8,x", "--states 8,x: numbers separated by commas")):
+        assert main(["probe", str(CONFIGS / "digits.yaml"), "--states", wrong]) == 2
+        assert message in one_line(capsys)
+
+
 def test_values_that_json_has_no_word_for_are_null(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = SequenceClassifier(2, 3, d_model=4, d_state=8)
     torch.nn.init.constant_(model.decoder.bias, math.nan)

@@ -26,7 +26,17 @@ from compressm.cutting.serving import (
     parse_bytes,
 )
 from compressm.errors import ConfigError
-from compressm.layers import LRU, S4D, S5, DeltaNet, GatedLinearAttention, LinearAttention, Mamba, Mamba2, RecurrentBlock
+from compressm.layers import (
+    LRU,
+    S4D,
+    S5,
+    DeltaNet,
+    GatedLinearAttention,
+    LinearAttention,
+    Mamba,
+    Mamba2,
+    RecurrentBlock,
+)
 from compressm.theory.geometry import Geometry
 from hf_models import FAMILIES, hf_models, tokens
 

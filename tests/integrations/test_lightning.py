@@ -284,6 +284,11 @@ def test_an_optimizer_of_layers_that_are_left_out_does_not_count(tmp_path: Path)
     assert [states <= 4 for states in state_dims(model).values()] == [True, False]
 
 
+def test_a_twin_is_refused() -> None:
+    with pytest.raises(InvalidRankRuleError, match=r"control='twin' .* Lightning makes the steps"):
+        CompressionCallback(tolerance=0.1, control="twin")
+
+
 def test_manual_optimisation_needs_the_number_of_steps(tmp_path: Path) -> None:
     with pytest.raises(InvalidRankRuleError, match=r"Manual optimises manually.*give CompressionCallback total_steps="):
         make_trainer(tmp_path, compression(), enable_checkpointing=False).fit(Manual(), data())

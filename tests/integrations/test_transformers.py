@@ -349,6 +349,8 @@ def test_refusals_come_before_training(tmp_path: Path) -> None:
     trainer.add_callback(CompressionCallback(trainer))
     with pytest.raises(InvalidRankRuleError, match="say how far to cut"):
         trainer.train()
+    with pytest.raises(InvalidRankRuleError, match=r"control='twin' .* the Trainer makes the steps"):
+        CompressionCallback(trainer, tolerance=0.1, control="twin")
     trainer.model = nn.Linear(1, 1)
     with pytest.raises(UnsupportedModelError):
         CompressionCallback(trainer, tolerance=0.1)

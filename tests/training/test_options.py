@@ -51,6 +51,7 @@ VALUES: dict[str, tuple[list[Any], list[Any]]] = {
     "check_after": ([1, 9, None], [0, 1.5]),
     "on_setback": (["halve", "stop"], ["cry", None]),
     "rewind": ([True, False], ["no", None]),
+    "control": (["trend"], ["twins", None]),
 }
 
 

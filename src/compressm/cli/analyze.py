@@ -1,11 +1,11 @@
 """``compressm analyze``."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 import typer
 
-from compressm.cli.common import printed, write_result
+from compressm.cli.common import draw, printed, write_result
 from compressm.cli.options import (
     PICTURES,
     Checkpoint,
@@ -18,10 +18,6 @@ from compressm.cli.options import (
     command_line,
     file_option,
 )
-from compressm.errors import ConfigError
-
-if TYPE_CHECKING:
-    from compressm.cutting.spectrum import Spectrum
 
 
 def analyze(
@@ -56,21 +52,8 @@ def analyze(
         for line in Serving(analysis.memory, analysis.memory, device).lines():
             print(line)
         Console().print(analysis.table())
-        for line in (*analysis.takers, *analysis.refusals):
+        for line in filter(None, (*analysis.takers, *analysis.refusals, analysis.spectrum.advice())):
             print(line)
     if plot is not None:
-        _draw(analysis.spectrum, plot)
+        draw(analysis.spectrum, plot)
     write_result(json, {"command": command_line(context), **analysis.to_dict()})
-
-
-def _draw(spectrum: "Spectrum", path: Path) -> None:
-    from compressm.runtime.files import replacing
-
-    try:
-        with replacing(path) as new:
-            if path.suffix == ".html":
-                spectrum.plot("plotly").write_html(new)
-            else:
-                spectrum.plot("matplotlib").savefig(new, dpi=150, format=path.suffix[1:])
-    except OSError as error:
-        raise ConfigError(f"--plot {path}: cannot be written ({error.strerror}); choose another place") from error

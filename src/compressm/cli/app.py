@@ -16,6 +16,7 @@ from compressm.cli.compress import compress
 from compressm.cli.demo import demo
 from compressm.cli.export import export
 from compressm.cli.import_ import import_
+from compressm.cli.probe import probe
 from compressm.cli.report import report
 from compressm.cli.reproduce import reproduce
 from compressm.cli.train import train
@@ -31,7 +32,7 @@ def make_app() -> typer.Typer:
         rich_markup_mode=None,
     )
     app.callback()(common)
-    commands = (train, demo, reproduce, import_, report, analyze, compress, bench, export)
+    commands = (train, probe, demo, reproduce, import_, report, analyze, compress, bench, export)
     for command in commands:
         app.command(command.__name__.rstrip("_"))(with_verbosity(command))
     return app

@@ -10,7 +10,9 @@ import time
 import traceback
 from collections.abc import Generator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, Protocol
+
+from compressm.errors import ConfigError
 
 
 def fail(message: str) -> int:
@@ -55,8 +57,6 @@ def spoken_at(quiet: bool, verbose: bool, to_output: bool) -> Generator[None]:
         ConfigError: both.
     """
     if quiet and verbose:
-        from compressm.errors import ConfigError
-
         raise ConfigError("--quiet and --verbose contradict each other: leave one out")
     if verbose:
         with _verbose():
@@ -95,4 +95,30 @@ def _verbose() -> Generator[None]:
         print(f"took {time.perf_counter() - start:.1f} s", file=sys.stderr)
 
 
-__all__ = ["fail", "printed", "spoken_at", "write_result"]
+class Drawable(Protocol):
+    """Something that can be plotted."""
+
+    def plot(self, backend: Literal["plotly", "matplotlib"] | None = None) -> Any:
+        """A figure of plotly or of matplotlib."""
+        ...
+
+
+def draw(what: Drawable, path: Path) -> None:
+    """Draw a picture into a file: a page with plotly's if its name ends with ``.html``, otherwise matplotlib's.
+
+    Raises:
+        ConfigError: the file cannot be written.
+    """
+    from compressm.runtime.files import replacing
+
+    try:
+        with replacing(path) as new:
+            if path.suffix == ".html":
+                what.plot("plotly").write_html(new)
+            else:
+                what.plot("matplotlib").savefig(new, dpi=150, format=path.suffix[1:])
+    except OSError as error:
+        raise ConfigError(f"--plot {path}: cannot be written ({error.strerror}); choose another place") from error
+
+
+__all__ = ["draw", "fail", "printed", "spoken_at", "write_result"]

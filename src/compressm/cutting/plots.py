@@ -40,12 +40,17 @@ def plot_rise(rises: Mapping[str, Sequence[float]], backend: Backend | None = No
 
 def _plot(values: Mapping[str, Sequence[float]], titles: tuple[str, str], backend: Backend | None) -> Any:
     """Plot a value per number of states, one line per layer; ``titles`` are those of the picture and of its y axis."""
-    if backend is None:
-        backend = "plotly" if _found("plotly") else "matplotlib"
-    if backend not in ("plotly", "matplotlib"):
-        raise ValueError(f"backend must be 'plotly' or 'matplotlib'; got {backend!r}")
+    backend = _backend(backend)
     lines = [(name, [max(value, _FLOOR) for value in layer]) for name, layer in values.items()]
     return _plotly(lines, *titles) if backend == "plotly" else _matplotlib(lines, *titles)
+
+
+def _backend(asked: Backend | None) -> Backend:
+    """The backend that was asked for, or the one that is there."""
+    backend = asked or ("plotly" if _found("plotly") else "matplotlib")
+    if backend not in ("plotly", "matplotlib"):
+        raise ValueError(f"backend must be 'plotly' or 'matplotlib'; got {backend!r}")
+    return backend
 
 
 def _found(name: str) -> bool:
@@ -73,7 +78,9 @@ def _plotly(lines: list[tuple[str, list[float]]], title: str, y_title: str) -> A
     return figure
 
 
-def _matplotlib(lines: list[tuple[str, list[float]]], title: str, y_title: str) -> Any:
+def _matplotlib(
+    lines: list[tuple[str, list[float]]], title: str, y_title: str, levels: Sequence[float] = (0.1, 0.01, 0.001)
+) -> Any:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
@@ -82,13 +89,42 @@ def _matplotlib(lines: list[tuple[str, list[float]]], title: str, y_title: str) 
     axis = figure.subplots()
     for index, (name, shares) in enumerate(lines):
         axis.semilogy(range(1, len(shares) + 1), shares, label=name, color=COLOURS[index % len(COLOURS)])
-    for tolerance in (0.1, 0.01, 0.001):
+    for tolerance in levels:
         axis.axhline(tolerance, color="#999999", linewidth=0.6, linestyle=":")
     axis.set(title=title, xlabel=_X, ylabel=y_title, xlim=(0, None))
     axis.spines[["top", "right"]].set_visible(False)
-    if len(lines) <= 12:
+    if 0 < len(lines) <= 12:
         axis.legend(frameon=False, fontsize=8)
     return figure
 
 
-__all__ = ["COLOURS", "plot_discarded", "plot_rise"]
+def plot_metrics(values: Mapping[int, Sequence[float]], title: str, backend: Backend | None = None) -> Any:
+    """Plot the metrics that trainings of several sizes reach, and their means; see `Probe.plot`.
+
+    Args:
+        values: metrics by number of states.
+        title: of the picture.
+        backend: see `plot_discarded`.
+    """
+    chosen, x_title, y_title = _backend(backend), "states (logarithmic)", "metric after the short training"
+    points = [(states, value) for states, metrics in values.items() for value in metrics]
+    means = [(states, sum(metrics) / len(metrics)) for states, metrics in sorted(values.items())]
+    if chosen == "plotly":
+        figure = _plotly([], title, y_title)
+        figure.add_scatter(x=[x for x, _ in points], y=[y for _, y in points], mode="markers", name="a seed each")
+        figure.add_scatter(x=[x for x, _ in means], y=[y for _, y in means], name="mean")
+        figure.update_xaxes(type="log", title=x_title)
+        return figure.update_yaxes(type="linear")
+    figure = _matplotlib([], title, y_title, levels=())
+    axis = figure.axes[0]
+    axis.plot(*zip(*points, strict=True), ".", color=COLOURS[0], label="a seed each")
+    axis.plot(*zip(*means, strict=True), color=COLOURS[1], label="mean")
+    axis.set(xscale="log", yscale="linear", xlabel=x_title, xlim=None)
+    axis.set_xticks(list(values), [str(states) for states in values], minor=False)
+    axis.minorticks_off()
+    axis.autoscale()
+    axis.legend(frameon=False, fontsize=8)
+    return figure
+
+
+__all__ = ["COLOURS", "Backend", "plot_discarded", "plot_metrics", "plot_rise"]

@@ -123,7 +123,9 @@ class Memory:
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
         return {
-            "layers": {name: {"state": one.state_bytes, "window": one.window_bytes} for name, one in self.layers.items()},
+            "layers": {
+                name: {"state": one.state_bytes, "window": one.window_bytes} for name, one in self.layers.items()
+            },
             "states": self.states,
             "windows": self.windows,
             "checkpoint": self.checkpoint,

@@ -38,6 +38,8 @@ if TYPE_CHECKING:
 # Shares of the energy, and nats, in a printed spectrum.
 _LEVELS = (0.1, 0.01, 0.001)
 
+_FEW, _MANY = 0.25, 0.5  # shares of the states that say "train small next time", and "state matters"
+
 
 @dataclass(frozen=True)
 class LayerSpectrum:
@@ -118,6 +120,27 @@ class Spectrum:
                 return layer
         raise KeyError(f"no layer {name!r}; there are {[layer.name for layer in self.layers]}")
 
+    def advice(self, nats: float = 0.01) -> str:
+        """What the rise of the loss says about the next training of this kind, in a sentence; empty without a loss.
+
+        Args:
+            nats: how much of the loss all layers together may cost, in nats per prediction.
+        """
+        if not self.layers or any(layer.rise is None for layer in self.layers):
+            return ""
+        needed = sum(layer.states_within(nats / len(self)) for layer in self)
+        present = sum(layer.states for layer in self)
+        fact = f"{needed} of {present} states hold all but {nats:g} nats per prediction ({needed / present:.0%})"
+        if needed <= _FEW * present:
+            largest = max(layer.states_within(nats / len(self)) for layer in self)
+            return (
+                f"{fact}: train small next time, from {largest} states a layer, if compressm.probe says that so few "
+                "learn as well; else cut this model"
+            )
+        if needed >= _MANY * present:
+            return f"{fact}: state matters here, and a cut would cost"
+        return f"{fact}: a cut would cost little, and a training that starts smaller is not obviously as good"
+
     def to_dict(self) -> dict[str, Any]:
         """Lists of numbers by layer name, for JSON."""
         return {
@@ -178,7 +201,7 @@ class Spectrum:
             if layer.rise is not None:
                 first, *others = (layer.states_within(nats) for nats in _LEVELS)
                 rows[-1] += f"   {first:8d} " + " ".join(f"{states:6d}" for states in others)
-        return "\n".join(rows)
+        return "\n".join([*rows, self.advice()]).rstrip()
 
 
 def balance_layers(

@@ -17,6 +17,7 @@ from compressm.integrations.best_model import size_at_the_end, warn_of_older_mod
 from compressm.training.compressor import Compressor
 from compressm.training.goal import initial_dims_of, started_with
 from compressm.training.history import Event
+from compressm.training.twin import refuse_twin
 
 try:
     from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -56,11 +57,12 @@ class CompressionCallback(Callback):
     Raises:
         UnsupportedModelError: the model has no layer that compressm knows, is sharded, or several optimizers train its
             state space layers.
-        InvalidRankRuleError: when training begins, for arguments that `Compressor` refuses, and without ``total_steps``
-            where the Trainer has no estimate.
+        InvalidRankRuleError: ``control="twin"``; when training begins, for arguments that `Compressor` refuses, and
+            without ``total_steps`` where the Trainer has no estimate.
     """
 
     def __init__(self, **arguments: Any) -> None:
+        refuse_twin(arguments, "Lightning")
         self.compressor: Compressor | None = None
         self._arguments = arguments
         self._loaded: dict[str, Any] | None = None

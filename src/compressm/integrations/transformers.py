@@ -25,6 +25,7 @@ from compressm.saving.checkpoint import load_tree, save_tree
 from compressm.training.compressor import Compressor
 from compressm.training.goal import initial_dims_of, started_with
 from compressm.training.history import Event
+from compressm.training.twin import refuse_twin
 
 try:
     from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -65,7 +66,7 @@ class CompressionCallback(TrainerCallback):
 
     Raises:
         UnsupportedModelError: the model has no layer that compressm knows, or is sharded.
-        InvalidRankRuleError: when training begins, for arguments that `Compressor` refuses.
+        InvalidRankRuleError: ``control="twin"``; and when training begins, for arguments that `Compressor` refuses.
     """
 
     def __init__(self, trainer: Trainer, **arguments: Any) -> None:
@@ -74,6 +75,7 @@ class CompressionCallback(TrainerCallback):
         self._arguments = arguments
         self._call = _Call(trainer)
         self._interrupted: Compressor | None = None  # whose training has begun and not ended
+        refuse_twin(arguments, "the Trainer")
         if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
             raise UnsupportedModelError(
                 "Trainer shards the model with DeepSpeed or FSDP, and shards cannot be resized in place: train with "

@@ -24,6 +24,7 @@ from compressm.theory.targets import Target
 from compressm.training.cushion import OnSetback
 from compressm.training.options import OPTIONS, SIZE_RULES
 from compressm.training.schedule import When, cut_steps
+from compressm.training.twin import Control
 
 _LARGEST_FILE = 1 << 20  # bytes
 
@@ -255,6 +256,7 @@ class CompressionConfig(Section):
     carry: Carry = _option("carry")
     check_after: int | None = _option("check_after")
     on_setback: OnSetback = _option("on_setback")
+    control: Control = _option("control")
 
     @field_validator("layers", "exclude", mode="before")
     @classmethod

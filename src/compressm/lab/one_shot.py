@@ -295,8 +295,10 @@ class Analysis:
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
         cuts = [asdict(prospect) for prospect in self.prospects]
+        advice = {} if not (text := self.spectrum.advice()) else {"advice": text}
         memory = self.memory.to_dict()
-        return {"layers": self.spectrum.to_dict(), "parameters": self.parameters, "memory": memory, "cuts": cuts}
+        parts = {"layers": self.spectrum.to_dict(), "parameters": self.parameters, "memory": memory, "cuts": cuts}
+        return {**parts, **advice}
 
     def table(self) -> Table:
         """For the terminal: how many states each layer needs, and the model in all."""

@@ -34,6 +34,13 @@ def set_rng_state(state: Mapping[str, Any]) -> None:
     random.setstate((version, tuple(internal), gauss))
 
 
+def seed_all(seed: int) -> None:
+    """Seed Python, NumPy and torch."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)  # noqa: NPY002
+    torch.manual_seed(seed)
+
+
 def generator_from(values: Tensor) -> torch.Generator:
     """A generator seeded by the sum of the values, so that processes with equal values draw equal numbers.
 

@@ -14,7 +14,7 @@ from compressm.cutting.carry import Carry, Together, unwrap_optimizer
 from compressm.cutting.choosing import Which, choose
 from compressm.cutting.metrics import Better
 from compressm.cutting.spectrum import snapshot, snapshot_state
-from compressm.errors import CheckpointError
+from compressm.errors import CheckpointError, InvalidRankRuleError
 from compressm.observing.loss_evidence import Gramians
 from compressm.observing.observer import Terms
 from compressm.theory.balancing import Method
@@ -31,6 +31,7 @@ from compressm.training.schedule import Schedule, When
 from compressm.training.snapshot import Stateful, Training
 from compressm.training.step_cost import StepCost, step_cost
 from compressm.training.steps import StepWatch
+from compressm.training.twin import Control, TrainStep
 
 log = logging.getLogger(__name__)
 
@@ -124,6 +125,11 @@ class Compressor:
             counts them from there.
         rewind: a roll-back turns back time as well. False where a host counts the steps: then only what was learnt goes
             back (weights, the optimizer's state, averages), and steps, learning rates, scaler and random state go on.
+        control: with what a cut is compared. ``"trend"``: the course of the metric before it, which goes on.
+            ``"twin"``: the uncut model, which trains on beside it on the same batches until the cut is judged. Needs
+            ``train_step`` and the batch in ``compressor.step(batch)``, in a loop of your own in one process.
+        train_step: ``train_step(model, optimizer, batch)`` makes one training step, as your loop does, with the model
+            and the optimizer that it is given. Only ``control="twin"`` calls it, for the twin.
 
     Attributes:
         history: what was done, an `Event` each.
@@ -176,6 +182,8 @@ class Compressor:
         scaler: Stateful | None = None,
         followers: Sequence[nn.Module] = (),
         rewind: bool = True,
+        control: Control = "trend",
+        train_step: TrainStep | None = None,
     ) -> None:
         check_options(locals())
         rule = wanted_rule(
@@ -195,6 +203,7 @@ class Compressor:
         self._cushion = Cushion(
             training, self._cutter.observations,
             max_drop=max_drop, evaluate=evaluate, mode=mode, on_setback=on_setback, rewind=rewind,
+            control=control, train_step=train_step,
         )  # fmt: skip
         self.initial_dims = initial_dims(self.state_dims)
         goal = Goal(rule, sum(self.initial_dims.values()))
@@ -262,18 +271,23 @@ class Compressor:
         self.clock.measured(cost)
         return cost
 
-    def step(self) -> Event | None:
+    def step(self, batch: Any = None) -> Event | None:
         """Count one training step; cut, examine or roll back if it is time. Call it after ``optimizer.step()``.
 
         Calls without an optimizer step do nothing and are not counted: while gradients are accumulated, and when a
         gradient scaler has skipped the step.
 
+        Args:
+            batch: what this step was made with, needed for ``control="twin"``: ``train_step`` gets it for the twin.
+
         Returns:
             what was done; None at most steps. After ``"rolled_back"`` the weights, optimizer, scheduler, scaler and
             random state are those of ``event.restored_step``; a loop that counts steps itself should go back to that
-            number.
+            number. Where an uncut twin takes the cut model's place, that is the present step.
 
         Raises:
+            InvalidRankRuleError: ``control="twin"``, and no batch was passed, the optimizer made no step, or
+                ``train_step`` did not use its arguments.
             InvalidSystemError: at a cut, parameters or data that are not finite.
             UnsupportedModelError: at a cut, a selective layer that no data have passed through.
             UnsupportedOptimizerError: at a cut, state whose meaning is not known.
@@ -281,9 +295,13 @@ class Compressor:
 
         After an error nothing has changed, and the cut or examination that was due is due again at the next step.
         """
-        if not self._watch.made():
+        made = self._watch.made()
+        if self._cushion.control == "twin":
+            self._check_for_twin(batch, made)
+        if not made:
             return None
         self.clock.end()
+        self._cushion.follow(batch)
         self._steps += 1
         if self._steps == 1:
             self._cutter.warn_of_unseen_layers()
@@ -300,6 +318,17 @@ class Compressor:
         if self._steps == self.total_steps and self.max_drop is None:
             self._say_what_is_not_known()
         return events[0] if events else None
+
+    @staticmethod
+    def _check_for_twin(batch: Any, made: bool) -> None:
+        """Refuse a call that does not tell the twin what to do."""
+        if batch is None:
+            raise InvalidRankRuleError("control='twin' needs the batch of every step: call compressor.step(batch)")
+        if not made:
+            raise InvalidRankRuleError(
+                "control='twin' takes every call of compressor.step(batch) for a training step, and the optimizer made "
+                "none: where gradients are accumulated, pass the accumulated batches together, as a list"
+            )
 
     def _say_what_is_not_known(self) -> None:
         """At the end of a training whose cuts were not examined."""

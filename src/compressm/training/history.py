@@ -195,7 +195,8 @@ class RolledBack(_Examined):
     """A cut was examined and undone, and everything is as it was before the cut.
 
     Attributes:
-        restored_step: the step whose weights and optimizer state were restored.
+        restored_step: the step whose weights and optimizer state were restored; the present one if the uncut twin took
+            the cut model's place.
     """
 
     kind = "rolled_back"
@@ -203,7 +204,8 @@ class RolledBack(_Examined):
     restored_step: int = 0
 
     def _what(self) -> str:
-        return f"cut undone, back to step {self.restored_step}, {self._against()}"
+        back = "the uncut twin goes on" if self.restored_step == self.step else f"back to step {self.restored_step}"
+        return f"cut undone, {back}, {self._against()}"
 
     def metrics(self) -> dict[str, float]:
         """The seconds of the roll-back, for a logger."""
@@ -264,7 +266,7 @@ class Ended(Event):
         return (
             f"end, metric {self.metric or 0:.4g}; the kept cuts cost {_with_error(self.loss, self.error)} when they "
             f"were examined, {self.promised:.2g} was allowed; where the training would be without cuts is not known, "
-            "since none ran beside it"
+            "since none ran beside it to the end"
         )
 
 

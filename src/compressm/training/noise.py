@@ -140,6 +140,24 @@ def estimate(before: Sequence[Look], after: Sequence[Look]) -> Loss:
     return Loss(loss, reference, training, sampling, freedom, examples)
 
 
+def beside(twins: Sequence[Look], after: Sequence[Look]) -> Loss:
+    """The loss by a cut, as the difference from an uncut twin: d is the mean of the k differences d_j, and
+
+        error² = 2 var(d_j) / k + var(d) / N
+
+    Args:
+        twins: evaluations of the twin after the cut.
+        after: evaluations of the cut model at the same steps.
+    """
+    differences = [twin.value - look.value for twin, look in zip(twins, after, strict=True)]
+    k, training = len(differences), None
+    if k > 1:
+        training = math.sqrt(_CORRELATED * statistics.variance(differences) / k)
+    reference, loss = statistics.fmean(twin.value for twin in twins), statistics.fmean(differences)
+    sampling, examples = _sampling(twins, after)
+    return Loss(loss, reference, training, sampling, k - 1, examples)
+
+
 def foreseen(before: Sequence[Look], steps: Sequence[int]) -> Loss:
     """The loss and its errors that `estimate` would find if nothing changed: what the evaluations can resolve.
 
@@ -203,4 +221,4 @@ class _Line:
         return _Line(slope, level, centre, spread, sum(r * r for r in residuals), len(looks) - 2)
 
 
-__all__ = ["WINDOW", "Look", "Loss", "estimate", "foreseen", "quantile"]
+__all__ = ["WINDOW", "Look", "Loss", "beside", "estimate", "foreseen", "quantile"]

@@ -27,6 +27,7 @@ from compressm.theory.targets import Target
 from compressm.training.cushion import OnSetback
 from compressm.training.schedule import When
 from compressm.training.snapshot import Stateful
+from compressm.training.twin import Control, TrainStep
 
 Part = Literal["goal", "schedule", "cushion", "cut", "training"]
 REQUIRED: Any = ...  # the default of an option that must be given
@@ -278,6 +279,18 @@ _TABLE = (
         "rewind", bool, True, "cushion",
         "a roll-back turns back time as well. False where a host counts the steps: then only what was learnt goes back "
         "(weights, the optimizer's state, averages), and steps, learning rates, scaler and random state go on.",
+        file=False,
+    ),
+    Option(
+        "control", Control, "trend", "cushion",
+        "with what a cut is compared. ``\"trend\"``: the course of the metric before it, which goes on. ``\"twin\"``: "
+        "the uncut model, which trains on beside it on the same batches until the cut is judged. Needs ``train_step`` "
+        "and the batch in ``compressor.step(batch)``, in a loop of your own in one process.",
+    ),
+    Option(
+        "train_step", TrainStep, None, "cushion",
+        "``train_step(model, optimizer, batch)`` makes one training step, as your loop does, with the model and the "
+        "optimizer that it is given. Only ``control=\"twin\"`` calls it, for the twin.",
         file=False,
     ),
 )  # fmt: skip

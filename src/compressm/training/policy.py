@@ -62,14 +62,14 @@ class Policy:
             return self._cut(step)
         if schedule.stopped and not stopped:
             return [self._stop(step, _NO_TIME)]
-        if cushion.examines and schedule.looks(step):
+        if cushion.follows_trend and schedule.looks(step):
             cushion.look(step)
         return []
 
     def _knows_enough(self, step: int) -> bool:
         """Whether a cut that settled spectra allow early can be compared with enough evaluations before it."""
         early = not self._schedule.over and step < self._schedule.next_cut
-        return not (early and self._cushion.examines and len(self._cushion.looks) < LOOKS_BEFORE)
+        return not (early and self._cushion.follows_trend and len(self._cushion.looks) < LOOKS_BEFORE)
 
     def _cut(self, step: int) -> list[Event]:
         """Measure, plan, take a snapshot, cut, and measure again."""
@@ -91,9 +91,9 @@ class Policy:
         # The cut counts as made only now. After an error above it is due again at the next step.
         self._schedule.made()
         self._cutter.tell(plan)
-        if before is not None:
+        if before is not None and cushion.follows_trend:
             cushion.warn_if_too_fine([step + self._schedule.check_after + i * self._apart for i in range(LOOKS)])
-        elif cushion.evaluate is not None:
+        elif before is None and cushion.evaluate is not None:
             metric = self._for_the_record(step)
         return [Cut(step, report.seconds, _layers(report), reference, metric, report.predicted_loss)]
 

@@ -244,6 +244,17 @@ def test_killed_and_resumed_around_a_setback(
     assert_same_outcome(tmp_path, unbroken_setback)
 
 
+def test_beside_a_twin_a_cut_that_is_undone_leaves_no_trace(tmp_path: Path) -> None:
+    cut = {**SETBACK["compression"], "cuts": 1, "window": 0.1, "control": "twin", "on_setback": "stop"}
+    result = train(config({**SETBACK, "compression": cut}), output=tmp_path / "cut", quiet=True)
+    (undone,) = (event for event in result.history if event["kind"] == "rolled_back")
+    assert undone["restored_step"] == undone["step"] > 69
+    assert undone["seconds"] > 0
+    train(config({**SETBACK, "compression": {"enabled": False}}), output=tmp_path / "whole", quiet=True)
+    weights = ((tmp_path / run / "model" / "model.safetensors").read_bytes() for run in ("cut", "whole"))
+    assert len(set(weights)) == 1
+
+
 def test_after_a_setback_curve_and_spectra_are_those_of_the_restored_model(tmp_path: Path) -> None:
     # The cut comes at step 72, where an evaluation is due too: it sees the cut model, and is undone with it.
     compression = {"states": 1, "cuts": 1, "start": 63, "window": 0.1, "max_drop": 0.0, "check_after": 3}

@@ -94,13 +94,24 @@ class SequenceData:
 
         The model is left in evaluation mode.
         """
+        return self.right(model, split, size, rank, world).float().sum()
+
+    @torch.no_grad()
+    def right(self, model: nn.Module, split: Split, size: int, rank: int = 0, world: int = 1) -> Tensor:
+        """Which of a split, or of every ``world``-th sequence of it, a model classifies correctly.
+
+        Returns:
+            bool, shape ``(N,)``.
+
+        The model is left in evaluation mode.
+        """
         model.eval()
-        count = torch.zeros((), device=split.y.device)
+        right = [torch.zeros(0, dtype=torch.bool, device=split.y.device)]  # a process may have no share
         for indices in _shares(split, size, rank, world):
             (u, y), lengths = self.batch(split, indices), self.lengths(split, indices)
             logits = model(u) if lengths is None else model(u, lengths)
-            count += (logits.argmax(-1) == y).sum()
-        return count
+            right.append(logits.argmax(-1) == y)
+        return torch.cat(right)
 
     def to(self, device: torch.device) -> SequenceData:
         """The same data on another device."""

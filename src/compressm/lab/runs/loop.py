@@ -19,6 +19,7 @@ import torch
 from accelerate.utils import broadcast, gather_object
 from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from compressm import __version__
 from compressm.cutting import state_dims
@@ -32,18 +33,20 @@ from compressm.lab.runs.logs import RunLog, TensorBoard, Tracker, WeightsAndBias
 from compressm.lab.runs.models import build_compressor, build_optimizer, build_scheduler, model_for
 from compressm.lab.runs.objective import Objective
 from compressm.lab.runs.origin import checkpoint_to_begin_with
-from compressm.lab.runs.place import accelerator, device_name, seed_all
+from compressm.lab.runs.place import accelerator, device_name
 from compressm.lab.runs.result import RunResult
 from compressm.lab.runs.same_settings import check_same
 from compressm.lab.runs.spectra import SpectrumLog
 from compressm.lab.runs.timers import Timers
 from compressm.runtime.files import write_json
 from compressm.runtime.memory import keep_freed_memory
-from compressm.runtime.random_state import rng_state, set_rng_state
+from compressm.runtime.random_state import rng_state, seed_all, set_rng_state
 from compressm.saving.checkpoint import load, save
 from compressm.training.clock import StepClock, savings
 from compressm.training.history import Cut, Event, RolledBack
 from compressm.training.step_cost import step_cost
+
+_Batch = tuple[Tensor, Tensor, Tensor | None, int]  # sequences, labels, lengths where padded, step
 
 
 def train(
@@ -118,8 +121,9 @@ class _Run:
         self.optimizer = build_optimizer(config.optimizer, self.model)
         self.scheduler = build_scheduler(config, self.optimizer)
         self.compressor = build_compressor(
-            config, self.model, self.optimizer, self.scheduler, lambda model: self.accuracy(model, data.validation)
-        )
+            config, self.model, self.optimizer, self.scheduler,
+            lambda model: self.accuracy(model, data.validation), self._learn,
+        )  # fmt: skip
         self.clock = StepClock(state_dims(self.model)) if self.compressor is None else self.compressor.clock
 
     def _begin(self, resume: bool, origin: str | Path | None) -> None:
@@ -160,13 +164,13 @@ class _Run:
     def _advance(self, log: RunLog) -> None:
         """One training step and all that is due after it."""
         run = self.config.run
-        self._train_step()
+        batch = self._train_step()
         if run.log_every and self.step % run.log_every == 0:
             loss = float(self.loss)
             self._check_finite(loss)
             log.training(self.step, loss, self._rates())
         seen = 0 if self.compressor is None else len(self.compressor.history)
-        event = self._compress()
+        event = self._compress(batch)
         if event is not None and self.compressor is not None:
             for one in self.compressor.history[seen:]:
                 log.compression(one, state_dims(self.model))
@@ -179,30 +183,36 @@ class _Run:
         if last or (run.checkpoint_every and self.step % run.checkpoint_every == 0 and not undone):
             self._checkpoint()
 
-    def _train_step(self) -> None:
+    def _train_step(self) -> _Batch:
         self.clock.begin()
-        u, y, lengths = self._batch()
-        self.wrapped.train()
-        loss = self.objective(self.wrapped, u, y, self.step, lengths)
+        batch = (*self._batch(), self.step)
+        self.loss = self._learn(self.wrapped, self.optimizer, batch)
+        self.scheduler.step()
+        self.step += 1
+        return batch
+
+    def _learn(self, model: nn.Module, optimizer: Optimizer, batch: _Batch) -> Tensor:
+        """One step of a model, which may be an uncut twin; returns its loss."""
+        u, y, lengths, step = batch
+        model.train()
+        loss = self.objective(model, u, y, step, lengths)
         self.accelerator.backward(loss)
         if self.config.optimizer.max_grad_norm is not None:
-            nn.utils.clip_grad_norm_(self.model.parameters(), self.config.optimizer.max_grad_norm)
-        self.optimizer.step()
-        self.scheduler.step()
-        self.optimizer.zero_grad()
-        self.loss = loss.detach()
-        self.step += 1
+            nn.utils.clip_grad_norm_(model.parameters(), self.config.optimizer.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss.detach()
 
     def _fresh(self) -> nn.Module | None:
         """A model of the user's class as it was built, for `load`, which builds those of compressm itself."""
         return None if self.config.model.build is None else model_for(self.config, self.data)
 
-    def _compress(self) -> Event | None:
+    def _compress(self, batch: _Batch) -> Event | None:
         if self.compressor is None:
             self.clock.end()
             return None
         with self.timers.timed("reduction"):
-            event = self.compressor.step()
+            event = self.compressor.step(batch)
         if not isinstance(event, Cut | RolledBack):
             return event
         self.best = None  # weights of another size are no candidates for the result

@@ -19,6 +19,7 @@ from compressm.layers import SequenceClassifier, parameter_groups
 from compressm.observing.expected import described
 from compressm.runtime.random_state import rng_state, set_rng_state
 from compressm.training.compressor import Compressor
+from compressm.training.twin import TrainStep
 
 
 def build_model(
@@ -106,9 +107,14 @@ def learning_rate_factor(config: Config) -> Callable[[int], float]:
 
 
 def build_compressor(
-    config: Config, model: nn.Module, optimizer: Optimizer, scheduler: Any, evaluate: Callable[[nn.Module], float]
+    config: Config,
+    model: nn.Module,
+    optimizer: Optimizer,
+    scheduler: Any,
+    evaluate: Callable[[nn.Module], float],
+    train_step: TrainStep,
 ) -> Compressor | None:
-    """The compressor, or None where compression is disabled.
+    """The compressor, or None where compression is disabled. Arguments are those of `Compressor`.
 
     Raises:
         ConfigError: arguments that it refuses.
@@ -117,7 +123,10 @@ def build_compressor(
     if not arguments.pop("enabled"):
         return None
     try:
-        return Compressor(model, optimizer, config.run.steps, evaluate=evaluate, scheduler=scheduler, **arguments)
+        return Compressor(
+            model, optimizer, config.run.steps,
+            evaluate=evaluate, scheduler=scheduler, train_step=train_step, **arguments,
+        )  # fmt: skip
     except InvalidRankRuleError as error:
         raise ConfigError(f"compression: {error}") from error
 

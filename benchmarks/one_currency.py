@@ -1,0 +1,96 @@
+"""What ``tolerance=0.02`` means in every family of layers, on one task: energy kept and rise of the loss.
+
+    python benchmarks/one_currency.py --json results/one_currency.json
+
+A classifier with each kind of layer learns the handwritten digits that come with scikit-learn, and is cut once by
+``tolerance=0.02``. Stored are the states, the share of the Hankel energy that the cut kept as it was made (the least of
+the layers), and the loss on validation data right before and after. One thread.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import time
+from pathlib import Path
+from typing import Any, get_args
+
+import torch
+from stored import store
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import compressm
+from compressm.lab.config import DataConfig, Layer
+from compressm.lab.data.datasets import load_data
+from compressm.layers import SequenceClassifier, parameter_groups
+
+TOLERANCE, STATES, WIDTH, BATCH, SEEN = 0.02, 64, 16, 32, 256
+
+
+def trained(layer: str, x: Tensor, y: Tensor, steps: int, seed: int) -> nn.Module:
+    """A classifier after a training."""
+    torch.manual_seed(seed)
+    states = STATES if layer != "mamba" else 16
+    model = SequenceClassifier(x.shape[-1], 10, WIDTH, states, n_layers=2, layer=layer, dropout=0.0, norm="layer")
+    optimizer = torch.optim.AdamW(parameter_groups(model, 5e-3, 0.01, 0.5))
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, [group["lr"] for group in optimizer.param_groups], steps)
+    for _ in range(steps):
+        batch = torch.randint(0, len(x), (BATCH,))
+        loss = F.cross_entropy(model(x[batch]), y[batch])
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        scheduler.step()
+    return model.eval()
+
+
+@torch.no_grad()
+def loss_and_accuracy(model: nn.Module, x: Tensor, y: Tensor) -> tuple[float, float]:
+    """On validation data, in nats per sequence, and as a share."""
+    logits = torch.cat([model(part) for part in x.split(100)])
+    return float(F.cross_entropy(logits, y)), float((logits.argmax(-1) == y).float().mean())
+
+
+def cut(model: nn.Module, seen: Tensor, x: Tensor, y: Tensor, max_reduction: float | None) -> dict[str, Any]:
+    """One cut of a copy, and what it did."""
+    model = copy.deepcopy(model)
+    before, right = loss_and_accuracy(model, x, y)
+    report = compressm.compress(model, data=seen, tolerance=TOLERANCE, max_reduction=max_reduction)
+    after, right_after = loss_and_accuracy(model, x, y)
+    kept = [layer.energy_kept for layer in report.layers if layer.energy_kept is not None]
+    return {
+        "states": [[layer.states_before, layer.states_after] for layer in report.layers],
+        "energy_kept": min(kept, default=1.0),
+        "loss_before": before, "loss_after": after, "rise": after - before,
+        "accuracy_before": right, "accuracy_after": right_after,
+    }  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Cut every family of layers by the same tolerance.")
+    parser.add_argument("--json", type=Path, default=Path("results/one_currency.json"))
+    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--layers", nargs="+", choices=get_args(Layer), default=list(get_args(Layer)))
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    data = load_data(DataConfig(name="digits", validation=0.25))
+    x, y = data.batch(data.train, torch.arange(len(data.train)))
+    held = [data.batch(split, torch.arange(len(split))) for split in (data.validation, data.test)]
+    valid_x, valid_y = (torch.cat(parts) for parts in zip(*held, strict=True))
+    rows: list[dict[str, Any]] = []
+    for layer in arguments.layers:
+        for seed in range(arguments.seeds):
+            started = time.process_time()
+            model = trained(layer, x, y, arguments.steps, seed)
+            for limit in (None, 1.0):
+                made = cut(model, x[:SEEN], valid_x, valid_y, limit)
+                rows.append({"layer": layer, "seed": seed, "max_reduction": limit, **made})
+                print(rows[-1], f"{time.process_time() - started:.1f} s", flush=True)
+            store(arguments.json, tolerance=TOLERANCE, steps=arguments.steps, cuts=rows)
+
+
+if __name__ == "__main__":
+    main()
