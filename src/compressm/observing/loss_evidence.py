@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from compressm.errors import ConfigError
 from compressm.observing.expected import is_array
 from compressm.observing.inputs import Call, calls_and_batches
-from compressm.observing.labels import Likelihood, prediction_of, sampled_losses
+from compressm.observing.labels import Likelihood, fisher_probes, prediction_of
 from compressm.observing.moments import modes_kept
 from compressm.observing.observer import Kept, Observer
 from compressm.observing.padding import TELLS, mask_in
@@ -118,7 +118,7 @@ def evidence_on(model: nn.Module, batches: Any, loss: Loss) -> LossEvidence:
 def losses_of(model: nn.Module, output: Any, batch: Any, call: Call, loss: Loss) -> Tensor:
     """The loss of every sequence of a batch, in nats, shape ``(batch,)``; see `gather_evidence`."""
     if not callable(loss):
-        return sampled_losses(output, loss, mask_of(model, call))
+        return fisher_probes(output, loss, mask_of(model, call))
     losses = loss(output, batch)
     rows = next(value for value in (*call.args, *call.kwargs.values()) if isinstance(value, Tensor)).shape[:1]
     if not isinstance(losses, Tensor) or losses.shape != rows:
