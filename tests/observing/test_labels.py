@@ -54,7 +54,8 @@ def test_classes_that_a_mask_excludes_have_no_part() -> None:
     logits = torch.tensor([[1.0, -torch.inf, 0.3]])
     assert bool(fisher_probes(logits, "classification").isfinite().all())
     slopes = slopes_of(logits)
-    assert bool(slopes.isfinite().all()) and float(slopes[0, 1]) == 0
+    assert bool(slopes.isfinite().all())
+    assert float(slopes[0, 1]) == 0
 
 
 @pytest.mark.parametrize("wrapped", [False, True])
