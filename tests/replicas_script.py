@@ -103,7 +103,9 @@ OPTIONS: dict[str, tuple[dict[str, Any], Callable[[DistributedDataParallel], Any
     "hook of unknown state": (STATIC, unknown, 1, False),
     "mixed_precision": (STATIC | {"mixed_precision": "fp16"}, None, 1, False),
     "own process group": (UNUSED | {"process_group": "new"}, None, 1, False),
+    "cuts by the loss": (UNUSED, None, 3, True),
 }
+COMPRESSION: dict[str, dict[str, Any]] = {"cuts by the loss": {"gramians": "loss"}}  # other options of `Compressor`
 
 
 def batch(number: int) -> tuple[Tensor, Tensor]:
@@ -125,7 +127,11 @@ def wrapped(model: nn.Module, arguments: dict[str, Any]) -> DistributedDataParal
 
 
 def train(
-    arguments: dict[str, Any], hook: Callable[[DistributedDataParallel], Any] | None, batches: int, sometimes: bool
+    arguments: dict[str, Any],
+    hook: Callable[[DistributedDataParallel], Any] | None,
+    batches: int,
+    sometimes: bool,
+    **compression: Any,
 ) -> dict[str, Any]:
     """Train with an option, and compare the ranks' weights at the end."""
     model = Net()
@@ -135,7 +141,8 @@ def train(
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     steps = CUTS[-1] + AFTER
     try:
-        compressor = Compressor(network, optimizer, steps, states=4, window=CUTS[-1] / steps, cuts=len(CUTS))
+        window = CUTS[-1] / steps
+        compressor = Compressor(network, optimizer, steps, states=4, window=window, cuts=len(CUTS), **compression)
     except UnsupportedModelError as error:
         return {"refused": str(error)}
     first = dist.get_rank() * 4
@@ -170,7 +177,7 @@ def train(
 def main(out: Path) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
-    results = {name: train(*option) for name, option in OPTIONS.items()}
+    results = {name: train(*option, **COMPRESSION.get(name, {})) for name, option in OPTIONS.items()}
     if dist.get_rank() == 0:
         out.write_text(json.dumps(results))
     dist.destroy_process_group()

@@ -14,7 +14,7 @@ from importlib import import_module
 
 from situations.trial import ROWS, Row, Trial, row
 
-HOSTS = ("own_loop", "compiled", "accelerate_", "trainer", "lightning_", "replicas")
+HOSTS = ("own_loop", "compiled", "accelerate_", "trainer", "lightning_", "replicas", "by_loss")
 
 
 def all_rows() -> list[Row]:

@@ -31,6 +31,7 @@ SITUATIONS = {
     "hook of one's own": "communication hook of one's own, with a state that has reset()",
     "hook, post_localSGD": "communication hook: post_localSGD",
     "hook of unknown state": "communication hook of one's own, with a state of unknown kind",
+    "cuts by the loss": "gramians='loss', with accumulated batches",
 }
 
 

@@ -14,6 +14,7 @@ import compressm
 from compressm.adapters import LRUAdapter, SelectiveAdapter, find_layers
 from compressm.adapters.base import layer_values, write
 from compressm.layers import LRU, SequenceClassifier
+from compressm.observing import observer as observers
 from compressm.observing.adjoints import Reading, covariances
 from compressm.observing.damage import (
     LinearSample,
@@ -136,6 +137,25 @@ def test_samples_of_all_layers_are_of_the_same_sequences() -> None:
     torch.testing.assert_close(first[0].u, net.blocks[0].norm(net.encoder(x)).detach())
     observer.reset()
     assert observer.samples() == {}
+
+
+def test_samples_hold_the_observed_rows_alone_and_no_more_than_they_may(monkeypatch: pytest.MonkeyPatch) -> None:
+    net = model("lru", layers=2)
+    observer = Observer(net, sequences=2, keep=100)
+    rows = 2 * 2 * data(4)[0].shape[1] * net.encoder.out_features * 8  # input and gradient of two sequences, in bytes
+    monkeypatch.setattr(observers, "SAMPLE_BYTES", 3 * rows)
+    for seed in range(5):
+        x, y = data(4, seed=seed)
+        observer.observe_next()
+        F.cross_entropy(net(x), y).backward()
+    for passes in observer.samples().values():
+        assert len(passes) == 3
+        held = {part.untyped_storage().data_ptr(): part.untyped_storage().nbytes() for part in parts(passes)}
+        assert sum(held.values()) == 3 * rows
+
+
+def parts(passes: Any) -> list[torch.Tensor]:
+    return [part for calls in passes for call in calls for part in (call.u, call.g)]
 
 
 def test_the_estimate_by_covariances_is_too_large_by_the_memory_of_what_goes() -> None:

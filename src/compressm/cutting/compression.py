@@ -102,9 +102,9 @@ def compress(
             `compressm.observing.inputs` for the forms. All tokens count. The data are read twice, the second time to
             measure `LayerReport.error_on_data` and `error_held_out`. If the model has selective layers, batches whose
             order may change, as from a `DataLoader` that shuffles, are kept in memory between the two readings.
-        loss: the loss of the model's predictions: ``"classification"`` or ``"regression"``, where targets are drawn
-            from the model's own predictions; or ``loss(output, batch)``, which returns the loss of every sequence,
-            shape ``(batch,)``. With it states are measured by their effect on the loss.
+        loss: the loss of the model's predictions: ``"classification"`` or ``"regression"``, which need no labels since
+            they measure by how much the predictions move; or ``loss(output, batch)``, which returns the loss of every
+            sequence, shape ``(batch,)``. With it states are measured by their effect on the loss.
         gramians: ``"white"`` balances time-invariant layers under white noise; ``"loss"`` by their states on the data
             and the gradients of the loss, see `compressm.theory.covariance`, and picks the states of selective layers
             by their effect on the loss where that does less damage. By default ``"loss"`` if a loss is given.

@@ -303,6 +303,10 @@ def balancing_of(
     if loss is not None and not callable(loss):
         check_choice("loss", loss, Likelihood)
     if gramians == "white":
+        if loss is not None:
+            raise InvalidRankRuleError(
+                f"gramians='white' does not look at the loss, and loss={loss!r} is given: leave out one of the two"
+            )
         return gramians
     if data is None or loss is None:
         missing = "data" if data is None else "loss"

@@ -144,7 +144,8 @@ def compress_checkpoint(
         states=states, tolerance=tolerance, fraction=fraction, total_states=total_states, max_loss=max_loss,
         min_reduction=0.0, multiple_of=multiple_of, target=target,
     )  # fmt: skip
-    loss: Likelihood | None = "classification" if gramians == "loss" or max_loss is not None else None
+    by_loss = gramians == "loss" or (gramians is None and max_loss is not None)
+    loss: Likelihood | None = "classification" if by_loss else None
     check_rule(rule, balancing_of(gramians, loss, data))
     folder, place = Path(checkpoint), None if output is None else Path(output)
     if place is not None and place.exists() and (not place.is_dir() or any(place.iterdir())):

@@ -88,10 +88,9 @@ def covariances(system: DiagonalSystem, reading: Reading, first: bool = True) ->
     for block in _blocks(reading, system.lam.numel()):
         both = run(system.lam, system.B, block.u), run(system.lam.conj(), block.C.mH, block.g.flip(1)).flip(1)
         for index, (total, x) in enumerate(zip((states, adjoints), both, strict=True)):
-            stacked = _stacked(x, block.present, system.lam.ndim > 1)
-            tokens = stacked.flatten(-3, -2)
-            total += (tokens.mT @ tokens).to("cpu", torch.float64)
-            spreads[index] += _spread(stacked / scales[index].to(stacked)[..., None, None, :])
+            moment, spread = _moments(_stacked(x, block.present, system.lam.ndim > 1), scales[index].to(x))
+            total += moment
+            spreads[index] += spread
     tokens = float(batch * length if reading.present is None else reading.present.sum())
     count = torch.tensor(float(batch if first else 0), dtype=torch.float64)
     return Covariances(torch.tensor(tokens, dtype=torch.float64), count, count, states, adjoints, *spreads)
@@ -137,14 +136,24 @@ def _stacked(x: Tensor, present: Tensor | None, systems: bool) -> Tensor:
     return x.permute(3, 0, 1, 2, 4).flatten(3) if systems else x.flatten(2)
 
 
-def _spread(x: Tensor) -> Tensor:
-    """``sum over sequences of ||sum_t x_t x_t^T||_F^2``, by whichever Gram matrix is smaller.
+def _moments(x: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """``sum_t x_t x_t^T``, and ``sum over sequences of ||sum_t x_t x_t^T||_F^2`` of the states divided by their scale.
+
+    The latter takes whichever Gram matrix of a sequence is smaller.
 
     Args:
         x: shape ``(*systems, batch, length, 2n)``.
+        scale: shape ``(*systems, 2n)``.
     """
-    gram = x @ x.mT if x.shape[-2] < x.shape[-1] else x.mT @ x
-    return gram.square().sum((-2, -1)).sum(-1, dtype=torch.float64).cpu()
+    if x.shape[-2] < x.shape[-1]:
+        tokens, scaled = x.flatten(-3, -2), x / scale[..., None, None, :]
+        moment, grams = tokens.mT @ tokens, scaled @ scaled.mT
+    else:
+        each = x.mT @ x
+        moment = each.sum(-3, dtype=torch.float64)
+        grams = each / (scale[..., :, None] * scale[..., None, :])[..., None, :, :]
+    spread = grams.square().sum((-2, -1)).sum(-1, dtype=torch.float64)
+    return moment.to("cpu", torch.float64), spread.cpu()
 
 
 def _nothing(system: DiagonalSystem) -> Tensor:

@@ -11,10 +11,10 @@ of `covariance`, ``1/2 L sum_{i>r} sigma_i^2``, also assumes that states and adj
 uncorrelated. It ranks states well, but its value may be far off: on MNIST, read pixel by pixel, it is about fifteen
 times too large (benchmarks/loss_aware_oneshot.py).
 
-The quality of the prediction depends on the sequences. In that benchmark, with 800 sequences and sampled targets, the
-measured divergence was 0.6 to 1.1 times the predicted one between 0.001 and 0.1 nats, and up to 2.2 times above that.
-This held for cuts by white noise and for cuts by data and loss. With 50 sequences and the data's own labels the
-measured divergence was up to nine times the predicted one.
+The quality of the prediction depends on the sequences. With 400 of them and gradients from `labels.fisher_probes` it is
+within a factor of two between 0.002 and 0.1 nats, for most families (results/after_the_cut.json, docs/loss.md). Beyond
+that the second order does not suffice. With 50 sequences and the data's own labels the measured divergence was up to
+nine times the predicted one (benchmarks/loss_aware_oneshot.py).
 """
 
 from __future__ import annotations

@@ -28,6 +28,8 @@ Terms = Literal["sequences", "tokens", "sum"]
 Evidence = Covariances | MaskFisher
 Kept = tuple[LinearSample, ...] | Tensor
 
+SAMPLE_BYTES = 2**27  # largest size of one layer's samples, unless a single pass is larger
+
 
 class Observer:
     """Running evidence of a model's layers from data and the gradients of the loss.
@@ -53,7 +55,8 @@ class Observer:
         terms: how the training's loss is computed, see above.
         sequences: how many sequences of a batch are used; by default all.
         memory: factor on all earlier evidence at every observation; 1 for plain sums.
-        keep: the number of last sequences whose `samples` are kept for predictions.
+        keep: the number of last sequences whose `samples` are kept for predictions; fewer where those of a layer would
+            take more than 128 MB.
 
     Attributes:
         dropped: how many calls of layers were left out, because inputs, gradients or
@@ -253,13 +256,17 @@ class Observer:
         if isinstance(call, LinearCall):
             before = passes.get(now.number, ())
             assert isinstance(before, tuple)
-            passes[now.number] = (*before, LinearSample(call.u, g, call.lengths))
+            u = call.u.clone()  # the rows alone, without the rest of the batch
+            passes[now.number] = (*before, LinearSample(u, g, call.lengths))
         else:
             run: Tensor = now.runs[name]
             if any(_sequences(one).shape[1:] != run.shape[1:] for one in passes.values()):
                 passes.clear()  # from before a cut
             passes[now.number] = run
-        while len(passes) > 1 and sum(len(_sequences(one)) for one in passes.values()) > self.keep:
+        while len(passes) > 1 and (
+            sum(len(_sequences(one)) for one in passes.values()) > self.keep
+            or sum(_bytes(one) for one in passes.values()) > SAMPLE_BYTES
+        ):
             del passes[min(passes)]
 
     def _begun(self, now: _Pass, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -353,6 +360,11 @@ def _padding_over(now: _Pass, *_: Any) -> None:
 
 def _sequences(kept: Kept) -> Tensor:
     return kept if isinstance(kept, Tensor) else kept[0].u
+
+
+def _bytes(kept: Kept) -> int:
+    parts = [kept] if isinstance(kept, Tensor) else [part for one in kept for part in (one.u, one.g)]
+    return sum(part.numel() * part.element_size() for part in parts)
 
 
 def _summed(observed: Evidence) -> Evidence:
