@@ -460,7 +460,10 @@ def test_what_save_wrote_is_loaded_after_a_move_and_only_with_its_base(tmp_path:
     assert not (tmp_path / "first" / "second" / "base").exists()
     (tmp_path / "first").rename(tmp_path / "moved")
     for name in ("run", "second"):
-        assert torch.equal(logits(load(tmp_path / "moved" / name)), logits(model))
+        again = load(tmp_path / "moved" / name)
+        assert all(torch.equal(value, again.state_dict()[key]) for key, value in model.state_dict().items())
+        # Tensors in a mapped file lie at other addresses, for which matrix products may round in another order.
+        torch.testing.assert_close(logits(again), logits(model))
     config = tmp_path / "moved" / "run" / "base" / "config.json"
     config.write_text(config.read_text().replace("40", "41"))
     with pytest.raises(CheckpointError, match=r"is not the base that .* was saved with"):

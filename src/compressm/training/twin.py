@@ -20,7 +20,7 @@ from compressm.cutting.metrics import measured
 from compressm.cutting.optimizers import Together, members_of
 from compressm.cutting.twins import twin
 from compressm.errors import EvaluationError, InvalidRankRuleError
-from compressm.runtime.copies import copied
+from compressm.runtime.copies import copied_module
 from compressm.runtime.processes import world_size
 from compressm.runtime.random_state import rng_state, set_rng_state
 from compressm.training.snapshot import Training
@@ -103,7 +103,7 @@ class Twin:
 
     def __init__(self, training: Training, train_step: TrainStep, snapshot: Mapping[str, Any] | None = None) -> None:
         self._train_step, self.seconds, self.random = train_step, 0.0, rng_state()
-        self.model = copied(training.model)
+        self.model = copied_module(training.model)
         copies = dict(zip(training.model.parameters(), self.model.parameters(), strict=True))
         members = [twin(member, copies) for member in members_of(training.optimizer)]
         self.optimizer: Optimizer | Together = Together(members) if len(members) > 1 else members[0]
