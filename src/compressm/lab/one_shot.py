@@ -20,7 +20,7 @@ from compressm.cutting.compression import check_rule, plan_on
 from compressm.cutting.made_cuts import MadeCuts
 from compressm.cutting.nats import damage_curves
 from compressm.cutting.spectrum import Spectrum, balance_layers, balancing_of
-from compressm.errors import CheckpointError
+from compressm.errors import CheckpointError, ConfigError
 from compressm.lab.one_shot_inputs import BATCH, read_batches, read_checkpoint
 from compressm.layers import LanguageModel
 from compressm.observing.labels import Likelihood
@@ -131,6 +131,7 @@ def compress_checkpoint(
         min_reduction=0.0,
     )  # fmt: skip
     loss: Likelihood | None = "classification" if gramians == "loss" or max_loss is not None else None
+    _check_data(loss, data)
     check_rule(rule, balancing_of(gramians, loss, data))
     folder, target = Path(checkpoint), None if output is None else Path(output)
     if target is not None and target.exists() and (not target.is_dir() or any(target.iterdir())):
@@ -155,6 +156,11 @@ def compress_checkpoint(
                 carried = carry(folder, new, model, extra, contained)
     rows = 0 if not batches else next(iter(batches[0][0].values())).shape[1]
     return Loss(report, loss_before, loss_after, before, _parameters(model), half * BATCH, rows, carried)
+
+
+def _check_data(loss: Likelihood | None, data: object) -> None:
+    if loss is not None and data is None:
+        raise ConfigError("--max-loss and --gramians loss look at the loss on data: give some by --data")
 
 
 def _resave(model: nn.Module, source: Path, target: Path) -> Carried:
@@ -265,6 +271,7 @@ def analyze_checkpoint(
     """
     model, tokenizer, _ = read_checkpoint(Path(checkpoint), build)
     loss: Likelihood | None = "classification" if gramians == "loss" else None
+    _check_data(loss, data)
     balancing_of(gramians, loss, data)
     moments, evidence = None, None
     if data is not None:
