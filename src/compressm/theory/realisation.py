@@ -133,9 +133,9 @@ def modes_of(A: Array, B: Array, C: Array) -> tuple[Array, Array, Array, bool]:
     if not condition <= MAX_CONDITION:
         one, other = _closest(lam)
         raise InvalidSystemError(
-            f"A is not diagonalisable in double precision: its eigenvectors have a condition above {MAX_CONDITION:.0e}, "
-            f"and the eigenvalues {one:.4g} and {other:.4g} all but coincide; move one of them, by a hundredth of its "
-            "size say, or split the model into a chain of smaller ones"
+            "A is not diagonalisable in double precision: its eigenvectors have a condition above "
+            f"{MAX_CONDITION:.0e}, and the eigenvalues {one:.4g} and {other:.4g} all but coincide; move one of them, "
+            "by a hundredth of its size say, or split the model into a chain of smaller ones"
         )
     inputs, outputs = np.linalg.solve(V, B.astype(np.complex128)), C @ V
     if any(np.iscomplexobj(matrix) for matrix in (A, B, C)):
