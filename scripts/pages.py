@@ -48,6 +48,7 @@ PAGES = (
     Page("paper.md", "python scripts/paper.py"),
     Page("options.md", "python scripts/options.py"),
     Page("situations.md", "python scripts/hosts.py"),
+    Page("mistakes.md", "python scripts/mistakes.py"),
     Page("results.md", "compressm reproduce --show", "--markdown", "images/results-*.svg"),
 )
 

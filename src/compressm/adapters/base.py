@@ -332,7 +332,7 @@ def find_layers(model: nn.Module) -> dict[str, tuple[nn.Module, LayerAdapter]]:
     if not found and unknown:
         raise UnsupportedModelError(_why_unknown(unknown))
     if not found:
-        known = ", ".join(sorted(_short_name(kind) for kind in _REGISTRY))
+        known = ", ".join(sorted({_short_name(kind) for kind in _REGISTRY}))
         raise UnsupportedModelError(
             f"{type(model).__name__} has no state space layer (known: {known}); if it has one that is not recognised, "
             + _ADVICE

@@ -61,7 +61,7 @@ def with_verbosity(command: Callable[..., Any]) -> Callable[..., Any]:
         for name, (*words, help) in flags.items()
     ]
     parameters = [*(one.replace(kind=inspect.Parameter.KEYWORD_ONLY) for one in signature.parameters.values()), *added]
-    spoken.__signature__ = signature.replace(parameters=parameters)  # pyright: ignore[reportFunctionMemberAccess]
+    setattr(spoken, "__signature__", signature.replace(parameters=parameters))  # noqa: B010  # typer reads it
     spoken.__annotations__ = {one.name: one.annotation for one in parameters}
     return spoken
 

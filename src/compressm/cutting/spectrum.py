@@ -17,7 +17,7 @@ from compressm.cutting.made_cuts import MadeCuts
 from compressm.cutting.nats import damage_curves
 from compressm.cutting.plots import Backend, plot_discarded, plot_rise
 from compressm.errors import ConfigError, InvalidRankRuleError, MissingExtraError, UnsupportedModelError
-from compressm.observing.inputs import calls_and_batches
+from compressm.observing.inputs import calls_and_batches, refuse_files
 from compressm.observing.labels import Likelihood
 from compressm.observing.loss_evidence import Gramians, Loss, evidence_on
 from compressm.observing.moments import gather
@@ -274,6 +274,7 @@ def analyze(
         InvalidRankRuleError: arguments that contradict each other, or ``layers`` or ``exclude`` that name no layer.
     """
     del layers, exclude  # see `of_chosen_layers`
+    refuse_files(data)
     gramians, found = balancing_of(gramians, loss, data, method), find_layers(model)
     plain = {name: layer for name, (layer, _) in found.items()}
     observed = [name for name, (_, adapter) in found.items() if adapter.needs_data or gramians == "loss"]

@@ -365,8 +365,9 @@ def load_config(
     Raises:
         ConfigError: no such file, not YAML, or an unknown key or unfit value, named by its dotted name with a remedy.
     """
-    if str(path) in (built_in := builtin_configs()):
-        path = built_in[str(path)]
+    source_name = str(path)
+    if source_name in (built_in := builtin_configs()):
+        path = built_in[source_name]
     tree = read_yaml(Path(path))
     if build is not None:
         tree["model"] = {"build": build}
@@ -376,7 +377,7 @@ def load_config(
         tree["data"] = {"source": source, **{key: kept[key] for key in ("validation",) if key in kept}}
     for override in overrides:
         _override(tree, override)
-    return parse_config(tree, str(path))
+    return parse_config(tree, source_name)
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from compressm.cutting.made_cuts import MadeCuts
 from compressm.cutting.nats import damage_curves
 from compressm.cutting.serving import Memory, Serving, attention_of, decoding_speed, human
 from compressm.cutting.spectrum import Spectrum, balance_layers, balancing_of
-from compressm.errors import CheckpointError
+from compressm.errors import CheckpointError, ConfigError
 from compressm.lab.one_shot_inputs import BATCH, Checkpoint, read_batches, read_checkpoint
 from compressm.layers import LanguageModel
 from compressm.observing.labels import Likelihood
@@ -146,6 +146,7 @@ def compress_checkpoint(
     )  # fmt: skip
     by_loss = gramians == "loss" or (gramians is None and max_loss is not None)
     loss: Likelihood | None = "classification" if by_loss else None
+    _check_data(loss, data)
     check_rule(rule, balancing_of(gramians, loss, data))
     folder, place = Path(checkpoint), None if output is None else Path(output)
     if place is not None and place.exists() and (not place.is_dir() or any(place.iterdir())):
@@ -238,6 +239,11 @@ class _Bill:
         speeds = (self._speed, None if self._speed is None else decoding_speed(self._model))
         known = tuple(one for one in speeds if one is not None)
         return Serving(self._before, Memory.of(self._model, self._attention), self._memory, known)
+
+
+def _check_data(loss: Likelihood | None, data: object) -> None:
+    if loss is not None and data is None:
+        raise ConfigError("--max-loss and --gramians loss look at the loss on data: give some by --data")
 
 
 def _resave(model: nn.Module, source: Path, target: Path) -> Carried:
@@ -371,6 +377,7 @@ def analyze_checkpoint(
     rules = [RankRule(tolerance=one, min_reduction=0.0, target=target) for one in tolerances]
     check_model_sizes(model, rules[0])
     loss: Likelihood | None = "classification" if gramians == "loss" else None
+    _check_data(loss, data)
     balancing_of(gramians, loss, data)
     batches: list[Any] = []
     if data is not None:

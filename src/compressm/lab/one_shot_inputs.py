@@ -21,7 +21,7 @@ from compressm.lab.data.arrays import Arrays, arranged, read_arrays
 from compressm.lab.data.files import is_data
 from compressm.lab.data.own import own_content
 from compressm.lab.named import build_named, is_named
-from compressm.layers import LanguageModel, SequenceClassifier
+from compressm.layers import LanguageModel, SequenceClassifier, SequenceRegressor
 from compressm.observing.expected import Expected
 from compressm.saving import mamba_ssm_format
 from compressm.saving.checkpoint import load
@@ -232,7 +232,7 @@ def read_batches(
             "more data, or a smaller length"
         )
     targets = arrays.x if arrays.y is None else arrays.y
-    if arrays.y is None and expected.kind == "anything":
+    if arrays.y is None and (expected.kind == "anything" or isinstance(model, SequenceRegressor)):
         targets = torch.empty(len(arrays), 0)  # nothing to measure a loss by
     places = [(i * BATCH, (i + 1) * BATCH) for i in range(count)]
     return [(arrays.batch(expected, start, stop), targets[start:stop]) for start, stop in places]

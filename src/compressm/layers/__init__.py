@@ -13,6 +13,7 @@ from compressm.layers.models import (
     SequenceClassifier,
     parameter_groups,
 )
+from compressm.layers.regressor import SequenceRegressor
 from compressm.layers.rg_lru import RecurrentBlock
 from compressm.layers.s4 import S4
 from compressm.layers.s4d import S4D
@@ -37,5 +38,6 @@ __all__ = [
     "RecurrentBlock",
     "ResidualBlock",
     "SequenceClassifier",
+    "SequenceRegressor",
     "parameter_groups",
 ]

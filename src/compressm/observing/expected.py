@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from compressm.errors import ConfigError
-from compressm.layers import LanguageModel, SequenceClassifier
+from compressm.layers import LanguageModel, SequenceClassifier, SequenceRegressor
 from compressm.layers.padding import blank, checked_lengths, within
 
 _ROLES = {
@@ -66,6 +66,11 @@ class Expected:
         common: dict[str, Any] = {"model": type(inner).__name__}
         if weights:
             common |= {"dtype": weights[0].dtype, "device": weights[0].device}
+        if isinstance(inner, SequenceRegressor) and type(inner).forward is SequenceRegressor.forward:
+            common |= {"own": True, "argument": "u"}
+            if inner.vocabulary is None:
+                return cls(kind="numbers", channels=inner.d_input, **common)
+            return cls(kind="tokens", vocabulary=inner.vocabulary, **common)
         if isinstance(inner, SequenceClassifier) and type(inner).forward is SequenceClassifier.forward:
             common |= {"own": True, "argument": "u", "classes": inner.n_classes}
             if inner.vocabulary is None:

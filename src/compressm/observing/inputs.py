@@ -97,12 +97,21 @@ def call_of(expected: Expected, batch: Any, where: str) -> Call:
     return Call((), {expected.argument: x}) if expected.argument else Call((x,))
 
 
-def _batches(expected: Expected, data: Any) -> Iterable[Any]:
+def refuse_files(data: Any) -> None:
+    """Refuse the name of a file in place of data, also where a model would not need them.
+
+    Raises:
+        ConfigError: ``data`` is text, bytes or a path.
+    """
     if isinstance(data, str | bytes | Path):
         raise ConfigError(
             f"data is {described(data)}: pass tensors or batches of them; files are read by compressm analyze and "
             "compressm compress"
         )
+
+
+def _batches(expected: Expected, data: Any) -> Iterable[Any]:
+    refuse_files(data)
     if is_array(data) or isinstance(data, Mapping | PackedSequence):
         return [data]
     if isinstance(data, list | tuple) and _is_one_batch(expected, cast("Any", data)):
@@ -189,4 +198,4 @@ def _own_call(expected: Expected, batch: Mapping[str, Any], where: str) -> Call:
     return Call((), kwargs if lengths is None else {**kwargs, "lengths": lengths.to(expected.device)})
 
 
-__all__ = ["Call", "call_of", "calls"]
+__all__ = ["Call", "call_of", "calls", "refuse_files"]

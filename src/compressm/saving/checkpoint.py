@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from compressm.cutting import resize_states, state_dims
 from compressm.errors import CheckpointError, ConfigError
-from compressm.layers import LanguageModel, SequenceClassifier
+from compressm.layers import LanguageModel, SequenceClassifier, SequenceRegressor
 from compressm.runtime.files import FORMAT, finite, read_pair, write_pair, write_text
 from compressm.saving.card import model_card
 from compressm.saving.structure import Structure, check_fit, describe, difference, put_left_out, take_over
@@ -33,6 +33,7 @@ _STORED = {
 _OWN_CLASSES: dict[str, type[nn.Module]] = {
     "SequenceClassifier": SequenceClassifier,
     "LanguageModel": LanguageModel,
+    "SequenceRegressor": SequenceRegressor,
 }
 
 

@@ -20,13 +20,13 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from compressm.errors import InvalidSystemError
 
 Discretisation = Literal["zoh", "bilinear"]
-Matrices = tuple[NDArray[Any], NDArray[Any], NDArray[Any], NDArray[Any]]
+Array = np.ndarray[Any, np.dtype[Any]]
+Matrices = tuple[Array, Array, Array, Array]
 # Eigenvectors of a larger condition number lose half of the digits of a double.
 MAX_CONDITION = 1e8
 
@@ -71,13 +71,13 @@ def checked_matrices(A: Any, B: Any, C: Any, D: Any = None) -> Matrices:
     return A, B, C, D
 
 
-def check_stable(poles: NDArray[Any], continuous: bool) -> None:
+def check_stable(poles: Array, continuous: bool) -> None:
     """Refuse a model with a pole outside the stable region, and say what can be done.
 
     Raises:
         InvalidSystemError: a pole is not inside the unit disc, or of continuous time not in the left half-plane.
     """
-    margin = poles.real if continuous else np.abs(poles) - 1
+    margin = np.real(poles) if continuous else np.abs(poles) - 1
     worst = int(margin.argmax())
     if margin[worst] >= 0:
         size = f"real part {poles[worst].real:.4g}" if continuous else f"modulus {abs(poles[worst]):.9g}"
@@ -100,7 +100,7 @@ def matrices_of(model: Any) -> tuple[tuple[Any, Any, Any, Any], float | None, bo
         model = _state_space(model, control)
     # python-control writes 0 for continuous time, and None or True for a time that is not known; scipy None and True.
     own = getattr(model, "dt", None)
-    continuous = own == 0 and own is not True if control else own is None
+    continuous = own == 0 if control else own is None
     known = None if own is None or own is True or own == 0 else float(own)
     return (model.A, model.B, model.C, model.D), known, bool(continuous)
 
@@ -119,9 +119,7 @@ def _state_space(model: Any, control: bool) -> Any:
     )
 
 
-def modes_of(
-    A: NDArray[Any], B: NDArray[Any], C: NDArray[Any]
-) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any], bool]:
+def modes_of(A: Array, B: Array, C: Array) -> tuple[Array, Array, Array, bool]:
     """``(lam, B, C, real)`` of a model in modal form, complex128, in no order that means anything.
 
     A real model has ``y = Re(C x)`` with one state for each conjugate pair, the one with positive phase, and one for
@@ -135,15 +133,15 @@ def modes_of(
     if not condition <= MAX_CONDITION:
         one, other = _closest(lam)
         raise InvalidSystemError(
-            f"A is not diagonalisable in double precision: its eigenvectors have the condition {condition:.1e}, and "
-            f"the eigenvalues {one:.6g} and {other:.6g} all but coincide; move one of them, by a hundredth of its size "
-            "say, or split the model into a chain of smaller ones"
+            "A is not diagonalisable in double precision: its eigenvectors have a condition above "
+            f"{MAX_CONDITION:.0e}, and the eigenvalues {one:.4g} and {other:.4g} all but coincide; move one of them, "
+            "by a hundredth of its size say, or split the model into a chain of smaller ones"
         )
     inputs, outputs = np.linalg.solve(V, B.astype(np.complex128)), C @ V
     if any(np.iscomplexobj(matrix) for matrix in (A, B, C)):
         return lam.astype(np.complex128), inputs, outputs.astype(np.complex128), False
     lam, outputs = lam.astype(np.complex128), outputs.astype(np.complex128)
-    pairs, reals = np.flatnonzero(lam.imag > 0), np.flatnonzero(lam.imag == 0)
+    pairs, reals = np.flatnonzero(np.imag(lam) > 0), np.flatnonzero(np.imag(lam) == 0)
     return (
         np.concatenate([lam[pairs], lam[reals]]),
         np.concatenate([inputs[pairs], inputs[reals].real]),
@@ -152,28 +150,24 @@ def modes_of(
     )
 
 
-def real_matrices(
-    lam: NDArray[Any], B: NDArray[Any], C: NDArray[Any]
-) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
+def real_matrices(lam: Array, B: Array, C: Array) -> tuple[Array, Array, Array]:
     """The real ``(A, B, C)`` whose output is ``Re(C x)``: a block ``[[Re lam, -Im lam], [Im lam, Re lam]]`` for a
     complex state, and one row and column for a real one of which one part is not driven or not read."""
     n = lam.shape[0]
     both = np.zeros((2 * n, 2 * n))
     at = np.arange(n)
-    both[2 * at, 2 * at] = both[2 * at + 1, 2 * at + 1] = lam.real
-    both[2 * at, 2 * at + 1], both[2 * at + 1, 2 * at] = -lam.imag, lam.imag
-    inputs = np.stack([B.real, B.imag], 1).reshape(2 * n, -1)
-    outputs = np.stack([C.real, -C.imag], 2).reshape(-1, 2 * n)
-    coupled = np.repeat(lam.imag != 0, 2)
+    both[2 * at, 2 * at] = both[2 * at + 1, 2 * at + 1] = np.real(lam)
+    both[2 * at, 2 * at + 1], both[2 * at + 1, 2 * at] = -np.imag(lam), np.imag(lam)
+    inputs = np.stack([np.real(B), np.imag(B)], 1).reshape(2 * n, -1)
+    outputs = np.stack([np.real(C), -np.imag(C)], 2).reshape(-1, 2 * n)
+    coupled = np.repeat(np.imag(lam) != 0, 2)
     used = coupled | (inputs.any(1) & outputs.any(0))
     if not used.any():
         used[0] = True  # a model of no state is none
     return both[np.ix_(used, used)], inputs[used], outputs[:, used]
 
 
-def discretised(
-    s: NDArray[Any], b: NDArray[Any], c: NDArray[Any], d: NDArray[Any], real: bool, dt: float, by: Discretisation
-) -> Matrices:
+def discretised(s: Array, b: Array, c: Array, d: Array, real: bool, dt: float, by: Discretisation) -> Matrices:
     """Modes of continuous time, sampled; see the module's text. With ``real`` the output is ``Re(c x)``."""
     if by == "zoh":
         growth = np.expm1(s * dt)
@@ -183,16 +177,14 @@ def discretised(
     return (1 + s * dt / 2) / beta, b, c / beta, d + _real_if(c @ b, real) / 2
 
 
-def undone(
-    lam: NDArray[Any], b: NDArray[Any], c: NDArray[Any], d: NDArray[Any], real: bool, dt: float, by: Discretisation
-) -> Matrices:
+def undone(lam: Array, b: Array, c: Array, d: Array, real: bool, dt: float, by: Discretisation) -> Matrices:
     """Modes of continuous time from sampled ones: the inverse of `discretised`.
 
     Raises:
         InvalidSystemError: a zero-order hold has no such modes, or they are not those of a real model.
     """
     if by == "zoh":
-        lost = (lam == 0) | ((lam.imag == 0) & (lam.real < 0) if real else False)
+        lost = (lam == 0) | ((np.imag(lam) == 0) & (np.real(lam) < 0) if real else False)
         if lost.any():
             raise InvalidSystemError(
                 f"the eigenvalue {lam[lost][0]:.4g} is that of no real mode of continuous time that a zero-order hold "
@@ -207,11 +199,11 @@ def undone(
     return 2 / dt * (lam - 1) / (lam + 1), b * beta[:, None] / dt, c, d - _real_if(c @ b, real) / 2
 
 
-def _real_if(matrix: NDArray[Any], real: bool) -> NDArray[Any]:
-    return matrix.real if real else matrix
+def _real_if(matrix: Array, real: bool) -> Array:
+    return np.real(matrix) if real else matrix
 
 
-def _closest(values: NDArray[Any]) -> tuple[complex, complex]:
+def _closest(values: Array) -> tuple[complex, complex]:
     """The two values that lie closest to each other."""
     distance = np.abs(values[:, None] - values[None, :])
     distance[np.diag_indices_from(distance)] = np.inf
@@ -219,7 +211,7 @@ def _closest(values: NDArray[Any]) -> tuple[complex, complex]:
     return complex(values[one]), complex(values[other])
 
 
-def _matrix(name: str, value: Any) -> NDArray[Any]:
+def _matrix(name: str, value: Any) -> Array:
     found = _numbers(name, value)
     if found.ndim != 2:
         expected = {"A": "(n, n)", "B": "(n, p)", "C": "(q, n)"}[name]
@@ -227,7 +219,7 @@ def _matrix(name: str, value: Any) -> NDArray[Any]:
     return found
 
 
-def _numbers(name: str, value: Any) -> NDArray[Any]:
+def _numbers(name: str, value: Any) -> Array:
     value = value.detach().cpu().resolve_conj().numpy() if isinstance(value, Tensor) else value
     try:
         found = np.asarray(value)
@@ -238,7 +230,7 @@ def _numbers(name: str, value: Any) -> NDArray[Any]:
     return found.astype(np.complex128 if found.dtype.kind == "c" else np.float64)
 
 
-def as_tensor(matrix: NDArray[Any]) -> Tensor:
+def as_tensor(matrix: Array) -> Tensor:
     """A complex128 tensor."""
     return torch.from_numpy(np.ascontiguousarray(matrix, np.complex128))
 

@@ -189,7 +189,7 @@ class DiagonalSystem:
         lam, B, C = (x.resolve_conj().numpy() for x in (self.lam, self.B, self.C))
         if self.model is None:
             direct, C = C @ B, C * lam
-            D = direct.real if self.real_output else direct
+            D = np.real(direct) if self.real_output else direct
         else:
             D = self.model.D.numpy()
         if continuous:

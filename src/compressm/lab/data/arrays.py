@@ -92,11 +92,11 @@ def arranged(content: Mapping[str, Any], expected: Expected, labelled: bool, whe
     found = _found(content, where)
     lengths = lengths_of(found, where)
     x = prepared(_on_cpu(expected), found["x"], f"x in {where}", lengths)
-    if not labelled or (expected.kind == "anything" and "y" not in found):
+    if not labelled or (not expected.classes and "y" not in found):
         return Arrays(x, None, lengths)
     if "y" not in found:
         raise ConfigError(f"{where} holds no labels: save them as y, shape ({len(x)},), to measure the loss on")
-    if expected.kind == "anything":
+    if not expected.classes:
         return Arrays(x, _targets(expected, found["y"], len(x), f"y in {where}"), lengths)
     return Arrays(x, labels(found["y"], expected.classes, len(x), f"y in {where}"), lengths)
 
@@ -146,7 +146,7 @@ def labels(y: Any, classes: int, count: int, where: str) -> Tensor:
 
 
 def _targets(expected: Expected, y: Any, count: int, where: str) -> Tensor:
-    """Labels of a model that compressm does not know: classes, int64, or numbers in the model's dtype."""
+    """Labels of a model of no known classes: classes, int64, or numbers in the model's dtype."""
     values = numeric(expected, y, where)
     if values.ndim == 0 or len(values) != count:
         raise ConfigError(f"{where} has shape {tuple(values.shape)}: expected one label for each of {count} sequences")

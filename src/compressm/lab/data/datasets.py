@@ -79,7 +79,7 @@ def _root(config: DataConfig) -> Path:
     return root
 
 
-def _expected(name: str) -> str:
+def _expected(name: str | None) -> str:
     if name == "scifar":
         return f"{_CIFAR_BINARY} (or {_CIFAR_JPEG})"
     if name == "imdb":

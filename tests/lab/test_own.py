@@ -1,0 +1,192 @@
+"""Models and data of the user's own, from the command line."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import compressm
+from compressm.cli import main
+from compressm.errors import ConfigError
+from compressm.lab.data.files import read_content
+from compressm.lab.data.own import content_of, own_data
+from compressm.layers import S5
+
+MODULE = """
+import numpy as np
+from torch import nn
+from compressm.layers import S5
+
+
+class Mine(nn.Module):
+    def __init__(self, channels, classes):
+        super().__init__()
+        self.inp, self.s5, self.out = nn.Linear(channels, 4), S5(4, 16), nn.Linear(4, classes)
+
+    def forward(self, u):
+        return self.out(self.s5(self.inp(u)).mean(1))
+
+
+def build(d_input=1, n_classes=2):
+    return Mine(d_input, n_classes)
+
+
+def data():
+    random = np.random.default_rng(0)
+    y = np.arange(60) % 2
+    return (random.normal(size=(60, 20, 1)) + y[:, None, None]).astype("float32"), y
+"""
+SHORT = ["run.steps=8", "run.batch_size=8", "run.eval_every=4", "run.device=cpu", "compression.enabled=false"]
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The present folder, with a module of the user's."""
+    (tmp_path / "ownmodel.py").write_text(MODULE, encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delitem(sys.modules, "ownmodel", raising=False)
+    return tmp_path
+
+
+def arrays(count: int = 30) -> dict[str, Any]:
+    random = np.random.default_rng(1)
+    return {"x": random.normal(size=(count, 10, 1)).astype(np.float32), "y": np.arange(count) % 3}
+
+
+def test_train_cut_and_load_a_model_and_data_of_ones_own(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    own = ["--model", "ownmodel:build", "--data", "ownmodel:data"]
+    assert main(["train", *own, *SHORT, "--output", "run"]) == 0
+    result = json.loads((here / "run" / "result.json").read_text())
+    assert result["state_dims"] == [16]
+    capsys.readouterr()
+    command = ["compress", "run/model", *own, "--states", "4", "--sequences", "8", "--output", "small"]
+    assert main([*command, "--json", "loss.json"]) == 0
+    assert "16 → 4" in capsys.readouterr().out
+    loss = json.loads((here / "loss.json").read_text())
+    assert loss["loss_after"] == pytest.approx(loss["loss_before"], rel=0.5)
+    module = sys.modules["ownmodel"]
+    assert compressm.load("small", model=module.build()).s5.d_state == 4
+
+
+def test_a_linear_model_is_cut_from_its_weights_alone(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "--model", "ownmodel:build", "--data", "ownmodel:data", *SHORT, "--dry-run"]) == 0
+    plan = capsys.readouterr().out
+    assert "Mine: " in plan
+    assert "s5 16" in plan
+    assert "20 steps, 1 channels, 2 classes" in plan
+    assert not (here / "runs").exists()
+    save_file(sys.modules["ownmodel"].build().state_dict(), "weights.safetensors")
+    assert main(["compress", "weights.safetensors", "--model", "ownmodel:build", "--states", "4", "--dry-run"]) == 0
+    assert "the loss was not measured" in capsys.readouterr().out
+    assert main(["analyze", "weights.safetensors", "--model", "ownmodel:build", "--quiet", "--json", "-"]) == 0
+    out, err = capsys.readouterr()
+    assert json.loads(out)["layers"]["s5"]
+    assert err == ""
+    assert sorted(path.name for path in here.iterdir() if path.is_dir() and path.name != "__pycache__") == []
+
+
+def test_quiet_says_nothing_and_verbose_says_where(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save_file({"lonely": torch.zeros(1)}, "weights.safetensors")
+    arguments = ["analyze", "weights.safetensors", "--model", "ownmodel:build"]
+    assert main([*arguments, "--quiet"]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+    assert main([*arguments, "--verbose"]) == 2
+    said = capsys.readouterr().err
+    assert "Traceback" in said
+    assert "torch 2." in said
+
+
+@pytest.mark.parametrize("form", ["npz", "splits", "npy folder", "csv", "class folders"])
+def test_the_same_data_are_read_from_every_kind_of_file(form: str, tmp_path: Path) -> None:
+    made = arrays()
+    x, y = made["x"], made["y"]
+    path = tmp_path / "data"
+    if form in ("npz", "splits"):
+        path = tmp_path / "data.npz"
+        parts = {"x_train": x[:20], "y_train": y[:20], "x_test": x[20:], "y_test": y[20:]}
+        np.savez(path, **(made if form == "npz" else parts))
+    elif form == "npy folder":
+        path.mkdir()
+        for name, value in made.items():
+            np.save(path / f"{name}.npy", value)
+    elif form == "csv":
+        path = tmp_path / "data.csv"
+        rows = [",".join([*(f"{v:.9g}" for v in row[:, 0]), "abc"[label]]) for row, label in zip(x, y, strict=True)]
+        path.write_text("\n".join([",".join([*(f"t{i}" for i in range(10)), "label"]), *rows]), encoding="utf-8")
+    else:
+        for index, (row, label) in enumerate(zip(x, y, strict=True)):
+            (path / "abc"[label]).mkdir(parents=True, exist_ok=True)
+            np.save(path / "abc"[label] / f"{index:02}.npy", row)
+    data = own_data(str(path), 0.2)
+    assert (data.n_classes, data.channels, data.vocabulary) == (3, 1, None)
+    found = torch.cat([split.x for split in (data.train, data.validation, data.test)])
+    labels = torch.cat([split.y for split in (data.train, data.validation, data.test)])
+    assert len(data.test) == (10 if form == "splits" else 6)
+    order, truth = found[:, 0, 0].argsort(), torch.from_numpy(x)
+    expected = truth[:, 0, 0].argsort()
+    torch.testing.assert_close(found[order], truth[expected])
+    torch.testing.assert_close(labels[order], torch.from_numpy(y)[expected])
+
+
+def test_parquet(tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    x, y = arrays()["x"][:, :, 0], arrays()["y"]
+    columns = {f"t{i}": x[:, i] for i in range(10)}
+    parquet.write_table(pyarrow.table({**columns, "label": y}), tmp_path / "data.parquet")
+    content = read_content(tmp_path / "data.parquet")
+    np.testing.assert_array_equal(content["x"], x)
+    np.testing.assert_array_equal(content["y"], y)
+
+
+def test_sequences_of_unequal_length_are_padded_and_their_lengths_told(tmp_path: Path) -> None:
+    for index, length in enumerate((5, 3)):
+        np.save(tmp_path / f"{index}.npy", np.full((length, 2), float(index + 1)))
+    content = read_content(tmp_path)
+    assert content["lengths"].tolist() == [5, 3]
+    assert content["x"].shape == (2, 5, 2)
+    assert content["x"][1, 3:].tolist() == [[0.0, 0.0], [0.0, 0.0]]
+
+
+class Items(torch.utils.data.Dataset[Any]):
+    def __len__(self) -> int:
+        return 4
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        return torch.full((3, 1), float(index)), index % 2
+
+
+@pytest.mark.parametrize("form", ["pair", "mapping", "dataset", "loader"])
+def test_what_a_function_may_return(form: str) -> None:
+    x, y = torch.arange(4.0)[:, None, None].expand(4, 3, 1), torch.arange(4) % 2
+    loader: Any = torch.utils.data.DataLoader(Items(), batch_size=3)
+    value = {"pair": (x, y), "mapping": {"x": x, "y": y}, "dataset": Items(), "loader": loader}[form]
+    content = content_of(value, "here")
+    torch.testing.assert_close(torch.as_tensor(content["x"]), x)
+    torch.testing.assert_close(torch.as_tensor(content["y"]), y)
+
+
+def test_what_a_function_may_not_return() -> None:
+    for value in ("text", 7, [], [("a", "b")]):
+        with pytest.raises(ConfigError, match="here returned"):
+            content_of(value, "here")
+
+
+def test_tokens_and_measurements_are_told_apart(tmp_path: Path) -> None:
+    y = np.arange(20) % 2
+    np.savez(tmp_path / "tokens.npz", x=np.arange(100).reshape(20, 5) % 7, y=y)
+    np.savez(tmp_path / "signed.npz", x=np.arange(100).reshape(20, 5) % 7 - 3, y=y)
+    assert own_data(str(tmp_path / "tokens.npz"), 0.2).vocabulary == 7
+    assert own_data(str(tmp_path / "signed.npz"), 0.2).vocabulary is None
+
+
+def test_the_layer_of_these_tests_is_linear() -> None:
+    assert compressm.analyze(S5(4, 16))[""].states == 16
