@@ -347,7 +347,7 @@ _ADVICE = "register an adapter for its class with compressm.adapters.register; d
 
 def _why_unknown(layers: Mapping[str, nn.Module], what_becomes: str = "") -> str:
     """A message about layers without adapters: the reason for those that are known not to be possible, else advice."""
-    name, layer = next(iter(layers.items()))
+    layer = next(iter(layers.values()))
     alike = {name: one for name, one in layers.items() if reason_refused(one) == reason_refused(layer)}
     names = [f"{name or 'the model itself'} ({type(one).__name__})" for name, one in alike.items()]
     some = f"{', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''}"
@@ -386,6 +386,11 @@ def _adapter(kind: type[nn.Module]) -> LayerAdapter | None:
             if key in _REGISTRY:
                 return _REGISTRY[key]
     return None
+
+
+def has_adapter(kind: type[nn.Module]) -> bool:
+    """Whether an adapter is registered for a class, or for one that it is derived from."""
+    return _adapter(kind) is not None
 
 
 def _short_name(kind: type[nn.Module] | str) -> str:
@@ -466,6 +471,7 @@ __all__ = [
     "check_plain",
     "cut_parameters",
     "find_layers",
+    "has_adapter",
     "layer_values",
     "layers_that_need_data",
     "register",

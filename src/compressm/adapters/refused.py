@@ -11,8 +11,8 @@ _TAPS = (
     "state dimension to cut"
 )
 _ONE_SIZE = (
-    "its class builds keys, values, gates and norm from one number, config.{field}, so that a checkpoint with fewer key "
-    "dimensions alone cannot be loaded"
+    "its class builds keys, values, gates and norm from one number, config.{field}, so that a checkpoint with fewer "
+    "key dimensions alone cannot be loaded"
 )
 
 REFUSED = {
