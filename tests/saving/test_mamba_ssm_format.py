@@ -11,7 +11,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-transformers = pytest.importorskip("transformers")
+pytest.importorskip("transformers")
+
+import transformers
 
 from compressm.errors import CheckpointError
 from compressm.lab.one_shot import compress_checkpoint
@@ -60,9 +62,7 @@ def test_it_is_read_cut_and_written_as_such(kind: str, file: str, tmp_path: Path
     ids = torch.arange(20)[None]
     torch.testing.assert_close(load(tmp_path / "big")(ids).logits, model(ids).logits)
 
-    compress_checkpoint(
-        tmp_path / "big", tmp_path / "small", tmp_path / "text.txt", states=5, sequences=4, length=32
-    )
+    compress_checkpoint(tmp_path / "big", tmp_path / "small", tmp_path / "text.txt", states=5, sequences=4, length=32)
     before, after = (json.loads((tmp_path / name / "config.json").read_text()) for name in ("big", "small"))
     assert after == {**before, "ssm_cfg": {**before["ssm_cfg"], "d_state": 5}}
     assert (tmp_path / "small" / "LICENSE").read_text() == "Apache-2.0"

@@ -123,7 +123,9 @@ class Memory:
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
         return {
-            "layers": {name: {"state": one.state_bytes, "window": one.window_bytes} for name, one in self.layers.items()},
+            "layers": {
+                name: {"state": one.state_bytes, "window": one.window_bytes} for name, one in self.layers.items()
+            },
             "states": self.states,
             "windows": self.windows,
             "checkpoint": self.checkpoint,
@@ -166,8 +168,8 @@ class Serving:
         before, after = self.before, self.after
         lines = [
             self.headline(),
-            f"  recurrence {_change(before.states, after.states)}, convolution {_change(before.windows, after.windows)};"
-            f" a cached prefix keeps {human(after.checkpoint)}",
+            f"  recurrence {_change(before.states, after.states)}, convolution "
+            f"{_change(before.windows, after.windows)}; a cached prefix keeps {human(after.checkpoint)}",
         ]
         lines += self._attention()
         alone, batched = (

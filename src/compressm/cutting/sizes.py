@@ -45,7 +45,9 @@ def checked_sizes(
     if rule.target is None:
         return None
     found = geometries(model)
-    return check_target(rule.target, {name: one.resized((dims or {}).get(name, one.states)) for name, one in found.items()})
+    return check_target(
+        rule.target, {name: one.resized((dims or {}).get(name, one.states)) for name, one in found.items()}
+    )
 
 
 def sizes_for(model: nn.Module, rule: RankRule) -> dict[str, tuple[int, ...]] | None:

@@ -1,7 +1,7 @@
-"""Checkpoints in the format of the package ``mamba_ssm``: read into transformers' classes, and written back as they were.
+"""Checkpoints in the format of the package ``mamba_ssm``: read into transformers' classes, and written back alike.
 
-Their config has no ``model_type``; it holds the arguments of ``MambaConfig`` of ``mamba_ssm``, with those of its layers in
-``ssm_cfg``. The tensors are those of transformers' Mamba and Mamba-2 under the same names but one.
+Their config has no ``model_type``; it holds the arguments of ``mamba_ssm``'s own ``MambaConfig``, with those of its
+layers in ``ssm_cfg``. The tensors are those of transformers' Mamba and Mamba-2 under the same names but one.
 """
 
 from __future__ import annotations

@@ -315,4 +315,15 @@ def some(names: Iterable[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
-__all__ = ["Carried", "carry", "complete_config", "contents", "copy_files", "new_folder", "some", "tensors_of", "unloaded", "weight_files"]
+__all__ = [
+    "Carried",
+    "carry",
+    "complete_config",
+    "contents",
+    "copy_files",
+    "new_folder",
+    "some",
+    "tensors_of",
+    "unloaded",
+    "weight_files",
+]
