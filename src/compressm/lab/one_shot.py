@@ -151,17 +151,18 @@ def compress_checkpoint(
     half = len(batches) // 2
     before, contained = _parameters(model), contents(model) if read.mapped is None else set[bytes]()
     seen, held_out = [inputs for inputs, _ in batches[:half]], batches[half:]
-    with read.at_work("reading the data", 4 * half + (2 * half if loss else 0)):
+    with read.at_work():
         bill = _Bill(model, memory, speed)
+    with read.at_work("reading the data", (4 if loss is None else 7) * half):
         loss_before = _loss(model, held_out)
         report = plan_on(model, rule, seen, [inputs for inputs, _ in held_out], loss).apply(model)
         loss_after = _loss(model, held_out)
+    with read.at_work(), new_folder(place) as new:
         serving = bill.after_the_cut()
-        with new_folder(place) as new:
-            carried = _saved(read, folder, new, extra, contained)
-            if read.format != "compressm":
-                facts = [serving.headline(), _losses(loss_before, loss_after)]
-                carried = _with_card(new / "README.md", report, carried, facts)
+        carried = _saved(read, folder, new, extra, contained)
+        if read.format != "compressm":
+            facts = [serving.headline(), _losses(loss_before, loss_after)]
+            carried = _with_card(new / "README.md", report, carried, facts)
     rows = next(iter(batches[0][0].values()))
     counts = (before, _parameters(model), half * BATCH, rows.shape[1])
     if read.mapped is not None:
