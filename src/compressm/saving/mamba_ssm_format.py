@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -135,7 +135,7 @@ def _built(config: Mapping[str, Any], tensors: Mapping[str, Tensor], folder: Pat
     name = "Mamba" if kind == "Mamba1" else "Mamba2"
     settings = getattr(transformers, f"{name}Config")(**{**common, **given})
     model = getattr(transformers, f"{name}ForCausalLM")(settings)
-    return cast("Any", model).to(dtype)
+    return model.to(dtype)
 
 
 __all__ = ["is_mamba_ssm", "load", "save", "weights_of"]
