@@ -2,9 +2,9 @@
 
     python benchmarks/checkpoint_memory.py --layers 8 --json results/checkpoint_memory.json
 
-Random weights in bfloat16, in shards; random tokens. Every command runs in a process of its own. Its peak is the largest
-resident set that the system saw, with the libraries, whose part is given beside it; pages of the checkpoint that are
-mapped count. ``--whole`` loads the checkpoint into memory as well, for comparison.
+Random weights in bfloat16, in shards; random tokens. Every command runs in a process of its own. Its peak is the
+largest resident set that the system saw, with the libraries, whose part is given beside it; pages of the checkpoint
+that are mapped count. ``--whole`` loads the checkpoint into memory as well, for comparison.
 """
 
 from __future__ import annotations

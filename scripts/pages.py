@@ -47,6 +47,7 @@ PAGES = (
     Page("cases.md", "python scripts/cases.py"),
     Page("paper.md", "python scripts/paper.py"),
     Page("options.md", "python scripts/options.py"),
+    Page("serving.md", "python scripts/serving.py"),
     Page("situations.md", "python scripts/hosts.py"),
     Page("mistakes.md", "python scripts/mistakes.py"),
     Page("results.md", "compressm reproduce --show", "--markdown", "images/results-*.svg"),

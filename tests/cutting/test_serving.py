@@ -90,8 +90,9 @@ def test_the_bytes_of_recurrent_gemma_are_those_in_its_layers() -> None:
 @pytest.mark.parametrize(
     "layer",
     [
-        LRU(4, 6), S5(4, 6), S4D(4, 6), Mamba(4, 6), Mamba2(8, 6, head_dim=4, n_groups=2), LinearAttention(8, 6, n_heads=2),
-        GatedLinearAttention(8, 6, n_heads=2), DeltaNet(8, 6, n_heads=2), RecurrentBlock(8, 12, n_blocks=2),
+        LRU(4, 6), S5(4, 6), S4D(4, 6), Mamba(4, 6), Mamba2(8, 6, head_dim=4, n_groups=2),
+        LinearAttention(8, 6, n_heads=2), GatedLinearAttention(8, 6, n_heads=2), DeltaNet(8, 6, n_heads=2),
+        RecurrentBlock(8, 12, n_blocks=2),
     ],
     ids=lambda layer: type(layer).__name__,
 )  # fmt: skip

@@ -168,8 +168,8 @@ class Serving:
         before, after = self.before, self.after
         lines = [
             self.headline(),
-            f"  recurrence {_change(before.states, after.states)}, convolution {_change(before.windows, after.windows)};"
-            f" a cached prefix keeps {human(after.checkpoint)}",
+            f"  recurrence {_change(before.states, after.states)}, convolution "
+            f"{_change(before.windows, after.windows)}; a cached prefix keeps {human(after.checkpoint)}",
         ]
         lines += self._attention()
         alone, batched = (
@@ -191,7 +191,8 @@ class Serving:
             return ["  no attention layers: the length of a sequence does not count"]
         at = ", ".join(f"{human(self.after.attention_bytes(context))} at {context:,} tokens" for context in CONTEXTS)
         per_token = sum(layer.per_token for layer in layers)
-        return [f"  keys and values of {len(layers)} attention layers {human(per_token)} per token: {at}"]
+        name = "attention layer" if len(layers) == 1 else "attention layers"
+        return [f"  keys and values of {len(layers)} {name} {human(per_token)} per token: {at}"]
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""

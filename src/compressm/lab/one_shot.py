@@ -159,11 +159,13 @@ def compress_checkpoint(
     half = len(batches) // 2
     before, contained = _parameters(model), contents(model) if read.mapped is None else set[bytes]()
     seen, held_out = [inputs for inputs, _ in batches[:half]], batches[half:]
-    with read.at_work("reading the data", 4 * half + (2 * half if loss else 0)):
+    with read.at_work():
         bill = _Bill(model, memory, speed)
+    with read.at_work("reading the data", (4 if loss is None else 7) * half):
         loss_before = _loss(model, held_out)
         report = plan_on(model, rule, seen or None, [inputs for inputs, _ in held_out], loss).apply(model)
         loss_after = _loss(model, held_out)
+    with read.at_work():
         serving = bill.after_the_cut()
         carried = Carried()
         if place is not None:

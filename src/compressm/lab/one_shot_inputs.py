@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Generator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -60,16 +60,19 @@ class Checkpoint:
             title: of the bar.
             passes: how many batches will be read; 0 for no bar.
         """
-        fast = fast_scan(self.model) if can_be_fast(self.model) else nullcontext()
-        with fast, bar(self.model, title, passes) as advance:
-            pages = nullcontext() if self.mapped is None else self.mapped.released(advance)
-            with pages if self.mapped is not None else _counted(self.model, advance):
-                yield
+        with ExitStack() as stack:
+            if can_be_fast(self.model):
+                stack.enter_context(fast_scan(self.model))
+            advance = stack.enter_context(_bar(self.model, title, passes))
+            after = _after_blocks(self.model, advance) if self.mapped is None else self.mapped.released(advance)
+            stack.enter_context(after)
+            yield
 
 
 @contextmanager
-def _counted(model: nn.Module, advance: Callable[[], None]) -> Generator[None]:
-    handles = [one.register_forward_hook(lambda *_: advance()) for one in blocks(model)]
+def _after_blocks(model: nn.Module, done: Callable[[], None]) -> Generator[None]:
+    """While the block runs, call a function whenever a block of the model's layers is done."""
+    handles = [one.register_forward_hook(lambda *_: done()) for one in blocks(model)]
     try:
         yield
     finally:
@@ -78,7 +81,7 @@ def _counted(model: nn.Module, advance: Callable[[], None]) -> Generator[None]:
 
 
 @contextmanager
-def bar(model: nn.Module, title: str, passes: int) -> Generator[Callable[[], None]]:
+def _bar(model: nn.Module, title: str, passes: int) -> Generator[Callable[[], None]]:
     """A progress bar on standard error, with the time that is left; advanced once per block of layers and batch."""
     if not passes:
         yield lambda: None

@@ -19,6 +19,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -172,7 +173,7 @@ class SafetensorsWriter:
         """Write the next tensor."""
         flat = value.detach().cpu().contiguous().flatten()
         if flat.numel():
-            self._opened.write(memoryview(flat.view(torch.uint8).numpy()))
+            self._opened.write(cast("Any", flat.view(torch.uint8).numpy()))
 
     def __enter__(self) -> SafetensorsWriter:
         return self

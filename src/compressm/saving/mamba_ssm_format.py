@@ -1,7 +1,7 @@
-"""Checkpoints in the format of the package ``mamba_ssm``: read into transformers' classes, and written back as they were.
+"""Checkpoints in the format of the package ``mamba_ssm``: read into transformers' classes, and written back alike.
 
-Their config has no ``model_type``; it holds the arguments of ``MambaConfig`` of ``mamba_ssm``, with those of its layers in
-``ssm_cfg``. The tensors are those of transformers' Mamba and Mamba-2 under the same names but one.
+Their config has no ``model_type``; it holds the arguments of ``mamba_ssm``'s own ``MambaConfig``, with those of its
+layers in ``ssm_cfg``. The tensors are those of transformers' Mamba and Mamba-2 under the same names but one.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -135,7 +135,7 @@ def _built(config: Mapping[str, Any], tensors: Mapping[str, Tensor], folder: Pat
     name = "Mamba" if kind == "Mamba1" else "Mamba2"
     settings = getattr(transformers, f"{name}Config")(**{**common, **given})
     model = getattr(transformers, f"{name}ForCausalLM")(settings)
-    return cast("Any", model).to(dtype)
+    return model.to(dtype)
 
 
 __all__ = ["is_mamba_ssm", "load", "save", "weights_of"]

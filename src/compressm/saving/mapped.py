@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-import torch
 from torch import Tensor, nn
 
 from compressm.adapters import find_layers
@@ -159,7 +158,7 @@ def save_mapped(mapped: Mapped, source: Path, target: Path) -> Carried:
     now = dict(_named_tensors(mapped.model))
     files, weight_map, total = weight_files(source), dict[str, str](), [0, 0]
     for file in files:
-        shard = {name: now.get(name, None) for name in places_in(file)}
+        shard = {name: now.get(name) for name in places_in(file)}
         tensors = {
             name: mapped.pager.tensor(file, places_in(file)[name]) if value is None else value
             for name, value in shard.items()

@@ -344,8 +344,8 @@ def _check_total(rule: RankRule, present: Mapping[str, int], alike: Sequence[str
         return
     if rule.target is not None:
         raise InvalidRankRuleError(
-            f"total_states={rule.total_states} is less than the {least} states that {len(present)} layers keep at least "
-            f"with target={rule.target!r}: raise total_states, or choose another target"
+            f"total_states={rule.total_states} is less than the {least} states that {len(present)} layers keep at "
+            f"least with target={rule.target!r}: raise total_states, or choose another target"
         )
     if rule.multiple_of == 1:
         raise InvalidRankRuleError(
