@@ -5,9 +5,10 @@
 
 DATA is a folder with ``mnist/``, ``cifar10/`` and ``fsdd/fsdd.tar.gz``. State matters on sequential MNIST and CIFAR-10
 (both averaged over 2 x 2 pixels), where small models from scratch stay behind (`results/smnist-quarter/`,
-`results/scifar-small/`), and not on spoken digits (`results/probe_whole.json`). Every short training that is done is stored in the folder
-``--parts``, so that a run that was killed goes on. One thread. Shares of the training's time are by CPU time, with
-evaluations, since the machine may run other programs; they are not known of a probe that a kill interrupted.
+`results/scifar-small/`), and not on spoken digits (`results/probe_whole.json`). Every short training that is done is
+stored in the folder ``--parts``, so that a run that was killed goes on. One thread. Shares of the training's time are
+by CPU time, with evaluations, since the machine may run other programs; they are not known of a probe that a kill
+interrupted.
 """
 
 from __future__ import annotations
