@@ -140,7 +140,13 @@ def row(name: str, experiment: Experiment, number: int, parts: Path) -> dict[str
         path.write_text(json.dumps({"cpu_share": share}))
     share = json.loads(path.read_text())["cpu_share"]
     print(f"{name} {number}, share of the CPU time {share}\n{found}", flush=True)
-    return {"task": name, "probe": number, "cpu_share": share, **found.to_dict()}
+    return {"task": name, "probe": number, "cpu_share": share, **found.to_dict(), "tried": tried(parts / name, number)}
+
+
+def tried(folder: Path, number: int) -> list[dict[str, Any]]:
+    """The metrics at all rates that were tried, with the first seed of a probe."""
+    made = [json.loads(path.read_text()) for path in sorted(folder.glob(f"*-seed{SEEDS * number}-*.json"))]
+    return [{key: one[key] for key in ("states", "rate", "metric")} for one in made]
 
 
 def whole(experiment: Experiment, steps: int) -> list[dict[str, Any]]:
