@@ -4,13 +4,15 @@
 
 A classifier with each kind of layer learns the handwritten digits that come with scikit-learn, and is cut once by
 ``tolerance=0.02``. Stored are the states, the share of the Hankel energy that the cut kept as it was made (the least of
-the layers), and the loss on validation data right before and after. One thread.
+the layers), and the loss on validation data right before and after. One thread. Families that the result file has
+already are not trained again.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import json
 import time
 from pathlib import Path
 from typing import Any, get_args
@@ -31,8 +33,10 @@ TOLERANCE, STATES, WIDTH, BATCH, SEEN = 0.02, 64, 16, 32, 256
 def trained(layer: str, x: Tensor, y: Tensor, steps: int, seed: int) -> nn.Module:
     """A classifier after a training."""
     torch.manual_seed(seed)
-    states = STATES if layer != "mamba" else 16
-    model = SequenceClassifier(x.shape[-1], 10, WIDTH, states, n_layers=2, layer=layer, dropout=0.0, norm="layer")
+    states, options = STATES if layer != "mamba" else 16, {"head_dim": 16} if layer == "mamba2" else {}
+    model = SequenceClassifier(
+        x.shape[-1], 10, WIDTH, states, n_layers=2, layer=layer, dropout=0.0, norm="layer", **options
+    )
     optimizer = torch.optim.AdamW(parameter_groups(model, 5e-3, 0.01, 0.5))
     scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, [group["lr"] for group in optimizer.param_groups], steps)
     for _ in range(steps):
@@ -80,14 +84,17 @@ def main() -> None:
     x, y = data.batch(data.train, torch.arange(len(data.train)))
     held = [data.batch(split, torch.arange(len(split))) for split in (data.validation, data.test)]
     valid_x, valid_y = (torch.cat(parts) for parts in zip(*held, strict=True))
-    rows: list[dict[str, Any]] = []
+    rows: list[dict[str, Any]] = json.loads(arguments.json.read_text())["cuts"] if arguments.json.exists() else []
+    made = {(row["layer"], row["seed"]) for row in rows}
     for layer in arguments.layers:
         for seed in range(arguments.seeds):
+            if (layer, seed) in made:
+                continue
             started = time.process_time()
             model = trained(layer, x, y, arguments.steps, seed)
             for limit in (None, 1.0):
-                made = cut(model, x[:SEEN], valid_x, valid_y, limit)
-                rows.append({"layer": layer, "seed": seed, "max_reduction": limit, **made})
+                found = cut(model, x[:SEEN], valid_x, valid_y, limit)
+                rows.append({"layer": layer, "seed": seed, "max_reduction": limit, **found})
                 print(rows[-1], f"{time.process_time() - started:.1f} s", flush=True)
             store(arguments.json, tolerance=TOLERANCE, steps=arguments.steps, cuts=rows)
 

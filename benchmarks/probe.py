@@ -1,12 +1,14 @@
 """Ten probes of each task, with other seeds each time: are they right, and what do they cost?
 
     python benchmarks/probe.py DATA --json results/probe.json
+    python benchmarks/probe.py DATA --tasks fsdd --whole 1200 --json results/probe_whole.json
 
 DATA is a folder with ``mnist/``, ``cifar10/`` and ``fsdd/fsdd.tar.gz``. State matters on sequential MNIST and CIFAR-10
 (both averaged over 2 x 2 pixels), where small models from scratch stay behind (`results/smnist-quarter/`,
-`results/scifar-small/`), and not on spoken digits. Every short training that is done is stored in the folder
-``--parts``, so that a run that was killed goes on. One thread. Shares of the training's time are by CPU time, with
-evaluations, since the machine may run other programs; they are not known of a probe that a kill interrupted.
+`results/scifar-small/`), and not on spoken digits (`results/probe_whole.json`). Every short training that is done is
+stored in the folder ``--parts``, so that a run that was killed goes on. One thread. Shares of the training's time are
+by CPU time, with evaluations, since the machine may run other programs; they are not known of a probe that a kill
+interrupted.
 """
 
 from __future__ import annotations
@@ -32,7 +34,7 @@ from compressm.lab.data.datasets import load_data
 from compressm.layers import SequenceClassifier, parameter_groups
 from compressm.training.probe import Task
 
-SEEDS, VALIDATION = 2, 1000  # seeds of each probe, validation examples
+SEEDS, VALIDATION = 3, 1000  # seeds of each probe, validation examples
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,7 @@ class Setting:
 
 SETTINGS = {
     "smnist": Setting(256, 8, 1, 4e-4, 1.0, 0.0, "constant", 50, 0.9, 50_000, 160, "state matters"),
-    "fsdd": Setting(128, 32, 2, 4e-3, 0.5, 0.05, "cosine", 32, 0.5, 12_000, 64, "train small"),
+    "fsdd": Setting(128, 32, 2, 4e-3, 0.5, 0.05, "cosine", 32, 0.5, 15_000, 64, "train small"),
     "scifar": Setting(192, 32, 2, 1e-3, 0.25, 0.05, "cosine", 50, 0.9, 15_000, 80, "state matters"),
 }
 
@@ -138,7 +140,25 @@ def row(name: str, experiment: Experiment, number: int, parts: Path) -> dict[str
         path.write_text(json.dumps({"cpu_share": share}))
     share = json.loads(path.read_text())["cpu_share"]
     print(f"{name} {number}, share of the CPU time {share}\n{found}", flush=True)
-    return {"task": name, "probe": number, "cpu_share": share, **found.to_dict()}
+    return {"task": name, "probe": number, "cpu_share": share, **found.to_dict(), "tried": tried(parts / name, number)}
+
+
+def tried(folder: Path, number: int) -> list[dict[str, Any]]:
+    """The metrics at all rates that were tried, with the first seed of a probe."""
+    made = [json.loads(path.read_text()) for path in sorted(folder.glob(f"*-seed{SEEDS * number}-*.json"))]
+    return [{key: one[key] for key in ("states", "rate", "metric")} for one in made]
+
+
+def whole(experiment: Experiment, steps: int) -> list[dict[str, Any]]:
+    """The metric after whole trainings of the largest and of the smallest size, at the setting's own rates."""
+    ends: list[dict[str, Any]] = []
+    for states in (experiment.setting.states, experiment.setting.states // 16):
+        torch.manual_seed(0)
+        model = experiment.build(states)
+        experiment.train(model, Task(steps, 0, 1.0, states))
+        ends.append({"states": states, "steps": steps, "metric": float(experiment.evaluate(model).float().mean())})
+        print(ends[-1], flush=True)
+    return ends
 
 
 def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
@@ -153,8 +173,27 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
             "not_known": sum(row["answer"] == "not known" for row in ours),
             "cpu_share": [row["cpu_share"] for row in ours],
             "start_from": [row["start_from"] for row in ours],
+            "behind": [row["sizes"][-1]["behind"]["value"] / row["learnt"] for row in ours],
         }
     return tasks
+
+
+def table(tasks: dict[str, Any]) -> str:
+    """The summary for docs/probe.md."""
+    lines = [
+        "| task | sizes | steps of | right answer | right | not known | wrong | smallest size behind by | time |",
+        "|---|---|---|---|---:|---:|---:|---:|---:|",
+    ]
+    for name, found in tasks.items():
+        s, shares = SETTINGS[name], [share for share in found["cpu_share"] if share is not None]
+        wrong = found["probes"] - found["right"] - found["not_known"]
+        lines.append(
+            f"| {name} | {s.states}, {s.states // 4}, {s.states // 16} | {s.steps} of {s.total_steps:,} | "
+            f"{found['expected']} | {found['right']} of {found['probes']} | {found['not_known']} | {wrong} | "
+            f"{min(found['behind']):.0%} to {max(found['behind']):.0%} | "
+            f"{min(shares, default=math.nan):.1%} to {max(shares, default=math.nan):.1%} |"
+        )
+    return "\n".join(lines)
 
 
 def main() -> None:
@@ -164,14 +203,20 @@ def main() -> None:
     parser.add_argument("--tasks", nargs="+", choices=list(SETTINGS), default=list(SETTINGS))
     parser.add_argument("--probes", type=int, default=10)
     parser.add_argument("--parts", type=Path, default=Path("runs/probe"), help="where finished trainings are kept")
+    parser.add_argument("--whole", type=int, default=0, help="instead, so many steps of the largest and smallest size")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
+    if arguments.whole:
+        ends = {name: whole(Experiment(name, arguments.data), arguments.whole) for name in arguments.tasks}
+        store(arguments.json, whole_trainings=ends)
+        return
     rows: list[dict[str, Any]] = []
     for name in arguments.tasks:
         experiment = Experiment(name, arguments.data)
         for number in range(arguments.probes):
             rows.append(row(name, experiment, number, arguments.parts))
             store(arguments.json, seeds_per_probe=SEEDS, validation=VALIDATION, tasks=summary(rows), probes=rows)
+    print(table(summary(rows)))
 
 
 if __name__ == "__main__":

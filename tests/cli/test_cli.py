@@ -174,6 +174,8 @@ def test_probe_answers_and_goes_on(
     again = json.loads((tmp_path / "result.json").read_text())
     assert again == result
     capsys.readouterr()
+    assert main([*arguments, "optimizer.lr=0.5"]) == 2
+    assert "optimizer.lr = 0.5: the run in parts was started with" in one_line(capsys)
     for wrong, message in (("8", "two different sizes"), ("8,x", "--states 8,x: numbers separated by commas")):
         assert main(["probe", str(CONFIGS / "digits.yaml"), "--states", wrong]) == 2
         assert message in one_line(capsys)

@@ -265,7 +265,7 @@ def test_the_end_says_what_was_promised_and_what_is_not_known(caplog: pytest.Log
     assert (end.step, end.metric, end.loss, end.error, end.promised) == (80, 0.5, 0.25, 0.0, 0.6)
     assert str(end) == (
         "step 80: end, metric 0.5; the kept cuts cost 0.25 ± 0 when they were examined, 0.6 was allowed; where the "
-        "training would be without cuts is not known, since none ran beside it"
+        "training would be without cuts is not known, since none ran beside it to the end"
     )
     with caplog.at_level("INFO"):
         Loop(states=8, cuts=2, window=0.5).run(80)

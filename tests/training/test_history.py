@@ -67,7 +67,7 @@ LINES: list[tuple[Event, str, dict[str, float]]] = [
     (
         Ended(99, 0.0, 0.91, 0.002, 0.001, 0.004),
         "step 99: end, metric 0.91; the kept cuts cost 0.002 ± 0.001 when they were examined, 0.004 was allowed; where "
-        "the training would be without cuts is not known, since none ran beside it",
+        "the training would be without cuts is not known, since none ran beside it to the end",
         {},
     ),
     (Unchanged(20, 0.25, (KEPT,)), "step 20: nothing to cut", {"compressm/states/blocks.0.ssm": 8.0}),

@@ -64,7 +64,7 @@ def test_state_matters_where_every_input_counts() -> None:
     assert 0 < found.share < 1
     text = str(found)
     assert text.count("State matters: 1 states are behind by") == 1
-    assert "2 seeds, 20 steps each" in text
+    assert "3 seeds, 20 steps each" in text
     assert json.loads(json.dumps(found.to_dict()))["answer"] == "state matters"
 
 

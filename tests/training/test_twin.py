@@ -166,13 +166,20 @@ def test_what_cannot_be_had_is_refused_at_construction(arguments: dict[str, Any]
         Loop(**arguments)
 
 
-def test_averages_and_parameters_outside_of_the_model_are_refused() -> None:
+def test_what_a_copy_cannot_have_is_refused() -> None:
     model, outside = Model(), nn.Parameter(torch.zeros(1))
     common: dict[str, Any] = {
         "states": 2, "max_drop": 0.1, "evaluate": scores, "control": "twin", "train_step": train_step,
     }  # fmt: skip
     with pytest.raises(InvalidRankRuleError, match="outside of it"):
         compressm.Compressor(model, torch.optim.Adam([*model.parameters(), outside]), 100, **common)
+
+    class TwoWeights(torch.optim.SGD):
+        def eval(self) -> None:
+            """As schedule-free optimizers have it."""
+
+    with pytest.raises(InvalidRankRuleError, match="other weights for evaluation"):
+        compressm.Compressor(model, TwoWeights(model.parameters(), 0.1), 100, **common)
     average = torch.optim.swa_utils.AveragedModel(model)
     with pytest.raises(InvalidRankRuleError, match="followers="):
         compressm.Compressor(model, torch.optim.Adam(model.parameters()), 100, followers=[average], **common)

@@ -23,7 +23,7 @@ def probe(
     ] = None,
     share: Annotated[float, typer.Option(help="Steps of each short training, as a share of run.steps.")] = 0.004,
     steps: Annotated[int | None, typer.Option(help="Steps of each short training, instead of a share.")] = None,
-    seeds: Annotated[int, typer.Option(help="How many seeds, two or more.")] = 2,
+    seeds: Annotated[int, typer.Option(help="How many seeds, two or more.")] = 3,
     worth: Annotated[
         float, typer.Option(help="A size may be behind by this share of what is learnt, and still be as good.")
     ] = 0.2,

@@ -78,22 +78,25 @@ def _plotly(lines: list[tuple[str, list[float]]], title: str, y_title: str) -> A
     return figure
 
 
-def _matplotlib(
-    lines: list[tuple[str, list[float]]], title: str, y_title: str, levels: Sequence[float] = (0.1, 0.01, 0.001)
-) -> Any:
+def _canvas() -> tuple[Any, Any]:
+    """A figure of matplotlib, and its axes."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise MissingExtraError('this picture needs matplotlib: pip install "compressm[train]"') from error
     figure = Figure(figsize=(7, 4.5), layout="constrained")  # without pyplot, which has global state and opens windows
-    axis = figure.subplots()
+    return figure, figure.subplots()
+
+
+def _matplotlib(lines: list[tuple[str, list[float]]], title: str, y_title: str) -> Any:
+    figure, axis = _canvas()
     for index, (name, shares) in enumerate(lines):
         axis.semilogy(range(1, len(shares) + 1), shares, label=name, color=COLOURS[index % len(COLOURS)])
-    for tolerance in levels:
+    for tolerance in (0.1, 0.01, 0.001):
         axis.axhline(tolerance, color="#999999", linewidth=0.6, linestyle=":")
     axis.set(title=title, xlabel=_X, ylabel=y_title, xlim=(0, None))
     axis.spines[["top", "right"]].set_visible(False)
-    if 0 < len(lines) <= 12:
+    if len(lines) <= 12:
         axis.legend(frameon=False, fontsize=8)
     return figure
 
@@ -115,14 +118,13 @@ def plot_metrics(values: Mapping[int, Sequence[float]], title: str, backend: Bac
         figure.add_scatter(x=[x for x, _ in means], y=[y for _, y in means], name="mean")
         figure.update_xaxes(type="log", title=x_title)
         return figure.update_yaxes(type="linear")
-    figure = _matplotlib([], title, y_title, levels=())
-    axis = figure.axes[0]
+    figure, axis = _canvas()
     axis.plot(*zip(*points, strict=True), ".", color=COLOURS[0], label="a seed each")
     axis.plot(*zip(*means, strict=True), color=COLOURS[1], label="mean")
-    axis.set(xscale="log", yscale="linear", xlabel=x_title, xlim=None)
+    axis.set(title=title, xlabel=x_title, ylabel=y_title, xscale="log")
     axis.set_xticks(list(values), [str(states) for states in values], minor=False)
     axis.minorticks_off()
-    axis.autoscale()
+    axis.spines[["top", "right"]].set_visible(False)
     axis.legend(frameon=False, fontsize=8)
     return figure
 

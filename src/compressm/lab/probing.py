@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from compressm.errors import ConfigError
+from compressm.errors import CheckpointError, ConfigError
 from compressm.lab.config import Config, parse_config
 from compressm.lab.data.datasets import load_data
 from compressm.lab.data.sequences import BatchOrder, SequenceData, Split
 from compressm.lab.runs.models import build_model, build_optimizer, build_scheduler
 from compressm.lab.runs.objective import Objective
 from compressm.lab.runs.place import accelerator
+from compressm.lab.runs.same_settings import check_same
+from compressm.runtime.files import write_json
 from compressm.runtime.memory import keep_freed_memory
 from compressm.training.probe import Probe, Task, probe
 
@@ -28,7 +31,7 @@ def probe_config(
     states: Sequence[int] | None = None,
     share: float = 0.004,
     steps: int | None = None,
-    seeds: int = 2,
+    seeds: int = 3,
     worth: float = 0.2,
     folder: str | os.PathLike[str] | None = None,
     quiet: bool = False,
@@ -44,12 +47,14 @@ def probe_config(
         worth, folder, quiet: as in `probe`.
 
     Raises:
-        ConfigError: unfit data or arguments, or a loss that depends on the size of the model.
+        ConfigError: unfit data or arguments, or a folder with the probe of another configuration.
     """
     if states is None and not isinstance(config.model.d_state, int):
         raise ConfigError(
             f"model.d_state = {config.model.d_state}: layers of several sizes; give --states, one size for all of them"
         )
+    if folder is not None:
+        _claim(Path(folder), config)
     keep_freed_memory()
     bench = _Bench(config)
     first = config.run.seed
@@ -67,19 +72,17 @@ def probe_config(
     )
 
 
-@dataclass
 class _Bench:
     """Builds, trains and evaluates as `compressm train` does, in one process."""
 
-    config: Config
-
-    def __post_init__(self) -> None:
-        place = accelerator(self.config.run)
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        place = accelerator(config.run)
         if place.num_processes > 1:
             raise ConfigError(f"compressm probe runs in one process, not in {place.num_processes}: start it plainly")
         self.device = place.device
-        self.data: SequenceData = load_data(self.config.data).to(self.device)
-        self.objective = Objective(self.config.loss, self.device)
+        self.data: SequenceData = load_data(config.data).to(self.device)
+        self.objective = Objective(config.loss, self.device)
         self.validation = _part(self.data.validation)
 
     def build(self, states: int) -> nn.Module:
@@ -108,6 +111,20 @@ class _Bench:
     def evaluate(self, model: nn.Module) -> Tensor:
         """Whether each validation example is classified correctly."""
         return self.data.right(model, self.validation, self.config.run.eval_batch_size)
+
+
+def _claim(folder: Path, config: Config) -> None:
+    """Write down whose short trainings a folder holds, and refuse one that holds another configuration's."""
+    path = folder / "config.json"
+    if not path.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(path, config.model_dump(mode="json"))
+        return
+    try:
+        saved = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{path}: not the configuration of a probe ({error}); choose another folder") from error
+    check_same(saved, config, folder)
 
 
 def _changed(config: Config, **sections: dict[str, object]) -> Config:

@@ -62,7 +62,7 @@ def probe(
     states: int | Sequence[int],
     steps: int,
     total_steps: int | None = None,
-    seeds: int | Sequence[int] = 2,
+    seeds: int | Sequence[int] = 3,
     rates: Sequence[float] = (1.0, 3.0, 9.0),
     worth: float = 0.2,
     mode: Better = "max",

@@ -78,6 +78,11 @@ def _problem(training: Training, max_drop: float | None, train_step: TrainStep |
     trained = [one for group in training.optimizer.param_groups for one in group["params"]]
     if not all(hasattr(one, "register_step_pre_hook") for one in members_of(training.optimizer)):
         return "needs an optimizer with torch's hooks on its steps: use control='trend'"
+    if any(callable(getattr(one, "eval", None)) for one in members_of(training.optimizer)):
+        return (
+            "evaluates a copy, and this optimizer holds other weights for evaluation, which evaluate would switch in "
+            "the model only: use control='trend'"
+        )
     if any(id(parameter) not in own for parameter in trained):
         return (
             "copies the model, and the optimizer also trains parameters outside of it: make them a part of the model, "
