@@ -185,7 +185,8 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
-    """Predicted against measured rises of cuts by the loss, over families, sizes and seeds."""
+    """Predicted against measured rises of cuts by the loss, with the latter's standard errors, over families, sizes and
+    seeds."""
     from matplotlib.figure import Figure
 
     from compressm.cutting.plots import COLOURS
@@ -194,10 +195,13 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     axis = figure.subplots()
     for index, family in enumerate(FAMILIES):
         points = [row for row in rows if row["family"] == family and row["predicted"]]
-        axis.loglog(
+        axis.errorbar(
             [row["predicted"] for row in points], [row["rise"] for row in points],
-            "os^Dv"[index % 5], color=COLOURS[index % len(COLOURS)], label=family, markersize=4,
+            [[min(row["standard_error"], 0.9 * row["rise"]) for row in points], [row["standard_error"] for row in points]],
+            linestyle="", marker="os^Dv"[index % 5], color=COLOURS[index % len(COLOURS)], label=family, markersize=4,
+            linewidth=0.8,
         )  # fmt: skip
+    axis.set(xscale="log", yscale="log")
     ends = [1e-6, 10]
     axis.loglog(ends, ends, color="#999999", linewidth=0.8)
     axis.fill_between(ends, [e / 2 for e in ends], [2 * e for e in ends], color="#999999", alpha=0.2, linewidth=0)
