@@ -119,7 +119,7 @@ def test_mistakes_get_one_line_and_exit_code_2(
     ("arguments", "message"),
     [
         (["trian"], "No such command 'trian'"),
-        (["train"], "Missing argument 'CONFIG'"),
+        (["train"], "CONFIG: missing"),
         (["train", "x.yaml", "--resum"], "No such option: --resum"),
     ],
 )

@@ -40,7 +40,7 @@ def train(
     json: JsonFile = None,
 ) -> None:
     """Train a model, and compress it meanwhile."""
-    from compressm.lab.config import load_config
+    from compressm.lab.config import OWN, load_config
     from compressm.lab.runs.loop import train as run
 
     given = list(overrides or [])
@@ -49,7 +49,7 @@ def train(
     if config == Path():
         if model is None or data is None:
             raise ConfigError("CONFIG: missing; name a YAML file or a built-in one, or give both --model and --data")
-        config = Path("own")
+        config = OWN
     settings = load_config(config, given, build=model, source=data)
     if output is None and settings.run.output is None:
         output = Path("runs") / f"{config.stem}-seed{settings.run.seed}"

@@ -68,8 +68,8 @@ def reduce(
         model: a `DiagonalSystem`, or a model of scipy.signal or python-control; see `DiagonalSystem.from_model`.
         error: the largest bound allowed, in units of output per input. The smallest order that keeps it is taken.
         order: the largest order allowed: the number of real states, of complex ones if the output is complex.
-        dt, discretise: for models of continuous time; see `DiagonalSystem.from_model`. With ``"bilinear"`` the bound
-            holds for the model of continuous time as well.
+        dt: sampling time in seconds, for models of continuous time; see `DiagonalSystem.from_model`.
+        discretise: how those are sampled. With ``"bilinear"`` the bound holds in continuous time as well.
 
     Returns:
         the reduced system with its certificate; the system itself if no smaller one keeps the ``error``.

@@ -27,6 +27,8 @@ from compressm.training.schedule import When, cut_steps
 from compressm.training.twin import Control
 
 _LARGEST_FILE = 1 << 20  # bytes
+# The configuration around a model and data of the user's, which must be given with it.
+OWN = Path(__file__).with_name("own.yaml")
 
 
 class Section(BaseModel):
@@ -365,7 +367,7 @@ def load_config(
     Raises:
         ConfigError: no such file, not YAML, or an unknown key or unfit value, named by its dotted name with a remedy.
     """
-    source_name = str(path)
+    source_name = OWN.stem if path == OWN else str(path)
     if source_name in (built_in := builtin_configs()):
         path = built_in[source_name]
     tree = read_yaml(Path(path))
@@ -553,4 +555,4 @@ def _parse(text: str, source: str) -> Any:
         raise ConfigError(f"{source}: not valid YAML ({' '.join(str(error).split())})") from None
 
 
-__all__ = ["Config", "LossConfig", "load_config", "parse_config", "present_form", "read_yaml"]
+__all__ = ["OWN", "Config", "LossConfig", "load_config", "parse_config", "present_form", "read_yaml"]

@@ -17,7 +17,8 @@ class SequenceRegressor(SequenceClassifier):
     Args:
         d_input: channels of the input sequence.
         d_output: channels of the output.
-        d_model, d_state: as for `SequenceClassifier`.
+        d_model: width H.
+        d_state: state dimension n of every block, or one number per block.
         per_step: whether there is an output for every step, without a mean over time, as in forecasts and system
             identification. The output at a step depends on the inputs up to that step, unless the layer reads in both
             directions.

@@ -114,8 +114,10 @@ class DiagonalSystem:
         ``x' = A x + B u, y = C x + D u`` and is sampled; see `compressm.theory.realisation` for the equations.
 
         Args:
-            A, B, C, D: arrays, tensors or nested lists, shapes ``(n, n)``, ``(n, p)``, ``(q, n)``, ``(q, p)``, real or
-                complex; ``D=None`` stands for zeros.
+            A: state matrix, shape ``(n, n)``; this and the others are arrays, tensors or nested lists, real or complex.
+            B: input matrix, shape ``(n, p)``.
+            C: output matrix, shape ``(q, n)``.
+            D: feed-through, shape ``(q, p)``; None stands for zeros.
             dt: sampling time in seconds.
             discretise: for a model of continuous time: ``"zoh"``, exact at the sampling times for inputs that are
                 constant between them; or ``"bilinear"`` (Tustin), which keeps the Hankel singular values and the
