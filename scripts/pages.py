@@ -46,6 +46,7 @@ PAGES = (
     Page("families.md", "python scripts/families.py"),
     Page("cases.md", "python scripts/cases.py"),
     Page("paper.md", "python scripts/paper.py"),
+    Page("state-classes.md", "python scripts/state_classes.py"),
     Page("options.md", "python scripts/options.py"),
     Page("serving.md", "python scripts/serving.py"),
     Page("situations.md", "python scripts/hosts.py"),

@@ -2,12 +2,13 @@
 
     python scripts/state_classes.py                 write the page from results/state_classes.json
     python scripts/state_classes.py --measure       look for the classes, run every one at toy width, store the outcome
-    python scripts/state_classes.py --published     also at published width with two layers (some minutes, several GB)
+    python scripts/state_classes.py --measure --published    also at published width with two layers (several GB)
     python scripts/state_classes.py --find          only print the classes, and those that nobody has answered for
 
 The classes are found in the sources of the installed transformers: modules that keep or read a recurrent state or the
 last inputs of a convolution in a cache, or take a state as an argument, and models that transformers marks as stateful.
-A class that has neither an adapter nor a reason for a refusal makes every command but the first fail.
+A class that has neither an adapter nor a reason for a refusal makes every command but the first fail. With names of
+model types after --measure only these are run.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,7 @@ from compressm.errors import UnsupportedModelError
 ROOT = Path(__file__).resolve().parents[1]
 RESULT, PAGE = ROOT / "results" / "state_classes.json", ROOT / "docs" / "state-classes.md"
 MODELS = Path(transformers.__file__).parent / "models"
-COMMAND = "python scripts/state_classes.py --measure --published"
+COMMAND = "python scripts/state_classes.py --measure"
 
 _KEEPS_STATE = re.compile(
     r"\b(get|update)_(recurrent|conv)_state\(|\bset_linear_cache\(|\bself\.recurrent_states\b|\brnn_state\b"
@@ -129,7 +130,7 @@ def _inner_types(kind: str) -> set[str]:
     return found
 
 
-LOAD = f"""
+LOAD = """
 import json, sys, torch, transformers
 sys.modules["compressm"] = None  # cannot be imported
 folder, kind = sys.argv[1:]
@@ -192,19 +193,42 @@ def refusal(sizes: Sizes) -> str:
     return ""
 
 
-def measured(published: bool) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Outcomes by model type."""
-    for kind, layers in found_classes().items():
-        how, what = answer(kind, layers)
-        row: dict[str, Any] = {"layers": layers, "answer": how, "what": what}
-        if how == "cut" and kind in SIZES:
+def measure(kinds: Sequence[str], published: bool) -> None:
+    """Run model types, by default all, and store every outcome as it comes. Others keep what is stored of them."""
+    stored: dict[str, Any] = json.loads(RESULT.read_text(encoding="utf-8")) if kinds and RESULT.exists() else {}
+    packages = {name: version(name) for name in ("torch", "transformers")}
+    known: dict[str, Any] = stored.get("classes", {}) if stored.get("packages") == packages else {}
+    rows = {kind: known.get(kind, row) for kind, row in unmeasured().items()}
+    for kind, row in rows.items():
+        if not kinds or kind in kinds:
+            rows[kind] = {**unmeasured_row(kind, row["layers"]), **outcome(kind, row["answer"], published)}
+            print(f"{kind:24}{rows[kind]}", flush=True)
+            stored = {"command": COMMAND, "packages": packages, "classes": rows}
+            RESULT.write_text(json.dumps(stored, indent=1) + "\n", encoding="utf-8")
+
+
+def unmeasured() -> dict[str, dict[str, Any]]:
+    """How every model type is answered, without a run."""
+    return {kind: unmeasured_row(kind, layers) for kind, layers in found_classes().items()}
+
+
+def unmeasured_row(kind: str, layers: list[str]) -> dict[str, Any]:
+    """How a model type is answered, without a run."""
+    how, what = answer(kind, layers)
+    return {"layers": layers, "answer": how, "what": what}
+
+
+def outcome(kind: str, how: str, published: bool) -> dict[str, Any]:
+    """What a run of a model type showed; empty if it has no sizes to be built at."""
+    row: dict[str, Any] = {}
+    if kind in SIZES:
+        if how == "cut":
             row["toy"] = run(SIZES[kind], published=False)
             if published and SIZES[kind].published is not None:
                 row["published"] = run(SIZES[kind], published=True)
-        elif how == "refused" and kind in SIZES:
+        elif how == "refused":
             row["message"] = refusal(SIZES[kind])
-        print(f"{kind:24}{how:14}{row.get('toy') or row.get('message') or what}", flush=True)
-        yield kind, row
+    return row
 
 
 def table(rows: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
@@ -248,25 +272,25 @@ def page(stored: Mapping[str, Any]) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Classes of transformers that carry a state, and cuts of them.")
-    parser.add_argument("--measure", action="store_true", help="run every class at toy width, and store the outcome")
+    parser.add_argument("--measure", nargs="*", metavar="TYPE", help="run these types at toy width, by default all")
     parser.add_argument("--published", action="store_true", help="with --measure, also at published width, two layers")
     parser.add_argument("--find", action="store_true", help="only print the classes and how they are answered")
     parser.add_argument("--output", type=Path, default=PAGE, help="file for the page")
     given = parser.parse_args()
-    answers = {kind: answer(kind, layers) for kind, layers in found_classes().items()} if given.find else {}
-    for kind, (how, what) in answers.items():
-        print(f"{kind:24}{how:14}{what}")
     if given.find:
-        return int(any(how == "not answered" for how, _ in answers.values()))
-    if given.measure:
-        rows = dict(measured(given.published))
-        packages = {name: version(name) for name in ("torch", "transformers")}
-        RESULT.write_text(
-            json.dumps({"command": COMMAND, "packages": packages, "classes": rows}, indent=1) + "\n", encoding="utf-8"
-        )
+        rows = unmeasured()
+        for kind, row in rows.items():
+            print(f"{kind:24}{row['answer']:14}{row['what']}")
+        return _unanswered(rows)
+    if given.measure is not None:
+        measure(given.measure, given.published)
     stored = json.loads(RESULT.read_text(encoding="utf-8"))
     given.output.write_text(page(stored), encoding="utf-8")
-    return int(given.measure and any(row["answer"] == "not answered" for row in stored["classes"].values()))
+    return _unanswered(stored["classes"]) if given.measure is not None else 0
+
+
+def _unanswered(rows: Mapping[str, Mapping[str, Any]]) -> int:
+    return int(any(row["answer"] == "not answered" for row in rows.values()))
 
 
 if __name__ == "__main__":

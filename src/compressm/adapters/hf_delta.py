@@ -55,7 +55,12 @@ class HFDeltaRuleAdapter(HuggingFaceAdapter):
         )
 
     def _observed(self, layer: nn.Module, hidden: Tensor, carried: Carried | None) -> tuple[dict[str, Any], Tensor]:
-        """The arguments of the recurrence, and the factor by which norm and gate multiply each of its outputs."""
+        """The arguments of the recurrence, and the factor by which norm and gate multiply each of its outputs.
+
+        The norm divides a head's output by its root mean square. An output that is small beside the head's others is
+        mostly a difference of larger terms; it would count without bound, though its error after the norm is bounded.
+        So the mean square over the data is added to that of the token.
+        """
         seen: dict[str, Any] = {}
         factors: list[Tensor] = []
 
@@ -68,8 +73,10 @@ class HFDeltaRuleAdapter(HuggingFaceAdapter):
 
         def normed(norm: Any, inputs: tuple[Any, ...]) -> None:
             heads, gate = inputs
-            size = torch.rsqrt(heads.float().square().mean(-1, keepdim=True) + norm.variance_epsilon)
-            factors.append(norm.forward(torch.ones_like(heads), gate).float() * size)
+            power = heads.float().square().mean(-1).view(*hidden.shape[:2], -1)
+            size = torch.rsqrt(power + power.mean((0, 1)) + norm.variance_epsilon)
+            gates = norm.forward(torch.ones_like(heads), gate).float().view(*size.shape, -1)
+            factors.append((gates * size[..., None]).flatten(-2))
 
         functions = {name: recorded(called_function(layer, name)) for name in self.kernels}
         handle = _norm(layer).register_forward_pre_hook(normed)
@@ -78,7 +85,7 @@ class HFDeltaRuleAdapter(HuggingFaceAdapter):
         finally:
             handle.remove()
         (factor,) = factors
-        return seen, factor.reshape(*hidden.shape[:2], -1)
+        return seen, factor
 
     def plan(self, values: Mapping[str, Tensor], reduction: SelectiveReduction) -> LayerChange:
         assert reduction.kept is not None

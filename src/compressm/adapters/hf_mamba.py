@@ -99,7 +99,7 @@ class FalconMambaAdapter(HFMambaAdapter):
             for name in ("out_proj.weight", "D")
         )
         factor = into.factor * out.factor
-        parameters = (_x_proj(values, into, out), A_log, _times(out_proj, factor), _times(D, 1 / factor))
+        parameters = (_x_proj(values, into, out), A_log, times(out_proj, factor), times(D, 1 / factor))
         # The CUDA kernels use these buffers as the norms' weights.
         unused = {f"{n}.weight": values["D"].new_ones(reduction.states) for n in ("b_layernorm", "c_layernorm")}
         return LayerChange(parameters, {**change.attributes, **unused})
@@ -117,7 +117,7 @@ class JambaAdapter(HFMambaAdapter):
         weights = values["b_layernorm.weight"], values["c_layernorm.weight"]
         into, out = (_before_norm(reduction, v, w) for v, w in zip("BC", weights, strict=True))
         b, c = (
-            _times(selection_change(f"{name}_layernorm.weight", weight, 0, reduction.kept[0]), folded.factor)
+            times(selection_change(f"{name}_layernorm.weight", weight, 0, reduction.kept[0]), folded.factor)
             for name, weight, folded in zip("bc", weights, (into, out), strict=True)
         )
         return LayerChange((_x_proj(values, into, out), A_log, b, c), change.attributes)
@@ -165,7 +165,8 @@ def _x_proj(values: Mapping[str, Tensor], into: _BeforeNorm, out: _BeforeNorm) -
     return ParameterChange(("x_proj.weight",), (new.to(weight),), 0, pullback, pullback.square(), folded)
 
 
-def _times(change: ParameterChange, factor: float) -> ParameterChange:
+def times(change: ParameterChange, factor: float) -> ParameterChange:
+    """The change followed by a multiplication of the new values by a factor."""
     return replace(
         change,
         values=tuple((value.double() * factor).to(value.dtype) for value in change.values),

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from compressm.adapters.base import LayerChange, layer_values
 from compressm.adapters.composed import effective_weight
 from compressm.adapters.hf_base import HuggingFaceAdapter
+from compressm.adapters.hf_mamba import times
 from compressm.adapters.linear_attention import LinearAttentionAdapter
 from compressm.errors import UnsupportedModelError
 from compressm.scans import ssd_scan
@@ -73,7 +74,10 @@ class XLSTMAdapter(HuggingFaceAdapter, LinearAttentionAdapter):
                 "supported: load the model with weight_mode='single', which splits them"
             )
         change = super().plan(values, reduction)
-        return LayerChange(change.parameters, {**change.attributes, "qk_dim": change.attributes["q.out_features"]})
+        # The kernels scale queries by n^-1/2; the weights of the queries make up for the change of n.
+        factor = (reduction.states / reduction.into.shape[2]) ** 0.5
+        parameters = (times(part, factor) if part.names[0].startswith("q.") else part for part in change.parameters)
+        return LayerChange(tuple(parameters), {**change.attributes, "qk_dim": change.attributes["q.out_features"]})
 
     def planned(self, layer: nn.Module) -> Callable[[Mapping[str, Tensor], SelectiveReduction], LayerChange]:
         module: Any = layer
