@@ -10,6 +10,7 @@ that are mapped count. ``--whole`` loads the checkpoint into memory as well, for
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import resource
 import shutil
@@ -23,8 +24,8 @@ from typing import Any
 SEQUENCES = 4
 
 
-def make(folder: Path, layers: int, width: int, states: int, vocabulary: int) -> int:
-    """Write the checkpoint; returns its bytes."""
+def make(folder: Path, layers: int, width: int, states: int, vocabulary: int) -> None:
+    """Write the checkpoint."""
     import torch
     from transformers import Mamba2Config, Mamba2ForCausalLM
 
@@ -34,7 +35,6 @@ def make(folder: Path, layers: int, width: int, states: int, vocabulary: int) ->
     )  # fmt: skip
     torch.manual_seed(0)
     Mamba2ForCausalLM(config).bfloat16().save_pretrained(folder, max_shard_size="400MB")
-    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
 
 
 def work(arguments: list[str], whole: bool) -> None:
@@ -48,7 +48,7 @@ def work(arguments: list[str], whole: bool) -> None:
     started = time.perf_counter()
     code = main(arguments) if arguments else 0
     if not arguments:
-        from transformers import AutoModelForCausalLM  # noqa: F401
+        importlib.import_module("transformers.models.mamba2.modeling_mamba2")
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     seconds = time.perf_counter() - started
     print(json.dumps({"code": code, "peak": peak, "before": before, "seconds": round(seconds, 1)}))
@@ -64,12 +64,16 @@ def measured(arguments: list[str], whole: bool = False) -> dict[str, Any]:
     return found
 
 
-def run(options: argparse.Namespace) -> dict[str, Any]:
+def run(options: argparse.Namespace) -> None:
+    """Measure every command."""
     import numpy as np
 
     folder = Path(tempfile.mkdtemp(prefix="compressm-benchmark-", dir=options.folder))
     try:
-        size = make(folder / "big", options.layers, options.width, options.states, options.vocabulary)
+        big = folder / "big" if options.checkpoint is None else options.checkpoint
+        if not big.exists():
+            make(big, options.layers, options.width, options.states, options.vocabulary)
+        size = sum(file.stat().st_size for file in big.glob("*.safetensors"))
         tokens = np.random.default_rng(0).integers(0, options.vocabulary, (2 * SEQUENCES, options.length))
         np.savez(folder / "tokens.npz", x=tokens)
         data = ["--data", str(folder / "tokens.npz"), "--sequences", str(SEQUENCES), "--length", str(options.length)]
@@ -77,14 +81,22 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         ways = [("mapped", False), *([("whole", True)] if options.whole else [])]
         for name, whole in ways:
             small = folder / f"small-{name}"
-            cut = ["compress", str(folder / "big"), *data, "--states", str(options.states // 2), "--output", str(small)]
-            for command, line in (("analyze", ["analyze", str(folder / "big"), *data]), ("compress", cut)):
+            cut = ["compress", str(big), *data, "--states", str(options.states // 2), "--output", str(small)]
+            for command, line in (("compress", cut), ("analyze", ["analyze", str(big), *data])):
                 found = measured([*line, "--json", str(folder / "out.json")], whole)
                 result["commands"][f"{command}, {name}"] = {key: found[key] for key in ("peak", "seconds")}
                 print(command, name, f"{found['peak'] / 1e9:.2f} GB, {found['seconds']} s", flush=True)
-        return result
+                store(options, result)
     finally:
         shutil.rmtree(folder)
+
+
+def store(options: argparse.Namespace, result: dict[str, Any]) -> None:
+    """Write the figures that are known so far."""
+    names = ("layers", "width", "states", "vocabulary", "length")
+    known = {"settings": {name: getattr(options, name) for name in names}, "sequences": SEQUENCES, **result}
+    if options.json is not None:
+        options.json.write_text(json.dumps(known, indent=1) + "\n", encoding="utf-8")
 
 
 def main() -> None:
@@ -93,6 +105,7 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--whole", action="store_true", help="also load the checkpoint as a whole")
     parser.add_argument("--folder", type=Path, help="where to put the checkpoint [the temporary folder]")
+    parser.add_argument("--checkpoint", type=Path, help="a folder that holds the checkpoint, or will [a temporary one]")
     parser.add_argument("--json", type=Path, help="where to write the figures")
     parser.add_argument("--work", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("arguments", nargs="*", help=argparse.SUPPRESS)
@@ -100,10 +113,7 @@ def main() -> None:
     if options.work:
         work(options.arguments, options.whole)
         return
-    names = ("layers", "width", "states", "vocabulary", "length")
-    result = {"settings": {name: getattr(options, name) for name in names}, "sequences": SEQUENCES, **run(options)}
-    if options.json is not None:
-        options.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    run(options)
 
 
 if __name__ == "__main__":

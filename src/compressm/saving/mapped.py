@@ -6,10 +6,12 @@ import json
 from collections.abc import Callable, Generator, Iterable
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from compressm.adapters import find_layers
 from compressm.runtime.paging import Pager, places_in, write_shard
@@ -44,10 +46,15 @@ class Mapped:
 
         handles = [one.register_forward_hook(after) for one in blocks(self.model)]
         handles += [one.register_forward_hook(lambda *_: self.pager.release()) for one in _ends(self.model)]
+        heads = [one for one in _ends(self.model) if isinstance(one, nn.Linear) and "forward" not in vars(one)]
+        for head in heads:
+            head.forward = partial(_in_slices, head, self.pager)
         try:
             with self.pager.active():
                 yield
         finally:
+            for head in heads:
+                del head.forward
             for handle in handles:
                 handle.remove()
 
@@ -59,6 +66,20 @@ def blocks(model: nn.Module) -> list[nn.Module]:
     holding = [one for one in lists if any(name.startswith(f"{one}.") for name in names)]
     outermost = [one for one in holding if not any(one.startswith(f"{other}.") for other in holding)]
     return [block for one in outermost for block in cast("nn.ModuleList", model.get_submodule(one))]
+
+
+_ROWS = 4096  # of a head, which are multiplied at a time
+
+
+def _in_slices(head: nn.Linear, pager: Pager, hidden: Tensor) -> Tensor:
+    """The head's output, some words at a time: CPUs without arithmetic in half precision widen and repack what they
+    multiply, which would take several times the memory of the whole vocabulary's weights."""
+    outputs: list[Tensor] = []
+    for start in range(0, head.weight.shape[0], _ROWS):
+        rows = slice(start, start + _ROWS)
+        outputs.append(F.linear(hidden, head.weight[rows], None if head.bias is None else head.bias[rows]))
+        pager.release()
+    return torch.cat(outputs, -1)
 
 
 def _ends(model: nn.Module) -> list[nn.Module]:
