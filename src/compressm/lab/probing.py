@@ -32,7 +32,7 @@ def probe_config(
     share: float = 0.004,
     steps: int | None = None,
     seeds: int = 3,
-    worth: float = 0.2,
+    worth: float = 0.25,
     folder: str | os.PathLike[str] | None = None,
     quiet: bool = False,
 ) -> Probe:
