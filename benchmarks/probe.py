@@ -203,6 +203,7 @@ def main() -> None:
     parser.add_argument("--tasks", nargs="+", choices=list(SETTINGS), default=list(SETTINGS))
     parser.add_argument("--probes", type=int, default=10)
     parser.add_argument("--parts", type=Path, default=Path("runs/probe"), help="where finished trainings are kept")
+    parser.add_argument("--finished", action="store_true", help="begin no probe; evaluate those that are finished")
     parser.add_argument("--whole", type=int, default=0, help="instead, so many steps of the largest and smallest size")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -214,6 +215,8 @@ def main() -> None:
     for name in arguments.tasks:
         experiment = Experiment(name, arguments.data)
         for number in range(arguments.probes):
+            if arguments.finished and not (arguments.parts / f"{name}-{number}.json").exists():
+                continue
             rows.append(row(name, experiment, number, arguments.parts))
             store(arguments.json, seeds_per_probe=SEEDS, validation=VALIDATION, tasks=summary(rows), probes=rows)
     print(table(summary(rows)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +52,7 @@ def task(needed: int, **arguments: Any) -> compressm.Probe:
         with torch.no_grad():
             return (model(u) - u @ truth).square()
 
-    given = {"states": 16, "steps": 20, "mode": "min", "quiet": True, **arguments}
+    given: dict[str, Any] = {"states": 16, "steps": 20, "mode": "min", "quiet": True, **arguments}
     return compressm.probe(given.pop("build", Bank), train, given.pop("evaluate", evaluate), **given)
 
 
@@ -196,7 +197,7 @@ def test_scores_add_the_error_of_the_sample() -> None:
     rng, given = np.random.default_rng(2), []
     for run in runs(rng, 0.0, 2, 0.0):
         scores = torch.tensor(rng.random(50) < 0.5).float()
-        given.append(ShortRun(**{**run.__dict__, "scores": scores, "metric": float(scores.mean())}))
+        given.append(replace(run, scores=scores, metric=float(scores.mean())))
     (_, small, _) = answer_of(given, 10, worth=0.1).sizes
     assert small.behind is not None
     assert small.behind.examples == 50

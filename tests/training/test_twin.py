@@ -125,7 +125,7 @@ def test_a_training_resumes_beside_its_twin() -> None:
     whole.run(40)
     first = Loop()
     first.run(13)
-    state = copy.deepcopy(
+    state: dict[str, Any] = copy.deepcopy(
         {
             "compressor": first.compressor.state_dict(),
             "model": first.model.state_dict(),

@@ -26,7 +26,7 @@ def probe(
     seeds: Annotated[int, typer.Option(help="How many seeds, two or more.")] = 3,
     worth: Annotated[
         float, typer.Option(help="A size may be behind by this share of what is learnt, and still be as good.")
-    ] = 0.2,
+    ] = 0.25,
     output: Annotated[
         Path | None, typer.Option(help="Keep finished short trainings in this folder; a killed probe goes on there.")
     ] = None,

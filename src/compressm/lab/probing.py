@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -32,7 +32,7 @@ def probe_config(
     share: float = 0.004,
     steps: int | None = None,
     seeds: int = 3,
-    worth: float = 0.2,
+    worth: float = 0.25,
     folder: str | os.PathLike[str] | None = None,
     quiet: bool = False,
 ) -> Probe:
@@ -127,7 +127,7 @@ def _claim(folder: Path, config: Config) -> None:
     check_same(saved, config, folder)
 
 
-def _changed(config: Config, **sections: dict[str, object]) -> Config:
+def _changed(config: Config, **sections: Mapping[str, object]) -> Config:
     """The configuration with some other values, without compression."""
     tree = config.model_dump()
     for section, values in {**sections, "compression": {"enabled": False}}.items():

@@ -64,7 +64,7 @@ def probe(
     total_steps: int | None = None,
     seeds: int | Sequence[int] = 3,
     rates: Sequence[float] = (1.0, 3.0, 9.0),
-    worth: float = 0.2,
+    worth: float = 0.25,
     mode: Better = "max",
     folder: str | os.PathLike[str] | None = None,
     quiet: bool = False,
@@ -253,7 +253,7 @@ def _check(steps: int, total_steps: int | None, rates: Sequence[float], worth: f
     if not rates or list(rates) != sorted(set(rates)) or not all(rate > 0 and math.isfinite(rate) for rate in rates):
         raise ConfigError(f"rates = {tuple(rates)}: positive factors on the learning rates were expected, ascending")
     if not 0 < worth < 1:
-        raise ConfigError(f"worth = {worth:g}: a share in (0, 1) was expected, for example 0.2")
+        raise ConfigError(f"worth = {worth:g}: a share in (0, 1) was expected, for example 0.25")
 
 
 def _warn_of_other_batches(runs: Sequence[ShortRun]) -> None:

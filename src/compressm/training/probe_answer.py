@@ -69,7 +69,8 @@ class ShortRun:
     def from_dict(values: Mapping[str, Any]) -> ShortRun:
         """The inverse of `to_dict`."""
         scores = None if values["scores"] is None else torch.tensor(values["scores"])
-        return ShortRun(**{**values, "scores": scores, "batches": tuple(values["batches"])})
+        read: dict[str, Any] = {**values, "scores": scores, "batches": tuple(values["batches"])}
+        return ShortRun(**read)
 
 
 @dataclass(frozen=True)
