@@ -166,6 +166,23 @@ def test_states_of_mamba2_are_picked_by_the_masks_fisher_matrix() -> None:
         torch.testing.assert_close(new.in_proj.weight[2 * d : 2 * d + 5], B[kept])
 
 
+def test_channels_of_griffins_block_are_picked_by_the_mask_which_sees_its_gates() -> None:
+    net, data = model("rg_lru"), labelled()
+    before = copy.deepcopy(net)
+    evidence = gather_evidence(net, [one for index, one in enumerate(data) if index % 4 != 3], own_loss).evidence()
+    compressm.compress(net, states=5, data=data, loss=own_loss)
+    for name, (layer, _) in find_layers(before).items():
+        fisher = evidence[name]
+        assert isinstance(fisher, MaskFisher)
+        selection = select_by_fisher(fisher, 5, gains=True)
+        kept, gains = selection.kept[0], selection.gains[0].float()
+        for part, expected in (
+            ("linear_x.weight", layer.get_parameter("linear_x.weight")[kept]),
+            ("linear_out.weight", layer.get_parameter("linear_out.weight")[:, kept] * gains),
+        ):
+            torch.testing.assert_close(net.get_parameter(f"{name}.{part}"), expected)
+
+
 def test_above_the_range_of_the_prediction_states_of_mamba2_are_picked_by_second_moments() -> None:
     white, data = model("mamba2"), labelled()
     white.decoder.weight.data.mul_(1e3)  # type: ignore[union-attr]  # so that every state matters much to the loss

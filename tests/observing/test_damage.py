@@ -189,8 +189,8 @@ def test_the_calibrated_curve_is_the_divergence_of_the_cuts_that_were_tried() ->
     assert bool((curve[:-1] >= curve[1:]).all())
     for rank in (1, 2, 5):
         reduced = truncate_covariances(balancing, rank).system
-        expected = divergence([linear_changes(layer, balancing.system, reduced, passes[0])])  # type: ignore[arg-type]
-        assert float(curve[rank]) == pytest.approx(expected, rel=1e-9)
+        changes = [linear_changes(layer, balancing.system, reduced, calls) for calls in passes]  # type: ignore[arg-type]
+        assert float(curve[rank]) == pytest.approx(divergence([torch.cat(changes)]), rel=1e-9)
 
 
 def test_so_is_that_of_a_selective_layer() -> None:

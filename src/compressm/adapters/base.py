@@ -180,6 +180,7 @@ class SelectiveAdapter(LayerAdapter):
             projection and recurrence; C is then selected like B.
         rotates: whether rotations are the only changes of basis that the recurrence allows, as in the delta rule. B is
             then projected by an orthonormal basis, and so is C unless ``folds_out`` allows any map of it.
+        gated: whether the gates of the recurrence read its states; see `SelectiveCuts`.
         entrance: a submodule that the layer calls once, with its own input. It lets the layer be observed when its
             ``forward`` is called directly. None if there is none; such calls are then refused.
         keeps_last: whether the window of the layer's convolution, as it is carried, includes the present input.
@@ -190,6 +191,7 @@ class SelectiveAdapter(LayerAdapter):
     folds_into: bool = False
     folds_out: bool = False
     rotates: bool = False
+    gated: bool = False
     entrance: str | None = None
     keeps_last: bool = False
     state_dtype: torch.dtype | None = None
@@ -266,7 +268,9 @@ class SelectiveAdapter(LayerAdapter):
         """Selections or maps of the states; see `SelectiveCuts`."""
         if not isinstance(balanced, SelectiveBalancing):
             raise InvalidSystemError(_balanced_otherwise(layer, balanced, "SelectiveBalancing"))
-        return SelectiveCuts(layer_values(layer), balanced, selection, self.maps(layer), self.planned(layer), fisher)
+        return SelectiveCuts(
+            layer_values(layer), balanced, selection, self.maps(layer), self.planned(layer), fisher, self.gated
+        )
 
     def planned(self, layer: nn.Module) -> Callable[[Mapping[str, Tensor], SelectiveReduction], LayerChange]:
         """`plan`, translated to the parameters that the layer's weights are computed from; see `composed`."""

@@ -173,6 +173,9 @@ class SelectiveCuts(Cuts):
         fisher: Fisher matrix of a mask on the states, per prediction. It picks the states if the layer takes none of
             the maps, ``selection`` is ``"hankel"``, and the rise of the loss that it predicts is at most
             `SECOND_ORDER`. Where C can compensate for removed states, least squares do less damage (measured on S6).
+        gated: whether the states are also what the gates of the recurrence read, as in Griffin's block. Second moments
+            do not see that the gates lose the removed states, and the mask does. So its Fisher matrix picks the states
+            at every size, and the kept ones compensate by one factor each (measured: results/after_the_cut.json).
     """
 
     def __init__(
@@ -183,9 +186,11 @@ class SelectiveCuts(Cuts):
         maps: tuple[bool, bool, bool],
         plan: Callable[[Mapping[str, Tensor], SelectiveReduction], LayerChange],
         fisher: MaskFisher | None = None,
+        gated: bool = False,
     ) -> None:
         self._values, self._balanced, self._maps, self._plan = values, balanced, maps, plan
-        self._fisher = fisher if selection == "hankel" and not any(maps) else None
+        self._fisher = fisher if selection == "hankel" and (gated or not any(maps)) else None
+        self._gated = gated
         self._selection: Selection = selection
         self._made: dict[int, SelectiveReduction] = {}
         best_possible = maps[0] and selection in ("hankel", "least_squares")
@@ -208,8 +213,10 @@ class SelectiveCuts(Cuts):
 
     def _reduced(self, states: int) -> SelectiveReduction:
         if self._fisher is not None:
-            made = reduce_by_fisher(self._fisher, states, self._balanced.moments)
-            if isinstance(made.estimate, MaskEstimate) and made.estimate.predicted_damage <= SECOND_ORDER:
+            takes_over = "gains" if self._gated else "nobody"
+            made = reduce_by_fisher(self._fisher, states, self._balanced.moments, takes_over)
+            assert isinstance(made.estimate, MaskEstimate)
+            if self._gated or made.estimate.predicted_damage <= SECOND_ORDER:
                 return made
         into, out, rotates = self._maps
         return reduce_selective(self._balanced, states, into, out, self._selection, rotates=rotates)

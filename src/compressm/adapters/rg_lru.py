@@ -34,6 +34,7 @@ class RecurrentBlockAdapter(SelectiveAdapter):
     layer_type = RecurrentBlock
     entrance = "linear_x"
     folds_out = True
+    gated = True
 
     def signals(self, layer: nn.Module, hidden: Tensor) -> Signals:
         module: Any = layer
