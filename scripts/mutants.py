@@ -165,6 +165,7 @@ def test_with(names: list[str], tests: list[str]) -> None:
     from mutmut.utils.file_utils import walk_mutatable_files
 
     noticed = {name for name, (status, _) in outcomes().items() if status in NOTICED}
+    done = noticed | set(json.loads(EQUIVALENT.read_text()))
     shutil.copytree("tests", Path("mutants", "tests"), dirs_exist_ok=True)
     for path in Path("src").rglob("*.py"):  # of other packages: their sources may have changed
         if not (copy := Path("mutants", path)).exists():
@@ -191,7 +192,7 @@ def test_with(names: list[str], tests: list[str]) -> None:
     for path in walk_mutatable_files():
         data = SourceFileMutationData(path=path)
         data.load()
-        for name in [name for name in data.exit_code_by_key if name in names and name not in noticed]:
+        for name in [name for name in data.exit_code_by_key if name in names and name not in done]:
             failed = not passes(name, patience)
             print(f"{name}: {'noticed' if failed else 'not noticed'}", flush=True)
             if failed:
