@@ -164,7 +164,7 @@ def real_matrices(lam: Array, B: Array, C: Array) -> tuple[Array, Array, Array]:
     used = coupled | (inputs.any(1) & outputs.any(0))
     if not used.any():
         used[0] = True  # a model of no state is none
-    return both[np.ix_(used, used)], inputs[used], outputs[:, used]
+    return both[used][:, used], inputs[used], outputs[:, used]
 
 
 def discretised(s: Array, b: Array, c: Array, d: Array, real: bool, dt: float, by: Discretisation) -> Matrices:

@@ -35,9 +35,9 @@ def own_content(source: str, key: str = "--data") -> Content:
     if is_named(source) and not Path(source).exists():
         return content_of(call_named(source, key), f"{key} {source}")
     path = Path(source)
-    if path.exists() and not is_data(path):
+    if not is_data(path):
         raise ConfigError(f"{key} {path}: no .npz, .npy, .csv or .parquet file, nor a folder of them")
-    return read_content(path) if path.is_dir() or is_data(path) else {}
+    return read_content(path)
 
 
 def content_of(value: Any, where: str) -> Content:
@@ -151,7 +151,11 @@ def _split(content: Mapping[str, Any], where: str) -> Split:
     if not x.is_floating_point() and (x.shape[2] > 1 or int(x.min()) < 0):
         x = x.float()  # whole numbers with a sign or of several channels are measurements
     lengths = lengths_of(found, where)
-    return Split(x, y, None if lengths is None or not x.is_floating_point() else lengths)
+    if lengths is not None and not x.is_floating_point():
+        raise ConfigError(
+            f"{where} holds tokens of unequal length: cut or fill them to one length, and leave lengths out"
+        )
+    return Split(x, y, lengths)
 
 
 def _tensor(value: Any, where: str) -> Tensor:
