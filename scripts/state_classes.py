@@ -45,6 +45,7 @@ COMMAND = "python scripts/state_classes.py --measure"
 _KEEPS_STATE = re.compile(
     r"\b(get|update)_(recurrent|conv)_state\(|\bset_linear_cache\(|\bself\.recurrent_states\b|\brnn_state\b"
 )
+_TAKES_STATE = re.compile(r"\bstate\s*[:=,)]")
 # Found by the search, but not a state that runs along a sequence.
 NO_RECURRENCE = {
     "deepseek_v4": "softmax attention over compressed keys and values; its running window is not a recurrence",
@@ -95,7 +96,7 @@ def found_classes() -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
     for file in sorted(MODELS.glob("*/modeling_*.py")):
         source = file.read_text(encoding="utf-8")
-        layers = stateful_layers(source)
+        layers = stateful_layers(source) if _KEEPS_STATE.search(source) or _TAKES_STATE.search(source) else []
         if layers or "_is_stateful = True" in source:
             found[file.parent.name] = layers
     return found

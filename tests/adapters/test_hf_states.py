@@ -116,7 +116,7 @@ def test_lora_is_cut_with_the_weights_that_it_changes() -> None:
     for one in (adapted, merged):
         assert compressm.compress(one, states=4, data=[{"input_ids": x}]).cut
     with torch.no_grad():
-        torch.testing.assert_close(adapted(x).logits, merged(x).logits, rtol=0, atol=1e-4)
+        torch.testing.assert_close(adapted(x).logits, merged(x).logits, rtol=0, atol=2e-3)
 
 
 NEW = """
