@@ -97,8 +97,8 @@ of it.
 {rows}
 
 One CPU thread, beside other work, so the times are upper bounds: `python benchmarks/checkpoint_memory.py --layers
-{layers} --length {length} --json results/checkpoint_memory.json`; `--whole` also loads the checkpoint into memory, as other
-checkpoints are.
+{layers} --length {length} --json results/checkpoint_memory.json`; `--whole` also loads the checkpoint into memory, as
+other checkpoints are.
 
 ## Nothing is lost
 
