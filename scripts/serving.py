@@ -96,9 +96,9 @@ of it.
 |---|---:|---:|---:|
 {rows}
 
-*Whole* loads the checkpoint into memory, as other checkpoints are. One CPU thread, beside other work, so the times
-are upper bounds: `python benchmarks/checkpoint_memory.py --layers {layers} --length {length} --whole --json
-results/checkpoint_memory.json`.
+One CPU thread, beside other work, so the times are upper bounds: `python benchmarks/checkpoint_memory.py --layers
+{layers} --length {length} --json results/checkpoint_memory.json`; `--whole` also loads the checkpoint into memory, as
+other checkpoints are.
 
 ## Nothing is lost
 

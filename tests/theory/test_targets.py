@@ -85,6 +85,7 @@ def test_a_size_that_a_target_refuses_is_never_chosen(target: Target, data: st.D
         ("mamba_ssm", Geometry("ssd", 12, 24, heads=3, convolved=48, window=4), (4, 8, 12)),
         ("llama.cpp", QWEN3_NEXT, (128,)),
         ("vllm", Geometry("delta", 300, 64, convolved=0), tuple(range(1, 257))),
+        ("vllm", GEOMETRIES["kda"], (128,)),
         ("sglang", Geometry("s6", 16, 64), ()),
         ("transformers", Geometry("lti", 16, 2), ()),
     ],

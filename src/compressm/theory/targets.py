@@ -45,6 +45,10 @@ def _at_most_256(_: Geometry, states: int) -> bool:
     return states <= 256
 
 
+def _square(geometry: Geometry, states: int) -> bool:
+    return states == geometry.head_dim <= 256
+
+
 def _any(_: Geometry, states: int) -> bool:
     return states >= 1
 
@@ -86,23 +90,31 @@ TABLE: tuple[Row, ...] = (
     ),
     Row(
         "vllm", ("s6",), _at_most_256, "N ≤ 256",
-        "vllm-project/vllm@ffa8392: csrc/mamba/mamba_ssm/selective_scan_fwd.cu", _READ,
+        "vllm-project/vllm@04f947b: csrc/mamba/mamba_ssm/selective_scan_fwd.cu", _READ,
     ),
     Row(
         "vllm", ("ssd",), _any, "any N",
         "vllm-project/vllm@02d7108: model_executor/layers/mamba/mamba_utils.py, mamba2_state_shape", _READ,
     ),
     Row(
-        "vllm", _DELTA, _at_most_256, "K ≤ 256",
+        "vllm", ("delta",), _at_most_256, "K ≤ 256",
         "vllm-project/vllm@05f989d: model_executor/layers/fla/ops/chunk_delta_h.py", _READ,
+    ),
+    Row(
+        "vllm", ("kda",), _square, "K = V ≤ 256",
+        "vllm-project/vllm@02d7108: model_executor/layers/mamba/mamba_utils.py, kda_state_shape", _READ,
     ),
     Row(
         "sglang", ("ssd",), _any, "any N",
         "sgl-project/sglang@02e208d: srt/configs/mamba_utils.py, Mamba2StateShape", _READ,
     ),
     Row(
-        "sglang", _DELTA, _at_most_256, "K ≤ 256",
+        "sglang", ("delta",), _at_most_256, "K ≤ 256",
         "sgl-project/sglang@06a2775: srt/layers/attention/fla/chunk_delta_h.py", _READ,
+    ),
+    Row(
+        "sglang", ("kda",), _square, "K = V ≤ 256",
+        "sgl-project/sglang@02e208d: srt/configs/mamba_utils.py, KimiLinearStateShape", _READ,
     ),
     Row(
         "flashinfer", ("ssd",), _flashinfer_ssd, "decode: N in 64, 96, 128, 256, head dimension in 64, 128, 256",
