@@ -71,11 +71,13 @@ def test_state_matters_where_every_input_counts() -> None:
 
 def test_a_small_size_is_named_where_it_is_as_good() -> None:
     found = task(4)
-    assert (found.answer, found.start_from) == ("train small", 4)
+    assert (found.answer, found.start_from) == ("state matters", 4)
     assert [size.verdict for size in found.sizes] == ["as good", "as good", "worse"]
-    assert "Train small: 4 states learn as much as 16" in str(found)
+    assert "State matters: 1 states are behind" in str(found)
+    assert "4 states learn as much as 16: start from these" in str(found)
     found = task(1)
     assert (found.answer, found.start_from) == ("train small", 1)
+    assert "Train small: 1 states learn as much as 16" in str(found)
 
 
 def test_where_nothing_is_learnt_nothing_is_known() -> None:
@@ -219,6 +221,6 @@ def test_it_is_drawn(backend: Any) -> None:
     figure = task(4, seeds=2).plot(backend)
     if backend == "plotly":
         assert [len(trace.x) for trace in figure.data] == [6, 3]
-        assert "train small" in figure.layout.title.text
+        assert "state matters" in figure.layout.title.text
     else:
         assert [len(line.get_xdata()) for line in figure.axes[0].lines] == [6, 3]

@@ -122,12 +122,12 @@ class Probe:
 
     @property
     def answer(self) -> Answer:
-        """``"train small"`` if a smaller size is as good, ``"state matters"`` if not and one is worse."""
+        """``"state matters"`` if a size is worse; ``"train small"`` if none is, and a smaller one is as good."""
         if not self._has_learnt:
             return "not known"
-        if self.start_from < self.sizes[0].states:
-            return "train small"
-        return "state matters" if any(size.verdict == "worse" for size in self.sizes) else "not known"
+        if any(size.verdict == "worse" for size in self.sizes):
+            return "state matters"
+        return "train small" if self.start_from < self.sizes[0].states else "not known"
 
     @property
     def start_from(self) -> int:
@@ -214,11 +214,13 @@ class Probe:
     def _state_matters(self, big: Size) -> list[str]:
         worse = next(size for size in reversed(self.sizes) if size.verdict == "worse")
         assert worse.behind is not None
+        start = f"Start from {self.start_from}"
+        if self.start_from < big.states:
+            start = f"{self.start_from} states learn as much as {big.states}: start from these"
         return [
             f"State matters: {worse.states} states are behind by {worse.behind.value:.3g} ± "
             f"{worse.behind.noise(CONFIDENCE):.2g}, {worse.behind.value / self.learnt.value:.0%} of what {big.states} "
-            f"learnt. Start from {big.states}, and shrink while training. With {worse.states} states "
-            f"{_saves(big, worse)}."
+            f"learnt. {start}, and shrink while training. With {worse.states} states {_saves(big, worse)}."
         ]
 
     def _not_known(self) -> str:
