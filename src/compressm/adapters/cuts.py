@@ -176,7 +176,7 @@ class SelectiveCuts(Cuts):
         gated: whether the states are also what the gates of the recurrence read, as in Griffin's block. Second moments
             do not see that the gates lose the removed states, and the mask does. So its Fisher matrix picks the states
             in the same range, and the kept ones compensate by one factor each. A half of the channels then costs a
-            quarter to a half of what it costs by second moments and least squares (results/after_the_cut.json).
+            sixth to a half of what it costs by second moments and least squares (results/after_the_cut.json).
     """
 
     def __init__(
