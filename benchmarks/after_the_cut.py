@@ -195,11 +195,11 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     axis = figure.subplots()
     for index, family in enumerate(FAMILIES):
         points = [row for row in rows if row["family"] == family and row["predicted"]]
+        above = [row["standard_error"] for row in points]
+        below = [min(row["standard_error"], 0.9 * row["rise"]) for row in points]  # the axis has no zero
         axis.errorbar(
-            [row["predicted"] for row in points], [row["rise"] for row in points],
-            [[min(row["standard_error"], 0.9 * row["rise"]) for row in points], [row["standard_error"] for row in points]],
-            linestyle="", marker="os^Dv"[index % 5], color=COLOURS[index % len(COLOURS)], label=family, markersize=4,
-            linewidth=0.8,
+            [row["predicted"] for row in points], [row["rise"] for row in points], [below, above], linestyle="",
+            marker="os^Dv"[index % 5], color=COLOURS[index % len(COLOURS)], label=family, markersize=4, linewidth=0.8,
         )  # fmt: skip
     axis.set(xscale="log", yscale="log")
     ends = [1e-6, 10]
