@@ -47,7 +47,9 @@ class Mapped:
 
         handles = [one.register_forward_hook(after) for one in blocks(self.model)]
         handles += [one.register_forward_hook(lambda *_: self.pager.release()) for one in _ends(self.model)]
-        heads = [one for one in _ends(self.model) if isinstance(one, nn.Linear) and "forward" not in vars(one)]
+        heads: list[Any] = [
+            one for one in _ends(self.model) if isinstance(one, nn.Linear) and "forward" not in vars(one)
+        ]
         for head in heads:
             head.forward = partial(_in_slices, head, self.pager)
         try:
@@ -72,7 +74,7 @@ def blocks(model: nn.Module) -> list[nn.Module]:
 _ROWS = 4096  # of a head, which are multiplied at a time
 
 
-def _in_slices(head: nn.Linear, pager: Pager, hidden: Tensor) -> Tensor:
+def _in_slices(head: Any, pager: Pager, hidden: Tensor) -> Tensor:
     """The head's output, some words at a time: CPUs without arithmetic in half precision widen and repack what they
     multiply, which would take several times the memory of the whole vocabulary's weights."""
     outputs: list[Tensor] = []
