@@ -50,9 +50,7 @@ def test_a_copy_that_no_cut_reached_refuses_to_average_other_sizes_only() -> Non
     compressm.compress(net, states=3)
     guard_averages(net, ())
     guard_averages(net, ())  # as after a second cut
-    with pytest.raises(
-        UnsupportedModelError, match=r"EMA has \[8\] states and the model that it averages \[3\]"
-    ):
+    with pytest.raises(UnsupportedModelError, match=r"EMA has \[8\] states and the model that it averages \[3\]"):
         average.update(net)
     assert average.update(0.9) == 1  # no model is among these
     assert average.update(whole) == 2  # of its own size
