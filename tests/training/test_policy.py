@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -10,23 +11,23 @@ from compressm.layers import LRU
 from compressm.training.cushion import Cushion
 from compressm.training.cutter import Cutter
 from compressm.training.goal import Goal, wanted_rule
-from compressm.training.history import Cut, Unchanged
+from compressm.training.history import Cut, Ended, Kept, Unchanged
 from compressm.training.policy import Policy
 from compressm.training.schedule import Schedule
 from compressm.training.snapshot import Training
 
 
 class Loop:
-    """The parts of a compressor around one layer, without a metric."""
+    """The parts of a compressor around one layer, without a metric unless ``cushion`` gives one."""
 
-    def __init__(self, **given: Any) -> None:
+    def __init__(self, cushion: Mapping[str, Any] | None = None, **given: Any) -> None:
         torch.manual_seed(0)
         self.layer = LRU(2, 16, r_min=0.9)
         optimizer = torch.optim.SGD(self.layer.parameters(), 0.0)
         rule = wanted_rule(**given)
         self.schedule = Schedule(80, 2, 0.5)
         self.cutter = Cutter(self.layer, optimizer, (), rule)
-        self.cushion = Cushion(Training(self.layer, optimizer), self.cutter.observations)
+        self.cushion = Cushion(Training(self.layer, optimizer), self.cutter.observations, **(cushion or {}))
         self.policy = Policy(self.schedule, Goal(rule, 16), self.cushion, self.cutter)
 
     def run(self, start: int, stop: int) -> list[tuple[type, int]]:
@@ -46,3 +47,8 @@ def test_a_cut_that_changes_nothing_is_done() -> None:
     loop = Loop(tolerance=0.0)
     assert loop.run(1, 80) == [(Unchanged, 20), (Unchanged, 40)]
     assert loop.schedule.over
+
+
+def test_a_cut_is_examined_half_the_distance_later_and_the_end_is_told() -> None:
+    loop = Loop(states=4, cushion={"max_drop": 0.1, "evaluate": lambda _: 0.5})
+    assert loop.run(1, 80) == [(Cut, 20), (Kept, 30), (Cut, 40), (Kept, 50), (Ended, 80)]
