@@ -20,7 +20,8 @@ import transformers
 import compressm
 from compressm.cli import main
 from compressm.errors import CheckpointError, ConfigError
-from compressm.lab.one_shot import analyze_checkpoint, compress_checkpoint
+from compressm.lab.one_shot import compress_checkpoint
+from compressm.lab.prospects import analyze_checkpoint
 from compressm.layers import LanguageModel
 from compressm.saving.source_folder import tensors_of, weight_files
 

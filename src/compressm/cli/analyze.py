@@ -42,7 +42,7 @@ def analyze(
     from rich.console import Console
 
     from compressm.cutting.serving import Serving, parse_bytes
-    from compressm.lab.one_shot import analyze_checkpoint
+    from compressm.lab.prospects import analyze_checkpoint
 
     device = None if memory is None else parse_bytes(memory)
     analysis = analyze_checkpoint(

@@ -1,4 +1,4 @@
-"""Checkpoints on disk: one cut and a table of what was lost (`compress`), or what cuts would do (`analyze`)."""
+"""A checkpoint on disk that is cut once, and a table of what was lost; behind ``compressm compress``."""
 
 from __future__ import annotations
 
@@ -12,31 +12,26 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from compressm.adapters import find_layers
-from compressm.cutting import Report, plan_reduction
+from compressm.cutting import Report
 from compressm.cutting.compression import check_model_sizes, check_rule, plan_on
-from compressm.cutting.made_cuts import MadeCuts
-from compressm.cutting.nats import damage_curves
-from compressm.cutting.serving import Memory, Serving, attention_of, decoding_speed, human
-from compressm.cutting.spectrum import Spectrum, balance_layers, balancing_of
+from compressm.cutting.serving import Memory, Serving, attention_of, decoding_speed
+from compressm.cutting.spectrum import balancing_of
 from compressm.errors import CheckpointError, ConfigError
 from compressm.lab.one_shot_inputs import BATCH, Checkpoint, read_batches, read_checkpoint
 from compressm.layers import LanguageModel
 from compressm.observing.labels import Likelihood
-from compressm.observing.loss_evidence import Gramians, evidence_on
-from compressm.observing.moments import gather
+from compressm.observing.loss_evidence import Gramians
 from compressm.runtime.files import read_pair
 from compressm.saving import mamba_ssm_format
 from compressm.saving.card import extend_card, model_card
 from compressm.saving.checkpoint import save_with_history
 from compressm.saving.mapped import save_mapped
 from compressm.saving.source_folder import Carried, carry, contents, copy_files, new_folder, unloaded
-from compressm.theory.balanced import Balanced
 from compressm.theory.ranks import RankRule
 from compressm.theory.targets import Target
 
 if TYPE_CHECKING:
-    from rich.table import Table
+    pass
 
 
 @dataclass(frozen=True)
@@ -146,7 +141,7 @@ def compress_checkpoint(
     )  # fmt: skip
     by_loss = gramians == "loss" or (gramians is None and max_loss is not None)
     loss: Likelihood | None = "classification" if by_loss else None
-    _check_data(loss, data)
+    check_data(loss, data)
     check_rule(rule, balancing_of(gramians, loss, data))
     folder, place = Path(checkpoint), None if output is None else Path(output)
     if place is not None and place.exists() and (not place.is_dir() or any(place.iterdir())):
@@ -157,7 +152,7 @@ def compress_checkpoint(
     extra = unloaded(model, folder, read.unexpected) if read.format == "transformers" else {}
     batches = [] if data is None else read_batches(model, read.tokenizer, Path(data), 2 * sequences, length, halves=2)
     half = len(batches) // 2
-    before, contained = _parameters(model), contents(model) if read.mapped is None else set[bytes]()
+    before, contained = parameters_in(model), contents(model) if read.mapped is None else set[bytes]()
     seen, held_out = [inputs for inputs, _ in batches[:half]], batches[half:]
     with read.at_work():
         bill = _Bill(model, memory, speed)
@@ -174,7 +169,7 @@ def compress_checkpoint(
     rows = 0 if not batches else next(iter(batches[0][0].values())).shape[1]
     if read.mapped is not None:
         read.mapped.pager.close()
-    return Loss(report, loss_before, loss_after, before, _parameters(model), half * BATCH, rows, carried, serving)
+    return Loss(report, loss_before, loss_after, before, parameters_in(model), half * BATCH, rows, carried, serving)
 
 
 def _written(
@@ -243,7 +238,12 @@ class _Bill:
         return Serving(self._before, Memory.of(self._model, self._attention), self._memory, known)
 
 
-def _check_data(loss: Likelihood | None, data: object) -> None:
+def check_data(loss: Likelihood | None, data: object) -> None:
+    """Refuse to look at a loss without data.
+
+    Raises:
+        ConfigError: there are none.
+    """
     if loss is not None and data is None:
         raise ConfigError("--max-loss and --gramians loss look at the loss on data: give some by --data")
 
@@ -264,156 +264,8 @@ def _resave(model: nn.Module, source: Path, target: Path) -> Carried:
     return Carried((), files, left)
 
 
-@dataclass(frozen=True)
-class Prospect:
-    """What a cut of a model would do, without making it.
-
-    Attributes:
-        tolerance: share of the Hankel energy that it would discard in every layer.
-        states: state dimension of every layer afterwards.
-        refused: why, for the layers that may not be cut.
-        parameters: number of the model's parameters afterwards.
-        state_bytes: what one sequence would keep in the recurrent layers.
-        targets: the kernels and servers that would take all layers.
-    """
-
-    tolerance: float
-    states: dict[str, int]
-    refused: dict[str, str]
-    parameters: int
-    state_bytes: int
-    targets: tuple[Target, ...]
-
-
-@dataclass(frozen=True)
-class Analysis:
-    """How many of its states a checkpoint needs.
-
-    Attributes:
-        spectrum: Hankel singular values of every layer.
-        parameters: number of the model's parameters.
-        prospects: what cuts would do, one for every tolerance that was tried.
-        memory: the bytes of the model as it is.
-    """
-
-    spectrum: Spectrum
-    parameters: int
-    prospects: tuple[Prospect, ...]
-    memory: Memory
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
-        cuts = [asdict(prospect) for prospect in self.prospects]
-        advice = {} if not (text := self.spectrum.advice()) else {"advice": text}
-        memory = self.memory.to_dict()
-        parts = {"layers": self.spectrum.to_dict(), "parameters": self.parameters, "memory": memory, "cuts": cuts}
-        return {**parts, **advice}
-
-    def table(self) -> Table:
-        """For the terminal: how many states each layer needs, and the model in all."""
-        from rich.table import Table
-
-        title = "States that hold all but a share τ of the Hankel energy"
-        nats = (0.1, 0.01, 0.001) if all(layer.rise is not None for layer in self.spectrum) else ()
-        title += "\nor keep the rise of the loss below some nats per prediction" if nats else ""
-        made = Table(title=title, title_justify="left")
-        columns = [*(f"τ = {one.tolerance:g}" for one in self.prospects), *(f"{x:g} nats" for x in nats)]
-        for column in ("layer", "states", *columns):
-            made.add_column(column, justify="left" if column == "layer" else "right")
-        for layer in self.spectrum:
-            cells = ["refused" if layer.name in one.refused else str(one.states[layer.name]) for one in self.prospects]
-            made.add_row(layer.name, str(layer.states), *cells, *(str(layer.states_within(x)) for x in nats))
-        made.add_section()
-        total = sum(layer.states for layer in self.spectrum)
-        made.add_row("all", str(total), *(str(sum(one.states.values())) for one in self.prospects))
-        sizes = (human(one.state_bytes) for one in self.prospects)
-        made.add_row("bytes per sequence", human(self.memory.checkpoint), *sizes)
-        made.add_row("parameters", f"{self.parameters:,}", *(f"{one.parameters:,}" for one in self.prospects))
-        return made
-
-    @property
-    def takers(self) -> list[str]:
-        """A line for every cut that was tried: the kernels and servers that would take its sizes."""
-        return [
-            f"τ = {one.tolerance:g}: taken by {', '.join(one.targets) or 'no known target'}" for one in self.prospects
-        ]
-
-    @property
-    def refusals(self) -> list[str]:
-        """A line for every layer that would refuse a cut, and why."""
-        return [
-            f"{name} refuses τ = {one.tolerance:g}: {reason}"
-            for one in self.prospects
-            for name, reason in one.refused.items()
-        ]
-
-
-def analyze_checkpoint(
-    checkpoint: str | os.PathLike[str],
-    data: str | os.PathLike[str] | None = None,
-    *,
-    sequences: int = 32,
-    length: int = 512,
-    tolerances: Sequence[float] = (0.1, 0.01, 0.001),
-    gramians: Gramians | None = None,
-    build: str | None = None,
-    target: Target | None = None,
-) -> Analysis:
-    """How many states every layer of a checkpoint really uses, and what cuts would save; see `compressm.analyze`.
-
-    Args:
-        checkpoint, data: as `compress_checkpoint`; data are needed for selective layers only, and labels never.
-        sequences: how many sequences of the data are looked at.
-        length: tokens per sequence.
-        tolerances: of the cuts that are tried.
-        gramians: ``"loss"`` also tells what states are worth to the loss, by one backward pass per batch, with the
-            model's own predictions as labels; see `compressm.analyze`.
-        build: as `compress_checkpoint`.
-        target: try sizes only that these kernels or this server take.
-
-    Raises:
-        CheckpointError, ConfigError, UnsupportedModelError: as `compress_checkpoint`.
-    """
-    read = read_checkpoint(Path(checkpoint), build)
-    model = read.model
-    rules = [RankRule(tolerance=one, min_reduction=0.0, target=target) for one in tolerances]
-    check_model_sizes(model, rules[0])
-    loss: Likelihood | None = "classification" if gramians == "loss" else None
-    _check_data(loss, data)
-    balancing_of(gramians, loss, data)
-    batches: list[Any] = []
-    if data is not None:
-        pairs = read_batches(model, read.tokenizer, Path(data), sequences, length, labelled=False)
-        batches = [inputs for inputs, _ in pairs]
-    with read.at_work("reading the data", len(batches) * (1 if loss is None else 2)):
-        moments = gather(model, batches) if batches else None
-        evidence = evidence_on(model, batches, loss) if batches and loss is not None else None
-        covariances = None if evidence is None else evidence.covariances
-        balancings = balance_layers(model, moments=moments, covariances=covariances)
-        layers = find_layers(model)
-        cuts = MadeCuts(layers, balancings, "hankel", None if evidence is None else evidence.fishers)
-        memory = Memory.of(model, attention_of(model))
-        prospects = tuple(_prospect(model, balancings, cuts, rule, memory) for rule in rules)
-        rises = None if evidence is None else damage_curves(layers, balancings, cuts, evidence)
-    if read.mapped is not None:
-        read.mapped.pager.close()
-    return Analysis(Spectrum.of(balancings, rises), _parameters(model), prospects, memory)
-
-
-def _prospect(
-    model: nn.Module, balancings: Mapping[str, Balanced], cuts: MadeCuts, rule: RankRule, memory: Memory
-) -> Prospect:
-    plan = plan_reduction(model, rule, balancings=balancings, cuts=cuts)
-    refused = {layer.name: layer.reason for layer in plan.report.layers if layer.outcome == "refused"}
-    dims, parameters = plan.report.state_dims, _parameters(model)
-    for name, change in plan.changes.items():
-        layer = model.get_submodule(name)
-        parameters += sum(new.numel() - layer.get_parameter(one).numel() for one, new in change.values().items())
-    smaller = memory.resized(dims)
-    return Prospect(rule.tolerance or 0.0, dims, refused, parameters, smaller.checkpoint, smaller.takers())
-
-
-def _parameters(model: nn.Module) -> int:
+def parameters_in(model: nn.Module) -> int:
+    """How many parameters a model has."""
     return sum(parameter.numel() for parameter in model.parameters())
 
 
@@ -445,4 +297,4 @@ def _without_padding(model: nn.Module, inputs: Mapping[str, Tensor], tokens: Ten
     return tokens if present is None else tokens.masked_fill(present == 0, -100)
 
 
-__all__ = ["Loss", "compress_checkpoint"]
+__all__ = ["Loss", "check_data", "compress_checkpoint", "parameters_in"]

@@ -17,7 +17,8 @@ import compressm
 from compressm.cli import main
 from compressm.errors import ConfigError
 from compressm.lab.data.arrays import labels
-from compressm.lab.one_shot import analyze_checkpoint, compress_checkpoint
+from compressm.lab.one_shot import compress_checkpoint
+from compressm.lab.prospects import analyze_checkpoint
 from compressm.layers import LanguageModel, SequenceClassifier
 
 N, L, C, K, V = 8, 11, 2, 3, 13
