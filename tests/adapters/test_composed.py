@@ -13,7 +13,7 @@ from torch.nn.utils.parametrizations import weight_norm
 import compressm
 from compressm.adapters import selection_change
 from compressm.adapters.composed import composed_tensors, effective_weight
-from compressm.adapters.hf_mamba import _times
+from compressm.adapters.hf_mamba import times
 from compressm.errors import UnsupportedModelError
 from compressm.layers import Mamba, Mamba2
 
@@ -88,5 +88,5 @@ def test_a_change_of_one_parameter_is_made_in_another_with_the_same_axis() -> No
     weight, factor, kept = torch.randn(5, 3), torch.randn(2, 5), torch.tensor([3, 0])
     change = selection_change("W", weight, 0, kept)
     assert torch.equal(change.of("A", factor, 1).values[0], factor[:, kept])
-    assert torch.equal(_times(change, 2.0).values[0], 2 * weight[kept])
-    torch.testing.assert_close(_times(change, 2.0).of("A", factor, 1).values[0], 2 * factor[:, kept])
+    assert torch.equal(times(change, 2.0).values[0], 2 * weight[kept])
+    torch.testing.assert_close(times(change, 2.0).of("A", factor, 1).values[0], 2 * factor[:, kept])

@@ -267,7 +267,7 @@ def test_the_report_shows_both_errors_by_name() -> None:
     report = compressm.compress(layer, states=6, data=list(sequences("white noise", 1).split(8)))
     (row,) = report.to_dict()["layers"]
     assert json.loads(json.dumps(row))["error_held_out"] == report.layers[0].error_held_out
-    head, line = str(report).splitlines()
+    head, line = str(report).splitlines()[-2:]
     assert [t for t in ("on data", "held out", "expected") if t in head] == ["on data", "held out", "expected"]
     for value in (row["error_on_data"], row["error_held_out"], row["certificate"]["relative_error"]):
         assert f"{value:.2e}" in line

@@ -22,13 +22,13 @@ from hard_systems import examine, hard_system
 
 def test_certificates_of_hard_systems_are_true(tried: Record) -> None:
     counts = Counter[str]()
-    seeds = [seed for seed in range(1000, 1064) if hard_system(seed)[1].n < 100]
+    seeds = [seed for seed in range(1000, 1020) if hard_system(seed)[1].n < 100]
     for index, seed in enumerate(seeds):
         _, counted, violations = examine(seed, exact=index % 16 == 0)
         assert not violations
         counts += counted
-    assert counts["certificates"] > 800
-    assert counts["certificates checked in 50 digits"] > 40
+    assert counts["certificates"] > 240
+    assert counts["certificates checked in 50 digits"] > 10
     tried("hard system", len(seeds))
 
 

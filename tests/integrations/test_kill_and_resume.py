@@ -163,7 +163,7 @@ def lightning(folder: Path, rule: dict[str, Any], resumed: int | None, small: bo
 
 
 HOSTS = {"own loop": own_loop, "accelerate": accelerate, "trainer": trainer, "lightning": lightning}
-QUICK = {("own loop", "fraction"), ("own loop", "max_drop"), ("trainer", "fraction"), ("lightning", "fraction")}
+QUICK = {("own loop", "fraction"), ("trainer", "fraction"), ("lightning", "fraction")}
 
 
 @pytest.mark.parametrize(

@@ -364,7 +364,7 @@ def test_with_a_rule_and_max_drop_the_rule_proposes_and_the_metric_disposes() ->
     assert second > first
 
 
-@pytest.mark.parametrize("stop", [5, 10, 12, 15, 16, 31])
+@pytest.mark.parametrize("stop", [*(pytest.param(n, marks=pytest.mark.exhaustive) for n in (5, 12, 31)), 10, 15, 16])
 def test_resumed_in_the_middle_of_anything_it_goes_on_as_if_unbroken(stop: int) -> None:
     def evaluate(model: SequenceClassifier) -> float:  # depends on the weights alone; the second cut does harm
         return -float(model.encoder.weight.detach().abs().sum()) if min(state_dims(model).values()) > 15 else -1e9

@@ -307,7 +307,7 @@ def test_a_state_of_earlier_versions_is_read() -> None:
 
 def test_before_the_first_cut_nothing_is_lost_milder_or_under_observation() -> None:
     assert Loop().cushion.state_dict() == {
-        "aggressiveness": 1.0, "observed": None, "looks": [], "after": [],
+        "aggressiveness": 1.0, "observed": None, "looks": [], "after": [], "twins": [],
         "cushion": {"drop": 0.0, "warned": False, "costs": []},
     }  # fmt: skip
 

@@ -76,6 +76,7 @@ def test_an_arm_can_start_where_another_ended(folder: Path) -> None:
     assert results["small", 0].history == []
 
 
+@pytest.mark.slow
 def test_an_arm_can_learn_from_another(tmp_path: Path) -> None:
     def made() -> dict[str, float]:
         runs = plan_runs(TAUGHT, [0], results=tmp_path / "results", runs=tmp_path / "runs")

@@ -470,8 +470,8 @@ def test_a_checkpoint_of_a_diverged_run_is_never_written(what: str, tmp_path: Pa
     """Neither NaN as a loss nor as a weight, which the next loss would show, replaces the last good checkpoint."""
     real = Compressor.step
 
-    def poisoned(compressor: Compressor) -> Event | None:
-        event = real(compressor)
+    def poisoned(compressor: Compressor, *batch: Any) -> Event | None:
+        event = real(compressor, *batch)
         if compressor._steps == 20:
             parameter = next(compressor.model.parameters())
             if what == "weights":
