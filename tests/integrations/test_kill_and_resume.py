@@ -166,6 +166,7 @@ HOSTS = {"own loop": own_loop, "accelerate": accelerate, "trainer": trainer, "li
 QUICK = {("own loop", "fraction"), ("trainer", "fraction"), ("lightning", "fraction")}
 
 
+@pytest.mark.filterwarnings("ignore::compressm.training.cushion.CushionWarning")  # that no more cuts are tried
 @pytest.mark.parametrize(
     ("host", "rule"),
     [
