@@ -260,13 +260,19 @@ EXPERIMENTS: dict[str, Experiment] = {
         ),
         Experiment(
             "scifar-loss",
-            "Sequential CIFAR-10 in 256 steps, 2 blocks of LRU of 192 states: one cut to 44 states in all",
+            "Sequential CIFAR-10 in 256 steps, 2 blocks of LRU of 192 states: one cut to 44 or 114 states in all",
             "scifar",
             (
                 Arm("full", _BIG),
-                Arm("small", {**_BIG, "model.d_state": 22}),
-                Arm("white", _once(0.25, states=22)),
-                Arm("loss", _by_loss(0.25, total_states=44)),
+                *(
+                    arm
+                    for states in (22, 57)
+                    for arm in (
+                        Arm(f"small{states}", {**_BIG, "model.d_state": states}),
+                        Arm(f"white{states}", _once(0.25, states=states)),
+                        Arm(f"loss{states}", _by_loss(0.25, total_states=2 * states)),
+                    )
+                ),
             ),
             steps=15_000,
             changes=_scaled_down("scifar"),
