@@ -150,37 +150,38 @@ def test_a_budget_goes_to_the_layer_whose_states_the_loss_needs() -> None:
     assert first > second >= 1
 
 
-def test_states_of_mamba2_are_picked_by_the_masks_fisher_matrix() -> None:
-    net, data = model("mamba2"), labelled()
+def cut_to_five(kind: str) -> list[tuple[Any, Any, MaskFisher]]:
+    """Every layer before and after a cut to five states by the loss, and the mask's Fisher matrix it was made from."""
+    net, data = model(kind), labelled()
     before = copy.deepcopy(net)
     evidence = gather_evidence(net, [one for index, one in enumerate(data) if index % 4 != 3], own_loss).evidence()
     compressm.compress(net, states=5, data=data, loss=own_loss)
+    found: list[tuple[Any, Any, MaskFisher]] = []
     for name, (layer, _) in find_layers(before).items():
         fisher = evidence[name]
         assert isinstance(fisher, MaskFisher)
+        found.append((layer, net.get_submodule(name), fisher))
+    assert found
+    return found
+
+
+def test_states_of_mamba2_are_picked_by_the_masks_fisher_matrix() -> None:
+    for old, new, fisher in cut_to_five("mamba2"):
         kept = select_by_fisher(fisher, 5).kept[0]
-        old: Any = layer
-        new: Any = net.get_submodule(name)
         d, n = old.d_inner, 12
         B = old.in_proj.weight[2 * d : 2 * d + n]
         torch.testing.assert_close(new.in_proj.weight[2 * d : 2 * d + 5], B[kept])
 
 
 def test_channels_of_griffins_block_are_picked_by_the_mask_which_sees_its_gates() -> None:
-    net, data = model("rg_lru"), labelled()
-    before = copy.deepcopy(net)
-    evidence = gather_evidence(net, [one for index, one in enumerate(data) if index % 4 != 3], own_loss).evidence()
-    compressm.compress(net, states=5, data=data, loss=own_loss)
-    for name, (layer, _) in find_layers(before).items():
-        fisher = evidence[name]
-        assert isinstance(fisher, MaskFisher)
+    for old, new, fisher in cut_to_five("rg_lru"):
         selection = select_by_fisher(fisher, 5, gains=True)
         kept, gains = selection.kept[0], selection.gains[0].float()
         for part, expected in (
-            ("linear_x.weight", layer.get_parameter("linear_x.weight")[kept]),
-            ("linear_out.weight", layer.get_parameter("linear_out.weight")[:, kept] * gains),
+            ("linear_x.weight", old.get_parameter("linear_x.weight")[kept]),
+            ("linear_out.weight", old.get_parameter("linear_out.weight")[:, kept] * gains),
         ):
-            torch.testing.assert_close(net.get_parameter(f"{name}.{part}"), expected)
+            torch.testing.assert_close(new.get_parameter(part), expected)
 
 
 def test_above_the_range_of_the_prediction_states_of_mamba2_are_picked_by_second_moments() -> None:

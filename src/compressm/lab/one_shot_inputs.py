@@ -23,6 +23,7 @@ from compressm.lab.data.own import own_content
 from compressm.lab.named import build_named, is_named
 from compressm.layers import LanguageModel, SequenceClassifier, SequenceRegressor
 from compressm.observing.expected import Expected
+from compressm.runtime.progress import Bar
 from compressm.saving import mamba_ssm_format
 from compressm.saving.checkpoint import load
 from compressm.saving.mamba_ssm_format import is_mamba_ssm
@@ -63,8 +64,9 @@ class Checkpoint:
         with ExitStack() as stack:
             if can_be_fast(self.model):
                 stack.enter_context(fast_scan(self.model))
-            advance = stack.enter_context(_bar(self.model, title, passes))
-            after = _after_blocks(self.model, advance) if self.mapped is None else self.mapped.released(advance)
+            units = passes * max(1, len(blocks(self.model)))  # one per block of layers and batch
+            bar = stack.enter_context(Bar(title, units, quiet=not passes, transient=True))
+            after = _after_blocks(self.model, bar.advance) if self.mapped is None else self.mapped.released(bar.advance)
             stack.enter_context(after)
             yield
 
@@ -78,22 +80,6 @@ def _after_blocks(model: nn.Module, done: Callable[[], None]) -> Generator[None]
     finally:
         for handle in handles:
             handle.remove()
-
-
-@contextmanager
-def _bar(model: nn.Module, title: str, passes: int) -> Generator[Callable[[], None]]:
-    """A progress bar on standard error, with the time that is left; advanced once per block of layers and batch."""
-    if not passes:
-        yield lambda: None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    console = Console(stderr=True)
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task(title, total=passes * max(1, len(blocks(model))))
-        yield lambda: progress.advance(task)
 
 
 def read_checkpoint(folder: Path, build: str | None = None) -> Checkpoint:

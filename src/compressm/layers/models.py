@@ -116,16 +116,21 @@ class SequenceClassifier(nn.Module):
             lengths: length of each sequence, integers of at least 1, shape ``(batch,)``. Inputs after its end have no
                 influence. None: rows are full, except for ``padding`` tokens.
         """
-        present = self.present(u, lengths)
-        z = linear(self.encoder, u if lengths is None else blank(u, present))
-        for block in self.blocks:
-            z = block(z) if present is None else block(z, present)
+        z, present = self._through_blocks(u, lengths)
         z = normed(self.norm, z, present)
         if present is None:
             # A sum, not a mean: the gradient of a sum is an expanded view, that of a mean a tensor of full size.
             return self.decoder(z.sum(1) / max(z.shape[1], 1))
         present = present.to(z.dtype)
         return self.decoder(torch.einsum("blh,bl->bh", z, present) / present.sum(1, keepdim=True).clamp_min(1))
+
+    def _through_blocks(self, u: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """What the last block returns, shape ``(batch, length, d_model)``, and where there is no padding."""
+        present = self.present(u, lengths)
+        z = linear(self.encoder, u if lengths is None else blank(u, present))
+        for block in self.blocks:
+            z = block(z) if present is None else block(z, present)
+        return z, present
 
     def initial_state(self, batch: int) -> dict[str, Any]:
         """The state of `step` before the first input: the blocks' states, and the mean and number of steps so far."""
@@ -146,15 +151,20 @@ class SequenceClassifier(nn.Module):
         """
         if present is not None:
             u = blank(u, present)
-        z, blocks = self.encoder(u), list[Any]()
-        for block, before in zip(self.blocks, state["blocks"], strict=True):
-            z, after = block.step(z, before)  # type: ignore[operator]
-            blocks.append(after)
+        z, blocks = self._step_through_blocks(u, state["blocks"])
         present = self.present(u) if present is None else present
         counts = torch.ones_like(state["steps"]) if present is None else present[:, None].to(z.dtype)
         steps = state["steps"] + counts
         mean = state["mean"] + counts * (self.norm(z) - state["mean"]) / steps.clamp_min(1)
         return self.decoder(mean), {"blocks": blocks, "mean": mean, "steps": steps}
+
+    def _step_through_blocks(self, u: Tensor, states: list[Any]) -> tuple[Tensor, list[Any]]:
+        """What the last block returns at one time step, shape ``(batch, d_model)``, and the blocks' next states."""
+        z, blocks = self.encoder(u), list[Any]()
+        for block, before in zip(self.blocks, states, strict=True):
+            z, after = block.step(z, before)  # type: ignore[operator]
+            blocks.append(after)
+        return z, blocks
 
 
 class LanguageModel(nn.Module):

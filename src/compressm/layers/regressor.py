@@ -7,7 +7,6 @@ from typing import Any
 from torch import Tensor
 
 from compressm.layers.models import SequenceClassifier
-from compressm.layers.narrow import linear
 from compressm.layers.padding import blank
 
 
@@ -50,10 +49,7 @@ class SequenceRegressor(SequenceClassifier):
         """
         if not self.per_step:
             return super().forward(u, lengths)
-        present = self.present(u, lengths)
-        z = linear(self.encoder, u if lengths is None else blank(u, present))
-        for block in self.blocks:
-            z = block(z) if present is None else block(z, present)
+        z, _ = self._through_blocks(u, lengths)
         return self.decoder(self.norm(z))
 
     def step(self, u: Tensor, state: dict[str, Any], present: Tensor | None = None) -> tuple[Tensor, dict[str, Any]]:
@@ -62,10 +58,7 @@ class SequenceRegressor(SequenceClassifier):
             return super().step(u, state, present)
         if present is not None:
             u = blank(u, present)
-        z, blocks = self.encoder(u), list[Any]()
-        for block, before in zip(self.blocks, state["blocks"], strict=True):
-            z, after = block.step(z, before)  # type: ignore[operator]
-            blocks.append(after)
+        z, blocks = self._step_through_blocks(u, state["blocks"])
         return self.decoder(self.norm(z)), {**state, "blocks": blocks}
 
     def initial_state(self, batch: int) -> dict[str, Any]:

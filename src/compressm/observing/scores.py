@@ -23,6 +23,7 @@ from compressm.layers.padding import within
 from compressm.observing.expected import by_role, is_array, lengths_of
 from compressm.observing.inputs import calls_and_batches, refuse_files
 from compressm.observing.labels import prediction_of
+from compressm.observing.moments import modes_kept
 
 Pairs = tuple[Tensor, Tensor]
 
@@ -49,13 +50,9 @@ def score(name: str, data: Any) -> Callable[[nn.Module], float]:
     kept = list(cast("Iterable[Any]", data)) if isinstance(data, Iterator) else data
 
     def evaluate(model: nn.Module) -> float:
-        training = model.training
-        model.eval()
-        try:
-            with torch.no_grad():
-                return _METRICS[name](_pairs(model, kept, name == "perplexity"))
-        finally:
-            model.train(training)
+        with modes_kept(model), torch.no_grad():
+            model.eval()
+            return _METRICS[name](_pairs(model, kept, name == "perplexity"))
 
     evaluate.__name__ = name
     return evaluate

@@ -12,11 +12,12 @@ class Bar:
         name: what is being done.
         total: how many units of work there are.
         quiet: draw nothing.
+        transient: the bar vanishes when the work is done.
     """
 
-    def __init__(self, name: str, total: int, quiet: bool = False) -> None:
+    def __init__(self, name: str, total: int, quiet: bool = False, transient: bool = False) -> None:
         self._name, self._total = name, total
-        self._bar: Any = None if quiet else _rich_bar()
+        self._bar: Any = None if quiet else _rich_bar(transient)
         self._task: Any = None
 
     def __enter__(self) -> Bar:
@@ -44,7 +45,7 @@ class Bar:
             self._bar.advance(self._task, units)
 
 
-def _rich_bar() -> Any:
+def _rich_bar(transient: bool) -> Any:
     try:
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -52,7 +53,7 @@ def _rich_bar() -> Any:
         return None
     console = Console(stderr=True)
     columns = TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(), TimeRemainingColumn()
-    return Progress(*columns, console=console, disable=not console.is_terminal)
+    return Progress(*columns, console=console, transient=transient, disable=not console.is_terminal)
 
 
 __all__ = ["Bar"]

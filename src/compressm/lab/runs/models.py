@@ -17,6 +17,7 @@ from compressm.lab.data.sequences import SequenceData
 from compressm.lab.named import build_named
 from compressm.layers import SequenceClassifier, parameter_groups
 from compressm.observing.expected import described
+from compressm.observing.moments import modes_kept
 from compressm.runtime.random_state import rng_state, set_rng_state
 from compressm.training.compressor import Compressor
 from compressm.training.twin import TrainStep
@@ -56,9 +57,9 @@ def _check_fits(model: nn.Module, data: SequenceData, build: str) -> None:
     indices = torch.arange(min(2, len(data.train)), device=data.train.y.device)
     u, lengths = data.batch(data.train, indices)[0].to(device), data.lengths(data.train, indices)
     takes = f"model.build = {build!r}: {type(model).__name__}"
-    before, training = rng_state(), model.training
+    before = rng_state()
     try:
-        with torch.no_grad():
+        with modes_kept(model), torch.no_grad():
             logits: Any = model.eval()(u) if lengths is None else model.eval()(u, lengths.to(device))
     except (RuntimeError, TypeError, ValueError, IndexError) as error:
         raise ConfigError(
@@ -66,7 +67,6 @@ def _check_fits(model: nn.Module, data: SequenceData, build: str) -> None:
             f"{' '.join(str(error).split())[:200]}"
         ) from error
     finally:
-        model.train(training)
         set_rng_state(before)
     if not isinstance(logits, torch.Tensor) or tuple(logits.shape) != (len(u), data.n_classes):
         raise ConfigError(
