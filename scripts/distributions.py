@@ -2,6 +2,7 @@
 
     python scripts/distributions.py                  the short form
     python scripts/distributions.py -m slow          also these tests in the unpacked source distribution
+    python scripts/distributions.py --share 0/3 …    the first of three parts of all these tests
 
 1. Every file of the repository is in the source distribution, and every file of src/ is in the wheel.
 2. The wheel, built from the source distribution, is installed into an environment of its own; there the package is
@@ -12,6 +13,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import site
 import subprocess
@@ -132,8 +134,8 @@ def reads(test: PurePosixPath, text: str) -> bool:
     return f"__file__).parents[{levels - 1}]" in text or "__file__)" + ".parent" * levels in text
 
 
-def check_tests(unpacked: Path, arguments: Sequence[str]) -> None:
-    """Step 3."""
+def check_tests(unpacked: Path, arguments: Sequence[str], share: Sequence[str]) -> None:
+    """Step 3: two calls of pytest, of whose tests ``share`` keeps a part."""
     paths = [str(unpacked / "src"), *filter(None, [os.environ.get("PYTHONPATH")])]
     variables = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
     place = run([sys.executable, "-c", f"import {PACKAGE}; print({PACKAGE}.__file__)"], unpacked, variables).strip()
@@ -144,13 +146,17 @@ def check_tests(unpacked: Path, arguments: Sequence[str]) -> None:
     if not readers:
         raise DistributionError("no test looks for other files of the repository; `reads` no longer recognises them")
     for chosen in filter(None, [readers, list(arguments)]):
-        print(f"unpacked source distribution: pytest {' '.join(chosen)}", flush=True)
-        command = [sys.executable, "-m", "pytest", "-n", "2", *chosen]
+        print(f"unpacked source distribution: pytest {' '.join([*chosen, *share])}", flush=True)
+        command = [sys.executable, "-m", "pytest", "-n", "2", *chosen, *share]
         if subprocess.run(command, cwd=unpacked, env=variables, check=False).returncode != 0:
             raise DistributionError("tests fail in the unpacked source distribution")
 
 
 def main() -> int:
+    parser = argparse.ArgumentParser(allow_abbrev=False)
+    parser.add_argument("--share", nargs=1, action="extend", default=[])
+    options, arguments = parser.parse_known_args()
+    share = [f"--share={part}" for part in options.share]
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary).resolve()
         for name in ("built", "unpacked", "installed"):
@@ -160,7 +166,7 @@ def main() -> int:
             unpacked = unpack(sdist, folder / "unpacked")
             check_files(unpacked, wheel)
             check_wheel(wheel, folder / "installed")
-            check_tests(unpacked, sys.argv[1:])
+            check_tests(unpacked, arguments, share)
         except DistributionError as error:
             print(error, file=sys.stderr)
             return 1

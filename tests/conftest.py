@@ -3,6 +3,7 @@ from __future__ import annotations
 import gc
 import random
 import sys
+import zlib
 from collections.abc import Generator
 from pathlib import Path
 
@@ -28,6 +29,20 @@ settings.load_profile("ci")
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--families", default=None, help="write what tests/test_families.py measures to this JSON file")
+    parser.addoption("--share", default=None, help="K/N: of the chosen tests, the K-th of N parts, from 0; by name")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Keep one part of the tests. Which part a test is in depends on nothing but its name."""
+    share = config.getoption("--share")
+    if share is None:
+        return
+    part, parts = (int(number) for number in share.split("/"))
+    if not 0 <= part < parts:
+        raise pytest.UsageError(f"--share {share}: expected K/N with 0 <= K < N")
+    kept = [item for item in items if zlib.crc32(item.nodeid.encode()) % parts == part]
+    config.hook.pytest_deselected(items=[item for item in items if item not in set(kept)])
+    items[:] = kept
 
 
 @pytest.fixture(autouse=True)

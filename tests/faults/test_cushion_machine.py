@@ -189,7 +189,7 @@ class Cushion(RuleBasedStateMachine):
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
-MACHINES = int(os.environ.get("MACHINES", "6"))
+MACHINES = int(os.environ.get("MACHINES", "2"))
 Cushion.TestCase.settings = settings(max_examples=MACHINES, stateful_step_count=25, deadline=None)
 test_any_interleaving = Cushion.TestCase
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+import os
 from typing import Literal
 
 import numpy as np
@@ -18,6 +19,8 @@ from compressm.theory.balancing import Method, balance, truncate
 from compressm.theory.gramians import gramians, real_gramians
 from compressm.theory.systems import DiagonalSystem
 from helpers import EPS, degenerate_systems, lru, random_system, real_matrices
+
+EXAMPLES = int(os.environ.get("EXAMPLES", "300"))  # of the error bound, for each method
 
 
 def lyapunov_hsv(A: np.ndarray, B: np.ndarray, C: np.ndarray) -> np.ndarray:
@@ -71,13 +74,13 @@ def peak_error(system: DiagonalSystem, reduced: DiagonalSystem) -> float:
     return float(torch.linalg.matrix_norm(error, ord=2).max())
 
 
-@settings(max_examples=1000)
+@settings(max_examples=EXAMPLES)
 @given(system=degenerate_systems("real"), share=st.floats(0, 1), exceed=st.booleans())
 def test_error_bound_holds_real_part_aware(system: DiagonalSystem, share: float, exceed: bool) -> None:
     check_bound(system, "real", share, exceed)
 
 
-@settings(max_examples=1000)
+@settings(max_examples=EXAMPLES)
 @given(system=degenerate_systems("complex"), share=st.floats(0, 1), exceed=st.booleans())
 def test_error_bound_holds_complex(system: DiagonalSystem, share: float, exceed: bool) -> None:
     check_bound(system, "complex", share, exceed)
