@@ -51,7 +51,7 @@ PAGES = (
     Page("serving.md", "python scripts/serving.py"),
     Page("situations.md", "python scripts/hosts.py"),
     Page("mistakes.md", "python scripts/mistakes.py"),
-    Page("results.md", "compressm reproduce --show", "--markdown", "images/results-*.svg"),
+    Page("results.md", "compressm reproduce --show", "--markdown", "images/results*.svg"),
 )
 
 

@@ -10,10 +10,9 @@ from typing import Any
 from rich.table import Table
 
 from compressm.lab.reproduce.experiments import Arm, Experiment
+from compressm.lab.reproduce.gaps import Recovered, Results, recovered
 from compressm.lab.runs.result import RunResult
 from compressm.lab.runs.spectra import settled_at
-
-Results = Mapping[tuple[str, int], RunResult]
 
 
 @dataclass(frozen=True)
@@ -27,6 +26,7 @@ class Row:
         step_ms: milliseconds of computing that the last training steps took each, the median over seeds; None unknown.
         step_speedup: the same of the first arm's runs over it, of those seeds that both have; likewise None.
         run_speedup: computing time of the first arm's whole training over this one's, likewise.
+        recovered: the share of the gap between small and big; None for arms without a small counterpart.
     """
 
     arm: Arm
@@ -35,6 +35,7 @@ class Row:
     step_ms: float | None
     step_speedup: float | None
     run_speedup: float | None
+    recovered: Recovered | None = None
 
     @property
     def accuracies(self) -> list[float]:
@@ -86,6 +87,7 @@ def rows(experiment: Experiment, results: Results) -> list[Row]:
                 statistics.median(steps) * 1000 if steps else None,
                 _ratio([(_last_step(results[first, seed]), _last_step(runs[seed])) for seed in both]),
                 _ratio([(_computing(experiment.arms[0], seed, results), seconds[seed]) for seed in both]),
+                recovered(experiment, arm, results),
             )
         )
     return made
@@ -120,7 +122,9 @@ def _ratio(pairs: Sequence[tuple[float | None, float | None]]) -> float | None:
     return statistics.median(ratios) if ratios else None
 
 
-HEADER = ("", "states", "test accuracy, %", "paper", "difference", "step", "faster", "whole run", "seeds")
+HEADER = (
+    "", "states", "test accuracy, %", "gap recovered", "paper", "difference", "step", "faster", "whole run", "seeds",
+)  # fmt: skip
 
 
 def cells(row: Row) -> tuple[str, ...]:
@@ -130,6 +134,7 @@ def cells(row: Row) -> tuple[str, ...]:
         row.arm.name + " †" * row.outdated,
         row.states,
         row.accuracy,
+        "" if row.recovered is None else str(row.recovered),
         "" if paper is None else f"{paper:.1f}",
         "" if paper is None else f"{statistics.fmean(row.accuracies) - paper:+.1f}",
         "" if row.step_ms is None else f"{row.step_ms:.0f} ms",

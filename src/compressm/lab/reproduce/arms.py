@@ -1,0 +1,230 @@
+"""What an experiment is made of: arms, and the changes of a configuration that several experiments share."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from compressm.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way of training, run with several seeds.
+
+    Attributes:
+        name: names its files.
+        changes: what differs from the experiment's configuration, by dotted names.
+        same_states_as: another arm. This one starts with that arm's final state dimensions, seed by seed.
+        teacher: another arm. This one learns from that arm's final model, seed by seed.
+        continues: the same arm without compression. Its steps before the first cut are not made again.
+        paper: the paper's accuracy in percent; None where it has none.
+        small: the arm that has about as many states from the start. Between it and the first arm lies the gap of which
+            this arm recovers a share; None where there is none.
+    """
+
+    name: str
+    changes: Mapping[str, Any]
+    same_states_as: str | None = None
+    teacher: str | None = None
+    continues: str | None = None
+    paper: float | None = None
+    small: str | None = None
+
+    @property
+    def needs(self) -> set[str]:
+        """The arms that must be finished before."""
+        return {name for name in (self.same_states_as, self.teacher, self.continues) if name is not None}
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """A grid of arms and seeds over one configuration.
+
+    Attributes:
+        name: names its command and its folder.
+        title: what the table is headed.
+        config: a built-in configuration, by name.
+        arms: in the order of the table; the first is the one that the others are compared with.
+        seeds: how many are run by default.
+        steps: training steps instead of the configuration's.
+        changes: what differs from that configuration in all arms.
+    """
+
+    name: str
+    title: str
+    config: str
+    arms: tuple[Arm, ...]
+    seeds: int = 3
+    steps: int | None = None
+    changes: Mapping[str, Any] = field(default_factory=dict[str, Any])
+
+    def arm(self, name: str) -> Arm:
+        """The arm of that name.
+
+        Raises:
+            ConfigError: there is none.
+        """
+        for arm in self.arms:
+            if arm.name == name:
+                return arm
+        raise ConfigError(f"arms: {name!r} is none of {', '.join(arm.name for arm in self.arms)}")
+
+
+BIG = {"compression.enabled": False}
+# The phases of the published code, and a cut every 1000 of the first 20,000 steps: see docs/paper.md.
+CIRCLE = {"model.max_phase": 2 * math.pi}
+FULL_CIRCLE = {**CIRCLE, "compression.cuts": 20}
+LONG = {"data.pool": 1, "run.steps": 1500}
+
+
+_NO_TOLERANCE = {"compression.tolerance": None, "compression.max_reduction": None}
+
+
+def protocol(tolerances: Sequence[float], states: Sequence[int], paper: Mapping[str, float]) -> tuple[Arm, ...]:
+    """The paper's rows: 256 states, cut at these tolerances, and models that have so few states from the start."""
+    size = {0.02: 28, 0.04: 13}  # what the paper's cuts leave
+    return (
+        Arm("full", BIG, paper=paper.get("full")),
+        *(
+            Arm(
+                f"tau{tau}",
+                _tolerance(tau, "complex"),
+                paper=paper.get(str(tau)),
+                small=f"small{size[tau]}" if size.get(tau) in states else None,
+            )
+            for tau in tolerances
+        ),
+        *(Arm(f"small{n}", {**BIG, "model.d_state": n}, paper=paper.get(str(n))) for n in states),
+    )
+
+
+def _tolerance(tau: float, method: str) -> dict[str, Any]:
+    return {"compression.tolerance": tau, "compression.method": method}
+
+
+def cut_to_32(**changes: Any) -> dict[str, Any]:
+    keys = {f"compression.{key}": value for key, value in changes.items()}
+    return {**_NO_TOLERANCE, "compression.states": 32, **keys}
+
+
+def afterwards(steps: int) -> tuple[Arm, ...]:
+    """A big model, cut to 28 states once, in four ways: after all training, and with a tenth of it left to adapt."""
+    return tuple(
+        Arm(f"{when}-{selection}", after(steps, rest, selection), continues="full", small="small")
+        for when, rest in (("after", 1), ("tuned", steps // 10))
+        for selection in ("hankel", "modal", "hinf", "energy")
+    )
+
+
+def after(steps: int, rest: int, selection: str = "hankel") -> dict[str, Any]:
+    """One cut to 28 states, with so many steps left."""
+    return {
+        **cut_to_32(states=28, cuts=1, selection=selection),
+        "compression.start": steps - rest,
+        "compression.window": 1 / steps,
+    }
+
+
+def three_ways(*tolerances: float, paper: Mapping[str, tuple[float, float]], full: float | None) -> tuple[Arm, ...]:
+    """Big all the way; shrunk, and small from the start at the same states, for every tolerance."""
+    arms = [Arm("full", BIG, paper=full)]
+    for tau in tolerances:
+        shrunk, small = paper.get(str(tau), (None, None))
+        arms += [
+            Arm(
+                f"tau{tau}",
+                {"compression.tolerance": tau, "compression.method": "complex"},
+                paper=shrunk,
+                small=f"small{tau}",
+            ),
+            Arm(f"small{tau}", BIG, same_states_as=f"tau{tau}", paper=small),
+        ]
+    return tuple(arms)
+
+
+def scaled_down(config: str) -> dict[str, Any]:
+    """What lets a data set of the paper train on two cores in an afternoon."""
+    small = {"model.n_layers": 2, "model.d_model": 32}
+    return {
+        "scifar": {**small, "data.pool": 2, "model.d_state": 192},
+        "listops": {**small, "model.d_model": 64, "data.max_length": 200, "data.examples": 20_000},
+        "imdb": {
+            "model.d_model": 32,
+            "model.dropout": 0.1,
+            "data.max_length": 1024,
+            "optimizer.ssm_lr_factor": 0.25,
+            "compression.start": 200,
+            "compression.window": 0.1,
+            "run.batch_size": 50,
+            "run.eval_every": 2500,
+            "run.checkpoint_every": 2500,
+        },
+    }[config]
+
+
+def family(layer: str, title: str, states: int, **options: Any) -> Experiment:
+    """Big, shrunk, small from the start, and cut to random states: one kind of layer."""
+    model = {"model.layer": layer, **{f"model.{key}": value for key, value in options.items()}}
+    return Experiment(
+        f"family-{layer.replace('_', '-')}",
+        f"Sequential MNIST in 196 steps, {title} from {options['d_state']} states to {states}",
+        "smnist-mamba",
+        (
+            Arm("full", BIG),
+            Arm("shrunk", {"compression.states": states}, small="small"),
+            Arm("small", {**BIG, "model.d_state": states}),
+            Arm("random", {"compression.states": states, "compression.selection": "random"}, small="small"),
+        ),
+        seeds=1,
+        changes=model,
+    )
+
+
+def once(window: float, **changes: Any) -> dict[str, Any]:
+    """One cut after this share of the training, or as the changes say."""
+    keys = {f"compression.{key}": value for key, value in {"cuts": 1, "window": window, **changes}.items()}
+    return {"compression.tolerance": None, **keys}
+
+
+def by_loss(window: float, **changes: Any) -> dict[str, Any]:
+    """The same, by states on data and the loss's gradients."""
+    return once(window, gramians="loss", **changes)
+
+
+# An LRU of 256 states in one block of width 8 that learns in a few minutes.
+SHORT = {
+    "data.pool": 2, "optimizer.name": "adamw", "optimizer.lr": 4e-3, "optimizer.weight_decay": 0.01,
+    "schedule.name": "cosine", "schedule.warmup": 0.03,
+}  # fmt: skip
+PAPER = {"full": 97.3, "0.01": 96.9, "0.02": 96.9, "0.04": 95.9, "13": 92.6, "28": 96.0}
+OURS = (
+    Arm("real0.02", _tolerance(0.02, "real"), small="small-real0.02"),
+    Arm("small-real0.02", BIG, same_states_as="real0.02"),
+    # Four cuts, the default: the more there are, the sooner each is judged.
+    Arm("max-drop", {"compression.max_drop": 0.002, "compression.cuts": 4, **_NO_TOLERANCE}),
+)
+
+
+__all__ = [
+    "BIG",
+    "CIRCLE",
+    "FULL_CIRCLE",
+    "LONG",
+    "OURS",
+    "PAPER",
+    "SHORT",
+    "Arm",
+    "Experiment",
+    "after",
+    "afterwards",
+    "by_loss",
+    "cut_to_32",
+    "family",
+    "once",
+    "protocol",
+    "scaled_down",
+    "three_ways",
+]

@@ -1,0 +1,126 @@
+"""The first screen of the results: one figure and five sentences, computed from all that is stored."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from compressm.lab.reproduce.experiments import Arm, Experiment
+from compressm.lab.reproduce.gaps import FEWEST_SEEDS, SMALLEST_GAP, Recovered, all_recovered
+from compressm.lab.reproduce.tables import Results, rows
+from compressm.runtime.files import replacing
+
+Found = Mapping[str, tuple[Experiment, Results]]
+
+LITTLE = 0.25  # a share below it is called little
+SHOWN = (-0.6, 2.2)  # the figure's shares
+
+
+def cut_while_training(arm: Arm) -> bool:
+    """Whether an arm is the method itself: not a rival, not a choice of states that serves for comparison."""
+    rival = arm.continues is not None or arm.teacher is not None or "loss.hankel_norm" in arm.changes
+    selected = arm.changes.get("compression.selection", "hankel") == "hankel"
+    return arm.small is not None and selected and not rival
+
+
+def method_shares(found: Found) -> list[Recovered]:
+    """The shares of all arms that are cut while they train."""
+    arms = {(name, arm.name) for name, (one, _) in found.items() for arm in one.arms if cut_while_training(arm)}
+    return [share for share in all_recovered(found) if (share.experiment, share.arm) in arms]
+
+
+def sentences(found: Found) -> list[str]:
+    """What a busy reader takes away; five sentences, of which those without anything to say are left out."""
+    shares = method_shares(found)
+    gaps = [one for one in shares if one.share is not None]
+    certain = [one for one in gaps if one.half_width is not None]
+    little = [one for one in gaps if one.share is not None and one.share < LITTLE]
+    absent = [one for one in shares if one.share is None]
+    made = []
+    if gaps:
+        middle = statistics.median(one.share for one in gaps if one.share is not None)
+        made.append(
+            f"In {len(gaps)} of {len(shares)} comparisons a big model is at least {SMALLEST_GAP:.0f} point better than "
+            f"one that is small from the start; cut to the small one's size while it trains, it keeps "
+            f"{100 * middle:.0f} % of that gap in the median."
+        )
+    if certain:
+        each = ", ".join(f"{_name(one)} {one}" for one in certain)
+        made.append(f"With {FEWEST_SEEDS} seeds or more, and 95 % intervals: {each}. All others rest on fewer seeds.")
+    if little:
+        each = ", ".join(f"{_name(one)} {one}" for one in little)
+        made.append(f"It keeps little or nothing here: {each}.")
+    if absent:
+        each = ", ".join(dict.fromkeys(f"`{one.experiment}`" for one in absent))
+        made.append(
+            f"Without a gap there is nothing to keep: in {each} a model that is small from the start is as good, and "
+            "training small is the better choice."
+        )
+    faster = _speedups(found)
+    if faster:
+        made.append(
+            f"The whole training, cuts included, takes {1 / statistics.median(faster):.2f} of the big one's computing "
+            f"time in the median ({1 / max(faster):.2f} to {1 / min(faster):.2f})."
+        )
+    return made
+
+
+def _speedups(found: Found) -> list[float]:
+    """Of all arms that are cut while they train: how much less computing the whole run takes than the big one's."""
+    all_rows = [row for one, results in found.values() for row in rows(one, results)]
+    return [row.run_speedup for row in all_rows if cut_while_training(row.arm) and row.run_speedup is not None]
+
+
+def _name(share: Recovered) -> str:
+    return f"`{share.experiment}` {share.arm}"
+
+
+def draw_overview(found: Found, picture: Path) -> None:
+    """One line for every comparison with a gap: the share that is kept, with its interval where there is one."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+    from matplotlib.ticker import PercentFormatter
+
+    shares = [one for one in method_shares(found) if one.share is not None]
+    figure, axis = plt.subplots(figsize=(8, 0.9 + 0.32 * len(shares)), layout="constrained")
+    for line, one in enumerate(reversed(shares)):
+        _point(axis, line, one)
+    labels = [f"{one.experiment} · {one.arm} (gap {one.gap:.1f}, n = {one.seeds})" for one in reversed(shares)]
+    axis.set_yticks(range(len(shares)), labels, fontsize=8)
+    for at, name in ((0.0, "small"), (1.0, "big")):
+        axis.axvline(at, color="0.6", linewidth=1, zorder=0)
+        axis.text(at, len(shares) - 0.35, name, ha="center", va="bottom", fontsize=8, color="0.4")
+    axis.set(
+        xlim=SHOWN, ylim=(-0.7, len(shares) + 0.3),
+        xlabel="share of the gap kept (orange: by the loss; filled: three seeds or more, 95 % interval)",
+    )  # fmt: skip
+    axis.xaxis.set_major_formatter(PercentFormatter(1.0))
+    axis.spines[["top", "right"]].set_visible(False)
+    with matplotlib.rc_context({"svg.hashsalt": "overview"}), replacing(picture) as new:
+        figure.savefig(new, metadata={"Date": None} if picture.suffix == ".svg" else None, format=picture.suffix[1:])
+    plt.close(figure)
+
+
+def _point(axis: Any, line: int, one: Recovered) -> None:
+    """A dot, in a colour of its own where the loss decided what was cut."""
+    assert one.share is not None
+    colour = "tab:orange" if one.arm.startswith("loss") else "tab:blue"
+    at = min(max(one.share, SHOWN[0] + 0.03), SHOWN[1] - 0.03)
+    filled = one.half_width is not None
+    axis.plot(at, line, "o", color=colour, markerfacecolor=colour if filled else "white", markersize=6)
+    if one.half_width is not None:
+        axis.plot([at - one.half_width, at + one.half_width], [line, line], color=colour, linewidth=1.5, zorder=1)
+
+
+def render_overview(found: Found, picture: str) -> str:
+    """For the documentation: the figure, and the sentences below it."""
+    lines: Sequence[str] = [f"{number}. {sentence}" for number, sentence in enumerate(sentences(found), 1)]
+    text = "\n".join([f"![Which share of the gap between small and big is kept]({picture})", "", *lines])
+    return f"{text}\n\nWhat did not work has a [page of its own](negative.md).\n"
+
+
+__all__ = ["cut_while_training", "draw_overview", "method_shares", "render_overview", "sentences"]

@@ -1,0 +1,108 @@
+"""Shares of the gap against their definition, and what the stored results say of how they were selected."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import numpy as np
+import pytest
+
+from compressm.lab.reproduce import EXPERIMENTS, Arm, Experiment, read_results
+from compressm.lab.reproduce.gaps import recovered
+from compressm.lab.reproduce.overview import cut_while_training, draw_overview, sentences
+from compressm.lab.reproduce.tables import Results
+
+ROOT = Path(__file__).parents[3]
+THREE = Experiment("three", "Three", "digits", (Arm("full", {}), Arm("small", {}), Arm("cut", {}, small="small")))
+STORED = sorted(path for name in EXPERIMENTS for path in (ROOT / "results" / name).glob("*.json"))
+
+
+def runs(full: Any, small: Any, cut: Any) -> Results:
+    """Runs of these test accuracies in percent, seed by seed."""
+    columns = {"full": full, "small": small, "cut": cut}
+    made = {
+        (name, seed): SimpleNamespace(test_accuracy=value / 100)
+        for name, values in columns.items()
+        for seed, value in enumerate(values)
+    }
+    return cast("Results", made)
+
+
+def test_it_is_the_share_of_the_mean_gap() -> None:
+    share = recovered(THREE, THREE.arms[2], runs([90, 92], [80, 84], [88, 89]))
+    assert share is not None
+    assert share.gap == pytest.approx(9)
+    assert share.share == pytest.approx(6.5 / 9)
+    assert share.half_width is None  # two seeds
+    assert str(share) == "72 %"
+
+
+def test_only_seeds_that_all_three_have_count() -> None:
+    share = recovered(THREE, THREE.arms[2], runs([90], [80, 0], [85, 100, 100]))
+    assert share is not None
+    assert (share.seeds, share.share) == (1, pytest.approx(0.5))
+    assert recovered(THREE, THREE.arms[2], runs([], [80], [85])) is None
+    assert recovered(THREE, THREE.arms[0], runs([90], [80], [85])) is None
+
+
+def test_no_share_of_a_gap_below_one_point() -> None:
+    share = recovered(THREE, THREE.arms[2], runs([80.9] * 3, [80] * 3, [80.5] * 3))
+    assert share is not None
+    assert (share.share, share.half_width, str(share)) == (None, None, "no gap")
+
+
+def test_the_interval_covers_the_true_share_as_often_as_it_says() -> None:
+    draws, true, covered, generator = 2000, 0.7, 0, np.random.default_rng(0)
+    for _ in range(draws):
+        seed = generator.normal(0, 1, 3)  # what all three runs of a seed share
+        full, small, cut = (mean + seed + generator.normal(0, 0.5, 3) for mean in (90.0, 80.0, 80 + 10 * true))
+        share = recovered(THREE, THREE.arms[2], runs(full, small, cut))
+        assert share is not None
+        assert share.share is not None
+        assert share.half_width is not None
+        covered += abs(share.share - true) <= share.half_width
+    assert covered / draws == pytest.approx(0.95, abs=0.02)  # four standard deviations of the count
+
+
+def test_rivals_and_random_choices_are_not_the_method() -> None:
+    method = {arm.name for arm in EXPERIMENTS["rivals"].arms if cut_while_training(arm)}
+    assert method == {"shrunk"}
+    assert {arm.name for arm in EXPERIMENTS["mamba"].arms if cut_while_training(arm)} == {"shrunk"}
+
+
+def test_every_small_counterpart_exists() -> None:
+    for experiment in EXPERIMENTS.values():
+        for arm in experiment.arms:
+            assert arm.small is None or experiment.arm(arm.small) is not arm
+
+
+def test_the_overview_says_what_is_stored(tmp_path: Path) -> None:
+    read = {name: (one, read_results(one, ROOT / "results")) for name, one in EXPERIMENTS.items()}
+    found = {name: both for name, both in read.items() if both[1]}
+    text = "\n".join(sentences(found))
+    assert len(sentences(found)) == 5
+    for name, one in found.items():
+        for arm in one[0].arms:
+            share = recovered(one[0], arm, one[1]) if cut_while_training(arm) else None
+            if share is not None and share.half_width is not None:
+                assert f"`{name}` {arm.name} {share}" in text
+    draw_overview(found, tmp_path / "o.svg")
+    assert (tmp_path / "o.svg").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("path", STORED, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_nothing_was_selected_on_test_data(path: Path) -> None:
+    """The curve knows validation only, and the model that was tested is the best or last of it by validation."""
+    run = json.loads(path.read_text(encoding="utf-8"))
+    assert not [key for point in run["curve"] for key in point if "test" in key]
+    assert not [event for event in run["history"] if "test" in json.dumps(event)]
+    if run["config"]["run"].get("select") == "best":
+        cuts = [event["step"] for event in run["history"] if event["kind"] in ("cut", "rolled_back")]
+        since = max(cuts, default=0)
+        of_this_size = [p["validation_accuracy"] for p in run["curve"] if p["step"] >= since]
+        assert run["validation_accuracy"] == pytest.approx(max(of_this_size), abs=1e-9)
+    else:
+        assert run["validation_accuracy"] == pytest.approx(run["curve"][-1]["validation_accuracy"], abs=1e-9)
