@@ -426,9 +426,15 @@ def parse_config(tree: Mapping[str, Any], source: str = "config") -> Config:
 
 
 def present_form(saved: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """A stored configuration with the keys that have come since, at the defaults by which it was made."""
+    """A stored configuration with the keys that have come since, at the defaults by which it was made.
+
+    A rule about sizes is not limited to half of the states: no ``max_reduction`` and one of 1 are the same to it.
+    """
     tree = {section: dict(values) for section, values in saved.items()}
     made = tree.get("compression", {})
+    sized = any(made.get(name) is not None for name in ("states", "fraction", "total_states"))
+    if sized and made.get("max_reduction") is None:
+        made["max_reduction"] = 1.0
     if any(made.get(name) is not None for name in ("tolerance", "max_error")):
         made.setdefault("max_reduction", 1.0)  # one cut was not limited to half of the states
     for section, field in Config.model_fields.items():

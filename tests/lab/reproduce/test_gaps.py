@@ -10,10 +10,12 @@ from typing import Any, cast
 import numpy as np
 import pytest
 
-from compressm.lab.reproduce import EXPERIMENTS, Arm, Experiment, read_results
+from compressm.lab.reproduce import EXPERIMENTS, Arm, Experiment, plan_runs, read_results
 from compressm.lab.reproduce.gaps import recovered
+from compressm.lab.reproduce.grid import configuration
 from compressm.lab.reproduce.overview import cut_while_training, draw_overview, sentences
 from compressm.lab.reproduce.tables import Results
+from compressm.lab.runs.same_settings import differences
 
 ROOT = Path(__file__).parents[3]
 THREE = Experiment("three", "Three", "digits", (Arm("full", {}), Arm("small", {}), Arm("cut", {}, small="small")))
@@ -106,3 +108,12 @@ def test_nothing_was_selected_on_test_data(path: Path) -> None:
         assert run["validation_accuracy"] == pytest.approx(max(of_this_size), abs=1e-9)
     else:
         assert run["validation_accuracy"] == pytest.approx(run["curve"][-1]["validation_accuracy"], abs=1e-9)
+
+
+def test_runs_from_before_cuts_could_be_limited_are_those_of_today(tmp_path: Path) -> None:
+    """With a rule about sizes, no limit of one cut and a limit of all states are the same settings."""
+    for name, arm in (("ablation-loss", "loss12"), ("ablation-loss", "loss6"), ("rivals", "shrunk")):
+        (run,) = plan_runs(EXPERIMENTS[name], range(1), [arm], ROOT / "results", tmp_path)
+        config = configuration(run)
+        stored = json.loads((ROOT / "results" / name / f"{arm}-seed0.json").read_text(encoding="utf-8"))
+        assert [key for key, *_ in differences(stored["config"], config) if key != "run.steps"] == []

@@ -133,7 +133,11 @@ EXPERIMENTS: dict[str, Experiment] = {
                         Arm(f"loss{states}", by_loss(0.25, states=states), small=f"small{states}"),
                     )
                 ),
-                Arm("loss12-early", by_loss(0.1, states=12), small="small12"),
+                *(
+                    Arm(f"{name}{states}-early", cut(0.1, states=states), small=f"small{states}")
+                    for states in (12, 6)
+                    for name, cut in (("white", once), ("loss", by_loss))
+                ),
                 Arm("loss12-late", by_loss(0.5, states=12), small="small12"),
                 Arm("loss12-four-cuts", by_loss(0.25, states=12, cuts=4), small="small12"),
                 Arm("loss12-reset", by_loss(0.25, states=12, carry="reset"), small="small12"),

@@ -27,7 +27,7 @@ def differences(saved: Mapping[str, Any], config: Config) -> Generator[tuple[str
         config: the one now.
     """
     saved = present_form(saved)
-    for section, values in config.model_dump(mode="json").items():
+    for section, values in present_form(config.model_dump(mode="json")).items():
         for name, value in values.items():
             key, before = f"{section}.{name}", saved.get(section, {}).get(name)
             if key not in FREE_KEYS and before != value:
