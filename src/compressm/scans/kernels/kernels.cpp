@@ -8,6 +8,7 @@
 #include "lti.h"
 #include "mamba.h"
 #include "narrow.h"
+#include "products.h"
 #include "selective.h"
 
 extern "C" int vector_size() { return vector_bytes; }
