@@ -11,19 +11,25 @@ is ``S_i = exp(log_decay_i) S_{i-1} + u_i k_i^T``. Let S be the state at the sta
 since then. The ``u`` of the chunk solve
 
     u_i + beta_i sum_{j<i} (g_i / g_j) (k_i . k_j) u_j = beta_i (v_i - g_i S k_i)
+
+The ``native`` engine computes the same chunk by chunk in the processor's cache, forward and backward. For the backward
+pass it keeps ``u_i / beta_i``, as large as ``v``, and the state once every 64 steps.
 """
 
 from __future__ import annotations
 
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
 
+from compressm.scans import native
 from compressm.scans.frame import check_engine, check_shapes, empty, empty_scan, in_form, without_autocast
+from compressm.scans.graph import exporting
 from compressm.scans.ssd import by_chunk, elapsed_in_chunk
+from compressm.scans.transforms import gradients, transformed, twice
 
-Engine = Literal["auto", "chunked", "loop", "graph"]
+Engine = Literal["auto", "native", "chunked", "loop", "graph"]
 
 CHUNK = 64
 
@@ -59,8 +65,9 @@ def delta_scan(
             if ``beta |k|^2 > 2``.
         initial_state: shape ``(batch, heads, p, n)``; zero by default.
         return_state: also return the state after the last step.
-        engine: ``"chunked"``; ``"loop"``, the definition, for reference; or ``"graph"`` (one loop node). ``"auto"`` is
-            ``"graph"`` while `torch.export` traces, and ``"chunked"`` otherwise.
+        engine: ``"native"`` (compiled, CPU); ``"chunked"`` (matrix products of PyTorch, anywhere); ``"loop"``, the
+            definition, for reference; or ``"graph"`` (one loop node). ``"auto"`` is ``"graph"`` while `torch.export`
+            traces, and otherwise the first available one.
 
     Returns:
         ``y``, shape and dtype of ``v``; with ``return_state`` also the last state, shape ``(batch, heads, p, n)``.
@@ -86,14 +93,21 @@ def delta_scan(
             "initial_state": (initial_state, (batch, heads, p, n)),
         },
     )
-    check_engine(engine, "auto", "chunked", "loop", "graph")
+    check_engine(engine, "auto", "native", "chunked", "loop", "graph")
     dtype = torch.promote_types(v.dtype, torch.float32)
     state = v.new_zeros(batch, heads, p, n) if initial_state is None else initial_state
     sequences = (tensor.to(dtype) for tensor in (v, log_decay, beta, k, q))
     if empty(v):
         y, state = empty_scan(tuple(v.shape), state.to(dtype), v, log_decay, beta, k, q)
         return (y, state) if return_state else y
-    y, state = in_form(engine, _chunked, delta_step, state.to(dtype), *sequences)
+    if engine == "auto" and not exporting() and native.usable(v, log_decay, beta, k, q, state):
+        engine = "native"
+    if engine == "native" and transformed():
+        engine = "chunked"
+    if engine == "native":
+        y, state = _native(*sequences, state.to(dtype))
+    else:
+        y, state = in_form(engine, _chunked, delta_step, state.to(dtype), *sequences)
     return (y.to(v.dtype), state) if return_state else y.to(v.dtype)
 
 
@@ -143,3 +157,68 @@ def _chunked(v: Tensor, log_decay: Tensor, beta: Tensor, k: Tensor, q: Tensor, s
         state = kept[:, c] * state + written.transpose(-1, -2) @ storing[:, c]
     y = torch.stack(outputs, 1)
     return y.transpose(2, 3).reshape(batch, -1, heads, p)[:, :length], state
+
+
+def _native(v: Tensor, log_decay: Tensor, beta: Tensor, k: Tensor, q: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+    tensors = (v, log_decay, beta, k, q, state)
+    keep = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+    y, last, _, _ = _native_forward(*(tensor.contiguous() for tensor in tensors), keep)
+    return y, last
+
+
+@torch.library.custom_op("compressm::delta_scan", mutates_args=(), device_types="cpu")
+def _native_forward(
+    v: Tensor, log_decay: Tensor, beta: Tensor, k: Tensor, q: Tensor, state: Tensor, keep: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    y, last, states, written = _results(v, state, keep)
+    kept = (states, written) if keep else (None, None)
+    native.call("delta_forward", v, *v.shape, k.shape[3], v, log_decay, beta, k, q, state, y, last, *kept)
+    return y, last, states, written
+
+
+@_native_forward.register_fake
+def _(v: Tensor, log_decay: Tensor, beta: Tensor, k: Tensor, q: Tensor, state: Tensor, keep: bool) -> Any:
+    return _results(v, state, keep)
+
+
+def _results(v: Tensor, state: Tensor, keep: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Room for outputs, the last state, and what the backward pass needs: states and written values."""
+    (batch, length, heads, p), n = v.shape, state.shape[3]
+    states = v.new_empty((batch, heads, native.kept_states(length), n, p) if keep else (0,))
+    return torch.empty_like(v), torch.empty_like(state), states, v.new_empty(v.shape if keep else (0,))
+
+
+@torch.library.custom_op("compressm::delta_scan_backward", mutates_args=(), device_types="cpu")
+def _native_backward(
+    grad_y: Tensor, grad_state: Tensor, log_decay: Tensor, beta: Tensor, k: Tensor, q: Tensor, states: Tensor,
+    written: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    grads = tuple(torch.empty_like(tensor) for tensor in (written, log_decay, beta, k, q))
+    carry = grad_state.clone()
+    sizes = (*written.shape, k.shape[3])
+    native.call("delta_backward", k, *sizes, log_decay, beta, k, q, states, written, grad_y, *grads, carry)
+    return (*grads, carry)  # pyright: ignore[reportReturnType]
+
+
+@_native_backward.register_fake
+def _(
+    grad_y: Tensor, grad_state: Tensor, log_decay: Tensor, beta: Tensor, k: Tensor, q: Tensor, states: Tensor,
+    written: Tensor,
+) -> Any:  # fmt: skip
+    return tuple(torch.empty_like(tensor) for tensor in (written, log_decay, beta, k, q, grad_state))
+
+
+def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.save_for_backward(*inputs[:6], *output[2:])
+    ctx.set_materialize_grads(True)
+
+
+def _differentiate(ctx: Any, grad_y: Tensor, grad_state: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    *inputs, states, written = ctx.saved_tensors
+    if twice():
+        return *gradients(_chunked, inputs, (grad_y, grad_state)), None
+    _v, *sequences, _state = inputs
+    return *_native_backward(grad_y.contiguous(), grad_state.contiguous(), *sequences, states, written), None
+
+
+_native_forward.register_autograd(_differentiate, setup_context=_keep_for_backward)

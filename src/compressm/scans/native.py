@@ -117,6 +117,12 @@ def vector_bytes() -> int:
     return _vector_bytes
 
 
+def kept_states(length: int) -> int:
+    """How many states of a matrix-valued recurrence are kept for the backward pass: one every ``kept_steps`` of
+    matrix_states.h."""
+    return -(-length // 64)
+
+
 def available() -> bool:
     """Whether the kernels exist. Builds them if needed."""
     return library() is not None

@@ -45,6 +45,9 @@ def test_loops_equal_ours() -> None:
         (ours.selective, peers_torch.selective_loop, {"n": 3, "d": 5}),
         (ours.ssd, peers_torch.ssd_loop, {"n": 3, "heads": 2, "p": 4}),
         (ours.lti, peers_torch.lti_loop, {"n": 3, "width": 4}),
+        (ours.gla, peers_torch.gla_loop, {"n": 3, "heads": 2, "p": 4}),
+        (ours.delta, peers_torch.delta_loop, {"n": 3, "heads": 2, "p": 4, "gated": True}),
+        (ours.delta, peers_torch.delta_loop, {"n": 3, "heads": 2, "p": 4, "gated": False}),
     ):
         same_gradients(mine(**sizes, batch=2, length=20), loop(**sizes, batch=2, length=20))
 
@@ -54,6 +57,7 @@ def test_a_step_imports_no_library() -> None:
     code = (
         "import sys; from compressm.lab.bench import ours; before = set(sys.modules)\n"
         "ours.lru_training_step(4, 4, 1, 2, 16)(); ours.selective(4, 16, 1, 8)(); ours.ssd(4, 2, 4, 1, 8)()\n"
+        "ours.gla(4, 2, 4, 1, 8)(); ours.delta(4, 2, 4, 1, 8, True)()\n"
         "print(len(set(sys.modules) - before))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -70,6 +74,20 @@ def test_hugging_faces_scans_equal_ours() -> None:
     torch.testing.assert_close(ours.selective_scan(*tensors), theirs, rtol=1e-4, atol=1e-5)
     sizes = {"n": 3, "heads": 2, "p": 4, "batch": 2, "length": 300}  # two of their chunks
     same_gradients(ours.ssd(**sizes), peers_hf.ssd(**sizes))
+    for gated in (True, False):
+        same_gradients(ours.delta(**sizes, gated=gated), peers_hf.delta(**sizes, gated=gated))
+
+
+@pytest.mark.filterwarnings("ignore")  # of a machine without a GPU
+def test_plain_functions_of_flash_linear_attention_equal_ours() -> None:
+    pytest.importorskip("triton")
+    pytest.importorskip("fla")
+    from compressm.lab.bench import peers_fla
+
+    sizes = {"n": 3, "heads": 2, "p": 4, "batch": 2, "length": 128}  # theirs want whole chunks
+    same_gradients(ours.gla(**sizes), peers_fla.gla(**sizes))
+    for gated in (True, False):
+        same_gradients(ours.delta(**sizes, gated=gated), peers_fla.delta(**sizes, gated=gated))
 
 
 def test_mixers_are_the_same_but_for_the_scan(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,6 +10,8 @@ from compressm.lab.bench.roofline import (
     FLOAT,
     Rates,
     Work,
+    delta_training,
+    gla_training,
     lru_training_step,
     lti_training,
     measure_rates,
@@ -82,6 +84,26 @@ def test_ssd_never_exceeds_the_recurrence() -> None:
     recurrence = 3 * 2 * 3 * batch * length * heads * p * n
     best = ssd_training(batch, length, heads, p, n).flops
     assert recurrence / 2 < best < recurrence
+
+
+def test_gated_linear_attention_and_delta_rule_of_one_step_by_hand() -> None:
+    """Of one step only the recurrence remains: its loops over the state, forward and twice backward."""
+    p, n = 4, 3
+    of_state = 2 * p * n  # a multiply-add, or what takes as long, for each entry
+    # Decay, write, read.
+    assert gla_training(1, 1, 1, p, n) == Work(flops=3 * 3 * of_state, exps=2 * n, bytes=FLOAT * (5 * p + 9 * n))
+    # Read, write, read; decay.
+    plain, gated = (delta_training(1, 1, 1, p, n, gated) for gated in (False, True))
+    assert plain == Work(flops=3 * 3 * of_state, bytes=FLOAT * (5 * p + 6 * n + 3))
+    assert gated == Work(flops=3 * 4 * of_state, bytes=FLOAT * (5 * p + 6 * n + 6))
+
+
+def test_chunks_pay_for_the_delta_rule_only_with_a_decay() -> None:
+    """Reading and writing the state costs the same in any chunk; only its decay is shared by the chunk's steps."""
+    sizes = (2, 512, 4, 64, 128)
+    recurrence = 3 * 2 * 3 * 2 * 512 * 4 * 64 * 128
+    assert delta_training(*sizes, gated=False).flops == recurrence
+    assert recurrence < delta_training(*sizes, gated=True).flops < 8 / 6 * recurrence
 
 
 def test_reduction_grows_with_the_cube() -> None:

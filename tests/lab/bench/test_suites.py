@@ -15,7 +15,7 @@ from compressm.lab.bench.suites import SUITES, sweep
 
 CASES = [case for suite in SUITES.values() for case in suite("cpu")]
 SWEEPS = [point for suite in SUITES for point in sweep(suite, "cpu")]
-EXTRAS = {"peers_jax": "optax", "peers_hf": "transformers", "peers_pymor": "pymor"}
+EXTRAS = {"peers_jax": ["optax"], "peers_hf": ["transformers"], "peers_pymor": ["pymor"], "peers_fla": ["fla", "triton"]}
 
 
 def test_names_are_unique_and_say_their_suite() -> None:
@@ -29,8 +29,7 @@ def test_every_side_can_be_called() -> None:
     for case in [*CASES, *(point.case for point in SWEEPS)]:
         for side in (case.ours, case.peer_side):
             module, function = side.build.split(":")
-            needed = EXTRAS.get(module.rsplit(".", 1)[1])
-            if needed is None or importlib.util.find_spec(needed):
+            if all(importlib.util.find_spec(needed) for needed in EXTRAS.get(module.rsplit(".", 1)[1], [])):
                 inspect.signature(getattr(importlib.import_module(module), function)).bind(**side.arguments)
             assert json.loads(json.dumps(side.arguments)) == side.arguments
         assert case.work.flops > 0

@@ -17,7 +17,8 @@ from compressm import compress
 from compressm.cutting import plan_reduction
 from compressm.lab.bench.worker import Step
 from compressm.layers import LRU, SequenceClassifier
-from compressm.scans import lti_scan, selective_scan, ssd_scan
+from compressm.scans import delta_scan, gla_scan, lti_scan, selective_scan, ssd_scan
+from compressm.scans.delta import Engine as DeltaEngine
 from compressm.theory.ranks import RankRule
 
 
@@ -124,6 +125,44 @@ def ssd_of_mamba2(x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor) -> 
 def ssd(n: int, heads: int, p: int, batch: int, length: int, device: str = "cpu") -> Step:
     """`ssd_scan` alone, with the engine it chooses."""
     return forward_backward(ssd_of_mamba2, ssd_tensors(n, heads, p, batch, length, device))
+
+
+def gla_tensors(n: int, heads: int, p: int, batch: int, length: int, device: str = "cpu") -> list[Tensor]:
+    """Arguments of `gla_scan` as the layer has them at initialisation: decays ``sigmoid(normal)^(1/16)``."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(batch, length, heads, p, generator=generator)
+    gates, B, C = torch.randn(3, batch, length, heads, n, generator=generator)
+    return [tensor.to(device) for tensor in (x, F.logsigmoid(gates) / 16, B.contiguous(), C.contiguous())]
+
+
+def gla(n: int, heads: int, p: int, batch: int, length: int, device: str = "cpu") -> Step:
+    """`gla_scan` alone, with the engine it chooses."""
+    return forward_backward(gla_scan, gla_tensors(n, heads, p, batch, length, device))
+
+
+def delta_tensors(
+    n: int, heads: int, p: int, batch: int, length: int, gated: bool, device: str = "cpu"
+) -> list[Tensor]:
+    """``v, beta, k, q`` and, if ``gated``, ``log_decay``: keys of norm 1, beta in (0, 1), decays exp(-0.1) to 1."""
+    generator = torch.Generator().manual_seed(0)
+    v = torch.randn(batch, length, heads, p, generator=generator)
+    beta = torch.randn(batch, length, heads, generator=generator).sigmoid()
+    k, q = torch.randn(2, batch, length, heads, n, generator=generator)
+    log_decay = -0.1 * torch.rand(batch, length, heads, generator=generator)
+    tensors = [v, beta, F.normalize(k, dim=-1), q.contiguous()]
+    return [tensor.to(device) for tensor in (*tensors, *([log_decay] if gated else []))]
+
+
+def delta_rule(
+    v: Tensor, beta: Tensor, k: Tensor, q: Tensor, log_decay: Tensor | None = None, engine: DeltaEngine = "auto"
+) -> Tensor:
+    """`delta_scan` on `delta_tensors`; a decay of 1 where there is none."""
+    return delta_scan(v, torch.zeros_like(beta) if log_decay is None else log_decay, beta, k, q, engine=engine)
+
+
+def delta(n: int, heads: int, p: int, batch: int, length: int, gated: bool, device: str = "cpu") -> Step:
+    """`delta_scan` alone, with the engine it chooses."""
+    return forward_backward(delta_rule, delta_tensors(n, heads, p, batch, length, gated, device))
 
 
 def lru_layer(n: int, width: int) -> LRU:

@@ -1,7 +1,7 @@
-"""Peers from Hugging Face transformers: the code that Mamba and Mamba-2 run where no CUDA kernel is installed.
+"""Peers from Hugging Face transformers: the code that Mamba, Mamba-2 and Qwen3-Next run where no CUDA kernel is installed.
 
-The scan rows call the very functions of the mixers' slow path (`mamba_selective_scan`, `mamba2_chunk_scan`) on the same
-tensors as ours, in their layout. The mixer rows run a whole `MambaMixer` or `Mamba2Mixer` (projections, convolution,
+The scan rows call the very functions of the mixers' slow path (`mamba_selective_scan`, `mamba2_chunk_scan`, and
+Qwen3-Next's `torch_chunk_gated_delta_rule`) on the same tensors as ours, in their layout. The mixer rows run a whole `MambaMixer` or `Mamba2Mixer` (projections, convolution,
 scan, gate), forward and backward; for our side that one function is exchanged for our scan, and all else is theirs.
 """
 
@@ -14,10 +14,11 @@ from torch import Tensor
 from transformers import Mamba2Config, MambaConfig
 from transformers.models.mamba import modeling_mamba
 from transformers.models.mamba2 import modeling_mamba2
+from transformers.models.qwen3_next import modeling_qwen3_next
 
 from compressm.adapters.rebind import rebound_forward
 from compressm.integrations.hf_scan import FUSED, enable_fast_scan
-from compressm.lab.bench.ours import forward_backward, selective_tensors, ssd_tensors
+from compressm.lab.bench.ours import delta_tensors, forward_backward, selective_tensors, ssd_tensors
 from compressm.lab.bench.worker import Step
 
 
@@ -28,6 +29,7 @@ def _slow(function: Any) -> Any:
 
 MAMBA_SCAN = _slow(modeling_mamba.mamba_selective_scan)
 MAMBA2_SCAN = _slow(modeling_mamba2.mamba2_chunk_scan)
+DELTA_RULE = _slow(modeling_qwen3_next.torch_chunk_gated_delta_rule)
 
 
 def selective(n: int, d: int, batch: int, length: int, device: str = "cpu") -> Step:
@@ -43,6 +45,16 @@ def ssd(n: int, heads: int, p: int, batch: int, length: int, device: str = "cpu"
         lambda *tensors: MAMBA2_SCAN(*tensors, chunk_size=Mamba2Config().chunk_size),
         ssd_tensors(n, heads, p, batch, length, device),
     )
+
+
+def delta(n: int, heads: int, p: int, batch: int, length: int, gated: bool, device: str = "cpu") -> Step:
+    """The scan of Qwen3-Next's mixer, in chunks of 64; with a decay of 1 where there is none."""
+
+    def theirs(v: Tensor, beta: Tensor, k: Tensor, q: Tensor, log_decay: Tensor | None = None) -> Tensor:
+        g = torch.zeros_like(beta) if log_decay is None else log_decay
+        return DELTA_RULE(q * n**0.5, k, v, g, beta)[0]  # it divides queries by sqrt(n)
+
+    return forward_backward(theirs, delta_tensors(n, heads, p, batch, length, gated, device))
 
 
 def mamba_mixer(n: int, d: int, batch: int, length: int, scan: str, device: str = "cpu") -> Step:

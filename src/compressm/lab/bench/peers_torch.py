@@ -6,9 +6,17 @@ from functools import partial
 
 from torch import Tensor
 
-from compressm.lab.bench.ours import forward_backward, lti_tensors, selective_tensors, ssd_tensors
+from compressm.lab.bench.ours import (
+    delta_rule,
+    delta_tensors,
+    forward_backward,
+    gla_tensors,
+    lti_tensors,
+    selective_tensors,
+    ssd_tensors,
+)
 from compressm.lab.bench.worker import Step
-from compressm.scans import lti_scan, selective_scan, ssd_scan
+from compressm.scans import gla_scan, lti_scan, selective_scan, ssd_scan
 
 
 def lti_loop(n: int, width: int, batch: int, length: int, device: str = "cpu") -> Step:
@@ -28,3 +36,14 @@ def ssd_loop(n: int, heads: int, p: int, batch: int, length: int, device: str = 
         return ssd_scan(delta[..., None] * x, delta * A, B, C, engine="loop")
 
     return forward_backward(loop, ssd_tensors(n, heads, p, batch, length, device))
+
+
+def gla_loop(n: int, heads: int, p: int, batch: int, length: int, device: str = "cpu") -> Step:
+    """The recurrence of `gla_scan` step by step."""
+    return forward_backward(partial(gla_scan, engine="loop"), gla_tensors(n, heads, p, batch, length, device))
+
+
+def delta_loop(n: int, heads: int, p: int, batch: int, length: int, gated: bool, device: str = "cpu") -> Step:
+    """The recurrence of `delta_scan` step by step."""
+    tensors = delta_tensors(n, heads, p, batch, length, gated, device)
+    return forward_backward(partial(delta_rule, engine="loop"), tensors)

@@ -190,10 +190,61 @@ def ssd_training(batch: int, length: int, heads: int, p: int, n: int, groups: in
         within = (chunk + 1) * (p + n * groups / heads)
         return within if chunk >= length else within + 4 * p * n + 2 * p * n / chunk
 
-    chunks = [2**k for k in range(math.ceil(math.log2(length)) + 1)]
-    flops = 3 * batch * length * heads * min(forward(chunk) for chunk in chunks)
+    flops = 3 * batch * length * heads * min(forward(chunk) for chunk in _chunks(length))
     floats = batch * length * (heads * (5 * p + 3) + 6 * groups * n)
     return Work(flops=flops, bytes=FLOAT * floats)
+
+
+# --- a decay for every key dimension, and the delta rule -------------------------------------------------------------
+
+
+def gla_training(batch: int, length: int, heads: int, p: int, n: int) -> Work:
+    """`gla_scan`, forward and backward (every product twice more).
+
+    As `ssd_training`, with keys and queries of each head's own. In chunks of more than one step the decays since the
+    chunk's start are multiplied into keys and queries, once for the scores and once for the state, ``8 n``. Every step's
+    decays are one exponential a dimension, forward and again backward.
+
+    Traffic: forward x, y and decays, B, C; backward x, the gradients of y and x, and decays, B, C with theirs.
+    """
+
+    def forward(chunk: int) -> float:
+        if chunk == 1:
+            return 6 * p * n
+        within = (chunk + 1) * (p + n) + 8 * n
+        return within if chunk >= length else within + 4 * p * n + 2 * p * n / chunk
+
+    steps = batch * length * heads
+    least = min(forward(chunk) for chunk in _chunks(length))
+    return Work(flops=3 * steps * least, exps=2 * steps * n, bytes=FLOAT * steps * (5 * p + 9 * n))
+
+
+def delta_training(batch: int, length: int, heads: int, p: int, n: int, gated: bool) -> Work:
+    """`delta_scan`, forward and backward (every product twice more).
+
+    The recurrence, for each step and head: reading the state with the key, writing, and reading with the query, ``2 p
+    n`` each, and as much for the decay if there is one. In chunks of T steps, the decay is ``2 p n / T``, but there are
+    four products with triangles, ``2 T (p + n)``: keys with keys, without the diagonal, and the system that they make;
+    queries with keys, and the result with the values written. With T the whole length, no states.
+
+    Traffic: forward v, y, k, q, beta, decays; backward v, k, q, beta, decays and the gradients of all of them and y.
+    """
+
+    def forward(chunk: int) -> float:
+        decay = 2 * p * n / chunk if gated else 0.0
+        if chunk == 1:
+            return 6 * p * n + decay
+        within = 2 * chunk * (p + n)
+        return within if chunk >= length else within + 6 * p * n + decay
+
+    steps = batch * length * heads
+    floats = 5 * p + 6 * n + (6 if gated else 3)
+    return Work(flops=3 * steps * min(forward(chunk) for chunk in _chunks(length)), bytes=FLOAT * steps * floats)
+
+
+def _chunks(length: int) -> list[int]:
+    """Lengths of chunks to choose from: the powers of two, up to one that covers the sequence."""
+    return [2**k for k in range(math.ceil(math.log2(length)) + 1)]
 
 
 # --- reductions ------------------------------------------------------------------------------------------------------

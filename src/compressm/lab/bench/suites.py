@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from compressm.lab.bench import roofline
@@ -11,10 +11,12 @@ from compressm.lab.bench.rows import Case, Side
 
 _OURS, _TORCH, _JAX = "compressm.lab.bench.ours", "compressm.lab.bench.peers_torch", "compressm.lab.bench.peers_jax"
 _HF, _PYMOR = "compressm.lab.bench.peers_hf", "compressm.lab.bench.peers_pymor"
+_FLA = "compressm.lab.bench.peers_fla"
 
 JAX = "JAX/Equinox, associative scan"
 LOOP = "PyTorch, loop over time"
 HF = "transformers, slow path"
+FLA = "flash-linear-attention, plain"
 
 _SMNIST: dict[str, int] = {"width": 8, "layers": 1, "batch": 50, "length": 784}
 _DEEP: dict[str, int] = {"width": 64, "layers": 6, "batch": 16, "length": 1024}
@@ -109,6 +111,47 @@ def _ssd(name: str, n: int, device: str, batch: int = 8, length: int = 1024, hea
     return Case(name, Side(f"{_OURS}:ssd", arguments), HF, Side(f"{_HF}:ssd", arguments), work)
 
 
+def gla(device: str) -> Iterator[Case]:
+    """Gated linear attention's scan, forward and backward."""
+    for heads, p in ((4, 64), (8, 32)):
+        for n in (16, 64, 128):
+            case = _gla(f"gla/scan-n{n}-heads{heads}-p{p}", n, device, heads=heads, p=p)
+            yield case
+            if n == 64:
+                yield _against(case, "fla", FLA, f"{_FLA}:gla")
+
+
+def _gla(name: str, n: int, device: str, batch: int = 8, length: int = 1024, heads: int = 4, p: int = 64) -> Case:
+    arguments = {"n": n, "heads": heads, "p": p, "batch": batch, "length": length, "device": device}
+    work = roofline.gla_training(batch, length, heads, p, n)
+    return Case(name, Side(f"{_OURS}:gla", arguments), LOOP, Side(f"{_TORCH}:gla_loop", arguments), work)
+
+
+def delta(device: str) -> Iterator[Case]:
+    """The scan of the delta rule, with and without a decay, forward and backward."""
+    for gated, heads, p in ((True, 4, 64), (True, 8, 32), (False, 4, 64), (False, 8, 32)):
+        for n in (16, 64, 128):
+            kind = "gated" if gated else "plain"
+            case = _delta(f"delta/{kind}-n{n}-heads{heads}-p{p}", n, device, gated, heads=heads, p=p)
+            yield case
+            if n == 64:
+                yield _against(case, "fla", FLA, f"{_FLA}:delta")
+                yield _against(case, "loop", LOOP, f"{_TORCH}:delta_loop")
+
+
+def _delta(
+    name: str, n: int, device: str, gated: bool = True, batch: int = 8, length: int = 1024, heads: int = 4, p: int = 64
+) -> Case:
+    arguments = {"n": n, "heads": heads, "p": p, "batch": batch, "length": length, "gated": gated, "device": device}
+    work = roofline.delta_training(batch, length, heads, p, n, gated)
+    return Case(name, Side(f"{_OURS}:delta", arguments), HF, Side(f"{_HF}:delta", arguments), work)
+
+
+def _against(case: Case, ending: str, peer: str, build: str) -> Case:
+    """The same row against another peer."""
+    return replace(case, name=f"{case.name}-{ending}", peer=peer, peer_side=Side(build, case.ours.arguments))
+
+
 def reduction(device: str) -> Iterator[Case]:
     """One reduction of one LRU layer, on the CPU."""
     for n, width, states in ((256, 8, 32), (512, 512, 64)):
@@ -149,6 +192,8 @@ SUITES: dict[str, Callable[[str], Iterator[Case]]] = {
     "lru": lru,
     "selective": selective,
     "ssd": ssd,
+    "gla": gla,
+    "delta": delta,
     "reduction": reduction,
     "train": train,
 }
@@ -167,7 +212,7 @@ class Point:
 def sweep(suite: str, device: str) -> Iterator[Point]:
     """Points over state dimension, length and batch around a middle size; none for suites without a scan."""
     middle = {"lru": {"n": 64, "length": 784, "batch": 8}, "selective": {"n": 16, "length": 512, "batch": 4},
-              "ssd": {"n": 64, "length": 1024, "batch": 4}}.get(suite)  # fmt: skip
+              **dict.fromkeys(("ssd", "gla", "delta"), {"n": 64, "length": 1024, "batch": 4})}.get(suite)  # fmt: skip
     if middle is None:
         return
     axes = {"n": (8, 16, 32, 64, 128, 256), "length": (64, 128, 256, 512, 1024, 2048), "batch": (1, 2, 4, 8, 16, 32)}
@@ -181,5 +226,5 @@ def sweep(suite: str, device: str) -> Iterator[Point]:
             elif suite == "selective":
                 case = _selective(name, device=device, **sizes)
             else:
-                case = _ssd(name, device=device, **sizes)
+                case = {"ssd": _ssd, "gla": _gla, "delta": _delta}[suite](name, device=device, **sizes)
             yield Point(suite, axis, value, case)

@@ -5,9 +5,11 @@
 #include "batch_norm.h"
 #include "chain.h"
 #include "convolution.h"
+#include "delta.h"
 #include "lti.h"
 #include "mamba.h"
 #include "narrow.h"
+#include "products.h"
 #include "selective.h"
 
 extern "C" int vector_size() { return vector_bytes; }
