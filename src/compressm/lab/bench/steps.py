@@ -34,26 +34,26 @@ from compressm.saving.tracing import flatten_state, trace
 
 TOKENS = 1000
 WIDTH = 256
-FAMILIES: dict[str, Callable[[int], nn.Module]] = {
-    "lru": lambda n: LRU(WIDTH, n),
-    "s5": lambda n: S5(WIDTH, n),
-    "s4d": lambda n: S4D(WIDTH, n),
-    "s4": lambda n: S4(WIDTH, n, max_length=1024),
-    "hyena": lambda n: Hyena(WIDTH, n),
-    "mamba": lambda n: Mamba(WIDTH, n),
-    "mamba2": lambda n: Mamba2(WIDTH, n),
-    "retention": lambda n: LinearAttention(WIDTH, n, decay="fixed"),
-    "gla": lambda n: GatedLinearAttention(WIDTH, n),
-    "delta": lambda n: DeltaNet(WIDTH, n),
-    "gated-delta": lambda n: DeltaNet(WIDTH, n, gated=True),
-    "rg-lru": lambda n: RecurrentBlock(WIDTH, n),
+FAMILIES: dict[str, Callable[[int, int], nn.Module]] = {  # from width and states
+    "lru": lambda width, n: LRU(width, n),
+    "s5": lambda width, n: S5(width, n),
+    "s4d": lambda width, n: S4D(width, n),
+    "s4": lambda width, n: S4(width, n, max_length=1024),
+    "hyena": lambda width, n: Hyena(width, n),
+    "mamba": lambda width, n: Mamba(width, n),
+    "mamba2": lambda width, n: Mamba2(width, n),
+    "retention": lambda width, n: LinearAttention(width, n, decay="fixed"),
+    "gla": lambda width, n: GatedLinearAttention(width, n),
+    "delta": lambda width, n: DeltaNet(width, n),
+    "gated-delta": lambda width, n: DeltaNet(width, n, gated=True),
+    "rg-lru": lambda width, n: RecurrentBlock(width, n),
 }
 
 
 def layer_of(family: str, n: int) -> Any:
     """A layer of a family with ``n`` states and width `WIDTH`, the same in every process, in evaluation mode."""
     torch.manual_seed(0)
-    return FAMILIES[family](n).eval().requires_grad_(False)
+    return FAMILIES[family](WIDTH, n).eval().requires_grad_(False)
 
 
 def first_token(layer: Any, batch: int) -> tuple[Tensor, Any]:
