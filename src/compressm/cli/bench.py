@@ -12,7 +12,8 @@ from compressm.cli.options import PICTURES, JsonFile, MarkdownFile, command_line
 def bench(
     context: typer.Context,
     suites: Annotated[
-        list[str], typer.Argument(metavar="SUITE...", help="lru, selective, ssd, gla, delta, reduction, train; or all.")
+        list[str],
+        typer.Argument(metavar="SUITE...", help="lru, selective, ssd, gla, delta, reduction, train, step; or all."),
     ],
     quick: Annotated[bool, typer.Option("--quick", help="Few repetitions.")] = False,
     only: Annotated[str | None, typer.Option(metavar="NAME", help="Only rows whose name contains this.")] = None,

@@ -118,3 +118,20 @@ def test_mixers_are_the_same_but_for_the_scan(monkeypatch: pytest.MonkeyPatch) -
 def same_gradients(mine: Step, theirs: Step) -> None:
     for got, expected in zip(mine(), theirs(), strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["lru", "mamba2"])
+def test_the_three_forms_of_a_step_compute_the_same(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("onnxruntime")
+    from compressm.lab.bench import peers_onnx, steps
+
+    monkeypatch.setattr(steps, "TOKENS", 3)
+    threads = torch.get_num_threads()
+    forms = [steps.stepped(family, 4, 2), peers_onnx.stepped(family, 4, 2)]
+    if family == "lru":  # compilation takes most of a minute
+        forms.append(steps.stepped(family, 4, 2, compiled=True))
+    torch.set_num_threads(threads)
+    truth, *others = [torch.as_tensor(form()) for form in forms]
+    for other in others:
+        torch.testing.assert_close(other, truth, rtol=1e-4, atol=1e-5)

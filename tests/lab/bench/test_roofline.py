@@ -18,6 +18,7 @@ from compressm.lab.bench.roofline import (
     reduction,
     selective_training,
     ssd_training,
+    token,
 )
 
 
@@ -33,6 +34,11 @@ def test_selective_scan_by_hand() -> None:
     # One sequence, step, channel and state: 16 multiply-adds and 2 exponentials. Floats: u, delta, y, B, C; and u,
     # delta, gradients of y, u, delta, B, C, gradients of B, C.
     assert selective_training(1, 1, 1, 1) == Work(flops=32, exps=2, bytes=FLOAT * (5 + 9))
+
+
+def test_a_token_by_hand() -> None:
+    # Two sequences, 10 weights, 3 numbers of state, width 4: weights once, state twice, input and output.
+    assert token(10, 3, 4, 2) == Work(flops=2 * 2 * (10 + 9), bytes=FLOAT * (10 + 2 * (2 * 3 + 2 * 4)))
 
 
 def test_recurrence_counts_every_entry_of_the_matrices() -> None:

@@ -55,6 +55,7 @@ ROW = {
     "peak_mb": 20.0,
     "peer_peak_mb": 300.0,
     "reason": None,
+    "traffic_mb": 0.5,
 }
 NOT_MEASURED = dict.fromkeys(("peer_ms", "peer_quartiles_ms", "ratio", "peer_peak_mb"))
 MISSING = {**ROW, **NOT_MEASURED, "reason": "peer: not there"}
@@ -72,8 +73,8 @@ RESULT = {
 
 def test_markdown() -> None:
     text = markdown(RESULT)
-    assert "| lru/row | 2.00 (1.90–2.20) | a \\| peer | 250 (240–260) | 125 | 1.00 | 2.00 | 20.0 | 300 |" in text
-    assert "| lru/row | 2.00 (1.90–2.20) | a \\| peer | – | – | 1.00 | 2.00 | 20.0 | – |" in text
+    assert "| lru/row | 2.00 (1.90–2.20) | a \\| peer | 250 (240–260) | 125 | 1.00 | 2.00 | 20.0 | 300 | 0.50 |" in text
+    assert "| lru/row | 2.00 (1.90–2.20) | a \\| peer | – | – | 1.00 | 2.00 | 20.0 | – | 0.50 |" in text
     assert "- lru/row: peer: not there" in text
     assert "compressm bench lru" in text
 

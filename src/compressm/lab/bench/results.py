@@ -18,7 +18,7 @@ from compressm.runtime.files import replacing
 def versions() -> dict[str, str | None]:
     """Of Python, compressm and everything that a row may run; None for what is not installed."""
     found: dict[str, str | None] = {"python": platform.python_version(), "compressm": __version__}
-    for package in ("torch", "jax", "equinox", "optax", "transformers", "pymor", "numpy", "scipy"):
+    for package in ("torch", "jax", "equinox", "optax", "transformers", "pymor", "onnxruntime", "numpy", "scipy"):
         try:
             found[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
@@ -54,7 +54,18 @@ def _cpu_model() -> str:
     return platform.processor() or platform.machine()
 
 
-COLUMNS = ("row", "ours, ms", "peer", "peer, ms", "peer / ours", "limit, ms", "ours / limit", "MB", "peer MB")
+COLUMNS = (
+    "row",
+    "ours, ms",
+    "peer",
+    "peer, ms",
+    "peer / ours",
+    "limit, ms",
+    "ours / limit",
+    "MB",
+    "peer MB",
+    "moved, MB",
+)
 
 
 def cells(row: Mapping[str, Any]) -> list[str]:
@@ -69,6 +80,7 @@ def cells(row: Mapping[str, Any]) -> list[str]:
         number(row["of_roofline"]),
         number(row["peak_mb"]),
         number(row["peer_peak_mb"]),
+        number(row.get("traffic_mb")),
     ]
 
 

@@ -247,6 +247,20 @@ def _chunks(length: int) -> list[int]:
     return [2**k for k in range(math.ceil(math.log2(length)) + 1)]
 
 
+# --- one token -------------------------------------------------------------------------------------------------------
+
+
+def token(parameters: int, state: int, width: int, batch: int) -> Work:
+    """One step of a layer: its weights read once for the batch, the state of every sequence read and written.
+
+    A multiply-add for each weight and three for each number of the state (decay, input, output), for each sequence. The
+    weights are taken to come from memory, as those of a model larger than the cache do; a single layer, whose weights
+    stay in the cache from token to token, may be faster than this.
+    """
+    numbers = parameters + batch * (2 * state + 2 * width)
+    return Work(flops=2 * batch * (parameters + 3 * state), bytes=FLOAT * numbers)
+
+
 # --- reductions ------------------------------------------------------------------------------------------------------
 
 

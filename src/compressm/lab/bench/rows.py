@@ -58,6 +58,7 @@ class Row:
         ratio: the peer's time over ours.
         roofline_ms: the least time that this machine could need; see `roofline`.
         of_roofline: our time over that.
+        traffic_mb: the least that a step reads and writes; see `roofline`.
     """
 
     name: str
@@ -74,6 +75,7 @@ class Row:
     peak_mb: float | None
     peer_peak_mb: float | None
     reason: str | None = None
+    traffic_mb: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON; four digits."""
@@ -133,6 +135,7 @@ def make_row(case: Case, rates: Rates, ours: Process, peer: Process) -> Row:
         peak_mb=ours.peak_mb(),
         peer_peak_mb=peer.peak_mb(),
         reason="; ".join(reasons) or None,
+        traffic_mb=case.work.bytes / 1e6,
     )
 
 

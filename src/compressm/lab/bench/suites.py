@@ -6,17 +6,19 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from compressm.lab.bench import roofline
+from compressm.lab.bench import roofline, steps
 from compressm.lab.bench.rows import Case, Side
 
 _OURS, _TORCH, _JAX = "compressm.lab.bench.ours", "compressm.lab.bench.peers_torch", "compressm.lab.bench.peers_jax"
 _HF, _PYMOR = "compressm.lab.bench.peers_hf", "compressm.lab.bench.peers_pymor"
 _FLA = "compressm.lab.bench.peers_fla"
+_STEPS, _ONNX = "compressm.lab.bench.steps", "compressm.lab.bench.peers_onnx"
 
 JAX = "JAX/Equinox, associative scan"
 LOOP = "PyTorch, loop over time"
 HF = "transformers, slow path"
 FLA = "flash-linear-attention, plain"
+ONNX = "ONNX Runtime, the same step"
 
 _SMNIST: dict[str, int] = {"width": 8, "layers": 1, "batch": 50, "length": 784}
 _DEEP: dict[str, int] = {"width": 64, "layers": 6, "batch": 16, "length": 1024}
@@ -188,6 +190,21 @@ def train(device: str) -> Iterator[Case]:
     )
 
 
+def step(device: str) -> Iterator[Case]:
+    """A thousand tokens, one after the other, before and after a cut from 64 states to 16: ms are µs per token.
+
+    On the CPU whatever the device, since ONNX Runtime is the peer there.
+    """
+    for family in steps.FAMILIES:
+        for n in (64, 16):
+            for batch in (1, 8):
+                sizes: dict[str, Any] = {"family": family, "n": n, "batch": batch}
+                work, peer = steps.work(family, n, batch), Side(f"{_ONNX}:stepped", sizes)
+                name = f"step/{family}-n{n}-b{batch}"
+                yield Case(name, Side(f"{_STEPS}:stepped", sizes), ONNX, peer, work)
+                yield Case(f"{name}-compiled", Side(f"{_STEPS}:stepped", {**sizes, "compiled": True}), ONNX, peer, work)
+
+
 SUITES: dict[str, Callable[[str], Iterator[Case]]] = {
     "lru": lru,
     "selective": selective,
@@ -196,6 +213,7 @@ SUITES: dict[str, Callable[[str], Iterator[Case]]] = {
     "delta": delta,
     "reduction": reduction,
     "train": train,
+    "step": step,
 }
 
 

@@ -1,0 +1,52 @@
+"""A guard against regressions that no clock is needed for: operations, kernel calls and bytes kept by a training step.
+
+They are held at or below the numbers in counts.json. After a change that lowers them, or one that raises them and is
+worth it, ``python benchmarks/growth.py --counts`` writes the file anew.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from compressm.lab.bench.counting import SIZES, count, count_family
+from compressm.lab.bench.steps import FAMILIES
+from compressm.scans import native
+
+STORED = json.loads(Path(__file__).with_name("counts.json").read_text(encoding="utf-8"))
+# S4 computes its kernel in stages; the others have a loop over chunks, a few operations in each.
+LOOPING = {"s4", "mamba2", "retention", "gla", "delta", "gated-delta"}
+ROOM = 1.05  # for other machines, whose vectors, and what is padded to them, are shorter or longer
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_counts_stay_at_or_below_the_stored_ones(family: str) -> None:
+    if not native.available():
+        pytest.skip("the numbers are those of the compiled kernels")
+    found = count_family(family)
+    for size in SIZES:
+        for what, value in STORED[family][size].items():
+            assert found[size][what] <= ROOM * value, f"{family}, {size}: {what}"
+    if family not in LOOPING:
+        assert found["longer"]["operations"] == found["base"]["operations"]
+    # Four times the length keeps about four times the bytes, not sixteen: no matrix of length x length.
+    assert found["longer"]["kernels"] == found["base"]["kernels"]
+    assert found["longer"]["kept_bytes"] <= 4.3 * found["base"]["kept_bytes"]
+
+
+class _Loop(nn.Module):
+    def forward(self, u: Tensor) -> Tensor:
+        state = torch.zeros_like(u[:, 0])
+        for now in u.unbind(1):
+            state = torch.tanh(state + now)
+        return state
+
+
+def test_a_loop_over_time_is_noticed() -> None:
+    short, long = (count(_Loop(), torch.randn(2, length, 3, requires_grad=True)) for length in (5, 10))
+    assert long.operations >= short.operations + 10
+    assert (short.kept_bytes, long.kept_bytes) == (5 * 6 * 4, 10 * 6 * 4)  # each tanh keeps its result
