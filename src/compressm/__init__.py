@@ -4,6 +4,7 @@ import compressm._moved  # noqa: F401  # former module names go on working  # py
 from compressm.cutting import Report, compress
 from compressm.cutting.distil import distil
 from compressm.cutting.optimizer_state import register_optimizer_state
+from compressm.cutting.ordering import StateOrder, sort_states
 from compressm.cutting.spectrum import Spectrum, analyze
 from compressm.cutting.system import ReducedSystem, reduce
 from compressm.errors import CompressmError
@@ -27,6 +28,7 @@ __all__ = [
     "ReducedSystem",
     "Report",
     "Spectrum",
+    "StateOrder",
     "analyze",
     "balance",
     "compress",
@@ -36,5 +38,6 @@ __all__ = [
     "reduce",
     "register_optimizer_state",
     "save",
+    "sort_states",
     "truncate",
 ]

@@ -144,8 +144,7 @@ def compress_checkpoint(
     check_data(loss, data)
     check_rule(rule, balancing_of(gramians, loss, data))
     folder, place = Path(checkpoint), None if output is None else Path(output)
-    if place is not None and place.exists() and (not place.is_dir() or any(place.iterdir())):
-        raise CheckpointError(f"output {place} exists and is not an empty folder: choose another")
+    check_output(place)
     read = read_checkpoint(folder, build)
     model = read.model
     check_model_sizes(model, rule)
@@ -155,7 +154,7 @@ def compress_checkpoint(
     before, contained = parameters_in(model), contents(model) if read.mapped is None else set[bytes]()
     seen, held_out = [inputs for inputs, _ in batches[:half]], batches[half:]
     with read.at_work():
-        bill = _Bill(model, memory, speed)
+        bill = Bill(model, memory, speed)
     with read.at_work("reading the data", (4 if loss is None else 7) * half):
         loss_before = _loss(model, held_out)
         report = plan_on(model, rule, seen or None, [inputs for inputs, _ in held_out], loss).apply(model)
@@ -172,6 +171,16 @@ def compress_checkpoint(
     return Loss(report, loss_before, loss_after, before, parameters_in(model), half * BATCH, rows, carried, serving)
 
 
+def check_output(place: Path | None) -> None:
+    """Refuse a folder that holds something.
+
+    Raises:
+        CheckpointError: it does.
+    """
+    if place is not None and place.exists() and (not place.is_dir() or any(place.iterdir())):
+        raise CheckpointError(f"output {place} exists and is not an empty folder: choose another")
+
+
 def _written(
     read: Checkpoint,
     source: Path,
@@ -183,11 +192,11 @@ def _written(
 ) -> Carried:
     """Write the smaller model with its card and all that the source holds beside it, and say what was carried."""
     with new_folder(target) as new:
-        carried = _saved(read, source, new, extra, contained)
+        carried = saved(read, source, new, extra, contained)
         return carried if read.format == "compressm" else _with_card(new / "README.md", report, carried, facts)
 
 
-def _saved(read: Checkpoint, source: Path, target: Path, extra: Mapping[str, Path], contained: set[bytes]) -> Carried:
+def saved(read: Checkpoint, source: Path, target: Path, extra: Mapping[str, Path], contained: set[bytes]) -> Carried:
     """Write the model in the format that it came in, and say what was carried beside it."""
     if read.mapped is not None:
         return save_mapped(read.mapped, source, target)
@@ -216,7 +225,7 @@ def _with_card(card: Path, report: Report, carried: Carried, facts: Sequence[str
     return replace(carried, files=tuple(one for one in carried.files if one != card.name), extended=(card.name,))
 
 
-class _Bill:
+class Bill:
     """The serving report of a model that is about to be cut.
 
     Args:
@@ -297,4 +306,4 @@ def _without_padding(model: nn.Module, inputs: Mapping[str, Tensor], tokens: Ten
     return tokens if present is None else tokens.masked_fill(present == 0, -100)
 
 
-__all__ = ["Loss", "check_data", "compress_checkpoint", "parameters_in"]
+__all__ = ["Bill", "Loss", "check_data", "check_output", "compress_checkpoint", "parameters_in", "saved"]
