@@ -15,6 +15,7 @@ from compressm.theory.systems import DiagonalSystem
 from compressm.training.compressor import Compressor
 from compressm.training.history import Event
 from compressm.training.probe import Probe, probe
+from compressm.training.recovery import Recovery, recover
 
 __version__ = "0.1.0.dev1"
 
@@ -25,6 +26,7 @@ __all__ = [
     "Event",
     "Probe",
     "RankRule",
+    "Recovery",
     "ReducedSystem",
     "Report",
     "Spectrum",
@@ -35,6 +37,7 @@ __all__ = [
     "distil",
     "load",
     "probe",
+    "recover",
     "reduce",
     "register_optimizer_state",
     "save",

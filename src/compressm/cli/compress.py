@@ -47,11 +47,22 @@ def compress(
     length: Length = 512,
     memory: MemorySize = None,
     speed: Annotated[bool, typer.Option("--speed", help="Measure tokens per second on this machine.")] = False,
+    recover: Annotated[
+        int | None,
+        typer.Option(metavar="STEPS", help="Train so many steps after the cut, with the uncut model as teacher."),
+    ] = None,
+    recover_lora: Annotated[
+        int | None, typer.Option(metavar="RANK", help="Recover by LoRA of this rank, merged at the end [all weights].")
+    ] = None,
+    recover_rate: Annotated[
+        float | None, typer.Option(help="Largest learning rate of the recovery [2e-4, with LoRA 1e-3].")
+    ] = None,
     json: JsonFile = None,
 ) -> None:
     """Cut a trained checkpoint once, and show what was lost."""
     from compressm.cutting.serving import parse_bytes
     from compressm.lab.one_shot import compress_checkpoint
+    from compressm.lab.recovering import wanted
 
     if output is None and not dry_run:
         raise ConfigError("--output: missing; name a new folder for the smaller checkpoint, or try with --dry-run")
@@ -64,6 +75,7 @@ def compress(
         fraction=fraction, total_states=total_states, max_loss=max_loss, multiple_of=multiple_of, target=target,
         gramians=gramians, sequences=sequences, length=length,
         memory=None if memory is None else parse_bytes(memory), speed=speed,
+        recovery=wanted(data, recover, recover_lora, recover_rate),
     )  # fmt: skip
     if not printed(json):
         print(loss)
@@ -73,7 +85,7 @@ def compress(
 def _refuse_cuts(context: typer.Context) -> None:
     """Refuse options that ask for a cut beside ``--sorted``."""
     cuts = ("states", "tolerance", "fraction", "total_states", "max_loss", "target", "gramians")
-    cuts += ("memory", "dry_run", "speed")
+    cuts += ("memory", "dry_run", "speed", "recover")
     given = [name for name in cuts if context.params.get(name)] + ["multiple_of"] * (context.params["multiple_of"] != 1)
     if given:
         raise ConfigError(
