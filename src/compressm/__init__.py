@@ -4,6 +4,7 @@ import compressm._moved  # noqa: F401  # former module names go on working  # py
 from compressm.cutting import Report, compress
 from compressm.cutting.distil import distil
 from compressm.cutting.optimizer_state import register_optimizer_state
+from compressm.cutting.ordering import StateOrder, sort_states
 from compressm.cutting.spectrum import Spectrum, analyze
 from compressm.cutting.system import ReducedSystem, reduce
 from compressm.errors import CompressmError
@@ -14,6 +15,7 @@ from compressm.theory.systems import DiagonalSystem
 from compressm.training.compressor import Compressor
 from compressm.training.history import Event
 from compressm.training.probe import Probe, probe
+from compressm.training.recovery import Recovery, recover
 
 __version__ = "0.1.0.dev1"
 
@@ -24,17 +26,21 @@ __all__ = [
     "Event",
     "Probe",
     "RankRule",
+    "Recovery",
     "ReducedSystem",
     "Report",
     "Spectrum",
+    "StateOrder",
     "analyze",
     "balance",
     "compress",
     "distil",
     "load",
     "probe",
+    "recover",
     "reduce",
     "register_optimizer_state",
     "save",
+    "sort_states",
     "truncate",
 ]

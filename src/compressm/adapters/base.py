@@ -181,6 +181,7 @@ class SelectiveAdapter(LayerAdapter):
         rotates: whether rotations are the only changes of basis that the recurrence allows, as in the delta rule. B is
             then projected by an orthonormal basis, and so is C unless ``folds_out`` allows any map of it.
         gated: whether the gates of the recurrence read its states; see `SelectiveCuts`.
+        normed: whether the layer normalises B and C, so that a cut needs their second moments on data.
         entrance: a submodule that the layer calls once, with its own input. It lets the layer be observed when its
             ``forward`` is called directly. None if there is none; such calls are then refused.
         keeps_last: whether the window of the layer's convolution, as it is carried, includes the present input.
@@ -192,6 +193,7 @@ class SelectiveAdapter(LayerAdapter):
     folds_out: bool = False
     rotates: bool = False
     gated: bool = False
+    normed: bool = False
     entrance: str | None = None
     keeps_last: bool = False
     state_dtype: torch.dtype | None = None

@@ -89,6 +89,8 @@ class HFMambaAdapter(HuggingFaceAdapter):
 class FalconMambaAdapter(HFMambaAdapter):
     """``FalconMambaMixer``, whose norms of B and C have no weights; see the module's text."""
 
+    normed = True
+
     def plan(self, values: Mapping[str, Tensor], reduction: SelectiveReduction) -> LayerChange:
         ones = torch.ones(reduction.into.shape[2], dtype=torch.float64)
         into, out = _before_norm(reduction, "B", ones), _before_norm(reduction, "C", ones)
@@ -109,6 +111,7 @@ class JambaAdapter(HFMambaAdapter):
     """``JambaMambaMixer``, whose norms of B and C have weights; see the module's text."""
 
     config_field = "mamba_d_state"
+    normed = True
 
     def plan(self, values: Mapping[str, Tensor], reduction: SelectiveReduction) -> LayerChange:
         assert reduction.kept is not None

@@ -19,6 +19,7 @@ from compressm.cli.import_ import import_
 from compressm.cli.probe import probe
 from compressm.cli.report import report
 from compressm.cli.reproduce import reproduce
+from compressm.cli.slice import slice_
 from compressm.cli.train import train
 
 
@@ -32,7 +33,7 @@ def make_app() -> typer.Typer:
         rich_markup_mode=None,
     )
     app.callback()(common)
-    commands = (train, probe, demo, reproduce, import_, report, analyze, compress, bench, export)
+    commands = (train, probe, demo, reproduce, import_, report, analyze, compress, slice_, bench, export)
     for command in commands:
         app.command(command.__name__.rstrip("_"))(with_verbosity(command))
     return app

@@ -35,6 +35,10 @@ def compress(
     ] = None,
     multiple_of: Annotated[int, typer.Option(help="Prefer state dimensions that are a multiple of this.")] = 1,
     target: TargetName = None,
+    sort: Annotated[
+        bool,
+        typer.Option("--sorted", help="Cut nothing: put the states in order of worth, for `compressm slice`."),
+    ] = False,
     gramians: Annotated[
         Literal["white", "loss"] | None,
         typer.Option(help="Balance by white noise, or by data and loss [loss with --max-loss, else white]."),
@@ -43,20 +47,61 @@ def compress(
     length: Length = 512,
     memory: MemorySize = None,
     speed: Annotated[bool, typer.Option("--speed", help="Measure tokens per second on this machine.")] = False,
+    recover: Annotated[
+        int | None,
+        typer.Option(metavar="STEPS", help="Train so many steps after the cut, with the uncut model as teacher."),
+    ] = None,
+    recover_lora: Annotated[
+        int | None, typer.Option(metavar="RANK", help="Recover by LoRA of this rank, merged at the end [all weights].")
+    ] = None,
+    recover_rate: Annotated[
+        float | None, typer.Option(help="Largest learning rate of the recovery [2e-4, with LoRA 1e-3].")
+    ] = None,
     json: JsonFile = None,
 ) -> None:
     """Cut a trained checkpoint once, and show what was lost."""
     from compressm.cutting.serving import parse_bytes
     from compressm.lab.one_shot import compress_checkpoint
+    from compressm.lab.recovering import wanted
 
     if output is None and not dry_run:
         raise ConfigError("--output: missing; name a new folder for the smaller checkpoint, or try with --dry-run")
+    if sort:
+        _refuse_cuts(context)
+        _sort(context, checkpoint, output, data, model, sequences, length, json)
+        return
     loss = compress_checkpoint(
         checkpoint, None if dry_run else output, data, build=model, states=states, tolerance=tolerance,
         fraction=fraction, total_states=total_states, max_loss=max_loss, multiple_of=multiple_of, target=target,
         gramians=gramians, sequences=sequences, length=length,
         memory=None if memory is None else parse_bytes(memory), speed=speed,
+        recovery=wanted(data, recover, recover_lora, recover_rate),
     )  # fmt: skip
     if not printed(json):
         print(loss)
     write_result(json, {"command": command_line(context), "output": output and str(output), **loss.to_dict()})
+
+
+def _refuse_cuts(context: typer.Context) -> None:
+    """Refuse options that ask for a cut beside ``--sorted``."""
+    cuts = ("states", "tolerance", "fraction", "total_states", "max_loss", "target", "gramians")
+    cuts += ("memory", "dry_run", "speed", "recover")
+    given = [name for name in cuts if context.params.get(name)] + ["multiple_of"] * (context.params["multiple_of"] != 1)
+    if given:
+        raise ConfigError(
+            f"--sorted cuts nothing, and --{given[0].replace('_', '-')} is about a cut: leave it out, and cut the "
+            "sorted checkpoint by compressm slice"
+        )
+
+
+def _sort(
+    context: typer.Context, checkpoint: Path, output: Path | None, data: str | None, model: str | None,
+    sequences: int, length: int, json: Path | None,
+) -> None:  # fmt: skip
+    from compressm.lab.slicing import sort_checkpoint
+
+    assert output is not None
+    done = sort_checkpoint(checkpoint, output, data, build=model, sequences=sequences, length=length)
+    if not printed(json):
+        print(done)
+    write_result(json, {"command": command_line(context), "output": str(output), **done.to_dict()})

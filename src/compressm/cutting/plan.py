@@ -21,7 +21,7 @@ from compressm.cutting.report import LayerReport, Report
 from compressm.cutting.rise import Rise
 from compressm.cutting.sizes import sizes_for
 from compressm.cutting.spectrum import balance_layers
-from compressm.errors import InvalidSystemError
+from compressm.errors import InvalidSystemError, UnsupportedModelError
 from compressm.observing.held_out import Halves, halved
 from compressm.observing.loss_evidence import LossEvidence
 from compressm.runtime.paging import layer_done
@@ -282,6 +282,20 @@ def _unless_shared(decision: _Decision, layer: nn.Module, shared: _Owners) -> _D
     return _Decision(_refused(decision.report, f"{other[0]} is also {other[1]}, which would change with it"))
 
 
+def unshared(model: nn.Module, name: str, change: LayerChange) -> LayerChange:
+    """A change of a layer, unless it writes a parameter that is shared with a module outside the layer.
+
+    Raises:
+        UnsupportedModelError: the parameter and its other name.
+    """
+    other = _also_used(_shared_parameters(model), model.get_submodule(name), change)
+    if other is not None:
+        raise UnsupportedModelError(
+            f"{name}.{other[0]} is also {other[1]}, which would change with it: give both a parameter of their own"
+        )
+    return change
+
+
 def _all_or_none(decided: Mapping[str, _Decision], alike: Sequence[str]) -> dict[str, _Decision]:
     """The decisions, with no cut in layers that must share one state dimension if one of them cannot be cut."""
     refused = [name for name in decided if name in alike and decided[name].report.outcome == "refused"]
@@ -322,4 +336,4 @@ def _also_used(shared: _Owners, layer: nn.Module, change: LayerChange) -> tuple[
     return None
 
 
-__all__ = ["Plan", "must_be_alike", "plan_reduction"]
+__all__ = ["Plan", "must_be_alike", "plan_reduction", "unshared"]

@@ -18,6 +18,7 @@ from compressm.cutting.serving import Memory, Serving, attention_of, decoding_sp
 from compressm.cutting.spectrum import balancing_of
 from compressm.errors import CheckpointError, ConfigError
 from compressm.lab.one_shot_inputs import BATCH, Checkpoint, read_batches, read_checkpoint
+from compressm.lab.recovering import Recover, forget
 from compressm.layers import LanguageModel
 from compressm.observing.labels import Likelihood
 from compressm.observing.loss_evidence import Gramians
@@ -29,6 +30,7 @@ from compressm.saving.mapped import save_mapped
 from compressm.saving.source_folder import Carried, carry, contents, copy_files, new_folder, unloaded
 from compressm.theory.ranks import RankRule
 from compressm.theory.targets import Target
+from compressm.training.recovery import Recovery
 
 if TYPE_CHECKING:
     pass
@@ -47,6 +49,7 @@ class Loss:
         length: tokens per sequence.
         carried: what the smaller checkpoint got from its source as it was, and what it did not get.
         serving: what serving the model costs before and after.
+        recovery: what training after the cut did; None without it.
     """
 
     report: Report
@@ -58,11 +61,14 @@ class Loss:
     length: int
     carried: Carried = field(default_factory=Carried)
     serving: Serving | None = None
+    recovery: Recovery | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
         serving = None if self.serving is None else self.serving.to_dict()
+        recovery = None if self.recovery is None else self.recovery.to_dict()
         parts = {"report": self.report.to_dict(), "carried": asdict(self.carried), "serving": serving}
+        parts["recovery"] = recovery
         return {**self.__dict__, **parts}
 
     def __str__(self) -> str:
@@ -83,6 +89,7 @@ class Loss:
             measured = f"({self.sequences} sequences of {self.length})"
             rows.append(f"loss {self.loss_before:.4f} → {self.loss_after:.4f} {measured}, {parameters}")
         rows += self.report.rises()
+        rows += [] if self.recovery is None else [str(self.recovery)]
         return "\n".join([*rows, str(self.carried)]).rstrip()
 
 
@@ -104,6 +111,7 @@ def compress_checkpoint(
     length: int = 512,
     memory: int | None = None,
     speed: bool = False,
+    recovery: Recover | None = None,
 ) -> Loss:
     """Cut a checkpoint once, and save the smaller model in the format that it came in.
 
@@ -128,6 +136,8 @@ def compress_checkpoint(
         length: tokens per sequence.
         memory: of the device that will serve the model, in bytes; the report says how many sequences it holds.
         speed: whether to measure tokens per second on this machine, before and after.
+        recovery: train the cut model on the data that follow those of the cut and of the loss, and on those of the cut,
+            with the uncut one as teacher.
 
     Raises:
         CheckpointError: a checkpoint that cannot be read, or holds what cannot reach the output; or an output folder
@@ -144,32 +154,52 @@ def compress_checkpoint(
     check_data(loss, data)
     check_rule(rule, balancing_of(gramians, loss, data))
     folder, place = Path(checkpoint), None if output is None else Path(output)
-    if place is not None and place.exists() and (not place.is_dir() or any(place.iterdir())):
-        raise CheckpointError(f"output {place} exists and is not an empty folder: choose another")
-    read = read_checkpoint(folder, build)
+    check_output(place)
+    read = read_checkpoint(folder, build, whole=recovery is not None)
     model = read.model
     check_model_sizes(model, rule)
     extra = unloaded(model, folder, read.unexpected) if read.format == "transformers" else {}
-    batches = [] if data is None else read_batches(model, read.tokenizer, Path(data), 2 * sequences, length, halves=2)
-    half = len(batches) // 2
+    more = 0 if recovery is None else recovery.steps * BATCH
+    batches = [] if data is None else read_batches(
+        model, read.tokenizer, Path(data), 2 * sequences + more, length, halves=2
+    )  # fmt: skip
+    half = min(len(batches) // 2, sequences // BATCH)
+    if recovery is not None:
+        recovery.check(model, batches[0][0])
     before, contained = parameters_in(model), contents(model) if read.mapped is None else set[bytes]()
-    seen, held_out = [inputs for inputs, _ in batches[:half]], batches[half:]
+    seen, held_out = [inputs for inputs, _ in batches[:half]], batches[half : 2 * half]
     with read.at_work():
-        bill = _Bill(model, memory, speed)
+        bill = Bill(model, memory, speed)
     with read.at_work("reading the data", (4 if loss is None else 7) * half):
         loss_before = _loss(model, held_out)
         report = plan_on(model, rule, seen or None, [inputs for inputs, _ in held_out], loss).apply(model)
         loss_after = _loss(model, held_out)
+    done = None
+    if recovery is not None:
+        text = [*seen, *(inputs for inputs, _ in batches[2 * half :])]
+        done = recovery.run(read, folder, build, text, [inputs for inputs, _ in held_out], place)
     with read.at_work():
         serving = bill.after_the_cut()
         carried = Carried()
         if place is not None:
-            facts = [serving.headline(), *_losses(loss_before, loss_after)]
+            facts = [serving.headline(), *_losses(loss_before, loss_after), *(str(done).splitlines() if done else ())]
             carried = _written(read, folder, place, report, facts, extra, contained)
+            forget(place)
     rows = 0 if not batches else next(iter(batches[0][0].values())).shape[1]
     if read.mapped is not None:
         read.mapped.pager.close()
-    return Loss(report, loss_before, loss_after, before, parameters_in(model), half * BATCH, rows, carried, serving)
+    counts = before, parameters_in(model), half * BATCH, rows
+    return Loss(report, loss_before, loss_after, *counts, carried, serving, done)
+
+
+def check_output(place: Path | None) -> None:
+    """Refuse a folder that holds something.
+
+    Raises:
+        CheckpointError: it does.
+    """
+    if place is not None and place.exists() and (not place.is_dir() or any(place.iterdir())):
+        raise CheckpointError(f"output {place} exists and is not an empty folder: choose another")
 
 
 def _written(
@@ -183,11 +213,11 @@ def _written(
 ) -> Carried:
     """Write the smaller model with its card and all that the source holds beside it, and say what was carried."""
     with new_folder(target) as new:
-        carried = _saved(read, source, new, extra, contained)
+        carried = saved(read, source, new, extra, contained)
         return carried if read.format == "compressm" else _with_card(new / "README.md", report, carried, facts)
 
 
-def _saved(read: Checkpoint, source: Path, target: Path, extra: Mapping[str, Path], contained: set[bytes]) -> Carried:
+def saved(read: Checkpoint, source: Path, target: Path, extra: Mapping[str, Path], contained: set[bytes]) -> Carried:
     """Write the model in the format that it came in, and say what was carried beside it."""
     if read.mapped is not None:
         return save_mapped(read.mapped, source, target)
@@ -216,7 +246,7 @@ def _with_card(card: Path, report: Report, carried: Carried, facts: Sequence[str
     return replace(carried, files=tuple(one for one in carried.files if one != card.name), extended=(card.name,))
 
 
-class _Bill:
+class Bill:
     """The serving report of a model that is about to be cut.
 
     Args:
@@ -297,4 +327,4 @@ def _without_padding(model: nn.Module, inputs: Mapping[str, Tensor], tokens: Ten
     return tokens if present is None else tokens.masked_fill(present == 0, -100)
 
 
-__all__ = ["Loss", "check_data", "compress_checkpoint", "parameters_in"]
+__all__ = ["Bill", "Loss", "check_data", "check_output", "compress_checkpoint", "parameters_in", "saved"]

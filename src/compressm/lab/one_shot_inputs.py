@@ -82,12 +82,13 @@ def _after_blocks(model: nn.Module, done: Callable[[], None]) -> Generator[None]
             handle.remove()
 
 
-def read_checkpoint(folder: Path, build: str | None = None) -> Checkpoint:
+def read_checkpoint(folder: Path, build: str | None = None, whole: bool = False) -> Checkpoint:
     """Load a checkpoint, or open it as pages of its files where that is possible; see `compressm.saving.mapped`.
 
     Args:
         folder: a Hugging Face folder, or one of ours; with ``build`` also a file ``.safetensors`` of the state dict.
         build: ``package.module:function`` that returns a model of the user's own class; see `compressm.lab.named`.
+        whole: load it into memory in any case, to train it.
 
     Raises:
         CheckpointError: no checkpoint, or one that cannot be loaded as a causal language model.
@@ -105,7 +106,7 @@ def read_checkpoint(folder: Path, build: str | None = None) -> Checkpoint:
         return Checkpoint(load(folder).eval(), None, "compressm")
     if theirs:
         return Checkpoint(mamba_ssm_format.load(folder), _tokenizer(folder), "mamba_ssm")
-    return _hugging_face(folder)
+    return _hugging_face(folder, whole)
 
 
 def _of_the_user(path: Path, model: nn.Module) -> nn.Module:
@@ -144,7 +145,7 @@ def _tokenizer(folder: Path) -> Any:
         raise CheckpointError(f"the tokenizer in {folder} cannot be loaded: {_first_line(error)}") from error
 
 
-def _hugging_face(folder: Path) -> Checkpoint:
+def _hugging_face(folder: Path, whole: bool) -> Checkpoint:
     try:
         from transformers import AutoModelForCausalLM
     except ModuleNotFoundError as error:
@@ -152,7 +153,7 @@ def _hugging_face(folder: Path) -> Checkpoint:
             'a Hugging Face checkpoint needs transformers: pip install "compressm[transformers]"'
         ) from error
     try:
-        mapped = open_mapped(folder)
+        mapped = None if whole else open_mapped(folder)
         if mapped is not None:
             return Checkpoint(mapped.model, _tokenizer(folder), "transformers", mapped.unexpected, mapped)
         loaded: Any = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, output_loading_info=True)

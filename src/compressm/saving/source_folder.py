@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from compressm.adapters import find_layers
 from compressm.adapters.base import resized
+from compressm.cutting.ordering import ORDER_FILE
 from compressm.errors import CheckpointError
 
 # The weight files that transformers looks for, in this order. Each is one file, or an index of several.
@@ -278,6 +279,8 @@ def copy_files(source: Path, target: Path, replaced: Iterable[Path]) -> tuple[tu
                 continue
             if not path.is_file():
                 left[relative.as_posix()] = "not a file"
+            elif relative.as_posix() == ORDER_FILE:
+                left[ORDER_FILE] = "the order of the states from before the cut"
             elif not kinds.isdisjoint(_WEIGHTS):
                 left[relative.as_posix()] = "weights from before the cut"
             else:

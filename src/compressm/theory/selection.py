@@ -81,16 +81,40 @@ def reduce_selective(
     kept, out, costs = [], [], removal_costs(balancing)
     for g in range(groups):
         if selection in _SCORES:
-            chosen = torch.argsort(-_SCORES[selection](balancing)[g], stable=True)[:states]
-            kept.append(chosen.sort().values)
+            kept.append(by_score(balancing, selection, g)[:states].sort().values)
             out.append(torch.eye(n, dtype=torch.float64)[kept[-1]])
             continue
         P, W = _MODELS[selection](balancing, g)
-        power = W * P if costs is None or selection == "means" else costs[g]
+        power = removal_power(balancing, selection, g, costs)
         kept.append(select_with_compensation(P, W, states) if folds_out else select_by_removal(power, states))
         out.append(compensation(P, kept[-1]) if folds_out else torch.eye(n, dtype=torch.float64)[kept[-1]])
     chosen = torch.stack(kept)
     return reduction_by_maps(balancing, torch.eye(n, dtype=torch.float64)[chosen], torch.stack(out), chosen)
+
+
+def is_score(selection: Selection) -> bool:
+    """Whether a selection ranks the states by one number each."""
+    return selection in _SCORES
+
+
+def by_score(balancing: SelectiveBalancing, selection: Selection, group: int) -> Tensor:
+    """The states of a group by a score, the best first, for the selections that have one."""
+    return torch.argsort(-_SCORES[selection](balancing)[group], stable=True)
+
+
+def removal_power(balancing: SelectiveBalancing, selection: Selection, group: int, costs: Tensor | None) -> Tensor:
+    """The joint contributions of a group's states to the output, for `select_by_removal`.
+
+    Args:
+        balancing: the moments.
+        selection: one without a score.
+        group: of B and C.
+        costs: from `removal_costs`.
+    """
+    if costs is not None and selection != "means":
+        return costs[group]
+    P, W = _MODELS[selection](balancing, group)
+    return W * P
 
 
 def select_with_compensation(P: Tensor, W: Tensor, states: int) -> Tensor:
@@ -169,11 +193,7 @@ def select_by_removal(power: Tensor, states: int) -> Tensor:
         their indices, ascending.
     """
     n = power.shape[0]
-    gone, cost = list[int](), power.diagonal().clone()  # cost of removing each state after those already gone
-    for _ in range(n - states):
-        j = int(cost.index_fill(0, torch.tensor(gone, dtype=torch.long), torch.inf).argmin())
-        gone.append(j)
-        cost = cost + 2 * power[j]
+    gone = removal_order(power, n - states)
     for _ in range(EXCHANGES if 0 < len(gone) < n else 0):
         changed = False
         for position, j in enumerate(gone):
@@ -187,6 +207,21 @@ def select_by_removal(power: Tensor, states: int) -> Tensor:
     stays = torch.ones(n, dtype=torch.bool)
     stays[gone] = False
     return stays.nonzero()[:, 0]
+
+
+def removal_order(power: Tensor, count: int) -> list[int]:
+    """The first ``count`` states to remove, each the one that adds least to the error then.
+
+    Args:
+        power: as in `select_by_removal`.
+        count: at most n.
+    """
+    gone, cost = list[int](), power.diagonal().clone()  # cost of removing each state after those already gone
+    for _ in range(count):
+        j = int(cost.index_fill(0, torch.tensor(gone, dtype=torch.long), torch.inf).argmin())
+        gone.append(j)
+        cost = cost + 2 * power[j]
+    return gone
 
 
 def subspace(P: Tensor, W: Tensor, states: int) -> Tensor:

@@ -1,0 +1,103 @@
+"""Recovery after a cut of a checkpoint on disk, through the command line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+import compressm
+from compressm.cli import main
+from compressm.lab import one_shot
+from compressm.lab.recovering import beside
+from compressm.layers import LanguageModel
+
+TEXT = "The quick brown fox jumps over the lazy dog. " * 60
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    path = tmp_path / "text.txt"
+    path.write_text(TEXT, encoding="utf-8")
+    return path
+
+
+def mamba2(folder: Path) -> Any:
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    options: dict[str, Any] = {"vocab_size": 256, "hidden_size": 16, "num_heads": 4, "head_dim": 8, "n_groups": 1}
+    model = transformers.Mamba2ForCausalLM(
+        transformers.Mamba2Config(**options, state_size=16, num_hidden_layers=2, chunk_size=16)
+    ).eval()
+    model.save_pretrained(folder)
+    return model
+
+
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*is deprecated:FutureWarning")  # by peft
+@pytest.mark.parametrize("rank", [None, "2"])
+def test_a_checkpoint_is_cut_recovered_and_stock_loadable(tmp_path: Path, text: Path, rank: str | None) -> None:
+    model, out = mamba2(tmp_path / "big"), tmp_path / "small"
+    base = ["compress", str(tmp_path / "big"), "--states", "2", "--data", str(text), "--sequences", "4"]
+    base += ["--length", "32", "--output", str(out), "--recover", "6", "--recover-rate", "0.01"]
+    if rank is not None:
+        pytest.importorskip("peft")
+        base += ["--recover-lora", rank]
+    assert main([*base, "--json", str(tmp_path / "a.json")]) == 0
+    told = json.loads((tmp_path / "a.json").read_text())["recovery"]
+    from transformers import AutoModelForCausalLM
+
+    small: Any = AutoModelForCausalLM.from_pretrained(out).eval()
+    assert small.config.state_size == 2
+    assert not beside(out).exists()
+    # The second four windows are held out: trained on were the first four and those from the ninth on.
+    x = torch.tensor(list(TEXT.encode()))[4 * 32 : 8 * 32].view(4, 32)
+    for one, key in ((model, "perplexity_before"), (small, "perplexity_recovered")):
+        with torch.no_grad():
+            nats = F.cross_entropy(one(x).logits[:, :-1].flatten(0, 1), x[:, 1:].flatten())
+        assert told[key] == pytest.approx(float(nats.exp()), rel=1e-4)
+    assert told["steps"] == 6
+    assert told["divergence_first"] > 0
+
+
+def test_after_a_kill_the_same_command_goes_on(tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    compressm.save(LanguageModel(256, 8, 8, layer="mamba2", head_dim=8), tmp_path / "big")
+    base = ["compress", str(tmp_path / "big"), "--states", "2", "--data", str(text), "--sequences", "4"]
+    base += ["--length", "32", "--recover", "4", "--recover-rate", "0.01"]
+    assert main([*base, "--output", str(tmp_path / "whole")]) == 0
+
+    def killed(*_: Any) -> Any:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:  # after the last step, before anything is written
+        patch.setattr(one_shot, "_written", killed)
+        assert main([*base, "--output", str(tmp_path / "small")]) == 130
+    assert sorted(path.suffix for path in beside(tmp_path / "small").iterdir()) == [".json", ".safetensors"]
+    assert not (tmp_path / "small").exists()
+    assert main([*base, "--output", str(tmp_path / "small")]) == 0
+    whole, small = (compressm.load(tmp_path / name).state_dict() for name in ("whole", "small"))
+    torch.testing.assert_close(small, whole, rtol=0, atol=0)
+    assert not beside(tmp_path / "small").exists()
+
+
+def test_mistakes_are_answered_before_the_cut(tmp_path: Path, text: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    torch.manual_seed(0)
+    compressm.save(LanguageModel(256, 8, 8), tmp_path / "big")
+    base = ["compress", str(tmp_path / "big"), "--states", "2", "--output", str(tmp_path / "new")]
+    short = ["--sequences", "4", "--length", "32", "--data", str(text)]
+    capsys.readouterr()
+    for options, message in (
+        (["--recover", "5"], "--recover trains on text"),
+        ([*short, "--recover-lora", "4"], "give the steps too"),
+        ([*short, "--recover", "0"], "at least 1 step"),
+        ([*short, "--recover", "5", "--recover-lora", "0"], "lora_rank must be at least 1"),
+    ):
+        assert main([*base, *options]) == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1
+        assert message in error
+    assert not (tmp_path / "new").exists()
