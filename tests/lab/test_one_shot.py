@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 import compressm
 from compressm.cli import main
+from compressm.cutting import state_dims
 from compressm.lab.one_shot import compress_checkpoint
 from compressm.layers import LanguageModel, SequenceClassifier
 
@@ -91,6 +92,34 @@ def test_a_classifier_is_cut_by_arrays(tmp_path: Path) -> None:
     assert (lost.report.layers[0].energy_kept or 0) >= 0.9 - 1e-12
     assert math.isfinite(lost.loss_after)
     assert (lost.sequences, lost.length) == (4, 20)
+
+
+def test_max_drop_is_kept_on_the_data_that_it_was_measured_on(tmp_path: Path, text: Path) -> None:
+    language_model(tmp_path / "big")
+    options: dict[str, Any] = {"sequences": 4, "length": 32}
+    lost = compress_checkpoint(tmp_path / "big", tmp_path / "small", text, max_drop=0.5, **options)
+    assert lost.metric == "perplexity"
+    assert lost.score_after == pytest.approx(math.exp(lost.loss_after or 0), rel=1e-6)
+    assert lost.score_before == pytest.approx(math.exp(lost.loss_before or 0), rel=1e-6)
+    assert (lost.score_after or 0) - (lost.score_before or 0) <= 0.5
+    assert sum(layer.states_after for layer in lost.report.layers) < 24
+    assert state_dims(compressm.load(tmp_path / "small")) == {
+        layer.name: layer.states_after for layer in lost.report.layers
+    }
+
+
+def test_max_error_bounds_every_layer_and_the_metric_is_shown(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    compressm.save(SequenceClassifier(2, 3, d_model=4, d_state=16), tmp_path / "big")
+    draw = np.random.default_rng(0)
+    np.savez(tmp_path / "data.npz", x=draw.normal(size=(8, 20, 2)), y=draw.integers(0, 3, 8))
+    lost = compress_checkpoint(tmp_path / "big", None, tmp_path / "data.npz", max_error=0.3, sequences=4)
+    certificate = lost.report.layers[0].certificate
+    assert certificate is not None
+    assert certificate.bound <= 0.3
+    assert lost.report.layers[0].states_after < 16
+    assert lost.metric == "accuracy"
+    assert f"accuracy {lost.score_before:.4f} → {lost.score_after:.4f}" in str(lost)
 
 
 def test_mistakes_are_answered_in_one_line(tmp_path: Path, text: Path, capsys: pytest.CaptureFixture[str]) -> None:

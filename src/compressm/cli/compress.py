@@ -10,7 +10,10 @@ from compressm.cli.options import (
     Checkpoint,
     JsonFile,
     Length,
+    MaxDrop,
+    MaxError,
     MemorySize,
+    MetricName,
     OwnData,
     OwnModel,
     TargetName,
@@ -29,10 +32,13 @@ def compress(
     states: Annotated[int | None, typer.Option(help="State dimension to cut every layer to.")] = None,
     tolerance: Annotated[float | None, typer.Option(help="Share of the Hankel energy to discard.")] = None,
     fraction: Annotated[float | None, typer.Option(help="Share of the states to keep.")] = None,
+    max_error: MaxError = None,
     total_states: Annotated[int | None, typer.Option(help="States of all layers together.")] = None,
     max_loss: Annotated[
         float | None, typer.Option(help="Rise of the loss that the cut may cost, in nats per prediction.")
     ] = None,
+    max_drop: MaxDrop = None,
+    metric: MetricName = None,
     multiple_of: Annotated[int, typer.Option(help="Prefer state dimensions that are a multiple of this.")] = 1,
     target: TargetName = None,
     sort: Annotated[
@@ -72,8 +78,8 @@ def compress(
         return
     loss = compress_checkpoint(
         checkpoint, None if dry_run else output, data, build=model, states=states, tolerance=tolerance,
-        fraction=fraction, total_states=total_states, max_loss=max_loss, multiple_of=multiple_of, target=target,
-        gramians=gramians, sequences=sequences, length=length,
+        fraction=fraction, max_error=max_error, total_states=total_states, max_loss=max_loss, max_drop=max_drop,
+        metric=metric, multiple_of=multiple_of, target=target, gramians=gramians, sequences=sequences, length=length,
         memory=None if memory is None else parse_bytes(memory), speed=speed,
         recovery=wanted(data, recover, recover_lora, recover_rate),
     )  # fmt: skip

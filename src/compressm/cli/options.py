@@ -57,6 +57,17 @@ OwnData = Annotated[
         "whose states depend on the data, and to measure the loss.",
     ),
 ]
+MaxError = Annotated[
+    float | None, typer.Option("--max-error", help="H-infinity error that each layer may make, in output per input.")
+]
+MaxDrop = Annotated[
+    float | None,
+    typer.Option("--max-drop", help="What the metric may lose by a cut, in its own units: 0.01 of an accuracy."),
+]
+MetricName = Annotated[
+    Literal["accuracy", "r2", "fit", "mse", "perplexity"] | None,
+    typer.Option("--metric", help="Measured beside the loss [accuracy of classes, r2 of numbers, perplexity of text]."),
+]
 Length = Annotated[int, typer.Option(help="Tokens per sequence.")]
 TargetName = Annotated[
     Literal["mamba_ssm", "vllm", "sglang", "flashinfer", "llama.cpp", "transformers"] | None,
@@ -72,7 +83,10 @@ __all__ = [
     "JsonFile",
     "Length",
     "MarkdownFile",
+    "MaxDrop",
+    "MaxError",
     "MemorySize",
+    "MetricName",
     "OwnData",
     "OwnModel",
     "TargetName",

@@ -29,7 +29,6 @@ from compressm.errors import EvaluationError, InvalidRankRuleError, UnsupportedM
 from compressm.observing.held_out import gather_halves, joined, twice_readable
 from compressm.observing.loss_evidence import Gramians, Loss, LossEvidence, divided, evidence_on
 from compressm.runtime.processes import from_first_rank, raised_on_all
-from compressm.theory.balanced import Balanced
 from compressm.theory.balancing import Method
 from compressm.theory.ranks import RankRule, check_choice, check_sizes, largest_reduction
 from compressm.theory.recurrence import Moments
@@ -147,13 +146,10 @@ def compress(
     else:
         seen, held_out, by_loss = None if data is None else twice_readable(model, data), None, None
 
-    def planned(moments: Mapping[str, Moments] | None, evidence: LossEvidence | None) -> Plan:
-        if max_drop is None or evaluate is None:
-            return _planned(model, rule, moments, evidence, method, selection)
-        balancings = balance_layers(model, method, moments, None if evidence is None else evidence.covariances)
+    planned = partial(_planned, model, rule, method=method, selection=selection)
+    if max_drop is not None and evaluate is not None:
         metric_of = partial(_signed, evaluate, sign_of(mode))
-        return _largest_harmless(model, rule, balancings, selection, max_drop, metric_of, evidence)
-
+        planned = partial(plan_within_drop, model, rule, max_drop, metric_of, method=method, selection=selection)
     plan = plan_on(model, rule, seen, held_out, by_loss, selection, planned)
     before = _memory(model)
     report = plan.apply(model, optimizer, carry)
@@ -307,19 +303,28 @@ def check_model_sizes(model: nn.Module, rule: RankRule) -> None:
     check_sizes(rule, state_dims(model), must_be_alike(find_layers(model), rule), checked_sizes(model, rule))
 
 
-def _largest_harmless(
+def plan_within_drop(
     model: nn.Module,
     rule: RankRule,
-    balancings: Mapping[str, Balanced],
-    selection: Selection,
     max_drop: float,
     metric_of: Callable[[nn.Module], float],
-    evidence: LossEvidence | None = None,
+    moments: Mapping[str, Moments] | None,
+    evidence: LossEvidence | None,
+    method: Method = "real",
+    selection: Selection = "hankel",
 ) -> Plan:
     """The plan with the largest tolerance at which the metric drops by at most ``max_drop``; the model is unchanged.
 
     Args:
+        model: to be cut.
+        rule: of the plan, whose tolerance is searched for.
+        max_drop: see `compress`.
         metric_of: the metric of a model, higher is better.
+        moments, evidence: what the layers are balanced by; see `plan_on`.
+        method, selection: see `compress`.
+
+    Raises:
+        EvaluationError: the metric of the uncut model is not finite.
     """
     reference = metric_of(model)
     if not math.isfinite(reference):
@@ -327,6 +332,7 @@ def _largest_harmless(
             f"evaluate returned {reference} before anything was cut, and no loss can be held against that; expected a "
             "finite number: see that weights, data and the metric itself are finite"
         )
+    balancings = balance_layers(model, method, moments, None if evidence is None else evidence.covariances)
     fishers = None if evidence is None else evidence.fishers
     cuts = MadeCuts(find_layers(model), balancings, selection, fishers)
 
@@ -368,4 +374,4 @@ def _metric_after(
         model.load_state_dict(weights)
 
 
-__all__ = ["check_model_sizes", "check_rule", "compress", "plan_on"]
+__all__ = ["check_model_sizes", "check_rule", "compress", "plan_on", "plan_within_drop"]

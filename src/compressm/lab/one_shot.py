@@ -5,23 +5,24 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
-import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import nn
 
 from compressm.cutting import Report
-from compressm.cutting.compression import check_model_sizes, check_rule, plan_on
+from compressm.cutting.compression import check_model_sizes, check_rule, plan_on, plan_within_drop
+from compressm.cutting.metrics import sign_of
 from compressm.cutting.serving import Memory, Serving, attention_of, decoding_speed
 from compressm.cutting.spectrum import balancing_of
-from compressm.errors import CheckpointError, ConfigError
+from compressm.errors import CheckpointError, ConfigError, InvalidRankRuleError
 from compressm.lab.one_shot_inputs import BATCH, Checkpoint, read_batches, read_checkpoint
+from compressm.lab.quality import Examination, Quality
 from compressm.lab.recovering import Recover, forget
-from compressm.layers import LanguageModel
 from compressm.observing.labels import Likelihood
 from compressm.observing.loss_evidence import Gramians
+from compressm.observing.scores import Metric, better
 from compressm.runtime.files import read_pair
 from compressm.saving import mamba_ssm_format
 from compressm.saving.card import extend_card, model_card
@@ -30,10 +31,8 @@ from compressm.saving.mapped import save_mapped
 from compressm.saving.source_folder import Carried, carry, contents, copy_files, new_folder, unloaded
 from compressm.theory.ranks import RankRule
 from compressm.theory.targets import Target
+from compressm.training.options import OPTIONS
 from compressm.training.recovery import Recovery
-
-if TYPE_CHECKING:
-    pass
 
 
 @dataclass(frozen=True)
@@ -42,8 +41,10 @@ class Loss:
 
     Attributes:
         report: the cut itself, layer by layer.
-        loss_before, loss_after: cross-entropy in nats per token (per sequence for a classifier), on data that the cut
-            was not made from.
+        loss_before, loss_after: cross-entropy in nats per token (per sequence for a classifier), or the mean squared
+            error of numbers, on data that the cut was not made from. None without data or labels.
+        metric: accuracy, R² or another metric, measured on the same data; None as the loss.
+        score_before, score_after: its values.
         parameters_before, parameters_after: number of the model's parameters.
         sequences: how many sequences the cut was made from, and as many the loss was measured on.
         length: tokens per sequence.
@@ -62,6 +63,9 @@ class Loss:
     carried: Carried = field(default_factory=Carried)
     serving: Serving | None = None
     recovery: Recovery | None = None
+    metric: Metric | None = None
+    score_before: float | None = None
+    score_after: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
@@ -87,7 +91,8 @@ class Loss:
             rows.append(f"{parameters}; the loss was not measured: give --data with labels for that")
         else:
             measured = f"({self.sequences} sequences of {self.length})"
-            rows.append(f"loss {self.loss_before:.4f} → {self.loss_after:.4f} {measured}, {parameters}")
+            metric = f"{self.metric} {self.score_before:.4f} → {self.score_after:.4f}"
+            rows.append(f"loss {self.loss_before:.4f} → {self.loss_after:.4f}, {metric} {measured}, {parameters}")
         rows += self.report.rises()
         rows += [] if self.recovery is None else [str(self.recovery)]
         return "\n".join([*rows, str(self.carried)]).rstrip()
@@ -102,8 +107,11 @@ def compress_checkpoint(
     states: int | None = None,
     tolerance: float | None = None,
     fraction: float | None = None,
+    max_error: float | None = None,
     total_states: int | None = None,
     max_loss: float | None = None,
+    max_drop: float | None = None,
+    metric: Metric | None = None,
     multiple_of: int = 1,
     target: Target | None = None,
     gramians: Gramians | None = None,
@@ -128,7 +136,10 @@ def compress_checkpoint(
             for tokens, and ``y`` of shape ``(N,)``; with ``lengths``, shape ``(N,)``, where rows are padded.
         build: ``package.module:function`` that returns the model, if it is of a class of your own. The checkpoint may
             then be a ``.safetensors`` file of its state dict.
-        states, tolerance, fraction, total_states, max_loss: how far, exactly one of them; see `RankRule`.
+        states, tolerance, fraction, max_error, total_states, max_loss: how far, exactly one of them; see `RankRule`.
+        max_drop: instead of them: how much of the metric the cut may cost, in the metric's units. The largest tolerance
+            that keeps it is searched for on the sequences that the cut is not made from.
+        metric: see `compressm.observing.scores`; None for the usual one of the data.
         multiple_of, target: sizes that are preferred, and those that are allowed; see `RankRule`.
         gramians: as in `compress`, with the model's own predictions as labels; by default ``"loss"`` under ``max_loss``
             and ``"white"`` otherwise. The rise of the loss is measured on the sequences that were not cut by.
@@ -145,17 +156,18 @@ def compress_checkpoint(
         ConfigError: data that cannot be used.
         InvalidRankRuleError, UnsupportedModelError: as `compress`.
     """
-    rule = RankRule(
-        states=states, tolerance=tolerance, fraction=fraction, total_states=total_states, max_loss=max_loss,
-        min_reduction=0.0, multiple_of=multiple_of, target=target,
-    )  # fmt: skip
+    sizes: dict[str, Any] = {
+        "states": states, "tolerance": tolerance, "fraction": fraction, "max_error": max_error,
+        "total_states": total_states, "max_loss": max_loss,
+    }  # fmt: skip
+    rule = RankRule(**_how_far(sizes, max_drop, data), min_reduction=0.0, multiple_of=multiple_of, target=target)
     by_loss = gramians == "loss" or (gramians is None and max_loss is not None)
     loss: Likelihood | None = "classification" if by_loss else None
     check_data(loss, data)
     check_rule(rule, balancing_of(gramians, loss, data))
     folder, place = Path(checkpoint), None if output is None else Path(output)
     check_output(place)
-    read = read_checkpoint(folder, build, whole=recovery is not None)
+    read = read_checkpoint(folder, build, in_memory=max_drop is not None or recovery is not None)
     model = read.model
     check_model_sizes(model, rule)
     extra = unloaded(model, folder, read.unexpected) if read.format == "transformers" else {}
@@ -166,30 +178,34 @@ def compress_checkpoint(
     half = min(len(batches) // 2, sequences // BATCH)
     if recovery is not None:
         recovery.check(model, batches[0][0])
-    before, contained = parameters_in(model), contents(model) if read.mapped is None else set[bytes]()
-    seen, held_out = [inputs for inputs, _ in batches[:half]], batches[half : 2 * half]
+    examination = Examination(batches[half : 2 * half], metric)
+    parameters, contained = parameters_in(model), contents(model) if read.mapped is None else set[bytes]()
+    seen, unseen = ([inputs for inputs, _ in part] for part in (batches[:half], batches[half : 2 * half]))
     with read.at_work():
         bill = Bill(model, memory, speed)
     with read.at_work("reading the data", (4 if loss is None else 7) * half):
-        loss_before = _loss(model, held_out)
-        report = plan_on(model, rule, seen or None, [inputs for inputs, _ in held_out], loss).apply(model)
-        loss_after = _loss(model, held_out)
+        before = examination.quality(model)
+        search = None if max_drop is None else _search(model, rule, max_drop, examination)
+        report = plan_on(model, rule, seen or None, unseen, loss, planned=search).apply(model)
+        after = examination.quality(model)
     done = None
     if recovery is not None:
         text = [*seen, *(inputs for inputs, _ in batches[2 * half :])]
-        done = recovery.run(read, folder, build, text, [inputs for inputs, _ in held_out], place)
+        done = recovery.run(read, folder, build, text, unseen, place)
     with read.at_work():
         serving = bill.after_the_cut()
         carried = Carried()
         if place is not None:
-            facts = [serving.headline(), *_losses(loss_before, loss_after), *(str(done).splitlines() if done else ())]
+            facts = [serving.headline(), *_qualities(before, after), *(str(done).splitlines() if done else ())]
             carried = _written(read, folder, place, report, facts, extra, contained)
             forget(place)
     rows = 0 if not batches else next(iter(batches[0][0].values())).shape[1]
     if read.mapped is not None:
         read.mapped.pager.close()
-    counts = before, parameters_in(model), half * BATCH, rows
-    return Loss(report, loss_before, loss_after, *counts, carried, serving, done)
+    sizes_now = (parameters, parameters_in(model), half * BATCH, rows, carried, serving, done)
+    if before is None or after is None:
+        return Loss(report, None, None, *sizes_now)
+    return Loss(report, before.loss, after.loss, *sizes_now, before.metric, before.score, after.score)
 
 
 def check_output(place: Path | None) -> None:
@@ -200,6 +216,31 @@ def check_output(place: Path | None) -> None:
     """
     if place is not None and place.exists() and (not place.is_dir() or any(place.iterdir())):
         raise CheckpointError(f"output {place} exists and is not an empty folder: choose another")
+
+
+def _how_far(sizes: Mapping[str, Any], max_drop: float | None, data: object) -> Mapping[str, Any]:
+    """The rule that was given; under ``max_drop`` the tolerance at which the search begins.
+
+    Raises:
+        InvalidRankRuleError: ``max_drop`` beside a rule, or below 0.
+        ConfigError: ``max_drop`` without data.
+    """
+    if max_drop is None:
+        return sizes
+    OPTIONS["max_drop"].check(max_drop)
+    if given := [name for name, value in sizes.items() if value is not None]:
+        raise InvalidRankRuleError(f"give either max_drop or {given[0]}, not both: each says how far to cut")
+    if data is None:
+        raise ConfigError("--max-drop measures a metric on data: give some with labels, or text, by --data")
+    return {"tolerance": 0.0}
+
+
+def _search(model: nn.Module, rule: RankRule, max_drop: float, examination: Examination) -> Any:
+    """What plans the largest cut that costs at most ``max_drop`` of the metric."""
+    if examination.metric is None:
+        raise ConfigError("--max-drop measures a metric, and the data hold no labels: add y, shape (N,)")
+    sign = sign_of(better(examination.metric))
+    return partial(plan_within_drop, model, rule, max_drop, lambda cut: sign * examination.score(cut))
 
 
 def _written(
@@ -229,10 +270,11 @@ def saved(read: Checkpoint, source: Path, target: Path, extra: Mapping[str, Path
     return carry(source, target, read.model, extra, contained)
 
 
-def _losses(before: float | None, after: float | None) -> list[str]:
+def _qualities(before: Quality | None, after: Quality | None) -> list[str]:
     if before is None or after is None:
         return []
-    return [f"loss on held-out data {before:.4f} → {after:.4f} nats per prediction"]
+    losses = f"loss on held-out data {before.loss:.4f} → {after.loss:.4f} nats per prediction"
+    return [losses, f"{before.metric} on held-out data {before.score:.4f} → {after.score:.4f}"]
 
 
 def _with_card(card: Path, report: Report, carried: Carried, facts: Sequence[str]) -> Carried:
@@ -297,34 +339,6 @@ def _resave(model: nn.Module, source: Path, target: Path) -> Carried:
 def parameters_in(model: nn.Module) -> int:
     """How many parameters a model has."""
     return sum(parameter.numel() for parameter in model.parameters())
-
-
-@torch.no_grad()
-def _loss(model: nn.Module, batches: list[tuple[dict[str, Tensor], Tensor]]) -> float | None:
-    """Cross-entropy of classes and tokens, the mean squared error of numbers; None without data or labels."""
-    losses: list[float] = []
-    for inputs, targets in batches:
-        if not targets.numel():
-            return None
-        out = model(**inputs)
-        logits: Tensor = out if isinstance(out, Tensor) else out.logits
-        if targets.is_floating_point():
-            losses.append(float(F.mse_loss(logits.float().reshape(targets.shape), targets.float())))
-            continue
-        if logits.ndim == 3:
-            targets = _without_padding(model, inputs, targets)
-            logits, targets = logits[:, :-1], targets[:, 1:]
-        # Sequence by sequence, since a large vocabulary makes logits in float32 larger than the model.
-        rows = zip(logits, targets, strict=True)
-        total = sum(float(F.cross_entropy(one.float(), wanted, reduction="sum")) for one, wanted in rows)
-        losses.append(total / int((targets != -100).sum()))
-    return sum(losses) / len(losses) if losses else None
-
-
-def _without_padding(model: nn.Module, inputs: Mapping[str, Tensor], tokens: Tensor) -> Tensor:
-    """The tokens, with padding replaced by the label that cross entropy ignores."""
-    present = model.present(**inputs) if isinstance(model, LanguageModel) else inputs.get("attention_mask")
-    return tokens if present is None else tokens.masked_fill(present == 0, -100)
 
 
 __all__ = ["Bill", "Loss", "check_data", "check_output", "compress_checkpoint", "parameters_in", "saved"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,6 +20,7 @@ from compressm.integrations.hf_scan import can_be_fast, fast_scan
 from compressm.lab.data.arrays import Arrays, arranged, read_arrays
 from compressm.lab.data.files import is_data
 from compressm.lab.data.own import own_content
+from compressm.lab.data.text import first_bytes
 from compressm.lab.named import build_named, is_named
 from compressm.layers import LanguageModel, SequenceClassifier, SequenceRegressor
 from compressm.observing.expected import Expected
@@ -82,13 +83,13 @@ def _after_blocks(model: nn.Module, done: Callable[[], None]) -> Generator[None]
             handle.remove()
 
 
-def read_checkpoint(folder: Path, build: str | None = None, whole: bool = False) -> Checkpoint:
+def read_checkpoint(folder: Path, build: str | None = None, in_memory: bool = False) -> Checkpoint:
     """Load a checkpoint, or open it as pages of its files where that is possible; see `compressm.saving.mapped`.
 
     Args:
         folder: a Hugging Face folder, or one of ours; with ``build`` also a file ``.safetensors`` of the state dict.
         build: ``package.module:function`` that returns a model of the user's own class; see `compressm.lab.named`.
-        whole: load it into memory in any case, to train it.
+        in_memory: load it, as training and cuts that are tried and undone need.
 
     Raises:
         CheckpointError: no checkpoint, or one that cannot be loaded as a causal language model.
@@ -106,7 +107,7 @@ def read_checkpoint(folder: Path, build: str | None = None, whole: bool = False)
         return Checkpoint(load(folder).eval(), None, "compressm")
     if theirs:
         return Checkpoint(mamba_ssm_format.load(folder), _tokenizer(folder), "mamba_ssm")
-    return _hugging_face(folder, whole)
+    return _hugging_face(folder, in_memory)
 
 
 def _of_the_user(path: Path, model: nn.Module) -> nn.Module:
@@ -145,7 +146,7 @@ def _tokenizer(folder: Path) -> Any:
         raise CheckpointError(f"the tokenizer in {folder} cannot be loaded: {_first_line(error)}") from error
 
 
-def _hugging_face(folder: Path, whole: bool) -> Checkpoint:
+def _hugging_face(folder: Path, in_memory: bool) -> Checkpoint:
     try:
         from transformers import AutoModelForCausalLM
     except ModuleNotFoundError as error:
@@ -153,7 +154,7 @@ def _hugging_face(folder: Path, whole: bool) -> Checkpoint:
             'a Hugging Face checkpoint needs transformers: pip install "compressm[transformers]"'
         ) from error
     try:
-        mapped = None if whole else open_mapped(folder)
+        mapped = None if in_memory else open_mapped(folder)
         if mapped is not None:
             return Checkpoint(mapped.model, _tokenizer(folder), "transformers", mapped.unexpected, mapped)
         loaded: Any = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, output_loading_info=True)
@@ -211,7 +212,7 @@ def read_batches(
     elif is_data(path):
         arrays = read_arrays(path, expected, labelled=False)
     else:
-        arrays = Arrays(_windows(model, tokenizer, _texts(path), sequences, length))
+        arrays = Arrays(_windows(model, tokenizer, path, sequences, length))
     if expected.kind == "tokens" and not isinstance(model, SequenceClassifier):
         arrays = _rows(arrays, length)
     count = halves * (min(sequences, len(arrays)) // (halves * BATCH))
@@ -242,18 +243,7 @@ def _rows(arrays: Arrays, length: int) -> Arrays:
     return Arrays(arrays.x[:, :length], None, lengths)
 
 
-def _texts(path: Path) -> list[Path]:
-    """A text file, or those of a folder."""
-    texts = sorted(path.rglob("*.txt")) if path.is_dir() else [path]
-    if not texts:
-        raise ConfigError(f"data {path} holds neither text (.txt) nor arrays: check the path")
-    for text in texts:
-        if not text.is_file():
-            raise ConfigError(f"data {text} cannot be read: no such file")
-    return texts
-
-
-def _windows(model: nn.Module, tokenizer: Any, texts: Sequence[Path], sequences: int, length: int) -> Tensor:
+def _windows(model: nn.Module, tokenizer: Any, path: Path, sequences: int, length: int) -> Tensor:
     """The first tokens of texts, in windows, shape ``(count, length)`` with at most ``sequences`` windows."""
     vocabulary = cast("Any", model).config["vocabulary"] if isinstance(model, LanguageModel) else _vocabulary(model)
     if tokenizer is None and vocabulary != 256:  # the only size at which every byte has an id and no id is else
@@ -261,7 +251,7 @@ def _windows(model: nn.Module, tokenizer: Any, texts: Sequence[Path], sequences:
             f"the checkpoint has no tokenizer and a vocabulary of {vocabulary}, and only one of 256 is that of bytes: "
             "save the tokenizer in the checkpoint's folder, or call compressm.compress from Python, with ids as data"
         )
-    tokens = _first_tokens(tokenizer, texts, sequences * length)
+    tokens = _first_tokens(tokenizer, path, sequences * length)
     if len(tokens) and (largest := int(tokens.max())) >= vocabulary:
         raise ConfigError(
             f"the tokenizer gives ids up to {largest}, and the model's vocabulary has {vocabulary}: save the model's "
@@ -271,34 +261,19 @@ def _windows(model: nn.Module, tokenizer: Any, texts: Sequence[Path], sequences:
     return tokens[: count * length].view(count, length)
 
 
-def _first_tokens(tokenizer: Any, texts: Sequence[Path], count: int) -> Tensor:
+def _first_tokens(tokenizer: Any, path: Path, count: int) -> Tensor:
     """The first ``count`` tokens of texts, or all if there are fewer. No more of the files is read than they need."""
-    size = sum(text.stat().st_size + 1 for text in texts) - 1  # a line's end between two texts
     wanted = count if tokenizer is None else _BYTES_PER_TOKEN * count
     while True:
-        content = _first_bytes(texts, wanted)
+        content, whole = first_bytes(path, wanted)
         if tokenizer is None:
             return torch.from_numpy(np.frombuffer(content, np.uint8).astype(np.int64))
-        text = content.decode("utf-8", "ignore" if wanted < size else "replace")
+        text = content.decode("utf-8", "replace" if whole else "ignore")
         tokens = torch.tensor(tokenizer(text)["input_ids"], dtype=torch.long)
         # Where the text was cut the last tokens may differ from those of the whole, so there must be some to spare.
-        if wanted >= size or len(tokens) > count + _SPARE:
+        if whole or len(tokens) > count + _SPARE:
             return tokens[:count]
         wanted *= 4
-
-
-def _first_bytes(texts: Sequence[Path], count: int) -> bytes:
-    """The first bytes of texts that follow each other, a line's end between them."""
-    content = b""
-    for text in texts:
-        try:
-            with text.open("rb") as opened:
-                content += (b"\n" if content else b"") + opened.read(count - len(content))
-        except OSError as error:
-            raise ConfigError(f"data {text} cannot be read: {error.strerror}") from error
-        if len(content) >= count:
-            break
-    return content[:count]
 
 
 def _vocabulary(model: nn.Module) -> int:

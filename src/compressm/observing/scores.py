@@ -12,7 +12,7 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,7 @@ from compressm.observing.labels import prediction_of
 from compressm.observing.moments import modes_kept
 
 Pairs = tuple[Tensor, Tensor]
+Metric = Literal["accuracy", "r2", "fit", "mse", "perplexity"]
 
 
 def score(name: str, data: Any) -> Callable[[nn.Module], float]:
@@ -56,6 +57,11 @@ def score(name: str, data: Any) -> Callable[[nn.Module], float]:
 
     evaluate.__name__ = name
     return evaluate
+
+
+def better(metric: Metric) -> Literal["max", "min"]:
+    """Whether a higher or a lower value of a metric is better: ``mode=`` of `Compressor` and `compress`."""
+    return "min" if metric in ("mse", "perplexity") else "max"
 
 
 def _pairs(model: nn.Module, data: Any, tokens: bool) -> Pairs:
@@ -133,4 +139,4 @@ _METRICS: dict[str, Callable[[Pairs], float]] = {
     "accuracy": _accuracy, "r2": _r2, "fit": _fit, "mse": _mse, "perplexity": _perplexity,
 }  # fmt: skip
 
-__all__ = ["score"]
+__all__ = ["Metric", "better", "score"]

@@ -3,6 +3,7 @@
 - ``.npz``: arrays by name, see `compressm.lab.data.arrays`. ``.npy``: the sequences alone.
 - ``.csv``, ``.parquet``: one sequence per row, one step per column, with a header. A column named ``y``, ``label`` or
   ``target`` holds the labels.
+- A folder that ``save_to_disk`` of the library datasets has written: its columns by name, its splits by theirs.
 - A folder with ``x.npy`` and ``y.npy`` (or ``x_train.npy`` and so on): arrays by name, as in an ``.npz``.
 - Any other folder: one sequence per file, rows are steps and columns channels. If the files lie in subfolders, each
   subfolder is a class, in alphabetical order. Shorter sequences are padded with zeros, and their lengths told.
@@ -20,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from compressm.errors import ConfigError, MissingExtraError
+from compressm.lab.data.hf_datasets import arrays_of, has_text, is_hf_datasets
 from compressm.observing.expected import role_of
 
 SUFFIXES = (".npz", ".npy", ".csv", ".parquet")
@@ -33,6 +35,8 @@ def is_data(path: Path) -> bool:
     Raises:
         ConfigError: it cannot be read.
     """
+    if is_hf_datasets(path):
+        return not has_text(path)
     if path.is_dir():
         return any(file.suffix in SUFFIXES for file in path.rglob("*"))
     try:
@@ -47,8 +51,10 @@ def read_content(path: Path) -> Content:
 
     Raises:
         ConfigError: it cannot be read, or holds something else.
-        MissingExtraError: a ``.parquet`` file without pyarrow.
+        MissingExtraError: a ``.parquet`` file without pyarrow, or a folder of datasets without datasets.
     """
+    if is_hf_datasets(path):
+        return arrays_of(path)
     if path.is_dir():
         return _folder(path)
     if path.suffix in (".csv", ".parquet"):

@@ -1,0 +1,50 @@
+"""The section ``data`` of a configuration."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from compressm.lab.config.section import Section
+
+
+class DataConfig(Section):
+    """Which data, and where they are.
+
+    Attributes:
+        name: ``digits`` (comes with scikit-learn), ``smnist``, ``psmnist``, ``scifar``, ``imdb`` or ``listops``
+            (generated).
+        source: data of your own instead: ``package.module:function``, a file or a folder; see docs/own.md.
+        root: the directory with the files, where any are needed; by default that in the environment variable
+            ``COMPRESSM_DATA``.
+        validation: share of the training data that is held out for validation.
+        pool: average square blocks of so many pixels a side, for shorter sequences: 2 makes MNIST's 784 steps 196.
+        max_length: of ``imdb`` and ``listops``: longer reviews are cut off (default: 4096); expressions have a quarter
+            to all of so many tokens (2000).
+        examples: of ``listops``: how many for training (96,000); 2000 each are for validation and test.
+    """
+
+    name: Literal["digits", "smnist", "psmnist", "scifar", "imdb", "listops"] | None = None
+    root: str | None = None
+    validation: float = Field(0.1, gt=0, lt=1)
+    pool: Literal[1, 2, 4] = 1
+    max_length: int | None = Field(None, ge=8)
+    examples: int | None = Field(None, ge=1)
+    source: str | None = Field(None, min_length=1)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> DataConfig:
+        if (self.name is None) == (self.source is None):
+            both = "is given beside data.source" if self.name else "is missing, and so is data.source"
+            raise ValueError(f"data.name|{both}; give one: a data set that compressm knows, or your own data")
+        if self.pool > 1 and self.name not in ("smnist", "psmnist", "scifar"):
+            raise ValueError(f"data.pool|is for images of 28 and 32 pixels a side, not for {self.name}; leave it at 1")
+        if self.max_length is not None and self.name not in ("imdb", "listops"):
+            raise ValueError(f"data.max_length|is for imdb and listops, not for {self.name}")
+        if self.examples is not None and self.name != "listops":
+            raise ValueError(f"data.examples|is for listops, not for {self.name}")
+        return self
+
+
+__all__ = ["DataConfig"]
