@@ -193,11 +193,13 @@ def _native_backward(
     grad_y: Tensor, grad_state: Tensor, log_decay: Tensor, beta: Tensor, k: Tensor, q: Tensor, states: Tensor,
     written: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    grads = tuple(torch.empty_like(tensor) for tensor in (written, log_decay, beta, k, q))
-    carry = grad_state.clone()
+    grad_v, grad_log_decay, grad_beta, grad_k, grad_q = (
+        torch.empty_like(tensor) for tensor in (written, log_decay, beta, k, q)
+    )
+    grads, carry = (grad_v, grad_log_decay, grad_beta, grad_k, grad_q), grad_state.clone()
     sizes = (*written.shape, k.shape[3])
     native.call("delta_backward", k, *sizes, log_decay, beta, k, q, states, written, grad_y, *grads, carry)
-    return (*grads, carry)  # pyright: ignore[reportReturnType]
+    return *grads, carry
 
 
 @_native_backward.register_fake

@@ -8,20 +8,26 @@ The ``chunked`` engine is made of matrix products. Inside a chunk the decay from
 per dimension, with ``e`` the running sum of the logarithms. It is a product of one factor for the query and one for the
 key. Both are taken relative to half of the chunk's decay, so they stay in range as long as the decay over a chunk is
 above exp(-60). Chunks are halved until this holds.
+
+The ``native`` engine works in chunks too, in the processor's cache, forward and backward. It carries every key's decay
+from step to step, so that no decay is too strong. For the backward pass it keeps the state once every 64 steps.
 """
 
 from __future__ import annotations
 
-from typing import Literal, overload
+from functools import partial
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
 
+from compressm.scans import native
 from compressm.scans.frame import check_engine, check_shapes, empty, empty_scan, in_form, without_autocast
+from compressm.scans.graph import exporting
 from compressm.scans.ssd import by_chunk, chain_of_states
-from compressm.scans.transforms import transformed
+from compressm.scans.transforms import gradients, transformed, twice
 
-Engine = Literal["auto", "chunked", "loop", "graph"]
+Engine = Literal["auto", "native", "chunked", "loop", "graph"]
 
 LONGEST_CHUNK = 64
 # exp(-100) is negligible beside anything that is written at the same step, even in double precision.
@@ -58,8 +64,9 @@ def gla_scan(
         B, C: input and output vectors (keys and queries), shape ``(batch, length, heads, n)``.
         initial_state: shape ``(batch, heads, p, n)``; zero by default.
         return_state: also return the state after the last step.
-        engine: ``"chunked"``; ``"loop"``, the definition, for reference; or ``"graph"`` (one loop node). ``"auto"`` is
-            ``"graph"`` while `torch.export` traces, and ``"chunked"`` otherwise.
+        engine: ``"native"`` (compiled, CPU); ``"chunked"`` (matrix products of PyTorch, anywhere); ``"loop"``, the
+            definition, for reference; or ``"graph"`` (one loop node). ``"auto"`` is ``"graph"`` while `torch.export`
+            traces, and otherwise the first available one.
 
     Returns:
         ``y``, shape and dtype of ``x``; with ``return_state`` also the last state, shape ``(batch, heads, p, n)``.
@@ -84,16 +91,19 @@ def gla_scan(
             "initial_state": (initial_state, (batch, heads, p, n)),
         },
     )
-    check_engine(engine, "auto", "chunked", "loop", "graph")
+    check_engine(engine, "auto", "native", "chunked", "loop", "graph")
     dtype = torch.promote_types(x.dtype, torch.float32)
     state = x.new_zeros(batch, heads, p, n) if initial_state is None else initial_state
     sequences = (tensor.to(dtype) for tensor in (x, log_decay, B, C))
     if empty(x):
         y, state = empty_scan(tuple(x.shape), state.to(dtype), x, log_decay, B, C)
         return (y, state) if return_state else y
-    if engine in ("auto", "chunked") and transformed():
-        engine = "loop"  # the chunk length depends on the data, which vmap does not allow
-    y, state = in_form(engine, _chunked, gla_step, state.to(dtype), *sequences)
+    if engine == "auto" and not exporting() and native.usable(x, log_decay, B, C, state):
+        engine = "native"
+    if engine == "native" and not transformed():
+        y, state = _native(*sequences, state.to(dtype))
+    else:
+        y, state = _composed(engine, *sequences, state.to(dtype))
     return (y.to(x.dtype), state) if return_state else y.to(x.dtype)
 
 
@@ -110,6 +120,15 @@ def gla_step(state: Tensor, x: Tensor, log_decay: Tensor, B: Tensor, C: Tensor) 
     """
     state = torch.exp(log_decay)[..., None, :] * state + x[..., None] * B[..., None, :]
     return (state * C[..., None, :]).sum(-1).to(x.dtype), state
+
+
+def _composed(
+    engine: str, x: Tensor, log_decay: Tensor, B: Tensor, C: Tensor, state: Tensor
+) -> tuple[Tensor, Tensor]:
+    """An engine made of PyTorch's own operations."""
+    if engine != "graph" and transformed():
+        engine = "loop"  # the chunk length depends on the data, which vmap does not allow
+    return in_form(engine, _chunked, gla_step, state, x, log_decay, B, C)
 
 
 def _chunked(x: Tensor, log_decay: Tensor, B: Tensor, C: Tensor, initial: Tensor) -> tuple[Tensor, Tensor]:
@@ -137,3 +156,64 @@ def _chunked(x: Tensor, log_decay: Tensor, B: Tensor, C: Tensor, initial: Tensor
     before = torch.cat([initial[:, None], states[:, :-1]], 1)
     y = y + (queries * since_start) @ before.transpose(-1, -2)
     return y.transpose(2, 3).reshape(batch, -1, heads, p)[:, :length], states[:, -1]
+
+
+def _native(x: Tensor, log_decay: Tensor, B: Tensor, C: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+    tensors = (x, log_decay, B, C, state)
+    keep = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+    y, last, _ = _native_forward(*(tensor.contiguous() for tensor in tensors), keep)
+    return y, last
+
+
+@torch.library.custom_op("compressm::gla_scan", mutates_args=(), device_types="cpu")
+def _native_forward(
+    x: Tensor, log_decay: Tensor, B: Tensor, C: Tensor, state: Tensor, keep: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    y, last, states = _results(x, state, keep)
+    kept = states if keep else None
+    native.call("gla_forward", x, *x.shape, B.shape[3], x, log_decay, B, C, state, y, last, kept)
+    return y, last, states
+
+
+@_native_forward.register_fake
+def _(x: Tensor, log_decay: Tensor, B: Tensor, C: Tensor, state: Tensor, keep: bool) -> Any:
+    return _results(x, state, keep)
+
+
+def _results(x: Tensor, state: Tensor, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Room for outputs, the last state, and the states that the backward pass needs."""
+    (batch, length, heads, p), n = x.shape, state.shape[3]
+    states = x.new_empty((batch, heads, native.kept_states(length), n, p) if keep else (0,))
+    return torch.empty_like(x), torch.empty_like(state), states
+
+
+@torch.library.custom_op("compressm::gla_scan_backward", mutates_args=(), device_types="cpu")
+def _native_backward(
+    grad_y: Tensor, grad_state: Tensor, x: Tensor, log_decay: Tensor, B: Tensor, C: Tensor, states: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    grad_x, grad_log_decay, grad_B, grad_C = (torch.empty_like(tensor) for tensor in (x, log_decay, B, C))
+    grads, carry = (grad_x, grad_log_decay, grad_B, grad_C), grad_state.clone()
+    native.call("gla_backward", x, *x.shape, B.shape[3], x, log_decay, B, C, states, grad_y, *grads, carry)
+    return *grads, carry
+
+
+@_native_backward.register_fake
+def _(
+    grad_y: Tensor, grad_state: Tensor, x: Tensor, log_decay: Tensor, B: Tensor, C: Tensor, states: Tensor
+) -> Any:
+    return tuple(torch.empty_like(tensor) for tensor in (x, log_decay, B, C, grad_state))
+
+
+def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.save_for_backward(*inputs[:5], output[2])
+    ctx.set_materialize_grads(True)
+
+
+def _differentiate(ctx: Any, grad_y: Tensor, grad_state: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    *inputs, state, states = ctx.saved_tensors
+    if twice():
+        return *gradients(partial(_composed, "chunked"), (*inputs, state), (grad_y, grad_state)), None
+    return *_native_backward(grad_y.contiguous(), grad_state.contiguous(), *inputs, states), None
+
+
+_native_forward.register_autograd(_differentiate, setup_context=_keep_for_backward)

@@ -6,6 +6,7 @@
 #include "chain.h"
 #include "convolution.h"
 #include "delta.h"
+#include "gla.h"
 #include "lti.h"
 #include "mamba.h"
 #include "narrow.h"
