@@ -65,6 +65,10 @@ TargetName = Annotated[
 MemorySize = Annotated[
     str | None, typer.Option("--memory", metavar="SIZE", help="Say how many sequences a memory holds, such as 40GB.")
 ]
+StateBits = Annotated[
+    int | None,
+    typer.Option("--state-bits", metavar="8", help="Simulate states in 8 bits: bytes, and what rounding costs."),
+]
 
 __all__ = [
     "PICTURES",
@@ -75,6 +79,7 @@ __all__ = [
     "MemorySize",
     "OwnData",
     "OwnModel",
+    "StateBits",
     "TargetName",
     "command_line",
     "file_option",

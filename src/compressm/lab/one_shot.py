@@ -19,6 +19,7 @@ from compressm.cutting.spectrum import balancing_of
 from compressm.errors import CheckpointError, ConfigError
 from compressm.lab.one_shot_inputs import BATCH, Checkpoint, read_batches, read_checkpoint
 from compressm.lab.recovering import Recover, forget
+from compressm.lab.state_bits import StateBits, asked
 from compressm.layers import LanguageModel
 from compressm.observing.labels import Likelihood
 from compressm.observing.loss_evidence import Gramians
@@ -50,6 +51,7 @@ class Loss:
         carried: what the smaller checkpoint got from its source as it was, and what it did not get.
         serving: what serving the model costs before and after.
         recovery: what training after the cut did; None without it.
+        bits: what states in few bits cost, before and after; None without ``state_bits``.
     """
 
     report: Report
@@ -62,18 +64,20 @@ class Loss:
     carried: Carried = field(default_factory=Carried)
     serving: Serving | None = None
     recovery: Recovery | None = None
+    bits: StateBits | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
         serving = None if self.serving is None else self.serving.to_dict()
         recovery = None if self.recovery is None else self.recovery.to_dict()
         parts = {"report": self.report.to_dict(), "carried": asdict(self.carried), "serving": serving}
-        parts["recovery"] = recovery
+        parts |= {"recovery": recovery, "bits": None if self.bits is None else self.bits.to_dict()}
         return {**self.__dict__, **parts}
 
     def __str__(self) -> str:
         width = max(len(layer.name) for layer in self.report.layers)
         rows = [] if self.serving is None else self.serving.lines()
+        rows += [] if self.bits is None else self.bits.lines()
         rows += [f"{'layer':{width}}  {'states':>10}  {'energy discarded':>16}  {'error on data':>13}"]
         for layer in self.report.layers:
             discarded = 0.0 if layer.energy_kept is None else 1 - layer.energy_kept
@@ -112,6 +116,7 @@ def compress_checkpoint(
     memory: int | None = None,
     speed: bool = False,
     recovery: Recover | None = None,
+    state_bits: int | None = None,
 ) -> Loss:
     """Cut a checkpoint once, and save the smaller model in the format that it came in.
 
@@ -138,6 +143,7 @@ def compress_checkpoint(
         speed: whether to measure tokens per second on this machine, before and after.
         recovery: train the cut model on the data that follow those of the cut and of the loss, and on those of the cut,
             with the uncut one as teacher.
+        state_bits: 8 to simulate states in 8 bits before and after; see `compressm.cutting.rounded_state`.
 
     Raises:
         CheckpointError: a checkpoint that cannot be read, or holds what cannot reach the output; or an output folder
@@ -152,6 +158,7 @@ def compress_checkpoint(
     by_loss = gramians == "loss" or (gramians is None and max_loss is not None)
     loss: Likelihood | None = "classification" if by_loss else None
     check_data(loss, data)
+    bits = asked(state_bits, data)
     check_rule(rule, balancing_of(gramians, loss, data))
     folder, place = Path(checkpoint), None if output is None else Path(output)
     check_output(place)
@@ -170,6 +177,7 @@ def compress_checkpoint(
     seen, held_out = [inputs for inputs, _ in batches[:half]], batches[half : 2 * half]
     with read.at_work():
         bill = Bill(model, memory, speed)
+        bits = None if bits is None else bits.plus("uncut", model, held_out[0][0])
     with read.at_work("reading the data", (4 if loss is None else 7) * half):
         loss_before = _loss(model, held_out)
         report = plan_on(model, rule, seen or None, [inputs for inputs, _ in held_out], loss).apply(model)
@@ -180,6 +188,7 @@ def compress_checkpoint(
         done = recovery.run(read, folder, build, text, [inputs for inputs, _ in held_out], place)
     with read.at_work():
         serving = bill.after_the_cut()
+        bits = None if bits is None else bits.plus("cut", model, held_out[0][0])
         carried = Carried()
         if place is not None:
             facts = [serving.headline(), *_losses(loss_before, loss_after), *(str(done).splitlines() if done else ())]
@@ -189,7 +198,7 @@ def compress_checkpoint(
     if read.mapped is not None:
         read.mapped.pager.close()
     counts = before, parameters_in(model), half * BATCH, rows
-    return Loss(report, loss_before, loss_after, *counts, carried, serving, done)
+    return Loss(report, loss_before, loss_after, *counts, carried, serving, done, bits)
 
 
 def check_output(place: Path | None) -> None:
