@@ -5,6 +5,7 @@ from compressm.cutting import Report, compress
 from compressm.cutting.distil import distil
 from compressm.cutting.optimizer_state import register_optimizer_state
 from compressm.cutting.ordering import StateOrder, sort_states
+from compressm.cutting.rounded_state import equalise_states, round_states
 from compressm.cutting.spectrum import Spectrum, analyze
 from compressm.cutting.system import ReducedSystem, reduce
 from compressm.errors import CompressmError
@@ -35,11 +36,13 @@ __all__ = [
     "balance",
     "compress",
     "distil",
+    "equalise_states",
     "load",
     "probe",
     "recover",
     "reduce",
     "register_optimizer_state",
+    "round_states",
     "save",
     "sort_states",
     "truncate",

@@ -101,3 +101,22 @@ def test_mistakes_are_answered_before_the_cut(tmp_path: Path, text: Path, capsys
         assert error.count("\n") == 1
         assert message in error
     assert not (tmp_path / "new").exists()
+
+
+def test_states_in_8_bits_are_told_beside_the_cut(
+    tmp_path: Path, text: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    mamba2(tmp_path / "big")
+    short = ["--data", str(text), "--sequences", "4", "--length", "32", "--state-bits", "8"]
+    out = ["--output", str(tmp_path / "small"), "--json", str(tmp_path / "a.json")]
+    assert main(["compress", str(tmp_path / "big"), "--states", "4", *short, *out]) == 0
+    assert "states rounded after every token, simulated on 128 tokens" in capsys.readouterr().out
+    bits = json.loads((tmp_path / "a.json").read_text())["bits"]["models"]
+    # Two layers of 4 heads of 8 channels: 16 or 4 states, and in 8 bits two bytes of scale for each channel.
+    sizes = {model: {one["format"]: one["bytes"] for one in formats} for model, formats in bits.items()}
+    assert sizes["uncut"] == {"bfloat16": 64 * 32, "int8": 64 * 18, "fp8": 64 * 18}
+    assert sizes["cut"] == {"bfloat16": 64 * 8, "int8": 64 * 6, "fp8": 64 * 6}
+    assert main(["analyze", str(tmp_path / "big"), *short]) == 0
+    assert "uncut  int8" in capsys.readouterr().out
+    assert main(["analyze", str(tmp_path / "big"), *short[:-1], "4"]) == 2
+    assert "only 8 is simulated" in capsys.readouterr().err

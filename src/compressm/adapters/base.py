@@ -185,6 +185,7 @@ class SelectiveAdapter(LayerAdapter):
         entrance: a submodule that the layer calls once, with its own input. It lets the layer be observed when its
             ``forward`` is called directly. None if there is none; such calls are then refused.
         keeps_last: whether the window of the layer's convolution, as it is carried, includes the present input.
+        state_axis: the axis of the state dimension in the state that a cache of transformers keeps.
         state_dtype: of the state that the layer carries; None for that of its activations.
     """
 
@@ -196,6 +197,7 @@ class SelectiveAdapter(LayerAdapter):
     normed: bool = False
     entrance: str | None = None
     keeps_last: bool = False
+    state_axis: int = -1
     state_dtype: torch.dtype | None = None
 
     def maps(self, layer: nn.Module) -> tuple[bool, bool, bool]:

@@ -32,6 +32,7 @@ class HFDeltaRuleAdapter(HuggingFaceAdapter):
     """``Qwen3NextGatedDeltaNet`` and its relatives in Qwen3_5, Qwen3_5Moe, Qwen4Exp and OlmoHybrid."""
 
     config_field = "linear_key_head_dim"
+    state_axis = -2
     kernels = ("torch_chunk_gated_delta_rule", "torch_recurrent_gated_delta_rule")
 
     def signals(self, layer: nn.Module, hidden: Tensor) -> Signals:

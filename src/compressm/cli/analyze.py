@@ -14,6 +14,7 @@ from compressm.cli.options import (
     MemorySize,
     OwnData,
     OwnModel,
+    StateBits,
     TargetName,
     command_line,
     file_option,
@@ -33,6 +34,7 @@ def analyze(
     length: Length = 512,
     target: TargetName = None,
     memory: MemorySize = None,
+    state_bits: StateBits = None,
     plot: Annotated[
         Path | None, file_option(help="Draw the spectra into this file.", endings=(".html", *PICTURES))
     ] = None,
@@ -46,10 +48,19 @@ def analyze(
 
     device = None if memory is None else parse_bytes(memory)
     analysis = analyze_checkpoint(
-        checkpoint, data, sequences=sequences, length=length, gramians=gramians, build=model, target=target
+        checkpoint,
+        data,
+        sequences=sequences,
+        length=length,
+        gramians=gramians,
+        build=model,
+        target=target,
+        state_bits=state_bits,
     )
     if not printed(json):
         for line in Serving(analysis.memory, analysis.memory, device).lines():
+            print(line)
+        for line in [] if analysis.bits is None else analysis.bits.lines():
             print(line)
         Console().print(analysis.table())
         for line in filter(None, (*analysis.takers, *analysis.refusals, analysis.spectrum.advice())):

@@ -16,6 +16,7 @@ from compressm.cli.options import (
     MetricName,
     OwnData,
     OwnModel,
+    StateBits,
     TargetName,
     command_line,
 )
@@ -52,6 +53,7 @@ def compress(
     sequences: Annotated[int, typer.Option(help="Sequences to cut by, and as many to measure the loss on.")] = 32,
     length: Length = 512,
     memory: MemorySize = None,
+    state_bits: StateBits = None,
     speed: Annotated[bool, typer.Option("--speed", help="Measure tokens per second on this machine.")] = False,
     recover: Annotated[
         int | None,
@@ -81,7 +83,7 @@ def compress(
         fraction=fraction, max_error=max_error, total_states=total_states, max_loss=max_loss, max_drop=max_drop,
         metric=metric, multiple_of=multiple_of, target=target, gramians=gramians, sequences=sequences, length=length,
         memory=None if memory is None else parse_bytes(memory), speed=speed,
-        recovery=wanted(data, recover, recover_lora, recover_rate),
+        state_bits=state_bits, recovery=wanted(data, recover, recover_lora, recover_rate),
     )  # fmt: skip
     if not printed(json):
         print(loss)
@@ -91,7 +93,7 @@ def compress(
 def _refuse_cuts(context: typer.Context) -> None:
     """Refuse options that ask for a cut beside ``--sorted``."""
     cuts = ("states", "tolerance", "fraction", "total_states", "max_loss", "target", "gramians")
-    cuts += ("memory", "dry_run", "speed", "recover")
+    cuts += ("memory", "dry_run", "speed", "recover", "state_bits")
     given = [name for name in cuts if context.params.get(name)] + ["multiple_of"] * (context.params["multiple_of"] != 1)
     if given:
         raise ConfigError(

@@ -76,6 +76,10 @@ TargetName = Annotated[
 MemorySize = Annotated[
     str | None, typer.Option("--memory", metavar="SIZE", help="Say how many sequences a memory holds, such as 40GB.")
 ]
+StateBits = Annotated[
+    int | None,
+    typer.Option("--state-bits", metavar="8", help="Simulate states in 8 bits: bytes, and what rounding costs."),
+]
 
 __all__ = [
     "PICTURES",
@@ -89,6 +93,7 @@ __all__ = [
     "MetricName",
     "OwnData",
     "OwnModel",
+    "StateBits",
     "TargetName",
     "command_line",
     "file_option",

@@ -10,13 +10,14 @@ import json
 import math
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from compressm.adapters import find_layers, layer_values
 from compressm.adapters.base import LayerChange, SelectiveAdapter, check_plain, layers_that_need_data
@@ -32,7 +33,7 @@ from compressm.observing.moments import gather
 from compressm.runtime.files import finite, write_json
 from compressm.theory.ordering import order_states, prefix_errors
 from compressm.theory.ranks import RankRule, check_choice, choose_ranks
-from compressm.theory.recurrence import ErrorEstimate, Moments, SelectiveReduction, first_states
+from compressm.theory.recurrence import ErrorEstimate, Moments, SelectiveBalancing, SelectiveReduction, first_states
 from compressm.theory.selection import Selection
 from compressm.theory.targets import Target
 
@@ -247,25 +248,51 @@ def sort_states(model: nn.Module, data: Any, *, selection: Selection = "hankel")
             f"{linear[0]} ({type(every[linear[0]][0]).__name__}) is a linear layer, whose states need no sorting: "
             "compressm.compress cuts it to any size without data"
         )
-    check_wrappers(model, {name: layer for name, (layer, _) in layers.items()}, list(layers))
-    check_plain({name: layer for name, (layer, _) in layers.items()})
-    moments = gather(model, data)
-    balancings = balance_layers(model, moments=moments)
-    changes, orders = dict[str, LayerChange](), dict[str, LayerOrder]()
-    for name, (layer, adapter) in layers.items():
-        balancing = balancings[name]
-        into, _, rotates = adapter.maps(layer)
-        found = order_states(balancing, into, rotates, selection)  # type: ignore[arg-type]
-        if not found.estimate.valid:
-            raise InvalidSystemError(f"{name}: {'; '.join(found.estimate.failures)}")
-        changes[name] = unshared(model, name, adapter.planned(layer)(layer_values(layer), found).in_files())
-        orders[name] = _ordered(found, prefix_errors(balancing, found), adapter)  # type: ignore[arg-type]
-    Plan(Report((), 0.0), changes).apply(model)
+    found = in_coordinates(model, data, partial(order_states, selection=selection))
+    orders = {name: _ordered(*both, layers[name][1]) for name, both in found.items()}
     return StateOrder(selection, orders)
 
 
-def _ordered(found: SelectiveReduction, expected: Tensor, adapter: SelectiveAdapter) -> LayerOrder:
+# The coordinates for a layer's states, from its moments, and whether it takes any map of them, or rotations; None to
+# leave the layer as it is.
+Coordinates = Callable[[SelectiveBalancing, bool, bool], SelectiveReduction | None]
+
+
+def in_coordinates(
+    model: nn.Module, data: Any, coordinates: Coordinates
+) -> dict[str, tuple[SelectiveBalancing, SelectiveReduction]]:
+    """Write the states of a model's selective layers in other coordinates, in place.
+
+    Args:
+        model: the model.
+        data: what the moments are measured on.
+        coordinates: chooses them; a reduction to as many states as there are.
+
+    Returns:
+        the moments and the coordinates of the layers that were changed, by name.
+    """
+    layers = layers_that_need_data(model)
+    check_wrappers(model, {name: layer for name, (layer, _) in layers.items()}, list(layers))
+    check_plain({name: layer for name, (layer, _) in layers.items()})
+    balancings = balance_layers(model, moments=gather(model, data))
+    changes, done = dict[str, LayerChange](), dict[str, tuple[SelectiveBalancing, SelectiveReduction]]()
+    for name, (layer, adapter) in layers.items():
+        balancing, (into, _, rotates) = balancings[name], adapter.maps(layer)
+        assert isinstance(balancing, SelectiveBalancing)
+        found = coordinates(balancing, into, rotates)
+        if found is None:
+            continue
+        if not found.estimate.valid:
+            raise InvalidSystemError(f"{name}: {'; '.join(found.estimate.failures)}")
+        changes[name] = unshared(model, name, adapter.planned(layer)(layer_values(layer), found).in_files())
+        done[name] = balancing, found
+    Plan(Report((), 0.0), changes).apply(model)
+    return done
+
+
+def _ordered(balancing: SelectiveBalancing, found: SelectiveReduction, adapter: SelectiveAdapter) -> LayerOrder:
     """The order as it is recorded."""
+    expected = prefix_errors(balancing, found)
     groups, seconds = found.into.shape[0], dict[str, tuple[tuple[float, ...], ...]]()
     order = None if found.kept is None else tuple(tuple(row) for row in found.kept.tolist())
     if adapter.normed and found.kept is not None and found.moments is not None:
@@ -275,4 +302,4 @@ def _ordered(found: SelectiveReduction, expected: Tensor, adapter: SelectiveAdap
     return LayerOrder(tuple(expected.tolist()), groups, order, seconds)
 
 
-__all__ = ["ORDER_FILE", "LayerOrder", "StateOrder", "sort_states"]
+__all__ = ["ORDER_FILE", "LayerOrder", "StateOrder", "in_coordinates", "sort_states"]

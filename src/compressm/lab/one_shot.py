@@ -20,6 +20,7 @@ from compressm.errors import CheckpointError, ConfigError, InvalidRankRuleError
 from compressm.lab.one_shot_inputs import BATCH, Checkpoint, read_batches, read_checkpoint
 from compressm.lab.quality import Examination, Quality
 from compressm.lab.recovering import Recover, forget
+from compressm.lab.state_bits import StateBits, asked
 from compressm.observing.labels import Likelihood
 from compressm.observing.loss_evidence import Gramians
 from compressm.observing.scores import Metric, better
@@ -51,6 +52,7 @@ class Loss:
         carried: what the smaller checkpoint got from its source as it was, and what it did not get.
         serving: what serving the model costs before and after.
         recovery: what training after the cut did; None without it.
+        bits: what states in few bits cost, before and after; None without ``state_bits``.
     """
 
     report: Report
@@ -63,6 +65,7 @@ class Loss:
     carried: Carried = field(default_factory=Carried)
     serving: Serving | None = None
     recovery: Recovery | None = None
+    bits: StateBits | None = None
     metric: Metric | None = None
     score_before: float | None = None
     score_after: float | None = None
@@ -72,12 +75,13 @@ class Loss:
         serving = None if self.serving is None else self.serving.to_dict()
         recovery = None if self.recovery is None else self.recovery.to_dict()
         parts = {"report": self.report.to_dict(), "carried": asdict(self.carried), "serving": serving}
-        parts["recovery"] = recovery
+        parts |= {"recovery": recovery, "bits": None if self.bits is None else self.bits.to_dict()}
         return {**self.__dict__, **parts}
 
     def __str__(self) -> str:
         width = max(len(layer.name) for layer in self.report.layers)
         rows = [] if self.serving is None else self.serving.lines()
+        rows += [] if self.bits is None else self.bits.lines()
         rows += [f"{'layer':{width}}  {'states':>10}  {'energy discarded':>16}  {'error on data':>13}"]
         for layer in self.report.layers:
             discarded = 0.0 if layer.energy_kept is None else 1 - layer.energy_kept
@@ -120,6 +124,7 @@ def compress_checkpoint(
     memory: int | None = None,
     speed: bool = False,
     recovery: Recover | None = None,
+    state_bits: int | None = None,
 ) -> Loss:
     """Cut a checkpoint once, and save the smaller model in the format that it came in.
 
@@ -149,6 +154,7 @@ def compress_checkpoint(
         speed: whether to measure tokens per second on this machine, before and after.
         recovery: train the cut model on the data that follow those of the cut and of the loss, and on those of the cut,
             with the uncut one as teacher.
+        state_bits: 8 to simulate states in 8 bits before and after; see `compressm.cutting.rounded_state`.
 
     Raises:
         CheckpointError: a checkpoint that cannot be read, or holds what cannot reach the output; or an output folder
@@ -164,6 +170,7 @@ def compress_checkpoint(
     by_loss = gramians == "loss" or (gramians is None and max_loss is not None)
     loss: Likelihood | None = "classification" if by_loss else None
     check_data(loss, data)
+    bits = asked(state_bits, data)
     check_rule(rule, balancing_of(gramians, loss, data))
     folder, place = Path(checkpoint), None if output is None else Path(output)
     check_output(place)
@@ -183,6 +190,7 @@ def compress_checkpoint(
     seen, unseen = ([inputs for inputs, _ in part] for part in (batches[:half], batches[half : 2 * half]))
     with read.at_work():
         bill = Bill(model, memory, speed)
+        bits = None if bits is None else bits.plus("uncut", model, unseen[0])
     with read.at_work("reading the data", (4 if loss is None else 7) * half):
         before = examination.quality(model)
         search = None if max_drop is None else _search(model, rule, max_drop, examination)
@@ -194,6 +202,7 @@ def compress_checkpoint(
         done = recovery.run(read, folder, build, text, unseen, place)
     with read.at_work():
         serving = bill.after_the_cut()
+        bits = None if bits is None else bits.plus("cut", model, unseen[0])
         carried = Carried()
         if place is not None:
             facts = [serving.headline(), *_qualities(before, after), *(str(done).splitlines() if done else ())]
@@ -202,7 +211,7 @@ def compress_checkpoint(
     rows = 0 if not batches else next(iter(batches[0][0].values())).shape[1]
     if read.mapped is not None:
         read.mapped.pager.close()
-    sizes_now = (parameters, parameters_in(model), half * BATCH, rows, carried, serving, done)
+    sizes_now = (parameters, parameters_in(model), half * BATCH, rows, carried, serving, done, bits)
     if before is None or after is None:
         return Loss(report, None, None, *sizes_now)
     return Loss(report, before.loss, after.loss, *sizes_now, before.metric, before.score, after.score)

@@ -19,6 +19,7 @@ from compressm.cutting.serving import Memory, attention_of, human
 from compressm.cutting.spectrum import Spectrum, balance_layers, balancing_of
 from compressm.lab.one_shot import check_data, parameters_in
 from compressm.lab.one_shot_inputs import read_batches, read_checkpoint
+from compressm.lab.state_bits import StateBits, asked
 from compressm.observing.labels import Likelihood
 from compressm.observing.loss_evidence import Gramians, evidence_on
 from compressm.observing.moments import gather
@@ -60,12 +61,14 @@ class Analysis:
         parameters: number of the model's parameters.
         prospects: what cuts would do, one for every tolerance that was tried.
         memory: the bytes of the model as it is.
+        bits: what states in few bits cost; None without ``state_bits``.
     """
 
     spectrum: Spectrum
     parameters: int
     prospects: tuple[Prospect, ...]
     memory: Memory
+    bits: StateBits | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
@@ -73,7 +76,7 @@ class Analysis:
         advice = {} if not (text := self.spectrum.advice()) else {"advice": text}
         memory = self.memory.to_dict()
         parts = {"layers": self.spectrum.to_dict(), "parameters": self.parameters, "memory": memory, "cuts": cuts}
-        return {**parts, **advice}
+        return {**parts, **advice, **({} if self.bits is None else {"bits": self.bits.to_dict()})}
 
     def table(self) -> Table:
         """For the terminal: how many states each layer needs, and the model in all."""
@@ -124,6 +127,7 @@ def analyze_checkpoint(
     gramians: Gramians | None = None,
     build: str | None = None,
     target: Target | None = None,
+    state_bits: int | None = None,
 ) -> Analysis:
     """How many states every layer of a checkpoint really uses, and what cuts would save; see `compressm.analyze`.
 
@@ -136,6 +140,7 @@ def analyze_checkpoint(
             model's own predictions as labels; see `compressm.analyze`.
         build: as `compress_checkpoint`.
         target: try sizes only that these kernels or this server take.
+        state_bits: as `compress_checkpoint`.
 
     Raises:
         CheckpointError, ConfigError, UnsupportedModelError: as `compress_checkpoint`.
@@ -146,6 +151,7 @@ def analyze_checkpoint(
     check_model_sizes(model, rules[0])
     loss: Likelihood | None = "classification" if gramians == "loss" else None
     check_data(loss, data)
+    bits = asked(state_bits, data)
     balancing_of(gramians, loss, data)
     batches: list[Any] = []
     if data is not None:
@@ -159,11 +165,12 @@ def analyze_checkpoint(
         layers = find_layers(model)
         cuts = MadeCuts(layers, balancings, "hankel", None if evidence is None else evidence.fishers)
         memory = Memory.of(model, attention_of(model))
+        bits = None if bits is None else bits.plus("uncut", model, batches[0])
         prospects = tuple(_prospect(model, balancings, cuts, rule, memory) for rule in rules)
         rises = None if evidence is None else damage_curves(layers, balancings, cuts, evidence)
     if read.mapped is not None:
         read.mapped.pager.close()
-    return Analysis(Spectrum.of(balancings, rises), parameters_in(model), prospects, memory)
+    return Analysis(Spectrum.of(balancings, rises), parameters_in(model), prospects, memory, bits)
 
 
 def _prospect(
