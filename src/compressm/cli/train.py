@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from compressm.cli.common import write_result
-from compressm.cli.options import JsonFile, OwnModel, command_line
+from compressm.cli.options import JsonFile, MaxDrop, MaxError, MetricName, OwnModel, command_line
 from compressm.errors import ConfigError
 
 
@@ -16,8 +16,8 @@ def train(
         Path,
         typer.Argument(
             metavar="CONFIG",
-            help="YAML file, or a built-in one: digits, demo, smnist, psmnist, smnist-mamba, scifar, listops or imdb; "
-            "needed unless --model and --data are given.",
+            help="YAML file, or a built-in one: digits, demo, forecast, byte-lm, wikitext, smnist, psmnist, "
+            "smnist-mamba, scifar, listops or imdb; needed unless --model and --data are given.",
         ),
     ] = Path(),
     overrides: Annotated[
@@ -27,9 +27,15 @@ def train(
     data: Annotated[
         str | None,
         typer.Option(
-            "--data", help="Data of your own: .npz, .csv or .parquet, a folder of them, or package.module:function."
+            "--data",
+            help="Data of your own: text, .npz, .csv or .parquet, a folder of them, or package.module:function.",
         ),
     ] = None,
+    states: Annotated[int | None, typer.Option(help="State dimension to arrive at.")] = None,
+    tolerance: Annotated[float | None, typer.Option(help="Share of the Hankel energy that a cut may discard.")] = None,
+    max_error: MaxError = None,
+    max_drop: MaxDrop = None,
+    metric: MetricName = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Train nothing: print the plan.")] = False,
     resume: Annotated[bool, typer.Option(help="Go on from the last checkpoint in the run's folder.")] = False,
     origin: Annotated[
@@ -50,7 +56,11 @@ def train(
         if model is None or data is None:
             raise ConfigError("CONFIG: missing; name a YAML file or a built-in one, or give both --model and --data")
         config = OWN
-    settings = load_config(config, given, build=model, source=data)
+    rules = {"states": states, "tolerance": tolerance, "max_error": max_error, "max_drop": max_drop}
+    how_far = {name: value for name, value in rules.items() if value is not None}
+    if metric is not None:
+        given.append(f"run.metric={metric}")
+    settings = load_config(config, given, build=model, source=data, how_far=how_far)
     if output is None and settings.run.output is None:
         output = Path("runs") / f"{config.stem}-seed{settings.run.seed}"
     if dry_run:

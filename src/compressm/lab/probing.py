@@ -82,6 +82,11 @@ class _Bench:
             raise ConfigError(f"compressm probe runs in one process, not in {place.num_processes}: start it plainly")
         self.device = place.device
         self.data: SequenceData = load_data(config.data).to(self.device)
+        if self.data.task != "classification":
+            raise ConfigError(
+                f"compressm probe is for classifiers, and the task is {self.data.task}: use compressm.probe from "
+                "Python, with a function that evaluates"
+            )
         self.objective = Objective(config.loss, self.device)
         self.validation = _part(self.data.validation)
 

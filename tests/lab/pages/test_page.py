@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import re
 from pathlib import Path
 
@@ -14,7 +15,9 @@ from compressm.cli import main
 from compressm.errors import CheckpointError, ConfigError
 from compressm.lab.pages import load_runs, write_page
 from compressm.lab.pages.charts import comparison_charts, run_charts
-from compressm.lab.pages.page import render
+from compressm.lab.pages.metrics import front
+from compressm.lab.pages.page import _cards, _row, _seconds, render
+from compressm.lab.pages.words import in_words
 
 HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)>"
 
@@ -62,15 +65,60 @@ def test_eigenvalues_are_those_of_the_layer(runs: Path) -> None:
 def test_runs_are_compared(runs: Path) -> None:
     both = load_runs([runs / "cut", runs / "big"])
     _, states, seconds = comparison_charts(both)
-    x = [trace["x"] for trace in states.views[""][0].traces]
+    x = [trace["x"] for trace in states.views[""][0].traces[:-1]]
     assert x == [[sum(run.result.state_dims)] for run in both if run.result]
-    assert [trace["y"] for trace in seconds.views[""][0].traces] == [
+    assert [trace["y"] for trace in seconds.views[""][0].traces[:-1]] == [
         [100 * r.result.test_accuracy] for r in both if r.result
     ]
     assert comparison_charts(both[:1]) == []
     page = render(both, "compressm report")
     assert "Compared" in page
     assert "Compared" not in render(both[:1])
+
+
+def test_the_pareto_front_is_of_runs_that_no_other_beats() -> None:
+    draw = random.Random(0)
+    points = [(float(draw.randrange(8)), float(draw.randrange(8))) for _ in range(30)]
+    for metric, sign in (("accuracy", 1), ("perplexity", -1)):
+        best = front(points, metric)  # type: ignore[arg-type]
+        beaten = [
+            one for one in points
+            if any(a <= one[0] and sign * b >= sign * one[1] and (a, b) != one for a, b in points)
+        ]  # fmt: skip
+        assert best == sorted(set(points) - set(beaten))
+
+
+def test_every_chart_is_told_in_words_and_tiles_are_those_of_the_table(runs: Path) -> None:
+    both = load_runs([runs / "cut", runs / "big"])
+    (run, result) = both[0], both[0].result
+    assert result is not None
+    assert result.savings is not None
+    for chart in [*comparison_charts(both), *run_charts(run)]:
+        assert all(len(line) > 20 for line in in_words(chart)), chart.title
+    last = result.curve[-1]
+    told = next(" ".join(in_words(chart)) for chart in run_charts(run) if chart.title == "Loss and accuracy")
+    assert f"{100 * last['validation_accuracy']:.4g} at {result.steps:,}" in told
+    cards, row = dict(_cards(run)), _row(run)
+    assert cards["test accuracy"] == row["test"]
+    assert cards["training"] == row["seconds"]
+    assert cards["states"].endswith(row["states"])
+    assert cards["of it steps and cuts"] == _seconds(result.savings["seconds"])
+    assert render(both).count('class="words"') == len(comparison_charts(both)) + sum(len(run_charts(r)) for r in both)
+    assert not re.search(r"delete", render(both).partition('id="plotly"')[0])
+
+
+def test_a_run_that_predicts_numbers_is_shown_by_its_own_metric(runs: Path, tmp_path: Path) -> None:
+    content = json.loads((runs / "cut/result.json").read_text())
+    content |= {"metric": "r2", "test_score": 0.75, "validation_score": 0.5, "test_accuracy": None}
+    content["validation_accuracy"] = None
+    for point in content["curve"]:
+        point["validation_r2"] = point.pop("validation_accuracy")
+    (tmp_path / "numbers.json").write_text(json.dumps(content))
+    loaded = load_runs([tmp_path / "numbers.json", runs / "big"])
+    page = render(loaded)
+    assert "test R²" in page
+    assert "0.75" in page
+    assert comparison_charts(loaded) == []  # one has another metric
 
 
 def test_the_page_is_whole_and_small(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -124,7 +172,7 @@ def test_a_folder_of_results(runs: Path, tmp_path: Path) -> None:
         (tmp_path / f"{name}.json").write_text((runs / "big/result.json").read_text())
     loaded = load_runs([tmp_path])
     assert [run.name for run in loaded] == ["full-seed0", "full-seed1", "small-seed0"]
-    colours = [trace["marker"]["color"] for trace in comparison_charts(loaded)[1].views[""][0].traces]
+    colours = [trace["marker"]["color"] for trace in comparison_charts(loaded)[1].views[""][0].traces[:-1]]
     assert colours[0] == colours[1] != colours[2]
     twice = load_runs([tmp_path / "full-seed0.json", tmp_path / "full-seed0.json"])
     assert len({run.name for run in twice}) == 2

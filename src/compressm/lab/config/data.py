@@ -13,25 +13,34 @@ class DataConfig(Section):
     """Which data, and where they are.
 
     Attributes:
-        name: ``digits`` (comes with scikit-learn), ``smnist``, ``psmnist``, ``scifar``, ``imdb`` or ``listops``
-            (generated).
+        name: ``digits`` (comes with scikit-learn), ``smnist``, ``psmnist``, ``scifar``, ``imdb``, ``listops``
+            (generated), ``mackey-glass`` (forecasts, generated), ``text`` (any text, byte by byte) or ``wikitext``.
         source: data of your own instead: ``package.module:function``, a file or a folder; see docs/own.md.
         root: the directory with the files, where any are needed; by default that in the environment variable
-            ``COMPRESSM_DATA``.
+            ``COMPRESSM_DATA``. Of ``text`` also a file.
+        task: of ``source``: ``classification``, ``regression`` or ``language``. By default text is for a language
+            model, labels that are whole numbers or names are classes, and others are numbers to predict.
         validation: share of the training data that is held out for validation.
         pool: average square blocks of so many pixels a side, for shorter sequences: 2 makes MNIST's 784 steps 196.
         max_length: of ``imdb`` and ``listops``: longer reviews are cut off (default: 4096); expressions have a quarter
-            to all of so many tokens (2000).
-        examples: of ``listops``: how many for training (96,000); 2000 each are for validation and test.
+            to all of so many tokens (2000). Of text: bytes per sequence (256). Of ``mackey-glass``: steps per sequence
+            (200).
+        examples: of ``listops``: how many for training (96,000); 2000 each are for validation and test. Of
+            ``mackey-glass``: 512, and 128 each.
+        horizon: of ``mackey-glass``: how many steps ahead the forecast is.
     """
 
-    name: Literal["digits", "smnist", "psmnist", "scifar", "imdb", "listops"] | None = None
+    name: (
+        Literal["digits", "smnist", "psmnist", "scifar", "imdb", "listops", "mackey-glass", "text", "wikitext"] | None
+    ) = None
     root: str | None = None
     validation: float = Field(0.1, gt=0, lt=1)
     pool: Literal[1, 2, 4] = 1
     max_length: int | None = Field(None, ge=8)
     examples: int | None = Field(None, ge=1)
     source: str | None = Field(None, min_length=1)
+    task: Literal["classification", "regression", "language"] | None = None
+    horizon: int = Field(32, ge=1)
 
     @model_validator(mode="after")
     def _consistent(self) -> DataConfig:
@@ -40,10 +49,13 @@ class DataConfig(Section):
             raise ValueError(f"data.name|{both}; give one: a data set that compressm knows, or your own data")
         if self.pool > 1 and self.name not in ("smnist", "psmnist", "scifar"):
             raise ValueError(f"data.pool|is for images of 28 and 32 pixels a side, not for {self.name}; leave it at 1")
-        if self.max_length is not None and self.name not in ("imdb", "listops"):
-            raise ValueError(f"data.max_length|is for imdb and listops, not for {self.name}")
-        if self.examples is not None and self.name != "listops":
-            raise ValueError(f"data.examples|is for listops, not for {self.name}")
+        of_length = ("imdb", "listops", "mackey-glass", "text", "wikitext")
+        if self.max_length is not None and self.source is None and self.name not in of_length:
+            raise ValueError(f"data.max_length|is for {', '.join(of_length)} and data.source, not for {self.name}")
+        if self.examples is not None and self.name not in ("listops", "mackey-glass"):
+            raise ValueError(f"data.examples|is for listops and mackey-glass, not for {self.name}")
+        if self.task is not None and self.source is None:
+            raise ValueError(f"data.task|is for data.source; the task of {self.name} is known")
         return self
 
 

@@ -12,6 +12,7 @@ from compressm.errors import ConfigError
 from compressm.lab.config.messages import explained, shown
 from compressm.lab.config.schema import Config
 from compressm.lab.config.yaml import parsed
+from compressm.training.options import SIZE_RULES
 
 _LARGEST_FILE = 1 << 20  # bytes
 _HERE = Path(__file__).parents[1]
@@ -25,7 +26,12 @@ def builtin_configs() -> dict[str, Path]:
 
 
 def load_config(
-    path: str | Path, overrides: Sequence[str] = (), *, build: str | None = None, source: str | None = None
+    path: str | Path,
+    overrides: Sequence[str] = (),
+    *,
+    build: str | None = None,
+    source: str | None = None,
+    how_far: Mapping[str, float] | None = None,
 ) -> Config:
     """Read a configuration from a YAML file.
 
@@ -34,6 +40,7 @@ def load_config(
         overrides: ``"section.key=value"``, the value in YAML; they win over the file.
         build: takes the place of the section ``model``, as its key of that name.
         source: takes the place of what the section ``data`` says about where data come from.
+        how_far: takes the place of the rules in the section ``compression`` that say how far to cut.
 
     Raises:
         ConfigError: no such file, not YAML, or an unknown key or unfit value, named by its dotted name with a remedy.
@@ -47,7 +54,13 @@ def load_config(
     if source is not None:
         section = tree.get("data")
         kept = cast("dict[str, Any]", section) if isinstance(section, dict) else {}
-        tree["data"] = {"source": source, **{key: kept[key] for key in ("validation",) if key in kept}}
+        kept = {key: kept[key] for key in ("validation", "max_length", "task") if key in kept}
+        tree["data"] = {**kept, "source": source}
+    if how_far:
+        section = tree.get("compression")
+        kept = cast("dict[str, Any]", section) if isinstance(section, dict) else {}
+        rest = {key: value for key, value in kept.items() if key not in (*SIZE_RULES, "max_drop")}
+        tree["compression"] = {**rest, "enabled": True, **how_far}
     for override in overrides:
         _override(tree, override)
     return parse_config(tree, source_name)

@@ -13,6 +13,7 @@ from compressm.lab.config.model import ModelConfig
 from compressm.lab.config.section import Section
 from compressm.observing.loss_evidence import Gramians
 from compressm.observing.observer import Terms
+from compressm.observing.scores import Metric
 from compressm.theory.balancing import Method
 from compressm.theory.pruning import SCORES
 from compressm.theory.selection import Selection
@@ -49,7 +50,7 @@ class ScheduleConfig(Section):
 
 
 class LossConfig(Section):
-    """What is minimised besides cross entropy. Only rivals of compression need this; see `compressm.lab.rivals`.
+    """What is minimised besides the task's own loss. Only rivals of compression need this; see `compressm.lab.rivals`.
 
     Attributes:
         hankel_norm: weight of the sum of all Hankel singular values of the LRU layers; null for none.
@@ -136,6 +137,8 @@ class RunConfig(Section):
         spectrum_every: in steps, how often Hankel singular values are recorded (of linear time-invariant layers); 0 for
             never.
         select: which weights are the result: the ``last``, or the ``best`` on validation since the last cut.
+        metric: what is measured on validation and test data beside the loss; null for the usual one: ``accuracy`` of
+            classes, ``r2`` of numbers (or ``fit``, ``mse``), ``perplexity`` of language models.
         threads: CPU threads; null leaves torch's choice.
         device: ``auto``, ``cpu`` or ``cuda``.
         tensorboard: write TensorBoard logs.
@@ -155,6 +158,7 @@ class RunConfig(Section):
     spectrum_every: int = Field(0, ge=0)
     eval_batch_size: int = Field(500, ge=1)
     select: Literal["last", "best"] = "last"
+    metric: Metric | None = None
     threads: int | None = Field(None, ge=1)
     device: Literal["auto", "cpu", "cuda"] = "auto"
     tensorboard: bool = True

@@ -22,7 +22,8 @@ from torch import Tensor
 
 from compressm.errors import ConfigError
 from compressm.lab.config import DataConfig
-from compressm.lab.data import listops, reviews
+from compressm.lab.data import listops, mackey_glass, reviews
+from compressm.lab.data.language import text_data, wikitext
 from compressm.lab.data.own import own_data
 from compressm.lab.data.sequences import BatchOrder, SequenceData, Split
 
@@ -52,12 +53,18 @@ def load_data(config: DataConfig) -> SequenceData:
         ConfigError: files that are missing, damaged, or not the canonical ones.
     """
     if config.source is not None:
-        return own_data(config.source, config.validation)
+        return own_data(config.source, config.validation, config.task, config.max_length)
+    if config.name == "mackey-glass":
+        return _mackey_glass(config.max_length or 200, config.horizon, config.examples or 512)
     if config.name == "digits":
         return _digits(config.validation)
     if config.name == "listops":
         return _listops(config.max_length or 2000, config.examples or 96_000)
     root = _root(config)
+    if config.name == "text":
+        return text_data(root, config.max_length or 256, config.validation)
+    if config.name == "wikitext":
+        return wikitext(root, config.max_length or 256)
     if config.name == "imdb":
         return _imdb(root, config.validation, config.max_length or 4096)
     if config.name == "scifar":
@@ -74,7 +81,7 @@ def _root(config: DataConfig) -> Path:
             f"{ROOT_VARIABLE} to the directory that holds {_expected(config.name)}"
         )
     root = Path(named).expanduser()
-    if not root.is_dir():
+    if not root.is_dir() and not (config.name == "text" and root.is_file()):
         raise ConfigError(f"{key} = {named!r}: no such directory; name the one that holds {_expected(config.name)}")
     return root
 
@@ -84,6 +91,10 @@ def _expected(name: str | None) -> str:
         return f"{_CIFAR_BINARY} (or {_CIFAR_JPEG})"
     if name == "imdb":
         return f"{reviews.ARCHIVE} (or {' and '.join(reviews.TABLES.values())})"
+    if name == "text":
+        return "text (.txt), or give a file by --data"
+    if name == "wikitext":
+        return "wiki.train.tokens, wiki.valid.tokens and wiki.test.tokens"
     return ", ".join(_MNIST_FILES)
 
 
@@ -112,6 +123,14 @@ def _listops(longest: int, examples: int) -> SequenceData:
         f"ListOps, up to {longest} tokens", split(examples, 0), split(2000, 1), split(2000, 2), *_NO_SCALE, 10,
         len(listops.TOKENS),
     )  # fmt: skip
+
+
+def _mackey_glass(length: int, horizon: int, examples: int) -> SequenceData:
+    train, held_out, test = (
+        Split(*mackey_glass.generate(count, length, horizon, seed)) for seed, count in enumerate((examples, 128, 128))
+    )
+    label, scale = f"Mackey-Glass, {horizon} steps ahead", (torch.full((1,), 0.93), torch.full((1,), 0.23))
+    return SequenceData(label, train, held_out, test, *scale, 1, task="regression")
 
 
 def _imdb(root: Path, validation: float, longest: int) -> SequenceData:

@@ -12,7 +12,9 @@ from torch import Tensor
 
 from compressm.errors import ConfigError
 from compressm.lab.data.files import SPLITS, Content, is_data, read_content
-from compressm.lab.data.sequences import SequenceData, Split
+from compressm.lab.data.hf_datasets import is_hf_datasets
+from compressm.lab.data.language import text_data
+from compressm.lab.data.sequences import SequenceData, Split, Task
 from compressm.lab.named import call_named, is_named
 from compressm.observing.expected import by_role, described, is_array, lengths_of, role_of
 
@@ -85,23 +87,33 @@ def _parts(item: Any, where: str) -> list[Any]:
     raise ConfigError(f"{where} returned {described(item)} in a place of a sequence: {_FORMS}")
 
 
-def own_data(source: str, validation: float) -> SequenceData:
-    """A labelled data set to train on. Numbers are taken as they are, without normalisation.
+def own_data(source: str, validation: float, task: Task | None = None, max_length: int | None = None) -> SequenceData:
+    """A data set to train on. Numbers are taken as they are, without normalisation.
 
-    Where there is no test split (``x_test``, ``y_test``), a fifth of each class is the test data; where there is no
+    Where there is no test split (``x_test``, ``y_test``), a fifth (of each class) is the test data; where there is no
     validation split, a share of the rest.
 
     Args:
         source: ``package.module:function``, a file or a folder; see `compressm.lab.data.files`.
         validation: share of the training data that is held out for validation.
+        task: what is learnt; None to tell it by the data: text is for language models, labels that are whole numbers or
+            names are classes, and others are numbers to predict.
+        max_length: of text: bytes per sequence, 256 by default.
 
     Raises:
-        ConfigError: no such data, or what no classifier can learn from.
+        ConfigError: no such data, or what nothing can be learnt from.
     """
+    if _is_text(source):
+        if task not in (None, "language"):
+            raise ConfigError(f"data.task = {task!r}: {source} is text, which language models learn; leave it out")
+        return text_data(Path(source), max_length or 256, validation)
+    if task == "language":
+        raise ConfigError(f"data.task = 'language': {source} is no text; give a text file or a folder of .txt files")
     where = f"data.source = {source!r}"
     content = own_content(source, "data.source")
     splits = {
-        ending: _split(part, f"{where}{ending and f' ({ending[1:]})'}") for ending, part in _by_split(content).items()
+        ending: _split(part, f"{where}{ending and f' ({ending[1:]})'}", task)
+        for ending, part in _by_split(content).items()
     }
     train, test = splits.pop("_train", None) or splits.pop("", None), splits.pop("_test", None)
     held_out = splits.pop("_val", None) or splits.pop("_validation", None)
@@ -111,14 +123,28 @@ def own_data(source: str, validation: float) -> SequenceData:
         train, test = _divided(train, 0.2, where)
     if held_out is None:
         train, held_out = _divided(train, validation, where)
-    classes = 1 + max(int(split.y.max()) for split in (train, held_out, test))
+    every = (train, held_out, test)
+    if train.y.is_floating_point():
+        task, outputs = "regression", train.y.shape[-1]
+        if len({split.y.shape[1:2] for split in every if split.y.ndim == 3} | {train.y.shape[1:2]}) > 1:
+            raise ConfigError(f"y in {where} has one number per step in some splits only: give the same in each")
+    else:
+        task, outputs = "classification", 1 + max(int(split.y.max()) for split in every)
     vocabulary = None
     if not train.x.is_floating_point():
-        vocabulary = 1 + max(int(split.x.max()) for split in (train, held_out, test))
+        vocabulary = 1 + max(int(split.x.max()) for split in every)
     channels = train.x.shape[2]
     label = Path(source).stem if Path(source).exists() else source
     scale = torch.zeros(channels), torch.ones(channels)
-    return SequenceData(label, train, held_out, test, *scale, classes, vocabulary, padding=None)
+    return SequenceData(label, *every, *scale, outputs, vocabulary, padding=None, task=task)
+
+
+def _is_text(source: str) -> bool:
+    """Whether it is a file or folder of text."""
+    path = Path(source)
+    if not path.exists() or is_data(path):
+        return False
+    return path.suffix == ".txt" or is_hf_datasets(path) or (path.is_dir() and any(path.rglob("*.txt")))
 
 
 def _by_split(content: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
@@ -132,11 +158,11 @@ def _by_split(content: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     return found
 
 
-def _split(content: Mapping[str, Any], where: str) -> Split:
+def _split(content: Mapping[str, Any], where: str, task: Task | None) -> Split:
     found = by_role(content, where)
     if "x" not in found or "y" not in found:
         raise ConfigError(f"{where} holds {', '.join(content)}: training needs sequences, x, and their labels, y")
-    x, y = _tensor(found["x"], f"x in {where}"), _classes(found["y"], f"y in {where}")
+    x, y = _tensor(found["x"], f"x in {where}"), _targets(found["y"], f"y in {where}", task)
     if x.ndim == 2:
         x = x[..., None]
     if x.ndim != 3 or 0 in x.shape:
@@ -146,6 +172,12 @@ def _split(content: Mapping[str, Any], where: str) -> Split:
         )
     if len(y) != len(x):
         raise ConfigError(f"{where} holds {len(x)} sequences and {len(y)} labels: one label for each was expected")
+    if y.ndim == 2 and y.shape == x.shape[:2] and y.shape[1] > 1:
+        y = y[..., None]  # one number per step
+    if y.ndim == 3 and y.shape[1] != x.shape[1]:
+        raise ConfigError(
+            f"y in {where} has shape {tuple(y.shape)}: numbers per step need as many steps as x, {x.shape[1]}"
+        )
     if x.is_floating_point() and not bool(x.isfinite().all()):
         raise ConfigError(f"x in {where} holds NaN or infinity: mend or leave out those sequences")
     if not x.is_floating_point() and (x.shape[2] > 1 or int(x.min()) < 0):
@@ -168,9 +200,23 @@ def _tensor(value: Any, where: str) -> Tensor:
     return tensor.float() if tensor.is_floating_point() else tensor.long()
 
 
-def _classes(value: Any, where: str) -> Tensor:
-    """Labels as classes from 0: whole numbers as they are, names in alphabetical order."""
+def _targets(value: Any, where: str, task: Task | None) -> Tensor:
+    """Labels: classes, int64 of shape ``(N,)``; or numbers, float32 of shape ``(N, outputs)`` or per step."""
     array = value.cpu().numpy() if isinstance(value, Tensor) else np.asarray(value)
+    numbers = array.dtype.kind == "f" and ((array.ndim > 1 and array.shape[1:] != (1,)) or bool((array % 1 != 0).any()))
+    if task == "classification" or (task is None and not numbers):
+        return _classes(array, where)
+    if array.dtype.kind not in "biuf" or array.ndim not in (1, 2, 3) or not np.isfinite(array).all():
+        raise ConfigError(
+            f"{where} is {described(value)}: to predict numbers give finite ones, of shape (N,), (N, outputs) or "
+            "(N, length, outputs)"
+        )
+    found = torch.from_numpy(array.astype(np.float32))
+    return found[:, None] if found.ndim == 1 else found
+
+
+def _classes(array: np.ndarray[Any, Any], where: str) -> Tensor:
+    """Classes from 0: whole numbers as they are, names in alphabetical order."""
     if array.dtype.kind in "USO":
         array = np.unique(array.astype(str), return_inverse=True)[1]
     if array.ndim == 2 and array.shape[1] == 1:
@@ -178,17 +224,18 @@ def _classes(value: Any, where: str) -> Tensor:
     numbers = array.ndim == 1 and array.dtype.kind in "biuf"
     if not numbers or (array != array.astype(np.int64)).any() or array.min(initial=0) < 0:
         raise ConfigError(
-            f"{where} is {described(value)}: compressm train classifies; give each sequence a class, a whole number "
-            "from 0. For regression use Compressor in your own loop"
+            f"{where} is {described(array)}: give each sequence a class, a whole number from 0 or a name; or say "
+            "data.task=regression to predict numbers"
         )
     return torch.from_numpy(array.astype(np.int64))
 
 
 def _divided(split: Split, share: float, where: str) -> tuple[Split, Split]:
-    """A split in two, with this share of every class in the second one, always the same."""
+    """A split in two, with this share (of every class) in the second one, always the same."""
     generator, mask = torch.Generator().manual_seed(0), torch.zeros(len(split), dtype=torch.bool)
-    for label in split.y.unique().tolist():
-        members = (split.y == label).nonzero()[:, 0]
+    labels = torch.zeros(len(split)) if split.y.is_floating_point() else split.y
+    for label in labels.unique().tolist():
+        members = (labels == label).nonzero()[:, 0]
         mask[members[torch.randperm(len(members), generator=generator)[: round(share * len(members))]]] = True
     if bool(mask.all()) or not bool(mask.any()):
         raise ConfigError(f"{where} holds {len(split)} sequences, too few to hold some out: give more")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import numpy as np
 import torch
@@ -15,10 +16,15 @@ from torch import Tensor, nn
 
 from compressm.errors import ConfigError
 
+Task = Literal["classification", "regression", "language"]
+
 
 @dataclass(frozen=True)
 class Split:
-    """Sequences and labels: ``x`` uint8 of shape ``(N, length, channels)``, ``y`` int64 of shape ``(N,)``.
+    """Sequences and labels: ``x`` of shape ``(N, length, channels)``, often uint8; ``y`` by the task.
+
+    Classes are int64 of shape ``(N,)``; numbers float32 of shape ``(N, outputs)``, or ``(N, length, outputs)`` where
+    there is one for every step; of language models they are the tokens themselves, shape ``(N, length)``.
 
     Tokens have one channel, and end with zeros where a sequence is shorter than others. Sequences of numbers stand at
     the beginning of their rows, and ``lengths``, int64 of shape ``(N,)``, says how long they are; None where all are
@@ -41,9 +47,10 @@ class SequenceData:
         label: what results are to call it.
         train, validation, test: the splits. The test split is the canonical one where there is one.
         mean, std: normalisation per channel, shape ``(channels,)``.
-        n_classes: number of classes.
+        n_classes: number of classes; of tokens for language models; of outputs for numbers.
         vocabulary: number of different tokens, padding included; None where sequences are of numbers.
         padding: the token that pads; None where every token counts.
+        task: what is learnt: a class per sequence, numbers, or the next token.
     """
 
     label: str
@@ -55,6 +62,12 @@ class SequenceData:
     n_classes: int
     vocabulary: int | None = None
     padding: int | None = 0
+    task: Task = "classification"
+
+    @property
+    def per_step(self) -> bool:
+        """Whether numbers are to be predicted at every step."""
+        return self.task == "regression" and self.train.y.ndim == 3
 
     @property
     def channels(self) -> int:
@@ -72,11 +85,12 @@ class SequenceData:
             tokens = split.x.index_select(0, indices)[..., 0]
             if self.padding is not None:
                 tokens = tokens[:, : int((tokens != self.padding).any(0).sum())]
-            return tokens.long(), split.y[indices]
+            return tokens.long(), split.y[indices].long() if self.task == "language" else split.y[indices]
         x, lengths = split.x.index_select(0, indices), self.lengths(split, indices)
         if lengths is not None and len(lengths):
             x = x[:, : int(lengths.max())]
-        return (x.float() - self.mean) / self.std, split.y[indices]
+        y = split.y[indices]
+        return (x.float() - self.mean) / self.std, y[:, : x.shape[1]] if self.per_step else y
 
     def lengths(self, split: Split, indices: Tensor) -> Tensor | None:
         """How long the sequences of a batch are, where a model has to be told: its ``lengths``, shape
@@ -85,8 +99,13 @@ class SequenceData:
 
     def batches(self, split: Split, size: int, rank: int = 0, world: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
         """All of a split in order, or every ``world``-th sequence of it, in batches of at most ``size``."""
-        for indices in _shares(split, size, rank, world):
+        for indices in self.shares(split, size, rank, world):
             yield self.batch(split, indices)
+
+    @staticmethod
+    def shares(split: Split, size: int, rank: int = 0, world: int = 1) -> tuple[Tensor, ...]:
+        """Indices of every ``world``-th sequence of a split, in batches of at most ``size``."""
+        return torch.arange(rank, len(split), world, device=split.y.device).split(size) if rank < len(split) else ()
 
     @torch.no_grad()
     def correct(self, model: nn.Module, split: Split, size: int, rank: int = 0, world: int = 1) -> Tensor:
@@ -107,7 +126,7 @@ class SequenceData:
         """
         model.eval()
         right = [torch.zeros(0, dtype=torch.bool, device=split.y.device)]  # a process may have no share
-        for indices in _shares(split, size, rank, world):
+        for indices in self.shares(split, size, rank, world):
             (u, y), lengths = self.batch(split, indices), self.lengths(split, indices)
             logits = model(u) if lengths is None else model(u, lengths)
             right.append(logits.argmax(-1) == y)
@@ -122,11 +141,6 @@ class SequenceData:
         return replace(
             self, train=train, validation=validation, test=test, mean=self.mean.to(device), std=self.std.to(device)
         )
-
-
-def _shares(split: Split, size: int, rank: int, world: int) -> tuple[Tensor, ...]:
-    """Indices of every ``world``-th sequence of a split, in batches of at most ``size``."""
-    return torch.arange(rank, len(split), world, device=split.y.device).split(size)
 
 
 class BatchOrder:
@@ -157,4 +171,4 @@ class BatchOrder:
         return self._permutation[position * self.batch_size : (position + 1) * self.batch_size]
 
 
-__all__ = ["BatchOrder", "SequenceData", "Split"]
+__all__ = ["BatchOrder", "SequenceData", "Split", "Task"]

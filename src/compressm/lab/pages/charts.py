@@ -10,10 +10,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from compressm.cutting.plots import COLOURS
+from compressm.lab.pages.metrics import axis_of, curve_of, front, name_of, scaled, shown
 from compressm.lab.pages.runs import Run
+from compressm.lab.runs.result import RunResult
+from compressm.observing.scores import better
 
 Trace = dict[str, Any]
 
+_FRONT = "Pareto front"
 BEFORE, AFTER, CUT, UNDONE = "#8d99ae", "#009e73", "#009e73", "#d55e00"
 
 
@@ -67,11 +71,15 @@ def run_charts(run: Run) -> list[Chart]:
 
 
 def comparison_charts(runs: Sequence[Run]) -> list[Chart]:
-    """Several runs beside each other: accuracy over the steps, against states, and against time."""
-    finished = [run for run in runs if run.result is not None]
-    if len(finished) < 2:
+    """Several runs beside each other: their metric over the steps, against states, and against time.
+
+    Runs that are measured by another metric than the first one are left out.
+    """
+    finished = [(run, run.result) for run in runs if run.result is not None]
+    alike = [(run, result) for run, result in finished if result.metric == finished[0][1].metric]
+    if len(alike) < 2:
         return []
-    return [_curves(finished), _pareto(finished, "states"), _pareto(finished, "seconds")]
+    return [_curves(alike), _pareto(alike, "states"), _pareto(alike, "seconds")]
 
 
 def _text(value: object) -> str:
@@ -99,18 +107,18 @@ def _events(run: Run) -> list[dict[str, Any]]:
 
 
 def progress(run: Run) -> Chart | None:
-    """Training loss and validation accuracy over the steps, with the cuts and the roll-backs."""
+    """Training loss and the metric on validation data over the steps, with the cuts and the roll-backs."""
     if run.result is None or not run.result.curve:
         return None
-    curve = run.result.curve
-    steps = [point["step"] for point in curve]
+    curve, metric = curve_of(run.result), run.result.metric
+    steps = [step for step, _ in curve]
     traces: list[Trace] = [
         {
-            "x": steps, "y": [100 * point["validation_accuracy"] for point in curve], "name": "validation accuracy, %",
+            "x": steps, "y": [value for _, value in curve], "name": f"validation {axis_of(metric)}",
             "mode": "lines+markers", "line": {"color": COLOURS[0]},
         },
         {
-            "x": steps, "y": [point["loss"] for point in curve], "name": "training loss", "yaxis": "y2",
+            "x": steps, "y": [point["loss"] for point in run.result.curve], "name": "training loss", "yaxis": "y2",
             "mode": "lines", "line": {"color": COLOURS[4]},
         },
     ]  # fmt: skip
@@ -120,19 +128,20 @@ def progress(run: Run) -> Chart | None:
         if at:
             traces.append(
                 {
-                    "x": [event["step"] for event in at], "y": [100 * event["metric"] for event in at], "name": name,
+                    "x": [event["step"] for event in at], "name": name,
+                    "y": [scaled(metric, event["metric"]) for event in at],
                     "mode": "markers", "marker": {"color": colour, "size": 10, "symbol": "diamond"},
-                    "text": [f"held against {100 * (event['reference'] or 0):.2f} %" for event in at],
+                    "text": [f"held against {shown(metric, event['reference'] or 0)}" for event in at],
                 }
             )  # fmt: skip
     layout = {
         "xaxis": _axis("training step"),
-        "yaxis": _axis("accuracy, %"),
+        "yaxis": _axis(axis_of(metric)),
         "yaxis2": _axis("loss", overlaying="y", side="right", showgrid=False),
         "shapes": _events(run),
     }
     caption = "Dotted lines: cuts. Dashed lines: cuts that were undone."
-    return Chart("Loss and accuracy", caption, {"": [Frame("", traces)]}, layout)
+    return Chart(f"Loss and {name_of(metric)}", caption, {"": [Frame("", traces)]}, layout)
 
 
 def dimensions(run: Run) -> Chart | None:
@@ -329,35 +338,42 @@ def _groups(runs: Sequence[Run]) -> list[tuple[str, str]]:
     return [(_text(name), COLOURS[order.index(name) % len(COLOURS)]) for name in names]
 
 
-def _curves(runs: Sequence[Run]) -> Chart:
+def _curves(runs: Sequence[tuple[Run, RunResult]]) -> Chart:
+    metric = runs[0][1].metric
     traces: list[Trace] = [
         {
-            "x": [point["step"] for point in run.result.curve],
-            "y": [100 * point["validation_accuracy"] for point in run.result.curve],
+            "x": [step for step, _ in curve_of(result)], "y": [value for _, value in curve_of(result)],
             "name": name, "mode": "lines", "line": {"color": colour},
         }
-        for run, (name, colour) in zip(runs, _groups(runs), strict=True)
-        if run.result is not None
+        for (_, result), (name, colour) in zip(runs, _groups([run for run, _ in runs]), strict=True)
     ]  # fmt: skip
-    layout = {"xaxis": _axis("training step"), "yaxis": _axis("validation accuracy, %")}
-    return Chart("Validation accuracy", "Of all runs.", {"": [Frame("", traces)]}, layout)
+    layout = {"xaxis": _axis("training step"), "yaxis": _axis(f"validation {axis_of(metric)}")}
+    return Chart(f"Validation {name_of(metric)}", "Of all runs.", {"": [Frame("", traces)]}, layout)
 
 
-def _pareto(runs: Sequence[Run], against: str) -> Chart:
+def _pareto(runs: Sequence[tuple[Run, RunResult]], against: str) -> Chart:
+    """The metric on the test data against a cost, and the front of the runs that no other beats."""
+    metric = runs[0][1].metric
+    points: list[tuple[float, float]] = []
     traces: list[Trace] = []
-    for run, (name, colour) in zip(runs, _groups(runs), strict=True):
-        if run.result is not None:
-            x = sum(run.result.state_dims) if against == "states" else run.result.train_seconds
-            traces.append(
-                {
-                    "x": [x], "y": [100 * run.result.test_accuracy], "name": name, "mode": "markers",
-                    "text": _text(run.name), "marker": {"color": colour, "size": 12},
-                }
-            )  # fmt: skip
+    for (run, result), (name, colour) in zip(runs, _groups([run for run, _ in runs]), strict=True):
+        x = sum(result.state_dims) if against == "states" else result.train_seconds
+        points.append((x, scaled(metric, result.score)))
+        traces.append(
+            {
+                "x": [x], "y": [points[-1][1]], "name": name, "mode": "markers",
+                "text": _text(run.name), "marker": {"color": colour, "size": 12},
+            }
+        )  # fmt: skip
+    best = front(points, metric)
+    line = {"color": BEFORE, "width": 1, "shape": "hv"}
+    traces.append({"x": [x for x, _ in best], "y": [y for _, y in best], "name": _FRONT, "mode": "lines", "line": line})
     title = {"states": "states at the end, all layers", "seconds": "seconds of training"}[against]
-    layout = {"xaxis": _axis(title, rangemode="tozero"), "yaxis": _axis("test accuracy, %")}
-    what = {"states": "Accuracy against states", "seconds": "Accuracy against time"}[against]
-    return Chart(what, "Up and to the left is better.", {"": [Frame("", traces)]}, layout)
+    layout = {"xaxis": _axis(title, rangemode="tozero"), "yaxis": _axis(f"test {axis_of(metric)}")}
+    what = {"states": "against states", "seconds": "against time"}[against]
+    way = "Up" if better(metric) == "max" else "Down"
+    caption = f"{way} and to the left is better. No run beats those on the grey line in both."
+    return Chart(f"{name_of(metric).capitalize()} {what}", caption, {"": [Frame("", traces)]}, layout)
 
 
 __all__ = ["Chart", "Frame", "comparison_charts", "run_charts"]

@@ -13,7 +13,9 @@ from typing import Any
 from compressm import __version__
 from compressm.errors import ConfigError, MissingExtraError
 from compressm.lab.pages.charts import Chart, comparison_charts, run_charts
+from compressm.lab.pages.metrics import name_of, shown, validation_of
 from compressm.lab.pages.runs import Run
+from compressm.lab.pages.words import in_words
 from compressm.runtime.files import write_text
 
 _HERE = Path(__file__).parent
@@ -42,10 +44,10 @@ def render(runs: Sequence[Run], command: str | None = None) -> str:
 
     charts: dict[str, Chart] = {}
 
-    def numbered(made: Sequence[Chart]) -> list[tuple[str, Chart]]:
+    def numbered(made: Sequence[Chart]) -> list[tuple[str, Chart, list[str]]]:
         named = [(f"chart-{len(charts) + index}", chart) for index, chart in enumerate(made)]
         charts.update(named)
-        return named
+        return [(name, chart, in_words(chart)) for name, chart in named]
 
     environment = Environment(
         loader=FileSystemLoader(_HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
@@ -94,13 +96,16 @@ def _cards(run: Run) -> list[tuple[str, str]]:
     result, cards = run.result, list[tuple[str, str]]()
     if result is None:
         return cards
-    cards.append(("test accuracy", f"{100 * result.test_accuracy:.2f} %"))
+    cards.append((f"test {name_of(result.metric)}", shown(result.metric, result.score)))
+    if result.test_loss is not None:
+        cards.append(("test loss", f"{result.test_loss:.4f}"))
     first = list(result.phases[0]["state_dims"].values()) if result.phases else result.state_dims
     now = _dims(result.state_dims)
     cards.append(("states", now if first == result.state_dims else f"{_dims(first)} → {now}"))
     cards.append(("training", _seconds(result.train_seconds)))
     if result.savings is not None:
-        cards.append(("without cuts (estimate)", _seconds(result.savings["seconds_if_big"])))
+        cards.append(("of it steps and cuts", _seconds(result.savings["seconds"])))
+        cards.append(("these without cuts (estimate)", _seconds(result.savings["seconds_if_big"])))
         cards.append(("a step is faster by", f"{result.savings['step_speedup']:.1f}×"))
     kept = [phase["kept_bytes"] for phase in result.phases if phase.get("kept_bytes")]
     if len(kept) > 1:
@@ -196,12 +201,14 @@ def _row(run: Run) -> dict[str, str]:
     """A line of the comparison."""
     result = run.result
     if result is None:
-        return {"name": run.name, "states": "", "test": "", "validation": "", "seconds": "", "seed": ""}
+        empty = dict.fromkeys(("states", "test", "validation", "metric", "seconds", "seed"), "")
+        return {"name": run.name, **empty}
     return {
         "name": run.name,
         "states": _dims(result.state_dims),
-        "test": f"{100 * result.test_accuracy:.2f} %",
-        "validation": f"{100 * result.validation_accuracy:.2f} %",
+        "test": shown(result.metric, result.score),
+        "validation": "" if (value := validation_of(result)) is None else shown(result.metric, value),
+        "metric": name_of(result.metric),
         "seconds": _seconds(result.train_seconds),
         "seed": str(result.seed),
     }

@@ -40,7 +40,7 @@ class Row:
     @property
     def accuracies(self) -> list[float]:
         """Test accuracies in percent."""
-        return [100 * run.test_accuracy for run in self.runs]
+        return [100 * run.score for run in self.runs]
 
     @property
     def accuracy(self) -> str:

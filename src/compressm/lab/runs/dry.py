@@ -9,6 +9,7 @@ from compressm.lab.config import Config
 from compressm.lab.data.datasets import load_data
 from compressm.lab.data.sequences import SequenceData
 from compressm.lab.runs.models import model_for
+from compressm.lab.runs.tasks import learning_of
 from compressm.training.options import SIZE_RULES
 from compressm.training.schedule import cut_steps
 
@@ -24,6 +25,7 @@ def described(config: Config, folder: Path) -> str:
         ConfigError: as training would raise before its first step.
     """
     data = load_data(config.data)
+    learning_of(data.task, config.run.metric)
     model = model_for(config, data)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     states = ", ".join(f"{name} {n}" for name, n in state_dims(model).items())
@@ -44,7 +46,13 @@ def _sizes(data: SequenceData) -> str:
     length = data.train.x.shape[1]
     kind = f"{data.channels} channels" if data.vocabulary is None else f"tokens below {data.vocabulary}"
     counts = f"{len(data.train)} for training, {len(data.validation)} for validation, {len(data.test)} for test"
-    return f"{counts}; {length} steps, {kind}, {data.n_classes} classes"
+    per = " per step" if data.per_step else ""
+    learnt = {
+        "classification": f"{data.n_classes} classes",
+        "regression": f"{data.n_classes} numbers to predict{per}",
+        "language": "the next one to predict",
+    }[data.task]
+    return f"{counts}; {length} steps, {kind}, {learnt}"
 
 
 def _cuts(config: Config) -> str:

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from compressm.errors import ConfigError, MissingExtraError
+from compressm.lab.runs.tasks import Quality
 from compressm.runtime.files import write_text
 from compressm.training.history import Event
 
@@ -178,12 +179,13 @@ class RunLog:
         self._scalars(step, {"train/loss": loss, **{f"lr/{name}": rate for name, rate in rates.items()}})
         self._show(step)
 
-    def evaluation(self, step: int, accuracy: float, state_dims: Mapping[str, int]) -> None:
-        """The accuracy on validation data, and the state dimensions."""
-        self._numbers["accuracy"] = f"validation {accuracy:.4f}"
+    def evaluation(self, step: int, quality: Quality, state_dims: Mapping[str, int]) -> None:
+        """Metric and loss on validation data, and the state dimensions."""
+        self._numbers["quality"] = f"validation {quality}"
         self._numbers["states"] = f"states {_short(list(state_dims.values()))}"
         dims = {f"state_dim/{name}": float(states) for name, states in state_dims.items()}
-        self._scalars(step, {"validation/accuracy": accuracy, **dims})
+        values = {f"validation/{quality.metric}": quality.score, "validation/loss": quality.loss}
+        self._scalars(step, {**values, **dims})
         self._show(step)
         if self._progress.disable:
             self._console.print(f"step {step}: {self._line()}", markup=False)
@@ -216,7 +218,7 @@ class RunLog:
         self._progress.update(self._task, completed=step, numbers=self._line())
 
     def _line(self) -> str:
-        order = ("loss", "accuracy", "states", "speed")
+        order = ("loss", "quality", "states", "speed")
         return ", ".join(self._numbers[key] for key in order if key in self._numbers)
 
     def _scalars(self, step: int, values: Mapping[str, float]) -> None:

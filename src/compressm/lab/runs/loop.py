@@ -9,15 +9,13 @@ from __future__ import annotations
 
 import math
 import platform
-from collections.abc import Generator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NoReturn, cast
 
 import torch
 from accelerate.utils import broadcast, gather_object
-from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -33,11 +31,13 @@ from compressm.lab.runs.logs import RunLog, TensorBoard, Tracker, WeightsAndBias
 from compressm.lab.runs.models import build_compressor, build_optimizer, build_scheduler, model_for
 from compressm.lab.runs.objective import Objective
 from compressm.lab.runs.origin import checkpoint_to_begin_with
-from compressm.lab.runs.place import accelerator, device_name
+from compressm.lab.runs.place import accelerator, device_name, memory_told
 from compressm.lab.runs.result import RunResult
 from compressm.lab.runs.same_settings import check_same
 from compressm.lab.runs.spectra import SpectrumLog
+from compressm.lab.runs.tasks import Quality, learning_of, sums_on
 from compressm.lab.runs.timers import Timers
+from compressm.observing.scores import better
 from compressm.runtime.files import write_json
 from compressm.runtime.memory import keep_freed_memory
 from compressm.runtime.random_state import rng_state, seed_all, set_rng_state
@@ -97,7 +97,8 @@ class _Run:
         self.accelerator = accelerator(config.run)
         self.world, self.rank = self.accelerator.num_processes, self.accelerator.process_index
         self.data: SequenceData = load_data(config.data).to(self.accelerator.device)
-        self.objective = Objective(config.loss, self.accelerator.device)
+        self.learning = learning_of(self.data.task, config.run.metric)
+        self.objective = Objective(config.loss, self.accelerator.device, self.learning)
         self.order = BatchOrder(len(self.data.train), config.run.batch_size, config.run.seed)
         self._build()
         self.step = 0
@@ -122,7 +123,7 @@ class _Run:
         self.scheduler = build_scheduler(config, self.optimizer)
         self.compressor = build_compressor(
             config, self.model, self.optimizer, self.scheduler,
-            lambda model: self.accuracy(model, data.validation), self._learn,
+            lambda model: self.quality(model, data.validation).score, self._learn, better(self.learning.metric),
         )  # fmt: skip
         self.clock = StepClock(state_dims(self.model)) if self.compressor is None else self.compressor.clock
 
@@ -151,14 +152,11 @@ class _Run:
                 log.message("".join(f"{line}\n" for line in self.damaged) + f"resumed at step {self.step}")
             else:
                 self._look_at_spectra(log)
-            with self.timers.timed("train"), self._memory():
+            with self.timers.timed("train"), memory_told(run.batch_size, lambda: self.step):
                 while self.step < run.steps:
                     self._advance(log)
             result = self._finish(command)
-            log.message(
-                f"done: test accuracy {result.test_accuracy:.4f}, states {result.state_dims}, training took "
-                f"{result.train_seconds:.1f} s and reductions {result.reduction_seconds:.1f} s; see {self.folder}"
-            )
+            log.message(f"done: {result}; see {self.folder}")
         return result
 
     def _advance(self, log: RunLog) -> None:
@@ -244,35 +242,38 @@ class _Run:
                 self.spectra.look(self.model, self.step)
                 log.spectra(self.spectra.record[-1])
 
-    def accuracy(self, model: nn.Module, split: Split) -> float:
-        """Share of a split that is classified correctly, the same in all processes."""
+    def quality(self, model: nn.Module, split: Split) -> Quality:
+        """How well a model does on a split, the same in all processes."""
         with self.timers.timed("evaluation"), torch.no_grad():
             if self.world > 1:  # every process has running statistics of its own share of the data
                 for buffer in model.buffers():
                     broadcast(buffer)
-            correct = self.data.correct(model, split, self.config.run.eval_batch_size, self.rank, self.world)
-            return float(cast("torch.Tensor", self.accelerator.reduce(correct))) / len(split)
+            size = self.config.run.eval_batch_size
+            sums = sums_on(self.learning, model, self.data, split, size, self.rank, self.world)
+            return self.learning.quality(cast("torch.Tensor", self.accelerator.reduce(sums)).cpu())
 
     def _evaluate(self, log: RunLog) -> None:
         loss = float(self.loss)
         self._check_finite(loss)
-        accuracy = self.accuracy(self.model, self.data.validation)
+        quality = self.quality(self.model, self.data.validation)
         dims = state_dims(self.model)
         self.curve.append(
             {
                 "step": self.step,
                 "loss": loss,
-                "validation_accuracy": accuracy,
+                f"validation_{quality.metric}": quality.score,
+                "validation_loss": quality.loss,
                 "lr": self._rates(),
                 "state_dims": list(dims.values()),
                 "train_seconds": self.timers.seconds["train"],
             }
         )
-        if self.config.run.select == "best" and (self.best is None or accuracy > self.best):
-            self.best = accuracy
+        value = quality.sign * quality.score
+        if self.config.run.select == "best" and (self.best is None or value > self.best):
+            self.best = value
             if self.accelerator.is_main_process:
                 save(self.model, self.folder / "best")
-        log.evaluation(self.step, accuracy, dims)
+        log.evaluation(self.step, quality, dims)
 
     def _rates(self) -> dict[str, float]:
         return {str(group["name"]): float(group["lr"]) for group in self.optimizer.param_groups}
@@ -292,19 +293,6 @@ class _Run:
         raise ConfigError(
             f"optimizer.lr = {self.config.optimizer.lr}: training diverged, {what} at step {self.step}{kept}; lower it"
         )
-
-    @contextmanager
-    def _memory(self) -> Generator[None]:
-        """Turn an error for want of memory into one that says what to do."""
-        try:
-            yield
-        except (MemoryError, RuntimeError) as error:
-            if not should_reduce_batch_size(cast("Exception", error)) and not isinstance(error, MemoryError):
-                raise
-            raise ConfigError(
-                f"run.batch_size = {self.config.run.batch_size}: out of memory at step {self.step}; lower it, or free "
-                "memory and go on with --resume"
-            ) from error
 
     def _checkpoint(self) -> None:
         finite = all(bool(value.isfinite().all()) for value in self.model.state_dict().values())
@@ -353,19 +341,25 @@ class _Run:
 
     def _finish(self, command: str | None) -> RunResult:
         """Test the final model, and write it and the result."""
-        model, validation = self.model, float(self.curve[-1]["validation_accuracy"])
+        model = self.model
+        validation = Quality(
+            self.curve[-1]["validation_loss"],
+            self.learning.metric,
+            self.curve[-1][f"validation_{self.learning.metric}"],
+        )
         self.accelerator.wait_for_everyone()
         if self.best is not None:
             model = load(self.folder / "best", self._fresh()).to(self.accelerator.device)
-            validation = self.accuracy(model, self.data.validation)
+            validation = self.quality(model, self.data.validation)
         result = self._result(model, validation, command)
         if self.accelerator.is_main_process:
             save(model, self.folder / "model", self.compressor, card=True)
             write_json(self.folder / "result.json", result.to_dict())
         return result
 
-    def _result(self, model: nn.Module, validation: float, command: str | None) -> RunResult:
-        seconds = self.timers.seconds
+    def _result(self, model: nn.Module, validation: Quality, command: str | None) -> RunResult:
+        seconds, test = self.timers.seconds, self.quality(model, self.data.test)
+        classes = self.data.task == "classification"
         saved = savings(self.clock.phases, seconds["reduction"], net_steps=self.step)
         return RunResult(
             data=self.data.label,
@@ -379,8 +373,13 @@ class _Run:
             steps=self.step,
             state_dims=list(state_dims(model).values()),
             parameters=sum(parameter.numel() for parameter in model.parameters()),
-            test_accuracy=self.accuracy(model, self.data.test),
-            validation_accuracy=validation,
+            test_accuracy=test.score if classes else None,
+            validation_accuracy=validation.score if classes else None,
+            metric=test.metric,
+            test_score=test.score,
+            validation_score=validation.score,
+            test_loss=test.loss,
+            validation_loss=validation.loss,
             train_seconds=seconds["train"],
             reduction_seconds=seconds["reduction"],
             evaluation_seconds=seconds["evaluation"],

@@ -11,11 +11,13 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from compressm.cutting.metrics import Better
 from compressm.errors import ConfigError, InvalidRankRuleError
 from compressm.lab.config import Config, OptimizerConfig
-from compressm.lab.data.sequences import SequenceData
+from compressm.lab.data.sequences import SequenceData, Task
 from compressm.lab.named import build_named
-from compressm.layers import SequenceClassifier, parameter_groups
+from compressm.layers import LanguageModel, SequenceClassifier, SequenceRegressor, parameter_groups
+from compressm.layers.blocks import GATED
 from compressm.observing.expected import described
 from compressm.observing.moments import modes_kept
 from compressm.runtime.random_state import rng_state, set_rng_state
@@ -24,28 +26,44 @@ from compressm.training.twin import TrainStep
 
 
 def build_model(
-    config: Config, channels: int, n_classes: int, vocabulary: int | None = None, padding: int | None = 0
+    config: Config,
+    channels: int,
+    n_classes: int,
+    vocabulary: int | None = None,
+    padding: int | None = 0,
+    task: Task = "classification",
+    per_step: bool = False,
 ) -> nn.Module:
-    """A model with weights drawn from torch's present random state.
+    """A model with weights drawn from torch's present random state; for the arguments see `SequenceData`.
 
     Raises:
-        ConfigError: ``model.build`` names no function that returns a model.
+        ConfigError: ``model.build`` names no function that returns a model, or the layer is none of language models.
     """
     if config.model.build is not None:
-        offered = {"d_input": channels, "n_classes": n_classes, "vocabulary": vocabulary}
+        offered = {"d_input": channels, "n_classes": n_classes, "d_output": n_classes, "vocabulary": vocabulary}
         return build_named(config.model.build, "model.build =", offered)
     options: dict[str, Any] = {} if vocabulary is None else {"vocabulary": vocabulary, "padding": padding}
     arguments = config.model.model_dump(exclude={"build"}, exclude_none=True)
-    return SequenceClassifier(channels, n_classes, **options, **arguments)
+    if task == "regression":
+        return SequenceRegressor(channels, n_classes, per_step=per_step, **options, **arguments)
+    if task == "classification":
+        return SequenceClassifier(channels, n_classes, **options, **arguments)
+    if config.model.layer not in GATED:
+        raise ConfigError(
+            f"model.layer = {config.model.layer!r}: language models here have one of {', '.join(sorted(GATED))}"
+        )
+    if arguments.pop("norm", "rms") != "rms":
+        raise ConfigError(f"model.norm = {config.model.norm!r}: language models have rms; leave it out")
+    return LanguageModel(n_classes, padding=padding, **arguments)
 
 
 def model_for(config: Config, data: SequenceData) -> nn.Module:
     """A model for these data; one of the user's is tried on two sequences.
 
     Raises:
-        ConfigError: ``model.build`` names no function that returns a classifier of these sequences.
+        ConfigError: ``model.build`` names no function that returns a model for these sequences.
     """
-    model = build_model(config, data.channels, data.n_classes, data.vocabulary, data.padding)
+    model = build_model(config, data.channels, data.n_classes, data.vocabulary, data.padding, data.task, data.per_step)
     if config.model.build is not None:
         _check_fits(model, data, config.model.build)
     return model
@@ -68,11 +86,15 @@ def _check_fits(model: nn.Module, data: SequenceData, build: str) -> None:
         ) from error
     finally:
         set_rng_state(before)
-    if not isinstance(logits, torch.Tensor) or tuple(logits.shape) != (len(u), data.n_classes):
-        raise ConfigError(
-            f"{takes} returned {described(logits)} for {len(u)} sequences: expected logits of shape "
-            f"({len(u)}, {data.n_classes}), one for each class of the data"
-        )
+    steps = (u.shape[1],) if data.per_step or data.task == "language" else ()
+    expected = (len(u), *steps, data.n_classes)
+    if not isinstance(logits, torch.Tensor) or tuple(logits.shape) != expected:
+        what = {
+            "classification": "logits of shape {}, one for each class of the data",
+            "regression": "numbers of shape {}, as the data's",
+            "language": "logits of shape {}, one for each byte at each step",
+        }[data.task].format(expected)
+        raise ConfigError(f"{takes} returned {described(logits)} for {len(u)} sequences: expected {what}")
 
 
 def build_optimizer(config: OptimizerConfig, model: nn.Module) -> Optimizer:
@@ -113,6 +135,7 @@ def build_compressor(
     scheduler: Any,
     evaluate: Callable[[nn.Module], float],
     train_step: TrainStep,
+    mode: Better = "max",
 ) -> Compressor | None:
     """The compressor, or None where compression is disabled. Arguments are those of `Compressor`.
 
@@ -125,7 +148,7 @@ def build_compressor(
     try:
         return Compressor(
             model, optimizer, config.run.steps,
-            evaluate=evaluate, scheduler=scheduler, train_step=train_step, **arguments,
+            evaluate=evaluate, mode=mode, scheduler=scheduler, train_step=train_step, **arguments,
         )  # fmt: skip
     except InvalidRankRuleError as error:
         raise ConfigError(f"compression: {error}") from error

@@ -1,4 +1,4 @@
-"""The loss that training minimises: cross entropy. Rivals of compression add a teacher's opinion or a penalty."""
+"""The loss that training minimises, by the task. Rivals of compression add a teacher's opinion or a penalty."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from compressm.errors import CompressmError, ConfigError
 from compressm.lab.config import LossConfig
 from compressm.lab.rivals.distillation import distillation_loss
 from compressm.lab.rivals.hankel_norm import hankel_penalty
+from compressm.lab.runs.tasks import Learning, learning_of
 from compressm.saving.checkpoint import load
 
 
@@ -21,13 +21,16 @@ class Objective:
     Args:
         config: see there.
         device: where the model is.
+        learning: the task; classification by default.
 
     Raises:
-        ConfigError: no model where the teacher should be.
+        ConfigError: no model where the teacher should be, or a teacher of another task.
     """
 
-    def __init__(self, config: LossConfig, device: torch.device) -> None:
-        self.config = config
+    def __init__(self, config: LossConfig, device: torch.device, learning: Learning | None = None) -> None:
+        self.config, self.learning = config, learning or learning_of("classification", None)
+        if config.teacher is not None and self.learning.metric != "accuracy":
+            raise ConfigError(f"loss.teacher = {config.teacher!r}: is for classifiers; leave it out for this task")
         self.teacher: nn.Module | None = None
         if config.teacher is not None:
             try:
@@ -43,7 +46,7 @@ class Objective:
         inputs = (u,) if lengths is None else (u, lengths)
         config, logits = self.config, model(*inputs)
         if self.teacher is None:
-            loss = F.cross_entropy(logits, y)
+            loss = self.learning.loss(logits, y, lengths)
         else:
             with torch.no_grad():
                 opinion = self.teacher(*inputs)

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from typing import cast
+
 import torch
 from accelerate import Accelerator
+from accelerate.utils.memory import should_reduce_batch_size
 
 from compressm.errors import ConfigError
 from compressm.lab.config import RunConfig
@@ -31,4 +36,26 @@ def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
-__all__ = ["accelerator", "device_name"]
+@contextmanager
+def memory_told(batch_size: int, step: Callable[[], int]) -> Generator[None]:
+    """Turn an error for want of memory into one that says what to do.
+
+    Args:
+        batch_size: of the run.
+        step: returns the step that the run has come to.
+
+    Raises:
+        ConfigError: in place of that error.
+    """
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not should_reduce_batch_size(cast("Exception", error)) and not isinstance(error, MemoryError):
+            raise
+        raise ConfigError(
+            f"run.batch_size = {batch_size}: out of memory at step {step()}; lower it, or free memory and go on with "
+            "--resume"
+        ) from error
+
+
+__all__ = ["accelerator", "device_name", "memory_told"]

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from compressm.errors import CheckpointError
+from compressm.observing.scores import Metric
 from compressm.runtime.files import finite
 
 
@@ -22,7 +23,8 @@ class RunResult:
         steps: optimizer steps.
         state_dims: state dimension of every layer, in the model's order.
         parameters: number of the model's parameters.
-        test_accuracy: of the final model; the test data are looked at here and nowhere else.
+        test_accuracy: of the final model; the test data are looked at here and nowhere else. None where the task is
+            not classification.
         validation_accuracy: of the same model.
         train_seconds: in training steps and their logs, steps that were undone included.
         reduction_seconds: in the compressor, without its evaluations.
@@ -34,6 +36,9 @@ class RunResult:
         curve: at every evaluation step, training loss, validation accuracy, learning rate and state dimensions.
         spectra: Hankel singular values over the steps, see `SpectrumLog`; None if they were not asked for.
         energy: codecarbon's estimate of what the training took, see `Energy`; None where it was not asked for.
+        metric: what is measured beside the loss.
+        test_score, validation_score: its values for the final model; None in results from before there were several.
+        test_loss, validation_loss: of the final model; None in such results.
     """
 
     data: str
@@ -47,8 +52,8 @@ class RunResult:
     steps: int
     state_dims: list[int]
     parameters: int
-    test_accuracy: float
-    validation_accuracy: float
+    test_accuracy: float | None
+    validation_accuracy: float | None
     train_seconds: float
     reduction_seconds: float
     evaluation_seconds: float
@@ -59,6 +64,23 @@ class RunResult:
     curve: list[dict[str, Any]]
     energy: dict[str, Any] | None = None
     spectra: list[dict[str, Any]] | None = None
+    metric: Metric = "accuracy"
+    test_score: float | None = None
+    validation_score: float | None = None
+    test_loss: float | None = None
+    validation_loss: float | None = None
+
+    @property
+    def score(self) -> float:
+        """The metric of the final model on the test data."""
+        return float(self.test_score if self.test_score is not None else self.test_accuracy or 0.0)
+
+    def __str__(self) -> str:
+        loss = "" if self.test_loss is None else f" (loss {self.test_loss:.4f})"
+        return (
+            f"test {self.metric} {self.score:.4f}{loss}, states {self.state_dims}, training took "
+            f"{self.train_seconds:.1f} s and reductions {self.reduction_seconds:.1f} s"
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON, which has no word for NaN and infinity: null."""
@@ -74,7 +96,9 @@ class RunResult:
         try:
             return cls(**json.loads(path.read_text(encoding="utf-8")))
         except (OSError, ValueError, TypeError) as error:
-            raise CheckpointError(f"{path}: damaged ({error}); delete it and resume the run") from error
+            raise CheckpointError(
+                f"{path}: damaged ({error}): no result of a run; move the file away, and go on with --resume"
+            ) from error
 
 
 __all__ = ["RunResult"]
