@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from compressm.scans.frame import check_engine, check_shapes, empty, empty_scan, in_form, without_autocast
-from compressm.scans.ssd import by_chunk, chain_of_states
+from compressm.scans.ssd_chunked import by_chunk, chain_of_states
 from compressm.scans.transforms import transformed
 
 Engine = Literal["auto", "chunked", "loop", "graph"]
