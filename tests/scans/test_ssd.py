@@ -72,7 +72,8 @@ def test_engines_equal_a_float64_loop(
         for name, a, b in zip(NAMES, truth, result, strict=True):
             # A decay's gradient sums terms that cancel; it is held against the largest of them.
             scale = float(a.norm()) if name != "log_decay" else float(a.norm() + values[0].norm() * values[2].norm())
-            assert (b.double() - a).norm() <= tolerance * (1 if name in ("y", "state") else 10) * scale, (name, dtype)
+            bound = tolerance * (1 if name in ("y", "state") else 10) * scale
+            assert (b.double() - a).norm() <= bound + 10 * torch.finfo(dtype).tiny, (name, dtype)  # no denormal numbers
 
 
 def test_gradients_by_finite_differences() -> None:
