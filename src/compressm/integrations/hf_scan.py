@@ -146,9 +146,8 @@ def _ssd(
     dt = dt.clamp(*dt_limit).float()
     x = hidden_states.float()
     start = None if initial_states is None else initial_states.float()
-    y, state = ssd_scan(x * dt[..., None], dt * A.float(), B.float(), C.float(), start, return_state=True)
-    if D is not None:
-        y = y + x * D[:, None]
+    skip = None if D is None else D.float()
+    y, state = ssd_scan(x, dt * A.float(), B.float(), C.float(), start, return_state=True, delta=dt, D=skip)
     return (y, state) if return_final_states else y
 
 
