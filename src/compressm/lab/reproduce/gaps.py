@@ -3,8 +3,8 @@
     share = mean(x - small) / mean(big - small)
 
 over the seeds that all three have, in percentage points of test accuracy. Its 95 % interval is that of a ratio of
-paired means by the delta method: the residuals ``x - small - share (big - small)`` have mean zero, and their standard error,
-over the mean gap, times Student's quantile, is the half width (Cochran, Sampling Techniques, 1977, section 6.3).
+paired means by the delta method: the residuals ``x - small - share (big - small)`` have mean zero, and their standard
+error, over the mean gap, times Student's quantile, is the half width (Cochran, Sampling Techniques, 1977, section 6.3).
 """
 
 from __future__ import annotations
