@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from compressm.errors import ConfigError
+from compressm.layers.blocks import TIME_INVARIANT
 
 
 @dataclass(frozen=True)
@@ -166,8 +167,13 @@ def scaled_down(config: str) -> dict[str, Any]:
 
 
 def family(layer: str, title: str, states: int, **options: Any) -> Experiment:
-    """Big, shrunk, small from the start, and cut to random states: one kind of layer."""
+    """Big, shrunk, small from the start, and cut to random states: one kind of layer.
+
+    In a time-invariant layer the loss decides what is cut, so there are two arms more: one cut after a quarter of the
+    steps, by white noise and by the loss.
+    """
     model = {"model.layer": layer, **{f"model.{key}": value for key, value in options.items()}}
+    later = (("white", once), ("loss", by_loss)) if layer in TIME_INVARIANT else ()
     return Experiment(
         f"family-{layer.replace('_', '-')}",
         f"Sequential MNIST in 196 steps, {title} from {options['d_state']} states to {states}",
@@ -177,8 +183,9 @@ def family(layer: str, title: str, states: int, **options: Any) -> Experiment:
             Arm("shrunk", {"compression.states": states}, small="small"),
             Arm("small", {**BIG, "model.d_state": states}),
             Arm("random", {"compression.states": states, "compression.selection": "random"}, small="small"),
+            *(Arm(name, cut(0.25, states=states), small="small") for name, cut in later),
         ),
-        seeds=1,
+        seeds=3 if later else 1,
         changes=model,
     )
 
