@@ -11,7 +11,8 @@ to
         trainer.train()
 
 Only the layers of this model are changed: each gets an attribute, which is removed at the end of the block. The short
-convolution before the scan is ours too. Masks, caches and norms still run transformers' code. Weights, state dict and checkpoints do not change.
+convolution before the scan is ours too. Masks, caches and norms still run transformers' code. Weights, state dict and
+checkpoints do not change.
 """
 
 from __future__ import annotations

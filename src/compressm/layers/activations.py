@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from compressm.errors import DifferentiationError
-from compressm.layers.parts import shifted_products, short_conv
+from compressm.layers.parts import shifted_products
 from compressm.scans import native
 from compressm.scans.transforms import gradients, transformed, twice
 
