@@ -77,8 +77,7 @@ ENGINES: list[tuple[str, str]] = [
     *(("lti", engine) for engine in ("auto", "direct", "chunked", "fft", "loop")),
     *(("selective", engine) for engine in ("auto", "native", "torch", "loop")),
     *((name, engine) for name in ("siso", "ssd", "gla", "delta") for engine in ("chunked", "loop")),
-    ("gla", "native"),
-    ("delta", "native"),
+    *((name, "native") for name in ("ssd", "gla", "delta")),
 ]
 STATELESS = ("fft",)
 # Which argument says how much is forgotten, as the logarithm of a decay.

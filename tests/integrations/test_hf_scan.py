@@ -37,9 +37,11 @@ def test_outputs_and_gradients_are_those_of_the_slow_path(family: str, data: st.
     assert handle.layers
     torch.testing.assert_close(fast, slow, rtol=1e-4, atol=1e-5)
     assert fast_gradients.keys() == slow_gradients.keys()
+    # Some gradients are zero but for rounding, as those of queries and keys are if there is one token.
+    noise = 1e-6 * max(float(gradient.abs().max()) for gradient in slow_gradients.values())
     for name, gradient in fast_gradients.items():
         scale = float(slow_gradients[name].abs().max())
-        torch.testing.assert_close(gradient, slow_gradients[name], rtol=1e-3, atol=1e-4 * scale + 1e-7, msg=name)
+        torch.testing.assert_close(gradient, slow_gradients[name], rtol=1e-3, atol=1e-4 * scale + noise, msg=name)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -50,6 +50,7 @@ def test_reference_engine_is_the_definition() -> None:
     np.testing.assert_allclose(ssd_scan(*values, engine="loop").numpy(), y, rtol=1e-11)
 
 
+@pytest.mark.parametrize("engine", ["chunked", "native"])
 @settings(max_examples=60)
 @given(
     seed=st.integers(0, 10**6),
@@ -61,17 +62,18 @@ def test_reference_engine_is_the_definition() -> None:
     n=st.integers(1, 20),
     fastest=st.sampled_from([1e-6, 1.0, 200.0]),
 )
-def test_chunked_engine_equals_a_float64_loop(
-    seed: int, batch: int, length: int, groups: int, per_group: int, p: int, n: int, fastest: float
+def test_engines_equal_a_float64_loop(
+    engine: str, seed: int, batch: int, length: int, groups: int, per_group: int, p: int, n: int, fastest: float
 ) -> None:
     values = [v.float().double() for v in arguments(seed, batch, length, groups, per_group, p, n, fastest)]
     truth = outputs_and_gradients(values, torch.float64, "loop")
     for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 1e-5)):
-        result = outputs_and_gradients(values, dtype, "chunked")
+        result = outputs_and_gradients(values, dtype, engine)
         for name, a, b in zip(NAMES, truth, result, strict=True):
             # A decay's gradient sums terms that cancel; it is held against the largest of them.
             scale = float(a.norm()) if name != "log_decay" else float(a.norm() + values[0].norm() * values[2].norm())
-            assert (b.double() - a).norm() <= tolerance * (1 if name in ("y", "state") else 10) * scale, (name, dtype)
+            bound = tolerance * (1 if name in ("y", "state") else 10) * scale
+            assert (b.double() - a).norm() <= bound + 10 * torch.finfo(dtype).tiny, (name, dtype)  # no denormal numbers
 
 
 def test_gradients_by_finite_differences() -> None:
@@ -124,4 +126,4 @@ def test_bad_arguments_are_named() -> None:
     with pytest.raises(ValueError, match="initial_state"):
         ssd_scan(x, log_decay, B, C, start[:1])
     with pytest.raises(ValueError, match="engine"):
-        ssd_scan(x, log_decay, B, C, engine="native")
+        ssd_scan(x, log_decay, B, C, engine="triton")

@@ -10,8 +10,9 @@ to
     with fast_scan(model):
         trainer.train()
 
-Only the layers of this model are changed: each gets an attribute, which is removed at the end of the block. Masks,
-caches, norms and convolutions still run transformers' code. Weights, state dict and checkpoints do not change.
+Only the layers of this model are changed: each gets an attribute, which is removed at the end of the block. The short
+convolution before the scan is ours too. Masks, caches and norms still run transformers' code. Weights, state dict and
+checkpoints do not change.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ from torch.nn import functional as F
 
 from compressm.adapters.rebind import global_names, not_fused, rebound_forward
 from compressm.errors import UnsupportedModelError
+from compressm.layers.activations import silu_conv
+from compressm.layers.parts import shifted_products
 from compressm.scans import selective_scan, ssd_scan
 
 
@@ -70,7 +73,7 @@ def enable_fast_scan(model: nn.Module) -> FastScan:
             )
     for name in names:
         layer = model.get_submodule(name)
-        layer.forward = rebound_forward(layer, _SCANS | FUSED)
+        layer.forward = rebound_forward(layer, _SCANS | _CONVOLUTION | FUSED)
     return FastScan(model, names)
 
 
@@ -146,10 +149,30 @@ def _ssd(
     dt = dt.clamp(*dt_limit).float()
     x = hidden_states.float()
     start = None if initial_states is None else initial_states.float()
-    y, state = ssd_scan(x * dt[..., None], dt * A.float(), B.float(), C.float(), start, return_state=True)
-    if D is not None:
-        y = y + x * D[:, None]
+    skip = None if D is None else D.float()
+    y, state = ssd_scan(x, dt * A.float(), B.float(), C.float(), start, return_state=True, delta=dt, D=skip)
     return (y, state) if return_final_states else y
+
+
+def _convolution(
+    hidden_states: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    activation: str | None = None,
+    **others: Any,
+) -> Tensor:
+    """`silu_conv` with the arguments of transformers' ``causal_conv1d_fn``: time is the last axis."""
+    _refuse_packing(others)
+    u = hidden_states.to(weight.dtype).transpose(1, 2)
+    bias = weight.new_zeros(weight.shape[0]) if bias is None else bias
+    if activation in ("silu", "swish"):
+        out = silu_conv(u, weight, bias)
+    else:
+        from transformers.activations import ACT2FN
+
+        out = shifted_products(u, weight.T, bias)
+        out = out if activation is None else ACT2FN[activation](out)
+    return out.to(hidden_states.dtype).transpose(1, 2)
 
 
 def _refuse_packing(arguments: dict[str, Any]) -> None:
@@ -160,6 +183,7 @@ def _refuse_packing(arguments: dict[str, Any]) -> None:
 
 
 _SCANS: dict[str, Callable[..., Any]] = {"mamba_selective_scan": _selective, "mamba2_chunk_scan": _ssd}
+_CONVOLUTION: dict[str, Callable[..., Any]] = {"causal_conv1d_fn": _convolution}
 FUSED: dict[str, Callable[..., Any]] = {
     "mamba_inner_fn": not_fused,
     "mamba2_split_conv1d_scan_combined": not_fused,

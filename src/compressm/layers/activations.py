@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from compressm.errors import DifferentiationError
-from compressm.layers.parts import shifted_products, short_conv
+from compressm.layers.parts import shifted_products
 from compressm.scans import native
 from compressm.scans.transforms import gradients, transformed, twice
 
@@ -83,11 +83,15 @@ def causal_conv(conv: nn.Conv1d, u: Tensor) -> Tensor:
         conv: depthwise; its last tap belongs to the present input. Its ``padding`` is ignored.
         u: shape ``(batch, length, channels)``.
     """
-    weight = conv.weight[:, 0]
     bias = u.new_zeros(u.shape[2]) if conv.bias is None else conv.bias
+    return silu_conv(u, conv.weight[:, 0], bias)
+
+
+def silu_conv(u: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """`causal_conv` with its weight, shape ``(channels, taps)``, and bias, shape ``(channels,)``."""
     if takes(u, weight, bias):
         return applied(_Convolution, _rows(u), weight.flip(1).T.contiguous(), bias.contiguous())
-    return F.silu(short_conv(conv, u))
+    return F.silu(shifted_products(u, weight.T, bias))
 
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")

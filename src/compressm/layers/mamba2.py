@@ -89,7 +89,7 @@ class Mamba2(nn.Module):
 
     def forward(self, v: Tensor) -> Tensor:
         x, delta, B, C, z = self.recurrence(v)
-        y = ssd_scan(x * delta[..., None], -delta * at_least_float32(self.A_log).exp(), B, C) + self.D[:, None] * x
+        y = ssd_scan(x, -delta * at_least_float32(self.A_log).exp(), B, C, delta=delta, D=self.D)
         return self.out_proj(self.norm(y.flatten(-2), z).to(z.dtype))  # A_log and D may be float32 beside bfloat16
 
     def _project(self, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:

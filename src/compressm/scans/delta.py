@@ -26,7 +26,7 @@ from torch import Tensor
 from compressm.scans import native
 from compressm.scans.frame import check_engine, check_shapes, empty, empty_scan, in_form, without_autocast
 from compressm.scans.graph import exporting
-from compressm.scans.ssd import by_chunk, elapsed_in_chunk
+from compressm.scans.ssd_chunked import by_chunk, elapsed_in_chunk
 from compressm.scans.transforms import gradients, transformed, twice
 
 Engine = Literal["auto", "native", "chunked", "loop", "graph"]

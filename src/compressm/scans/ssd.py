@@ -1,37 +1,43 @@
 """The scan with one decay per head and a matrix-valued state: Mamba-2 (SSD), RetNet, linear attention.
 
-    S_t = exp(log_decay_t) S_{t-1} + x_t B_t^T,   y_t = S_t C_t
+    S_t = exp(log_decay_t) S_{t-1} + delta_t x_t B_t^T,   y_t = S_t C_t + D x_t
 
 with ``S`` (p, n) per head (Dao, Gu 2024, section 6).
 
-The ``chunked`` engine is made of matrix products, on every device: inside a chunk of Q steps the output is ``(C B^T *
-decays) x``, a masked Q x Q matrix per head; between chunks only the state goes on.
+Both engines for training are made of matrix products. Inside a chunk of Q steps the output is ``(C B^T * decays) x``, a
+masked Q x Q matrix per head; between chunks only the state goes on. ``native`` runs chunk by chunk on tiles in the
+processor's caches, forward and backward, and keeps one state per chunk; ``chunked`` takes one pass through memory for
+each operation, on every device.
 """
 
 from __future__ import annotations
 
-import math
-from typing import Any, Literal, overload
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
+from compressm.scans import native
 from compressm.scans.frame import check_engine, check_shapes, empty, empty_scan, in_form, without_autocast
-from compressm.scans.transforms import transformed, twice
+from compressm.scans.graph import exporting
+from compressm.scans.ssd_chunked import chunked
+from compressm.scans.ssd_native import native_scan
+from compressm.scans.transforms import transformed
 
-Engine = Literal["auto", "chunked", "loop", "graph"]
+Engine = Literal["auto", "native", "chunked", "loop", "graph"]
 
 
 @overload
 def ssd_scan(
     x: Tensor, log_decay: Tensor, B: Tensor, C: Tensor, initial_state: Tensor | None = None,
-    return_state: Literal[False] = False, engine: Engine = "auto",
+    return_state: Literal[False] = False, engine: Engine = "auto", *,
+    delta: Tensor | None = None, D: Tensor | None = None,
 ) -> Tensor: ...  # fmt: skip
 @overload
 def ssd_scan(
     x: Tensor, log_decay: Tensor, B: Tensor, C: Tensor, initial_state: Tensor | None = None,
     *, return_state: Literal[True], engine: Engine = "auto",
+    delta: Tensor | None = None, D: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 @without_autocast
 def ssd_scan(
@@ -42,19 +48,24 @@ def ssd_scan(
     initial_state: Tensor | None = None,
     return_state: bool = False,
     engine: Engine = "auto",
+    *,
+    delta: Tensor | None = None,
+    D: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Run the recurrence over a batch of sequences; differentiable in every tensor argument.
 
     Args:
         x: input (values), shape ``(batch, length, heads, p)``.
-        log_decay: logarithm of the decay, at most 0, shape ``(batch, length, heads)``. Mamba-2: ``delta A``, with
-            ``delta x`` for ``x``.
+        log_decay: logarithm of the decay, at most 0, shape ``(batch, length, heads)``. Mamba-2: ``delta A``.
         B, C: input and output vectors (keys and queries), shape ``(batch, length, groups, n)``; ``groups`` divides
             ``heads``, and head ``h`` uses group ``h // (heads // groups)``.
         initial_state: shape ``(batch, heads, p, n)``; zero by default.
         return_state: also return the state after the last step.
-        engine: ``"chunked"``; ``"loop"``, the definition, for reference; or ``"graph"`` (one loop node). ``"auto"`` is
-            ``"graph"`` while `torch.export` traces, and ``"chunked"`` otherwise.
+        engine: ``"native"`` (compiled, CPU), ``"chunked"`` (plain PyTorch, anywhere), ``"loop"`` (the definition, for
+            reference) or ``"graph"`` (one loop node). ``"auto"`` is ``"graph"`` while `torch.export` traces, and
+            otherwise the first available one.
+        delta: factors of the inputs (step sizes), shape ``(batch, length, heads)``; one by default.
+        D: weights of the inputs in the outputs, shape ``(heads,)``; zero by default.
 
     Returns:
         ``y``, shape and dtype of ``x``; with ``return_state`` also the last state, shape ``(batch, heads, p, n)``.
@@ -63,15 +74,22 @@ def ssd_scan(
     Raises:
         ValueError: shapes that do not fit together, or an unknown engine.
     """
-    _check(x, log_decay, B, C, initial_state)
-    check_engine(engine, "auto", "chunked", "loop", "graph")
+    _check(x, log_decay, B, C, initial_state, delta, D)
+    check_engine(engine, "auto", "native", "chunked", "loop", "graph")
     dtype = torch.promote_types(x.dtype, torch.float32)
-    state = x.new_zeros(x.shape[0], *x.shape[2:], B.shape[-1]) if initial_state is None else initial_state
-    sequences = (tensor.to(dtype) for tensor in (x, log_decay, B, C))
+    start = x.new_zeros(x.shape[0], *x.shape[2:], B.shape[-1]) if initial_state is None else initial_state
     if empty(x):
-        y, state = empty_scan(tuple(x.shape), state.to(dtype), x, log_decay, B, C)
+        y, state = empty_scan(tuple(x.shape), start.to(dtype), x, log_decay, B, C, delta, D)
         return (y, state) if return_state else y
-    y, state = in_form(engine, _chunked, ssd_step, state.to(dtype), *sequences)
+    if engine == "auto" and not exporting() and native.usable(x, log_decay, B, C, initial_state, delta, D):
+        engine = "native"
+    sequences = [tensor.to(dtype) for tensor in (x, log_decay, B, C)]
+    factors = [None if tensor is None else tensor.to(dtype) for tensor in (delta, D)]
+    if engine == "native" and not transformed():
+        y, state = native_scan(*sequences, *factors, None if initial_state is None else initial_state.to(dtype))
+    else:
+        form = "chunked" if engine == "native" else engine
+        y, state = _composed(form, *sequences, *factors, start.to(dtype))
     return (y.to(x.dtype), state) if return_state else y.to(x.dtype)
 
 
@@ -93,7 +111,15 @@ def ssd_step(state: Tensor, x: Tensor, log_decay: Tensor, B: Tensor, C: Tensor) 
     return (state * query).sum(-1).to(x.dtype), state
 
 
-def _check(x: Tensor, log_decay: Tensor, B: Tensor, C: Tensor, initial_state: Tensor | None) -> None:
+def _check(
+    x: Tensor,
+    log_decay: Tensor,
+    B: Tensor,
+    C: Tensor,
+    initial_state: Tensor | None,
+    delta: Tensor | None,
+    D: Tensor | None,
+) -> None:
     if x.ndim != 4 or B.ndim != 4:
         raise ValueError(
             "x must be (batch, length, heads, p) and B (batch, length, groups, n); "
@@ -109,120 +135,23 @@ def _check(x: Tensor, log_decay: Tensor, B: Tensor, C: Tensor, initial_state: Te
             "B": (B, (batch, length, groups, n)),
             "C": (C, (batch, length, groups, n)),
             "initial_state": (initial_state, (batch, heads, p, n)),
+            "delta": (delta, (batch, length, heads)),
+            "D": (D, (heads,)),
         },
     )
 
 
-def by_chunk(tensor: Tensor, Q: int) -> Tensor:
-    """``(batch, length, heads, m)`` to ``(batch, chunks, heads, Q, m)``.
-
-    The end is padded with zeros, which add nothing and have no decay, so the last state is right.
-    """
-    batch, length = tensor.shape[:2]
-    chunks = -(-length // Q)
-    missing = chunks * Q - length
-    padded = F.pad(tensor, (0, 0, 0, 0, 0, missing)) if missing else tensor
-    return padded.reshape(batch, chunks, Q, *tensor.shape[2:]).transpose(2, 3)
-
-
-def elapsed_in_chunk(log_decay: Tensor, Q: int) -> Tensor:
-    """Logarithm of the decay from the start of each chunk up to and including each of its steps.
-
-    The decays between steps are differences of these sums. If the decay is strong, float32 differences would be
-    inaccurate, so the sums are float64 for every dtype. Logarithms are clamped to -800, where exp is zero even in
-    float64, so that a decay of exactly zero has a finite sum.
-
-    Args:
-        log_decay: shape ``(batch, length, heads)``.
-
-    Returns:
-        float64, shape ``(batch, chunks, heads, Q)``.
-    """
-    return by_chunk(log_decay.double().clamp_min(-800.0)[..., None], Q).squeeze(-1).cumsum(-1)
-
-
-def _chunked(x: Tensor, log_decay: Tensor, B: Tensor, C: Tensor, initial: Tensor) -> tuple[Tensor, Tensor]:
-    (batch, length, heads, p), (groups, n) = x.shape, B.shape[2:]
-    Q = _chunk_length(length, heads, groups, p, n)
-    chunks = -(-length // Q)
-    per_group = heads // groups
-    values, keys, queries = (by_chunk(tensor, Q) for tensor in (x, B, C))
-    elapsed = elapsed_in_chunk(log_decay, Q)
-    since_start, to_end = (e.to(x.dtype).exp()[..., None] for e in (elapsed, elapsed[..., -1:] - elapsed))
-
-    # Inside a chunk: step i reads the value written at step j <= i, decayed over j+1..i.
-    later = torch.ones(Q, Q, dtype=torch.bool, device=x.device).triu(1)
-    between = (elapsed[..., :, None] - elapsed[..., None, :]).to(x.dtype)
-    decays = between.masked_fill(later, -torch.inf).exp()
-    scores = (queries @ keys.transpose(-1, -2)).view(batch, chunks, groups, 1, Q, Q)
-    mixing = (scores * decays.view(batch, chunks, groups, per_group, Q, Q)).view(batch, chunks, heads, Q, Q)
-    y = mixing @ values
-
-    # Between chunks: the state that each chunk adds, the chain of states, and the output of the state before a chunk.
-    weighted = (values * to_end).view(batch, chunks, groups, per_group, Q, p)
-    added = (weighted.transpose(-1, -2) @ keys[:, :, :, None]).view(batch, chunks, heads, p, n)
-    states = chain_of_states(added, since_start[..., -1:, :], initial)
-    before = torch.cat([initial[:, None], states[:, :-1]], 1).view(batch, chunks, groups, per_group, p, n)
-    read = (queries[:, :, :, None] @ before.transpose(-1, -2)).view(batch, chunks, heads, Q, p)
-    y = y + since_start * read
-    return y.transpose(2, 3).reshape(batch, chunks * Q, heads, p)[:, :length], states[:, -1]
-
-
-def _chunk_length(length: int, heads: int, groups: int, p: int, n: int) -> int:
-    """The Q that balances the Q x Q matrices (about 30 operations per entry besides the products) against the memory
-    traffic of the states (about 100 operations per number and chunk)."""
-    ideal = math.sqrt(100 * p * n / (2 * n * groups / heads + 2 * p + 30))
-    return min(length, max(8, min(128, 2 ** round(math.log2(ideal)))))
-
-
-def chain_of_states(added: Tensor, decay: Tensor, initial: Tensor) -> Tensor:
-    """``S_c = decay_c * S_{c-1} + added_c`` along dim 1.
-
-    Args:
-        added: shape ``(batch, chunks, heads, p, n)``.
-        decay: shape ``(batch, chunks, heads, 1, 1)``, or with n for the last 1.
-        initial: ``S_{-1}``, shape ``(batch, heads, p, n)``.
-    """
-    if transformed():
-        return _composed_chain(added, decay, initial)
-    result: Any = _Chain.apply(added, decay, initial)
-    return result
-
-
-def _composed_chain(added: Tensor, decay: Tensor, initial: Tensor) -> Tensor:
-    """`chain_of_states` composed of operations that PyTorch can differentiate and vectorise."""
-    states, state = list[Tensor](), initial
-    for c in range(added.shape[1]):
-        state = torch.addcmul(added[:, c], decay[:, c], state)
-        states.append(state)
-    return torch.stack(states, 1)
-
-
-class _Chain(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, added: Tensor, decay: Tensor, initial: Tensor) -> Tensor:
-        states, before = torch.empty_like(added), initial
-        for c in range(added.shape[1]):
-            before = torch.addcmul(added[:, c], decay[:, c], before, out=states[:, c])
-        ctx.save_for_backward(states, decay, initial)
-        return states
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        states, decay, initial = ctx.saved_tensors
-        if twice():
-            return _chain_gradients(grad, states, decay, initial)
-        adjoint, after = torch.empty_like(states), torch.zeros_like(initial)
-        for c in range(grad.shape[1] - 1, -1, -1):
-            torch.add(grad[:, c], after, out=adjoint[:, c])
-            after = adjoint[:, c] * decay[:, c]
-        before = torch.cat([initial[:, None], states[:, :-1]], 1)
-        return adjoint, (adjoint * before).sum_to_size(decay.shape), after
-
-
-def _chain_gradients(grad: Tensor, states: Tensor, decay: Tensor, initial: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The backward pass of `chain_of_states`, differentiable: ``adjoint_c = grad_c + decay_{c+1} adjoint_{c+1}``."""
-    later = torch.cat([decay[:, :1], decay.flip(1)[:, :-1]], 1)  # the first entry is multiplied by zero
-    adjoint = _composed_chain(grad.flip(1), later, torch.zeros_like(initial)).flip(1)
-    before = torch.cat([initial[:, None], states[:, :-1]], 1)
-    return adjoint, (adjoint * before).sum_to_size(decay.shape), adjoint[:, 0] * decay[:, 0]
+def _composed(
+    engine: str,
+    x: Tensor,
+    log_decay: Tensor,
+    B: Tensor,
+    C: Tensor,
+    delta: Tensor | None,
+    D: Tensor | None,
+    state: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """The recurrence composed of PyTorch's operations, in the form that ``engine`` names."""
+    values = x if delta is None else x * delta[..., None]
+    y, state = in_form(engine, chunked, ssd_step, state, values, log_decay, B, C)
+    return (y if D is None else y + D[:, None] * x), state

@@ -77,12 +77,14 @@ _KERNELS: dict[str, Callable[[tuple[Any, ...]], int]] = {
 
 def _formulas() -> dict[Any, Callable[..., int]]:
     """Counting formulas, from shapes, for the operators that PyTorch's counter does not know."""
-    from compressm.scans import chain, lti_direct, lti_fft, selective  # which define them  # noqa: F401  # pyright: ignore[reportUnusedImport]
+    from compressm.scans import chain, lti_direct, lti_fft, selective, ssd_native  # which define them  # noqa: F401  # pyright: ignore[reportUnusedImport]
 
     ours, aten = torch.ops.compressm, torch.ops.aten
     return {
         ours.selective_scan: _selective_forward,
         ours.selective_scan_backward: _selective_backward,
+        ours.ssd_scan: _ssd_forward,
+        ours.ssd_scan_backward: _ssd_backward,
         ours.lti: _lti,
         ours.lti_backward: _lti_backward,
         ours.chain: _chain,
@@ -102,6 +104,19 @@ def _selective_backward(
     grad: Any, state: Any, u: Sequence[int], delta: Any, A: Sequence[int], *_: Any, **__: Any
 ) -> int:
     return _SELECTIVE_BACKWARD * math.prod(u) * A[0]
+
+
+def _ssd_forward(x: Sequence[int], log_decay: Any, B: Sequence[int], *_: Any, **__: Any) -> int:
+    """Scores and their products with x, lower triangles; into and out of the states."""
+    from compressm.scans.ssd_native import chunk_length
+
+    (batch, length, heads, p), (groups, n) = x, B[2:]
+    within = (min(length, chunk_length(n)) + 1) * (heads * p + groups * n)
+    return batch * length * (within + 4 * heads * p * n)
+
+
+def _ssd_backward(grad: Any, state: Any, x: Sequence[int], log_decay: Any, B: Sequence[int], *_: Any, **__: Any) -> int:
+    return 2 * _ssd_forward(x, log_decay, B)
 
 
 def _lti(

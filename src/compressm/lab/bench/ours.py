@@ -119,7 +119,7 @@ def ssd_tensors(n: int, heads: int, p: int, batch: int, length: int, device: str
 
 def ssd_of_mamba2(x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor) -> Tensor:
     """`ssd_scan` on Mamba-2's terms: decay ``exp(delta A)``, input ``delta x``."""
-    return ssd_scan(delta[..., None] * x, delta * A, B, C)
+    return ssd_scan(x, delta * A, B, C, delta=delta)
 
 
 def ssd(n: int, heads: int, p: int, batch: int, length: int, device: str = "cpu") -> Step:

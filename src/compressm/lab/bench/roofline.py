@@ -195,6 +195,26 @@ def ssd_training(batch: int, length: int, heads: int, p: int, n: int, groups: in
     return Work(flops=flops, bytes=FLOAT * floats)
 
 
+def mamba2_mixer_training(batch: int, length: int, heads: int, p: int, n: int, taps: int = 4) -> Work:
+    """Forward and backward of Mamba-2's layer of width ``d = heads p / 2`` and one group, scan and all around it.
+
+    For each step, with ``c = heads p + 2 n`` channels in the convolution: the scan; projections into ``heads p + c +
+    heads`` and out of ``heads p`` channels; ``taps`` multiply-adds a channel; all three times (forward, and the
+    gradients of both factors). Exponentials: SiLU of the convolution and of the gate, forward and backward.
+
+    Traffic, in channels, with everything fused that can be. Forward: the layer's input and output; the projection is
+    written and read, by the convolution and by the norm, which reads the scan's output too, and writes. Backward all of
+    it again, and the gradients of what was written.
+    """
+    steps, inner = batch * length, heads * p
+    channels = inner + 2 * n
+    projections = inner // 2 * (inner + channels + heads) + inner * (inner // 2)
+    flops = 3 * 2 * steps * (projections + taps * channels)
+    floats = 3 * steps * (inner + 2 * (inner + channels + heads) + 2 * inner)
+    around = Work(flops=flops, exps=2 * steps * (channels + inner), bytes=FLOAT * floats)
+    return around + ssd_training(batch, length, heads, p, n)
+
+
 # --- a decay for every key dimension, and the delta rule -------------------------------------------------------------
 
 

@@ -101,7 +101,7 @@ def ssd(device: str) -> Iterator[Case]:
         Side(f"{_HF}:mamba2_mixer", {**sizes, "scan": "ours"}),
         "transformers' Mamba2Mixer, torch path; ours: the same mixer with our scan in it",
         Side(f"{_HF}:mamba2_mixer", {**sizes, "scan": "theirs"}),
-        roofline.ssd_training(8, 1024, 4, 64, 64),
+        roofline.mamba2_mixer_training(8, 1024, 4, 64, 64),
     )
 
 

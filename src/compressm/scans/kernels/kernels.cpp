@@ -12,5 +12,6 @@
 #include "narrow.h"
 #include "products.h"
 #include "selective.h"
+#include "ssd.h"
 
 extern "C" int vector_size() { return vector_bytes; }
