@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,11 @@ from transformers import AutoModelForCausalLM, BertConfig, BertModel
 
 from compressm.errors import UnsupportedModelError
 from compressm.integrations.hf_scan import enable_fast_scan, fast_scan
+from compressm.scans import native
 from hf_models import FAMILIES, hf_models, tokens
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
+from toy_models import SIZES
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -42,6 +47,29 @@ def test_outputs_and_gradients_are_those_of_the_slow_path(family: str, data: st.
     for name, gradient in fast_gradients.items():
         scale = float(slow_gradients[name].abs().max())
         torch.testing.assert_close(gradient, slow_gradients[name], rtol=1e-3, atol=1e-4 * scale + noise, msg=name)
+
+
+@pytest.mark.parametrize("kind", ["qwen3_next", "qwen3_5", "qwen3_5_moe", "qwen4_exp", "olmo_hybrid"])
+def test_delta_rule_trains_and_generates_as_on_the_slow_path(kind: str) -> None:
+    model, x = SIZES[kind].build(), tokens(2, 70)
+    options = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+
+    def run() -> tuple[Any, ...]:
+        loss = model(input_ids=x, labels=x, use_cache=False).loss
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        gradients = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
+        return loss.detach(), gradients, model.generate(x, **options)
+
+    slow = run()
+    calls = list[str]()
+    with fast_scan(model), native.watched(lambda name, _: calls.append(name)):
+        fast = run()
+    assert "delta_backward" in calls
+    torch.testing.assert_close(fast[0], slow[0], rtol=1e-5, atol=1e-6)
+    assert torch.equal(fast[2], slow[2])
+    noise = 1e-6 * max(float(gradient.abs().max()) for gradient in slow[1])
+    for a, b in zip(fast[1], slow[1], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4 * float(b.abs().max()) + noise)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -64,7 +64,13 @@ def test_shorter_vectors_of_other_processors_are_right_too(tmp_path: Path, flags
     told = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
     assert int(told.stdout) == min(size, native.vector_bytes())
     tests = Path(__file__).parents[1]
-    files = ("scans/test_convolution.py", "scans/test_lti.py", "scans/test_selective.py", "layers/test_narrow.py")
+    files = (
+        "scans/test_convolution.py",
+        "scans/test_lti.py",
+        "scans/test_selective.py",
+        "layers/test_narrow.py",
+        "scans/test_matrix_states.py",
+    )
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "not compile", *files]
     done = subprocess.run(command, cwd=tests, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-2000:]

@@ -1,6 +1,7 @@
-"""Our scans inside the Mamba models of Hugging Face transformers, for machines that cannot use their CUDA kernels.
+"""Our scans inside the Mamba and delta rule models of Hugging Face transformers, for machines that cannot use their CUDA
+kernels.
 
-Without these kernels transformers runs a Python loop over all steps (Mamba), or one large product per chunk (Mamba-2).
+Without these kernels transformers runs a Python loop over all steps (Mamba), or large products per chunk (the others).
 On a CPU that is too slow for training. Change
 
     trainer.train()
@@ -21,6 +22,7 @@ from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -28,7 +30,7 @@ from compressm.adapters.rebind import global_names, not_fused, rebound_forward
 from compressm.errors import UnsupportedModelError
 from compressm.layers.activations import silu_conv
 from compressm.layers.parts import shifted_products
-from compressm.scans import selective_scan, ssd_scan
+from compressm.scans import delta_scan, selective_scan, ssd_scan
 
 
 class FastScan:
@@ -49,13 +51,13 @@ class FastScan:
 
 
 def enable_fast_scan(model: nn.Module) -> FastScan:
-    """Let the Mamba, Mamba-2 and related layers of a Hugging Face model use our scans, until the handle is removed.
+    """Let the Mamba, Mamba-2, gated delta rule and related layers of a Hugging Face model use our scans, until the handle is removed.
 
     Outputs, gradients and caches are the same up to rounding.
 
     Args:
         model: any model that contains them (Mamba, FalconMamba, Jamba, Zamba; Mamba-2, Bamba, FalconH1,
-            GraniteMoeHybrid, NemotronH, Zamba2).
+            GraniteMoeHybrid, NemotronH, Zamba2; Qwen3-Next, Qwen3.5, OlmoHybrid).
 
     Raises:
         UnsupportedModelError: the model contains none, or one whose forward has already been replaced.
@@ -64,7 +66,7 @@ def enable_fast_scan(model: nn.Module) -> FastScan:
     if not names:
         raise UnsupportedModelError(
             f"{type(model).__name__} has no layer whose forward calls {' or '.join(_SCANS)}: fast_scan is for "
-            "the Mamba family of transformers (tested with 5.23; upgrade one that is much older)"
+            "the Mamba family and the gated delta rule of transformers (tested with 5.23; upgrade one that is much older)"
         )
     for name in names:
         if "forward" in model.get_submodule(name).__dict__:
@@ -175,6 +177,32 @@ def _convolution(
     return out.to(hidden_states.dtype).transpose(1, 2)
 
 
+def _delta_rule(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    chunk_size: int = 64,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    use_qk_l2norm_in_kernel: bool = False,
+    **others: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """`delta_scan` with the arguments of transformers' ``torch_chunk_gated_delta_rule``, and float32 inside like that.
+
+    There a state is (n, p), keys by values, and queries are divided by sqrt(n)."""
+    _refuse_packing(others)
+    q, k, v, share, log_decay = (tensor.float() for tensor in (query, key, value, beta, g))
+    if use_qk_l2norm_in_kernel:
+        q, k = (x * torch.rsqrt(x.square().sum(-1, keepdim=True) + 1e-6) for x in (q, k))
+    heads = v.shape[2] // k.shape[2]
+    q, k = (x.repeat_interleave(heads, dim=2) for x in (q * q.shape[-1] ** -0.5, k))
+    start = None if initial_state is None else initial_state.float().mT
+    y, state = delta_scan(v, log_decay, share, k, q, start, return_state=True)
+    return y.to(query.dtype), state.mT.contiguous() if output_final_state else None
+
+
 def _refuse_packing(arguments: dict[str, Any]) -> None:
     if arguments.get("seq_idx") is not None or arguments.get("cu_seqlens") is not None:
         raise UnsupportedModelError(
@@ -182,7 +210,11 @@ def _refuse_packing(arguments: dict[str, Any]) -> None:
         )
 
 
-_SCANS: dict[str, Callable[..., Any]] = {"mamba_selective_scan": _selective, "mamba2_chunk_scan": _ssd}
+_SCANS: dict[str, Callable[..., Any]] = {
+    "mamba_selective_scan": _selective,
+    "mamba2_chunk_scan": _ssd,
+    "torch_chunk_gated_delta_rule": _delta_rule,
+}
 _CONVOLUTION: dict[str, Callable[..., Any]] = {"causal_conv1d_fn": _convolution}
 FUSED: dict[str, Callable[..., Any]] = {
     "mamba_inner_fn": not_fused,

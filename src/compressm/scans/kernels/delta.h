@@ -20,18 +20,17 @@ template <class T> struct ChunkDecays {
     T to_end(int64_t step) const { return between[chunk_steps - 1][step]; }
 
     void compute(const Head& head, int64_t chunk, const T* log_decay) {
-        double logs[chunk_steps] = {}, decays[chunk_steps], row[chunk_steps] = {}, start = 1., total = 0.;
+        double decays[chunk_steps] = {}, row[chunk_steps] = {}, start = 1.;
         const int64_t first = head.at(chunk, 1);
-        for (int64_t i = 0; i < head.steps(chunk); ++i) total += logs[i] = double(log_decay[first + i * head.of.heads]);
-        for (int64_t i = 0; i < chunk_steps; i += W<double>)
-            store(decays + i, exp2<double>(load(logs + i) * 1.4426950408889634074));
+        for (int64_t i = 0; i < head.steps(chunk); ++i) decays[i] = double(log_decay[first + i * head.of.heads]);
+        exp_in_place(decays, chunk_steps);
         for (int64_t i = 0; i < chunk_steps; ++i) {
             for (int64_t j = 0; j < chunk_steps; ++j) row[j] *= decays[i];
             row[i] = 1.;
             since[i] = T(start *= decays[i]);
             for (int64_t j = 0; j < chunk_steps; ++j) between[i][j] = T(row[j]);
         }
-        whole = Decay<T>(total);
+        whole = Decay<T>(start);
     }
 };
 

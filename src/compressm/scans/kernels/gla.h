@@ -19,24 +19,23 @@ template <class T> struct GlaChunk {
     static constexpr int w = W<T>;
     const Gla<T>& s;
     Tile<T> x, a, k, q, reading, storing, decayed, M;
-    std::vector<Decay<T>> whole;
+    Tile<double> whole;  // the decays over the chunk
 
     explicit GlaChunk(const Gla<T>& s)
         : s(s), x(chunk_steps, s.p), a(chunk_steps, s.n), k(chunk_steps, s.n), q(chunk_steps, s.n), reading(chunk_steps, s.n),
-          storing(chunk_steps, s.n), decayed(chunk_steps, s.n), M(chunk_steps, chunk_steps), whole(size_t(s.n)) {}
+          storing(chunk_steps, s.n), decayed(chunk_steps, s.n), M(chunk_steps, chunk_steps), whole(1, s.n) {}
 
     // Values and keys, and the keys decayed up to the end of the chunk.
     void take_keys(const Head& head, int64_t chunk) {
-        const T log2_e = T(1.4426950408889634074);
         head.take(s.x, chunk, s.p, x.row(0), x.width);
         head.take(s.k, chunk, s.n, k.row(0), k.width);
         head.take(s.log_decay, chunk, s.n, a.row(0), a.width);
-        for (int64_t i = 0; i < s.n; ++i) {
-            double total = 0.;
-            for (int64_t t = 0; t < chunk_steps; ++t) total += double(a.row(t)[i]);
-            whole[size_t(i)] = Decay<T>(total);
-        }
-        for (int64_t i = 0; i < chunk_steps * a.width; i += w) store(a.row(0) + i, exp2<T>(load(a.row(0) + i) * log2_e));
+        double* totals = whole.row(0);
+        std::fill(totals, totals + whole.width, 0.);
+        for (int64_t t = 0; t < chunk_steps; ++t)
+            for (int64_t i = 0; i < s.n; ++i) totals[i] += double(a.row(t)[i]);
+        exp_in_place(totals, whole.width);
+        exp_in_place(a.row(0), chunk_steps * a.width);
         for (int64_t i = 0; i < a.width; i += w) {
             Vec<T> to_end = Vec<T>{} + T(1);
             for (int64_t t = chunk_steps - 1; t >= 0; to_end *= load(a.row(t--) + i))
@@ -55,38 +54,43 @@ template <class T> struct GlaChunk {
     }
 
     // M; and if wanted the gradient of the queries through it, of which `P` holds that of M without its diagonal. Blocks
-    // of as many steps j as there are lanes; the steps after i among them are still zero.
+    // of as many steps j as there are lanes; steps from i on among them are still zero.
     template <bool backward> void mix(const Tile<T>* P, Tile<T>* grad_q) {
         std::fill(decayed.numbers.begin(), decayed.numbers.end(), Vec<T>{});
         for (int64_t i = 0; i < chunk_steps; ++i) {
-            for (int64_t block = 0; block <= i; block += w) {
-                Vec<T> scores[w] = {};
-                for (int64_t at = 0; at < a.width; at += w) {
-                    const Vec<T> decay = load(a.row(i) + at), query = load(q.row(i) + at);
-                    Vec<T> to_query[2] = {};
-                    for (int r = 0; r < w; ++r) {
-                        T* key = decayed.row(block + r) + at;
-                        const Vec<T> now = block + r == i ? load(k.row(i) + at) : decay * load(key);
-                        store(key, now);
-                        scores[r] += query * now;
-                        if (backward) to_query[r % 2] += P->row(i)[block + r] * now;
-                    }
-                    if (backward) {
-                        T* to = grad_q->row(i) + at;
-                        store(to, (block ? load(to) : Vec<T>{}) + to_query[0] + to_query[1]);
-                    }
-                }
-                transpose<T>(scores);
-                Vec<T> total = scores[0];
-                for (int r = 1; r < w; ++r) total += scores[r];
-                store(M.row(i) + block, total);
-            }
+            if (backward) std::fill(grad_q->row(i), grad_q->row(i) + a.width, T(0));
+            for (int64_t block = 0; block < i; block += w) mix_block<backward>(i, block, P, grad_q);
+            copy_rows(1, a.width, k.row(i), 0, decayed.row(i), 0);
+            M.row(i)[i] = dot(q.row(i), k.row(i), a.width);
         }
+    }
+    template <bool backward> void mix_block(int64_t i, int64_t block, const Tile<T>* P, Tile<T>* grad_q) {
+        Vec<T> scores[w] = {};
+        for (int64_t at = 0; at < a.width; at += w) {
+            const Vec<T> decay = load(a.row(i) + at), query = load(q.row(i) + at);
+            Vec<T> to_query[2] = {};
+            T* key = decayed.row(block) + at;
+#pragma GCC unroll 16
+            for (int r = 0; r < w; ++r, key += a.width) {
+                const Vec<T> now = decay * load(key);
+                store(key, now);
+                scores[r] += query * now;
+                if (backward) to_query[r % 2] += P->row(i)[block + r] * now;
+            }
+            if (backward) store(grad_q->row(i) + at, load(grad_q->row(i) + at) + to_query[0] + to_query[1]);
+        }
+        transpose<T>(scores);
+        Vec<T> total = scores[0];
+        for (int r = 1; r < w; ++r) total += scores[r];
+        store(M.row(i) + block, total);
+    }
+    void decay(Tile<T>& state) const {
+        for (int64_t i = 0; i < s.n; ++i) Decay<T>(whole.row(0)[i]).apply(state.row(i), state.width);
     }
 
     // From the state before the chunk to the one after it.
     void advance(Tile<T>& state) const {
-        for (int64_t i = 0; i < s.n; ++i) whole[size_t(i)].apply(state.row(i), state.width);
+        decay(state);
         add_product(s.n, state.width, chunk_steps, columns(storing.row(0), storing.width), x.row(0), x.width, state.row(0),
                     state.width);
     }
@@ -153,7 +157,7 @@ template <class T> struct GlaBackward {
         head.give(to_q.row(0), to_q.width, chunk, s.n, to.q);
         head.give(to_k.row(0), to_k.width, chunk, s.n, to.k);
         head.give(to_decay.row(0), to_decay.width, chunk, s.n, to.log_decay);
-        for (int64_t i = 0; i < s.n; ++i) c.whole[size_t(i)].apply(grad_state.row(i), grad_state.width);
+        c.decay(grad_state);
         add_product(s.n, grad_state.width, chunk_steps, columns(c.reading.row(0), c.reading.width), grad_y.row(0),
                     grad_y.width, grad_state.row(0), grad_state.width);
     }

@@ -71,19 +71,24 @@ template <class T> inline Vec<T> multiply_lanes(const T* a, const T* b, int64_t 
 }
 template <class T> inline T dot(const T* a, const T* b, int64_t width) { return sum_lanes<T>(multiply_lanes(a, b, width)); }
 
-// A decay exp(log), by which rows of states are multiplied. Where it is slow, what it takes away is known to more digits
-// than what it leaves: rounding 1 - 1e-7 at every chunk would add up over a long sequence.
+// A decay by which rows of states are multiplied. Where it is slow, what it takes away is known to more digits than what it
+// leaves: rounding 1 - 1e-7 at every chunk would add up over a long sequence.
 template <class T> struct Decay {
     T keeps, takes;
     bool slow;
-    explicit Decay(double log = 0.) : keeps(T(std::exp(log))), takes(T(std::expm1(log))), slow(log > -0.5) {}
+    explicit Decay(double keeps = 1.) : keeps(T(keeps)), takes(T(1. - keeps)), slow(keeps > 0.5) {}
     void apply(T* row, int64_t width) const {
         if (slow && takes == 0) return;
         for (int64_t i = 0; i < width; i += W<T>) {
             const Vec<T> v = load(row + i);
-            store(row + i, slow ? v + takes * v : keeps * v);
+            store(row + i, slow ? v - takes * v : keeps * v);
         }
     }
 };
+
+// exp of `count` numbers, a multiple of the lanes.
+template <class T> inline void exp_in_place(T* x, int64_t count) {
+    for (int64_t i = 0; i < count; i += W<T>) store(x + i, exp2<T>(load(x + i) * T(1.4426950408889634074)));
+}
 
 }  // namespace
