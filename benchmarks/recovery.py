@@ -1,6 +1,6 @@
 """Perplexity after a cut, after its recovery, of slices of a sorted model, and with states in 8 bits.
 
-    COMPRESSM_DATA=DIRECTORY python benchmarks/recovery.py [--steps 400] [--recover 150] [--out FILE]
+    COMPRESSM_DATA=DIRECTORY python benchmarks/recovery.py [--model NAME] [--steps 400] [--recover 150] [--out FILE]
 
 A Mamba-2 and a gated DeltaNet (Qwen3-Next's own class), both of toy width, and two of our own models, whose states have
 free bases, learn WikiText-2 byte by byte, each with one seed. Copies are cut once to a half and a quarter of the state,
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import json
 import time
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ _TOKENS: dict[str, Any] = {"vocab_size": 256, "pad_token_id": None, "bos_token_i
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", choices=list(MODELS), help="measure this one; the others keep their stored rows")
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--recover", type=int, default=150)
     parser.add_argument("--seed", type=int, default=0)
@@ -42,18 +44,21 @@ def main() -> None:
     torch.set_num_threads(1)
     text = {name: tokens(root() / "wikitext2" / file) for name, file in FILES.items()}
     rows: dict[str, Any] = {}
+    if arguments.model is not None and arguments.out.exists():
+        rows = json.loads(arguments.out.read_text(encoding="utf-8"))["models"]
     for title, build in MODELS.items():
+        if arguments.model not in (None, title):
+            continue
         torch.manual_seed(arguments.seed)
         model = build()
         seconds = trained(model, text["train"], arguments.steps, arguments.seed)
         data = Data(text, arguments.recover, arguments.seed)
         row = served(model, data) if title in BASES else cut(model, data, arguments.recover)
-        rows[title] = {"parameters": sum(p.numel() for p in model.parameters()), "training_seconds": seconds, **row}
+        settings = {"steps": arguments.steps, "recover": arguments.recover, "seed": arguments.seed}
+        count = sum(parameter.numel() for parameter in model.parameters())
+        rows[title] = {**settings, "parameters": count, "training_seconds": seconds, **row}
         print(title, rows[title], flush=True)
-        store(
-            arguments.out, steps=arguments.steps, recover=arguments.recover, seed=arguments.seed, length=LENGTH,
-            batch=BATCH, models=rows,
-        )  # fmt: skip
+        store(arguments.out, length=LENGTH, batch=BATCH, models={name: rows[name] for name in MODELS if name in rows})
 
 
 FILES = {"train": "wiki.train.shuffled-articles.tokens.xz", "valid": "wiki.valid.tokens.xz"}

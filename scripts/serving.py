@@ -168,9 +168,9 @@ In the Mamba family and the delta rule of transformers the basis is not free.
 
 ## Measured
 
-WikiText-2 byte by byte, models of toy width, {steps} steps of {batch} sequences of {length} bytes, one seed;
-perplexity per byte on held-out text. *Recovered* after {recover} steps, of all weights or of LoRA of rank 8. Models
-that are larger and trained for longer may look otherwise.
+WikiText-2 byte by byte, models of toy width trained on batches of {batch} sequences of {length} bytes, one seed;
+perplexity per byte on held-out text. *Recovered*: all weights or LoRA of rank 8 trained for so many steps. Models that
+are larger and trained for longer may look otherwise.
 
 {cuts}
 
@@ -181,29 +181,31 @@ together with it, not recovered. The divergence is that from the same model with
 
 {bits}
 
-`COMPRESSM_DATA=DIRECTORY python benchmarks/recovery.py --steps {steps} --recover {recover}`; one CPU thread.
+`COMPRESSM_DATA=DIRECTORY python benchmarks/recovery.py`, with `--model`, `--steps` and `--recover` as in the tables;
+one CPU thread.
 """
 
 
 def cuts_table(models: dict[str, Any]) -> str:
     """The table of cuts, slices and recoveries."""
-    lines = ["| model | states | cut | slice | recovered | recovered by LoRA |", "|---|---:|---:|---:|---:|---:|"]
+    lines = ["| model, steps | states | cut | slice | recovered, steps | by LoRA |", "|---|---:|---:|---:|---:|---:|"]
     for title, row in models.items():
         if "sizes" not in row:
             continue
-        lines.append(f"| {title} | {row['states']} | {row['perplexity']:.3f} | {row['sorted']:.3f} | | |")
+        name = f"{title}, {row['steps']}"
+        lines.append(f"| {name} | {row['states']} | {row['perplexity']:.3f} | {row['sorted']:.3f} | | |")
         for size in row["sizes"]:
-            values = (f"{size[name]:.3f}" for name in ("cut", "slice", "recovered", "recovered_lora"))
-            lines.append(f"| | {size['states']} | {' | '.join(values)} |")
+            cut, sliced, whole, lora = (f"{size[one]:.3f}" for one in ("cut", "slice", "recovered", "recovered_lora"))
+            lines.append(f"| | {size['states']} | {cut} | {sliced} | {whole}, {row['recover']} | {lora} |")
     return "\n".join(lines)
 
 
 def bits_table(models: dict[str, Any]) -> str:
     """The table of states in few bits."""
-    lines = ["| model | states | format | bytes per sequence | perplexity | divergence, nats |"]
+    lines = ["| model, steps | states | format | bytes per sequence | perplexity | divergence, nats |"]
     lines.append("|---|---|---|---:|---:|---:|")
     for title, row in models.items():
-        name = title
+        name = f"{title}, {row['steps']}"
         for states, formats in row["bits"].items():
             for one in formats:
                 cells = (states, one["format"], f"{one['bytes']:,}", f"{one['perplexity']:.3f}")
@@ -215,7 +217,7 @@ def bits_table(models: dict[str, Any]) -> str:
 def recovery() -> str:
     """The sections about recovery, slices and 8 bits."""
     stored = json.loads(RECOVERED.read_text(encoding="utf-8"))
-    models, settings = stored["models"], {name: stored[name] for name in ("steps", "recover", "length", "batch")}
+    models, settings = stored["models"], {name: stored[name] for name in ("length", "batch")}
     equal = all(size["slice_is_a_direct_cut"] for row in models.values() for size in row.get("sizes", ()))
     return RECOVERY.format(
         cuts=cuts_table(models), bits=bits_table(models), equal="yes" if equal else "NO",
