@@ -16,6 +16,7 @@ from compressm.theory.targets import PARALLEL, TABLE, Target
 
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "serving.md"
+RECOVERED = ROOT / "results" / "recovery.json"
 BYTES, PEAKS = ROOT / "results" / "serving_bytes.json", ROOT / "results" / "checkpoint_memory.json"
 _SMALL: dict[str, Any] = {"vocab_size": 256, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 # Published widths; few layers and words, on which the bytes per layer do not depend.
@@ -108,6 +109,121 @@ two more tags, and a section says what was cut. A folder in `mamba_ssm`'s own fo
 `ssm_cfg`) is read and written as such, for Mamba-1 and Mamba-2 layers.
 """
 
+RECOVERY = """
+## Recover after the cut
+
+`--recover` trains the smaller model for some hundred steps on the text of `--data`, with the uncut model as teacher:
+the loss is the Kullback-Leibler divergence of its predictions from the teacher's.
+
+```console
+$ compressm compress CHECKPOINT --states 64 --data text.txt --output SMALLER --recover 500
+```
+
+- All weights are trained, or with `--recover-lora RANK` low-rank updates by `peft`, which are merged at the end. The
+  output is an ordinary checkpoint. `--recover-rate` sets the largest learning rate.
+- The text is divided: the first `--sequences` windows make the cut, the loss and the perplexity are measured on the
+  next ones, and the rest trains, together with the first. No window that is measured on trains anything.
+- Every 50 steps a checkpoint (safetensors and JSON) is written to `SMALLER.recovery`. After a kill the same command
+  goes on from it, and ends with the same weights. The folder vanishes when the output is written.
+- The cut model is held in memory, with the state of AdamW; the teacher is read from its files layer by layer, where the
+  checkpoint allows it. A step teaches whole models, not single layers.
+
+From Python: `compressm.recover(model, teacher, batches, steps=300, held_out=other_batches)`, after `compress`.
+
+## One checkpoint, many sizes
+
+```console
+$ compressm compress CHECKPOINT --sorted --data text.txt --output SORTED
+$ compressm slice SORTED --states 64 --output SMALLER
+$ compressm slice SORTED --states 32 --target vllm --output SMALLEST
+```
+
+The sorted checkpoint has the size and the function of the old one, and transformers loads it as before. Its states come
+in order of worth, so that every prefix is a cut. `slice` makes it without data, in seconds, and says the error that was
+expected on the data of the sorting. The order is in `compressm_states.json` beside the weights; a slice can be sliced
+again. Which coordinates are possible depends on the family:
+
+- Mamba, Mamba-2, the gated delta rule of transformers, gated linear attention, RG-LRU: a permutation per group of B and
+  C. A slice has the weights of a direct cut that removes the same states and compensates by nothing.
+- The delta rule with linear keys: a rotation per head, found for a half of the directions and divided again. A slice to
+  a half is a direct cut without the compensation of the queries.
+- Linear attention and xLSTM: balanced coordinates. A slice is balanced truncation, to any size.
+
+A direct cut also exchanges states for each size by itself, and compensates where C takes maps. A slice does neither, so
+the error that is expected of a direct cut is at most that of the slice. Prefixes are not trained.
+
+From Python: `order = compressm.sort_states(model, batches)`, `order.save(folder)`, and later
+`StateOrder.load(folder).slice(model, states=64)`.
+
+## States in 8 bits
+
+`--state-bits 8` of `compress` and `analyze` simulates a server that stores the state in 8 bits: the model reads text
+through its own cache, and after every token the states in it are rounded, to int8 or to e4m3 (fp8), with one scale of
+two bytes for the entries of a channel. bfloat16 stands beside them. `compressm.round_states(model, batches, every=64)`
+rounds after every 64 tokens, as for cached prefixes.
+
+Where the basis of the states is free, `compressm.equalise_states(model, batches)` first changes it so that rounding
+costs least: all entries get the same power, and in linear attention, which takes any map, the outputs read all alike.
+In the Mamba family and the delta rule of transformers the basis is not free.
+
+## Measured
+
+WikiText-2 byte by byte, models of toy width trained on batches of {batch} sequences of {length} bytes, one seed;
+perplexity per byte on held-out text. *Recovered*: all weights or LoRA of rank 8 trained for so many steps. Models that
+are larger and trained for longer may look otherwise.
+
+{cuts}
+
+Every slice by the score `gramians` had the weights of the direct cut of the sorted model, bit by bit: {equal}.
+
+States rounded after every token, on {tokens:,} bytes of held-out text; cuts to fewer states beside it and
+together with it, not recovered. The divergence is that from the same model with exact states.
+
+{bits}
+
+`COMPRESSM_DATA=DIRECTORY python benchmarks/recovery.py`, with `--model`, `--steps` and `--recover` as in the tables;
+one CPU thread.
+"""
+
+
+def cuts_table(models: dict[str, Any]) -> str:
+    """The table of cuts, slices and recoveries."""
+    lines = ["| model, steps | states | cut | slice | recovered, steps | by LoRA |", "|---|---:|---:|---:|---:|---:|"]
+    for title, row in models.items():
+        if "sizes" not in row:
+            continue
+        name = f"{title}, {row['steps']}"
+        lines.append(f"| {name} | {row['states']} | {row['perplexity']:.3f} | {row['sorted']:.3f} | | |")
+        for size in row["sizes"]:
+            cut, sliced, whole, lora = (f"{size[one]:.3f}" for one in ("cut", "slice", "recovered", "recovered_lora"))
+            lines.append(f"| | {size['states']} | {cut} | {sliced} | {whole}, {row['recover']} | {lora} |")
+    return "\n".join(lines)
+
+
+def bits_table(models: dict[str, Any]) -> str:
+    """The table of states in few bits."""
+    lines = ["| model, steps | states | format | bytes per sequence | perplexity | divergence, nats |"]
+    lines.append("|---|---|---|---:|---:|---:|")
+    for title, row in models.items():
+        name = f"{title}, {row['steps']}"
+        for states, formats in row["bits"].items():
+            for one in formats:
+                cells = (states, one["format"], f"{one['bytes']:,}", f"{one['perplexity']:.3f}")
+                lines.append(f"| {name} | {' | '.join(cells)} | {one['divergence']:.1e} |")
+                name, states = "", ""
+    return "\n".join(lines)
+
+
+def recovery() -> str:
+    """The sections about recovery, slices and 8 bits."""
+    stored = json.loads(RECOVERED.read_text(encoding="utf-8"))
+    models, settings = stored["models"], {name: stored[name] for name in ("length", "batch")}
+    equal = all(size["slice_is_a_direct_cut"] for row in models.values() for size in row.get("sizes", ()))
+    return RECOVERY.format(
+        cuts=cuts_table(models), bits=bits_table(models), equal="yes" if equal else "NO",
+        tokens=stored["batch"] * stored["length"], **settings,
+    )  # fmt: skip
+
 
 def measure() -> dict[str, Any]:
     """The bytes of every model, reported and cached, before and after half of the states are gone."""
@@ -171,7 +287,7 @@ def page() -> str:
         degrees=", ".join(map(str, PARALLEL)), **settings,
     )  # fmt: skip
     bytes_ = bytes_table(json.loads(BYTES.read_text(encoding="utf-8")))
-    return HEAD + "\n" + bytes_ + TARGETS + targets_table() + notes
+    return HEAD + "\n" + bytes_ + TARGETS + targets_table() + notes + recovery()
 
 
 def main() -> None:

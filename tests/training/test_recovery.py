@@ -18,7 +18,7 @@ from compressm.cutting import state_dims
 from compressm.errors import CheckpointError, ConfigError, MissingExtraError, UnsupportedModelError
 from compressm.layers import LanguageModel, SequenceClassifier
 from compressm.observing.inputs import calls
-from compressm.training.recovery import perplexity
+from compressm.observing.perplexity import perplexity
 
 STEPS = 12
 

@@ -30,6 +30,7 @@ from compressm.layers import LanguageModel
 from compressm.observing.inputs import Call, calls
 from compressm.observing.labels import prediction_of
 from compressm.observing.moments import modes_kept
+from compressm.observing.perplexity import tokens_of
 from compressm.runtime.progress import Bar
 from compressm.theory.equalising import equal_coordinates
 from compressm.theory.geometry import Geometry
@@ -132,12 +133,12 @@ def round_states(
     batches = list(calls(model, data))
     check_roundable(model, batches[0])
     found: dict[Format, list[tuple[float, ...]]] = {one: [] for one in formats}
-    lengths = [cast("Tensor", _tokens(call)).shape[1] for call in batches]
+    lengths = [cast("Tensor", tokens_of(call)).shape[1] for call in batches]
     total = (1 + len(formats)) * sum(-(-length // every) for length in lengths)
     with modes_kept(model), Bar("rounding states", total, quiet=quiet, transient=True) as bar:
         model.eval()
         for call in batches:
-            tokens = cast("Tensor", _tokens(call))
+            tokens = cast("Tensor", tokens_of(call))
             exact = _logits(model, tokens, None, every, bar)
             _check_reading(model, call, exact, every)
             for one in formats:
@@ -167,7 +168,7 @@ def check_roundable(model: nn.Module, call: Call) -> None:
     Raises:
         UnsupportedModelError: the layer, and what is expected.
     """
-    if _tokens(call) is None or not (isinstance(model, LanguageModel) or hasattr(model, "generate")):
+    if tokens_of(call) is None or not (isinstance(model, LanguageModel) or hasattr(model, "generate")):
         raise UnsupportedModelError(
             f"{type(model).__name__} is neither a causal language model of transformers nor a compressm LanguageModel, "
             "so that its states cannot be rounded between tokens"
@@ -179,7 +180,7 @@ def check_roundable(model: nn.Module, call: Call) -> None:
                 "Mamba-2, linear attention and the delta rule"
             )
     if not isinstance(model, LanguageModel):
-        cache, _ = _read(model, cast("Tensor", _tokens(call))[:1, :2], 0, {})
+        cache, _ = _read(model, cast("Tensor", tokens_of(call))[:1, :2], 0, {})
         _round_cache(model, cache, "bfloat16")
 
 
@@ -264,13 +265,6 @@ def _round_cache(model: nn.Module, cache: dict[str, Any], format: Format) -> Non
 
 def _fits(state: Tensor, layer: nn.Module, adapter: SelectiveAdapter) -> bool:
     return state.ndim >= -adapter.state_axis and state.shape[adapter.state_axis] == adapter.state_dim(layer)
-
-
-def _tokens(call: Call) -> Tensor | None:
-    values = (*call.args, *call.kwargs.values())
-    return next(
-        (one for one in values if isinstance(one, Tensor) and one.ndim == 2 and not one.is_floating_point()), None
-    )
 
 
 def equalise_states(model: nn.Module, data: Any) -> tuple[str, ...]:

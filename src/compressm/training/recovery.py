@@ -12,21 +12,21 @@ import hashlib
 import math
 import os
 import time
-from collections.abc import Generator, Iterable, Mapping
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from compressm.cutting import state_dims
 from compressm.errors import CheckpointError, ConfigError, MissingExtraError, UnsupportedModelError
 from compressm.observing.inputs import Call, calls
 from compressm.observing.labels import divergences, prediction_of
 from compressm.observing.moments import modes_kept
+from compressm.observing.perplexity import perplexity, present_in, tokens_of
 from compressm.runtime.files import FORMAT, read_pair, write_pair
 from compressm.runtime.progress import Bar
 
@@ -108,7 +108,7 @@ def recover(
         held_out: batches to measure the perplexity on. They must not be in ``data``.
         folder: keep checkpoints here (safetensors and JSON), and go on from the last one if there is one.
         save_every: steps between two of them.
-        seed: of the order of the batches.
+        seed: of the order of the batches, and of LoRA's first values.
         quiet: show no progress bar.
 
     Returns:
@@ -132,7 +132,7 @@ def recover(
     }  # fmt: skip
     measured = None if held_out is None else list(calls(model, held_out))
     before, cut = (None if measured is None else perplexity(one, measured) for one in (teacher, model))
-    with _trained_parts(model, lora_rank) as (student, trained):
+    with _trained_parts(model, lora_rank, seed) as (student, trained):
         run = _Run(student, trained, rate, steps, None if folder is None else Path(folder), settings)
         run.resume()
         with Bar("recovering", steps, quiet=quiet) as bar, modes_kept(model), modes_kept(teacher):
@@ -172,33 +172,12 @@ def check_recovery(model: nn.Module, call: Call, steps: int, lora_rank: int | No
         _linear_layers(model)
     with modes_kept(model), torch.no_grad():
         model.eval()
-        tokens, shape = _tokens(call), tuple(prediction_of(call(model)).shape)
+        tokens, shape = tokens_of(call), tuple(prediction_of(call(model)).shape)
     if tokens is None or len(shape) != 3 or shape[:2] != tuple(tokens.shape):
         raise UnsupportedModelError(
             f"{type(model).__name__} returns predictions of shape {shape}, and recovery compares the logits of every "
             "token, (batch, length, vocabulary): it is for language models; train other models on their labels"
         )
-
-
-@torch.no_grad()
-def perplexity(model: nn.Module, batches: Iterable[Call]) -> float:
-    """``exp`` of the mean cross-entropy of the next token, without padding.
-
-    Args:
-        model: a language model.
-        batches: calls of it.
-    """
-    nats, count = 0.0, 0
-    with modes_kept(model):
-        model.eval()
-        for call in batches:
-            tokens, present = cast("Tensor", _tokens(call)), _present(model, call)
-            wanted = tokens if present is None else tokens.masked_fill(present == 0, -100)
-            # Sequence by sequence, since logits in float32 over a large vocabulary take much memory.
-            for logits, row in zip(prediction_of(call(model)), wanted, strict=True):
-                nats += float(F.cross_entropy(logits[:-1], row[1:], reduction="sum", ignore_index=-100))
-                count += int((row[1:] != -100).sum())
-    return math.exp(nats / max(count, 1))
 
 
 class _Run:
@@ -224,7 +203,7 @@ class _Run:
         with torch.no_grad():
             wanted = call(teacher)
         found = call(self._student)
-        loss = divergences(wanted, found, "classification", _present(teacher, call)).mean()
+        loss = divergences(wanted, found, "classification", present_in(teacher, call)).mean()
         self._optimizer.param_groups[0]["lr"] = self._rate * _share(self.step, self._steps)
         self._optimizer.zero_grad()
         loss.backward()
@@ -279,19 +258,26 @@ class _Run:
 
 
 @contextmanager
-def _trained_parts(model: nn.Module, lora_rank: int | None) -> Generator[tuple[nn.Module, dict[str, nn.Parameter]]]:
-    """The model as it is trained, and the parameters that are; at the end all is as it was, with new values."""
+def _trained_parts(
+    model: nn.Module, lora_rank: int | None, seed: int
+) -> Generator[tuple[nn.Module, dict[str, nn.Parameter]]]:
+    """The model as it is trained, and the parameters that are; at the end all is as it was, with new values. After an
+    error the updates of LoRA are dropped."""
     kept = {name: (parameter.requires_grad, parameter.dtype) for name, parameter in model.named_parameters()}
     for parameter in model.parameters():
         parameter.data = parameter.data.float() if parameter.dtype in _HALF else parameter.data
-    student: Any = model if lora_rank is None else _with_lora(model, lora_rank)
+    student: Any = model if lora_rank is None else _with_lora(model, lora_rank, seed)
     if lora_rank is None:
         model.requires_grad_(True)
     try:
         yield student, {name: one for name, one in student.named_parameters() if one.requires_grad}
-    finally:
         if lora_rank is not None:
             student.merge_and_unload()
+    except BaseException:
+        if lora_rank is not None:
+            student.unload()
+        raise
+    finally:
         for name, parameter in model.named_parameters():
             needs, dtype = kept[name]
             parameter.data = parameter.data.to(dtype)
@@ -299,11 +285,11 @@ def _trained_parts(model: nn.Module, lora_rank: int | None) -> Generator[tuple[n
             parameter.grad = None
 
 
-def _with_lora(model: nn.Module, rank: int) -> Any:
+def _with_lora(model: nn.Module, rank: int, seed: int) -> Any:
     peft = _import_peft()
     config = peft.LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules=_linear_layers(model))
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+        torch.manual_seed(seed)
         return peft.get_peft_model(model, config)
 
 
@@ -334,22 +320,6 @@ def _linear_layers(model: nn.Module) -> list[str]:
     return found
 
 
-def _tokens(call: Call) -> Tensor | None:
-    """The tokens of a call, shape ``(batch, length)``; None if there are none."""
-    values = (*call.args, *call.kwargs.values())
-    return next(
-        (one for one in values if isinstance(one, Tensor) and one.ndim == 2 and not one.is_floating_point()), None
-    )
-
-
-def _present(model: nn.Module, call: Call) -> Tensor | None:
-    """False at padding, shape ``(batch, length)``; None without padding."""
-    mask = call.kwargs.get("attention_mask")
-    if mask is None and hasattr(model, "present"):
-        return cast("Any", model).present(*call.args, **call.kwargs)
-    return mask
-
-
 def _place(step: int, count: int, seed: int) -> int:
     """The batch of a step: all of them in a new order in every round."""
     generator = torch.Generator().manual_seed(seed + step // count)
@@ -373,10 +343,10 @@ def _digest(batches: list[Call]) -> str:
     """A digest of the tokens of the first and the last batch."""
     digest = hashlib.sha256()
     for call in (batches[0], batches[-1]):
-        tokens = _tokens(call)
+        tokens = tokens_of(call)
         if tokens is not None:
             digest.update(tokens.cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
 
 
-__all__ = ["Recovery", "check_recovery", "perplexity", "recover"]
+__all__ = ["Recovery", "check_recovery", "recover"]

@@ -1,0 +1,55 @@
+"""The perplexity of a language model on calls of it, a sequence at a time."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from compressm.observing.inputs import Call
+from compressm.observing.labels import prediction_of
+from compressm.observing.moments import modes_kept
+
+
+def tokens_of(call: Call) -> Tensor | None:
+    """The tokens of a call, integers of shape ``(batch, length)``; None if there are none."""
+    values = (*call.args, *call.kwargs.values())
+    return next(
+        (one for one in values if isinstance(one, Tensor) and one.ndim == 2 and not one.is_floating_point()), None
+    )
+
+
+def present_in(model: nn.Module, call: Call) -> Tensor | None:
+    """False at padding, shape ``(batch, length)``; None without padding."""
+    mask = call.kwargs.get("attention_mask")
+    if mask is None and hasattr(model, "present"):
+        return cast("Any", model).present(*call.args, **call.kwargs)
+    return mask
+
+
+@torch.no_grad()
+def perplexity(model: nn.Module, batches: Iterable[Call]) -> float:
+    """``exp`` of the mean cross-entropy of the next token, without padding.
+
+    Args:
+        model: a language model.
+        batches: calls of it.
+    """
+    nats, count = 0.0, 0
+    with modes_kept(model):
+        model.eval()
+        for call in batches:
+            tokens, present = cast("Tensor", tokens_of(call)), present_in(model, call)
+            wanted = tokens if present is None else tokens.masked_fill(present == 0, -100)
+            # Sequence by sequence, since logits in float32 over a large vocabulary take much memory.
+            for logits, row in zip(prediction_of(call(model)), wanted, strict=True):
+                nats += float(F.cross_entropy(logits[:-1], row[1:], reduction="sum", ignore_index=-100))
+                count += int((row[1:] != -100).sum())
+    return math.exp(nats / max(count, 1))
+
+
+__all__ = ["perplexity", "present_in", "tokens_of"]
