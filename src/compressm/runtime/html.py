@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 from collections.abc import Iterable, Sequence
 
+_PLAIN = "color:inherit;background:transparent"  # the page's own colours
 _CELL = "padding:.15em .7em;border-bottom:1px solid rgba(128,128,128,.35);white-space:nowrap"
 
 
@@ -21,9 +22,9 @@ def table(caption: str, columns: Sequence[str], rows: Iterable[Sequence[object]]
     body = "".join(f"<tr>{''.join(_value(value) for value in row)}</tr>" for row in rows)
     told = "".join(f"<div>{html.escape(note)}</div>" for note in notes if note)
     return (
-        '<div style="overflow-x:auto;color:inherit;background:transparent">'
-        '<table style="border-collapse:collapse;color:inherit;background:transparent;font-variant-numeric:tabular-nums">'
-        f'<caption style="text-align:left;caption-side:top;color:inherit;font-weight:600">{html.escape(caption)}</caption>'
+        f'<div style="overflow-x:auto;{_PLAIN}">'
+        f'<table style="border-collapse:collapse;font-variant-numeric:tabular-nums;{_PLAIN}">'
+        f'<caption style="text-align:left;caption-side:top;font-weight:600;{_PLAIN}">{html.escape(caption)}</caption>'
         f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>{told}</div>"
     )
 
@@ -37,7 +38,7 @@ def _value(value: object) -> str:
 
 
 def _cell(tag: str, text: str, side: str) -> str:
-    return f'<{tag} style="{_CELL};text-align:{side};color:inherit;background:transparent">{html.escape(text)}</{tag}>'
+    return f'<{tag} style="{_CELL};text-align:{side};{_PLAIN}">{html.escape(text)}</{tag}>'
 
 
 __all__ = ["table"]
