@@ -55,6 +55,9 @@ class Plan:
     report: Report
     changes: Mapping[str, LayerChange]
 
+    def _repr_html_(self) -> str:
+        return f"<div>A plan; nothing is written yet.</div>{self.report._repr_html_()}"  # pyright: ignore[reportPrivateUsage]
+
     def cpu(self) -> Plan:
         """The same plan with all tensors on the CPU, for other processes."""
         return replace(self, changes={name: change.cpu() for name, change in self.changes.items()})

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from compressm.cutting.serving import Serving
+from compressm.runtime.html import table
 from compressm.theory.certificate import Certificate
 from compressm.theory.recurrence import ErrorEstimate
 
@@ -124,6 +125,17 @@ class Report:
         known = {name: value for name, value in rise.items() if value is not None}
         serving = {} if self.serving is None else {"serving": self.serving.to_dict()}
         return {"seconds": self.seconds, **known, **serving, "layers": [layer.to_dict() for layer in self.layers]}
+
+    def _repr_html_(self) -> str:
+        columns = ["layer", "states", "on data", "held out", "expected", "H∞ error", "bound", "outcome"]
+        rows: list[list[object]] = []
+        for layer in self.layers:
+            errors = (None, None, None) if layer.certificate is None else layer.certificate.errors()
+            states = f"{layer.states_before} → {layer.states_after}"
+            outcome = f"{layer.outcome}{': ' + layer.reason if layer.reason else ''}"
+            rows.append([layer.name, states, layer.error_on_data, layer.error_held_out, *errors, outcome])
+        served = "" if self.serving is None else self.serving.headline()
+        return table("Report of a cut: relative errors of each layer's output", columns, rows, [served, *self.rises()])
 
     def __str__(self) -> str:
         titles = f"{'on data':>9} {'held out':>9} {'expected':>9} {'H∞ error':>10} {'bound':>10}"

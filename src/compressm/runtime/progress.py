@@ -1,12 +1,13 @@
-"""A progress bar for work that lasts. It is drawn by rich where that is installed, and by nothing else."""
+"""A progress bar for work that lasts: by rich on a terminal where that is installed, by IPython in a notebook."""
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 
 class Bar:
-    """A bar on standard error, on a terminal only. A context manager.
+    """A bar on standard error, on a terminal or under a notebook's cell only. A context manager.
 
     Args:
         name: what is being done.
@@ -17,7 +18,7 @@ class Bar:
 
     def __init__(self, name: str, total: int, quiet: bool = False, transient: bool = False) -> None:
         self._name, self._total = name, total
-        self._bar: Any = None if quiet else _rich_bar(transient)
+        self._bar: Any = None if quiet else _notebook_bar() or _rich_bar(transient)
         self._task: Any = None
 
     def __enter__(self) -> Bar:
@@ -43,6 +44,44 @@ class Bar:
         """So many units are done or need not be done."""
         if self._bar is not None:
             self._bar.advance(self._task, units)
+
+
+class _NotebookBar:
+    """IPython's own bar under a cell; it needs no widgets, which rich would."""
+
+    def __init__(self, bar_class: Any, show: Any) -> None:
+        self._class, self._show, self._bar = bar_class, show, None
+
+    def start(self) -> None:
+        """The bar appears with its first task, which says how long it is."""
+
+    def add_task(self, name: str, total: int) -> None:
+        """Show the bar."""
+        if total:
+            self._show(name)
+            self._bar = self._class(total)
+            self._bar.display()
+
+    def update(self, task: None, description: str) -> None:
+        """A cell cannot change the line above the bar, so what is being done now is not told."""
+
+    def advance(self, task: None, units: int) -> None:
+        """So many units are done."""
+        if self._bar is not None:
+            self._bar.progress = min(self._bar.total, self._bar.progress + units)
+
+    def stop(self) -> None:
+        """The bar stays, full."""
+
+
+def _notebook_bar() -> Any:
+    """A bar for Jupyter; None elsewhere."""
+    if "ipykernel" not in sys.modules:
+        return None
+    from IPython import get_ipython
+    from IPython.display import ProgressBar
+
+    return None if get_ipython() is None else _NotebookBar(ProgressBar, print)
 
 
 def _rich_bar(transient: bool) -> Any:

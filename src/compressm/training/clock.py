@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from compressm.runtime.html import table
 from compressm.training.step_cost import StepCost
 
 _SAMPLE = 256  # times kept per phase: enough for a median, few enough for a checkpoint
@@ -143,6 +144,15 @@ class Savings:
     def speedup(self) -> float:
         """``seconds_if_big / seconds``."""
         return self.seconds_if_big / self.seconds
+
+    def _repr_html_(self) -> str:
+        rows: list[list[object]] = [["seconds", self.seconds, self.seconds_if_big, self.speedup]]
+        if self.flops is not None and self.flops_if_big is not None:
+            rows.append(["operations", float(self.flops), float(self.flops_if_big), self.flops_if_big / self.flops])
+        title = f"{self.steps:,} steps and their cuts; the cost without cuts is an estimate"
+        return table(
+            title, ["", "with cuts", "without", "times"], rows, [f"A step is {self.step_speedup:.1f} times faster."]
+        )
 
     def __str__(self) -> str:
         spared = ""

@@ -23,8 +23,9 @@ from compressm.theory.targets import Target
 from compressm.training.clock import Savings, StepClock, savings
 from compressm.training.cushion import Cushion, OnSetback
 from compressm.training.cutter import Cutter
+from compressm.training.delegated import attribute_of as _of
 from compressm.training.goal import Goal, initial_dims, initial_dims_of, wanted_rule
-from compressm.training.history import Cut, Event, Recompiled, RolledBack
+from compressm.training.history import Cut, Event, Recompiled, RolledBack, history_table
 from compressm.training.options import check_options
 from compressm.training.policy import Policy
 from compressm.training.schedule import Schedule, When
@@ -34,14 +35,6 @@ from compressm.training.steps import StepWatch
 from compressm.training.twin import Control, TrainStep
 
 log = logging.getLogger(__name__)
-
-
-def _of(part: str, name: str) -> Any:
-    """A property that reads and sets an attribute of one of the compressor's parts."""
-    return property(
-        lambda self: getattr(getattr(self, part), name),
-        lambda self, value: setattr(getattr(self, part), name, value),
-    )
 
 
 class Compressor:
@@ -237,6 +230,9 @@ class Compressor:
     def state_dims(self) -> dict[str, int]:
         """Present state dimension of every layer, by its name in the model."""
         return self._cutter.state_dims
+
+    def _repr_html_(self) -> str:
+        return history_table(self._steps, self.state_dims, self.history)
 
     @property
     def done(self) -> bool:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
 from compressm.errors import CheckpointError
+from compressm.runtime.html import table
 
 # Every event is stored with all of these keys, in this order. A kind without such a value stores the one given here.
 _ABSENT: dict[str, Any] = {
@@ -293,6 +294,15 @@ class Recompiled(Event):
 _ALL = (Cut, Unchanged, Watched, Kept, RolledBack, Postponed, Stopped, Ended, Recompiled)
 _KINDS: dict[str, type[Event]] = {kind.kind: kind for kind in _ALL}
 
+
+def history_table(steps: int, state_dims: Mapping[str, int], history: Sequence[Event]) -> str:
+    """A compressor's history as an HTML table, for notebooks."""
+    rows = [[event.step, str(event).partition(": ")[2]] for event in history]
+    dims = ", ".join(f"{name} {states}" for name, states in state_dims.items())
+    return table(f"Compressor after {steps:,} steps: {dims}", ["step", "what"], rows, [] if rows else ["No cut yet."])
+
+
 __all__ = [
     "Cut", "Ended", "Event", "Kept", "Postponed", "Recompiled", "RolledBack", "Stopped", "Unchanged", "Watched",
+    "history_table",
 ]  # fmt: skip
