@@ -143,7 +143,7 @@ def test_kernels_compile_without_a_device(
     row = {"kernel": f"{module}.{name}", "constants": constants, "warps": warps, "compute_capability": capability / 10}
     record.append({**row, **found, "shared_bytes": kernel.metadata.shared})
     # Registers that are not enough spill into local memory, which is the device's slow one.
-    assert found["stack_bytes"] + found["local_bytes"] <= (64 if module == "triton_ssd" else 0)
+    assert found["stack_bytes"] + found["local_bytes"] <= (96 if module == "triton_ssd" else 0)
     assert kernel.metadata.shared <= 48 * 1024  # what every device gives a program without being asked
 
 

@@ -3,10 +3,10 @@
 """The scan with one decay per head (SSD) on CUDA devices, forward and backward, in Triton.
 
 Time is divided into chunks of 64 steps, or 32 in float32, whose products need more registers. One kernel carries the
-state from chunk to chunk and stores it before each of them; a program has a block of the state of one head. A second one
-computes the outputs of all chunks at once: matrix products inside a chunk, masked by the decays, and the output of the
-state before it. Backward the same two steps run in reverse: the first kernel carries the gradient of the state, and two
-more compute the gradients of all chunks.
+state from chunk to chunk and stores it before each of them; a program has a block of the state of one head. A second
+one computes the outputs of all chunks at once: matrix products inside a chunk, masked by the decays, and the output of
+the state before it. Backward the same two steps run in reverse: the first kernel carries the gradient of the state, and
+two more compute the gradients of all chunks.
 
 With ``e`` the running sum of the logarithms inside a chunk, decays are ``exp(e_i - e_j)``. The sums are made in float64
 and stored as two float32 numbers, so that a strong decay at one step costs no accuracy at the next. Products have the
@@ -98,7 +98,7 @@ def _sizes(x: Tensor, B: Tensor) -> tuple[int, ...]:
 
 
 def _blocks(x: Tensor, B: Tensor) -> dict[str, Any]:
-    """Steps of a chunk, sides of the other blocks (16 or 32 values and states), and the precision of products. With these
+    """Steps of a chunk, sides of the other blocks (16 or 32 values and states), and the precision of products. So
     hardly a thread needs more registers than there are (results/triton.json)."""
     p, n = (max(16, min(32, triton.next_power_of_2(size))) for size in (x.shape[3], B.shape[3]))
     chunk, precision = (32, "tf32x3") if x.dtype == torch.float32 else (64, "tf32")
@@ -241,7 +241,7 @@ def _values_kernel(
         lines = at + tl.arange(0, BP)
         grads = _block(grad_y + wide, steps, left, heads * p, lines, p)
         to_mixing += _dot(grads, tl.trans(_block(x + wide, steps, left, heads * p, lines, p)), PRECISION)
-    # The decay from a step to itself is always 1. Those products are left out, or their rounding would drown the others.
+    # The decay from a step to itself is always 1. Those products are left out; their rounding would drown the others.
     pairs = tl.where(steps[:, None] > steps[None, :], mixing * to_mixing, 0.0)
     to_elapsed, to_total = tl.sum(pairs, 1) - tl.sum(pairs, 0), 0.0
 
