@@ -17,11 +17,12 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
+from compressm.scans import engines
 from compressm.scans.frame import check_engine, check_shapes, empty, empty_scan, in_form, without_autocast
 from compressm.scans.ssd import by_chunk, chain_of_states
 from compressm.scans.transforms import transformed
 
-Engine = Literal["auto", "chunked", "loop", "graph"]
+Engine = Literal["auto", "chunked", "loop", "graph", "fla"]
 
 LONGEST_CHUNK = 64
 # exp(-100) is negligible beside anything that is written at the same step, even in double precision.
@@ -58,15 +59,16 @@ def gla_scan(
         B, C: input and output vectors (keys and queries), shape ``(batch, length, heads, n)``.
         initial_state: shape ``(batch, heads, p, n)``; zero by default.
         return_state: also return the state after the last step.
-        engine: ``"chunked"``; ``"loop"``, the definition, for reference; or ``"graph"`` (one loop node). ``"auto"`` is
-            ``"graph"`` while `torch.export` traces, and ``"chunked"`` otherwise.
+        engine: ``"chunked"``; ``"loop"``, the definition, for reference; ``"graph"`` (one loop node); or a CUDA
+            kernel of `compressm.scans.engines`. ``"auto"`` is ``"graph"`` while `torch.export` traces, the first
+            kernel there that is installed on CUDA, and ``"chunked"`` otherwise.
 
     Returns:
         ``y``, shape and dtype of ``x``; with ``return_state`` also the last state, shape ``(batch, heads, p, n)``.
         Half precision is widened to float32 inside.
 
     Raises:
-        ValueError: shapes that do not fit together, or an unknown engine.
+        ValueError: shapes that do not fit together, or an unknown engine, or one that is not installed.
     """
     if x.ndim != 4 or B.ndim != 4:
         raise ValueError(
@@ -84,12 +86,16 @@ def gla_scan(
             "initial_state": (initial_state, (batch, heads, p, n)),
         },
     )
-    check_engine(engine, "auto", "chunked", "loop", "graph")
+    check_engine(engine, "auto", "chunked", "loop", "graph", *engines.NAMES["gla"])
     dtype = torch.promote_types(x.dtype, torch.float32)
     state = x.new_zeros(batch, heads, p, n) if initial_state is None else initial_state
     sequences = (tensor.to(dtype) for tensor in (x, log_decay, B, C))
     if empty(x):
         y, state = empty_scan(tuple(x.shape), state.to(dtype), x, log_decay, B, C)
+        return (y, state) if return_state else y
+    kernel = engines.cuda_kernel("gla", engine, x, n, initial_state is not None, return_state)
+    if kernel is not None:
+        y, state = kernel(x, log_decay, B, C, state)
         return (y, state) if return_state else y
     if engine in ("auto", "chunked") and transformed():
         engine = "loop"  # the chunk length depends on the data, which vmap does not allow

@@ -17,10 +17,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from compressm.scans import engines
 from compressm.scans.frame import check_engine, check_shapes, empty, empty_scan, in_form, without_autocast
 from compressm.scans.transforms import transformed, twice
 
-Engine = Literal["auto", "chunked", "loop", "graph"]
+Engine = Literal["auto", "chunked", "loop", "graph", "fla", "triton"]
 
 
 @overload
@@ -53,23 +54,28 @@ def ssd_scan(
             ``heads``, and head ``h`` uses group ``h // (heads // groups)``.
         initial_state: shape ``(batch, heads, p, n)``; zero by default.
         return_state: also return the state after the last step.
-        engine: ``"chunked"``; ``"loop"``, the definition, for reference; or ``"graph"`` (one loop node). ``"auto"`` is
-            ``"graph"`` while `torch.export` traces, and ``"chunked"`` otherwise.
+        engine: ``"chunked"``; ``"loop"``, the definition, for reference; ``"graph"`` (one loop node); or a CUDA
+            kernel of `compressm.scans.engines`. ``"auto"`` is ``"graph"`` while `torch.export` traces, the first
+            kernel there that is installed on CUDA, and ``"chunked"`` otherwise.
 
     Returns:
         ``y``, shape and dtype of ``x``; with ``return_state`` also the last state, shape ``(batch, heads, p, n)``.
         Half precision is widened to float32 inside.
 
     Raises:
-        ValueError: shapes that do not fit together, or an unknown engine.
+        ValueError: shapes that do not fit together, or an unknown engine, or one that is not installed.
     """
     _check(x, log_decay, B, C, initial_state)
-    check_engine(engine, "auto", "chunked", "loop", "graph")
+    check_engine(engine, "auto", "chunked", "loop", "graph", *engines.NAMES["ssd"])
     dtype = torch.promote_types(x.dtype, torch.float32)
     state = x.new_zeros(x.shape[0], *x.shape[2:], B.shape[-1]) if initial_state is None else initial_state
     sequences = (tensor.to(dtype) for tensor in (x, log_decay, B, C))
     if empty(x):
         y, state = empty_scan(tuple(x.shape), state.to(dtype), x, log_decay, B, C)
+        return (y, state) if return_state else y
+    kernel = engines.cuda_kernel("ssd", engine, x, B.shape[-1], initial_state is not None, return_state)
+    if kernel is not None:
+        y, state = kernel(x, log_decay, B, C, state)
         return (y, state) if return_state else y
     y, state = in_form(engine, _chunked, ssd_step, state.to(dtype), *sequences)
     return (y.to(x.dtype), state) if return_state else y.to(x.dtype)
