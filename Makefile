@@ -59,7 +59,7 @@ format: $(VENV)/.installed-dev  ## ruff: mend what can be mended
 types: $(VENV)/.installed-dev  ## pyright over src/
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
-triton: $(VENV)/.installed-dev $(VENV)/.triton  ## without a GPU: interpret the Triton kernels, and compile them for 8.0 and 9.0
+triton: $(VENV)/.installed-dev $(VENV)/.triton  ## without a GPU: interpret the Triton kernels, and compile them for 8.0, 9.0 and 10.0
 	$(WITH_TRITON) $(BIN)/python -c 'import triton; print("Triton", triton.__version__)'
 	TRITON_JSON=$(abspath $(TRITON_JSON)) $(WITH_TRITON) $(BIN)/python -m pytest tests/scans/test_triton.py -m "slow and not gpu"
 

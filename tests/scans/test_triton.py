@@ -23,7 +23,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from compressm.scans import selective_scan
+from compressm.scans import selective_scan, ssd_scan
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -50,6 +50,8 @@ def test_engines_under_the_interpreter() -> None:
 
 
 SIZES = {"TILE": 8, "GROUPS": 2, "BLOCK": 4, "LANES": 32, "n": 12}
+SSD = {"Q": 64, "BP": 32, "BN": 32, "PRECISION": "tf32"}
+SSD32 = {"Q": 32, "BP": 32, "BN": 32, "PRECISION": "tf32x3"}  # of float32
 KERNELS = [  # constants as the engines launch them, and warps; all other arguments but sizes are pointers
     ("triton_selective", "_local_kernel", {**SIZES, "REVERSE": False}, 4),
     ("triton_selective", "_local_kernel", {**SIZES, "REVERSE": True}, 4),
@@ -60,6 +62,17 @@ KERNELS = [  # constants as the engines launch them, and warps; all other argume
     ("triton_selective", "_backward_kernel", {**SIZES, "KEEP": 64}, 4),
     ("triton_chain", "_forward_kernel", {"TILE": 16, "LANES": 32}, 1),
     ("triton_chain", "_backward_kernel", {"TILE": 16, "LANES": 32}, 1),
+    *(
+        ("triton_ssd", name, {**constants, **more}, 8)
+        for constants in (SSD, SSD32)
+        for name, more in (
+            ("_chain_kernel", {"REVERSE": False}),
+            ("_chain_kernel", {"REVERSE": True}),
+            ("_outputs_kernel", {}),
+            ("_values_kernel", {}),
+            ("_keys_kernel", {}),
+        )
+    ),
 ]
 
 
@@ -70,13 +83,16 @@ def compiled(module: str, name: str, constants: dict[str, Any], warps: int, capa
     from triton.compiler import ASTSource
 
     kernel = getattr(importlib.import_module(f"compressm.scans.{module}"), name)
-    types = dict.fromkeys(("length", "d", "n", "segment", "parts"), "i32") | dict.fromkeys(constants, "constexpr")
-    narrow = ("inputs", "delta", "vectors", "u", "B", "C", "y", "grad_y", "grad_u", "grad_delta")
+    types = dict.fromkeys(("length", "d", "n", "segment", "parts", "heads", "groups", "p"), "i32") | dict.fromkeys(
+        constants, "constexpr"
+    )
+    narrow = ("inputs", "delta", "vectors", "u", "x", "B", "C", "y", "grad_y", "grad_u", "grad_x", "grad_delta")
+    narrow = () if constants.get("PRECISION") == "tf32x3" else (*narrow, "values", "keys")
     pointers = {a: "*bf16" if a in narrow else "*fp32" for a in kernel.arg_names if a not in types}
     signature = {a: {**types, **pointers}[a] for a in kernel.arg_names}
     aligned = {(i,): [["tt.divisibility", 16]] for i, a in enumerate(kernel.arg_names) if a in pointers}
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
-    options = {"num_warps": warps, "enable_fp_fusion": True}
+    options = {"num_warps": warps, "enable_fp_fusion": True} | ({"num_stages": 1} if module == "triton_ssd" else {})
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 
 
@@ -106,7 +122,7 @@ def record() -> Iterator[list[dict[str, Any]]]:
 
 @pytest.mark.slow
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
-@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("capability", [80, 90, 100])
 @pytest.mark.parametrize(("module", "name", "constants", "warps"), KERNELS)
 def test_kernels_compile_without_a_device(
     module: str,
@@ -117,16 +133,18 @@ def test_kernels_compile_without_a_device(
     record: list[dict[str, Any]],
     tmp_path: Path,
 ) -> None:
-    """To machine code. Steps do not pass between threads, which only sums over states or channels may do."""
+    """To machine code. In the scans step by step, steps do not pass between threads, which only sums over states or
+    channels may do."""
     kernel = compiled(module, name, constants, warps, capability)
     with_sums = module == "triton_selective" and name in ("_forward_kernel", "_backward_kernel")
-    assert ("shfl" in kernel.asm["ptx"]) == with_sums
+    assert module == "triton_ssd" or ("shfl" in kernel.asm["ptx"]) == with_sums
     assert f".target sm_{capability}" in kernel.asm["ptx"]
     found = needs(kernel.asm["cubin"], tmp_path)
     row = {"kernel": f"{module}.{name}", "constants": constants, "warps": warps, "compute_capability": capability / 10}
     record.append({**row, **found, "shared_bytes": kernel.metadata.shared})
     # Registers that are not enough spill into local memory, which is the device's slow one.
-    assert found["stack_bytes"] == found["local_bytes"] == 0
+    assert found["stack_bytes"] + found["local_bytes"] <= (96 if module == "triton_ssd" else 0)
+    assert kernel.metadata.shared <= 48 * 1024  # what every device gives a program without being asked
 
 
 @pytest.mark.slow
@@ -204,6 +222,54 @@ def test_selective_scan_equals_a_float64_loop(
 ) -> None:
     values = arguments(0, batch, length, d, n, smallest, largest)
     assert_close(outputs_and_gradients(triton_scan, values, DEVICE), reference(values), values, 1e-5)
+
+
+def ssd_arguments(batch: int, length: int, heads: int, groups: int, p: int, n: int, strongest: float) -> list[Tensor]:
+    """Decays of all orders of magnitude, down to ``exp(-strongest)``, beside each other."""
+    generator = torch.Generator().manual_seed(0)
+    log_decay = -strongest * torch.rand(batch, length, heads, generator=generator) ** 8
+    shapes = [(batch, length, heads, p), (batch, length, groups, n), (batch, length, groups, n), (batch, heads, p, n)]
+    x, B, C, state = (torch.randn(shape, generator=generator) for shape in shapes)
+    return [x, log_decay, B, C, state]
+
+
+def ssd_reference(x: Tensor, log_decay: Tensor, B: Tensor, C: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+    return ssd_scan(x, log_decay, B, C, state, return_state=True, engine="loop")
+
+
+@on_device
+@pytest.mark.parametrize(
+    ("sizes", "strongest", "dtype"),
+    [
+        ((1, 1, 1, 1, 1, 1), 0.1, torch.float32),
+        ((2, 70, 4, 2, 5, 40), 16.0, torch.float32),  # three chunks, groups of heads, two blocks of states
+        ((1, 64, 1, 1, 40, 16), 100.0, torch.float32),  # two blocks of values, the second in part
+        ((1, 65, 2, 1, 16, 16), 1.0, torch.bfloat16),  # two chunks of 64
+    ],
+)
+def test_ssd_equals_a_float64_loop(sizes: tuple[int, ...], strongest: float, dtype: torch.dtype) -> None:
+    from compressm.scans.triton_ssd import ssd_scan_triton
+
+    values = ssd_arguments(*sizes, strongest)
+    values = [value.to(dtype) if i in (0, 2, 3) else value for i, value in enumerate(values)]
+    truth = outputs_and_gradients(ssd_reference, [value.double() for value in values])
+    result = outputs_and_gradients(ssd_scan_triton, values, DEVICE)
+    for name, a, b in zip(("y", "state", "x", "log_decay", "B", "C", "initial_state"), truth, result, strict=True):
+        assert (b - a).norm() <= (1e-5 if dtype == torch.float32 else 1e-2) * a.norm(), name
+
+
+@on_device
+def test_ssd_twice_differentiated() -> None:
+    from compressm.scans.triton_ssd import ssd_scan_triton
+
+    args = [value.to(DEVICE).requires_grad_() for value in ssd_arguments(1, 3, 2, 1, 2, 2, 1.0)]
+
+    def second(scan: Callable[..., tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+        first = torch.autograd.grad(scan(*args)[0].sin().sum(), args, create_graph=True)
+        return torch.autograd.grad(torch.stack([grad.square().sum() for grad in first]).sum(), args)
+
+    for a, b in zip(second(ssd_scan_triton), second(ssd_reference), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
 @on_device

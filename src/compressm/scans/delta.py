@@ -23,13 +23,13 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
-from compressm.scans import native
+from compressm.scans import engines, native
 from compressm.scans.frame import check_engine, check_shapes, empty, empty_scan, in_form, without_autocast
 from compressm.scans.graph import exporting
 from compressm.scans.ssd_chunked import by_chunk, elapsed_in_chunk
 from compressm.scans.transforms import gradients, transformed, twice
 
-Engine = Literal["auto", "native", "chunked", "loop", "graph"]
+Engine = Literal["auto", "native", "chunked", "loop", "graph", "fla"]
 
 CHUNK = 64
 
@@ -66,15 +66,15 @@ def delta_scan(
         initial_state: shape ``(batch, heads, p, n)``; zero by default.
         return_state: also return the state after the last step.
         engine: ``"native"`` (compiled, CPU); ``"chunked"`` (matrix products of PyTorch, anywhere); ``"loop"``, the
-            definition, for reference; or ``"graph"`` (one loop node). ``"auto"`` is ``"graph"`` while `torch.export`
-            traces, and otherwise the first available one.
+            definition, for reference; ``"graph"`` (one loop node); or a CUDA kernel of `compressm.scans.engines`.
+            ``"auto"`` is ``"graph"`` while `torch.export` traces, and otherwise the first available one.
 
     Returns:
         ``y``, shape and dtype of ``v``; with ``return_state`` also the last state, shape ``(batch, heads, p, n)``.
         Half precision is widened to float32 inside.
 
     Raises:
-        ValueError: shapes that do not fit together, or an unknown engine.
+        ValueError: shapes that do not fit together, or an unknown engine, or one that is not installed.
     """
     if v.ndim != 4 or k.ndim != 4:
         raise ValueError(
@@ -93,12 +93,16 @@ def delta_scan(
             "initial_state": (initial_state, (batch, heads, p, n)),
         },
     )
-    check_engine(engine, "auto", "native", "chunked", "loop", "graph")
+    check_engine(engine, "auto", "native", "chunked", "loop", "graph", *engines.NAMES["delta"])
     dtype = torch.promote_types(v.dtype, torch.float32)
     state = v.new_zeros(batch, heads, p, n) if initial_state is None else initial_state
     sequences = (tensor.to(dtype) for tensor in (v, log_decay, beta, k, q))
     if empty(v):
         y, state = empty_scan(tuple(v.shape), state.to(dtype), v, log_decay, beta, k, q)
+        return (y, state) if return_state else y
+    kernel = engines.cuda_kernel("delta", engine, v, n, initial_state is not None, return_state)
+    if kernel is not None:
+        y, state = kernel(v, log_decay, beta, k, q, state)
         return (y, state) if return_state else y
     if engine == "auto" and not exporting() and native.usable(v, log_decay, beta, k, q, state):
         engine = "native"

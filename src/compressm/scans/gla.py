@@ -21,13 +21,13 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
-from compressm.scans import native
+from compressm.scans import engines, native
 from compressm.scans.frame import check_engine, check_shapes, empty, empty_scan, in_form, without_autocast
 from compressm.scans.graph import exporting
 from compressm.scans.ssd_chunked import by_chunk, chain_of_states
 from compressm.scans.transforms import gradients, transformed, twice
 
-Engine = Literal["auto", "native", "chunked", "loop", "graph"]
+Engine = Literal["auto", "native", "chunked", "loop", "graph", "fla"]
 
 LONGEST_CHUNK = 64
 # exp(-100) is negligible beside anything that is written at the same step, even in double precision.
@@ -65,15 +65,15 @@ def gla_scan(
         initial_state: shape ``(batch, heads, p, n)``; zero by default.
         return_state: also return the state after the last step.
         engine: ``"native"`` (compiled, CPU); ``"chunked"`` (matrix products of PyTorch, anywhere); ``"loop"``, the
-            definition, for reference; or ``"graph"`` (one loop node). ``"auto"`` is ``"graph"`` while `torch.export`
-            traces, and otherwise the first available one.
+            definition, for reference; ``"graph"`` (one loop node); or a CUDA kernel of `compressm.scans.engines`.
+            ``"auto"`` is ``"graph"`` while `torch.export` traces, and otherwise the first available one.
 
     Returns:
         ``y``, shape and dtype of ``x``; with ``return_state`` also the last state, shape ``(batch, heads, p, n)``.
         Half precision is widened to float32 inside.
 
     Raises:
-        ValueError: shapes that do not fit together, or an unknown engine.
+        ValueError: shapes that do not fit together, or an unknown engine, or one that is not installed.
     """
     if x.ndim != 4 or B.ndim != 4:
         raise ValueError(
@@ -91,12 +91,16 @@ def gla_scan(
             "initial_state": (initial_state, (batch, heads, p, n)),
         },
     )
-    check_engine(engine, "auto", "native", "chunked", "loop", "graph")
+    check_engine(engine, "auto", "native", "chunked", "loop", "graph", *engines.NAMES["gla"])
     dtype = torch.promote_types(x.dtype, torch.float32)
     state = x.new_zeros(batch, heads, p, n) if initial_state is None else initial_state
     sequences = (tensor.to(dtype) for tensor in (x, log_decay, B, C))
     if empty(x):
         y, state = empty_scan(tuple(x.shape), state.to(dtype), x, log_decay, B, C)
+        return (y, state) if return_state else y
+    kernel = engines.cuda_kernel("gla", engine, x, n, initial_state is not None, return_state)
+    if kernel is not None:
+        y, state = kernel(x, log_decay, B, C, state)
         return (y, state) if return_state else y
     if engine == "auto" and not exporting() and native.usable(x, log_decay, B, C, state):
         engine = "native"
@@ -122,9 +126,7 @@ def gla_step(state: Tensor, x: Tensor, log_decay: Tensor, B: Tensor, C: Tensor) 
     return (state * C[..., None, :]).sum(-1).to(x.dtype), state
 
 
-def _composed(
-    engine: str, x: Tensor, log_decay: Tensor, B: Tensor, C: Tensor, state: Tensor
-) -> tuple[Tensor, Tensor]:
+def _composed(engine: str, x: Tensor, log_decay: Tensor, B: Tensor, C: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
     """An engine made of PyTorch's own operations."""
     if engine != "graph" and transformed():
         engine = "loop"  # the chunk length depends on the data, which vmap does not allow
@@ -198,9 +200,7 @@ def _native_backward(
 
 
 @_native_backward.register_fake
-def _(
-    grad_y: Tensor, grad_state: Tensor, x: Tensor, log_decay: Tensor, B: Tensor, C: Tensor, states: Tensor
-) -> Any:
+def _(grad_y: Tensor, grad_state: Tensor, x: Tensor, log_decay: Tensor, B: Tensor, C: Tensor, states: Tensor) -> Any:
     return tuple(torch.empty_like(tensor) for tensor in (x, log_decay, B, C, grad_state))
 
 

@@ -19,13 +19,13 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from compressm.scans import native
+from compressm.scans import engines, native
 from compressm.scans.frame import check_engine, check_shapes, empty, empty_scan, loop, without_autocast
-from compressm.scans.graph import exporting, graph_scan, triton_usable
+from compressm.scans.graph import exporting, graph_scan
 from compressm.scans.selective_step import selective_step
 from compressm.scans.transforms import gradients, transformed, twice
 
-Engine = Literal["auto", "native", "triton", "torch", "loop", "graph"]
+Engine = Literal["auto", "native", "mamba_ssm", "triton", "torch", "loop", "graph"]
 
 
 @overload
@@ -58,7 +58,8 @@ def selective_scan(
         B, C: input and output vectors, shape ``(batch, length, n)``.
         initial_state: ``h_{-1}``, shape ``(batch, d, n)``; zero by default.
         return_state: also return the state after the last step.
-        engine: ``"native"`` (compiled, CPU), ``"triton"`` (CUDA), ``"torch"`` (plain PyTorch, anywhere), ``"loop"``
+        engine: ``"native"`` (compiled, CPU), ``"mamba_ssm"`` or ``"triton"`` (CUDA, see `compressm.scans.engines`),
+            ``"torch"`` (plain PyTorch, anywhere), ``"loop"``
             (the definition, for reference) or ``"graph"`` (one loop node). ``"auto"`` is ``"graph"`` while
             `torch.export` traces, and otherwise the first available one.
 
@@ -68,7 +69,7 @@ def selective_scan(
     Raises:
         ValueError: shapes that do not fit together, or an unknown engine.
     """
-    check_engine(engine, "auto", "native", "triton", "torch", "loop", "graph")
+    check_engine(engine, "auto", "native", "torch", "loop", "graph", *engines.NAMES["selective"])
     _check(u, delta, A, B, C, initial_state)
     tensors = (u, delta, A, B, C, initial_state)
     if engine == "auto" and exporting():
@@ -76,21 +77,20 @@ def selective_scan(
     elif transformed():
         engine = "loop"
     if engine == "auto":
-        engine = "native" if native.usable(*tensors) else "triton" if triton_usable(u) else "torch"
+        engine = "native" if native.usable(*tensors) else engine
     dtype = torch.promote_types(torch.promote_types(u.dtype, A.dtype), torch.float32)
     args = (u.to(dtype), delta.to(dtype), A.to(dtype), B.to(dtype), C.to(dtype))
     start = u.new_zeros(u.shape[0], *A.shape, dtype=dtype) if initial_state is None else initial_state.to(dtype)
     if empty(u):
         y, state = empty_scan(tuple(u.shape), start, u, delta, A, B, C)
         return (y, state) if return_state else y
-    if engine == "native":
+    kernel = engines.cuda_kernel("selective", engine, u, A.shape[1], initial_state is not None, return_state)
+    if kernel is not None:
+        # Tensors are not widened here: the kernels widen half precision in registers, and so read half the memory.
+        y, state = kernel(u, delta, A, B, C, start)
+    elif engine == "native":
         y, state = _native(*args, start)
-    elif engine == "triton":
-        from compressm.scans.triton_selective import selective_scan_triton
-
-        # Tensors are not widened here: the kernel widens half precision in registers, and so reads half the memory.
-        y, state = selective_scan_triton(u, delta, A, B, C, start)
-    elif engine == "torch":
+    elif engine in ("auto", "torch"):
         y, state = _chunks(*args, start)
     elif engine == "loop":
         y, state = _loop(*args, start)

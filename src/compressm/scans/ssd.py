@@ -17,14 +17,14 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
-from compressm.scans import native
+from compressm.scans import engines, native
 from compressm.scans.frame import check_engine, check_shapes, empty, empty_scan, in_form, without_autocast
 from compressm.scans.graph import exporting
 from compressm.scans.ssd_chunked import chunked
 from compressm.scans.ssd_native import native_scan
 from compressm.scans.transforms import transformed
 
-Engine = Literal["auto", "native", "chunked", "loop", "graph"]
+Engine = Literal["auto", "native", "chunked", "loop", "graph", "fla", "triton"]
 
 
 @overload
@@ -61,9 +61,9 @@ def ssd_scan(
             ``heads``, and head ``h`` uses group ``h // (heads // groups)``.
         initial_state: shape ``(batch, heads, p, n)``; zero by default.
         return_state: also return the state after the last step.
-        engine: ``"native"`` (compiled, CPU), ``"chunked"`` (plain PyTorch, anywhere), ``"loop"`` (the definition, for
-            reference) or ``"graph"`` (one loop node). ``"auto"`` is ``"graph"`` while `torch.export` traces, and
-            otherwise the first available one.
+        engine: ``"native"`` (compiled, CPU); ``"chunked"`` (matrix products of PyTorch, anywhere); ``"loop"``, the
+            definition, for reference; ``"graph"`` (one loop node); or a CUDA kernel of `compressm.scans.engines`.
+            ``"auto"`` is ``"graph"`` while `torch.export` traces, and otherwise the first available one.
         delta: factors of the inputs (step sizes), shape ``(batch, length, heads)``; one by default.
         D: weights of the inputs in the outputs, shape ``(heads,)``; zero by default.
 
@@ -72,10 +72,10 @@ def ssd_scan(
         Half precision is widened to float32 inside.
 
     Raises:
-        ValueError: shapes that do not fit together, or an unknown engine.
+        ValueError: shapes that do not fit together, or an unknown engine, or one that is not installed.
     """
     _check(x, log_decay, B, C, initial_state, delta, D)
-    check_engine(engine, "auto", "native", "chunked", "loop", "graph")
+    check_engine(engine, "auto", "native", "chunked", "loop", "graph", *engines.NAMES["ssd"])
     dtype = torch.promote_types(x.dtype, torch.float32)
     start = x.new_zeros(x.shape[0], *x.shape[2:], B.shape[-1]) if initial_state is None else initial_state
     if empty(x):
@@ -83,6 +83,10 @@ def ssd_scan(
         return (y, state) if return_state else y
     if engine == "auto" and not exporting() and native.usable(x, log_decay, B, C, initial_state, delta, D):
         engine = "native"
+    kernel = engines.cuda_kernel("ssd", engine, x, B.shape[-1], initial_state is not None, return_state)
+    if kernel is not None:
+        y, state = _by_kernel(kernel, x, log_decay, B, C, delta, D, start)
+        return (y, state) if return_state else y
     sequences = [tensor.to(dtype) for tensor in (x, log_decay, B, C)]
     factors = [None if tensor is None else tensor.to(dtype) for tensor in (delta, D)]
     if engine == "native" and not transformed():
@@ -139,6 +143,22 @@ def _check(
             "D": (D, (heads,)),
         },
     )
+
+
+def _by_kernel(
+    kernel: engines.Kernel,
+    x: Tensor,
+    log_decay: Tensor,
+    B: Tensor,
+    C: Tensor,
+    delta: Tensor | None,
+    D: Tensor | None,
+    state: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """The recurrence by a CUDA kernel, which knows neither step sizes nor a skip, in the dtype of the input."""
+    values = x if delta is None else (x * delta[..., None]).to(x.dtype)
+    y, state = kernel(values, log_decay, B, C, state)
+    return (y if D is None else (y + D[:, None] * x).to(x.dtype)), state
 
 
 def _composed(
