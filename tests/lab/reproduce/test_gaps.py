@@ -13,7 +13,7 @@ import pytest
 from compressm.lab.reproduce import EXPERIMENTS, Arm, Experiment, plan_runs, read_results
 from compressm.lab.reproduce.gaps import recovered
 from compressm.lab.reproduce.grid import configuration
-from compressm.lab.reproduce.overview import cut_while_training, draw_overview, sentences
+from compressm.lab.reproduce.overview import by_the_loss, cut_while_training, draw_overview, method_shares, sentences
 from compressm.lab.reproduce.tables import Results
 from compressm.lab.runs.same_settings import differences
 
@@ -86,11 +86,14 @@ def test_the_overview_says_what_is_stored(tmp_path: Path) -> None:
     found = {name: both for name, both in read.items() if both[1]}
     text = "\n".join(sentences(found))
     assert len(sentences(found)) == 5
-    for name, one in found.items():
-        for arm in one[0].arms:
-            share = recovered(one[0], arm, one[1]) if cut_while_training(arm) else None
-            if share is not None and share.half_width is not None:
-                assert f"`{name}` {arm.name} {share}" in text
+    shares = method_shares(found)
+    gaps = [one.share for one in shares if one.share is not None]
+    assert f"In {len(gaps)} of {len(shares)} comparisons" in text
+    assert f"{100 * np.median(gaps):.0f} % of that gap" in text
+    certain = [one.share for one in shares if one.share is not None and one.half_width is not None and by_the_loss(one)]
+    assert f"by the loss {100 * np.median(certain):.0f} % in the median" in text
+    for one in shares:
+        assert one.share is not None or f"`{one.experiment}`" in text
     draw_overview(found, tmp_path / "o.svg")
     assert (tmp_path / "o.svg").stat().st_size > 10_000
 

@@ -47,8 +47,14 @@ def sentences(found: Found) -> list[str]:
             f"{100 * middle:.0f} % of that gap in the median."
         )
     if certain:
-        each = ", ".join(f"{_name(one)} {one}" for one in certain)
-        made.append(f"With {FEWEST_SEEDS} seeds or more, and 95 % intervals: {each}. All others rest on fewer seeds.")
+        kinds: dict[str, list[float]] = {"by the loss": [], "by white noise": []}
+        for one in certain:
+            kinds["by the loss" if by_the_loss(one) else "by white noise"].append(one.share or 0.0)
+        each = ", ".join(f"{kind} {_spread(shares)}" for kind, shares in kinds.items() if shares)
+        made.append(
+            f"Of that, with {FEWEST_SEEDS} seeds or more, cuts keep {each}; the figure has the 95 % intervals, and all "
+            "other comparisons rest on fewer seeds."
+        )
     if little:
         each = ", ".join(f"{_name(one)} {one}" for one in little)
         made.append(f"It keeps little or nothing here: {each}.")
@@ -71,6 +77,17 @@ def _speedups(found: Found) -> list[float]:
     """Of all arms that are cut while they train: how much less computing the whole run takes than the big one's."""
     all_rows = [row for one, results in found.values() for row in rows(one, results)]
     return [row.run_speedup for row in all_rows if cut_while_training(row.arm) and row.run_speedup is not None]
+
+
+def by_the_loss(share: Recovered) -> bool:
+    """Whether the loss decided what was cut; arms of that kind are called so."""
+    return share.arm.startswith("loss")
+
+
+def _spread(shares: Sequence[float]) -> str:
+    """Median and range, in percent."""
+    low, middle, high = (100 * one for one in (min(shares), statistics.median(shares), max(shares)))
+    return f"{middle:.0f} % in the median ({low:.0f} to {high:.0f} %, {len(shares)} comparisons)"
 
 
 def _name(share: Recovered) -> str:
@@ -108,7 +125,7 @@ def draw_overview(found: Found, picture: Path) -> None:
 def _point(axis: Any, line: int, one: Recovered) -> None:
     """A dot, in a colour of its own where the loss decided what was cut."""
     assert one.share is not None
-    colour = "tab:orange" if one.arm.startswith("loss") else "tab:blue"
+    colour = "tab:orange" if by_the_loss(one) else "tab:blue"
     at = min(max(one.share, SHOWN[0] + 0.03), SHOWN[1] - 0.03)
     filled = one.half_width is not None
     axis.plot(at, line, "o", color=colour, markerfacecolor=colour if filled else "white", markersize=6)
