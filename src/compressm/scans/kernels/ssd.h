@@ -287,7 +287,9 @@ template <class T> struct SsdBackward {
         transpose_tile(steps, s.p, s.x.step(b, begin) + h * s.p, s.x.time, x_transposed, wide);
         load_tile(grad_out + at * s.p, s.heads * s.p, steps, s.p, grad_y);
         set_product<Part::lower_result>(steps, wide, s.p, rows(grad_y, P), x_transposed, wide, grad_mixing, wide);
-        for (int64_t i = 0; s.D && i < steps; ++i) grad.D[b * s.heads + h] += grad_mixing[i * wide + i];
+        double to_D = 0;
+        for (int64_t i = 0; i < steps; ++i) to_D += grad_mixing[i * wide + i];
+        if (s.D) grad.D[b * s.heads + h] += T(to_D);
         mix(steps, wide, s.D ? s.D[h] : T(0));
         through_written(steps, wide, carry);
         add_product<Part::upper>(steps, P, steps, columns(mixing, wide), grad_y, P, grad_x, P);
