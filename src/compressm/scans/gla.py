@@ -122,9 +122,7 @@ def gla_step(state: Tensor, x: Tensor, log_decay: Tensor, B: Tensor, C: Tensor) 
     return (state * C[..., None, :]).sum(-1).to(x.dtype), state
 
 
-def _composed(
-    engine: str, x: Tensor, log_decay: Tensor, B: Tensor, C: Tensor, state: Tensor
-) -> tuple[Tensor, Tensor]:
+def _composed(engine: str, x: Tensor, log_decay: Tensor, B: Tensor, C: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
     """An engine made of PyTorch's own operations."""
     if engine != "graph" and transformed():
         engine = "loop"  # the chunk length depends on the data, which vmap does not allow
@@ -198,9 +196,7 @@ def _native_backward(
 
 
 @_native_backward.register_fake
-def _(
-    grad_y: Tensor, grad_state: Tensor, x: Tensor, log_decay: Tensor, B: Tensor, C: Tensor, states: Tensor
-) -> Any:
+def _(grad_y: Tensor, grad_state: Tensor, x: Tensor, log_decay: Tensor, B: Tensor, C: Tensor, states: Tensor) -> Any:
     return tuple(torch.empty_like(tensor) for tensor in (x, log_decay, B, C, grad_state))
 
 

@@ -15,7 +15,12 @@ from compressm.lab.bench.suites import SUITES, sweep
 
 CASES = [case for suite in SUITES.values() for case in suite("cpu")]
 SWEEPS = [point for suite in SUITES for point in sweep(suite, "cpu")]
-EXTRAS = {"peers_jax": ["optax"], "peers_hf": ["transformers"], "peers_pymor": ["pymor"], "peers_fla": ["fla", "triton"]}
+EXTRAS = {
+    "peers_jax": ["optax"],
+    "peers_hf": ["transformers"],
+    "peers_pymor": ["pymor"],
+    "peers_fla": ["fla", "triton"],
+}
 
 
 def test_names_are_unique_and_say_their_suite() -> None:
