@@ -1,5 +1,4 @@
-"""Our scans inside the Mamba and delta rule models of Hugging Face transformers, for machines that cannot use their CUDA
-kernels.
+"""Our scans inside models of Hugging Face transformers, for machines that cannot use their CUDA kernels.
 
 Without these kernels transformers runs a Python loop over all steps (Mamba), or large products per chunk (the others).
 On a CPU that is too slow for training. Change
@@ -51,7 +50,7 @@ class FastScan:
 
 
 def enable_fast_scan(model: nn.Module) -> FastScan:
-    """Let the Mamba, Mamba-2, gated delta rule and related layers of a Hugging Face model use our scans, until the handle is removed.
+    """Let the Mamba, Mamba-2 and delta rule layers of a Hugging Face model use our scans, until the handle is removed.
 
     Outputs, gradients and caches are the same up to rounding.
 
@@ -66,7 +65,7 @@ def enable_fast_scan(model: nn.Module) -> FastScan:
     if not names:
         raise UnsupportedModelError(
             f"{type(model).__name__} has no layer whose forward calls {' or '.join(_SCANS)}: fast_scan is for "
-            "the Mamba family and the gated delta rule of transformers (tested with 5.23; upgrade one that is much older)"
+            "the Mamba family and the delta rule of transformers (tested with 5.23; upgrade one that is much older)"
         )
     for name in names:
         if "forward" in model.get_submodule(name).__dict__:

@@ -229,8 +229,9 @@ class Point:
 
 def sweep(suite: str, device: str) -> Iterator[Point]:
     """Points over state dimension, length and batch around a middle size; none for suites without a scan."""
+    matrix = {"n": 64, "length": 1024, "batch": 4}
     middle = {"lru": {"n": 64, "length": 784, "batch": 8}, "selective": {"n": 16, "length": 512, "batch": 4},
-              **dict.fromkeys(("ssd", "gla", "delta"), {"n": 64, "length": 1024, "batch": 4})}.get(suite)  # fmt: skip
+              "ssd": matrix, "gla": matrix, "delta": matrix}.get(suite)  # fmt: skip
     if middle is None:
         return
     axes = {"n": (8, 16, 32, 64, 128, 256), "length": (64, 128, 256, 512, 1024, 2048), "batch": (1, 2, 4, 8, 16, 32)}
