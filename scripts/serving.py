@@ -165,7 +165,9 @@ rounds after every 64 tokens, as for cached prefixes.
 Where the basis of the states is free, `compressm.equalise_states(model, batches)` first changes it so that rounding
 costs least: all entries get the same power, and in linear attention, which takes any map, the outputs read all alike.
 In the Mamba family and the delta rule of transformers the basis is not free.
+"""
 
+MEASURED = """
 ## Measured
 
 WikiText-2 byte by byte, models of toy width trained on batches of {batch} sequences of {length} bytes, one seed;
@@ -215,11 +217,13 @@ def bits_table(models: dict[str, Any]) -> str:
 
 
 def recovery() -> str:
-    """The sections about recovery, slices and 8 bits."""
+    """The sections about recovery, slices and 8 bits; with figures, once they are stored."""
+    if not RECOVERED.exists():
+        return RECOVERY
     stored = json.loads(RECOVERED.read_text(encoding="utf-8"))
     models, settings = stored["models"], {name: stored[name] for name in ("length", "batch")}
     equal = all(size["slice_is_a_direct_cut"] for row in models.values() for size in row.get("sizes", ()))
-    return RECOVERY.format(
+    return RECOVERY + MEASURED.format(
         cuts=cuts_table(models), bits=bits_table(models), equal="yes" if equal else "NO",
         tokens=stored["batch"] * stored["length"], **settings,
     )  # fmt: skip
