@@ -23,7 +23,7 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
-from compressm.scans import lti_chunked, lti_direct, lti_fft, native
+from compressm.scans import lti_chunked, lti_direct, lti_fft, native, rates
 from compressm.scans.frame import check_engine, check_shapes, empty, empty_scan, loop, without_autocast
 from compressm.scans.graph import exporting
 from compressm.scans.transforms import transformed
@@ -176,6 +176,8 @@ def _cheapest(u: Tensor, q: int, n: int, stateful: bool) -> Engine:
         costs["fft"] = lti_fft.cost(batch, length, p, q, n, lti_fft.compiled(u, q), size)
     if native.usable(u):
         costs["direct"] = lti_direct.cost(batch, length, p, q, n, size)
+    if native.usable(u):
+        costs = {name: value * rates.factor(name) for name, value in costs.items()}
     best: Engine = "chunked"
     for name, value in costs.items():  # not min(), since under torch.compile the costs are symbolic
         if value < costs[best]:

@@ -146,15 +146,24 @@ def _built() -> Path:
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
     source = b"".join(path.read_bytes() for path in sorted(_FOLDER.iterdir()))
     key = hashlib.sha256(source + repr((_FLAGS, _further_flags(), version, _processor())).encode()).hexdigest()[:16]
-    folder = Path(os.environ.get("COMPRESSM_CACHE") or Path.home() / ".cache" / "compressm")
-    built = folder / f"native-{key}.so"
+    built = _cache() / f"native-{key}.so"
     if not built.exists():
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        built.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         started = time.perf_counter()
         print("compressm: building the CPU kernels (once) ...", end=" ", file=sys.stderr, flush=True)
         _compile(compiler, built)
         print(f"{time.perf_counter() - started:.1f} s", file=sys.stderr, flush=True)
     return built
+
+
+def cache_file(name: str) -> Path:
+    """A file beside the compiled kernels, for this processor and these compiler options only."""
+    key = hashlib.sha256(repr((_further_flags(), _processor())).encode()).hexdigest()[:16]
+    return _cache() / f"{key}-{name}"
+
+
+def _cache() -> Path:
+    return Path(os.environ.get("COMPRESSM_CACHE") or Path.home() / ".cache" / "compressm")
 
 
 def _further_flags() -> list[str]:
