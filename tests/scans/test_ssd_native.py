@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +23,7 @@ TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float64: 1e-13}
 class Case:
     """Arguments of the scan by name, rounded to their dtype; None for an absent one."""
 
-    arguments: dict[str, Tensor | None]
+    arguments: Mapping[str, Tensor | None]
     weights: tuple[Tensor, Tensor]
     text: str
 

@@ -87,13 +87,13 @@ def ssd_scan(
     if kernel is not None:
         y, state = _by_kernel(kernel, x, log_decay, B, C, delta, D, start)
         return (y, state) if return_state else y
-    sequences = [tensor.to(dtype) for tensor in (x, log_decay, B, C)]
-    factors = [None if tensor is None else tensor.to(dtype) for tensor in (delta, D)]
+    values, decays, keys, queries = (tensor.to(dtype) for tensor in (x, log_decay, B, C))
+    sizes, skip, given = (None if tensor is None else tensor.to(dtype) for tensor in (delta, D, initial_state))
     if engine == "native" and not transformed():
-        y, state = native_scan(*sequences, *factors, None if initial_state is None else initial_state.to(dtype))
+        y, state = native_scan(values, decays, keys, queries, sizes, skip, given)
     else:
         form = "chunked" if engine == "native" else engine
-        y, state = _composed(form, *sequences, *factors, start.to(dtype))
+        y, state = _composed(form, values, decays, keys, queries, sizes, skip, start.to(dtype))
     return (y.to(x.dtype), state) if return_state else y.to(x.dtype)
 
 
