@@ -1,8 +1,9 @@
 """Peers from Hugging Face transformers: what Mamba, Mamba-2 and Qwen3-Next run without a CUDA kernel.
 
 The scan rows call the very functions of the mixers' slow path (`mamba_selective_scan`, `mamba2_chunk_scan`, and
-Qwen3-Next's `torch_chunk_gated_delta_rule`) on the same tensors as ours, in their layout. The mixer rows
-run a whole `MambaMixer` or `Mamba2Mixer` (projections, convolution, scan, gate), forward and backward; for our side that one function is exchanged for our scan, and all else is theirs.
+Qwen3-Next's `torch_chunk_gated_delta_rule`) on the same tensors as ours, in their layout. The mixer rows run a whole
+`MambaMixer` or `Mamba2Mixer` (projections, convolution, scan, gate), forward and backward; for our side that one
+function is exchanged for our scan, and all else is theirs.
 """
 
 from __future__ import annotations

@@ -222,8 +222,8 @@ def gla_training(batch: int, length: int, heads: int, p: int, n: int) -> Work:
     """`gla_scan`, forward and backward (every product twice more).
 
     As `ssd_training`, with keys and queries of each head's own. In chunks of more than one step the decays since
-    the chunk's start are multiplied into keys and queries, once for the scores and once for the state, ``8 n``. Every step's
-    decays are one exponential a dimension, forward and again backward.
+    the chunk's start are multiplied into keys and queries, once for the scores and once for the state, ``8 n``. Every
+    step's decays are one exponential a dimension, forward and again backward.
 
     Traffic: forward x, y and decays, B, C; backward x, the gradients of y and x, and decays, B, C with theirs.
     """
