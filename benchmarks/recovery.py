@@ -34,7 +34,7 @@ _TOKENS: dict[str, Any] = {"vocab_size": 256, "pad_token_id": None, "bos_token_i
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", choices=list(MODELS), help="measure this one; the others keep their stored rows")
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--recover", type=int, default=150)
@@ -68,7 +68,14 @@ def mamba2() -> Any:
     """Two layers of 64 channels and 64 states."""
     from transformers import Mamba2Config, Mamba2ForCausalLM
 
-    options = {"hidden_size": 64, "num_heads": 8, "head_dim": 16, "state_size": 64, "n_groups": 1, "chunk_size": 32}
+    options: dict[str, Any] = {
+        "hidden_size": 64,
+        "num_heads": 8,
+        "head_dim": 16,
+        "state_size": 64,
+        "n_groups": 1,
+        "chunk_size": 32,
+    }
     return Mamba2ForCausalLM(Mamba2Config(**_TOKENS, **options, num_hidden_layers=2))
 
 
@@ -77,7 +84,7 @@ def qwen3_next() -> Any:
     dimension 32, four of values."""
     from transformers import Qwen3NextConfig, Qwen3NextForCausalLM
 
-    options = {
+    options: dict[str, Any] = {
         "hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 32,
         "linear_key_head_dim": 32, "linear_value_head_dim": 32, "linear_num_key_heads": 2, "linear_num_value_heads": 4,
         "num_hidden_layers": 3, "layer_types": ["linear_attention", "full_attention", "linear_attention"],
