@@ -48,6 +48,7 @@ PAGES = (
     Page("paper.md", "python scripts/paper.py"),
     Page("state-classes.md", "python scripts/state_classes.py"),
     Page("options.md", "python scripts/options.py"),
+    Page("reference.md", "python scripts/reference.py"),
     Page("serving.md", "python scripts/serving.py"),
     Page("situations.md", "python scripts/hosts.py"),
     Page("mistakes.md", "python scripts/mistakes.py"),

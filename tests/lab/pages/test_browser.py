@@ -76,6 +76,19 @@ def test_everything_is_drawn_and_nothing_overflows(browser: Any, page_file: Path
     page.close()
 
 
+def test_a_printer_sees_every_chart_of_the_open_sections(browser: Any, page_file: Path) -> None:
+    page = browser.new_page(viewport={"width": 1400, "height": 300}, color_scheme="dark")
+    page.goto(page_file.as_uri())
+    page.wait_for_function("typeof Plotly !== 'undefined'")
+    page.evaluate("window.dispatchEvent(new Event('beforeprint'))")
+    assert page.evaluate("document.documentElement.dataset.theme") == "light"
+    shown = "[...document.querySelectorAll('.chart')].filter(chart => chart.offsetParent)"
+    page.wait_for_function(f"{shown}.every(chart => chart.querySelector('.main-svg'))")
+    page.evaluate("window.dispatchEvent(new Event('afterprint'))")
+    assert page.evaluate("document.documentElement.dataset.theme") == "dark"
+    page.close()
+
+
 def test_the_controls_work(browser: Any, page_file: Path) -> None:
     page, said = opened(browser, page_file, 1400)
     chart = page.locator(".chart", has=page.get_by_text("Hankel singular values", exact=True)).first

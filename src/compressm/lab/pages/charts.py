@@ -137,7 +137,7 @@ def progress(run: Run) -> Chart | None:
     layout = {
         "xaxis": _axis("training step"),
         "yaxis": _axis(axis_of(metric)),
-        "yaxis2": _axis("loss", overlaying="y", side="right", showgrid=False),
+        "yaxis2": _axis("loss", overlaying="y", side="right", showgrid=False, tickmode="auto", nticks=6),
         "shapes": _events(run),
     }
     caption = "Dotted lines: cuts. Dashed lines: cuts that were undone."

@@ -144,6 +144,18 @@
   }, { rootMargin: "400px" });
   for (const figure of document.querySelectorAll(".chart")) watcher.observe(figure);
 
+  // A printer sees every chart of the open sections, not only those that were looked at, and on white paper.
+  let before = null;
+  window.addEventListener("beforeprint", () => {
+    before = root.dataset.theme;
+    root.dataset.theme = "light";
+    for (const figure of document.querySelectorAll(".chart")) {
+      if (figure.offsetParent !== null && !drawn.has(figure)) { watcher.unobserve(figure); prepare(figure); }
+    }
+    for (const draw of drawn.values()) draw();
+  });
+  window.addEventListener("afterprint", () => theme(before));
+
   const dark = window.matchMedia("(prefers-color-scheme: dark)");
   const theme = (name) => {
     root.dataset.theme = name;
