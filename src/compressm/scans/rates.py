@@ -75,7 +75,7 @@ def _ratios(engine: str, repeats: int) -> list[float]:
         u = torch.randn(batch, length, width, generator=generator)
         poles = (-1e-3 - torch.rand(n, generator=generator) / 10, torch.rand(n, generator=generator))
         B, C = torch.randn(2, n, width, generator=generator), torch.randn(2, width, n, generator=generator)
-        system = (*poles, *B, *C)
+        system = (*poles, B[0], B[1], C[0], C[1])
         if engine == "direct":
             count = lti_direct.cost(batch, length, width, width, n, u.element_size())
             ratios.append(_seconds(lambda u=u, s=system: lti_direct.scan(u, *s, None, None), repeats) / count)

@@ -28,7 +28,7 @@ def stepped(family: str, n: int, batch: int) -> Step:
     names = [node.name for node in session.get_inputs()]
 
     def run(*arrays: Any) -> list[Any]:
-        return session.run(None, dict(zip(names, arrays, strict=True)))
+        return list(session.run(None, dict(zip(names, arrays, strict=True))))
 
     now, state = first_token(layer, batch)
     return flat_tokens(run, now.numpy(), [leaf.numpy() for leaf in flatten_state(state).values()])
