@@ -109,7 +109,7 @@ def delta_scan(
     if engine == "native" and transformed():
         engine = "chunked"
     if engine == "native":
-        y, state = _native(*sequences, state.to(dtype))
+        y, state = _native(*(*sequences, state.to(dtype)))
     else:
         y, state = in_form(engine, _chunked, delta_step, state.to(dtype), *sequences)
     return (y.to(v.dtype), state) if return_state else y.to(v.dtype)

@@ -105,9 +105,9 @@ def gla_scan(
     if engine == "auto" and not exporting() and native.usable(x, log_decay, B, C, state):
         engine = "native"
     if engine == "native" and not transformed():
-        y, state = _native(*sequences, state.to(dtype))
+        y, state = _native(*(*sequences, state.to(dtype)))
     else:
-        y, state = _composed(engine, *sequences, state.to(dtype))
+        y, state = _composed(engine, *(*sequences, state.to(dtype)))
     return (y.to(x.dtype), state) if return_state else y.to(x.dtype)
 
 
