@@ -109,7 +109,7 @@ def delta_scan(
     if engine == "native" and transformed():
         engine = "chunked"
     if engine == "native":
-        y, state = _native(*(*sequences, state.to(dtype)))
+        y, state = _native(state.to(dtype), *sequences)
     else:
         y, state = in_form(engine, _chunked, delta_step, state.to(dtype), *sequences)
     return (y.to(v.dtype), state) if return_state else y.to(v.dtype)
@@ -163,7 +163,8 @@ def _chunked(v: Tensor, log_decay: Tensor, beta: Tensor, k: Tensor, q: Tensor, s
     return y.transpose(2, 3).reshape(batch, -1, heads, p)[:, :length], state
 
 
-def _native(v: Tensor, log_decay: Tensor, beta: Tensor, k: Tensor, q: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+def _native(state: Tensor, *sequences: Tensor) -> tuple[Tensor, Tensor]:
+    v, log_decay, beta, k, q = sequences
     tensors = (v, log_decay, beta, k, q, state)
     keep = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
     y, last, _, _ = _native_forward(*(tensor.contiguous() for tensor in tensors), keep)

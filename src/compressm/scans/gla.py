@@ -94,7 +94,7 @@ def gla_scan(
     check_engine(engine, "auto", "native", "chunked", "loop", "graph", *engines.NAMES["gla"])
     dtype = torch.promote_types(x.dtype, torch.float32)
     state = x.new_zeros(batch, heads, p, n) if initial_state is None else initial_state
-    sequences = (tensor.to(dtype) for tensor in (x, log_decay, B, C))
+    sequences = tuple(tensor.to(dtype) for tensor in (x, log_decay, B, C))
     if empty(x):
         y, state = empty_scan(tuple(x.shape), state.to(dtype), x, log_decay, B, C)
         return (y, state) if return_state else y
@@ -105,9 +105,10 @@ def gla_scan(
     if engine == "auto" and not exporting() and native.usable(x, log_decay, B, C, state):
         engine = "native"
     if engine == "native" and not transformed():
-        y, state = _native(*(*sequences, state.to(dtype)))
+        y, state = _native(state.to(dtype), *sequences)
     else:
-        y, state = _composed(engine, *(*sequences, state.to(dtype)))
+        values, decays, keys, queries = sequences
+        y, state = _composed(engine, values, decays, keys, queries, state.to(dtype))
     return (y.to(x.dtype), state) if return_state else y.to(x.dtype)
 
 
@@ -160,7 +161,8 @@ def _chunked(x: Tensor, log_decay: Tensor, B: Tensor, C: Tensor, initial: Tensor
     return y.transpose(2, 3).reshape(batch, -1, heads, p)[:, :length], states[:, -1]
 
 
-def _native(x: Tensor, log_decay: Tensor, B: Tensor, C: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+def _native(state: Tensor, *sequences: Tensor) -> tuple[Tensor, Tensor]:
+    x, log_decay, B, C = sequences
     tensors = (x, log_decay, B, C, state)
     keep = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
     y, last, _ = _native_forward(*(tensor.contiguous() for tensor in tensors), keep)
