@@ -104,7 +104,7 @@ def delta_scan(
     if kernel is not None:
         y, state = kernel(v, log_decay, beta, k, q, state)
         return (y, state) if return_state else y
-    if engine == "auto" and not exporting() and native.usable(v, log_decay, beta, k, q, state):
+    if engine == "auto" and not exporting() and native.usable(v, log_decay, beta, k, q, state, scan="delta"):
         engine = "native"
     if engine == "native" and transformed():
         engine = "chunked"

@@ -102,7 +102,7 @@ def gla_scan(
     if kernel is not None:
         y, state = kernel(x, log_decay, B, C, state)
         return (y, state) if return_state else y
-    if engine == "auto" and not exporting() and native.usable(x, log_decay, B, C, state):
+    if engine == "auto" and not exporting() and native.usable(x, log_decay, B, C, state, scan="gla"):
         engine = "native"
     if engine == "native" and not transformed():
         y, state = _native(state.to(dtype), *sequences)

@@ -1,10 +1,10 @@
 """Builds and loads the compiled CPU kernels (``kernels/``).
 
-They are compiled once, on first use, by the machine's C++ compiler and for its processor. This takes a few seconds. The
-result is stored in ``$COMPRESSM_CACHE``, by default ``~/.cache/compressm``. If compilation fails, there is one warning,
-and the scans run on plain PyTorch. ``COMPRESSM_NATIVE=0`` selects plain PyTorch without a warning.
-``COMPRESSM_CXXFLAGS`` adds options of the compiler, for example ``-march=x86-64-v3`` for one build that serves a mixed
-cluster.
+They are compiled once, on first use, by the machine's C++ compiler and for its processor, in ten to thirty seconds. The
+scans with matrix-valued states are a unit of their own, compiled when the first of them runs. The result is stored in
+``$COMPRESSM_CACHE``, by default ``~/.cache/compressm``. If compilation fails, there is one warning, and the scans run
+on plain PyTorch. ``COMPRESSM_NATIVE=0`` selects plain PyTorch without a warning. ``COMPRESSM_CXXFLAGS`` adds options of
+the compiler, for example ``-march=x86-64-v3`` for one build that serves a mixed cluster.
 """
 
 from __future__ import annotations
@@ -30,7 +30,9 @@ import torch
 from torch import Tensor
 
 _FOLDER = Path(__file__).with_name("kernels")
-_SOURCE = _FOLDER / "kernels.cpp"  # includes all other files of the folder
+# Each unit is a file of the folder that includes others. Names of kernels begin with the scan's.
+_UNITS = {"ssd": "matrix_states", "gla": "matrix_states", "delta": "matrix_states"}
+_MAIN = "kernels"
 # No -ffast-math: NaN and Inf must propagate, so that a diverging training is noticed.
 _FLAGS = (
     "-O3",
@@ -45,6 +47,7 @@ _FLAGS = (
 
 
 _vector_bytes = 0  # set when `library` loads the kernels
+_failures: list[str] = []  # a unit that could not be built; the others are not tried then, and nothing is said twice
 _watchers: list[Callable[[str, tuple[Any, ...]], None]] = []
 
 
@@ -52,23 +55,28 @@ class NativeKernelWarning(UserWarning):
     """The compiled kernels are not available. Plain PyTorch, which is slower, is used instead."""
 
 
+def library(unit: str = _MAIN) -> ctypes.CDLL | None:
+    """The compiled kernels of a unit; None if they are not available."""
+    return _library(unit)
+
+
 @functools.cache
-def library() -> ctypes.CDLL | None:
-    """The compiled kernels; None if they are not available."""
-    if os.environ.get("COMPRESSM_NATIVE", "1") == "0":
+def _library(unit: str) -> ctypes.CDLL | None:
+    if os.environ.get("COMPRESSM_NATIVE", "1") == "0" or _failures:
         return None
     global _vector_bytes  # torch.compile reads a global number as a constant
     try:
-        kernels = ctypes.CDLL(str(_built()))
+        kernels = ctypes.CDLL(str(_built(unit)))
         _vector_bytes = int(kernels.vector_size())
         return kernels
     except (OSError, subprocess.SubprocessError) as error:
         detail = error.stderr.strip()[-300:] if isinstance(error, subprocess.CalledProcessError) else str(error)
+        _failures.append(detail)
         warnings.warn(
             f"compressm's CPU kernels could not be built; the scans run on plain PyTorch, which is slower: {detail}. "
             "Install a C++ compiler (g++ or clang++, or set CXX), or set COMPRESSM_NATIVE=0 to stop this warning.",
             NativeKernelWarning,
-            stacklevel=2,
+            stacklevel=3,
         )
         return None
 
@@ -78,7 +86,7 @@ def call(name: str, like: Tensor, *arguments: Tensor | int | float | None) -> No
 
     The caller ensures that every tensor is contiguous, on the CPU and of that dtype.
     """
-    kernels = library()
+    kernels = library(_unit(name))
     assert kernels is not None
     assert like.dtype in (torch.float32, torch.float64), like.dtype
     for watcher in _watchers:
@@ -105,10 +113,17 @@ def _converted(argument: Tensor | int | float | None) -> Any:
     return ctypes.c_double(argument) if isinstance(argument, float) else ctypes.c_int64(argument)
 
 
-def usable(*tensors: Tensor | None) -> bool:
-    """Whether the kernels exist and the tensors are on the CPU, of a floating dtype (half precision is widened)."""
+def usable(*tensors: Tensor | None, scan: str = "") -> bool:
+    """Whether the kernels exist and the tensors are on the CPU, of a floating dtype (half precision is widened).
+
+    Args:
+        tensors: what the kernel is called with.
+        scan: how the kernel's name begins, where it is not in the main unit.
+    """
     floating = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-    return all(t is None or (t.device.type == "cpu" and t.dtype in floating) for t in tensors) and available()
+    return all(t is None or (t.device.type == "cpu" and t.dtype in floating) for t in tensors) and available(
+        _unit(scan)
+    )
 
 
 def vector_bytes() -> int:
@@ -123,9 +138,13 @@ def kept_states(length: int) -> int:
     return -(-length // 64)
 
 
-def available() -> bool:
-    """Whether the kernels exist. Builds them if needed."""
-    return library() is not None
+def available(unit: str = _MAIN) -> bool:
+    """Whether the kernels of a unit exist. Builds them if needed."""
+    return library(unit) is not None
+
+
+def _unit(name: str) -> str:
+    return _UNITS.get(name.split("_")[0], _MAIN)
 
 
 def threads() -> int:
@@ -139,19 +158,20 @@ available._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMember
 threads._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
 
 
-def _built() -> Path:
+def _built(unit: str) -> Path:
     compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
     if compiler is None:
         raise OSError("no C++ compiler was found")
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
     source = b"".join(path.read_bytes() for path in sorted(_FOLDER.iterdir()))
-    key = hashlib.sha256(source + repr((_FLAGS, _further_flags(), version, _processor())).encode()).hexdigest()[:16]
-    built = _cache() / f"native-{key}.so"
+    made_of = (_FLAGS, _further_flags(), version, _processor(), unit)
+    built = _cache() / f"native-{hashlib.sha256(source + repr(made_of).encode()).hexdigest()[:16]}.so"
     if not built.exists():
         built.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         started = time.perf_counter()
-        print("compressm: building the CPU kernels (once) ...", end=" ", file=sys.stderr, flush=True)
-        _compile(compiler, built)
+        what = "the CPU kernels" if unit == _MAIN else "the CPU kernels of matrix-valued states"
+        print(f"compressm: building {what} (once) ...", end=" ", file=sys.stderr, flush=True)
+        _compile(compiler, _FOLDER / f"{unit}.cpp", built)
         print(f"{time.perf_counter() - started:.1f} s", file=sys.stderr, flush=True)
     return built
 
@@ -179,7 +199,7 @@ def _processor() -> str:
     return next((line for line in lines if line.startswith(("flags", "Features"))), "") + platform.machine()
 
 
-def _compile(compiler: str, target: Path) -> None:
+def _compile(compiler: str, source: Path, target: Path) -> None:
     """Compile next to the target, then rename, so that several processes may build at the same time."""
     handle, name = tempfile.mkstemp(dir=target.parent, suffix=".so")
     os.close(handle)
@@ -188,8 +208,8 @@ def _compile(compiler: str, target: Path) -> None:
         attempts = (("-fopenmp", "-march=native"), ("-march=native",), ())
         for attempt in attempts:
             try:
-                command = [compiler, *_FLAGS, *attempt, *_further_flags(), str(_SOURCE), "-o", name]
-                subprocess.run(command, capture_output=True, text=True, check=True, timeout=300)
+                command = [compiler, *_FLAGS, *attempt, *_further_flags(), str(source), "-o", name]
+                subprocess.run(command, capture_output=True, text=True, check=True, timeout=1200)
                 break
             except subprocess.CalledProcessError:
                 if attempt == attempts[-1]:

@@ -81,7 +81,7 @@ def ssd_scan(
     if empty(x):
         y, state = empty_scan(tuple(x.shape), start.to(dtype), x, log_decay, B, C, delta, D)
         return (y, state) if return_state else y
-    if engine == "auto" and not exporting() and native.usable(x, log_decay, B, C, initial_state, delta, D):
+    if engine == "auto" and not exporting() and native.usable(x, log_decay, B, C, initial_state, delta, D, scan="ssd"):
         engine = "native"
     kernel = engines.cuda_kernel("ssd", engine, x, B.shape[-1], initial_state is not None, return_state)
     if kernel is not None:

@@ -245,5 +245,6 @@ def sweep(suite: str, device: str) -> Iterator[Point]:
             elif suite == "selective":
                 case = _selective(name, device=device, **sizes)
             else:
-                case = {"ssd": _ssd, "gla": _gla, "delta": _delta}[suite](name, device=device, **sizes)
+                scans: dict[str, Callable[..., Case]] = {"ssd": _ssd, "gla": _gla, "delta": _delta}
+                case = scans[suite](name, device=device, **sizes)
             yield Point(suite, axis, value, case)

@@ -62,12 +62,18 @@ def recovered(experiment: Experiment, arm: Arm, results: Results) -> Recovered |
     seeds = sorted(seed for name, seed in results if name == arm.name and all((one, seed) in results for one in trio))
     if not seeds:
         return None
-    mine, small, big = ([100 * results[name, seed].test_accuracy for seed in seeds] for name in trio)
+    mine, small, big = ([_accuracy(results[name, seed]) for seed in seeds] for name in trio)
     gains = [one - other for one, other in zip(mine, small, strict=True)]
     gaps = [one - other for one, other in zip(big, small, strict=True)]
     return Recovered(
         experiment.name, arm.name, statistics.fmean(gaps), statistics.fmean(gains), _half_width(gains, gaps), len(seeds)
     )
+
+
+def _accuracy(run: RunResult) -> float:
+    """In percent. The experiments are classifications, whose runs have one."""
+    assert run.test_accuracy is not None
+    return 100 * run.test_accuracy
 
 
 def _half_width(gains: list[float], gaps: list[float]) -> float | None:
