@@ -122,6 +122,25 @@ def test_max_error_bounds_every_layer_and_the_metric_is_shown(tmp_path: Path) ->
     assert f"accuracy {lost.score_before:.4f} → {lost.score_after:.4f}" in str(lost)
 
 
+def test_under_a_rule_of_quality_at_least_half_of_the_states_stay_unless_said(tmp_path: Path) -> None:
+    """As in `compressm.compress`: the command line has the same rule and the same default."""
+    torch.manual_seed(0)
+    compressm.save(SequenceClassifier(2, 3, d_model=4, d_state=16), tmp_path / "big")
+    by_default = compress_checkpoint(tmp_path / "big", None, tolerance=0.9).report.layers[0].states_after
+    as_far_as_it_goes = compress_checkpoint(tmp_path / "big", None, tolerance=0.9, max_reduction=1.0).report.layers[0]
+    in_python = compressm.compress(compressm.load(tmp_path / "big"), tolerance=0.9).layers[0].states_after
+    assert by_default == in_python == 8
+    assert as_far_as_it_goes.states_after < 8
+
+
+@pytest.mark.parametrize("option", [["--max-drop", "0.1"], ["--max-error", "0.1"], ["--max-reduction", "0.5"]])
+def test_sorting_refuses_what_is_about_a_cut(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], option: list[str]
+) -> None:
+    assert main(["compress", str(tmp_path), "--sorted", "--output", str(tmp_path / "sorted"), *option]) == 2
+    assert option[0] in capsys.readouterr().err
+
+
 def test_mistakes_are_answered_in_one_line(tmp_path: Path, text: Path, capsys: pytest.CaptureFixture[str]) -> None:
     language_model(tmp_path / "own")
     (tmp_path / "full").mkdir()

@@ -40,6 +40,10 @@ def compress(
     ] = None,
     max_drop: MaxDrop = None,
     metric: MetricName = None,
+    max_reduction: Annotated[
+        float | None,
+        typer.Option(help="Remove at most this share of a layer's states [half, under rules of quality]."),
+    ] = None,
     multiple_of: Annotated[int, typer.Option(help="Prefer state dimensions that are a multiple of this.")] = 1,
     target: TargetName = None,
     sort: Annotated[
@@ -81,8 +85,8 @@ def compress(
     loss = compress_checkpoint(
         checkpoint, None if dry_run else output, data, build=model, states=states, tolerance=tolerance,
         fraction=fraction, max_error=max_error, total_states=total_states, max_loss=max_loss, max_drop=max_drop,
-        metric=metric, multiple_of=multiple_of, target=target, gramians=gramians, sequences=sequences, length=length,
-        memory=None if memory is None else parse_bytes(memory), speed=speed,
+        metric=metric, max_reduction=max_reduction, multiple_of=multiple_of, target=target, gramians=gramians,
+        sequences=sequences, length=length, memory=None if memory is None else parse_bytes(memory), speed=speed,
         state_bits=state_bits, recovery=wanted(data, recover, recover_lora, recover_rate),
     )  # fmt: skip
     if not printed(json):
@@ -92,8 +96,8 @@ def compress(
 
 def _refuse_cuts(context: typer.Context) -> None:
     """Refuse options that ask for a cut beside ``--sorted``."""
-    cuts = ("states", "tolerance", "fraction", "total_states", "max_loss", "target", "gramians")
-    cuts += ("memory", "dry_run", "speed", "recover", "state_bits")
+    cuts = ("states", "tolerance", "fraction", "max_error", "total_states", "max_loss", "max_drop", "metric")
+    cuts += ("max_reduction", "target", "gramians", "memory", "dry_run", "speed", "recover", "state_bits")
     given = [name for name in cuts if context.params.get(name)] + ["multiple_of"] * (context.params["multiple_of"] != 1)
     if given:
         raise ConfigError(

@@ -30,7 +30,7 @@ from compressm.saving.card import extend_card, model_card
 from compressm.saving.checkpoint import save_with_history
 from compressm.saving.mapped import save_mapped
 from compressm.saving.source_folder import Carried, carry, contents, copy_files, new_folder, unloaded
-from compressm.theory.ranks import RankRule
+from compressm.theory.ranks import RankRule, largest_reduction
 from compressm.theory.targets import Target
 from compressm.training.options import OPTIONS
 from compressm.training.recovery import Recovery
@@ -116,6 +116,7 @@ def compress_checkpoint(
     max_loss: float | None = None,
     max_drop: float | None = None,
     metric: Metric | None = None,
+    max_reduction: float | None = None,
     multiple_of: int = 1,
     target: Target | None = None,
     gramians: Gramians | None = None,
@@ -145,6 +146,8 @@ def compress_checkpoint(
         max_drop: instead of them: how much of the metric the cut may cost, in the metric's units. The largest tolerance
             that keeps it is searched for on the sequences that the cut is not made from.
         metric: see `compressm.observing.scores`; None for the usual one of the data.
+        max_reduction: remove at most this share of a layer's states; by default as in `compress`: half under rules of
+            quality, and no limit under rules of size.
         multiple_of, target: sizes that are preferred, and those that are allowed; see `RankRule`.
         gramians: as in `compress`, with the model's own predictions as labels; by default ``"loss"`` under ``max_loss``
             and ``"white"`` otherwise. The rise of the loss is measured on the sequences that were not cut by.
@@ -166,7 +169,9 @@ def compress_checkpoint(
         "states": states, "tolerance": tolerance, "fraction": fraction, "max_error": max_error,
         "total_states": total_states, "max_loss": max_loss,
     }  # fmt: skip
-    rule = RankRule(**_how_far(sizes, max_drop, data), min_reduction=0.0, multiple_of=multiple_of, target=target)
+    largest = largest_reduction(max_reduction, size=(states, fraction, total_states) != (None, None, None))
+    how_far = {**_how_far(sizes, max_drop, data), "min_reduction": 0.0, "max_reduction": largest}
+    rule = RankRule(**how_far, multiple_of=multiple_of, target=target)
     by_loss = gramians == "loss" or (gramians is None and max_loss is not None)
     loss: Likelihood | None = "classification" if by_loss else None
     check_data(loss, data)
