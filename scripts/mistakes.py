@@ -102,7 +102,7 @@ MISTAKES = (
     Mistake("a typo in a command", "compressm trian", "No such command 'trian'"),
     Mistake("a typo in an option", "compressm train digits --resum", "No such option: --resum"),
     Mistake("no configuration", "compressm train", "name a YAML file or a built-in one"),
-    Mistake("an unknown configuration", "compressm train digit", "choose one of demo"),
+    Mistake("an unknown configuration", "compressm train digit", "choose one of byte-lm, demo"),
     Mistake("a typo in a key", "compressm train digits run.stps=5", "did you mean steps?"),
     Mistake("a value out of range", "compressm train digits compression.tolerance=2", "must be less than 1"),
     Mistake("no override", "compressm train digits run.steps", "write section.key=value"),

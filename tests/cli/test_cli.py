@@ -53,7 +53,7 @@ def damaged_mnist(tmp_path: Path) -> list[str]:
 
 MISTAKES: dict[str, tuple[Callable[[Path], list[str]], str, str]] = {
     # what is wrong: (arguments, the key, the remedy)
-    "no such file": (lambda tmp: [str(tmp / "digit.yaml")], "digit.yaml", "check the path, or choose one of demo,"),
+    "no such file": (lambda tmp: [str(tmp / "digit.yaml")], "digit.yaml", "check the path, or choose one of byte-lm,"),
     "not YAML": (edited("digits.yaml", "data:", "data: {"), "digits.yaml, line", "mend that line"),
     "misspelt key": (
         edited("digits.yaml", "  lr: 4e-3", "  learning_rte: 1"),

@@ -109,7 +109,7 @@ def test_a_result_that_is_half_written(tmp_path: Path, unbroken: Path, truth: li
     (folder / "result.json").write_text((unbroken / "result.json").read_text()[:1000])
     run = Training(folder)
     assert run.end() == 2
-    assert "delete it and resume the run" in run.error()
+    assert "move the file away, and go on with --resume" in run.error()
     (folder / "result.json").unlink()
     finish(folder)
     assert outcome(folder) == truth

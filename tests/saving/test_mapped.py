@@ -157,8 +157,8 @@ def test_the_text_is_read_as_far_as_it_is_needed(tmp_path: Path) -> None:
 
     path, tokenizer = tmp_path / "text.txt", Words()
     path.write_text("ab cde f " * 100_000)
-    first = one_shot_inputs._first_tokens(tokenizer, [path], 50)
+    first = one_shot_inputs._first_tokens(tokenizer, path, 50)
     assert first.tolist() == ([2, 3, 1] * 17)[:50]
     assert tokenizer.longest <= 400
     path.write_text("ab cde f " * 4)
-    assert one_shot_inputs._first_tokens(tokenizer, [path], 50).tolist() == [2, 3, 1] * 4
+    assert one_shot_inputs._first_tokens(tokenizer, path, 50).tolist() == [2, 3, 1] * 4

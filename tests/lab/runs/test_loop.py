@@ -212,7 +212,7 @@ POINTS: dict[str, Point] = {
     "writing a checkpoint's tensors": ("compressm.runtime.files", "save_file", 3, "after"),
     "before a checkpoint counts": (*REPLACE, 5, "before"),
     "while a checkpoint is swapped": (*REPLACE, 5, "after"),
-    "in an evaluation": ("compressm.lab.runs.loop", "_Run.accuracy", 2, "before"),
+    "in an evaluation": ("compressm.lab.runs.loop", "_Run.quality", 2, "before"),
     "after the last checkpoint": ("compressm.lab.runs.loop", "_Run._finish", 1, "before"),
     "before the result is written": ("compressm.lab.runs.loop", "write_json", 1, "before"),
 }
@@ -326,7 +326,7 @@ def test_a_finished_run_is_not_run_again(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"optimizer.lr = 0.5: the run in .* was started with 0.01"):
         train(config({"optimizer": {"lr": 0.5}}), output=tmp_path, resume=True, quiet=True)
     (tmp_path / "result.json").write_text("{")
-    with pytest.raises(CheckpointError, match=r"result.json: damaged .* delete it and resume the run"):
+    with pytest.raises(CheckpointError, match=r"result.json: damaged .* move the file away, and go on with --resume"):
         train(config(), output=tmp_path, resume=True, quiet=True)
     (tmp_path / "result.json").unlink()
     with pytest.raises(ConfigError, match=r"model.dropout = 0.3: the run in .* was started with 0.1"):
@@ -481,7 +481,7 @@ def test_a_checkpoint_of_a_diverged_run_is_never_written(what: str, tmp_path: Pa
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Compressor, "step", poisoned)
         if what == "loss":
-            patch.setattr("compressm.lab.runs.objective.F.cross_entropy", _nan_at(20))
+            patch.setattr("compressm.lab.runs.tasks.F.cross_entropy", _nan_at(20))
         with pytest.raises(ConfigError, match=r"training diverged, .* at step 20; the checkpoint of step 16 is from"):
             train(config({"run": {"log_every": 0, "eval_every": 0}}), output=tmp_path, quiet=True)
     assert [path.name for path in sorted((tmp_path / "checkpoints").iterdir())] == ["step-00000012", "step-00000016"]

@@ -145,12 +145,14 @@ def cells(row: Row) -> tuple[str, ...]:
 
 
 def table(experiment: Experiment, results: Results) -> Table:
-    """For the terminal."""
-    made = Table(title=experiment.title, title_justify="left")
-    for column in HEADER:
-        made.add_column(column, justify="right" if column else "left")
-    for row in rows(experiment, results):
-        made.add_row(*cells(row))
+    """For the terminal, which is narrow: without columns that are empty, and with whole names."""
+    lines = [cells(row) for row in rows(experiment, results)]
+    used = [index for index in range(len(HEADER)) if any(line[index] for line in lines)]
+    made = Table(title=experiment.title, title_justify="left", padding=(0, 0))
+    for index in used:
+        made.add_column(HEADER[index], justify="right" if HEADER[index] else "left", no_wrap=not HEADER[index])
+    for line in lines:
+        made.add_row(*(line[index] for index in used))
     return made
 
 
