@@ -491,10 +491,10 @@ def test_a_checkpoint_of_a_diverged_run_is_never_written(what: str, tmp_path: Pa
 def _nan_at(step: int) -> Callable[..., torch.Tensor]:
     real, calls = torch.nn.functional.cross_entropy, 0
 
-    def loss(*args: Any) -> torch.Tensor:
+    def loss(*args: Any, **options: Any) -> torch.Tensor:
         nonlocal calls
         calls += torch.is_grad_enabled()
-        return real(*args) * (math.nan if calls == step + 1 else 1)  # the first call measures a step
+        return real(*args, **options) * (math.nan if calls == step + 1 else 1)  # the first call measures a step
 
     return loss
 
