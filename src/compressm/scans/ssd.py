@@ -20,7 +20,7 @@ from torch import Tensor
 from compressm.scans import engines, native
 from compressm.scans.frame import check_engine, check_shapes, empty, empty_scan, in_form, without_autocast
 from compressm.scans.graph import exporting
-from compressm.scans.ssd_chunked import chunked
+from compressm.scans.ssd_chunked import chunked, with_factors
 from compressm.scans.ssd_native import native_scan
 from compressm.scans.transforms import transformed
 
@@ -85,7 +85,7 @@ def ssd_scan(
         engine = "native"
     kernel = engines.cuda_kernel("ssd", engine, x, B.shape[-1], initial_state is not None, return_state)
     if kernel is not None:
-        y, state = _by_kernel(kernel, x, log_decay, B, C, delta, D, start)
+        y, state = with_factors(kernel, x, log_decay, B, C, delta, D, start)
         return (y, state) if return_state else y
     values, decays, keys, queries = (tensor.to(dtype) for tensor in (x, log_decay, B, C))
     sizes, skip, given = (None if tensor is None else tensor.to(dtype) for tensor in (delta, D, initial_state))
@@ -93,7 +93,8 @@ def ssd_scan(
         y, state = native_scan(values, decays, keys, queries, sizes, skip, given)
     else:
         form = "chunked" if engine == "native" else engine
-        y, state = _composed(form, values, decays, keys, queries, sizes, skip, start.to(dtype))
+        composed = lambda *tensors: in_form(form, chunked, ssd_step, tensors[-1], *tensors[:-1])  # noqa: E731
+        y, state = with_factors(composed, values, decays, keys, queries, sizes, skip, start.to(dtype))
     return (y.to(x.dtype), state) if return_state else y.to(x.dtype)
 
 
@@ -143,35 +144,3 @@ def _check(
             "D": (D, (heads,)),
         },
     )
-
-
-def _by_kernel(
-    kernel: engines.Kernel,
-    x: Tensor,
-    log_decay: Tensor,
-    B: Tensor,
-    C: Tensor,
-    delta: Tensor | None,
-    D: Tensor | None,
-    state: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """The recurrence by a CUDA kernel, which knows neither step sizes nor a skip, in the dtype of the input."""
-    values = x if delta is None else (x * delta[..., None]).to(x.dtype)
-    y, state = kernel(values, log_decay, B, C, state)
-    return (y if D is None else (y + D[:, None] * x).to(x.dtype)), state
-
-
-def _composed(
-    engine: str,
-    x: Tensor,
-    log_decay: Tensor,
-    B: Tensor,
-    C: Tensor,
-    delta: Tensor | None,
-    D: Tensor | None,
-    state: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """The recurrence composed of PyTorch's operations, in the form that ``engine`` names."""
-    values = x if delta is None else x * delta[..., None]
-    y, state = in_form(engine, chunked, ssd_step, state, values, log_decay, B, C)
-    return (y if D is None else y + D[:, None] * x), state

@@ -7,6 +7,7 @@ state goes on.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,6 +15,23 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from compressm.scans.transforms import transformed, twice
+
+
+def with_factors(
+    recurrence: Callable[..., tuple[Tensor, Tensor]],
+    x: Tensor,
+    log_decay: Tensor,
+    B: Tensor,
+    C: Tensor,
+    delta: Tensor | None,
+    D: Tensor | None,
+    state: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Step sizes and a skip, as arguments of `ssd_scan`, around a recurrence of ``(x, log_decay, B, C, state)`` that
+    knows neither. Outputs have the dtype of ``x``."""
+    values = x if delta is None else (x * delta[..., None]).to(x.dtype)
+    y, state = recurrence(values, log_decay, B, C, state)
+    return (y if D is None else (y + D[:, None] * x).to(x.dtype)), state
 
 
 def by_chunk(tensor: Tensor, Q: int) -> Tensor:

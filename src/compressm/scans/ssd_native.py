@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from compressm.scans import native
-from compressm.scans.ssd_chunked import chunked
+from compressm.scans.ssd_chunked import chunked, with_factors
 from compressm.scans.transforms import gradients, twice
 
 # At least so many tasks, if there are as many heads: enough for a few threads, and the same for one and for two, whose
@@ -155,8 +155,7 @@ def _composed(
     x: Tensor, log_decay: Tensor, B: Tensor, C: Tensor, delta: Tensor | None, D: Tensor | None, state: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     start = x.new_zeros(x.shape[0], *x.shape[2:], B.shape[-1]) if state is None else state
-    y, after = chunked(x if delta is None else x * delta[..., None], log_decay, B, C, start)
-    return (y if D is None else y + D[:, None] * x), after
+    return with_factors(chunked, x, log_decay, B, C, delta, D, start)
 
 
 _forward.register_autograd(_differentiate, setup_context=_keep_for_backward)
