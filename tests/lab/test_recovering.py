@@ -10,31 +10,21 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+import checkpoints
 import compressm
 from compressm.cli import main
 from compressm.lab import one_shot
 from compressm.lab.recovering import beside
 from compressm.layers import LanguageModel
 
-TEXT = "The quick brown fox jumps over the lazy dog. " * 60
-
 
 @pytest.fixture
 def text(tmp_path: Path) -> Path:
-    path = tmp_path / "text.txt"
-    path.write_text(TEXT, encoding="utf-8")
-    return path
+    return checkpoints.written(tmp_path)
 
 
 def mamba2(folder: Path) -> Any:
-    transformers = pytest.importorskip("transformers")
-    torch.manual_seed(0)
-    options: dict[str, Any] = {"vocab_size": 256, "hidden_size": 16, "num_heads": 4, "head_dim": 8, "n_groups": 1}
-    model = transformers.Mamba2ForCausalLM(
-        transformers.Mamba2Config(**options, state_size=16, num_hidden_layers=2, chunk_size=16)
-    ).eval()
-    model.save_pretrained(folder)
-    return model
+    return checkpoints.mamba2(folder, n_groups=1)
 
 
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*is deprecated:FutureWarning")  # by peft
@@ -54,7 +44,7 @@ def test_a_checkpoint_is_cut_recovered_and_stock_loadable(tmp_path: Path, text: 
     assert small.config.state_size == 2
     assert not beside(out).exists()
     # The second four windows are held out: trained on were the first four and those from the ninth on.
-    x = torch.tensor(list(TEXT.encode()))[4 * 32 : 8 * 32].view(4, 32)
+    x = torch.tensor(list(checkpoints.TEXT.encode()))[4 * 32 : 8 * 32].view(4, 32)
     for one, key in ((model, "perplexity_before"), (small, "perplexity_recovered")):
         with torch.no_grad():
             nats = F.cross_entropy(one(x).logits[:, :-1].flatten(0, 1), x[:, 1:].flatten())

@@ -9,30 +9,21 @@ from typing import Any
 import pytest
 import torch
 
+import checkpoints
 import compressm
 from compressm.cli import main
 from compressm.cutting import state_dims
 from compressm.cutting.ordering import ORDER_FILE
 from compressm.layers import LanguageModel
 
-TEXT = "The quick brown fox jumps over the lazy dog. " * 60
-
 
 @pytest.fixture
 def text(tmp_path: Path) -> Path:
-    path = tmp_path / "text.txt"
-    path.write_text(TEXT, encoding="utf-8")
-    return path
+    return checkpoints.written(tmp_path)
 
 
 def mamba2(folder: Path) -> Any:
-    transformers = pytest.importorskip("transformers")
-    torch.manual_seed(0)
-    options: dict[str, Any] = {"vocab_size": 256, "hidden_size": 16, "num_heads": 4, "head_dim": 8, "n_groups": 2}
-    model = transformers.Mamba2ForCausalLM(
-        transformers.Mamba2Config(**options, state_size=16, num_hidden_layers=2, chunk_size=16)
-    ).eval()
-    model.save_pretrained(folder)
+    model = checkpoints.mamba2(folder, n_groups=2)
     (folder / "README.md").write_text("---\nlicense: mit\n---\n# A model\n", encoding="utf-8")
     return model
 
@@ -41,7 +32,7 @@ def test_sorted_then_sliced_to_several_sizes(tmp_path: Path, text: Path, capsys:
     from transformers import AutoModelForCausalLM
 
     model = mamba2(tmp_path / "big")
-    whole, x = tmp_path / "sorted", torch.tensor(list(TEXT[:64].encode()))[None]
+    whole, x = tmp_path / "sorted", torch.tensor(list(checkpoints.TEXT[:64].encode()))[None]
     base = ["compress", str(tmp_path / "big"), "--sorted", "--data", str(text), "--sequences", "4", "--length", "32"]
     assert main([*base, "--output", str(whole)]) == 0
     assert "the function is the same" in capsys.readouterr().out
