@@ -170,7 +170,7 @@ def compress_checkpoint(
         "total_states": total_states, "max_loss": max_loss,
     }  # fmt: skip
     largest = largest_reduction(max_reduction, size=(states, fraction, total_states) != (None, None, None))
-    how_far = {**_how_far(sizes, max_drop, data), "min_reduction": 0.0, "max_reduction": largest}
+    how_far: dict[str, Any] = {**_how_far(sizes, max_drop, data), "min_reduction": 0.0, "max_reduction": largest}
     rule = RankRule(**how_far, multiple_of=multiple_of, target=target)
     by_loss = gramians == "loss" or (gramians is None and max_loss is not None)
     loss: Likelihood | None = "classification" if by_loss else None
