@@ -83,11 +83,20 @@ inline void advance(const T* lam, const T* B, int64_t p, const Vec<T>* u, Vec<T>
     }
 }
 
-// v += sum_k M_k x_k over 2 S numbers, in two sums that do not wait for each other.
-template <class T> inline void accumulate(Vec<T>& v, const T* M, const Vec<T>* re, const Vec<T>* im) {
-    Vec<T> other{};
-    for (int k = 0; k < S; ++k) v += re[k] * M[k], other += im[k] * M[S + k];
-    v += other;
+// v_j += sum_k M_jk x_k over 2 S numbers, for Rows j, in sums that do not wait for each other. The sums are local: v might
+// be a part of M for all the compiler knows, and would be stored before each reading of M.
+template <class T, int Rows>
+inline void accumulate(Vec<T>* v, const T* M, const Vec<T>* re, const Vec<T>* im) {
+    Vec<T> a[Rows], b[Rows] = {};
+    for (int j = 0; j < Rows; ++j) a[j] = v[j];
+    for (int k = 0; k < S; ++k)
+        for (int j = 0; j < Rows; ++j) a[j] += re[k] * M[j * 2 * S + k], b[j] += im[k] * M[j * 2 * S + S + k];
+    for (int j = 0; j < Rows; ++j) v[j] = a[j] + b[j];
+}
+template <class T> inline void accumulate(Vec<T>* v, const T* M, int64_t count, const Vec<T>* re, const Vec<T>* im) {
+    int64_t j = 0;
+    for (; j + 2 <= count; j += 2) accumulate<T, 2>(v + j, M + j * 2 * S, re, im);
+    if (j < count) accumulate<T, 1>(v + j, M + j * 2 * S, re, im);
 }
 
 // What the kernels need of one block.
@@ -105,7 +114,7 @@ void lti_forward_block(const Block<T>& c, int steps, const Vec<T>* u, Vec<T>* y,
     for (int k = 0; k < S; ++k) re[k] = state[k], im[k] = state[S + k];
     for (int t = 0; t < steps; ++t, u += c.p, y += c.q) {
         advance<T>(c.lam, c.B, c.p, u, re, im);
-        for (int64_t j = 0; j < c.q; ++j) accumulate<T>(y[j], c.C + j * 2 * S, re, im);
+        accumulate<T>(y, c.C, c.q, re, im);
     }
     for (int k = 0; k < S; ++k) {
         state[k] = re[k] * c.drift[k] - im[k] * c.drift[S + k];
@@ -143,23 +152,26 @@ void lti_forward(Lti<T> s, const T* initial, T* y, T* checkpoints, T* last, int 
     }
 }
 
-// sums (columns, 2 S) += sum over steps of rows (steps, 2 S) times columns (steps, columns): two columns at a time.
-template <class T, int K, int Columns>
+// sums (columns, 2 S) += sum over steps of rows (steps, 2 S) times columns (steps, columns): S rows and three columns at a
+// time, which together with what they read fit into sixteen registers.
+template <class T, int Columns>
 inline void add_products(const Vec<T>* rows, const Vec<T>* columns, int64_t stride, int steps, Vec<T>* sums) {
-    Vec<T> sum[Columns][K];
+    Vec<T> sum[Columns][S];
     for (int j = 0; j < Columns; ++j)
-        for (int k = 0; k < K; ++k) sum[j][k] = sums[j * K + k];
-    for (int t = 0; t < steps; ++t, rows += K, columns += stride)
+        for (int k = 0; k < S; ++k) sum[j][k] = sums[j * 2 * S + k];
+    for (int t = 0; t < steps; ++t, rows += 2 * S, columns += stride)
         for (int j = 0; j < Columns; ++j)
-            for (int k = 0; k < K; ++k) sum[j][k] += rows[k] * columns[j];
+            for (int k = 0; k < S; ++k) sum[j][k] += rows[k] * columns[j];
     for (int j = 0; j < Columns; ++j)
-        for (int k = 0; k < K; ++k) sums[j * K + k] = sum[j][k];
+        for (int k = 0; k < S; ++k) sums[j * 2 * S + k] = sum[j][k];
 }
-template <class T, int K>
+template <class T>
 inline void add_products(const Vec<T>* rows, const Vec<T>* columns, int64_t count, int steps, Vec<T>* sums) {
-    int64_t j = 0;
-    for (; j + 2 <= count; j += 2) add_products<T, K, 2>(rows, columns + j, count, steps, sums + j * K);
-    if (j < count) add_products<T, K, 1>(rows, columns + j, count, steps, sums + j * K);
+    for (int half = 0; half < 2; ++half, rows += S, sums += S) {
+        int64_t j = 0;
+        for (; j + 3 <= count; j += 3) add_products<T, 3>(rows, columns + j, count, steps, sums + j * 2 * S);
+        for (; j < count; ++j) add_products<T, 1>(rows, columns + j, count, steps, sums + j * 2 * S);
+    }
 }
 
 // What a chunk's backward pass works on: inputs, gradients of outputs and inputs (steps, p or q), and for one block the
@@ -199,11 +211,11 @@ void lti_backward_block(const Block<T>& c, int steps, const ChunkWork<T>& w, Vec
             re[k] = a[k] * lam[k] + b[k] * lam[S + k];  // conj(lam)
             im[k] = b[k] * lam[k] - a[k] * lam[S + k];
         }
-        for (int64_t j = 0; j < p; ++j) accumulate<T>(w.grad_u[t * p + j], B + j * 2 * S, a, b);
+        accumulate<T>(w.grad_u + t * p, B, p, a, b);
     }
     for (int k = 0; k < S; ++k) adjoint[k] = re[k], adjoint[S + k] = im[k], sum_lam[k] = to_re[k], sum_lam[S + k] = to_im[k];
-    add_products<T, 2 * S>(w.adjoints, w.in, p, steps, sum_B);
-    add_products<T, 2 * S>(w.states + 2 * S, w.grad_y, q, steps, sum_C);
+    add_products<T>(w.adjoints, w.in, p, steps, sum_B);
+    add_products<T>(w.states + 2 * S, w.grad_y, q, steps, sum_C);
 }
 
 // Gradients of the parameters are summed over the sequences of each of `parts` ranges of tiles: grad_lam (parts, 2, n),
