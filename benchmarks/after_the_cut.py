@@ -43,7 +43,7 @@ from compressm.layers import SequenceClassifier, parameter_groups
 from compressm.observing.loss_evidence import LossEvidence, gather_evidence
 from compressm.observing.moments import gather
 from compressm.theory.fisher import MaskFisher, reduce_by_fisher
-from compressm.theory.ranks import RankRule
+from compressm.theory.rank_rule import RankRule
 from compressm.theory.recurrence import Moments
 
 FAMILIES: dict[str, dict[str, Any]] = {

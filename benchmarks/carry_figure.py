@@ -27,7 +27,7 @@ from torch.nn import functional as F
 
 from compressm.cutting import plan_reduction
 from compressm.layers import SequenceClassifier, parameter_groups
-from compressm.theory.ranks import RankRule
+from compressm.theory.rank_rule import RankRule
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt

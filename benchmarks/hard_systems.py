@@ -25,7 +25,8 @@ from torch import Tensor
 
 from compressm.errors import CompressmError
 from compressm.theory.balancing import Method, Reduction, balance, truncate
-from compressm.theory.ranks import RankRule, choose_ranks
+from compressm.theory.rank_rule import RankRule
+from compressm.theory.ranks import choose_ranks
 from compressm.theory.systems import DiagonalSystem
 
 KINDS = ("crowded", "edge", "scaled", "deficient", "cancelling", "repeated", "real", "huge")

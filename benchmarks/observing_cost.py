@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from compressm.layers import SequenceClassifier, parameter_groups
-from compressm.theory.ranks import RankRule
+from compressm.theory.rank_rule import RankRule
 from compressm.training.observations import Observations
 
 FAMILIES: dict[str, dict[str, Any]] = {

@@ -31,7 +31,7 @@ from compressm.lab.data.datasets import SequenceData, Split, load_data
 from compressm.layers import Mamba, SequenceClassifier, parameter_groups
 from compressm.layers.activations import causal_conv
 from compressm.observing.moments import gather
-from compressm.theory.ranks import RankRule
+from compressm.theory.rank_rule import RankRule
 from compressm.theory.recurrence import ErrorEstimate, Moments, SelectiveReduction, Signals, root
 from compressm.theory.selection import compensation
 

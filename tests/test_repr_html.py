@@ -13,7 +13,7 @@ import compressm
 from compressm.cutting import plan_reduction
 from compressm.layers import SequenceClassifier
 from compressm.runtime.html import table
-from compressm.theory.ranks import RankRule
+from compressm.theory.rank_rule import RankRule
 from compressm.training.clock import Savings
 
 

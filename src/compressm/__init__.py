@@ -11,7 +11,7 @@ from compressm.cutting.system import ReducedSystem, reduce
 from compressm.errors import CompressmError
 from compressm.saving.checkpoint import load, save
 from compressm.theory.balancing import balance, truncate
-from compressm.theory.ranks import RankRule
+from compressm.theory.rank_rule import RankRule
 from compressm.theory.systems import DiagonalSystem
 from compressm.training.compressor import Compressor
 from compressm.training.history import Event

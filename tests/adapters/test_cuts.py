@@ -16,7 +16,7 @@ from compressm.layers import LRU, S4D, Mamba
 from compressm.observing.moments import gather
 from compressm.theory.balancing import Reduction, balance, truncate
 from compressm.theory.pruning import prune
-from compressm.theory.ranks import RankRule
+from compressm.theory.rank_rule import RankRule
 from compressm.theory.recurrence import SelectiveBalancing, SelectiveReduction
 from compressm.theory.selection import Selection, reduce_selective
 from helpers import lru, random_system

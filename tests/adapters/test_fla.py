@@ -118,7 +118,7 @@ def _compress(layer: Any, u: torch.Tensor, selection: Any) -> compressm.Report:
     """With moments gathered from the layer's inputs; its forward needs a GPU."""
     from compressm.cutting import plan_reduction
     from compressm.observing.moments import Statistics
-    from compressm.theory.ranks import RankRule
+    from compressm.theory.rank_rule import RankRule
 
     statistics = Statistics(layer, sequences=3)
     ((_, adapter),) = find_layers(layer).values()

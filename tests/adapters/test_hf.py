@@ -23,7 +23,7 @@ from compressm.cutting import plan_reduction
 from compressm.cutting.spectrum import balance_layers
 from compressm.errors import UnsupportedModelError
 from compressm.observing.moments import gather
-from compressm.theory.ranks import RankRule
+from compressm.theory.rank_rule import RankRule
 from compressm.theory.selection import reduce_selective
 from hf_models import FAMILIES, S6, hf_models, tokens
 

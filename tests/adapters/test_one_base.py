@@ -24,7 +24,7 @@ from compressm.layers import LRU, S4D
 from compressm.observing.moments import gather
 from compressm.theory.balanced import Balanced
 from compressm.theory.balancing import Reduction
-from compressm.theory.ranks import RankRule
+from compressm.theory.rank_rule import RankRule
 from helpers import real_matrices
 from layer_cases import LAYERS, WIDTH
 

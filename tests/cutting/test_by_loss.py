@@ -227,13 +227,13 @@ def test_analysis_tells_the_rise_if_one_layer_is_cut() -> None:
 def test_layers_are_exchanged_while_the_rise_is_measured_and_put_back() -> None:
     net = model()
     net.blocks[1].ssm = net.blocks[0].ssm  # type: ignore[union-attr, index]  # one layer in two places
-    change = compressm.cutting.plan_reduction(net, compressm.theory.ranks.RankRule(states=2)).changes
+    change = compressm.cutting.plan_reduction(net, compressm.theory.rank_rule.RankRule(states=2)).changes
     layer = net.get_submodule("blocks.0.ssm")
     with cut_layers(net, change) as smaller:
         assert smaller.get_submodule("blocks.0.ssm") is smaller.get_submodule("blocks.1.ssm") is not layer
     assert net.get_submodule("blocks.0.ssm") is net.get_submodule("blocks.1.ssm") is layer
     alone = layer
-    change = compressm.cutting.plan_reduction(alone, compressm.theory.ranks.RankRule(states=2)).changes
+    change = compressm.cutting.plan_reduction(alone, compressm.theory.rank_rule.RankRule(states=2)).changes
     assert measured_rise(alone, change, [torch.randn(3, 6, 8)], "regression").nats > 0
 
 

@@ -18,7 +18,8 @@ from compressm.layers import LRU, SequenceClassifier
 from compressm.observing.damage import selective_damages
 from compressm.observing.labels import divergences
 from compressm.observing.loss_evidence import LossEvidence, divided, gather_evidence
-from compressm.theory.ranks import RankRule, choose_ranks
+from compressm.theory.rank_rule import RankRule
+from compressm.theory.ranks import choose_ranks
 
 
 def data(count: int = 8, width: int = 4) -> list[Tensor]:

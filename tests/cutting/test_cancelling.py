@@ -17,7 +17,8 @@ from compressm.adapters.cuts import rounds_too_much
 from compressm.layers import LRU, S4D, S5, GatedLinearAttention, LinearAttention, Mamba, Mamba2
 from compressm.theory.balancing import Method, balance, truncate
 from compressm.theory.certificate import certify
-from compressm.theory.ranks import RankRule, choose_ranks
+from compressm.theory.rank_rule import RankRule
+from compressm.theory.ranks import choose_ranks
 from compressm.theory.systems import DiagonalSystem
 from helpers import random_system
 

@@ -13,7 +13,7 @@ from compressm.cutting import plan_reduction
 from compressm.cutting.replay import Errors
 from compressm.layers import LRU, Mamba
 from compressm.observing.held_out import gather_halves, joined
-from compressm.theory.ranks import RankRule
+from compressm.theory.rank_rule import RankRule
 
 
 def test_its_seconds_are_those_of_planning_measuring_and_writing() -> None:

@@ -21,7 +21,9 @@ from compressm.cutting.spectrum import balance_layers
 from compressm.errors import InvalidRankRuleError
 from compressm.layers import LRU, S4D, S5, LinearAttention, Mamba, Mamba2, RecurrentBlock
 from compressm.observing.moments import gather
-from compressm.theory.ranks import RankRule, check_sizes, choose_ranks
+from compressm.theory.possible_sizes import check_sizes
+from compressm.theory.rank_rule import RankRule
+from compressm.theory.ranks import choose_ranks
 from compressm.training.compressor import Compressor
 
 RULES: list[dict[str, Any]] = [

@@ -21,7 +21,8 @@ from compressm.cutting.spectrum import balance_layers
 from compressm.layers import LanguageModel, Mamba, Mamba2
 from compressm.observing.moments import gather
 from compressm.theory.balancing import Balancing, truncate
-from compressm.theory.ranks import RankRule, choose_ranks
+from compressm.theory.rank_rule import RankRule
+from compressm.theory.ranks import choose_ranks
 from compressm.theory.recurrence import balance_selective, moments
 from compressm.theory.selection import reduce_selective
 from compressm.training.compressor import Compressor

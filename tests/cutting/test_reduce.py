@@ -17,7 +17,7 @@ from compressm.errors import CheckpointError, InvalidRankRuleError, InvalidSyste
 from compressm.layers import LRU, S4D, SequenceClassifier
 from compressm.theory.balancing import Method, balance, truncate
 from compressm.theory.certificate import Certificate
-from compressm.theory.ranks import RankRule
+from compressm.theory.rank_rule import RankRule
 from compressm.theory.systems import DiagonalSystem
 
 

@@ -14,7 +14,7 @@ from compressm.cutting import plan_reduction
 from compressm.cutting.replay import errors_on_data, relative
 from compressm.layers import LRU, Bidirectional, Mamba, SequenceClassifier
 from compressm.observing.moments import gather
-from compressm.theory.ranks import RankRule
+from compressm.theory.rank_rule import RankRule
 
 
 class Untold(nn.Module):

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from compressm.errors import InvalidRankRuleError
 from compressm.theory import budget
-from compressm.theory.budget import FLOOR, Offer, calibrated, linear_curve
+from compressm.theory.loss_budget import FLOOR, Offer, calibrated, linear_curve
 
 
 def curve(*damages: float) -> torch.Tensor:

@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from compressm.errors import InvalidRankRuleError
-from compressm.theory.ranks import RankRule, choose_ranks, passes_gate
+from compressm.theory.rank_rule import RankRule
+from compressm.theory.ranks import choose_ranks, passes_gate
 
 ENERGY = torch.tensor([8.0, 4.0, 2.0, 1.0, 0.5, 0.5])  # sums to 16
 

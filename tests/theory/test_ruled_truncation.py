@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from compressm.theory.balancing import Balancing, balance, truncate
-from compressm.theory.ranks import RankRule
+from compressm.theory.rank_rule import RankRule
 from compressm.theory.ruled_truncation import truncate_by_rule
 from compressm.theory.systems import DiagonalSystem
 from helpers import random_system

@@ -11,7 +11,9 @@ from hypothesis import strategies as st
 
 from compressm.errors import InvalidRankRuleError
 from compressm.theory.geometry import Geometry
-from compressm.theory.ranks import RankRule, check_sizes, choose_ranks
+from compressm.theory.possible_sizes import check_sizes
+from compressm.theory.rank_rule import RankRule
+from compressm.theory.ranks import choose_ranks
 from compressm.theory.targets import ONE_SIZE, TABLE, Target, check_target, legal_sizes, parallel_sizes, takers, takes
 
 MAMBA2 = Geometry("ssd", 128, 64 * 80, groups=1, heads=80, convolved=64 * 80 + 2 * 128, window=4)

@@ -10,7 +10,7 @@ from torch import nn
 
 from compressm.errors import CheckpointError
 from compressm.layers import LRU, SequenceClassifier
-from compressm.theory.ranks import RankRule
+from compressm.theory.rank_rule import RankRule
 from compressm.training.cutter import Cutter
 
 

@@ -13,7 +13,7 @@ import compressm
 from compressm.cutting.carry import follow
 from compressm.cutting.plan import plan_reduction
 from compressm.layers import LRU
-from compressm.theory.ranks import RankRule
+from compressm.theory.rank_rule import RankRule
 from compressm.training.snapshot import Training
 
 

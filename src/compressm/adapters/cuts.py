@@ -18,9 +18,11 @@ from compressm.adapters.changes import LayerChange
 from compressm.errors import InvalidSystemError
 from compressm.theory.balancing import Balancing, Reduction
 from compressm.theory.certificate import Certificate
+from compressm.theory.energy_budget import Discards
 from compressm.theory.fisher import MaskEstimate, MaskFisher, reduce_by_fisher
 from compressm.theory.pruning import SCORES, Score, prune
-from compressm.theory.ranks import Discards, RankRule, passes_gate
+from compressm.theory.rank_rule import RankRule
+from compressm.theory.ranks import passes_gate
 from compressm.theory.recurrence import ErrorEstimate, SelectiveBalancing, SelectiveReduction
 from compressm.theory.ruled_truncation import truncate_by_rule
 from compressm.theory.selection import Selection, reduce_selective

@@ -30,7 +30,8 @@ from compressm.observing.held_out import gather_halves, joined, twice_readable
 from compressm.observing.loss_evidence import Gramians, Loss, LossEvidence, divided, evidence_on
 from compressm.runtime.processes import from_first_rank, raised_on_all
 from compressm.theory.balancing import Method
-from compressm.theory.ranks import RankRule, check_choice, check_sizes, largest_reduction
+from compressm.theory.possible_sizes import check_sizes
+from compressm.theory.rank_rule import RankRule, check_choice, largest_reduction
 from compressm.theory.recurrence import Moments
 from compressm.theory.selection import Selection
 from compressm.theory.targets import Target

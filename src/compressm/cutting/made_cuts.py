@@ -12,8 +12,9 @@ from torch import nn
 
 from compressm.adapters import Cuts, LayerAdapter, Proposal
 from compressm.theory.balanced import Balanced
+from compressm.theory.energy_budget import Discards
 from compressm.theory.fisher import MaskFisher
-from compressm.theory.ranks import Discards, RankRule
+from compressm.theory.rank_rule import RankRule
 from compressm.theory.selection import Selection
 
 

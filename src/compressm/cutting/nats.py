@@ -12,7 +12,7 @@ from compressm.observing.damage import changes_of, damage_curve, divergence
 from compressm.observing.loss_evidence import LossEvidence
 from compressm.theory.balanced import Balanced
 from compressm.theory.balancing import Reduction
-from compressm.theory.ranks import RankRule
+from compressm.theory.rank_rule import RankRule
 from compressm.theory.recurrence import SelectiveReduction
 
 Layers = Mapping[str, tuple[nn.Module, LayerAdapter]]

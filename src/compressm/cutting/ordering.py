@@ -32,7 +32,8 @@ from compressm.errors import CheckpointError, InvalidSystemError, UnsupportedMod
 from compressm.observing.moments import gather
 from compressm.runtime.files import finite, write_json
 from compressm.theory.ordering import order_states, prefix_errors
-from compressm.theory.ranks import RankRule, check_choice, choose_ranks
+from compressm.theory.rank_rule import RankRule, check_choice
+from compressm.theory.ranks import choose_ranks
 from compressm.theory.recurrence import ErrorEstimate, Moments, SelectiveBalancing, SelectiveReduction, first_states
 from compressm.theory.selection import Selection
 from compressm.theory.targets import Target

@@ -28,7 +28,8 @@ from compressm.runtime.paging import layer_done
 from compressm.theory.balanced import Balanced
 from compressm.theory.balancing import Method, Reduction
 from compressm.theory.fisher import MaskFisher
-from compressm.theory.ranks import RankRule, check_choice, choose_ranks, passes_gate
+from compressm.theory.rank_rule import RankRule, check_choice
+from compressm.theory.ranks import choose_ranks, passes_gate
 from compressm.theory.recurrence import Moments, SelectiveReduction
 from compressm.theory.selection import Selection
 

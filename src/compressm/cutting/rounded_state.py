@@ -34,7 +34,7 @@ from compressm.observing.perplexity import tokens_of
 from compressm.runtime.progress import Bar
 from compressm.theory.equalising import equal_coordinates
 from compressm.theory.geometry import Geometry
-from compressm.theory.ranks import check_choice
+from compressm.theory.rank_rule import check_choice
 from compressm.theory.recurrence import SelectiveBalancing, SelectiveReduction
 from compressm.theory.selection import reduction_by_maps
 

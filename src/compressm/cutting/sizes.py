@@ -11,7 +11,7 @@ from compressm.adapters.base import cut_parameters, resized, tell_written, write
 from compressm.errors import CheckpointError
 from compressm.runtime.paging import layer_done
 from compressm.theory.geometry import Geometry
-from compressm.theory.ranks import RankRule
+from compressm.theory.rank_rule import RankRule
 from compressm.theory.targets import check_target, legal_sizes
 
 

@@ -27,7 +27,8 @@ from compressm.theory.balanced import Balanced
 from compressm.theory.balancing import Method, balance
 from compressm.theory.covariance import balance_covariances
 from compressm.theory.evidence import Covariances
-from compressm.theory.ranks import RankRule, check_choice, choose_ranks
+from compressm.theory.rank_rule import RankRule, check_choice
+from compressm.theory.ranks import choose_ranks
 from compressm.theory.recurrence import Moments, balance_selective
 from compressm.theory.selection import Selection
 from compressm.theory.systems import DiagonalSystem

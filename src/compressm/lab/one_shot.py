@@ -30,7 +30,7 @@ from compressm.saving.card import extend_card, model_card
 from compressm.saving.checkpoint import save_with_history
 from compressm.saving.mapped import save_mapped
 from compressm.saving.source_folder import Carried, carry, contents, copy_files, new_folder, unloaded
-from compressm.theory.ranks import RankRule, largest_reduction
+from compressm.theory.rank_rule import RankRule, largest_reduction
 from compressm.theory.targets import Target
 from compressm.training.options import OPTIONS
 from compressm.training.recovery import Recovery

@@ -24,7 +24,7 @@ from compressm.observing.labels import Likelihood
 from compressm.observing.loss_evidence import Gramians, evidence_on
 from compressm.observing.moments import gather
 from compressm.theory.balanced import Balanced
-from compressm.theory.ranks import RankRule
+from compressm.theory.rank_rule import RankRule
 from compressm.theory.targets import Target
 
 if TYPE_CHECKING:

@@ -28,8 +28,8 @@ from torch import Tensor, nn
 from compressm.observing.adjoints import readings, run
 from compressm.theory.balanced import Balanced
 from compressm.theory.balancing import Reduction
-from compressm.theory.budget import calibrated, linear_curve
 from compressm.theory.covariance import CovarianceBalancing, truncate_covariances
+from compressm.theory.loss_budget import calibrated, linear_curve
 from compressm.theory.recurrence import SelectiveReduction
 from compressm.theory.systems import DiagonalSystem
 

@@ -6,7 +6,9 @@ A truncation may have another number of states than the rule chose, since a real
 from __future__ import annotations
 
 from compressm.theory.balancing import Balancing, Reduction
-from compressm.theory.ranks import RankRule, fewest, keeps_promise
+from compressm.theory.possible_sizes import fewest
+from compressm.theory.rank_rule import RankRule
+from compressm.theory.ranks import keeps_promise
 
 
 def truncate_by_rule(ordered: Balancing, states: int, rule: RankRule, promises: bool = True) -> Reduction | None:

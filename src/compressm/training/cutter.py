@@ -37,7 +37,8 @@ from compressm.runtime.compiled_graphs import allow_recompilation, graphs_compil
 from compressm.runtime.processes import check_replicas, from_first_rank, rebuild_replicas
 from compressm.theory.balanced import Balanced
 from compressm.theory.balancing import Method
-from compressm.theory.ranks import RankRule, check_sizes
+from compressm.theory.possible_sizes import check_sizes
+from compressm.theory.rank_rule import RankRule
 from compressm.theory.selection import Selection
 from compressm.training.averages import check_averages, guard_averages
 from compressm.training.goal import initial_dims

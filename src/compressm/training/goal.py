@@ -8,7 +8,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from typing import Any
 
-from compressm.theory.ranks import RankRule, largest_reduction
+from compressm.theory.rank_rule import RankRule, largest_reduction
 from compressm.theory.targets import Target
 
 # The rule if only max_drop is given. In the paper a tolerance of 0.02 costs 0.4 points on sequential MNIST, 0.04 costs

@@ -11,7 +11,7 @@ from compressm.errors import InvalidRankRuleError
 from compressm.observing.loss_evidence import Gramians, LossEvidence
 from compressm.observing.moments import Sample, Statistics
 from compressm.observing.observer import Observer, Terms
-from compressm.theory.ranks import RankRule
+from compressm.theory.rank_rule import RankRule
 
 # Sequences of each batch whose gradients are observed, and how many of the last ones are kept for predictions.
 _SEQUENCES, _KEPT = 4, 200

@@ -21,7 +21,7 @@ from compressm.errors import InvalidRankRuleError
 from compressm.observing.loss_evidence import Gramians
 from compressm.observing.observer import Terms
 from compressm.theory.balancing import Method
-from compressm.theory.ranks import check_choice
+from compressm.theory.rank_rule import check_choice
 from compressm.theory.selection import Selection
 from compressm.theory.targets import Target
 from compressm.training.cushion import OnSetback

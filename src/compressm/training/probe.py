@@ -25,7 +25,7 @@ from compressm.errors import CheckpointError, ConfigError, EvaluationError
 from compressm.runtime.files import write_json
 from compressm.runtime.progress import Bar
 from compressm.runtime.random_state import rng_state, seed_all, set_rng_state
-from compressm.theory.ranks import check_choice
+from compressm.theory.rank_rule import check_choice
 from compressm.training.batch_record import BatchRecord
 from compressm.training.probe_answer import Probe, ShortRun, answer_of
 

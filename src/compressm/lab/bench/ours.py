@@ -19,7 +19,7 @@ from compressm.lab.bench.worker import Step
 from compressm.layers import LRU, SequenceClassifier
 from compressm.scans import delta_scan, gla_scan, lti_scan, selective_scan, ssd_scan
 from compressm.scans.delta import Engine as DeltaEngine
-from compressm.theory.ranks import RankRule
+from compressm.theory.rank_rule import RankRule
 
 
 def classifier(
