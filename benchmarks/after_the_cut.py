@@ -34,14 +34,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from compressm.adapters import LayerChange, SelectiveAdapter, find_layers
-from compressm.adapters.base import layer_values
+from compressm.adapters.changes import layer_values
 from compressm.cutting import plan_reduction
 from compressm.cutting.rise import cut_layers, measured_rise
 from compressm.lab.config import DataConfig
 from compressm.lab.data.datasets import BatchOrder, SequenceData, load_data
 from compressm.layers import SequenceClassifier, parameter_groups
 from compressm.observing.loss_evidence import LossEvidence, gather_evidence
-from compressm.observing.moments import gather
+from compressm.observing.over_data import gather
 from compressm.theory.fisher import MaskFisher, reduce_by_fisher
 from compressm.theory.rank_rule import RankRule
 from compressm.theory.recurrence import Moments

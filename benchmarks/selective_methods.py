@@ -23,14 +23,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from compressm.adapters import ParameterChange, SelectiveAdapter, find_layers
-from compressm.adapters.base import LayerChange, layer_values
+from compressm.adapters.changes import LayerChange, layer_values
 from compressm.adapters.mamba import projection_change
 from compressm.cutting import Plan, plan_reduction
 from compressm.lab.config import DataConfig
 from compressm.lab.data.datasets import SequenceData, Split, load_data
 from compressm.layers import Mamba, SequenceClassifier, parameter_groups
 from compressm.layers.activations import causal_conv
-from compressm.observing.moments import gather
+from compressm.observing.over_data import gather
 from compressm.theory.rank_rule import RankRule
 from compressm.theory.recurrence import ErrorEstimate, Moments, SelectiveReduction, Signals, root
 from compressm.theory.selection import compensation

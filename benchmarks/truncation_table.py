@@ -17,7 +17,7 @@ from stored import store
 
 import compressm
 from compressm.adapters import find_layers
-from compressm.adapters.base import layer_values
+from compressm.adapters.changes import layer_values
 from compressm.layers import LRU
 from compressm.theory.balancing import balance, truncate
 

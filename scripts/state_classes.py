@@ -33,8 +33,8 @@ import transformers
 from toy_models import SIZES, VOCABULARY, Sizes
 
 import compressm
-from compressm.adapters.base import has_adapter
 from compressm.adapters.refused import REFUSED
+from compressm.adapters.registry import has_adapter
 from compressm.errors import UnsupportedModelError
 
 ROOT = Path(__file__).resolve().parents[1]

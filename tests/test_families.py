@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import compressm
 from compressm.adapters import Adapter, find_layers
-from compressm.adapters.base import layer_values, write
+from compressm.adapters.changes import layer_values, write
 from compressm.cutting import state_dims
 from compressm.layers import (
     LRU,
@@ -30,7 +30,7 @@ from compressm.layers import (
     Mamba2,
     RecurrentBlock,
 )
-from compressm.observing.moments import gather
+from compressm.observing.over_data import gather
 from compressm.theory.balancing import balance, truncate
 from compressm.theory.recurrence import ErrorEstimate, SelectiveReduction, balance_selective
 from compressm.theory.selection import _balanced_maps, reduce_selective

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from compressm.adapters import find_layers
-from compressm.adapters.base import layer_values, write
+from compressm.adapters.changes import layer_values, write
 from compressm.cutting import compress
 from compressm.theory.balancing import balance, truncate
 

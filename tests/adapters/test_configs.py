@@ -14,8 +14,8 @@ pytest.importorskip("transformers")
 from transformers import MambaConfig, MambaForCausalLM, RecurrentGemmaConfig, RecurrentGemmaForCausalLM
 
 import compressm
-from compressm.adapters.base import PartOfModelWarning
 from compressm.adapters.hf_base import DIMS_BY_LAYER
+from compressm.adapters.registry import PartOfModelWarning
 from compressm.cutting import resize_states, state_dims
 from hf_models import perturb, tokens
 

@@ -9,11 +9,10 @@ import pytest
 import torch
 
 from compressm.adapters import LRUAdapter, MambaAdapter, S4DAdapter
-from compressm.adapters.base import layer_values
-from compressm.adapters.changes import LayerChange
+from compressm.adapters.changes import LayerChange, layer_values
 from compressm.adapters.cuts import LinearCuts, SelectiveCuts, rounds_too_much
 from compressm.layers import LRU, S4D, Mamba
-from compressm.observing.moments import gather
+from compressm.observing.over_data import gather
 from compressm.theory.balancing import Reduction, balance, truncate
 from compressm.theory.pruning import prune
 from compressm.theory.rank_rule import RankRule

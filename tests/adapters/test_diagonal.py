@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from compressm.adapters import LRUAdapter, S4DAdapter, S5Adapter
-from compressm.adapters.base import layer_values
+from compressm.adapters.changes import layer_values
 from compressm.adapters.diagonal import (
     DiagonalAdapter,
     participation,

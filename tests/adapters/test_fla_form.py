@@ -24,7 +24,7 @@ from compressm.adapters import (
     SelectiveAdapter,
     layer_values,
 )
-from compressm.adapters.base import write
+from compressm.adapters.changes import write
 from compressm.errors import UnsupportedModelError
 from compressm.theory.recurrence import ErrorEstimate, SelectiveReduction, balance_selective, moments
 from compressm.theory.selection import reduce_selective

@@ -18,11 +18,12 @@ from torch import nn
 
 import compressm
 from compressm.adapters import SelectiveAdapter, find_layers
-from compressm.adapters.base import UnknownLayerWarning, layer_values, write
+from compressm.adapters.changes import layer_values, write
+from compressm.adapters.registry import UnknownLayerWarning
 from compressm.cutting import plan_reduction
 from compressm.cutting.spectrum import balance_layers
 from compressm.errors import UnsupportedModelError
-from compressm.observing.moments import gather
+from compressm.observing.over_data import gather
 from compressm.theory.rank_rule import RankRule
 from compressm.theory.selection import reduce_selective
 from hf_models import FAMILIES, S6, hf_models, tokens

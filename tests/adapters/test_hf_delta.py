@@ -17,11 +17,11 @@ import transformers
 
 import compressm
 from compressm.adapters import SelectiveAdapter, find_layers
-from compressm.adapters.base import layer_values, write
+from compressm.adapters.changes import layer_values, write
 from compressm.cutting import state_dims
 from compressm.cutting.spectrum import balance_layers
 from compressm.observing.masks import mask_gradients, masked_forward
-from compressm.observing.moments import gather
+from compressm.observing.over_data import gather
 from compressm.theory.recurrence import Signals
 from compressm.theory.selection import reduce_selective
 

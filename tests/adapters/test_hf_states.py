@@ -15,11 +15,11 @@ pytest.importorskip("transformers")
 
 import compressm
 from compressm.adapters import SelectiveAdapter, find_layers
-from compressm.adapters.base import layer_values, write
+from compressm.adapters.changes import layer_values, write
 from compressm.cutting import state_dims
 from compressm.cutting.spectrum import balance_layers
 from compressm.errors import UnsupportedModelError
-from compressm.observing.moments import gather
+from compressm.observing.over_data import gather
 from compressm.theory.selection import reduce_selective
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 import compressm
 from compressm.adapters import find_layers
-from compressm.adapters.base import layer_values, write
+from compressm.adapters.changes import layer_values, write
 from compressm.adapters.linear_attention import LinearAttentionAdapter
 from compressm.layers import LinearAttention, SequenceClassifier
 from compressm.theory.recurrence import ErrorEstimate, SelectiveReduction, balance_selective, moments

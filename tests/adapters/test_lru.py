@@ -5,7 +5,7 @@ from suite import AdapterSuite
 from torch import Tensor
 
 from compressm.adapters import LRUAdapter
-from compressm.adapters.base import layer_values, write
+from compressm.adapters.changes import layer_values, write
 from compressm.layers import LRU
 from compressm.theory.balancing import balance, truncate
 from helpers import lru

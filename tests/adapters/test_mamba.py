@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from compressm.adapters import SelectiveAdapter, find_layers
-from compressm.adapters.base import layer_values, write
+from compressm.adapters.changes import layer_values, write
 from compressm.cutting.carry import carry_state
 from compressm.layers import Mamba, Mamba2
 from compressm.theory.recurrence import SelectiveReduction, balance_selective, moments

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from compressm.adapters import Mamba2Adapter, MambaAdapter, MambaSSM2Adapter, MambaSSMAdapter
-from compressm.adapters.base import layer_values
+from compressm.adapters.changes import layer_values
 from compressm.layers import Mamba, Mamba2
 from compressm.theory.recurrence import balance_selective, moments
 from compressm.theory.selection import reduce_selective

@@ -17,11 +17,11 @@ from torch import Tensor, nn
 
 import compressm
 from compressm.adapters import LayerAdapter, LRUAdapter, find_layers, layer_values, layers_that_need_data, register
-from compressm.adapters.base import write
+from compressm.adapters.changes import write
 from compressm.cutting.spectrum import snapshot, snapshot_state
 from compressm.errors import InvalidSystemError, UnsupportedModelError
 from compressm.layers import LRU, S4D
-from compressm.observing.moments import gather
+from compressm.observing.over_data import gather
 from compressm.theory.balanced import Balanced
 from compressm.theory.balancing import Reduction
 from compressm.theory.rank_rule import RankRule

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
-from compressm.adapters.base import check_plain
 from compressm.adapters.plain import computed_tensors
+from compressm.adapters.registry import check_plain
 from compressm.errors import UnsupportedModelError
 from compressm.layers import LRU, Mamba
 

@@ -13,12 +13,12 @@ from compressm.adapters import (
     LayerAdapter,
     LRUAdapter,
     MambaAdapter,
-    base,
     find_layers,
     layers_that_need_data,
     register,
+    registry,
 )
-from compressm.adapters.base import UnknownLayerWarning, tell_written
+from compressm.adapters.registry import UnknownLayerWarning, tell_written
 from compressm.errors import UnsupportedModelError
 from compressm.layers import LRU, Mamba
 from compressm.theory.recurrence import Signals
@@ -43,7 +43,7 @@ class MineAdapter(LRUAdapter):
 
 @pytest.fixture(autouse=True)
 def _registry(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(base, "_REGISTRY", dict(base._REGISTRY))
+    monkeypatch.setattr(registry, "_REGISTRY", dict(registry._REGISTRY))
 
 
 def adapter_of(layer: nn.Module) -> LayerAdapter:

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 import compressm
 from compressm.adapters import RecurrentBlockAdapter
-from compressm.adapters.base import layer_values
+from compressm.adapters.changes import layer_values
 from compressm.cutting import state_dims
 from compressm.layers import RecurrentBlock
 

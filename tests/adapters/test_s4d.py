@@ -5,7 +5,7 @@ from suite import AdapterSuite
 from torch import Tensor
 
 from compressm.adapters import S4DAdapter
-from compressm.adapters.base import layer_values, write
+from compressm.adapters.changes import layer_values, write
 from compressm.layers import S4D
 from compressm.theory.balancing import balance, truncate
 

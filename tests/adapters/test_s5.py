@@ -9,7 +9,7 @@ from torch import Tensor
 
 import compressm
 from compressm.adapters import S5Adapter
-from compressm.adapters.base import layer_values, write
+from compressm.adapters.changes import layer_values, write
 from compressm.layers import S5
 from compressm.theory.balancing import balance, truncate
 from compressm.theory.certificate import Certificate

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 import compressm
 from compressm.adapters import find_layers
-from compressm.adapters.base import layer_values
+from compressm.adapters.changes import layer_values
 from compressm.cutting.carry import carry_state
 from compressm.layers import LinearAttention, SequenceClassifier
 from compressm.theory.balancing import balance, truncate

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 import compressm
 from compressm.adapters import find_layers
-from compressm.adapters.base import layer_values, write
+from compressm.adapters.changes import layer_values, write
 from compressm.cutting.rise import cut_layers, measured_rise
 from compressm.errors import ConfigError, InvalidRankRuleError
 from compressm.layers import LanguageModel, SequenceClassifier

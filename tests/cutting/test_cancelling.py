@@ -12,7 +12,7 @@ from torch import nn
 
 import compressm
 from compressm.adapters import find_layers
-from compressm.adapters.base import layer_values
+from compressm.adapters.changes import layer_values
 from compressm.adapters.cuts import rounds_too_much
 from compressm.layers import LRU, S4D, S5, GatedLinearAttention, LinearAttention, Mamba, Mamba2
 from compressm.theory.balancing import Method, balance, truncate

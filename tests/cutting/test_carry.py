@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from torch.optim import Optimizer
 
 from compressm.adapters import find_layers
-from compressm.adapters.base import layer_values
+from compressm.adapters.changes import layer_values
 from compressm.cutting import compress
 from compressm.cutting.carry import carry_state, check_optimizer, unwrap_optimizer
 from compressm.cutting.spectrum import analyze

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import compressm
-from compressm.adapters.base import UnknownLayerWarning
+from compressm.adapters.registry import UnknownLayerWarning
 from compressm.cutting import state_dims
 from compressm.errors import InvalidRankRuleError, UnsupportedModelError
 from compressm.lab.config import parse_config

@@ -13,12 +13,12 @@ from torch.optim import Optimizer
 
 import compressm
 from compressm.adapters import find_layers
-from compressm.adapters.base import LayerChange, ParameterChange, layer_values
+from compressm.adapters.changes import LayerChange, ParameterChange, layer_values
 from compressm.cutting.carry import check_optimizer, prepare_carry
 from compressm.cutting.copies import copied_state
 from compressm.cutting.quantised_state import is_quantised, read_state, write_state
 from compressm.layers import Mamba, SequenceClassifier
-from compressm.observing.moments import gather
+from compressm.observing.over_data import gather
 from compressm.training.compressor import Compressor
 from layer_cases import LAYERS, WIDTH
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 import compressm
-from compressm.adapters.base import LayerChange, ParameterChange, layer_values
+from compressm.adapters.changes import LayerChange, ParameterChange, layer_values
 from compressm.cutting.carry import carry_state, prepare_carry
 from compressm.errors import UnsupportedOptimizerError
 from compressm.layers import Mamba2

@@ -20,7 +20,7 @@ from compressm.cutting.made_cuts import MadeCuts
 from compressm.cutting.spectrum import balance_layers
 from compressm.errors import InvalidRankRuleError
 from compressm.layers import LRU, S4D, S5, LinearAttention, Mamba, Mamba2, RecurrentBlock
-from compressm.observing.moments import gather
+from compressm.observing.over_data import gather
 from compressm.theory.possible_sizes import check_sizes
 from compressm.theory.rank_rule import RankRule
 from compressm.theory.ranks import choose_ranks

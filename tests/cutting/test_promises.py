@@ -19,7 +19,7 @@ from compressm.adapters import SelectiveAdapter, find_layers
 from compressm.cutting import plan_reduction, state_dims
 from compressm.cutting.spectrum import balance_layers
 from compressm.layers import LanguageModel, Mamba, Mamba2
-from compressm.observing.moments import gather
+from compressm.observing.over_data import gather
 from compressm.theory.balancing import Balancing, truncate
 from compressm.theory.rank_rule import RankRule
 from compressm.theory.ranks import choose_ranks

@@ -9,7 +9,7 @@ from torch import nn
 
 import compressm.theory.certificate
 from compressm.adapters import find_layers
-from compressm.adapters.base import layer_values
+from compressm.adapters.changes import layer_values
 from compressm.cutting import compress, plan_reduction, resize_states, state_dims
 from compressm.cutting.metrics import measure
 from compressm.cutting.spectrum import analyze

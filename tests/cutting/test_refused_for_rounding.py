@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from compressm.adapters import find_layers
-from compressm.adapters.base import layer_values, write
+from compressm.adapters.changes import layer_values, write
 from compressm.cutting import compress
 from compressm.layers import LRU
 from compressm.theory.balancing import balance, truncate

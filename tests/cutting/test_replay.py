@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from compressm.adapters.base import write
+from compressm.adapters.changes import write
 from compressm.cutting import plan_reduction
 from compressm.cutting.replay import errors_on_data, relative
 from compressm.layers import LRU, Bidirectional, Mamba, SequenceClassifier
-from compressm.observing.moments import gather
+from compressm.observing.over_data import gather
 from compressm.theory.rank_rule import RankRule
 
 

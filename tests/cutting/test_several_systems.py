@@ -9,7 +9,7 @@ from scipy.linalg import solve_discrete_lyapunov
 
 import compressm
 from compressm.adapters import find_layers
-from compressm.adapters.base import layer_values
+from compressm.adapters.changes import layer_values
 from compressm.layers import S4D
 from compressm.theory.recurrence import balance_selective, moments
 from compressm.theory.systems import DiagonalSystem

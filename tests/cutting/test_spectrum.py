@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from compressm.adapters import LRUAdapter
-from compressm.adapters.base import layer_values
+from compressm.adapters.changes import layer_values
 from compressm.cutting.spectrum import Spectrum, analyze, compare, spectrum_changes
 from compressm.layers import SequenceClassifier
 from compressm.theory.balancing import Balancing, balance

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from compressm.adapters import find_layers
-from compressm.adapters.base import write
+from compressm.adapters.changes import write
 from compressm.cutting import state_dims
 from compressm.cutting.carry import follow
 from compressm.errors import UnsupportedModelError

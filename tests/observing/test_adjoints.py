@@ -12,7 +12,7 @@ from torch import Tensor, multiprocessing, nn
 from torch.nn import functional as F
 
 from compressm.adapters import Adapter, find_layers
-from compressm.adapters.base import layer_values, write
+from compressm.adapters.changes import layer_values, write
 from compressm.errors import ConfigError, UnsupportedModelError
 from compressm.layers import LRU, S4D, S5, LanguageModel, SequenceClassifier
 from compressm.layers.bidirectional import Bidirectional

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 import compressm
 from compressm.adapters import LRUAdapter, SelectiveAdapter, find_layers
-from compressm.adapters.base import layer_values, write
+from compressm.adapters.changes import layer_values, write
 from compressm.layers import LRU, SequenceClassifier
 from compressm.observing import observer as observers
 from compressm.observing.adjoints import Reading, covariances
@@ -26,8 +26,8 @@ from compressm.observing.damage import (
 )
 from compressm.observing.loss_evidence import gather_evidence
 from compressm.observing.masks import masked_forward
-from compressm.observing.moments import gather
 from compressm.observing.observer import Observer
+from compressm.observing.over_data import gather
 from compressm.theory.balancing import balance, truncate
 from compressm.theory.covariance import balance_covariances, predicted_damage, truncate_covariances
 from compressm.theory.evidence import Covariances

@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from compressm.errors import UnsupportedModelError
 from compressm.layers import LRU, Mamba, SequenceClassifier
 from compressm.observing.held_out import Dealer, HalvedStatistics, gather_halves, halved, joined, twice_readable
-from compressm.observing.moments import gather
+from compressm.observing.over_data import gather
 from compressm.theory.recurrence import Moments
 
 

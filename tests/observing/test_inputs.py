@@ -16,7 +16,8 @@ import compressm
 from compressm.errors import CompressmError, ConfigError
 from compressm.layers import Bidirectional, LanguageModel, Mamba, SequenceClassifier
 from compressm.observing.inputs import calls
-from compressm.observing.moments import Statistics, gather
+from compressm.observing.moments import Statistics
+from compressm.observing.over_data import gather
 from compressm.theory.recurrence import Moments
 
 N, L, C, K, V = 6, 11, 2, 3, 13

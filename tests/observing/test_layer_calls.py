@@ -16,7 +16,8 @@ from torch.utils.checkpoint import checkpoint
 import compressm
 from compressm.errors import ConfigError, InvalidSystemError, UnsupportedModelError
 from compressm.layers import Bidirectional, LinearAttention, Mamba, Mamba2, SequenceClassifier
-from compressm.observing.moments import MODEL_CALLS, NotFiniteWarning, Statistics, gather
+from compressm.observing.moments import MODEL_CALLS, NotFiniteWarning, Statistics
+from compressm.observing.over_data import gather
 from compressm.theory.recurrence import Moments
 
 WIDTH = 4

@@ -12,7 +12,8 @@ from torch.nn import functional as F
 import compressm
 from compressm.errors import ConfigError, UnsupportedModelError
 from compressm.layers import LanguageModel, Mamba, SequenceClassifier, parameter_groups
-from compressm.observing.moments import Statistics, gather
+from compressm.observing.moments import Statistics
+from compressm.observing.over_data import gather
 from compressm.saving.checkpoint import load_tree, save_tree
 from compressm.theory.recurrence import Signals, moments
 from compressm.training.compressor import Compressor

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from pymor.models.iosys import LTIModel
 
 from compressm.adapters import LRUAdapter
-from compressm.adapters.base import layer_values, write
+from compressm.adapters.changes import layer_values, write
 from compressm.errors import InvalidRankRuleError, InvalidSystemError
 from compressm.theory.balancing import Method, balance, truncate
 from compressm.theory.gramians import gramians, real_gramians

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from compressm.adapters import LRUAdapter
-from compressm.adapters.base import layer_values, write
+from compressm.adapters.changes import layer_values, write
 from compressm.errors import InvalidRankRuleError, InvalidSystemError
 from compressm.theory.balancing import balance, truncate
 from compressm.theory.covariance import (

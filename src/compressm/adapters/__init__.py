@@ -3,18 +3,8 @@
 No other package knows both layers and systems.
 """
 
-from compressm.adapters.base import (
-    Adapter,
-    LayerAdapter,
-    LayerChange,
-    ParameterChange,
-    SelectiveAdapter,
-    find_layers,
-    layer_values,
-    layers_that_need_data,
-    register,
-)
-from compressm.adapters.changes import selection_change
+from compressm.adapters.base import Adapter, LayerAdapter, SelectiveAdapter
+from compressm.adapters.changes import LayerChange, ParameterChange, layer_values, selection_change
 from compressm.adapters.cuts import Cuts, Proposal
 from compressm.adapters.fla import FLADeltaNetAdapter, FLAGatedDeltaNetAdapter, FLAGatedLinearAttentionAdapter
 from compressm.adapters.hf_delta import HFDeltaRuleAdapter
@@ -27,6 +17,7 @@ from compressm.adapters.lru import LRUAdapter
 from compressm.adapters.mamba import MambaAdapter, projection_change
 from compressm.adapters.mamba2 import Mamba2Adapter
 from compressm.adapters.mamba_ssm import MambaSSM2Adapter, MambaSSMAdapter
+from compressm.adapters.registry import find_layers, layers_that_need_data, register
 from compressm.adapters.rg_lru import RecurrentBlockAdapter, RecurrentGemmaAdapter
 from compressm.adapters.s4d import S4DAdapter
 from compressm.adapters.s5 import S5Adapter

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from compressm.adapters.base import Adapter, LayerChange, ParameterChange, layer_values
+from compressm.adapters.base import Adapter
+from compressm.adapters.changes import LayerChange, ParameterChange, layer_values
 from compressm.theory.balancing import Reduction
 from compressm.theory.systems import DiagonalSystem, decay_rate
 

@@ -17,8 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from compressm.adapters.base import LayerChange, ParameterChange, layer_values
-from compressm.adapters.changes import selection_change
+from compressm.adapters.changes import LayerChange, ParameterChange, layer_values, selection_change
 from compressm.adapters.composed import effective_weight
 from compressm.adapters.hf_base import Carried, HuggingFaceAdapter
 from compressm.adapters.mamba import projection_change

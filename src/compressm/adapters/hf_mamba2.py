@@ -13,8 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from compressm.adapters.base import LayerChange, layer_values
-from compressm.adapters.changes import selection_change
+from compressm.adapters.changes import LayerChange, layer_values, selection_change
 from compressm.adapters.composed import effective_weight
 from compressm.adapters.hf_base import Carried, HuggingFaceAdapter
 from compressm.adapters.mamba2 import kept_channels

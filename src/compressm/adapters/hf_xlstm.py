@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from compressm.adapters.base import LayerChange, layer_values
+from compressm.adapters.changes import LayerChange, layer_values
 from compressm.adapters.composed import effective_weight
 from compressm.adapters.hf_base import HuggingFaceAdapter
 from compressm.adapters.hf_mamba import times

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from compressm.adapters.base import LayerChange
+from compressm.adapters.changes import LayerChange
 from compressm.adapters.diagonal import DiagonalAdapter, PerState, phases, row_norm_kept
 from compressm.layers.lru import LRU
 from compressm.theory.balancing import Reduction

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from compressm.adapters.base import LayerChange, ParameterChange, SelectiveAdapter, layer_values
-from compressm.adapters.changes import selection_change
+from compressm.adapters.base import SelectiveAdapter
+from compressm.adapters.changes import LayerChange, ParameterChange, layer_values, selection_change
 from compressm.adapters.composed import effective_weight
 from compressm.layers.activations import causal_conv
 from compressm.layers.mamba import Mamba

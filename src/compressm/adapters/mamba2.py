@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from compressm.adapters.base import LayerChange, SelectiveAdapter, layer_values
-from compressm.adapters.changes import selection_change
+from compressm.adapters.base import SelectiveAdapter
+from compressm.adapters.changes import LayerChange, layer_values, selection_change
 from compressm.adapters.composed import effective_weight
 from compressm.layers.mamba2 import Mamba2
 from compressm.theory.recurrence import SelectiveReduction, Signals, first_states

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from compressm.adapters.base import LayerChange, layer_values
+from compressm.adapters.changes import LayerChange, layer_values
 from compressm.adapters.composed import effective_weight
 from compressm.adapters.hf_mamba import HFMambaAdapter
 from compressm.adapters.hf_mamba2 import HFMamba2Adapter

@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from compressm.adapters.base import LayerChange
+from compressm.adapters.changes import LayerChange
 from compressm.adapters.diagonal import DiagonalAdapter, PerState, phases, pullback_of_C, scaled
 from compressm.adapters.s5 import hold
 from compressm.layers.s4d import S4D

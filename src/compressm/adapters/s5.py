@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from compressm.adapters.base import LayerChange
+from compressm.adapters.changes import LayerChange
 from compressm.adapters.diagonal import DiagonalAdapter, PerState, participation, phases, row_norm_kept
 from compressm.layers.s5 import S5, zero_order_hold
 from compressm.theory.balancing import Reduction

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from compressm.adapters.base import LayerChange, ParameterChange
+from compressm.adapters.changes import LayerChange, ParameterChange
 from compressm.cutting.moves import Carry, PartStates, State, sliced
 from compressm.cutting.optimizer_state import kinds_of, unknown_state
 from compressm.cutting.optimizers import Together, forget_sizes, members_of

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from compressm.adapters import find_layers
-from compressm.adapters.base import LayerChange, tell_written, write
+from compressm.adapters.changes import LayerChange, write
+from compressm.adapters.registry import tell_written
 from compressm.cutting.carried import begin_anew, prepare_carry
 from compressm.cutting.examination import check_optimizer, check_trained
 from compressm.cutting.moves import Carry

@@ -10,8 +10,8 @@ from typing import Any, TypeVar, cast
 
 from torch import nn
 
-from compressm.adapters.base import candidates
 from compressm.adapters.left_out import Choice
+from compressm.adapters.registry import candidates
 from compressm.errors import InvalidRankRuleError
 
 Which = str | Sequence[str] | Callable[[str, nn.Module], bool]

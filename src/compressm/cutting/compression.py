@@ -13,8 +13,8 @@ from torch import nn
 from torch.optim import Optimizer
 
 from compressm.adapters import find_layers
-from compressm.adapters.base import check_plain, warn_of_parts
 from compressm.adapters.plain import check_wrappers
+from compressm.adapters.registry import check_plain, warn_of_parts
 from compressm.cutting.carry import Carry, Together, check_optimizer, unwrap_optimizer
 from compressm.cutting.choosing import Which, of_chosen_layers
 from compressm.cutting.made_cuts import MadeCuts

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from compressm.adapters import LayerAdapter, find_layers
-from compressm.adapters.base import LayerChange, ParameterChange, cut_parameters, resized
-from compressm.adapters.changes import selection_change
+from compressm.adapters.changes import LayerChange, ParameterChange, selection_change
+from compressm.adapters.registry import cut_parameters, resized
 from compressm.cutting.carried import prepare_carry
 from compressm.cutting.moves import Carry
 from compressm.cutting.optimizer_state import SECOND_MOMENTS, is_number, kinds_of, refuse_known, unknown_state

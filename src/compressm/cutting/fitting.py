@@ -15,7 +15,8 @@ from typing import Any, TypeVar
 from torch import Tensor, nn
 
 from compressm.adapters import LayerAdapter, LayerChange, find_layers
-from compressm.adapters.base import resized, stored_values, tell_written, write
+from compressm.adapters.changes import stored_values, write
+from compressm.adapters.registry import resized, tell_written
 from compressm.cutting.held_base import hold_cut_base, is_factor
 from compressm.errors import CheckpointError
 from compressm.runtime.processes import rebuild_replicas

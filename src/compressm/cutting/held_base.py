@@ -23,8 +23,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from compressm.adapters import find_layers
-from compressm.adapters.base import check_plain, resized
 from compressm.adapters.composed import is_kind
+from compressm.adapters.registry import check_plain, resized
 from compressm.errors import UnsupportedModelError
 from compressm.runtime.files import replacing
 

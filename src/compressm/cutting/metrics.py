@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from compressm.errors import EvaluationError
-from compressm.observing.moments import modes_kept
+from compressm.runtime.modes import modes_kept
 from compressm.runtime.processes import from_first_rank, raised_on_all
 from compressm.runtime.random_state import rng_state, set_rng_state
 

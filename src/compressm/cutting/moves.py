@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from compressm.adapters.base import ParameterChange
+from compressm.adapters.changes import ParameterChange
 from compressm.cutting.optimizer_state import ABOUT, SECOND_MOMENTS, is_number
 from compressm.cutting.quantised_state import is_quantised, read_state, write_state
 

@@ -20,8 +20,10 @@ import torch
 from torch import nn
 
 from compressm.adapters import find_layers, layer_values
-from compressm.adapters.base import LayerChange, SelectiveAdapter, check_plain, layers_that_need_data
+from compressm.adapters.base import SelectiveAdapter
+from compressm.adapters.changes import LayerChange
 from compressm.adapters.plain import check_wrappers
+from compressm.adapters.registry import check_plain, layers_that_need_data
 from compressm.cutting.compression import check_model_sizes
 from compressm.cutting.plan import Plan, must_be_alike, unshared
 from compressm.cutting.report import LayerReport, Report
@@ -29,7 +31,7 @@ from compressm.cutting.serving import Memory, Serving
 from compressm.cutting.sizes import sizes_for, state_dims
 from compressm.cutting.spectrum import balance_layers
 from compressm.errors import CheckpointError, InvalidSystemError, UnsupportedModelError
-from compressm.observing.moments import gather
+from compressm.observing.over_data import gather
 from compressm.runtime.files import finite, write_json
 from compressm.theory.ordering import order_states, prefix_errors
 from compressm.theory.rank_rule import RankRule, check_choice

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from compressm.adapters import LayerAdapter, LayerChange, find_layers, layer_values, layers_that_need_data
-from compressm.adapters.base import tell_written, write
+from compressm.adapters.changes import write
+from compressm.adapters.registry import tell_written
 from compressm.cutting.carry import Carry, Together, check_optimizer, prepare_carry
 from compressm.cutting.held_base import hold_cut_base
 from compressm.cutting.made_cuts import MadeCuts

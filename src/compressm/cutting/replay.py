@@ -30,14 +30,16 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from compressm.adapters import LayerChange, find_layers, layers_that_need_data
-from compressm.adapters.base import tell_written, write
+from compressm.adapters.changes import write
+from compressm.adapters.registry import tell_written
 from compressm.errors import UnsupportedModelError
 from compressm.observing.held_out import Dealer
 from compressm.observing.inputs import calls
 from compressm.observing.layer_calls import named_arguments
-from compressm.observing.moments import Sample, modes_kept
+from compressm.observing.moments import Sample
 from compressm.observing.padding import Padding, mask_in
 from compressm.runtime.copies import copied_module
+from compressm.runtime.modes import modes_kept
 from compressm.runtime.paging import is_paging
 from compressm.runtime.processes import gathered
 
@@ -72,7 +74,7 @@ def errors_on_data(
     Args:
         model: the model before the changes. It is only read, and is in evaluation mode while it reads the data.
         changes: by layer name.
-        data: batches, as `compressm.observing.moments.gather` takes them.
+        data: batches, as `compressm.observing.over_data.gather` takes them.
         by_halves: by layer name, the two changes computed from the first and the second half of the sequences. ``data``
             must be the same data in the same order.
 

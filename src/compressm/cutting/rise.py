@@ -16,7 +16,7 @@ from compressm.cutting.replay import cut_copy
 from compressm.observing.inputs import calls_and_batches
 from compressm.observing.labels import divergences
 from compressm.observing.loss_evidence import Loss, losses_of, mask_of
-from compressm.observing.moments import modes_kept
+from compressm.runtime.modes import modes_kept
 from compressm.runtime.processes import gathered
 
 

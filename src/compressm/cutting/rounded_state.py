@@ -22,15 +22,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from compressm.adapters.base import SelectiveAdapter, layers_that_need_data
+from compressm.adapters.base import SelectiveAdapter
+from compressm.adapters.registry import layers_that_need_data
 from compressm.cutting.ordering import in_coordinates
 from compressm.cutting.sizes import geometries
 from compressm.errors import ConfigError, UnsupportedModelError
 from compressm.layers import LanguageModel
 from compressm.observing.inputs import Call, calls
 from compressm.observing.labels import prediction_of
-from compressm.observing.moments import modes_kept
 from compressm.observing.perplexity import tokens_of
+from compressm.runtime.modes import modes_kept
 from compressm.runtime.progress import Bar
 from compressm.theory.equalising import equal_coordinates
 from compressm.theory.geometry import Geometry

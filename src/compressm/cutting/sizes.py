@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from torch import nn
 
 from compressm.adapters import find_layers
-from compressm.adapters.base import cut_parameters, resized, tell_written, write
+from compressm.adapters.changes import write
+from compressm.adapters.registry import cut_parameters, resized, tell_written
 from compressm.errors import CheckpointError
 from compressm.runtime.paging import layer_done
 from compressm.theory.geometry import Geometry

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from compressm.adapters import find_layers
-from compressm.adapters.base import check_plain
 from compressm.adapters.plain import check_readable, check_wrappers
+from compressm.adapters.registry import check_plain
 from compressm.cutting.choosing import Which, of_chosen_layers
 from compressm.cutting.made_cuts import MadeCuts
 from compressm.cutting.nats import damage_curves
@@ -20,7 +20,7 @@ from compressm.errors import ConfigError, InvalidRankRuleError, MissingExtraErro
 from compressm.observing.inputs import calls_and_batches, refuse_files
 from compressm.observing.labels import Likelihood
 from compressm.observing.loss_evidence import Gramians, Loss, evidence_on
-from compressm.observing.moments import gather
+from compressm.observing.over_data import gather
 from compressm.runtime.html import table
 from compressm.runtime.processes import raised_on_all
 from compressm.theory.balanced import Balanced

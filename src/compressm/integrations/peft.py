@@ -18,8 +18,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from compressm.adapters.base import find_layers
 from compressm.adapters.composed import is_kind
+from compressm.adapters.registry import find_layers
 from compressm.cutting.fitting import fit_any_size
 from compressm.cutting.held_base import PEFT_MODEL, hold_cut_base
 from compressm.errors import CheckpointError, MissingExtraError, UnsupportedModelError

@@ -22,7 +22,7 @@ from compressm.lab.one_shot_inputs import read_batches, read_checkpoint
 from compressm.lab.state_bits import StateBits, asked
 from compressm.observing.labels import Likelihood
 from compressm.observing.loss_evidence import Gramians, evidence_on
-from compressm.observing.moments import gather
+from compressm.observing.over_data import gather
 from compressm.theory.balanced import Balanced
 from compressm.theory.rank_rule import RankRule
 from compressm.theory.targets import Target

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from compressm.adapters import SelectiveAdapter, layers_that_need_data
 from compressm.errors import UnsupportedModelError
 from compressm.observing.expected import is_array
-from compressm.observing.moments import Reading, Statistics, observe_all, summed
+from compressm.observing.moments import Reading, Statistics, summed
+from compressm.observing.over_data import observe_all
 from compressm.runtime.processes import gathered
 from compressm.theory.recurrence import Moments
 
@@ -80,7 +81,7 @@ class HalvedStatistics(Statistics):
 
 
 def gather_halves(model: nn.Module, data: Any) -> Halves:
-    """Moments of every selective layer over each half of some data; see `compressm.observing.moments.gather`."""
+    """Moments of every selective layer over each half of some data; see `compressm.observing.over_data.gather`."""
     statistics = HalvedStatistics(model)
     if statistics.layers:
         observe_all(statistics, model, data)

@@ -15,9 +15,9 @@ from compressm.errors import ConfigError
 from compressm.observing.expected import is_array
 from compressm.observing.inputs import Call, calls_and_batches
 from compressm.observing.labels import Likelihood, fisher_probes, prediction_of
-from compressm.observing.moments import modes_kept
 from compressm.observing.observer import Kept, Observer
 from compressm.observing.padding import TELLS, mask_in
+from compressm.runtime.modes import modes_kept
 from compressm.runtime.processes import raised_on_all
 from compressm.runtime.random_state import rng_state, set_rng_state
 from compressm.theory.evidence import Covariances

@@ -12,8 +12,7 @@ inputs), the first `MODEL_CALLS` calls count, which limits the cost of an observ
 from __future__ import annotations
 
 import warnings
-from collections.abc import Generator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,8 +21,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from compressm.adapters import SelectiveAdapter, layers_that_need_data
-from compressm.errors import ConfigError, InvalidSystemError, UnsupportedModelError
-from compressm.observing.inputs import calls
+from compressm.errors import InvalidSystemError, UnsupportedModelError
 from compressm.observing.layer_calls import (
     LayerWatch,
     ModelCalled,
@@ -38,11 +36,13 @@ from compressm.observing.layer_calls import (
 )
 from compressm.observing.padding import Padding
 from compressm.runtime.compiled_graphs import Pause
+from compressm.runtime.modes import modes_kept
 from compressm.runtime.processes import gathered, summed_tensors
 from compressm.theory.recurrence import Moments, moments
 
 # Factor on all earlier moments at every observation, since they belong to weights that have changed.
 MEMORY = 0.9
+
 # How many calls of the whole model count in one observation.
 MODEL_CALLS = 8
 
@@ -358,76 +358,3 @@ def not_seen(name: str) -> str:
 def summed(moments: Moments) -> Moments:
     """The moments summed over all processes; all of them must call this at the same time."""
     return Moments(**summed_tensors(moments.tensors()))
-
-
-def gather(model: nn.Module, data: Any, sequences: int | None = None) -> dict[str, Moments]:
-    """Moments of every selective layer of a model over some data; empty where there is no such layer.
-
-    Args:
-        model: called in evaluation mode; the modes of all its parts are restored.
-        data: a batch, or an iterable of batches: tensors or arrays, pairs with labels, or mappings of keyword
-            arguments; see `compressm.observing.inputs`. Ignored if there is no selective layer.
-        sequences: how many sequences of each batch are used; by default all.
-
-    For every layer the number of operations is the number of tokens, times the layer's width, times the square of its
-    state dimension. The memory holds one state of every sequence of a batch. Pass fewer or smaller batches to use less.
-
-    In several processes all of them must call this, each with its share of the data.
-
-    Raises:
-        UnsupportedModelError: no layer that compressm knows, or a layer that no data reached.
-        InvalidSystemError: the data, or a layer's values on them, are not finite.
-        ConfigError: data without a batch, or that the model cannot take; in all processes.
-    """
-    statistics = Statistics(model, sequences, memory=1.0, strict=True)
-    if not statistics.layers:
-        return {}
-    observe_all(statistics, model, data)
-    return statistics.moments()
-
-
-def observe_all(statistics: Statistics, model: nn.Module, data: Any) -> None:
-    """Let a model read some data, in evaluation mode, while its selective layers are observed; see `gather`.
-
-    Raises:
-        InvalidSystemError, ConfigError: as `gather`.
-    """
-    unfit = None
-    try:
-        with modes_kept(model), torch.no_grad():
-            model.eval()
-            for index, call in enumerate(calls(model, data)):
-                statistics.observe_next(training_only=False, when=f"batch {index} of data")
-                call(model)
-    except (ConfigError, InvalidSystemError) as error:
-        unfit = error
-    finally:
-        statistics.close()
-    # Tell the other processes, which would otherwise wait for this one's moments for ever.
-    if all_unfit := [error for error in gathered(unfit) if error is not None]:
-        raise unfit or all_unfit[0]
-
-
-@contextmanager
-def modes_kept(model: nn.Module) -> Generator[None]:
-    """Restore every module's own training mode at the end, since frozen modules may be in evaluation mode."""
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
-
-
-__all__ = [
-    "MODEL_CALLS",
-    "NotFiniteWarning",
-    "Reading",
-    "Sample",
-    "Statistics",
-    "gather",
-    "modes_kept",
-    "not_seen",
-    "observe_all",
-    "summed",
-]

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from compressm.observing.inputs import Call
 from compressm.observing.labels import prediction_of
-from compressm.observing.moments import modes_kept
+from compressm.runtime.modes import modes_kept
 
 
 def tokens_of(call: Call) -> Tensor | None:

@@ -23,7 +23,7 @@ from compressm.layers.padding import within
 from compressm.observing.expected import by_role, is_array, lengths_of
 from compressm.observing.inputs import calls_and_batches, refuse_files
 from compressm.observing.labels import prediction_of
-from compressm.observing.moments import modes_kept
+from compressm.runtime.modes import modes_kept
 
 Pairs = tuple[Tensor, Tensor]
 Metric = Literal["accuracy", "r2", "fit", "mse", "perplexity"]

@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from compressm.adapters import find_layers
-from compressm.adapters.base import resized
+from compressm.adapters.registry import resized
 from compressm.cutting.ordering import ORDER_FILE
 from compressm.errors import CheckpointError
 

@@ -12,9 +12,9 @@ from torch import nn
 from torch.optim import Optimizer
 
 from compressm.adapters import find_layers
-from compressm.adapters.base import check_plain, warn_of_parts
 from compressm.adapters.left_out import Choice
 from compressm.adapters.plain import check_wrappers
+from compressm.adapters.registry import check_plain, warn_of_parts
 from compressm.cutting import Plan, Report, plan_reduction, resize_states, state_dims
 from compressm.cutting.carry import (
     Carry,

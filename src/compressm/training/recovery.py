@@ -25,9 +25,9 @@ from compressm.cutting import state_dims
 from compressm.errors import CheckpointError, ConfigError, MissingExtraError, UnsupportedModelError
 from compressm.observing.inputs import Call, calls
 from compressm.observing.labels import divergences, prediction_of
-from compressm.observing.moments import modes_kept
 from compressm.observing.perplexity import perplexity, present_in, tokens_of
 from compressm.runtime.files import FORMAT, read_pair, write_pair
+from compressm.runtime.modes import modes_kept
 from compressm.runtime.progress import Bar
 
 _FILES = ("recovery.safetensors", "recovery.json")

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from compressm.adapters import find_layers
-from compressm.adapters.base import Adapter, layer_values
+from compressm.adapters.base import Adapter
+from compressm.adapters.changes import layer_values
 from compressm.errors import ConfigError
 from compressm.lab.config import Config, parse_config
 from compressm.lab.runs.loop import train

@@ -12,7 +12,7 @@ from pymor.models.iosys import LTIModel
 from pymor.reductors.bt import BTReductor
 
 from compressm.adapters import LRUAdapter
-from compressm.adapters.base import layer_values
+from compressm.adapters.changes import layer_values
 from compressm.lab.bench.ours import lru_layer
 from compressm.lab.bench.worker import Step
 

@@ -19,7 +19,7 @@ from compressm.lab.named import build_named
 from compressm.layers import LanguageModel, SequenceClassifier, SequenceRegressor, parameter_groups
 from compressm.layers.blocks import GATED
 from compressm.observing.expected import described
-from compressm.observing.moments import modes_kept
+from compressm.runtime.modes import modes_kept
 from compressm.runtime.random_state import rng_state, set_rng_state
 from compressm.training.compressor import Compressor
 from compressm.training.twin import TrainStep

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from compressm.errors import InvalidRankRuleError
-from compressm.theory import budget
+from compressm.theory import loss_budget
 from compressm.theory.loss_budget import FLOOR, Offer, calibrated, linear_curve
 
 
@@ -21,11 +21,11 @@ def offers(curves: dict[str, torch.Tensor], floor: float) -> list[Offer]:
 
 
 def within_loss(curves: dict[str, torch.Tensor], allowed: float, floor: float = FLOOR) -> dict[str, int]:
-    return dict(zip(curves, budget.within_loss(offers(curves, floor), allowed), strict=True))
+    return dict(zip(curves, loss_budget.within_loss(offers(curves, floor), allowed), strict=True))
 
 
 def within_states(curves: dict[str, torch.Tensor], states: int, floor: float = FLOOR) -> dict[str, int]:
-    return dict(zip(curves, budget.within_states(offers(curves, floor), states), strict=True))
+    return dict(zip(curves, loss_budget.within_states(offers(curves, floor), states), strict=True))
 
 
 def total(curves: dict[str, torch.Tensor], ranks: dict[str, int]) -> float:
@@ -108,16 +108,16 @@ def test_layers_that_share_a_size_are_counted_together() -> None:
     shared = Offer.of([curve(9.0, 4.0, 1.0), curve(9.0, 2.0, 1.0)], range(1, 4))
     alone = Offer.of([curve(9.0, 2.5, 1.2)], range(1, 4))
     assert list(shared.damages) == [6.0, 2.0, 0.0]
-    assert budget.within_states([shared, alone], 7) == [2, 3]  # 1.0 a state, and the other would cost 1.2
-    assert budget.within_states([shared, alone], 6) == [2, 2]
-    assert budget.within_loss([shared, alone], 2.0) == [2, 3]
-    assert budget.within_loss([shared, alone], 1.9) == [3, 2]
+    assert loss_budget.within_states([shared, alone], 7) == [2, 3]  # 1.0 a state, and the other would cost 1.2
+    assert loss_budget.within_states([shared, alone], 6) == [2, 2]
+    assert loss_budget.within_loss([shared, alone], 2.0) == [2, 3]
+    assert loss_budget.within_loss([shared, alone], 1.9) == [3, 2]
 
 
 def test_sizes_in_multiples_stay_within_the_budget() -> None:
     offer = Offer.of([linear_curve(torch.logspace(2, -4, 24, dtype=torch.float64))], [8, 16, 24])
-    assert sorted(budget.within_states([offer, offer], 40)) == [16, 24]
-    assert sum(budget.within_states([offer, offer], 39)) == 32
+    assert sorted(loss_budget.within_states([offer, offer], 40)) == [16, 24]
+    assert sum(loss_budget.within_states([offer, offer], 39)) == 32
 
 
 def test_floors_of_nothing_and_of_everything() -> None:
