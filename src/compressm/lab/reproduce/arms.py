@@ -24,6 +24,9 @@ class Arm:
         paper: the paper's accuracy in percent; None where it has none.
         small: the arm that has about as many states from the start. Between it and the first arm lies the gap of which
             this arm recovers a share; None where there is none.
+        length: training steps over the experiment's.
+        way: arms of the same way of training differ in their learning rate only. The one with the best validation
+            accuracy stands for the way; see `equal_compute`. None where rates are not compared.
     """
 
     name: str
@@ -33,6 +36,8 @@ class Arm:
     continues: str | None = None
     paper: float | None = None
     small: str | None = None
+    length: float = 1.0
+    way: str | None = None
 
     @property
     def needs(self) -> set[str]:
@@ -201,6 +206,16 @@ def by_loss(window: float, **changes: Any) -> dict[str, Any]:
     return once(window, gramians="loss", **changes)
 
 
+def each_rate(way: str, changes: Mapping[str, Any], length: float = 1.0) -> tuple[Arm, ...]:
+    """One way of training at three learning rates, each twice the one before; the middle one is the experiment's."""
+    return tuple(
+        Arm(
+            f"{way}-rate{factor:g}", {**changes, "optimizer.lr": factor * SHORT["optimizer.lr"]}, length=length, way=way
+        )
+        for factor in (0.5, 1, 2)
+    )
+
+
 # An LRU of 256 states in one block of width 8 that learns in a few minutes.
 SHORT = {
     "data.pool": 2, "optimizer.name": "adamw", "optimizer.lr": 4e-3, "optimizer.weight_decay": 0.01,
@@ -229,6 +244,7 @@ __all__ = [
     "afterwards",
     "by_loss",
     "cut_to_32",
+    "each_rate",
     "family",
     "once",
     "protocol",

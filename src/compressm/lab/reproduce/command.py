@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from compressm.errors import ConfigError
+from compressm.lab.reproduce import equal_compute
 from compressm.lab.reproduce.experiments import EXPERIMENTS, experiment
 from compressm.lab.reproduce.figures import draw
 from compressm.lab.reproduce.grid import plan_runs, read_results, run_grid
@@ -93,6 +94,7 @@ def show_experiments(
                 image = f"images/results-{name}.svg"
                 draw(experiment(name), stored, markdown.parent / image)
                 pages.append(render(experiment(name), stored, image))
+                pages += equal_compute.render(experiment(name), stored)
         if markdown is not None:
             write_text(markdown, "\n".join(pages))
         if picture is not None:

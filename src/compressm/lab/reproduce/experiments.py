@@ -17,6 +17,7 @@ from compressm.lab.reproduce.arms import (
     afterwards,
     by_loss,
     cut_to_32,
+    each_rate,
     family,
     once,
     protocol,
@@ -141,6 +142,22 @@ EXPERIMENTS: dict[str, Experiment] = {
                 Arm("loss12-late", by_loss(0.5, states=12), small="small12"),
                 Arm("loss12-four-cuts", by_loss(0.25, states=12, cuts=4), small="small12"),
                 Arm("loss12-reset", by_loss(0.25, states=12, carry="reset"), small="small12"),
+            ),
+            steps=6000,
+            changes=SHORT,
+        ),
+        Experiment(
+            "equal-compute",
+            "Sequential MNIST in 196 steps, LRU of 256 states, or 12: who is best for the same computing?",
+            "smnist",
+            # The longer small run takes as many seconds as the shrunk one, and more operations; the shorter big run as
+            # many operations, and fewer seconds.
+            (
+                *each_rate("full", BIG),
+                *each_rate("shrunk12", by_loss(0.1, states=12)),
+                *each_rate("small12", {**BIG, "model.d_state": 12}),
+                *each_rate("small12-longer", {**BIG, "model.d_state": 12}, length=1.7),
+                *each_rate("full-shorter", BIG, length=0.55),
             ),
             steps=6000,
             changes=SHORT,

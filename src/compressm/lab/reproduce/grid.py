@@ -96,11 +96,12 @@ def configuration(
     """
     tree: dict[str, Any] = load_config(run.experiment.config).model_dump(mode="json")
     changes = {**run.experiment.changes, **run.arm.changes}
-    steps = steps or run.experiment.steps
-    if steps is not None:
+    planned = run.experiment.steps or tree["run"]["steps"]
+    if steps is not None or run.experiment.steps is not None or run.arm.length != 1:
+        steps = max(1, round(run.arm.length * (steps or planned)))
         every = max(1, steps // 20)
         start, window = (changes.get(f"compression.{key}", tree["compression"][key]) for key in ("start", "window"))
-        changes |= _window(start, window, run.experiment.steps or tree["run"]["steps"], steps)
+        changes |= _window(start, window, round(run.arm.length * planned), steps)
         changes |= {"run.steps": steps, "run.eval_every": every, "run.checkpoint_every": every}
     changes |= {"run.seed": run.seed, "run.threads": 1, "run.tensorboard": False}
     if data is not None:

@@ -101,16 +101,16 @@ def _last_step(run: RunResult) -> float | None:
 
 def _computing(arm: Arm, seed: int, results: Results) -> float | None:
     """Computing seconds of all steps, each phase at its median, of the cuts, and of the teacher whom the run needs."""
-    own = _own_computing(results[arm.name, seed])
+    own = computing(results[arm.name, seed])
     if own is None or arm.teacher is None:
         return own
     teacher = results.get((arm.teacher, seed))
-    teaching = None if teacher is None else _own_computing(teacher)
+    teaching = None if teacher is None else computing(teacher)
     return None if teaching is None else own + teaching
 
 
-def _own_computing(run: RunResult) -> float | None:
-    """The same of one run alone."""
+def computing(run: RunResult) -> float | None:
+    """Computing seconds of one run: of all steps, each phase at its median, and of the cuts; None unknown."""
     if _last_step(run) is None:
         return None
     typical = next(phase["step_cpu_seconds"] for phase in run.phases if phase["step_cpu_seconds"] is not None)
@@ -234,4 +234,4 @@ def _states_at(hsv: Sequence[float], states: int, tolerance: float) -> int:
     return len(energies)
 
 
-__all__ = ["Results", "Row", "render", "rows", "table"]
+__all__ = ["Results", "Row", "computing", "render", "rows", "table"]
