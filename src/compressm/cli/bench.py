@@ -13,7 +13,7 @@ def bench(
     context: typer.Context,
     suites: Annotated[
         list[str],
-        typer.Argument(metavar="SUITE...", help="lru, selective, ssd, gla, delta, reduction, train, step; or all."),
+        typer.Argument(metavar="SUITE...", help="lru, channels, selective, ssd, gla, delta, reduction, train, mamba2, step; or all."),
     ],
     quick: Annotated[bool, typer.Option("--quick", help="Few repetitions.")] = False,
     only: Annotated[str | None, typer.Option(metavar="NAME", help="Only rows whose name contains this.")] = None,

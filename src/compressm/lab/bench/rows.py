@@ -185,7 +185,6 @@ class Process:
         for index in range(_TURN_STEPS):
             answer = self._ask("step")
             if self.unavailable is not None:
-                self.times_ms.clear()  # a side that fails half-way has no times
                 return
             if fast and index == 0:
                 continue
@@ -212,6 +211,7 @@ class Process:
         self.unavailable = answer.get("unavailable")
         if self.unavailable is not None:
             self.times_ms.clear()  # a side that fails half-way has no time
+            self._process.wait()  # it is still busy clearing up, on the processors that the other side needs
         return answer
 
 

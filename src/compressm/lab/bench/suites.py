@@ -12,12 +12,15 @@ from compressm.lab.bench.rows import Case, Side
 _OURS, _TORCH, _JAX = "compressm.lab.bench.ours", "compressm.lab.bench.peers_torch", "compressm.lab.bench.peers_jax"
 _HF, _PYMOR = "compressm.lab.bench.peers_hf", "compressm.lab.bench.peers_pymor"
 _FLA = "compressm.lab.bench.peers_fla"
+_MAMBA2 = "compressm.lab.bench.mamba2_training"
 _STEPS, _ONNX = "compressm.lab.bench.steps", "compressm.lab.bench.peers_onnx"
 
 JAX = "JAX/Equinox, associative scan"
 LOOP = "PyTorch, loop over time"
 HF = "transformers, slow path"
 FLA = "flash-linear-attention, plain"
+FFT = "PyTorch, the whole kernel and FFT"
+DIRECT = "PyTorch, conv1d"
 ONNX = "ONNX Runtime, the same step"
 
 _SMNIST: dict[str, int] = {"width": 8, "layers": 1, "batch": 50, "length": 784}
@@ -61,6 +64,20 @@ def _lru_step(name: str, n: int, sizes: dict[str, int], device: str, **more: Any
         Side(f"{_JAX}:lru_training_step", arguments),
         roofline.lru_training_step(n=n, **sizes),
     )
+
+
+def channels(device: str) -> Iterator[Case]:
+    """One system, or one filter, per channel, forward and backward: S4D's scan, and the convolution of S4 and Hyena."""
+    sizes = {"d": 128, "batch": 8, "length": 1024, "device": device}
+    for n in (16, 64):
+        ours, work = Side(f"{_OURS}:siso", {"n": n, **sizes}), 128 * roofline.lti_training(8, 1024, n, 1, 1)
+        case = Case(f"channels/s4d-n{n}", ours, FFT, Side(f"{_TORCH}:siso_fft", ours.arguments), work)
+        yield case
+        yield _against(case, "loop", LOOP, f"{_TORCH}:siso_loop")
+    for length in (1024, 4096):
+        ours = Side(f"{_OURS}:convolution", {**sizes, "length": length})
+        work, peer = roofline.convolution_training(8, length, 128), Side(f"{_TORCH}:convolution_direct", ours.arguments)
+        yield Case(f"channels/convolution-l{length}", ours, DIRECT, peer, work)
 
 
 def selective(device: str) -> Iterator[Case]:
@@ -190,6 +207,31 @@ def train(device: str) -> Iterator[Case]:
     )
 
 
+def mamba2(device: str) -> Iterator[Case]:
+    """A Mamba-2 language model of transformers, cut from 128 states to 16: a step before and after the cut, and a whole
+    training, cut included, beside transformers' own path."""
+    model = {"heads": 4, "p": 64, "layers": 2, "batch": 4, "length": 512}
+    step, run = f"{_MAMBA2}:training_step", f"{_MAMBA2}:training_run"
+
+    def sides(n: int, cut_to: int | None, function: str, **more: Any) -> tuple[Side, Side]:
+        arguments = {"n": n, "cut_to": cut_to, **model, **more}
+        ours, theirs = (Side(function, {**arguments, "scan": scan}) for scan in ("ours", "theirs"))
+        return ours, theirs
+
+    small, large = (roofline.mamba2_model_training_step(n=n, vocabulary=256, **model) for n in (16, 128))
+    full, full_hf = sides(128, None, step, device=device)
+    cut, cut_hf = sides(128, 16, step, device=device)
+    yield Case("mamba2/step-n128-hf", full, HF, full_hf, large)
+    yield Case("mamba2/step-cut-to-16-hf", cut, HF, cut_hf, small)
+    yield Case("mamba2/step-cut-to-16", cut, "ours before the cut, 128 states", full, small)
+    steps = 40  # on the CPU whatever the device
+    run_cut, _ = sides(128, 16, run, steps=steps)
+    run_full, run_hf = sides(128, None, run, steps=steps)
+    work = 0.9 * steps * small + 0.1 * steps * large
+    yield Case("mamba2/run-40-steps-cut-to-16", run_cut, "ours without a cut, 128 states", run_full, work)
+    yield Case("mamba2/run-40-steps-cut-to-16-hf", run_cut, f"{HF}, without a cut", run_hf, work)
+
+
 def step(device: str) -> Iterator[Case]:
     """A thousand tokens, one after the other, before and after a cut from 64 states to 16: ms are µs per token.
 
@@ -207,12 +249,14 @@ def step(device: str) -> Iterator[Case]:
 
 SUITES: dict[str, Callable[[str], Iterator[Case]]] = {
     "lru": lru,
+    "channels": channels,
     "selective": selective,
     "ssd": ssd,
     "gla": gla,
     "delta": delta,
     "reduction": reduction,
     "train": train,
+    "mamba2": mamba2,
     "step": step,
 }
 
