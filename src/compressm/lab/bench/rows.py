@@ -39,6 +39,7 @@ class Case:
         peer: what it is compared with, in words.
         peer_side: the other side.
         work: operations and bytes that our side needs at the least.
+        brief: whether a quick run measures it too.
     """
 
     name: str
@@ -46,6 +47,7 @@ class Case:
     peer: str
     peer_side: Side
     work: Work
+    brief: bool = True
 
 
 @dataclass(frozen=True)

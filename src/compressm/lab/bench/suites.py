@@ -23,6 +23,8 @@ FFT = "PyTorch, the whole kernel and FFT"
 DIRECT = "PyTorch, conv1d"
 ONNX = "ONNX Runtime, the same step"
 
+_QUICK_STEPS = ("lru", "mamba", "mamba2", "gla", "gated-delta-net")
+
 _SMNIST: dict[str, int] = {"width": 8, "layers": 1, "batch": 50, "length": 784}
 _DEEP: dict[str, int] = {"width": 64, "layers": 6, "batch": 16, "length": 1024}
 _WIDE: dict[str, int] = {"width": 256, "layers": 6, "batch": 8, "length": 1024}
@@ -85,9 +87,7 @@ def selective(device: str) -> Iterator[Case]:
     cases = {n: _selective(f"selective/scan-n{n}", n, device) for n in (128, 64, 16, 12)}
     yield from cases.values()
     yield Case("selective/n128-over-n12", cases[12].ours, "ours at n = 128", cases[128].ours, cases[12].work)
-    yield Case(
-        "selective/scan-n16-hf", cases[16].ours, HF, Side(f"{_HF}:selective", cases[16].ours.arguments), cases[16].work
-    )
+    yield replace(_against(cases[16], "hf", HF, f"{_HF}:selective"), brief=False)
     sizes = {"n": 16, "d": 128, "batch": 8, "length": 784, "device": device}
     yield Case(
         "selective/mixer-n16-hf",
@@ -95,6 +95,7 @@ def selective(device: str) -> Iterator[Case]:
         "transformers' MambaMixer, slow path; ours: the same mixer with our scan in it",
         Side(f"{_HF}:mamba_mixer", {**sizes, "scan": "theirs"}),
         cases[16].work,
+        brief=False,
     )
 
 
@@ -152,6 +153,7 @@ def delta(device: str) -> Iterator[Case]:
         for n in (16, 64, 128):
             kind = "gated" if gated else "plain"
             case = _delta(f"delta/{kind}-n{n}-heads{heads}-p{p}", n, device, gated, heads=heads, p=p)
+            case = replace(case, brief=gated or n == 64)
             yield case
             if n == 64:
                 yield _against(case, "fla", FLA, f"{_FLA}:delta")
@@ -181,6 +183,7 @@ def reduction(device: str) -> Iterator[Case]:
             "pyMOR, BTReductor on the same real system",
             Side(f"{_PYMOR}:reduction", arguments),
             roofline.reduction(n, states),
+            brief=n < 512,
         )
 
 
@@ -235,16 +238,18 @@ def mamba2(device: str) -> Iterator[Case]:
 def step(device: str) -> Iterator[Case]:
     """A thousand tokens, one after the other, before and after a cut from 64 states to 16: ms are µs per token.
 
-    On the CPU whatever the device, since ONNX Runtime is the peer there.
+    On the CPU whatever the device, since ONNX Runtime is the peer there. Compiling takes most of a row's time, so that
+    a quick run has one sequence of five families only.
     """
-    for family in steps.FAMILIES:
+    for family in steps.STEPPED:
         for n in (64, 16):
             for batch in (1, 8):
                 sizes: dict[str, Any] = {"family": family, "n": n, "batch": batch}
                 work, peer = steps.work(family, n, batch), Side(f"{_ONNX}:stepped", sizes)
                 name = f"step/{family}-n{n}-b{batch}"
-                yield Case(name, Side(f"{_STEPS}:stepped", sizes), ONNX, peer, work)
-                yield Case(f"{name}-compiled", Side(f"{_STEPS}:stepped", {**sizes, "compiled": True}), ONNX, peer, work)
+                compiled, brief = {**sizes, "compiled": True}, batch == 1 and family in _QUICK_STEPS
+                yield Case(name, Side(f"{_STEPS}:stepped", sizes), ONNX, peer, work, brief=False)
+                yield Case(f"{name}-compiled", Side(f"{_STEPS}:stepped", compiled), ONNX, peer, work, brief)
 
 
 SUITES: dict[str, Callable[[str], Iterator[Case]]] = {
