@@ -27,8 +27,8 @@ from stored import store
 from compressm.lab.bench import ours, roofline
 from compressm.lab.bench.counting import count_family
 from compressm.lab.bench.roofline import Work
-from compressm.lab.bench.steps import FAMILIES
 from compressm.lab.bench.worker import Step
+from compressm.layers.families import FAMILIES
 
 COUNTS = Path(__file__).parents[1] / "tests" / "lab" / "bench" / "counts.json"
 LRU: dict[str, int] = {"n": 64, "length": 256, "batch": 8, "width": 32, "layers": 1}

@@ -3,40 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 from torch import nn
 
-from compressm.layers import (
-    LRU,
-    S4,
-    S4D,
-    S5,
-    Bidirectional,
-    DeltaNet,
-    GatedLinearAttention,
-    Hyena,
-    LinearAttention,
-    Mamba,
-    Mamba2,
-    RecurrentBlock,
-)
+from compressm.layers import LRU, Bidirectional, Hyena, Mamba
+from compressm.layers.families import FAMILIES
 
 WIDTH = 6
+_HEADS = ("linear-attention", "retnet", "gated", "gla", "delta-net", "gated-delta-net")
+_OPTIONS: dict[str, dict[str, Any]] = {
+    **{name: {"n_heads": 2} for name in _HEADS},
+    "s4": {"max_length": 64},
+    "mamba2": {"head_dim": 3, "n_groups": 2},
+    "gla": {"n_heads": 2, "gate_rank": 2},
+    "rg-lru": {"n_blocks": 2},
+}
 LAYERS: dict[str, Callable[[], nn.Module]] = {
-    "lru": lambda: LRU(WIDTH, 4),
-    "s5": lambda: S5(WIDTH, 4),
-    "s5 bidirectional": lambda: S5(WIDTH, 4, bidirectional=True),
-    "s4d": lambda: S4D(WIDTH, 4),
-    "s4": lambda: S4(WIDTH, 4, max_length=64),
-    "hyena": lambda: Hyena(WIDTH, max_length=64),
-    "hyena of states": lambda: Hyena(WIDTH, 4),
-    "mamba": lambda: Mamba(WIDTH, 4),
-    "mamba2": lambda: Mamba2(WIDTH, 4, head_dim=3, n_groups=2),
-    "linear attention": lambda: LinearAttention(WIDTH, 4, n_heads=2),
-    "retention": lambda: LinearAttention(WIDTH, 4, n_heads=2, decay="fixed"),
-    "gated linear attention": lambda: GatedLinearAttention(WIDTH, 4, n_heads=2, gate_rank=2),
-    "delta net": lambda: DeltaNet(WIDTH, 4, n_heads=2),
-    "gated delta net": lambda: DeltaNet(WIDTH, 4, n_heads=2, gated=True),
-    "rg_lru": lambda: RecurrentBlock(WIDTH, 4, n_blocks=2),
+    **{name: partial(make, WIDTH, 4, **_OPTIONS.get(name, {})) for name, make in FAMILIES.items()},
+    "hyena of a filter": lambda: Hyena(WIDTH, max_length=64),
     "bidirectional": lambda: Bidirectional(LRU(WIDTH, 4), Mamba(WIDTH, 4)),
 }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,19 +17,7 @@ import compressm
 from compressm.adapters import Adapter, find_layers
 from compressm.adapters.changes import layer_values, write
 from compressm.cutting import state_dims
-from compressm.layers import (
-    LRU,
-    S4,
-    S4D,
-    S5,
-    DeltaNet,
-    GatedLinearAttention,
-    Hyena,
-    LinearAttention,
-    Mamba,
-    Mamba2,
-    RecurrentBlock,
-)
+from compressm.layers.families import FAMILIES as MAKERS
 from compressm.observing.over_data import gather
 from compressm.theory.balancing import balance, truncate
 from compressm.theory.recurrence import ErrorEstimate, SelectiveReduction, balance_selective
@@ -45,12 +33,12 @@ class Family:
 
     Attributes:
         title: for people.
-        make: builds the layer.
+        options: of the layer, beside width and states.
         how: how it is cut, for the table.
     """
 
     title: str
-    make: Callable[[], Any]
+    options: dict[str, Any]
     how: str
 
 
@@ -58,31 +46,29 @@ EXACT = "balanced truncation"
 HANKEL = "Hankel SVD of the filter"
 ROTATED = "keys rotated; queries take over the others' work, per head"
 SELECTED = "states selected; the others' work folds into C"
+PER_HEAD = f"{EXACT} per head"
 FAMILIES = {
-    "lru": Family("LRU", lambda: LRU(WIDTH, STATES, r_min=0.9, max_phase=0.5), EXACT),
-    "s5": Family("S5", lambda: S5(WIDTH, STATES, dt_min=1e-2), EXACT),
-    "s5-both": Family("S5, both directions", lambda: S5(WIDTH, STATES, dt_min=1e-2, bidirectional=True), EXACT),
-    "s4d": Family("S4D", lambda: S4D(WIDTH, STATES, dt_min=1e-2), f"{EXACT} per channel, one rank for all"),
-    "s4": Family("S4, distilled", lambda: distilled(S4(WIDTH, 12, 128, dt_min=1e-2)), f"{HANKEL}, then {EXACT}"),
-    "hyena": Family("Hyena, distilled", lambda: distilled(Hyena(WIDTH, max_length=128)), f"{HANKEL}, then {EXACT}"),
-    "mamba": Family("Mamba (S6)", lambda: Mamba(WIDTH, STATES), SELECTED),
-    "mamba2": Family("Mamba-2 (SSD)", lambda: Mamba2(WIDTH, STATES, head_dim=8), "states selected"),
-    "linear-attention": Family(
-        "linear attention", lambda: LinearAttention(WIDTH, STATES, 2, decay="none"), f"{EXACT} per head"
-    ),
-    "retnet": Family(
-        "RetNet (fixed decay)", lambda: LinearAttention(WIDTH, STATES, 2, decay="fixed"), f"{EXACT} per head"
-    ),
-    "gated": Family(
-        "linear attention, gated decay", lambda: LinearAttention(WIDTH, STATES, 2, decay="gated"), f"{EXACT} per head"
-    ),
-    "gla": Family("gated linear attention", lambda: GatedLinearAttention(WIDTH, STATES, 2), SELECTED + ", per head"),
-    "delta-net": Family("DeltaNet", lambda: DeltaNet(WIDTH, STATES, 2), ROTATED),
-    "gated-delta-net": Family("Gated DeltaNet", lambda: DeltaNet(WIDTH, STATES, 2, gated=True), ROTATED),
-    "rg-lru": Family(
-        "RG-LRU (Griffin)", lambda: RecurrentBlock(WIDTH, STATES, 2), "channels selected; the others' work folds out"
-    ),
+    "lru": Family("LRU", {"r_min": 0.9, "max_phase": 0.5}, EXACT),
+    "s5": Family("S5", {"dt_min": 1e-2}, EXACT),
+    "s5-both": Family("S5, both directions", {"dt_min": 1e-2}, EXACT),
+    "s4d": Family("S4D", {"dt_min": 1e-2}, f"{EXACT} per channel, one rank for all"),
+    "s4": Family("S4, distilled", {"d_state": 12, "max_length": 128, "dt_min": 1e-2}, f"{HANKEL}, then {EXACT}"),
+    "hyena": Family("Hyena, distilled", {"d_state": 0, "max_length": 128}, f"{HANKEL}, then {EXACT}"),
+    "mamba": Family("Mamba (S6)", {}, SELECTED),
+    "mamba2": Family("Mamba-2 (SSD)", {"head_dim": 8}, "states selected"),
+    "linear-attention": Family("linear attention", {"n_heads": 2}, PER_HEAD),
+    "retnet": Family("RetNet (fixed decay)", {"n_heads": 2}, PER_HEAD),
+    "gated": Family("linear attention, gated decay", {"n_heads": 2}, PER_HEAD),
+    "gla": Family("gated linear attention", {"n_heads": 2}, SELECTED + ", per head"),
+    "delta-net": Family("DeltaNet", {"n_heads": 2}, ROTATED),
+    "gated-delta-net": Family("Gated DeltaNet", {"n_heads": 2}, ROTATED),
+    "rg-lru": Family("RG-LRU (Griffin)", {"n_blocks": 2}, "channels selected; the others' work folds out"),
 }
+
+
+def make(name: str) -> Any:
+    layer = MAKERS[name](**{"d_model": WIDTH, "d_state": STATES, **FAMILIES[name].options})
+    return distilled(layer) if name in ("s4", "hyena") else layer
 
 
 def distilled(layer: nn.Module) -> nn.Module:
@@ -94,7 +80,7 @@ def distilled(layer: nn.Module) -> nn.Module:
 def build(name: str, dtype: torch.dtype) -> tuple[nn.Module, Tensor]:
     """A layer, and sequences that vary slowly enough for a state to matter."""
     torch.manual_seed(0)
-    layer = FAMILIES[name].make().to(dtype)
+    layer = make(name).to(dtype)
     u = torch.randn(4, 100, WIDTH, dtype=dtype).cumsum(1) / 5
     return layer, u - u.mean(1, keepdim=True)
 

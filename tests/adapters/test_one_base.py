@@ -29,10 +29,9 @@ from helpers import real_matrices
 from layer_cases import LAYERS, WIDTH
 
 # Those with states that can be reduced, and only one kind of them.
-KINDS = sorted(LAYERS.keys() - {"s4", "hyena", "hyena of states", "bidirectional"})
+KINDS = sorted(LAYERS.keys() - {"s4", "hyena", "hyena of a filter", "bidirectional"})
 SELECTIVE = {
-    "mamba", "mamba2", "linear attention", "retention", "gated linear attention", "delta net", "gated delta net",
-    "rg_lru",
+    "mamba", "mamba2", "linear-attention", "retnet", "gated", "gla", "delta-net", "gated-delta-net", "rg-lru",
 }  # fmt: skip
 
 
@@ -140,7 +139,7 @@ def test_the_energy_that_is_kept_is_what_is_not_discarded(kind: str) -> None:
 
 def test_cuts_of_linear_layers_and_exact_ones_are_the_best_possible() -> None:
     exact = {kind for kind in KINDS if (lambda b: b[1].cuts(b[0], b[2]).discards)(built(kind)) is None}
-    assert exact == {"lru", "s5", "s5 bidirectional", "s4d", "linear attention", "retention"}
+    assert exact == {"lru", "s5", "s5-both", "s4d", "linear-attention", "retnet", "gated"}
 
 
 @pytest.mark.parametrize("kind", ["lru", "s4d"])

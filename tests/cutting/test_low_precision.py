@@ -50,7 +50,7 @@ def test_a_layer_computes_in_its_weights_dtype_beside_float32_rates(name: str) -
     assert float((y.detach().float() - wanted).norm() / wanted.norm()) < 0.02  # bfloat16 has 8 bits
     y.float().square().mean().backward()
     assert all(p.grad.dtype == p.dtype for p in layer.parameters() if p.grad is not None)
-    if name in ("s5 bidirectional", "bidirectional"):
+    if name in ("s5-both", "bidirectional"):
         return
     state = layer.initial_state(2)  # type: ignore[operator]
     for t in range(3):

@@ -24,7 +24,7 @@ from compressm.cutting.replay import NotMeasuredWarning
 from compressm.layers import LRU, S4D, S5, Bidirectional, Mamba, SequenceClassifier
 from compressm.theory.balancing import balance, truncate
 from compressm.theory.certificate import Certificate
-from test_families import FAMILIES, WIDTH
+from test_families import FAMILIES, WIDTH, make
 
 VOCABULARY, LENGTH = 30, 96
 LAWS = ["white noise", "random walk", "low rank"]
@@ -65,7 +65,7 @@ def lively(model: nn.Module) -> nn.Module:
 
 def alone(name: str) -> nn.Module:
     torch.manual_seed(0)
-    return lively(FAMILIES[name].make()).eval()
+    return lively(make(name)).eval()
 
 
 def classifier(name: str) -> nn.Module:

@@ -14,9 +14,9 @@ from layer_cases import LAYERS
 RECURRENT = {
     "lru": {"nu_log", "theta_log", "gamma_log", "B_re", "B_im"},
     "s5": {"log_decay", "frequency", "log_step", "B_re", "B_im"},
-    "s5 bidirectional": {"log_decay", "frequency", "log_step", "B_re", "B_im"},
+    "s5-both": {"log_decay", "frequency", "log_step", "B_re", "B_im"},
     "s4d": {"log_decay", "frequency", "log_step"},
-    "hyena of states": {"log_decay", "frequency", "log_step"},
+    "hyena": {"log_decay", "frequency", "log_step"},
     "s4": {"log_decay", "frequency", "log_step", "B_re", "B_im", "P_re", "P_im"},
     "mamba": {"A_log"},
     "mamba2": {"A_log"},

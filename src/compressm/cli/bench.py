@@ -13,9 +13,12 @@ def bench(
     context: typer.Context,
     suites: Annotated[
         list[str],
-        typer.Argument(metavar="SUITE...", help="lru, selective, ssd, gla, delta, reduction, train, step; or all."),
+        typer.Argument(
+            metavar="SUITE...",
+            help="lru, channels, selective, ssd, gla, delta, reduction, train, mamba2, step; or all.",
+        ),
     ],
-    quick: Annotated[bool, typer.Option("--quick", help="Few repetitions.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Few repetitions, and no slow rows.")] = False,
     only: Annotated[str | None, typer.Option(metavar="NAME", help="Only rows whose name contains this.")] = None,
     sweep: Annotated[bool, typer.Option("--sweep", help="Time against n, length and batch too.")] = False,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",

@@ -146,11 +146,24 @@ def _block(pointer, lines, line_count, stride, columns, column_count):
 
 
 @triton.jit
-def _decays(high, low, steps, Q: tl.constexpr):
-    """The running sums of a chunk, high and low part, and the masked matrix of decays from step j to step i >= j."""
+def _places(c, row, length, heads, groups, p, n, Q: tl.constexpr):
+    """Of chunk ``c`` of a head and sequence: its number among all chunks, how many steps are left from its start on, and
+    where it begins in sequences of the groups' n entries and of the heads' p."""
+    batch, head = row // heads, row % heads
+    first = batch * length + c * Q
+    narrow, wide = (first * groups + head // (heads // groups)) * n, (first * heads + head) * p
+    return row * tl.cdiv(length, Q) + c, length - c * Q, narrow, wide
+
+
+@triton.jit
+def _chunk_decays(high, low, steps, Q: tl.constexpr):
+    """Decays of a chunk from the running sums, high and low part: the masked matrix of those from step j to step i >= j;
+    those since the start, and to the end; and that of the whole chunk."""
     e, f = tl.load(high + steps), tl.load(low + steps)
+    total_e, total_f = tl.sum(tl.where(steps == Q - 1, e, 0.0)), tl.sum(tl.where(steps == Q - 1, f, 0.0))
     between = (e[:, None] - e[None, :]) + (f[:, None] - f[None, :])
-    return e, f, tl.exp(tl.where(steps[:, None] >= steps[None, :], between, float("-inf")))
+    masked = tl.exp(tl.where(steps[:, None] >= steps[None, :], between, float("-inf")))
+    return masked, tl.exp(e + f), tl.exp((total_e - e) + (total_f - f)), tl.exp(total_e + total_f)
 
 
 @triton.jit(do_not_specialize=["length", "heads", "groups", "p", "n"])
@@ -189,26 +202,22 @@ def _outputs_kernel(
     Q: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Outputs of one chunk: ``y_i = sum_{j <= i} (C_i . B_j) exp(e_i - e_j) x_j + exp(e_i) S C_i``."""
-    c, row = tl.program_id(1), tl.program_id(2).to(tl.int64)
-    batch, head = row // heads, row % heads
-    group = head // (heads // groups)
-    steps, lines = tl.arange(0, Q), tl.program_id(0) * BP + tl.arange(0, BP)
-    chunks = tl.cdiv(length, Q)
-    first, left = batch * length + c * Q, length - c * Q
-    e, f, decays = _decays(high + (row * chunks + c) * Q, low + (row * chunks + c) * Q, steps, Q)
-    narrow = (first * groups + group) * n
-    values = _block(x + (first * heads + head) * p, steps, left, heads * p, lines, p)
+    c, row, steps = tl.program_id(1), tl.program_id(2).to(tl.int64), tl.arange(0, Q)
+    lines = tl.program_id(0) * BP + tl.arange(0, BP)
+    place_of_chunk, left, narrow, wide = _places(c, row, length, heads, groups, p, n, Q)
+    decays, since_start, _, _ = _chunk_decays(high + place_of_chunk * Q, low + place_of_chunk * Q, steps, Q)
+    values = _block(x + wide, steps, left, heads * p, lines, p)
     scores = tl.zeros([Q, Q], tl.float32)
     read = tl.zeros([Q, BP], tl.float32)
     for at in range(0, n, BN):
         columns = at + tl.arange(0, BN)
         queries = _block(C + narrow, steps, left, groups * n, columns, n)
         keys = _block(B + narrow, steps, left, groups * n, columns, n)
-        state = _block(kept + (row * chunks + c) * p * n, lines, p, n, columns, n)
+        state = _block(kept + place_of_chunk * p * n, lines, p, n, columns, n)
         scores += _dot(queries, tl.trans(keys), PRECISION)
         read += _dot(queries, tl.trans(state), PRECISION)
-    output = _dot(scores * decays, values, PRECISION) + tl.exp(e + f)[:, None] * read
-    place = (first * heads + head) * p + steps[:, None] * (heads * p) + lines[None, :]
+    output = _dot(scores * decays, values, PRECISION) + since_start[:, None] * read
+    place = wide + steps[:, None] * (heads * p) + lines[None, :]
     tl.store(y + place, output.to(y.dtype.element_ty), (steps[:, None] < left) & (lines[None, :] < p))
 
 
@@ -219,17 +228,10 @@ def _values_kernel(
 ):  # fmt: skip
     """Gradients of x and of the running sums of one chunk. ``G`` is the gradient of the state after it, ``S`` the state
     before it."""
-    c, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    batch, head = row // heads, row % heads
-    group = head // (heads // groups)
-    steps = tl.arange(0, Q)
-    chunks = tl.cdiv(length, Q)
-    first, left = batch * length + c * Q, length - c * Q
-    e, f, decays = _decays(high + (row * chunks + c) * Q, low + (row * chunks + c) * Q, steps, Q)
-    total_e, total_f = tl.sum(tl.where(steps == Q - 1, e, 0.0)), tl.sum(tl.where(steps == Q - 1, f, 0.0))
-    since_start, to_end = tl.exp(e + f), tl.exp((total_e - e) + (total_f - f))
-    narrow, wide = (first * groups + group) * n, (first * heads + head) * p
-    before, after = kept + (row * chunks + c) * p * n, adjoint + (row * chunks + c) * p * n
+    c, row, steps = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.arange(0, Q)
+    place_of_chunk, left, narrow, wide = _places(c, row, length, heads, groups, p, n, Q)
+    decays, since_start, to_end, total = _chunk_decays(high + place_of_chunk * Q, low + place_of_chunk * Q, steps, Q)
+    before, after = kept + place_of_chunk * p * n, adjoint + place_of_chunk * p * n
 
     mixing, to_mixing = tl.zeros([Q, Q], tl.float32), tl.zeros([Q, Q], tl.float32)
     for at in range(0, n, BN):
@@ -252,7 +254,7 @@ def _values_kernel(
             columns = inner + tl.arange(0, BN)
             G = _block(after, lines, p, n, columns, n)
             S = _block(before, lines, p, n, columns, n)
-            to_total += tl.exp(total_e + total_f) * tl.sum(G * S)
+            to_total += total * tl.sum(G * S)
             written += _dot(_block(B + narrow, steps, left, groups * n, columns, n), tl.trans(G), PRECISION)
             read += _dot(_block(C + narrow, steps, left, groups * n, columns, n), tl.trans(S), PRECISION)
         values = _block(x + wide, steps, left, heads * p, lines, p)
@@ -265,8 +267,8 @@ def _values_kernel(
         inside = (steps[:, None] < left) & (lines[None, :] < p)
         place = steps[:, None] * (heads * p) + lines[None, :]
         tl.store(grad_x + wide + place, result.to(grad_x.dtype.element_ty), inside)
-    tl.store(grad_elapsed + (row * chunks + c) * Q + steps, to_elapsed)
-    tl.store(grad_total + row * chunks + c, to_total)
+    tl.store(grad_elapsed + place_of_chunk * Q + steps, to_elapsed)
+    tl.store(grad_total + place_of_chunk, to_total)
 
 
 @triton.jit(do_not_specialize=["length", "heads", "groups", "p", "n"])
@@ -275,16 +277,11 @@ def _keys_kernel(
     Q: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Gradients of B and C of one chunk and head, for one block of their entries; names as in `_values_kernel`."""
-    c, row = tl.program_id(1), tl.program_id(2).to(tl.int64)
-    batch, head = row // heads, row % heads
-    group = head // (heads // groups)
-    steps, columns = tl.arange(0, Q), tl.program_id(0) * BN + tl.arange(0, BN)
-    chunks = tl.cdiv(length, Q)
-    first, left = batch * length + c * Q, length - c * Q
-    e, f, decays = _decays(high + (row * chunks + c) * Q, low + (row * chunks + c) * Q, steps, Q)
-    total_e, total_f = tl.sum(tl.where(steps == Q - 1, e, 0.0)), tl.sum(tl.where(steps == Q - 1, f, 0.0))
-    narrow, wide = (first * groups + group) * n, (first * heads + head) * p
-    before, after = kept + (row * chunks + c) * p * n, adjoint + (row * chunks + c) * p * n
+    c, row, steps = tl.program_id(1), tl.program_id(2).to(tl.int64), tl.arange(0, Q)
+    columns = tl.program_id(0) * BN + tl.arange(0, BN)
+    place_of_chunk, left, narrow, wide = _places(c, row, length, heads, groups, p, n, Q)
+    decays, since_start, to_end, _ = _chunk_decays(high + place_of_chunk * Q, low + place_of_chunk * Q, steps, Q)
+    before, after = kept + place_of_chunk * p * n, adjoint + place_of_chunk * p * n
 
     to_scores = tl.zeros([Q, Q], tl.float32)
     to_keys, to_queries = tl.zeros([Q, BN], tl.float32), tl.zeros([Q, BN], tl.float32)
@@ -296,10 +293,9 @@ def _keys_kernel(
         to_keys += _dot(values, _block(after, lines, p, n, columns, n), PRECISION)
         to_queries += _dot(grads, _block(before, lines, p, n, columns, n), PRECISION)
     to_scores *= decays
-    place = (first * heads + head) * n + steps[:, None] * (heads * n) + columns[None, :]
+    place = wide // p * n + steps[:, None] * (heads * n) + columns[None, :]
     inside = (steps[:, None] < left) & (columns[None, :] < n)
     queries = _block(C + narrow, steps, left, groups * n, columns, n)
-    to_end = tl.exp((total_e - e) + (total_f - f))
     tl.store(grad_B + place, to_end[:, None] * to_keys + _dot(tl.trans(to_scores), queries, PRECISION), inside)
     keys = _block(B + narrow, steps, left, groups * n, columns, n)
-    tl.store(grad_C + place, tl.exp(e + f)[:, None] * to_queries + _dot(to_scores, keys, PRECISION), inside)
+    tl.store(grad_C + place, since_start[:, None] * to_queries + _dot(to_scores, keys, PRECISION), inside)

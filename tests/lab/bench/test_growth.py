@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from compressm.lab.bench.counting import SIZES, count, count_family
-from compressm.lab.bench.steps import FAMILIES
+from compressm.layers.families import FAMILIES
 from compressm.scans import native
 
 STORED = json.loads(Path(__file__).with_name("counts.json").read_text(encoding="utf-8"))

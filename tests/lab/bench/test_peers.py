@@ -45,6 +45,9 @@ def test_loops_equal_ours() -> None:
         (ours.selective, peers_torch.selective_loop, {"n": 3, "d": 5}),
         (ours.ssd, peers_torch.ssd_loop, {"n": 3, "heads": 2, "p": 4}),
         (ours.lti, peers_torch.lti_loop, {"n": 3, "width": 4}),
+        (ours.siso, peers_torch.siso_loop, {"n": 3, "d": 4}),
+        (ours.siso, peers_torch.siso_fft, {"n": 3, "d": 4}),
+        (ours.convolution, peers_torch.convolution_direct, {"d": 4}),
         (ours.gla, peers_torch.gla_loop, {"n": 3, "heads": 2, "p": 4}),
         (ours.delta, peers_torch.delta_loop, {"n": 3, "heads": 2, "p": 4, "gated": True}),
         (ours.delta, peers_torch.delta_loop, {"n": 3, "heads": 2, "p": 4, "gated": False}),
@@ -135,3 +138,16 @@ def test_the_three_forms_of_a_step_compute_the_same(family: str, monkeypatch: py
     truth, *others = [torch.as_tensor(form()) for form in forms]
     for other in others:
         torch.testing.assert_close(other, truth, rtol=1e-4, atol=1e-5)
+
+
+def test_mamba2_is_cut_in_the_rows_of_a_training() -> None:
+    """A step of a model that was cut, and a whole training in which it is; the losses of both ways are the same."""
+    pytest.importorskip("transformers", minversion="5.20")
+    from compressm.lab.bench import mamba2_training
+
+    sizes = {"n": 12, "heads": 2, "p": 4, "layers": 1, "batch": 2, "length": 24}
+    for cut_to in (None, 4):
+        ours, theirs = (mamba2_training.training_step(**sizes, cut_to=cut_to, scan=s) for s in ("ours", "theirs"))
+        for _ in range(2):
+            assert ours() == pytest.approx(theirs(), rel=1e-4)
+    mamba2_training.training_run(**sizes, scan="ours", steps=20, cut_to=4)()  # which asserts that it was cut

@@ -20,6 +20,7 @@ EXTRAS = {
     "peers_hf": ["transformers"],
     "peers_pymor": ["pymor"],
     "peers_fla": ["fla", "triton"],
+    "mamba2_training": ["transformers"],
 }
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from compressm.layers.families import FAMILIES
 from compressm.scans import native
 
 
@@ -76,12 +77,11 @@ SIZES: dict[str, tuple[int, int]] = {"base": (8, 64), "longer": (8, 256), "more 
 
 
 def count_family(family: str) -> dict[str, dict[str, int]]:
-    """The counts of a layer of `compressm.lab.bench.steps.FAMILIES` at all `SIZES`, as plain values."""
-    from compressm.lab.bench.steps import FAMILIES
-
+    """The counts of a layer of `compressm.layers.families` at all `SIZES`, as plain values."""
     found = dict[str, dict[str, int]]()
     for name, (n, length) in SIZES.items():
         torch.manual_seed(0)
-        layer = FAMILIES[family](WIDTH, n)
+        options = {"max_length": 1024} if family == "s4" else {}
+        layer = FAMILIES[family](WIDTH, n, **options)
         found[name] = count(layer, torch.randn(BATCH, length, WIDTH, requires_grad=True)).to_dict()
     return found

@@ -10,14 +10,14 @@ import torch
 
 # PyTorch loads this module, 150 MB, with the first custom operator. Loaded here, it does not count as a step's memory.
 import torch._dynamo  # pyright: ignore[reportUnusedImport]
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from compressm import compress
 from compressm.cutting import plan_reduction
 from compressm.lab.bench.worker import Step
-from compressm.layers import LRU, SequenceClassifier
-from compressm.scans import delta_scan, gla_scan, lti_scan, selective_scan, ssd_scan
+from compressm.layers import LRU, S4D, Convolution, SequenceClassifier
+from compressm.scans import delta_scan, gla_scan, lti_scan, selective_scan, siso_scan, ssd_scan
 from compressm.scans.delta import Engine as DeltaEngine
 from compressm.theory.rank_rule import RankRule
 
@@ -90,6 +90,42 @@ def lti_tensors(n: int, width: int, batch: int, length: int, device: str = "cpu"
 def lti(n: int, width: int, batch: int, length: int, device: str = "cpu") -> Step:
     """`lti_scan` alone, with the engine it chooses."""
     return forward_backward(lti_scan, lti_tensors(n, width, batch, length, device))
+
+
+def siso_tensors(n: int, d: int, batch: int, length: int, device: str = "cpu") -> list[Tensor]:
+    """Arguments of `siso_scan`: ``d`` channels of an S4D layer at initialisation."""
+    torch.manual_seed(0)
+    layer = S4D(d, n)
+    return [tensor.detach().to(device) for tensor in (torch.randn(batch, length, d), *layer.sampled())]
+
+
+def siso(n: int, d: int, batch: int, length: int, device: str = "cpu") -> Step:
+    """`siso_scan` alone, with the engine it chooses."""
+    return forward_backward(siso_scan, siso_tensors(n, d, batch, length, device))
+
+
+def convolution_tensors(d: int, batch: int, length: int, device: str = "cpu") -> list[Tensor]:
+    """Sequences ``(batch, length, d)`` and a decaying filter as long as they are, ``(length, d)``."""
+    generator = torch.Generator().manual_seed(0)
+    u = torch.randn(batch, length, d, generator=generator)
+    taps = torch.randn(length, d, generator=generator) * torch.exp(-torch.arange(length) / 100)[:, None]
+    return [u.to(device), taps.to(device)]
+
+
+class Taps(Convolution):
+    """The convolution of S4 and Hyena with a filter that is given, and without a skip."""
+
+    def __init__(self, taps: Tensor) -> None:
+        super().__init__(taps.shape[1], taps.shape[0])
+        self.taps, self.D = taps, nn.Parameter(torch.zeros(taps.shape[1], device=taps.device))
+
+    def filter(self, length: int) -> Tensor:
+        return self.taps[:length]
+
+
+def convolution(d: int, batch: int, length: int, device: str = "cpu") -> Step:
+    """A long convolution alone, as S4 and Hyena run it."""
+    return forward_backward(lambda u, taps: Taps(taps)(u), convolution_tensors(d, batch, length, device))
 
 
 def selective_tensors(n: int, d: int, batch: int, length: int, device: str = "cpu") -> list[Tensor]:

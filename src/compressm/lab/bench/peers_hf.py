@@ -62,7 +62,7 @@ def mamba_mixer(n: int, d: int, batch: int, length: int, scan: str, device: str 
     """A MambaMixer of inner width ``d``; ``scan`` is ``"theirs"`` or ``"ours"``."""
     torch.manual_seed(0)
     config = MambaConfig(hidden_size=d // 2, expand=2, state_size=n, num_hidden_layers=1, vocab_size=16)
-    mixer = _with_scan(modeling_mamba.MambaMixer(config, layer_idx=0), scan)
+    mixer = with_scan(modeling_mamba.MambaMixer(config, layer_idx=0), scan)
     return _mixer_step(mixer, d // 2, batch, length, device)
 
 
@@ -74,11 +74,11 @@ def mamba2_mixer(n: int, heads: int, p: int, batch: int, length: int, scan: str,
         hidden_size=width, expand=2, num_heads=heads, head_dim=p, state_size=n, n_groups=1, num_hidden_layers=1,
         vocab_size=16,
     )  # fmt: skip
-    mixer = _with_scan(modeling_mamba2.Mamba2Mixer(config, layer_idx=0), scan)
+    mixer = with_scan(modeling_mamba2.Mamba2Mixer(config, layer_idx=0), scan)
     return _mixer_step(mixer, width, batch, length, device)
 
 
-def _with_scan(mixer: torch.nn.Module, scan: str) -> torch.nn.Module:
+def with_scan(mixer: torch.nn.Module, scan: str) -> torch.nn.Module:
     """A mixer on its slow path with its own scan, or as `fast_scan` makes it for users."""
     if scan == "ours":
         enable_fast_scan(mixer)

@@ -131,6 +131,18 @@ def lti_training(batch: int, length: int, n: int, p: int, q: int) -> Work:
     return Work(flops=min(recurrence, toeplitz, fourier), bytes=FLOAT * steps * (3 * p + 2 * q))
 
 
+def convolution_training(batch: int, length: int, d: int) -> Work:
+    """One filter as long as the sequence in each of ``d`` channels, forward and backward.
+
+    As in `lti_training` with one input and one output, but the filter is given: one Toeplitz matrix, its lower
+    triangle, or Fourier transforms. Traffic: u, y and the filter forward; u, filter and the gradients of all three backward.
+    """
+    steps = batch * length
+    toeplitz = 3 * (length + 1)
+    fourier = 2 * 5 * math.log2(2 * length) * 2 + 3 * 8
+    return Work(flops=d * steps * min(toeplitz, fourier), bytes=FLOAT * d * (5 * steps + 3 * length))
+
+
 def lru_training_step(batch: int, length: int, n: int, width: int, layers: int, classes: int = 10) -> Work:
     """Forward, backward and Adam of the classifier with ``layers`` blocks of norm, LRU, GELU, GLU, skip.
 
@@ -213,6 +225,17 @@ def mamba2_mixer_training(batch: int, length: int, heads: int, p: int, n: int, t
     floats = 3 * steps * (inner + 2 * (inner + channels + heads) + 2 * inner)
     around = Work(flops=flops, exps=2 * steps * (channels + inner), bytes=FLOAT * floats)
     return around + ssd_training(batch, length, heads, p, n)
+
+
+def mamba2_model_training_step(
+    batch: int, length: int, heads: int, p: int, n: int, layers: int, vocabulary: int
+) -> Work:
+    """Forward and backward of a language model of ``layers`` Mamba-2 layers and a map to the vocabulary.
+
+    Beside the layers: the map, three products of ``batch * length`` rows. Norms, embedding and Adam are left out.
+    """
+    head = Work(flops=3 * 2 * batch * length * (heads * p // 2) * vocabulary)
+    return layers * mamba2_mixer_training(batch, length, heads, p, n) + head
 
 
 # --- a decay for every key dimension, and the delta rule -------------------------------------------------------------

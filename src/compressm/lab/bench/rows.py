@@ -39,6 +39,7 @@ class Case:
         peer: what it is compared with, in words.
         peer_side: the other side.
         work: operations and bytes that our side needs at the least.
+        brief: whether a quick run measures it too.
     """
 
     name: str
@@ -46,6 +47,7 @@ class Case:
     peer: str
     peer_side: Side
     work: Work
+    brief: bool = True
 
 
 @dataclass(frozen=True)
@@ -185,7 +187,6 @@ class Process:
         for index in range(_TURN_STEPS):
             answer = self._ask("step")
             if self.unavailable is not None:
-                self.times_ms.clear()  # a side that fails half-way has no times
                 return
             if fast and index == 0:
                 continue
@@ -212,6 +213,7 @@ class Process:
         self.unavailable = answer.get("unavailable")
         if self.unavailable is not None:
             self.times_ms.clear()  # a side that fails half-way has no time
+            self._process.wait()  # it is still busy clearing up, on the processors that the other side needs
         return answer
 
 

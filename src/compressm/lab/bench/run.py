@@ -34,7 +34,7 @@ def run_bench(
 
     Args:
         suites: their names; ``"all"`` stands for all of them.
-        quick: few repetitions.
+        quick: few repetitions. Unless `only` is given, rows are left out that are slow, or many of a kind.
         only: only rows whose name contains this.
         sweeps: measure time against n, length and batch too.
         device: ``"cpu"`` or ``"cuda"``.
@@ -53,7 +53,7 @@ def run_bench(
         raise ConfigError(f"device {device!r} is not there; choose cpu, or cuda on a machine that has it")
     if picture is not None and not sweeps:
         raise ConfigError("plot: needs points to draw; add --sweep")
-    cases = [case for name in names for case in SUITES[name](device) if only is None or only in case.name]
+    cases = [case for name in names for case in SUITES[name](device) if _wanted(case, only, quick)]
     points = [p for name in names for p in sweep(name, device) if only is None or only in p.case.name] if sweeps else []
     if not cases and not points:
         raise ConfigError(f"only: no row's name contains {only!r}; leave it out to see them all")
@@ -64,6 +64,10 @@ def run_bench(
     if picture is not None:
         plot(result, picture)
     return result
+
+
+def _wanted(case: Case, only: str | None, quick: bool) -> bool:
+    return only in case.name if only is not None else case.brief or not quick
 
 
 def _known(suites: Sequence[str]) -> list[str]:

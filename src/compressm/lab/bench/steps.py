@@ -17,43 +17,20 @@ from torch import Tensor, nn
 
 from compressm.lab.bench.roofline import Work, token
 from compressm.lab.bench.worker import Step
-from compressm.layers import (
-    LRU,
-    S4,
-    S4D,
-    S5,
-    DeltaNet,
-    GatedLinearAttention,
-    Hyena,
-    LinearAttention,
-    Mamba,
-    Mamba2,
-    RecurrentBlock,
-)
+from compressm.layers.families import FAMILIES
 from compressm.saving.tracing import flatten_state, trace
 
 TOKENS = 1000
 WIDTH = 256
-FAMILIES: dict[str, Callable[[int, int], nn.Module]] = {  # from width and states
-    "lru": lambda width, n: LRU(width, n),
-    "s5": lambda width, n: S5(width, n),
-    "s4d": lambda width, n: S4D(width, n),
-    "s4": lambda width, n: S4(width, n, max_length=1024),
-    "hyena": lambda width, n: Hyena(width, n),
-    "mamba": lambda width, n: Mamba(width, n),
-    "mamba2": lambda width, n: Mamba2(width, n),
-    "retention": lambda width, n: LinearAttention(width, n, decay="fixed"),
-    "gla": lambda width, n: GatedLinearAttention(width, n),
-    "delta": lambda width, n: DeltaNet(width, n),
-    "gated-delta": lambda width, n: DeltaNet(width, n, gated=True),
-    "rg-lru": lambda width, n: RecurrentBlock(width, n),
-}
+# Without those that cannot go step by step, or are another one with a simpler decay.
+STEPPED = tuple(name for name in FAMILIES if name not in ("s5-both", "linear-attention", "gated"))
 
 
 def layer_of(family: str, n: int) -> Any:
     """A layer of a family with ``n`` states and width `WIDTH`, the same in every process, in evaluation mode."""
     torch.manual_seed(0)
-    return FAMILIES[family](WIDTH, n).eval().requires_grad_(False)
+    options = {"max_length": 1024} if family == "s4" else {}
+    return FAMILIES[family](WIDTH, n, **options).eval().requires_grad_(False)
 
 
 def first_token(layer: Any, batch: int) -> tuple[Tensor, Any]:

@@ -12,13 +12,18 @@ from compressm.lab.bench.rows import Case, Side
 _OURS, _TORCH, _JAX = "compressm.lab.bench.ours", "compressm.lab.bench.peers_torch", "compressm.lab.bench.peers_jax"
 _HF, _PYMOR = "compressm.lab.bench.peers_hf", "compressm.lab.bench.peers_pymor"
 _FLA = "compressm.lab.bench.peers_fla"
+_MAMBA2 = "compressm.lab.bench.mamba2_training"
 _STEPS, _ONNX = "compressm.lab.bench.steps", "compressm.lab.bench.peers_onnx"
 
 JAX = "JAX/Equinox, associative scan"
 LOOP = "PyTorch, loop over time"
 HF = "transformers, slow path"
 FLA = "flash-linear-attention, plain"
+FFT = "PyTorch, the whole kernel and FFT"
+DIRECT = "PyTorch, conv1d"
 ONNX = "ONNX Runtime, the same step"
+
+_QUICK_STEPS = ("lru", "mamba", "mamba2", "gla", "gated-delta-net")
 
 _SMNIST: dict[str, int] = {"width": 8, "layers": 1, "batch": 50, "length": 784}
 _DEEP: dict[str, int] = {"width": 64, "layers": 6, "batch": 16, "length": 1024}
@@ -63,14 +68,26 @@ def _lru_step(name: str, n: int, sizes: dict[str, int], device: str, **more: Any
     )
 
 
+def channels(device: str) -> Iterator[Case]:
+    """One system, or one filter, per channel, forward and backward: S4D's scan, and the convolution of S4 and Hyena."""
+    sizes = {"d": 128, "batch": 8, "length": 1024, "device": device}
+    for n in (16, 64):
+        ours, work = Side(f"{_OURS}:siso", {"n": n, **sizes}), 128 * roofline.lti_training(8, 1024, n, 1, 1)
+        case = Case(f"channels/s4d-n{n}", ours, FFT, Side(f"{_TORCH}:siso_fft", ours.arguments), work)
+        yield case
+        yield _against(case, "loop", LOOP, f"{_TORCH}:siso_loop")
+    for length in (1024, 4096):
+        ours = Side(f"{_OURS}:convolution", {**sizes, "length": length})
+        work, peer = roofline.convolution_training(8, length, 128), Side(f"{_TORCH}:convolution_direct", ours.arguments)
+        yield Case(f"channels/convolution-l{length}", ours, DIRECT, peer, work)
+
+
 def selective(device: str) -> Iterator[Case]:
     """Mamba's scan, forward and backward, alone and inside a mixer."""
     cases = {n: _selective(f"selective/scan-n{n}", n, device) for n in (128, 64, 16, 12)}
     yield from cases.values()
     yield Case("selective/n128-over-n12", cases[12].ours, "ours at n = 128", cases[128].ours, cases[12].work)
-    yield Case(
-        "selective/scan-n16-hf", cases[16].ours, HF, Side(f"{_HF}:selective", cases[16].ours.arguments), cases[16].work
-    )
+    yield replace(_against(cases[16], "hf", HF, f"{_HF}:selective"), brief=False)
     sizes = {"n": 16, "d": 128, "batch": 8, "length": 784, "device": device}
     yield Case(
         "selective/mixer-n16-hf",
@@ -78,6 +95,7 @@ def selective(device: str) -> Iterator[Case]:
         "transformers' MambaMixer, slow path; ours: the same mixer with our scan in it",
         Side(f"{_HF}:mamba_mixer", {**sizes, "scan": "theirs"}),
         cases[16].work,
+        brief=False,
     )
 
 
@@ -135,6 +153,7 @@ def delta(device: str) -> Iterator[Case]:
         for n in (16, 64, 128):
             kind = "gated" if gated else "plain"
             case = _delta(f"delta/{kind}-n{n}-heads{heads}-p{p}", n, device, gated, heads=heads, p=p)
+            case = replace(case, brief=gated or n == 64)
             yield case
             if n == 64:
                 yield _against(case, "fla", FLA, f"{_FLA}:delta")
@@ -164,6 +183,7 @@ def reduction(device: str) -> Iterator[Case]:
             "pyMOR, BTReductor on the same real system",
             Side(f"{_PYMOR}:reduction", arguments),
             roofline.reduction(n, states),
+            brief=n < 512,
         )
 
 
@@ -190,29 +210,58 @@ def train(device: str) -> Iterator[Case]:
     )
 
 
+def mamba2(device: str) -> Iterator[Case]:
+    """A Mamba-2 language model of transformers, cut from 128 states to 16: a step before and after the cut, and a whole
+    training, cut included, beside transformers' own path."""
+    model = {"heads": 4, "p": 64, "layers": 2, "batch": 4, "length": 512}
+    step, run = f"{_MAMBA2}:training_step", f"{_MAMBA2}:training_run"
+
+    def sides(n: int, cut_to: int | None, function: str, **more: Any) -> tuple[Side, Side]:
+        arguments = {"n": n, "cut_to": cut_to, **model, **more}
+        ours, theirs = (Side(function, {**arguments, "scan": scan}) for scan in ("ours", "theirs"))
+        return ours, theirs
+
+    small, large = (roofline.mamba2_model_training_step(n=n, vocabulary=256, **model) for n in (16, 128))
+    full, full_hf = sides(128, None, step, device=device)
+    cut, cut_hf = sides(128, 16, step, device=device)
+    yield Case("mamba2/step-n128-hf", full, HF, full_hf, large)
+    yield Case("mamba2/step-cut-to-16-hf", cut, HF, cut_hf, small)
+    yield Case("mamba2/step-cut-to-16", cut, "ours before the cut, 128 states", full, small)
+    steps = 40  # on the CPU whatever the device
+    run_cut, _ = sides(128, 16, run, steps=steps)
+    run_full, run_hf = sides(128, None, run, steps=steps)
+    work = 0.9 * steps * small + 0.1 * steps * large
+    yield Case("mamba2/run-40-steps-cut-to-16", run_cut, "ours without a cut, 128 states", run_full, work)
+    yield Case("mamba2/run-40-steps-cut-to-16-hf", run_cut, f"{HF}, without a cut", run_hf, work)
+
+
 def step(device: str) -> Iterator[Case]:
     """A thousand tokens, one after the other, before and after a cut from 64 states to 16: ms are µs per token.
 
-    On the CPU whatever the device, since ONNX Runtime is the peer there.
+    On the CPU whatever the device, since ONNX Runtime is the peer there. Compiling takes most of a row's time, so that
+    a quick run has one sequence of five families only.
     """
-    for family in steps.FAMILIES:
+    for family in steps.STEPPED:
         for n in (64, 16):
             for batch in (1, 8):
                 sizes: dict[str, Any] = {"family": family, "n": n, "batch": batch}
                 work, peer = steps.work(family, n, batch), Side(f"{_ONNX}:stepped", sizes)
                 name = f"step/{family}-n{n}-b{batch}"
-                yield Case(name, Side(f"{_STEPS}:stepped", sizes), ONNX, peer, work)
-                yield Case(f"{name}-compiled", Side(f"{_STEPS}:stepped", {**sizes, "compiled": True}), ONNX, peer, work)
+                compiled, brief = {**sizes, "compiled": True}, batch == 1 and family in _QUICK_STEPS
+                yield Case(name, Side(f"{_STEPS}:stepped", sizes), ONNX, peer, work, brief=False)
+                yield Case(f"{name}-compiled", Side(f"{_STEPS}:stepped", compiled), ONNX, peer, work, brief)
 
 
 SUITES: dict[str, Callable[[str], Iterator[Case]]] = {
     "lru": lru,
+    "channels": channels,
     "selective": selective,
     "ssd": ssd,
     "gla": gla,
     "delta": delta,
     "reduction": reduction,
     "train": train,
+    "mamba2": mamba2,
     "step": step,
 }
 

@@ -97,66 +97,62 @@ template <class T> struct DeltaChunk {
     }
 };
 
-template <class T>
-void delta_forward(Delta<T> s, const T* v, const T* initial, T* y, T* last, T* kept, T* written, int threads) {
-#pragma omp parallel num_threads(threads)
-    {
-        FlushDenormals guard;
-        DeltaChunk<T> c(s);
-        Tile<T> state(s.n, s.p), out(chunk_steps, s.p);
-        T system[chunk_steps * chunk_steps];
-        const int64_t width = state.width;
-#pragma omp for schedule(static)
-        for (int64_t task = 0; task < s.batch * s.heads; ++task) {
-            const Head head(s, task);
-            transpose_tile(s.p, s.n, initial + head.state(), s.n, state.row(0), width);
-            for (int64_t chunk = 0; chunk < s.chunks(); ++chunk) {
-                if (kept && chunk % kept_chunks == 0)
-                    copy_rows(s.n, s.p, state.row(0), width, kept + head.kept(chunk / kept_chunks), s.p);
-                c.take_keys(head, chunk);
-                c.take_queries(head, chunk);
-                head.take(v, chunk, s.p, c.w.row(0), width);
-                add_product(chunk_steps, width, s.n, rows(c.reading.row(chunk_steps), c.k.width), state.row(0), width,
-                            c.w.row(0), width);
-                for (int64_t i = 0; i < chunk_steps; ++i)
-                    for (int64_t j = 0; j < chunk_steps; ++j) system[i * chunk_steps + j] = c.A.row(i)[j] * c.beta[j];
-                substitute<T, true>(system, c.w);
-                c.write();
-                set_product(chunk_steps, width, s.n, rows(c.reading.row(0), c.q.width), state.row(0), width, out.row(0), width);
-                add_product<Part::lower>(chunk_steps, width, chunk_steps, rows(c.M.row(0), c.M.width), c.u.row(0), width,
-                                         out.row(0), width);
-                head.give(out.row(0), width, chunk, s.p, y);
-                if (written) head.give(c.w.row(0), width, chunk, s.p, written);
-                c.advance(state);
-            }
-            transpose_tile(s.n, s.p, state.row(0), width, last + head.state(), s.n);
-        }
-    }
-}
+template <class T> struct DeltaForward {
+    struct Arguments {
+        Delta<T> s;
+        const T* v;
+        T *y, *written;
+    };
+    const Arguments& given;
+    DeltaChunk<T> c;
+    Tile<T> out;
 
-template <class T> struct DeltaGradients {
-    T *v, *log_decay, *beta, *k, *q;
+    explicit DeltaForward(const Arguments& given) : given(given), c(given.s), out(chunk_steps, given.s.p) {}
+
+    void chunk(const Head& head, int64_t chunk, Tile<T>& state) {
+        const int64_t width = state.width, n = c.s.n, p = c.s.p;
+        T system[chunk_steps * chunk_steps];
+        c.take_keys(head, chunk);
+        c.take_queries(head, chunk);
+        head.take(given.v, chunk, p, c.w.row(0), width);
+        add_product(chunk_steps, width, n, rows(c.reading.row(chunk_steps), c.k.width), state.row(0), width, c.w.row(0), width);
+        for (int64_t i = 0; i < chunk_steps; ++i)
+            for (int64_t j = 0; j < chunk_steps; ++j) system[i * chunk_steps + j] = c.A.row(i)[j] * c.beta[j];
+        substitute<T, true>(system, c.w);
+        c.write();
+        set_product(chunk_steps, width, n, rows(c.reading.row(0), c.q.width), state.row(0), width, out.row(0), width);
+        add_product<Part::lower>(chunk_steps, width, chunk_steps, rows(c.M.row(0), c.M.width), c.u.row(0), width, out.row(0),
+                                 width);
+        head.give(out.row(0), width, chunk, p, given.y);
+        if (given.written) head.give(c.w.row(0), width, chunk, p, given.written);
+        c.advance(state);
+    }
 };
 
 // The backward pass of a chunk. `z` is the gradient of v, and so of -g_i S^T k_i.
 template <class T> struct DeltaBackward {
+    struct Arguments {
+        Delta<T> s;
+        const T *written, *grad_y;
+        T *v, *log_decay, *beta, *k, *q;  // their gradients
+    };
+    const Arguments& to;
     const Delta<T>& s;
     DeltaChunk<T> c;
-    std::vector<Tile<T>> states;  // before each chunk between two kept states
-    Tile<T> grad_state, incoming, gradient, transposed, values, products, read, stored, mixing, among, sum;
+    Tile<T> incoming, gradient, transposed, values, products, read, stored, mixing, among, sum;
     T to_between[chunk_steps][chunk_steps], to_read[chunk_steps], to_store[chunk_steps];
 
-    explicit DeltaBackward(const Delta<T>& s)
-        : s(s), c(s), states(kept_chunks, Tile<T>(s.n, s.p)), grad_state(s.n, s.p), incoming(2 * chunk_steps, s.p),
+    explicit DeltaBackward(const Arguments& to)
+        : to(to), s(to.s), c(s), incoming(2 * chunk_steps, s.p),
           gradient(chunk_steps, s.p), transposed(s.p, s.n), values(s.p, chunk_steps), products(2 * chunk_steps, chunk_steps),
           read(2 * chunk_steps, s.n), stored(chunk_steps, s.n), mixing(chunk_steps, chunk_steps),
           among(chunk_steps, chunk_steps), sum(chunk_steps, s.n) {}
 
     // `incoming`: the gradient of y, then z.
-    void solve(const Head& head, int64_t chunk, const T* grad_y, const DeltaGradients<T>& to) {
+    void solve(const Head& head, int64_t chunk, const Tile<T>& grad_state) {
         const int64_t width = grad_state.width;
         T system[chunk_steps * chunk_steps];
-        head.take(grad_y, chunk, s.p, incoming.row(0), width);
+        head.take(to.grad_y, chunk, s.p, incoming.row(0), width);
         set_product(chunk_steps, width, s.n, rows(c.storing.row(0), c.storing.width), grad_state.row(0), width,
                     gradient.row(0), width);
         add_product<Part::upper>(chunk_steps, width, chunk_steps, columns(c.M.row(0), c.M.width), incoming.row(0), width,
@@ -172,7 +168,7 @@ template <class T> struct DeltaBackward {
     }
 
     // Through the state before the chunk, and through what the chunk adds to the one after it.
-    void through_states(const Tile<T>& state) {
+    void through_states(const Tile<T>& state, const Tile<T>& grad_state) {
         transpose_tile(s.n, s.p, state.row(0), state.width, transposed.row(0), transposed.width);
         set_product(2 * chunk_steps, read.width, s.p, rows(incoming.row(0), incoming.width), transposed.row(0),
                     transposed.width, read.row(0), read.width);
@@ -202,7 +198,7 @@ template <class T> struct DeltaBackward {
             }
     }
 
-    void give_keys(const Head& head, int64_t chunk, const DeltaGradients<T>& to) {
+    void give_keys(const Head& head, int64_t chunk) {
         const int64_t width = c.k.width;
         copy_rows(chunk_steps, width, read.row(0), width, sum.row(0), width);
         add_product<Part::lower>(chunk_steps, width, chunk_steps, rows(mixing.row(0), mixing.width), c.k.row(0), width,
@@ -218,7 +214,7 @@ template <class T> struct DeltaBackward {
 
     // The decay of step t is in every D_ij with j < t <= i, in g_i with i >= t, and in what steps before t store. No two
     // of the sums' terms cancel by construction, so the gradients of strong decays keep their digits.
-    void give_decays(const Head& head, int64_t chunk, const Tile<T>& state, T* to) const {
+    void give_decays(const Head& head, int64_t chunk, const Tile<T>& state, const Tile<T>& grad_state) const {
         Vec<T> lanes{};
         for (int64_t i = 0; i < s.n; ++i) lanes += multiply_lanes(state.row(i), grad_state.row(i), state.width);
         T sums[chunk_steps] = {}, read_later = 0, stored_before = sum_lanes<T>(lanes) * c.decays.since[chunk_steps - 1];
@@ -228,55 +224,31 @@ template <class T> struct DeltaBackward {
         }
         for (int64_t t = chunk_steps - 1; t >= 0; --t) sums[t] += read_later += to_read[t];
         for (int64_t t = 0; t < chunk_steps; stored_before += to_store[t++]) sums[t] += stored_before;
-        for (int64_t t = 0; t < head.steps(chunk); ++t) to[head.at(chunk, 1) + t * s.heads] = sums[t];
+        for (int64_t t = 0; t < head.steps(chunk); ++t) to.log_decay[head.at(chunk, 1) + t * s.heads] = sums[t];
     }
 
-    void chunk(const Head& head, int64_t chunk, const T* grad_y, const T* written, const DeltaGradients<T>& to) {
-        const Tile<T>& state = states[size_t(chunk % kept_chunks)];
-        take(head, chunk, written);
+    void chunk(const Head& head, int64_t chunk, const Tile<T>& state, Tile<T>& grad_state) {
+        take(head, chunk);
         c.take_queries(head, chunk);
-        solve(head, chunk, grad_y, to);
-        through_states(state);
+        solve(head, chunk, grad_state);
+        through_states(state, grad_state);
         inside();
-        give_keys(head, chunk, to);
-        give_decays(head, chunk, state, to.log_decay);
+        give_keys(head, chunk);
+        give_decays(head, chunk, state, grad_state);
         for (int64_t i = 0; i < s.n; ++i) c.decays.whole.apply(grad_state.row(i), grad_state.width);
         add_product(s.n, grad_state.width, 2 * chunk_steps, columns(c.reading.row(0), c.reading.width), incoming.row(0),
                     incoming.width, grad_state.row(0), grad_state.width);
     }
-    void take(const Head& head, int64_t chunk, const T* written) {
+    void advance(const Head& head, int64_t chunk, Tile<T>& state) {
+        take(head, chunk);
+        c.advance(state);
+    }
+    void take(const Head& head, int64_t chunk) {
         c.take_keys(head, chunk);
-        head.take(written, chunk, s.p, c.w.row(0), c.w.width);
+        head.take(to.written, chunk, s.p, c.w.row(0), c.w.width);
         c.write();
     }
 };
-
-// carry (batch, heads, p, n): in: gradient of the last state, out: of the initial one.
-template <class T>
-void delta_backward(Delta<T> s, const T* kept, const T* written, const T* grad_y, DeltaGradients<T> to, T* carry, int threads) {
-#pragma omp parallel num_threads(threads)
-    {
-        FlushDenormals guard;
-        DeltaBackward<T> back(s);
-        const int64_t width = back.grad_state.width;
-#pragma omp for schedule(static)
-        for (int64_t task = 0; task < s.batch * s.heads; ++task) {
-            const Head head(s, task);
-            transpose_tile(s.p, s.n, carry + head.state(), s.n, back.grad_state.row(0), width);
-            for (int64_t group = s.kept() - 1; group >= 0; --group) {
-                const int64_t first = group * kept_chunks, end = std::min(first + kept_chunks, s.chunks());
-                copy_rows(s.n, s.p, kept + head.kept(group), s.p, back.states[0].row(0), width);
-                for (int64_t chunk = first; chunk + 1 < end; ++chunk) {
-                    back.take(head, chunk, written);
-                    back.states[size_t(chunk + 1 - first)].numbers = back.states[size_t(chunk - first)].numbers;
-                    back.c.advance(back.states[size_t(chunk + 1 - first)]);
-                }
-                for (int64_t chunk = end - 1; chunk >= first; --chunk) back.chunk(head, chunk, grad_y, written, to);
-            }
-            transpose_tile(s.n, s.p, back.grad_state.row(0), width, carry + head.state(), s.n);
-        }
-    }
-}
 
 }  // namespace
 
@@ -284,15 +256,18 @@ void delta_backward(Delta<T> s, const T* kept, const T* written, const T* grad_y
     extern "C" void delta_forward_##SUFFIX(int64_t batch, int64_t length, int64_t heads, int64_t p, int64_t n,          \
                                            const T* v, const T* log_decay, const T* beta, const T* k, const T* q,       \
                                            const T* initial, T* y, T* last, T* kept, T* written, int threads) {         \
-        delta_forward<T>({{batch, length, heads, p, n}, log_decay, beta, k, q}, v, initial, y, last, kept, written,     \
-                         threads);                                                                                      \
+        const Delta<T> s{{batch, length, heads, p, n}, log_decay, beta, k, q};                                          \
+        const typename DeltaForward<T>::Arguments given{s, v, y, written};                                              \
+        run_forward<DeltaForward<T>>(s, given, initial, last, kept, threads);                                           \
     }                                                                                                                   \
     extern "C" void delta_backward_##SUFFIX(int64_t batch, int64_t length, int64_t heads, int64_t p, int64_t n,         \
                                             const T* log_decay, const T* beta, const T* k, const T* q, const T* kept,   \
                                             const T* written, const T* grad_y, T* grad_v, T* grad_log_decay,            \
                                             T* grad_beta, T* grad_k, T* grad_q, T* carry, int threads) {                \
-        delta_backward<T>({{batch, length, heads, p, n}, log_decay, beta, k, q}, kept, written, grad_y,                 \
-                          {grad_v, grad_log_decay, grad_beta, grad_k, grad_q}, carry, threads);                         \
+        const Delta<T> s{{batch, length, heads, p, n}, log_decay, beta, k, q};                                          \
+        const typename DeltaBackward<T>::Arguments to{s, written, grad_y, grad_v, grad_log_decay, grad_beta, grad_k,    \
+                                                      grad_q};                                                          \
+        run_backward<DeltaBackward<T>>(s, to, kept, carry, threads);                                                    \
     }
 DELTA(float, f32)
 DELTA(double, f64)

@@ -96,61 +96,60 @@ template <class T> struct GlaChunk {
     }
 };
 
-template <class T> void gla_forward(Gla<T> s, const T* initial, T* y, T* last, T* kept, int threads) {
-#pragma omp parallel num_threads(threads)
-    {
-        FlushDenormals guard;
-        GlaChunk<T> c(s);
-        Tile<T> state(s.n, s.p), out(chunk_steps, s.p);
-        const int64_t width = state.width;
-#pragma omp for schedule(static)
-        for (int64_t task = 0; task < s.batch * s.heads; ++task) {
-            const Head head(s, task);
-            transpose_tile(s.p, s.n, initial + head.state(), s.n, state.row(0), width);
-            for (int64_t chunk = 0; chunk < s.chunks(); ++chunk) {
-                if (kept && chunk % kept_chunks == 0)
-                    copy_rows(s.n, s.p, state.row(0), width, kept + head.kept(chunk / kept_chunks), s.p);
-                c.take_keys(head, chunk);
-                c.take_queries(head, chunk);
-                c.template mix<false>(nullptr, nullptr);
-                set_product(chunk_steps, width, s.n, rows(c.reading.row(0), c.reading.width), state.row(0), width, out.row(0),
-                            width);
-                add_product<Part::lower>(chunk_steps, width, chunk_steps, rows(c.M.row(0), c.M.width), c.x.row(0), width,
-                                         out.row(0), width);
-                head.give(out.row(0), width, chunk, s.p, y);
-                c.advance(state);
-            }
-            transpose_tile(s.n, s.p, state.row(0), width, last + head.state(), s.n);
-        }
-    }
-}
+template <class T> struct GlaForward {
+    struct Arguments {
+        Gla<T> s;
+        T* y;
+    };
+    const Arguments& given;
+    GlaChunk<T> c;
+    Tile<T> out;
 
-template <class T> struct GlaGradients {
-    T *x, *log_decay, *k, *q;
+    explicit GlaForward(const Arguments& given) : given(given), c(given.s), out(chunk_steps, given.s.p) {}
+
+    void chunk(const Head& head, int64_t chunk, Tile<T>& state) {
+        const int64_t width = state.width;
+        c.take_keys(head, chunk);
+        c.take_queries(head, chunk);
+        c.template mix<false>(nullptr, nullptr);
+        set_product(chunk_steps, width, c.s.n, rows(c.reading.row(0), c.reading.width), state.row(0), width, out.row(0), width);
+        add_product<Part::lower>(chunk_steps, width, chunk_steps, rows(c.M.row(0), c.M.width), c.x.row(0), width, out.row(0),
+                                 width);
+        head.give(out.row(0), width, chunk, c.s.p, given.y);
+        c.advance(state);
+    }
 };
 
 template <class T> struct GlaBackward {
+    struct Arguments {
+        Gla<T> s;
+        const T* grad_y;
+        T *x, *log_decay, *k, *q;  // their gradients
+    };
     static constexpr int w = W<T>;
+    const Arguments& to;
     const Gla<T>& s;
     GlaChunk<T> c;
-    std::vector<Tile<T>> states;  // before each chunk between two kept states
-    Tile<T> grad_state, grad_y, grad_x, state_t, grad_state_t, values, P, read, to_q, to_k, to_decay;
+    Tile<T> grad_y, grad_x, state_t, grad_state_t, values, P, read, to_q, to_k, to_decay;
     T diagonal[chunk_steps];
 
-    explicit GlaBackward(const Gla<T>& s)
-        : s(s), c(s), states(kept_chunks, Tile<T>(s.n, s.p)), grad_state(s.n, s.p), grad_y(chunk_steps, s.p),
+    explicit GlaBackward(const Arguments& to)
+        : to(to), s(to.s), c(s), grad_y(chunk_steps, s.p),
           grad_x(chunk_steps, s.p), state_t(s.p, s.n), grad_state_t(s.p, s.n), values(s.p, chunk_steps),
           P(chunk_steps, chunk_steps), read(chunk_steps, s.n), to_q(chunk_steps, s.n), to_k(chunk_steps, s.n),
           to_decay(chunk_steps, s.n) {}
 
-    void chunk(const Head& head, int64_t chunk, const T* grad, const GlaGradients<T>& to) {
-        const Tile<T>& state = states[size_t(chunk % kept_chunks)];
+    void advance(const Head& head, int64_t chunk, Tile<T>& state) {
+        c.take_keys(head, chunk);
+        c.advance(state);
+    }
+    void chunk(const Head& head, int64_t chunk, const Tile<T>& state, Tile<T>& grad_state) {
         c.take_keys(head, chunk);
         c.take_queries(head, chunk);
-        head.take(grad, chunk, s.p, grad_y.row(0), grad_y.width);
+        head.take(to.grad_y, chunk, s.p, grad_y.row(0), grad_y.width);
         scores();
         c.template mix<true>(&P, &to_q);
-        values_and_states(state);
+        values_and_states(state, grad_state);
         through_keys();
         finish();
         head.give(grad_x.row(0), grad_x.width, chunk, s.p, to.x);
@@ -175,7 +174,7 @@ template <class T> struct GlaBackward {
 
     // What the values get; what queries get through the state before the chunk (`read`), and keys through the one after
     // it (`to_k`, before their decay to the end); and what the decay of the state before the chunk gets.
-    void values_and_states(const Tile<T>& state) {
+    void values_and_states(const Tile<T>& state, const Tile<T>& grad_state) {
         const int64_t width = grad_state.width;
         set_product(chunk_steps, width, s.n, rows(c.storing.row(0), c.storing.width), grad_state.row(0), width, grad_x.row(0),
                     width);
@@ -231,47 +230,22 @@ template <class T> struct GlaBackward {
     }
 };
 
-// carry (batch, heads, p, n): in: gradient of the last state, out: of the initial one.
-template <class T>
-void gla_backward(Gla<T> s, const T* kept, const T* grad_y, GlaGradients<T> to, T* carry, int threads) {
-#pragma omp parallel num_threads(threads)
-    {
-        FlushDenormals guard;
-        GlaBackward<T> back(s);
-        const int64_t width = back.grad_state.width;
-#pragma omp for schedule(static)
-        for (int64_t task = 0; task < s.batch * s.heads; ++task) {
-            const Head head(s, task);
-            transpose_tile(s.p, s.n, carry + head.state(), s.n, back.grad_state.row(0), width);
-            for (int64_t group = s.kept() - 1; group >= 0; --group) {
-                const int64_t first = group * kept_chunks, end = std::min(first + kept_chunks, s.chunks());
-                copy_rows(s.n, s.p, kept + head.kept(group), s.p, back.states[0].row(0), width);
-                for (int64_t chunk = first; chunk + 1 < end; ++chunk) {
-                    back.c.take_keys(head, chunk);
-                    back.states[size_t(chunk + 1 - first)].numbers = back.states[size_t(chunk - first)].numbers;
-                    back.c.advance(back.states[size_t(chunk + 1 - first)]);
-                }
-                for (int64_t chunk = end - 1; chunk >= first; --chunk) back.chunk(head, chunk, grad_y, to);
-            }
-            transpose_tile(s.n, s.p, back.grad_state.row(0), width, carry + head.state(), s.n);
-        }
-    }
-}
-
 }  // namespace
 
 #define GLA(T, SUFFIX)                                                                                                  \
     extern "C" void gla_forward_##SUFFIX(int64_t batch, int64_t length, int64_t heads, int64_t p, int64_t n, const T* x, \
                                          const T* log_decay, const T* k, const T* q, const T* initial, T* y, T* last,   \
                                          T* kept, int threads) {                                                        \
-        gla_forward<T>({{batch, length, heads, p, n}, x, log_decay, k, q}, initial, y, last, kept, threads);            \
+        const Gla<T> s{{batch, length, heads, p, n}, x, log_decay, k, q};                                               \
+        run_forward<GlaForward<T>>(s, typename GlaForward<T>::Arguments{s, y}, initial, last, kept, threads);           \
     }                                                                                                                   \
     extern "C" void gla_backward_##SUFFIX(int64_t batch, int64_t length, int64_t heads, int64_t p, int64_t n,           \
                                           const T* x, const T* log_decay, const T* k, const T* q, const T* kept,        \
                                           const T* grad_y, T* grad_x, T* grad_log_decay, T* grad_k, T* grad_q,          \
                                           T* carry, int threads) {                                                      \
-        gla_backward<T>({{batch, length, heads, p, n}, x, log_decay, k, q}, kept, grad_y,                               \
-                        {grad_x, grad_log_decay, grad_k, grad_q}, carry, threads);                                      \
+        const Gla<T> s{{batch, length, heads, p, n}, x, log_decay, k, q};                                               \
+        const typename GlaBackward<T>::Arguments to{s, grad_y, grad_x, grad_log_decay, grad_k, grad_q};                 \
+        run_backward<GlaBackward<T>>(s, to, kept, carry, threads);                                                      \
     }
 GLA(float, f32)
 GLA(double, f64)
