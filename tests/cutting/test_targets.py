@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -11,8 +11,8 @@ from torch import nn
 import compressm
 from compressm.cutting.sizes import geometries, state_dims
 from compressm.errors import InvalidRankRuleError
-from compressm.layers import LRU, Mamba2
-from compressm.theory.targets import takes
+from compressm.layers import LRU, Mamba, Mamba2
+from compressm.theory.targets import Target, takes
 
 LEGAL = {4, 8, 12}  # (d_inner + 2 groups N) % 8 = 0 with d_inner = 16 and one group, up to 12 states
 
@@ -46,6 +46,33 @@ def test_only_legal_sizes_are_written(rule: dict[str, Any]) -> None:
         assert sum(state_dims(bound).values()) <= sum(state_dims(free).values())
     elif "max_drop" not in rule:
         assert sum(state_dims(bound).values()) >= sum(state_dims(free).values()) or "fraction" in rule
+
+
+@pytest.mark.parametrize("target", get_args(Target))
+@pytest.mark.parametrize(
+    ("layer", "sizes"),
+    [
+        (lambda: Mamba2(64, 256, head_dim=64), (130, 31)),
+        (lambda: Mamba(64, 24), (17, 5)),
+    ],
+    ids=["Mamba-2", "Mamba"],
+)
+def test_every_target_gets_a_size_that_it_takes_or_nothing_is_written(layer: Any, sizes: Any, target: Target) -> None:
+    """The table is asked about the layer as it was written, not about the plan."""
+    for states in sizes:
+        torch.manual_seed(0)
+        one = layer()
+        before = {name: value.clone() for name, value in one.state_dict().items()}
+        try:
+            compressm.compress(one, states=states, data=torch.randn(1, 4, 64), target=target, selection="gramians")
+        except InvalidRankRuleError as error:
+            assert target in str(error)
+            after = one.state_dict()
+            assert all(torch.equal(value, after[name]) for name, value in before.items())
+            continue
+        ((_, made),) = geometries(one).items()
+        assert takes(target, made, made.states)
+        assert made.states <= states
 
 
 def test_only_legal_sizes_are_written_while_training() -> None:
