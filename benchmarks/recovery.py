@@ -36,7 +36,7 @@ from compressm.observing.moments import gather
 from compressm.observing.perplexity import perplexity
 
 LENGTH, BATCH, RATE = 128, 16, 3e-3
-SHARES = (2, 4, 8)
+SHARES, SEEN = (2, 4, 8), 4 * BATCH
 _TOKENS: dict[str, Any] = {"vocab_size": 256, "pad_token_id": None, "bos_token_id": None, "eos_token_id": None}
 
 
@@ -67,7 +67,8 @@ def main() -> None:
         count = sum(parameter.numel() for parameter in model.parameters())
         rows[title] = {**settings, "parameters": count, "training_seconds": seconds, **row}
         print(title, rows[title], flush=True)
-        store(arguments.out, length=LENGTH, batch=BATCH, models={name: rows[name] for name in MODELS if name in rows})
+        known = {name: rows[name] for name in MODELS if name in rows}
+        store(arguments.out, length=LENGTH, batch=BATCH, models=known)
 
 
 FILES = {"train": "wiki.train.shuffled-articles.tokens.xz", "valid": "wiki.valid.tokens.xz"}
@@ -123,8 +124,8 @@ class Data:
     def __init__(self, text: dict[str, Tensor], recover: int, seed: int) -> None:
         windows = text["train"].unfold(0, LENGTH, LENGTH)
         draw = torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed + 1))
-        chosen = windows[draw[: 64 + recover * BATCH]].contiguous()
-        self.seen, self.text = list(chosen[:64].split(BATCH)), list(chosen[64:].split(BATCH))
+        chosen = windows[draw[: SEEN + recover * BATCH]].contiguous()
+        self.seen, self.text = list(chosen[:SEEN].split(BATCH)), list(chosen[SEEN:].split(BATCH))
         self.held_out = list(text["valid"].unfold(0, LENGTH, LENGTH)[::40][:128].contiguous().split(BATCH))
 
     def perplexity(self, model: nn.Module) -> float:
