@@ -176,9 +176,10 @@ are larger and trained for longer may look otherwise.
 
 {cuts}
 
-The same models right after one cut by every criterion, from four batches. The best of a line is bold. *Ours*: by second moments on the data (`hankel`), and by the loss. *GHOST* is the product of the mean powers of
-state and output (arXiv 2602.11408), *RRQR* the strong rank-revealing QR of the keys (arXiv 2602.04852), *saliency* the
-mean square of the gradient of a mask. All are cuts by this library, by those criteria; the others' code was not run.
+The same models right after one cut by every criterion, from four batches. The best of a line is bold. *Ours*: by second
+moments on the data, and by the loss. *GHOST* is the product of the mean powers of state and output (arXiv 2602.11408),
+*RRQR* the strong rank-revealing QR of the keys (arXiv 2602.04852), *saliency* the mean square of the gradient of a
+mask. All are cuts by this library, by those criteria; the others' code was not run.
 
 {criteria}
 
