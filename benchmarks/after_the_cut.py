@@ -8,14 +8,7 @@ Kullback-Leibler divergence of the cut model's predictions from the uncut one's 
 sequence. Cuts are made from 400 sequences of the training data. Families and seeds that the result file already holds
 are not computed again.
 
-Criteria, besides cuts by the loss:
-
-- linear layers: balanced truncation under white noise (``hankel``); modes by their decay (``modal``), by the energy of
-  their impulse response (``energy``, as AIRE-Prune, arXiv 2602.00534), and random ones;
-- selective layers: second moments (``hankel``); the product of the mean powers of state and output vector
-  (``gramians``, the criterion of GHOST, arXiv 2602.11408); the size of B and C (``magnitude``); the mean square of the
-  gradient of a mask (``saliency``); and random ones. For Mamba-2 also the mask's whole Fisher matrix at every size
-  (``fisher``), which cuts by the loss follow only while it predicts little.
+The criteria are those of `criteria.py`.
 """
 
 from __future__ import annotations
@@ -23,28 +16,22 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-from collections.abc import Iterator, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from criteria import criteria
 from stored import store
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from compressm.adapters import LayerChange, SelectiveAdapter, find_layers
-from compressm.adapters.changes import layer_values
-from compressm.cutting import plan_reduction
+from compressm.adapters import find_layers
 from compressm.cutting.rise import cut_layers, measured_rise
 from compressm.lab.config import DataConfig
 from compressm.lab.data.datasets import BatchOrder, SequenceData, load_data
 from compressm.layers import SequenceClassifier, parameter_groups
 from compressm.observing.loss_evidence import LossEvidence, gather_evidence
 from compressm.observing.over_data import gather
-from compressm.theory.fisher import MaskFisher, reduce_by_fisher
-from compressm.theory.rank_rule import RankRule
-from compressm.theory.recurrence import Moments
 
 FAMILIES: dict[str, dict[str, Any]] = {
     "lru": {"d_state": 64, "r_min": 0.5, "r_max": 0.99},
@@ -57,7 +44,6 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "delta_net": {"d_state": 32, "n_heads": 2, "gated": True},
     "rg_lru": {"d_state": 64},
 }
-LINEAR, SELECTIVE = ("hankel", "modal", "energy", "random_modes"), ("hankel", "gramians", "magnitude", "random")
 SHARES = (2, 4, 8, 16)
 
 
@@ -121,48 +107,6 @@ def trained(family: str, data: SequenceData, steps: int, seed: int) -> nn.Module
         optimizer.step()
         schedule.step()
     return model.eval()
-
-
-def criteria(
-    model: nn.Module, moments: Mapping[str, Moments], evidence: LossEvidence, states: int
-) -> Iterator[tuple[str, Mapping[str, LayerChange], float | None]]:
-    """Every criterion with the changes that it would make, and the predicted rise of the loss."""
-    rule = RankRule(states=states, min_reduction=0.0)
-    selections: Any = SELECTIVE if moments else LINEAR
-    for selection in selections:
-        yield selection, plan_reduction(model, rule, moments=moments, selection=selection).changes, None
-    if moments:
-        diagonals = {name: diagonal(fisher) for name, fisher in evidence.fishers.items()}
-        yield "saliency", by_fisher(model, moments, diagonals, states), None
-    if any(not any(adapter.maps(layer)) for layer, adapter in selective(model)):
-        yield "fisher", by_fisher(model, moments, evidence.fishers, states), None
-    plan = plan_reduction(model, rule, moments=moments, loss=evidence)
-    yield "loss", plan.changes, plan.report.predicted_loss
-
-
-def selective(model: nn.Module) -> list[tuple[nn.Module, SelectiveAdapter]]:
-    found = find_layers(model).values()
-    return [(layer, adapter) for layer, adapter in found if isinstance(adapter, SelectiveAdapter)]
-
-
-def by_fisher(
-    model: nn.Module, moments: Mapping[str, Moments], fishers: Mapping[str, MaskFisher], states: int
-) -> dict[str, LayerChange]:
-    """The states that the Fisher matrices of masks pick; by their diagonals, those with the largest mean square
-    gradients."""
-    changes: dict[str, LayerChange] = {}
-    for name, (layer, adapter) in find_layers(model).items():
-        assert isinstance(adapter, SelectiveAdapter)
-        reduction = reduce_by_fisher(fishers[name], states, moments[name])
-        changes[name] = adapter.plan(layer_values(layer), reduction)
-    return changes
-
-
-def diagonal(fisher: MaskFisher) -> MaskFisher:
-    """The same with zeros off the diagonal."""
-    groups, n = fisher.products.shape[:2]
-    eye = torch.eye(groups * n, dtype=torch.float64).view(groups, n, groups, n)
-    return replace(fisher, products=fisher.products * eye)
 
 
 @torch.no_grad()

@@ -1,10 +1,11 @@
-"""Perplexity after a cut, after its recovery, of slices of a sorted model, and with states in 8 bits.
+"""Perplexity after a cut by every criterion, after recovery, of slices of a sorted model, and with states in 8 bits.
 
     COMPRESSM_DATA=DIRECTORY python benchmarks/recovery.py [--model NAME] [--steps 400] [--recover 150] [--out FILE]
 
-A Mamba-2 and a gated DeltaNet (Qwen3-Next's own class), both of toy width, and two of our own models, whose states have
-free bases, learn WikiText-2 byte by byte, each with one seed. Copies are cut once to a half and a quarter of the state,
-sliced to the same sizes after sorting, and recovered. The directory holds ``text/wikitext2``.
+A Mamba-2 and a gated DeltaNet with attention (Qwen3-Next's own class), both of toy width, and two of our own models,
+whose states have free bases, learn WikiText-2 byte by byte, each with one seed. Copies are cut once to a half, a
+quarter and an eighth of the state, by `compressm.compress` and by every criterion of `criteria.py`, sliced to the same
+sizes after sorting, and recovered. The directory holds ``text/wikitext2``.
 """
 
 from __future__ import annotations
@@ -18,18 +19,24 @@ from typing import Any
 
 import torch
 from byte_models import root, tokens
+from criteria import criteria
+from safetensors.torch import load_model, save_model
 from stored import store
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import compressm
 from compressm.cutting import state_dims
+from compressm.cutting.rise import cut_layers
 from compressm.integrations.hf_scan import can_be_fast, enable_fast_scan
 from compressm.layers import LanguageModel
 from compressm.observing.inputs import calls
+from compressm.observing.loss_evidence import LossEvidence, gather_evidence
+from compressm.observing.over_data import gather
 from compressm.observing.perplexity import perplexity
 
 LENGTH, BATCH, RATE = 128, 16, 3e-3
+SHARES, SEEN = (2, 4, 8), 4 * BATCH
 _TOKENS: dict[str, Any] = {"vocab_size": 256, "pad_token_id": None, "bos_token_id": None, "eos_token_id": None}
 
 
@@ -39,6 +46,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--recover", type=int, default=150)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--work", type=Path, default=Path("runs/recovery"), help="where trained models are kept")
     parser.add_argument("--out", type=Path, default=Path("results/recovery.json"))
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -51,14 +59,16 @@ def main() -> None:
             continue
         torch.manual_seed(arguments.seed)
         model = build()
-        seconds = trained(model, text["train"], arguments.steps, arguments.seed)
+        kept = arguments.work / f"{title}-{arguments.steps}-seed{arguments.seed}"
+        seconds = trained_once(model, text["train"], arguments.steps, arguments.seed, kept)
         data = Data(text, arguments.recover, arguments.seed)
         row = served(model, data) if title in BASES else cut(model, data, arguments.recover)
         settings = {"steps": arguments.steps, "recover": arguments.recover, "seed": arguments.seed}
         count = sum(parameter.numel() for parameter in model.parameters())
         rows[title] = {**settings, "parameters": count, "training_seconds": seconds, **row}
         print(title, rows[title], flush=True)
-        store(arguments.out, length=LENGTH, batch=BATCH, models={name: rows[name] for name in MODELS if name in rows})
+        known = {name: rows[name] for name in MODELS if name in rows}
+        store(arguments.out, length=LENGTH, batch=BATCH, models=known)
 
 
 FILES = {"train": "wiki.train.shuffled-articles.tokens.xz", "valid": "wiki.valid.tokens.xz"}
@@ -114,13 +124,25 @@ class Data:
     def __init__(self, text: dict[str, Tensor], recover: int, seed: int) -> None:
         windows = text["train"].unfold(0, LENGTH, LENGTH)
         draw = torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed + 1))
-        chosen = windows[draw[: 64 + recover * BATCH]].contiguous()
-        self.seen, self.text = list(chosen[:64].split(BATCH)), list(chosen[64:].split(BATCH))
+        chosen = windows[draw[: SEEN + recover * BATCH]].contiguous()
+        self.seen, self.text = list(chosen[:SEEN].split(BATCH)), list(chosen[SEEN:].split(BATCH))
         self.held_out = list(text["valid"].unfold(0, LENGTH, LENGTH)[::40][:128].contiguous().split(BATCH))
 
     def perplexity(self, model: nn.Module) -> float:
         """On held-out text, per byte."""
         return perplexity(model, list(calls(model, self.held_out)))
+
+
+def trained_once(model: nn.Module, text: Tensor, steps: int, seed: int, kept: Path) -> int:
+    """Train, or read the weights that an earlier call kept; the seconds that the training took."""
+    weights, took = kept.with_suffix(".safetensors"), kept.with_suffix(".json")
+    if not took.exists():
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        seconds = trained(model, text, steps, seed)
+        save_model(model, weights)
+        took.write_text(json.dumps({"seconds": seconds}), encoding="utf-8")
+    load_model(model, weights)
+    return json.loads(took.read_text(encoding="utf-8"))["seconds"]
 
 
 def trained(model: nn.Module, text: Tensor, steps: int, seed: int) -> int:
@@ -155,11 +177,13 @@ def cut(model: nn.Module, data: Data, recover: int) -> dict[str, Any]:
     row: dict[str, Any] = {"states": full, "perplexity": data.perplexity(model), "sorted": data.perplexity(whole)}
     row["bits"] = {str(full): in_bits(model, data)}
     row["sizes"] = []
-    for states in (full // 2, full // 4):
+    moments, evidence = gather(model, data.seen), LossEvidence.of(gather_evidence(model, data.seen))
+    for states in (full // share for share in SHARES):
         smaller, sliced = copy.deepcopy(model), copy.deepcopy(whole)
         compressm.compress(smaller, states=states, data=data.seen)
         order.slice(sliced, states=states)
         size: dict[str, Any] = {"states": states, "cut": data.perplexity(smaller), "slice": data.perplexity(sliced)}
+        size["criteria"] = by_criteria(model, moments, evidence, states, data)
         size["slice_is_a_direct_cut"] = same_weights(model, states, data)
         row["bits"][str(states)] = in_bits(smaller, data)
         for name, rank in (("recovered", None), ("recovered_lora", 8)):
@@ -176,6 +200,15 @@ def cut(model: nn.Module, data: Data, recover: int) -> dict[str, Any]:
             size[f"{name}_seconds"] = round(done.seconds)
         row["sizes"].append(size)
     return row
+
+
+def by_criteria(model: nn.Module, moments: Any, evidence: LossEvidence, states: int, data: Data) -> dict[str, float]:
+    """The perplexity right after a cut by every criterion."""
+    found: dict[str, float] = {}
+    for name, changes, _ in criteria(model, moments, evidence, states):
+        with cut_layers(model, changes) as smaller:
+            found[name] = data.perplexity(smaller)
+    return found
 
 
 def same_weights(model: nn.Module, states: int, data: Data) -> bool:

@@ -176,6 +176,13 @@ are larger and trained for longer may look otherwise.
 
 {cuts}
 
+The same models right after one cut by every criterion, from four batches. The best of a line is bold. *Ours*: by second
+moments on the data, and by the loss. *GHOST* is the product of the mean powers of state and output (arXiv 2602.11408),
+*RRQR* the strong rank-revealing QR of the keys (arXiv 2602.04852), *saliency* the mean square of the gradient of a
+mask. All are cuts by this library, by those criteria; the others' code was not run.
+
+{criteria}
+
 Every slice by the score `gramians` had the weights of the direct cut of the sorted model, bit by bit: {equal}.
 
 States rounded after every token, on {tokens:,} bytes of held-out text; cuts to fewer states beside it and
@@ -202,6 +209,26 @@ def cuts_table(models: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+CRITERIA = {
+    "random": "random", "magnitude": "magnitude", "saliency": "saliency", "rrqr": "RRQR", "gramians": "GHOST",
+    "hankel": "ours: moments", "loss": "ours: loss",
+}  # fmt: skip
+
+
+def criteria_table(models: dict[str, Any]) -> str:
+    """The table of cuts by every criterion."""
+    lines = [f"| model | states | {' | '.join(CRITERIA.values())} |", "|---|" + "---:|" * (1 + len(CRITERIA))]
+    for title, row in models.items():
+        name = f"{title}, uncut {row['perplexity']:.3f}"
+        for size in row.get("sizes", ()):
+            found = {one: f"{size['criteria'][one]:.3f}" for one in CRITERIA}
+            best = min(found.values(), key=float)
+            cells = (f"**{one}**" if one == best else one for one in found.values())
+            lines.append(f"| {name} | {size['states']} | {' | '.join(cells)} |")
+            name = ""
+    return "\n".join(lines)
+
+
 def bits_table(models: dict[str, Any]) -> str:
     """The table of states in few bits."""
     lines = ["| model, steps | states | format | bytes per sequence | perplexity | divergence, nats |"]
@@ -224,8 +251,8 @@ def recovery() -> str:
     models, settings = stored["models"], {name: stored[name] for name in ("length", "batch")}
     equal = all(size["slice_is_a_direct_cut"] for row in models.values() for size in row.get("sizes", ()))
     return RECOVERY + MEASURED.format(
-        cuts=cuts_table(models), bits=bits_table(models), equal="yes" if equal else "NO",
-        tokens=stored["batch"] * stored["length"], **settings,
+        cuts=cuts_table(models), criteria=criteria_table(models), bits=bits_table(models),
+        equal="yes" if equal else "NO", tokens=stored["batch"] * stored["length"], **settings,
     )  # fmt: skip
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -11,8 +11,8 @@ from torch import nn
 import compressm
 from compressm.cutting.sizes import geometries, state_dims
 from compressm.errors import InvalidRankRuleError
-from compressm.layers import LRU, Mamba2
-from compressm.theory.targets import takes
+from compressm.layers import LRU, Mamba, Mamba2
+from compressm.theory.targets import Target, takes
 
 LEGAL = {4, 8, 12}  # (d_inner + 2 groups N) % 8 = 0 with d_inner = 16 and one group, up to 12 states
 
@@ -46,6 +46,35 @@ def test_only_legal_sizes_are_written(rule: dict[str, Any]) -> None:
         assert sum(state_dims(bound).values()) <= sum(state_dims(free).values())
     elif "max_drop" not in rule:
         assert sum(state_dims(bound).values()) >= sum(state_dims(free).values()) or "fraction" in rule
+
+
+@pytest.mark.parametrize("target", get_args(Target))
+@pytest.mark.parametrize(
+    ("layer", "sizes"),
+    [
+        (lambda: Mamba2(64, 256, head_dim=64), (130, 31)),
+        (lambda: Mamba(64, 24), (17, 5)),
+    ],
+    ids=["Mamba-2", "Mamba"],
+)
+def test_every_target_gets_a_size_that_it_takes_or_nothing_is_written(layer: Any, sizes: Any, target: Target) -> None:
+    """The table is asked about the layer as it was written, not about the plan."""
+    for states in sizes:
+        torch.manual_seed(0)
+        one = layer()
+        before = {name: value.clone() for name, value in one.state_dict().items()}
+        refused = None
+        try:
+            compressm.compress(one, states=states, data=torch.randn(1, 4, 64), target=target, selection="gramians")
+        except InvalidRankRuleError as error:
+            refused = str(error)
+        (made,) = geometries(one).values()
+        if refused is None:
+            assert takes(target, made, made.states)
+            assert made.states <= states
+        else:
+            assert target in refused
+            assert all(torch.equal(before[name], value) for name, value in one.state_dict().items())
 
 
 def test_only_legal_sizes_are_written_while_training() -> None:

@@ -179,47 +179,95 @@ def compress_checkpoint(
     check_rule(rule, balancing_of(gramians, loss, data))
     folder, place = Path(checkpoint), None if output is None else Path(output)
     check_output(place)
-    read = read_checkpoint(folder, build, in_memory=max_drop is not None or recovery is not None)
-    model = read.model
-    check_model_sizes(model, rule)
-    extra = unloaded(model, folder, read.unexpected) if read.format == "transformers" else {}
-    more = 0 if recovery is None else recovery.steps * BATCH
-    batches = [] if data is None else read_batches(
-        model, read.tokenizer, Path(data), 2 * sequences + more, length, halves=2
-    )  # fmt: skip
-    half = min(len(batches) // 2, sequences // BATCH)
-    if recovery is not None:
-        recovery.check(model, batches[0][0])
-    examination = Examination(batches[half : 2 * half], metric)
-    parameters, contained = parameters_in(model), contents(model) if read.mapped is None else set[bytes]()
-    seen, unseen = ([inputs for inputs, _ in part] for part in (batches[:half], batches[half : 2 * half]))
-    with read.at_work():
+    in_memory = max_drop is not None or recovery is not None
+    opened = _opened(folder, build, data, rule, sequences, length, recovery, in_memory=in_memory)
+    model, parameters = opened.read.model, parameters_in(opened.read.model)
+    examination = Examination(opened.held_out, metric)
+    with opened.read.at_work():
         bill = Bill(model, memory, speed)
-        bits = None if bits is None else bits.plus("uncut", model, unseen[0])
-    with read.at_work("reading the data", (4 if loss is None else 7) * half):
-        before = examination.quality(model)
-        search = None if max_drop is None else _search(model, rule, max_drop, examination)
-        report = plan_on(model, rule, seen or None, unseen, loss, planned=search).apply(model)
-        after = examination.quality(model)
+        bits = None if bits is None else bits.plus("uncut", model, opened.unseen[0])
+    report, before, after = _cut(opened, rule, loss, max_drop, examination)
     done = None
     if recovery is not None:
-        text = [*seen, *(inputs for inputs, _ in batches[2 * half :])]
-        done = recovery.run(read, folder, build, text, unseen, place)
-    with read.at_work():
+        done = recovery.run(opened.read, folder, build, opened.text, opened.unseen, place)
+    with opened.read.at_work():
         serving = bill.after_the_cut()
-        bits = None if bits is None else bits.plus("cut", model, unseen[0])
-        carried = Carried()
-        if place is not None:
-            facts = [serving.headline(), *_qualities(before, after), *(str(done).splitlines() if done else ())]
-            carried = _written(read, folder, place, report, facts, extra, contained)
-            forget(place)
-    rows = 0 if not batches else next(iter(batches[0][0].values())).shape[1]
-    if read.mapped is not None:
-        read.mapped.pager.close()
-    sizes_now = (parameters, parameters_in(model), half * BATCH, rows, carried, serving, done, bits)
+        bits = None if bits is None else bits.plus("cut", model, opened.unseen[0])
+        facts = [serving.headline(), *_qualities(before, after), *(str(done).splitlines() if done else ())]
+        carried = Carried() if place is None else _written(opened, place, report, facts)
+        forget(place)
+    if opened.read.mapped is not None:
+        opened.read.mapped.pager.close()
+    read_in = (len(opened.seen) * BATCH, opened.tokens)
+    sizes_now = (parameters, parameters_in(model), *read_in, carried, serving, done, bits)
     if before is None or after is None:
         return Loss(report, None, None, *sizes_now)
     return Loss(report, before.loss, after.loss, *sizes_now, before.metric, before.score, after.score)
+
+
+@dataclass(frozen=True)
+class _Opened:
+    """A checkpoint that is about to be cut, and the data for it.
+
+    Attributes:
+        read, folder: the model, and where it came from.
+        extra, contained: what the folder holds beside the model, see `carry`.
+        seen, unseen: inputs to cut by, and to measure on.
+        held_out: the latter with their labels.
+        text: inputs to recover on.
+        tokens: per sequence.
+    """
+
+    read: Checkpoint
+    folder: Path
+    extra: Mapping[str, Path]
+    contained: set[bytes]
+    seen: list[Any]
+    unseen: list[Any]
+    held_out: list[Any]
+    text: list[Any]
+    tokens: int
+
+
+def _opened(
+    folder: Path,
+    build: str | None,
+    data: str | os.PathLike[str] | None,
+    rule: RankRule,
+    sequences: int,
+    length: int,
+    recovery: Recover | None,
+    *,
+    in_memory: bool,
+) -> _Opened:
+    """Read a checkpoint and its data, and refuse what could not be done with them."""
+    read = read_checkpoint(folder, build, in_memory=in_memory)
+    model = read.model
+    check_model_sizes(model, rule)
+    extra = unloaded(model, folder, read.unexpected) if read.format == "transformers" else {}
+    count = 2 * sequences + (0 if recovery is None else recovery.steps * BATCH)
+    batches = [] if data is None else read_batches(model, read.tokenizer, Path(data), count, length, halves=2)
+    half = min(len(batches) // 2, sequences // BATCH)
+    if recovery is not None:
+        recovery.check(model, batches[0][0])
+    seen, unseen, rest = (
+        [inputs for inputs, _ in part] for part in (batches[:half], batches[half : 2 * half], batches[2 * half :])
+    )
+    contained = contents(model) if read.mapped is None else set[bytes]()
+    tokens = 0 if not batches else next(iter(batches[0][0].values())).shape[1]
+    return _Opened(read, folder, extra, contained, seen, unseen, batches[half : 2 * half], [*seen, *rest], tokens)
+
+
+def _cut(
+    opened: _Opened, rule: RankRule, loss: Likelihood | None, max_drop: float | None, examination: Examination
+) -> tuple[Report, Quality | None, Quality | None]:
+    """Cut the model in place; the report, and the quality before and after."""
+    model, passes = opened.read.model, 4 if loss is None else 7
+    with opened.read.at_work("reading the data", passes * len(opened.seen)):
+        before = examination.quality(model)
+        search = None if max_drop is None else _search(model, rule, max_drop, examination)
+        report = plan_on(model, rule, opened.seen or None, opened.unseen, loss, planned=search).apply(model)
+        return report, before, examination.quality(model)
 
 
 def check_output(place: Path | None) -> None:
@@ -257,19 +305,11 @@ def _search(model: nn.Module, rule: RankRule, max_drop: float, examination: Exam
     return partial(plan_within_drop, model, rule, max_drop, lambda cut: sign * examination.score(cut))
 
 
-def _written(
-    read: Checkpoint,
-    source: Path,
-    target: Path,
-    report: Report,
-    facts: Sequence[str],
-    extra: Mapping[str, Path],
-    contained: set[bytes],
-) -> Carried:
+def _written(opened: _Opened, target: Path, report: Report, facts: Sequence[str]) -> Carried:
     """Write the smaller model with its card and all that the source holds beside it, and say what was carried."""
     with new_folder(target) as new:
-        carried = saved(read, source, new, extra, contained)
-        return carried if read.format == "compressm" else _with_card(new / "README.md", report, carried, facts)
+        carried = saved(opened.read, opened.folder, new, opened.extra, opened.contained)
+        return carried if opened.read.format == "compressm" else _with_card(new / "README.md", report, carried, facts)
 
 
 def saved(read: Checkpoint, source: Path, target: Path, extra: Mapping[str, Path], contained: set[bytes]) -> Carried:

@@ -197,7 +197,7 @@ def test_pooling_averages_blocks_of_pixels(pool: int, channels: int) -> None:
     [
         ({"name": "digits", "pool": 2}, r"data\.pool = 2: is for images of 28 and 32 pixels a side, not for digits"),
         ({"name": "smnist", "max_length": 100}, r"data\.max_length = 100: is for imdb, listops, .*, not for smnist"),
-        ({"name": "imdb", "examples": 100}, r"data\.examples = 100: is for listops and mackey-glass, not for imdb"),
+        ({"name": "imdb", "examples": 100}, r"data\.examples = 100: is for listops, mackey-glass, mqar, not for imdb"),
     ],
 )
 def test_options_of_other_data(data: dict[str, object], message: str) -> None:

@@ -14,7 +14,8 @@ class DataConfig(Section):
 
     Attributes:
         name: ``digits`` (comes with scikit-learn), ``smnist``, ``psmnist``, ``scifar``, ``imdb``, ``listops``
-            (generated), ``mackey-glass`` (forecasts, generated), ``text`` (any text, byte by byte) or ``wikitext``.
+            (generated), ``mackey-glass`` (forecasts, generated), ``mqar`` (associative recall, generated), ``text``
+            (any text, byte by byte) or ``wikitext``.
         source: data of your own instead: ``package.module:function``, a file or a folder; see docs/own.md.
         root: the directory with the files, where any are needed; by default that in the environment variable
             ``COMPRESSM_DATA``. Of ``text`` also a file.
@@ -24,15 +25,20 @@ class DataConfig(Section):
         pool: average square blocks of so many pixels a side, for shorter sequences: 2 makes MNIST's 784 steps 196.
         max_length: of ``imdb`` and ``listops``: longer reviews are cut off (default: 4096); expressions have a quarter
             to all of so many tokens (2000). Of text: bytes per sequence (256). Of ``mackey-glass``: steps per sequence
-            (200).
+            (200). Of ``mqar``: tokens per sequence, at least ``4 * pairs``, which is the default.
         examples: of ``listops``: how many for training (96,000); 2000 each are for validation and test. Of
-            ``mackey-glass``: 512, and 128 each.
+            ``mackey-glass``: 512, and 128 each. Of ``mqar``: 50,000, and 500 each.
+        pairs: of ``mqar``: how many pairs of a key and a value a sequence holds. In training, equal shares of the
+            sequences hold 1, 2, 4 and so on up to that.
         horizon: of ``mackey-glass``: how many steps ahead the forecast is.
     """
 
     name: (
-        Literal["digits", "smnist", "psmnist", "scifar", "imdb", "listops", "mackey-glass", "text", "wikitext"] | None
-    ) = None
+        Literal[
+            "digits", "smnist", "psmnist", "scifar", "imdb", "listops", "mackey-glass", "mqar", "text", "wikitext"
+        ]
+        | None
+    ) = None  # fmt: skip
     root: str | None = None
     validation: float = Field(0.1, gt=0, lt=1)
     pool: Literal[1, 2, 4] = 1
@@ -41,6 +47,7 @@ class DataConfig(Section):
     source: str | None = Field(None, min_length=1)
     task: Literal["classification", "regression", "language"] | None = None
     horizon: int = Field(32, ge=1)
+    pairs: int = Field(16, ge=1)
 
     @model_validator(mode="after")
     def _consistent(self) -> DataConfig:
@@ -49,11 +56,13 @@ class DataConfig(Section):
             raise ValueError(f"data.name|{both}; give one: a data set that compressm knows, or your own data")
         if self.pool > 1 and self.name not in ("smnist", "psmnist", "scifar"):
             raise ValueError(f"data.pool|is for images of 28 and 32 pixels a side, not for {self.name}; leave it at 1")
-        of_length = ("imdb", "listops", "mackey-glass", "text", "wikitext")
+        of_length = ("imdb", "listops", "mackey-glass", "mqar", "text", "wikitext")
         if self.max_length is not None and self.source is None and self.name not in of_length:
             raise ValueError(f"data.max_length|is for {', '.join(of_length)} and data.source, not for {self.name}")
-        if self.examples is not None and self.name not in ("listops", "mackey-glass"):
-            raise ValueError(f"data.examples|is for listops and mackey-glass, not for {self.name}")
+        if self.examples is not None and self.name not in (generated := ("listops", "mackey-glass", "mqar")):
+            raise ValueError(f"data.examples|is for {', '.join(generated)}, not for {self.name}")
+        if self.name == "mqar" and self.max_length is not None and self.max_length < 4 * self.pairs:
+            raise ValueError(f"data.max_length|must be at least 4 * data.pairs = {4 * self.pairs}: pairs, then queries")
         if self.task is not None and self.source is None:
             raise ValueError(f"data.task|is for data.source; the task of {self.name} is known")
         return self

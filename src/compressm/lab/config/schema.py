@@ -138,7 +138,7 @@ class RunConfig(Section):
             never.
         select: which weights are the result: the ``last``, or the ``best`` on validation since the last cut.
         metric: what is measured on validation and test data beside the loss; null for the usual one: ``accuracy`` of
-            classes, ``r2`` of numbers (or ``fit``, ``mse``), ``perplexity`` of language models.
+            classes, ``r2`` of numbers (or ``fit``, ``mse``), ``perplexity`` of language models (or ``accuracy``).
         threads: CPU threads; null leaves torch's choice.
         device: ``auto``, ``cpu`` or ``cuda``.
         tensorboard: write TensorBoard logs.

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from compressm.errors import ConfigError
 from compressm.lab.config import DataConfig
-from compressm.lab.data import listops, mackey_glass, reviews
+from compressm.lab.data import listops, mackey_glass, recall, reviews
 from compressm.lab.data.language import text_data, wikitext
 from compressm.lab.data.own import own_data
 from compressm.lab.data.sequences import BatchOrder, SequenceData, Split
@@ -60,6 +60,8 @@ def load_data(config: DataConfig) -> SequenceData:
         return _digits(config.validation)
     if config.name == "listops":
         return _listops(config.max_length or 2000, config.examples or 96_000)
+    if config.name == "mqar":
+        return _mqar(config.pairs, config.max_length or 4 * config.pairs, config.examples or 50_000)
     root = _root(config)
     if config.name == "text":
         return text_data(root, config.max_length or 256, config.validation)
@@ -131,6 +133,23 @@ def _mackey_glass(length: int, horizon: int, examples: int) -> SequenceData:
     )
     label, scale = f"Mackey-Glass, {horizon} steps ahead", (torch.full((1,), 0.93), torch.full((1,), 0.23))
     return SequenceData(label, train, held_out, test, *scale, 1, task="regression")
+
+
+def _mqar(pairs: int, length: int, examples: int) -> SequenceData:
+    vocabulary = 4 * pairs
+
+    def split(count: int, seed: int, *sizes: int) -> Split:
+        parts = [recall.generate(-(-count // len(sizes)), one, length, vocabulary, seed) for one in sizes]
+        tokens, answers = (torch.cat(one)[:count] for one in zip(*parts, strict=True))
+        return Split(tokens[..., None], answers)
+
+    # Without sequences of few pairs, as in the paper's training data, nothing is learnt for long.
+    train = split(examples, 0, *(2**power for power in range(pairs.bit_length() - 1)), pairs)
+    held_out, test = split(500, 1, pairs), split(500, 2, pairs)
+    return SequenceData(
+        f"MQAR, {pairs} pairs in {length} tokens", train, held_out, test, *_NO_SCALE, vocabulary, vocabulary,
+        padding=None, task="language",
+    )  # fmt: skip
 
 
 def _imdb(root: Path, validation: float, longest: int) -> SequenceData:

@@ -195,6 +195,20 @@ def family(layer: str, title: str, states: int, **options: Any) -> Experiment:
     )
 
 
+def recall(layer: str, title: str, *sizes: int, seeds: int = 3, **options: Any) -> Experiment:
+    """Associative recall by one kind of layer: big; and for every size shrunk to it, small from the start, and cut to
+    random states."""
+    model = {"model.layer": layer, "model.head_dim": None, **{f"model.{key}": value for key, value in options.items()}}
+    arms = [Arm("full", BIG)]
+    for n in sizes:
+        shrunk, drawn = ({"compression.states": n, **more} for more in ({}, {"compression.selection": "random"}))
+        arms += [Arm(f"shrunk{n}", shrunk, small=f"small{n}"), Arm(f"small{n}", {**BIG, "model.d_state": n})]
+        arms += [Arm(f"random{n}", drawn, small=f"small{n}")]
+    name = "mqar" if layer == "mamba2" else f"mqar-{layer.replace('_', '-')}"
+    title = f"Associative recall of 8 pairs (MQAR), {title} from {options['d_state']} states"
+    return Experiment(name, title, "mqar", tuple(arms), seeds=seeds, changes=model)
+
+
 def once(window: float, **changes: Any) -> dict[str, Any]:
     """One cut after this share of the training, or as the changes say."""
     keys = {f"compression.{key}": value for key, value in {"cuts": 1, "window": window, **changes}.items()}
@@ -216,6 +230,8 @@ def each_rate(way: str, changes: Mapping[str, Any], length: float = 1.0) -> tupl
     )
 
 
+# These layers have no convolution: the first must learn to carry a key to the value after it.
+TWO_HEADS = {"n_layers": 2, "d_state": 32, "n_heads": 2}
 # An LRU of 256 states in one block of width 8 that learns in a few minutes.
 SHORT = {
     "data.pool": 2, "optimizer.name": "adamw", "optimizer.lr": 4e-3, "optimizer.weight_decay": 0.01,
@@ -238,6 +254,7 @@ __all__ = [
     "OURS",
     "PAPER",
     "SHORT",
+    "TWO_HEADS",
     "Arm",
     "Experiment",
     "after",
@@ -248,6 +265,7 @@ __all__ = [
     "family",
     "once",
     "protocol",
+    "recall",
     "scaled_down",
     "three_ways",
 ]

@@ -11,6 +11,7 @@ from compressm.lab.reproduce.arms import (
     OURS,
     PAPER,
     SHORT,
+    TWO_HEADS,
     Arm,
     Experiment,
     after,
@@ -21,6 +22,7 @@ from compressm.lab.reproduce.arms import (
     family,
     once,
     protocol,
+    recall,
     scaled_down,
     three_ways,
 )
@@ -238,6 +240,9 @@ EXPERIMENTS: dict[str, Experiment] = {
         family("delta_net", "Gated DeltaNet", 8, d_state=32, n_heads=2, gated=True),
         family("rg_lru", "Griffin's recurrent block", 24, d_state=128),
         family("linear_attention", "linear attention with gated decay", 8, d_state=64, n_heads=2, decay="gated"),
+        recall("mamba2", "one layer of Mamba-2", 4, 2, d_state=32, head_dim=16),
+        recall("gated_linear_attention", "two layers of gated linear attention", 4, 2, **TWO_HEADS, seeds=1),
+        recall("delta_net", "two layers of Gated DeltaNet", 4, 2, **TWO_HEADS, gated=True, seeds=1),
         Experiment(
             "mamba-784",
             "Sequential MNIST in 784 steps, Mamba from 128 states to 12, a short training",

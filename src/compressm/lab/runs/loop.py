@@ -359,7 +359,7 @@ class _Run:
 
     def _result(self, model: nn.Module, validation: Quality, command: str | None) -> RunResult:
         seconds, test = self.timers.seconds, self.quality(model, self.data.test)
-        classes = self.data.task == "classification"
+        of_right = test.metric == "accuracy"
         saved = savings(self.clock.phases, seconds["reduction"], net_steps=self.step)
         return RunResult(
             data=self.data.label,
@@ -373,8 +373,8 @@ class _Run:
             steps=self.step,
             state_dims=list(state_dims(model).values()),
             parameters=sum(parameter.numel() for parameter in model.parameters()),
-            test_accuracy=test.score if classes else None,
-            validation_accuracy=validation.score if classes else None,
+            test_accuracy=test.score if of_right else None,
+            validation_accuracy=validation.score if of_right else None,
             metric=test.metric,
             test_score=test.score,
             validation_score=validation.score,

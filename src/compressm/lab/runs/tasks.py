@@ -79,23 +79,34 @@ class Classes:
 
 
 class NextToken:
-    """Cross entropy of every next token; the metric is the perplexity, its exponential."""
+    """Cross entropy of every next token, except where ``y`` is below 0, which asks for none. The metric is the
+    perplexity, its exponential, or the share that is predicted correctly, the accuracy."""
 
-    metric: Metric = "perplexity"
+    def __init__(self, metric: Metric) -> None:
+        self.metric: Metric = metric
 
     def loss(self, prediction: Tensor, y: Tensor, lengths: Tensor | None) -> Tensor:
         """See `Learning`."""
-        return F.cross_entropy(prediction[:, :-1].flatten(0, 1), y[:, 1:].flatten())
+        return F.cross_entropy(*_asked(prediction, y))
 
     def sums(self, prediction: Tensor, y: Tensor, lengths: Tensor | None) -> Tensor:
-        """Predictions, and their cross entropies."""
-        each = F.cross_entropy(prediction[:, :-1].flatten(0, 1), y[:, 1:].flatten(), reduction="none").double()
-        return torch.stack([torch.ones_like(each).sum(), each.sum()])
+        """Predictions, their cross entropies, and how many are right."""
+        logits, answers = _asked(prediction, y)
+        each = F.cross_entropy(logits, answers, reduction="none").double()
+        return torch.stack([torch.ones_like(each).sum(), each.sum(), (logits.argmax(-1) == answers).double().sum()])
 
     def quality(self, sums: Tensor) -> Quality:
         """See `Learning`."""
-        count, loss = sums.tolist()
-        return Quality(loss / count, self.metric, math.exp(min(loss / count, 700.0)))
+        count, loss, right = sums.tolist()
+        score = right / count if self.metric == "accuracy" else math.exp(min(loss / count, 700.0))
+        return Quality(loss / count, self.metric, score)
+
+
+def _asked(prediction: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits, shape ``(count, vocabulary)``, and the next tokens that they should give, where any is asked for."""
+    answers = y[:, 1:]
+    there = answers >= 0
+    return prediction[:, :-1][there], answers[there]
 
 
 class Numbers:
@@ -134,7 +145,7 @@ class Numbers:
 _METRICS: dict[Task, tuple[Metric, ...]] = {
     "classification": ("accuracy",),
     "regression": ("r2", "fit", "mse"),
-    "language": ("perplexity",),
+    "language": ("perplexity", "accuracy"),
 }
 
 
@@ -149,7 +160,7 @@ def learning_of(task: Task, metric: Metric | None) -> Learning:
         raise ConfigError(f"run.metric = {metric!r}: the task is {task}; choose {' or '.join(known)}, or leave it out")
     if task == "regression":
         return Numbers(metric or known[0])
-    return Classes() if task == "classification" else NextToken()
+    return Classes() if task == "classification" else NextToken(metric or known[0])
 
 
 @torch.no_grad()
