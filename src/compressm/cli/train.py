@@ -7,7 +7,14 @@ import typer
 
 from compressm.cli.common import write_result
 from compressm.cli.options import (
-    JsonFile, MaxDrop, MaxError, MetricName, OwnModel, TrainingData, command_line, config_or_own,
+    JsonFile,
+    MaxDrop,
+    MaxError,
+    MetricName,
+    OwnModel,
+    TrainingData,
+    command_line,
+    config_or_own,
 )  # fmt: skip
 
 

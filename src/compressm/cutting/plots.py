@@ -101,7 +101,9 @@ def _matplotlib(lines: list[tuple[str, list[float]]], title: str, y_title: str) 
     return figure
 
 
-def plot_metrics(values: Mapping[int, Sequence[float]], title: str, y_title: str, backend: Backend | None = None) -> Any:
+def plot_metrics(
+    values: Mapping[int, Sequence[float]], title: str, y_title: str, backend: Backend | None = None
+) -> Any:
     """Plot the metrics that trainings of several sizes reach, and their means; see `Probe.plot`.
 
     Args:
