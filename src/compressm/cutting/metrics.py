@@ -133,5 +133,6 @@ def _one_line(error: Exception) -> str:
 
 
 __all__ = [
-    "FEWEST_SCORES", "Better", "MetricWarning", "as_metric", "measure", "measured", "measured_together", "sign_of", "warn_not_finite",
+    "FEWEST_SCORES", "Better", "MetricWarning", "as_metric", "measure", "measured", "measured_together", "sign_of",
+    "warn_not_finite",
 ]  # fmt: skip
