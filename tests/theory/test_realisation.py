@@ -137,7 +137,7 @@ def test_a_filter_of_high_order_comes_in_by_zeros_and_poles(design: Any) -> None
 
 
 def test_a_filter_whose_polynomials_have_lost_their_digits_is_sent_to_zeros_and_poles() -> None:
-    with pytest.raises(InvalidSystemError, match="pass scipy.signal.ZerosPolesGain"):
+    with pytest.raises(InvalidSystemError, match=r"pass scipy\.signal\.ZerosPolesGain"):
         DiagonalSystem.from_model(signal.TransferFunction(*signal.ellip(12, 1, 60, 0.2), dt=DT))
 
 

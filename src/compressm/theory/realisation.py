@@ -144,7 +144,7 @@ def modes_of(A: Array, B: Array, C: Array) -> tuple[Array, Array, Array, bool]:
     Raises:
         InvalidSystemError: A is not diagonalisable, or so nearly not that the result would mean nothing.
     """
-    # The states of a transfer function's companion form differ by orders of magnitude, which says nothing about its modes.
+    # States of a transfer function's companion form differ by orders of magnitude, which says nothing about its modes.
     A, (scales, _) = matrix_balance(A, permute=False, separate=True)
     B, C = B / scales[:, None], C * scales
     lam, V = np.linalg.eig(A)
@@ -195,8 +195,8 @@ def _check_residues(zeros: Array, poles: Array, gain: complex, residues: Array, 
     if not max(np.abs(residues / (z - poles)).sum() for z in at) <= MAX_CONDITION * peak:
         one, other = _closest(poles)
         raise InvalidSystemError(
-            f"the poles {one:.4g} and {other:.4g} all but coincide: move one of them, by a hundredth of its size say, or "
-            "split the model into a chain of smaller ones"
+            f"the poles {one:.4g} and {other:.4g} all but coincide: move one of them, by a hundredth of its size say, "
+            "or split the model into a chain of smaller ones"
         )
 
 
@@ -297,6 +297,6 @@ def as_tensor(matrix: Array) -> Tensor:
 
 
 __all__ = [
-    "Discretisation", "Matrices", "Realisation", "ZerosAndPoles", "as_tensor", "check_stable", "checked_matrices", "discretised",
-    "matrices_of", "modes_of", "modes_of_zeros_and_poles", "real_matrices", "undone",
+    "Discretisation", "Matrices", "Realisation", "ZerosAndPoles", "as_tensor", "check_stable", "checked_matrices",
+    "discretised", "matrices_of", "modes_of", "modes_of_zeros_and_poles", "real_matrices", "undone",
 ]  # fmt: skip

@@ -178,9 +178,8 @@ class Probe:
 
     def __str__(self) -> str:
         wide = max(9, len(self.metric))
-        rows = [
-            f"{'states':>8} {self.metric:>{wide}} {'behind':>9} {'90 % interval':>20} {'ms a step':>10} {'parameters':>11}"
-        ]
+        head = f"{'states':>8} {self.metric:>{wide}} {'behind':>9} {'90 % interval':>20} "
+        rows = [f"{head}{'ms a step':>10} {'parameters':>11}"]
         for size in self.sizes:
             behind, interval = "", ""
             if size.behind is not None:

@@ -1,7 +1,7 @@
 """The page: everything in one file, plotly included, so that it opens offline; plotly and the data are compressed.
 
-``plotly/`` holds plotly.js with lines and bars only, a fifth of the whole library, as npm's plotly.js-basic-dist-min has
-it (``npm pack plotly.js-basic-dist-min@4.1.1``, then ``gzip -9n``), and its licence.
+``plotly/`` holds plotly.js with lines and bars only, a fifth of the whole library, as npm's plotly.js-basic-dist-min
+has it (``npm pack plotly.js-basic-dist-min@4.1.1``, then ``gzip -9n``), and its licence.
 """
 
 from __future__ import annotations
