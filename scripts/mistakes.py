@@ -154,6 +154,9 @@ MISTAKES = (
     Mistake("an unknown experiment", "compressm reproduce smnst", "smnist"),
     Mistake("an unknown suite", "compressm bench lur", "lru"),
     Mistake("no configuration to import", "compressm import nothing.yaml --output new.yaml", "nothing.yaml"),
+    Mistake("a saved model without a history", "compressm report model", "save it with compressm.save"),
+    Mistake("a probe of one size", "compressm probe digits --states 64", "two different sizes"),
+    Mistake("a probe of a model of one size", f"{OWN} tones.npz".replace("train", "probe"), "def build(states)"),
     Mistake("a demo of no seed", "compressm demo --seeds 0", "--seeds"),
     Mistake("a file for data", "compressm.analyze(model, data='tones.npz')", "files are read by"),
     Mistake("no rule", "compressm.compress(model)", "exactly one"),
@@ -171,6 +174,21 @@ MISTAKES = (
         "a double pole",
         "compressm.DiagonalSystem.from_abcd([[0.5, 1], [0, 0.5]], [[0], [1]], [[1, 0]])",
         "not diagonalisable",
+    ),
+    Mistake(
+        "a filter of high order as polynomials",
+        "compressm.reduce(scipy.signal.TransferFunction(*scipy.signal.ellip(12, 1, 60, 0.2), dt=1), error=0.1)",
+        "pass scipy.signal.ZerosPolesGain",
+    ),
+    Mistake(
+        "more zeros than poles",
+        "compressm.reduce(scipy.signal.ZerosPolesGain([0.1, 0.2], [0.5], 1, dt=1), error=0.1)",
+        "expected at least as many poles",
+    ),
+    Mistake(
+        "a model of one's own, loaded by the folder alone",
+        "compressm.load('mine')",
+        "pass a fresh one",
     ),
     Mistake(
         "a vector for a matrix", "compressm.DiagonalSystem.from_abcd([[0.5]], [1.0], [[1.0]])", "expected a matrix"
@@ -225,6 +243,7 @@ def _furnish() -> None:
     with _importable():
         import mymodel  # pyright: ignore[reportMissingImports]
     save_file(mymodel.build().state_dict(), "weights.safetensors")
+    compressm.save(mymodel.build(), "mine")
 
 
 @contextlib.contextmanager

@@ -92,6 +92,25 @@ def test_a_linear_model_is_cut_from_its_weights_alone(here: Path, capsys: pytest
     assert sorted(path.name for path in here.iterdir() if path.is_dir() and path.name != "__pycache__") == []
 
 
+def test_the_card_of_a_small_model_of_ones_own_says_how_to_load_it_and_what_it_does(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cards = pytest.importorskip("huggingface_hub")
+    model = ["--model", "ownmodel:build", "--data", "ownmodel:data"]
+    assert main(["train", *model, *SHORT, "--output", "run"]) == 0
+    assert main(["compress", "run/model", *model, "--states", "4", "--output", "small", "--sequences", "16"]) == 0
+    out = capsys.readouterr().out
+    for word in ("token", "prefix", "taken by", "tensor parallelism"):  # it generates no text
+        assert word not in out
+    card = cards.ModelCard.load("small/README.md")
+    assert 'model = compressm.load("FOLDER", model=Mine(...))' in card.text
+    assert "| 1 | 16 | 4 |" in card.text
+    assert "`s5`: H-infinity error" in card.text
+    assert "made by `compressm compress run/model" in card.text
+    assert {one.metric_type for one in card.data.eval_results} == {"loss", "accuracy"}
+    assert "compressed" in card.data.tags
+
+
 def test_quiet_says_nothing_and_verbose_says_where(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     save_file({"lonely": torch.zeros(1)}, "weights.safetensors")
     arguments = ["analyze", "weights.safetensors", "--model", "ownmodel:build"]

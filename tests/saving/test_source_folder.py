@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from torch import Tensor
 
 pytest.importorskip("transformers")
 import transformers
+from huggingface_hub import ModelCard
 
 import compressm
 from compressm.cli import main
@@ -24,6 +26,7 @@ from compressm.lab.one_shot import compress_checkpoint
 from compressm.lab.prospects import analyze_checkpoint
 from compressm.layers import LanguageModel
 from compressm.saving.source_folder import tensors_of, weight_files
+from compressm.training.history import Kept
 
 TEXT = "The quick brown fox jumps over the lazy dog. " * 40
 OTHER_FILES = {
@@ -254,14 +257,21 @@ def test_our_own_checkpoints_keep_their_history_and_files(tmp_path: Path, text: 
     names = ("model.safetensors", "compressm.json")
     description, tensors = read_pair(tmp_path / "big", *names)
     description.pop("sha256")
-    history = [{"kind": "kept", "step": 3, "layers": []}]
+    history = [Kept(3, 0.5, reference=0.5).to_dict()]
     write_pair(tmp_path / "big", *names, tensors, {**description, "history": history})
     (tmp_path / "big" / "notes.txt").write_text("mine")
     (tmp_path / "big" / "model-step.onnx").write_text("old")
     result = compress_checkpoint(tmp_path / "big", tmp_path / "small", text, states=2, sequences=4, length=16)
     assert read_pair(tmp_path / "small", *names)[0]["history"] == history
     assert (tmp_path / "small" / "notes.txt").read_text() == "mine"
-    assert "| `blocks.0.ssm` | 2 | 2 |" in (tmp_path / "small" / "README.md").read_text()
+    card = ModelCard((tmp_path / "small" / "README.md").read_text())
+    assert "| `blocks.0.ssm` | 2 | 2 |" in card.text
+    assert re.search(r"\| \d \| 5 \| 2 \|", card.text)
+    assert card.data.eval_results is not None
+    assert {one.metric_type: one.metric_value for one in card.data.eval_results} == {
+        "loss": pytest.approx(result.loss_after),
+        "perplexity": pytest.approx(result.score_after),
+    }
     assert result.carried.left == {"model-step.onnx": "weights from before the cut"}
 
 

@@ -117,3 +117,54 @@ def test_models_of_python_control_go_in_and_out() -> None:
 def test_what_cannot_be_done_is_refused_with_a_remedy(call: Any, message: str) -> None:
     with pytest.raises(InvalidSystemError, match=message):
         call()
+
+
+FILTERS = [
+    lambda form: signal.butter(12, 0.2, output=form),
+    lambda form: signal.butter(10, 5, fs=1000, output=form),
+    lambda form: signal.ellip(12, 1, 60, 0.2, output=form),
+    lambda form: signal.butter(10, [0.1, 0.3], btype="band", output=form),
+]
+
+
+@pytest.mark.parametrize("design", FILTERS)
+def test_a_filter_of_high_order_comes_in_by_zeros_and_poles(design: Any) -> None:
+    frequencies = np.linspace(0.001, 3.1, 60)
+    _, truth = signal.freqz_zpk(*design("zpk"), frequencies)
+    system = DiagonalSystem.from_model(signal.ZerosPolesGain(*design("zpk"), dt=DT))
+    assert (system.dt, system.order) == (DT, len(design("zpk")[1]))
+    np.testing.assert_allclose(gains(system.to_abcd(), np.exp(1j * frequencies))[:, 0, 0], truth, atol=1e-7)
+
+
+def test_a_filter_whose_polynomials_have_lost_their_digits_is_sent_to_zeros_and_poles() -> None:
+    with pytest.raises(InvalidSystemError, match=r"pass scipy\.signal\.ZerosPolesGain"):
+        DiagonalSystem.from_model(signal.TransferFunction(*signal.ellip(12, 1, 60, 0.2), dt=DT))
+
+
+def test_an_analog_filter_comes_in_as_polynomials_too() -> None:
+    """Its coefficients span 25 orders of magnitude, which is a matter of units."""
+    numerator, denominator = signal.cheby1(10, 1, 2 * np.pi * 50, analog=True)
+    frequencies = np.array([1.0, 100.0, 300.0, 314.0])
+    _, truth = signal.freqs(numerator, denominator, frequencies)
+    for model in (
+        signal.TransferFunction(numerator, denominator),
+        signal.ZerosPolesGain(*signal.cheby1(10, 1, 2 * np.pi * 50, analog=True, output="zpk")),
+    ):
+        system = DiagonalSystem.from_model(model, dt=1e-3, discretise="bilinear")
+        found = gains(system.to_abcd(continuous=True), 1j * frequencies)[:, 0, 0]
+        np.testing.assert_allclose(found, truth, rtol=1e-8)
+
+
+@pytest.mark.parametrize(
+    ("zeros", "poles", "message"),
+    [
+        ([], [0.5, 0.5], r"poles 0.5\+0j and 0.5\+0j all but coincide"),
+        ([], [0.5, 0.5 + 1e-10], "all but coincide"),
+        ([0.1], [], "1 zeros and 0 poles"),
+        ([0.1, 0.2], [0.5], "2 zeros and 1 poles"),
+        ([], [1.5], "not inside the unit disc"),
+    ],
+)
+def test_zeros_and_poles_without_modes_are_refused(zeros: list[float], poles: list[float], message: str) -> None:
+    with pytest.raises(InvalidSystemError, match=message):
+        DiagonalSystem.from_model(signal.ZerosPolesGain(zeros, poles, 1.0, dt=DT))

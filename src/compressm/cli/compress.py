@@ -88,6 +88,7 @@ def compress(
         metric=metric, max_reduction=max_reduction, multiple_of=multiple_of, target=target, gramians=gramians,
         sequences=sequences, length=length, memory=None if memory is None else parse_bytes(memory), speed=speed,
         state_bits=state_bits, recovery=wanted(data, recover, recover_lora, recover_rate),
+        command=command_line(context),
     )  # fmt: skip
     if not printed(json):
         print(loss)

@@ -37,6 +37,26 @@ def command_line(context: typer.Context) -> str:
     return context.obj
 
 
+def config_or_own(
+    config: Path, overrides: Sequence[str] | None, model: str | None, data: str | None
+) -> tuple[Path, list[str]]:
+    """The configuration and the overrides of a command whose CONFIG may be left out for a model and data of one's own.
+
+    Raises:
+        ConfigError: neither a configuration, nor both a model and data.
+    """
+    from compressm.lab.config import OWN
+
+    given = list(overrides or [])
+    if "=" in config.name and not config.exists():  # no CONFIG, and the first argument is a key=value
+        given, config = [str(config), *given], Path()
+    if config != Path():
+        return config, given
+    if model is None or data is None:
+        raise ConfigError("CONFIG: missing; name a YAML file or a built-in one, or give both --model and --data")
+    return OWN, given
+
+
 JsonFile = Annotated[Path | None, file_option("--json", help="Write the result to this file; - prints it.")]
 MarkdownFile = Annotated[Path | None, file_option("--markdown", help="Write the table to this file.")]
 Checkpoint = Annotated[
@@ -55,6 +75,13 @@ OwnData = Annotated[
         "--data",
         help="Text, .npz, .npy, .csv or .parquet, a folder of them, or package.module:function. Needed for layers "
         "whose states depend on the data, and to measure the loss.",
+    ),
+]
+TrainingData = Annotated[
+    str | None,
+    typer.Option(
+        "--data",
+        help="Data of your own: text, .npz, .csv or .parquet, a folder of them, or package.module:function.",
     ),
 ]
 MaxError = Annotated[

@@ -6,18 +6,25 @@ from typing import Annotated
 import typer
 
 from compressm.cli.common import draw, printed, write_result
-from compressm.cli.options import PICTURES, JsonFile, command_line, file_option
+from compressm.cli.options import PICTURES, JsonFile, OwnModel, TrainingData, command_line, config_or_own, file_option
 from compressm.errors import ConfigError
 
 
 def probe(
     context: typer.Context,
     config: Annotated[
-        Path, typer.Argument(metavar="CONFIG", help="As for train: a YAML file, or a built-in one such as smnist.")
-    ],
+        Path,
+        typer.Argument(
+            metavar="CONFIG",
+            help="As for train: a YAML file, or a built-in one such as smnist; needed unless --model and --data are "
+            "given.",
+        ),
+    ] = Path(),
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="[key=value]...", help="For example optimizer.lr=1e-3.")
     ] = None,
+    model: OwnModel = None,
+    data: TrainingData = None,
     states: Annotated[
         str | None, typer.Option(help="Sizes to compare [model.d_state, a quarter and a sixteenth of it].")
     ] = None,
@@ -39,7 +46,8 @@ def probe(
     from compressm.lab.config import load_config
     from compressm.lab.probing import probe_config
 
-    settings = load_config(config, overrides or [])
+    config, given = config_or_own(config, overrides, model, data)
+    settings = load_config(config, given, build=model, source=data)
     found = probe_config(
         settings, states=_sizes(states), share=share, steps=steps, seeds=seeds, worth=worth, folder=output
     )

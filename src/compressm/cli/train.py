@@ -6,8 +6,16 @@ from typing import Annotated
 import typer
 
 from compressm.cli.common import write_result
-from compressm.cli.options import JsonFile, MaxDrop, MaxError, MetricName, OwnModel, command_line
-from compressm.errors import ConfigError
+from compressm.cli.options import (
+    JsonFile,
+    MaxDrop,
+    MaxError,
+    MetricName,
+    OwnModel,
+    TrainingData,
+    command_line,
+    config_or_own,
+)  # fmt: skip
 
 
 def train(
@@ -24,13 +32,7 @@ def train(
         list[str] | None, typer.Argument(metavar="[key=value]...", help="For example optimizer.lr=1e-3.")
     ] = None,
     model: OwnModel = None,
-    data: Annotated[
-        str | None,
-        typer.Option(
-            "--data",
-            help="Data of your own: text, .npz, .csv or .parquet, a folder of them, or package.module:function.",
-        ),
-    ] = None,
+    data: TrainingData = None,
     states: Annotated[int | None, typer.Option(help="State dimension to arrive at.")] = None,
     tolerance: Annotated[float | None, typer.Option(help="Share of the Hankel energy that a cut may discard.")] = None,
     max_error: MaxError = None,
@@ -46,16 +48,10 @@ def train(
     json: JsonFile = None,
 ) -> None:
     """Train a model, and compress it meanwhile."""
-    from compressm.lab.config import OWN, load_config
+    from compressm.lab.config import load_config
     from compressm.lab.runs.loop import train as run
 
-    given = list(overrides or [])
-    if "=" in config.name and not config.exists():  # no CONFIG, and the first argument is a key=value
-        given, config = [str(config), *given], Path()
-    if config == Path():
-        if model is None or data is None:
-            raise ConfigError("CONFIG: missing; name a YAML file or a built-in one, or give both --model and --data")
-        config = OWN
+    config, given = config_or_own(config, overrides, model, data)
     rules = {"states": states, "tolerance": tolerance, "max_error": max_error, "max_drop": max_drop}
     how_far = {name: value for name, value in rules.items() if value is not None}
     if metric is not None:

@@ -17,7 +17,7 @@ from compressm.runtime.random_state import rng_state, set_rng_state
 Better = Literal["max", "min"]
 
 _EXPECTED = "expected one real number, or one score per validation example"
-_EXAMPLES = 10  # fewer numbers are taken for several metrics
+FEWEST_SCORES = 10  # fewer numbers are taken for several metrics
 
 
 class MetricWarning(UserWarning):
@@ -82,10 +82,10 @@ def _as_scores(value: Any) -> Tensor | None:
     """One score per example, shape ``(N,)``: a list, or a tensor or array of one axis. None for anything else."""
     if isinstance(value, list):
         numbers: list[Any] = value
-        if len(numbers) < _EXAMPLES or not all(isinstance(one, bool | int | float) for one in numbers):
+        if len(numbers) < FEWEST_SCORES or not all(isinstance(one, bool | int | float) for one in numbers):
             return None
         return torch.tensor(numbers, dtype=torch.float32)
-    if getattr(value, "ndim", None) != 1 or len(value) < _EXAMPLES:
+    if getattr(value, "ndim", None) != 1 or len(value) < FEWEST_SCORES:
         return None
     try:
         scores = torch.as_tensor(value)
@@ -133,5 +133,6 @@ def _one_line(error: Exception) -> str:
 
 
 __all__ = [
-    "Better", "MetricWarning", "as_metric", "measure", "measured", "measured_together", "sign_of", "warn_not_finite",
+    "FEWEST_SCORES", "Better", "MetricWarning", "as_metric", "measure", "measured", "measured_together", "sign_of",
+    "warn_not_finite",
 ]  # fmt: skip

@@ -101,15 +101,18 @@ def _matplotlib(lines: list[tuple[str, list[float]]], title: str, y_title: str) 
     return figure
 
 
-def plot_metrics(values: Mapping[int, Sequence[float]], title: str, backend: Backend | None = None) -> Any:
+def plot_metrics(
+    values: Mapping[int, Sequence[float]], title: str, y_title: str, backend: Backend | None = None
+) -> Any:
     """Plot the metrics that trainings of several sizes reach, and their means; see `Probe.plot`.
 
     Args:
         values: metrics by number of states.
         title: of the picture.
+        y_title: of the metrics' axis.
         backend: see `plot_discarded`.
     """
-    chosen, x_title, y_title = _backend(backend), "states (logarithmic)", "metric after the short training"
+    chosen, x_title = _backend(backend), "states (logarithmic)"
     points = [(states, value) for states, metrics in values.items() for value in metrics]
     means = [(states, sum(metrics) / len(metrics)) for states, metrics in sorted(values.items())]
     if chosen == "plotly":

@@ -164,23 +164,26 @@ class Serving:
         return line
 
     def lines(self) -> list[str]:
-        """The report, the headline first."""
+        """The report, the headline first. Models that generate no text are not told of tokens, prefixes and servers."""
         before, after = self.before, self.after
-        lines = [
-            self.headline(),
-            f"  recurrence {_change(before.states, after.states)}, convolution "
-            f"{_change(before.windows, after.windows)}; a cached prefix keeps {human(after.checkpoint)}",
-        ]
+        generates, lines = after.attention is not None, [self.headline()]
+        if generates or after.windows:
+            prefix = f"; a cached prefix keeps {human(after.checkpoint)}" if generates else ""
+            parts = _change(before.states, after.states), _change(before.windows, after.windows)
+            lines.append(f"  recurrence {parts[0]}, convolution {parts[1]}{prefix}")
         lines += self._attention()
         alone, batched = (
             _change(*(one.moved(CONTEXTS[0], batch) // batch for one in (before, after))) for batch in (1, 64)
         )
-        lines.append(f"  bytes moved per generated token {alone}; in a batch of 64 {batched}")
+        lines.append(
+            f"  bytes moved per {'generated token' if generates else 'step'} {alone}; in a batch of 64 {batched}"
+        )
         lines.append(f"  weights {_change(before.weights, after.weights)}")
         if self.speed:
             lines.append(f"  tokens per second here, one sequence: {' → '.join(f'{one:.1f}' for one in self.speed)}")
-        degrees = ", ".join(map(str, after.parallel())) or "none"
-        lines.append(f"  taken by {', '.join(after.takers()) or 'no known target'}; tensor parallelism {degrees}")
+        if generates or after.takers():
+            degrees = ", ".join(map(str, after.parallel())) or "none"
+            lines.append(f"  taken by {', '.join(after.takers()) or 'no known target'}; tensor parallelism {degrees}")
         return lines
 
     def _attention(self) -> list[str]:

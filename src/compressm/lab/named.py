@@ -53,6 +53,15 @@ def build_named(reference: str, key: str, offered: Mapping[str, Any] | None = No
     return model
 
 
+def takes(reference: str, key: str, argument: str) -> bool:
+    """Whether a function of the user's has an argument of this name; see `call_named` for the others.
+
+    Raises:
+        ConfigError: no such module or function.
+    """
+    return argument in inspect.signature(_found(reference, f"{key} {reference}")).parameters
+
+
 def _found(reference: str, where: str) -> Callable[..., Any]:
     if not is_named(reference):
         raise ConfigError(f"{where}: not of the form package.module:function, such as mymodel:build for mymodel.py")
@@ -88,4 +97,4 @@ def _described(error: BaseException) -> str:
     return f"{type(error).__name__} in {place}: {' '.join(str(error).split())}"
 
 
-__all__ = ["build_named", "call_named", "is_named"]
+__all__ = ["build_named", "call_named", "is_named", "takes"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -26,12 +26,13 @@ from compressm.observing.loss_evidence import Gramians
 from compressm.observing.scores import Metric, better
 from compressm.runtime.files import read_pair
 from compressm.saving import mamba_ssm_format
-from compressm.saving.card import extend_card, model_card
+from compressm.saving.card import Measured, extend_card, loading, model_card
 from compressm.saving.checkpoint import save_with_history
 from compressm.saving.mapped import save_mapped
 from compressm.saving.source_folder import Carried, carry, contents, copy_files, new_folder, unloaded
 from compressm.theory.rank_rule import RankRule, largest_reduction
 from compressm.theory.targets import Target
+from compressm.training.history import Event
 from compressm.training.options import OPTIONS
 from compressm.training.recovery import Recovery
 
@@ -126,6 +127,7 @@ def compress_checkpoint(
     speed: bool = False,
     recovery: Recover | None = None,
     state_bits: int | None = None,
+    command: str | None = None,
 ) -> Loss:
     """Cut a checkpoint once, and save the smaller model in the format that it came in.
 
@@ -158,6 +160,7 @@ def compress_checkpoint(
         recovery: train the cut model on the data that follow those of the cut and of the loss, and on those of the cut,
             with the uncut one as teacher.
         state_bits: 8 to simulate states in 8 bits before and after; see `compressm.cutting.rounded_state`.
+        command: the exact command line, for the card.
 
     Raises:
         CheckpointError: a checkpoint that cannot be read, or holds what cannot reach the output; or an output folder
@@ -193,9 +196,13 @@ def compress_checkpoint(
     with opened.read.at_work():
         serving = bill.after_the_cut()
         bits = None if bits is None else bits.plus("cut", model, opened.unseen[0])
-        facts = [serving.headline(), *_qualities(before, after), *(str(done).splitlines() if done else ())]
-        carried = Carried() if place is None else _written(opened, place, report, facts)
-        forget(place)
+        carried = Carried()
+        if place is not None:
+            facts = [serving.headline(), *_qualities(before, after), *(str(done).splitlines() if done else ())]
+            facts += [] if command is None else [f"made by `{command}`"]
+            tell = partial(_with_card, report=report, facts=facts, measured=_measured(after, data))
+            carried = _written(opened, place, tell)
+            forget(place)
     if opened.read.mapped is not None:
         opened.read.mapped.pager.close()
     read_in = (len(opened.seen) * BATCH, opened.tokens)
@@ -305,11 +312,14 @@ def _search(model: nn.Module, rule: RankRule, max_drop: float, examination: Exam
     return partial(plan_within_drop, model, rule, max_drop, lambda cut: sign * examination.score(cut))
 
 
-def _written(opened: _Opened, target: Path, report: Report, facts: Sequence[str]) -> Carried:
-    """Write the smaller model with its card and all that the source holds beside it, and say what was carried."""
+def _written(opened: _Opened, target: Path, tell: Callable[[Path, Carried], Carried]) -> Carried:
+    """Write the smaller model with its card and all that the source holds beside it, and say what was carried.
+
+    Args:
+        tell: tells the card of the cut.
+    """
     with new_folder(target) as new:
-        carried = saved(opened.read, opened.folder, new, opened.extra, opened.contained)
-        return carried if opened.read.format == "compressm" else _with_card(new / "README.md", report, carried, facts)
+        return tell(new / "README.md", saved(opened.read, opened.folder, new, opened.extra, opened.contained))
 
 
 def saved(read: Checkpoint, source: Path, target: Path, extra: Mapping[str, Path], contained: set[bytes]) -> Carried:
@@ -331,12 +341,20 @@ def _qualities(before: Quality | None, after: Quality | None) -> list[str]:
     return [losses, f"{before.metric} on held-out data {before.score:.4f} → {after.score:.4f}"]
 
 
-def _with_card(card: Path, report: Report, carried: Carried, facts: Sequence[str]) -> Carried:
+def _measured(after: Quality | None, data: object) -> Measured | None:
+    if after is None:
+        return None
+    return Measured(Path(str(data)).name, {"loss": after.loss, after.metric: after.score})
+
+
+def _with_card(
+    card: Path, carried: Carried, report: Report, facts: Sequence[str], measured: Measured | None
+) -> Carried:
     """What was carried, after the card was told of the cut."""
-    if card.name not in carried.files:
+    if not card.is_file():
         return carried
     try:
-        extend_card(card, report, facts)
+        extend_card(card, report, facts, measured)
     except CheckpointError as error:
         return replace(carried, unextended=str(error))
     return replace(carried, files=tuple(one for one in carried.files if one != card.name), extended=(card.name,))
@@ -378,14 +396,17 @@ def _resave(model: nn.Module, source: Path, target: Path) -> Carried:
     """Save as `save` does, with the history and the other files of the source."""
     names = ("model.safetensors", "compressm.json")
     if not (source / names[1]).is_file():  # the weights of a model of the user's
-        save_with_history(model, target, [])
+        alone = save_with_history(model, target, [])
+        (target / "README.md").write_text(model_card(model, load=loading(model, "FOLDER", alone)), encoding="utf-8")
         return Carried()
     history = read_pair(source, *names)[0].get("history")
-    save_with_history(model, target, history if isinstance(history, list) else [])
+    events = history if isinstance(history, list) else []
+    alone = save_with_history(model, target, events)
     card = source / "README.md"
-    ours = card.is_file() and "\nlibrary_name: compressm\n" in card.read_text(encoding="utf-8", errors="replace")
+    ours = not card.is_file() or "\nlibrary_name: compressm\n" in card.read_text(encoding="utf-8", errors="replace")
     if ours:  # our own card, which says the sizes from before the cut
-        (target / card.name).write_text(model_card(model), encoding="utf-8")
+        text = model_card(model, [Event.from_dict(event) for event in events], load=loading(model, "FOLDER", alone))
+        (target / card.name).write_text(text, encoding="utf-8")
     files, left = copy_files(source, target, [source / name for name in (*names, *([card.name] * ours))])
     return Carried((), files, left)
 

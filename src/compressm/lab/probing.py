@@ -10,14 +10,17 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from compressm.cutting.metrics import FEWEST_SCORES
 from compressm.errors import CheckpointError, ConfigError
 from compressm.lab.config import Config, parse_config
 from compressm.lab.data.datasets import load_data
 from compressm.lab.data.sequences import BatchOrder, SequenceData, Split
-from compressm.lab.runs.models import build_model, build_optimizer, build_scheduler
+from compressm.lab.named import takes
+from compressm.lab.runs.models import build_optimizer, build_scheduler, model_for
 from compressm.lab.runs.objective import Objective
 from compressm.lab.runs.place import accelerator
 from compressm.lab.runs.same_settings import check_same
+from compressm.lab.runs.tasks import learning_of, scores_on
 from compressm.runtime.files import write_json
 from compressm.runtime.memory import keep_freed_memory
 from compressm.training.probe import Probe, Task, probe
@@ -47,12 +50,18 @@ def probe_config(
         worth, folder, quiet: as in `probe`.
 
     Raises:
-        ConfigError: unfit data or arguments, or a folder with the probe of another configuration.
+        ConfigError: unfit data or arguments, a model of the user's that takes no size, or a folder with the probe of
+            another configuration.
     """
-    if states is None and not isinstance(config.model.d_state, int):
+    own = config.model.build
+    if own is not None and not takes(own, "model.build =", "states"):
         raise ConfigError(
-            f"model.d_state = {config.model.d_state}: layers of several sizes; give --states, one size for all of them"
+            f"model.build = {own}: has no argument states, and a probe builds models of several sizes; add it, as in "
+            "def build(states)"
         )
+    if states is None and not isinstance(config.model.d_state, int):
+        known = "not known of a model of your own" if own else f"{config.model.d_state}: layers of several sizes"
+        raise ConfigError(f"model.d_state is {known}; give --states, such as --states 64,16,4")
     if folder is not None:
         _claim(Path(folder), config)
     keep_freed_memory()
@@ -67,6 +76,8 @@ def probe_config(
         total_steps=config.run.steps,
         seeds=range(first, first + seeds),
         worth=worth,
+        mode=bench.learning.score.mode,
+        metric=bench.learning.score.name,
         folder=folder,
         quiet=quiet,
     )
@@ -82,18 +93,15 @@ class _Bench:
             raise ConfigError(f"compressm probe runs in one process, not in {place.num_processes}: start it plainly")
         self.device = place.device
         self.data: SequenceData = load_data(config.data).to(self.device)
-        if self.data.task != "classification":
-            raise ConfigError(
-                f"compressm probe is for classifiers, and the task is {self.data.task}: use compressm.probe from "
-                "Python, with a function that evaluates"
-            )
-        self.objective = Objective(config.loss, self.device)
+        self.learning = learning_of(self.data.task, config.run.metric)
+        self.objective = Objective(config.loss, self.device, self.learning)
         self.validation = _part(self.data.validation)
 
     def build(self, states: int) -> nn.Module:
         """A model of this size."""
-        data, config = self.data, _changed(self.config, model={"d_state": states})
-        return build_model(config, data.channels, data.n_classes, data.vocabulary, data.padding).to(self.device)
+        if self.config.model.build is not None:
+            return model_for(self.config, self.data, states).to(self.device)
+        return model_for(_changed(self.config, model={"d_state": states}), self.data).to(self.device)
 
     def train(self, model: nn.Module, task: Task) -> None:
         """A short training, with the whole schedule in it."""
@@ -113,9 +121,10 @@ class _Bench:
             optimizer.step()
             scheduler.step()
 
-    def evaluate(self, model: nn.Module) -> Tensor:
-        """Whether each validation example is classified correctly."""
-        return self.data.right(model, self.validation, self.config.run.eval_batch_size)
+    def evaluate(self, model: nn.Module) -> Tensor | float:
+        """The score of each validation example; the mean where these are too few to be compared in pairs."""
+        scores = scores_on(self.learning, model, self.data, self.validation, self.config.run.eval_batch_size)
+        return scores if len(scores) >= FEWEST_SCORES else float(scores.mean())
 
 
 def _claim(folder: Path, config: Config) -> None:
@@ -134,9 +143,9 @@ def _claim(folder: Path, config: Config) -> None:
 
 def _changed(config: Config, **sections: Mapping[str, object]) -> Config:
     """The configuration with some other values, without compression."""
-    tree = config.model_dump()
+    tree = config.model_dump(exclude_unset=True)  # a key of its default would count as given beside model.build
     for section, values in {**sections, "compression": {"enabled": False}}.items():
-        tree[section] = {**tree[section], **values}
+        tree[section] = {**tree.get(section, {}), **values}
     return parse_config(tree)
 
 

@@ -102,7 +102,10 @@ class Analysis:
 
     @property
     def takers(self) -> list[str]:
-        """A line for every cut that was tried: the kernels and servers that would take its sizes."""
+        """A line for every cut that was tried: the kernels and servers that would take its sizes. None for a model that
+        no server knows at any size."""
+        if self.memory.attention is None and not any(one.targets for one in self.prospects):
+            return []
         return [
             f"τ = {one.tolerance:g}: taken by {', '.join(one.targets) or 'no known target'}" for one in self.prospects
         ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import nn
 
 from compressm.cutting import Report, state_dims
 from compressm.errors import CheckpointError, MissingExtraError
+from compressm.theory.certificate import Certificate
 from compressm.training.history import Cut, Event
 
 _HEAD = """---
@@ -54,16 +56,44 @@ def model_card(
     return "\n".join(lines)
 
 
+def loading(model: nn.Module, folder: str, alone: bool) -> str:
+    """The expression that loads a model from a folder; ``alone`` if `load` can build it by itself."""
+    return f'compressm.load("{folder}")' if alone else f'compressm.load("{folder}", model={type(model).__name__}(...))'
+
+
 _SECTION = "## Compressed states"
+_TASKS = {"perplexity": "text-generation", "accuracy": "sequence-classification"}
 
 
-def extend_card(path: Path, report: Report, facts: Sequence[str] = ()) -> None:
-    """Add what a cut did to a card that is there: a section, and two tags among its metadata, which is kept.
+@dataclass(frozen=True)
+class Measured:
+    """What was measured of the smaller model, for the ``model-index`` that hubs read.
+
+    Attributes:
+        data: name of the data.
+        values: by the metric's name.
+    """
+
+    data: str
+    values: Mapping[str, float]
+
+    @property
+    def task(self) -> str:
+        """The task, in the words of model hubs."""
+        return next((_TASKS[name] for name in self.values if name in _TASKS), "sequence-regression")
+
+
+def extend_card(path: Path, report: Report, facts: Sequence[str] = (), measured: Measured | None = None) -> None:
+    """Add what a cut did to a card that is there: a section, and among its metadata two tags and what was measured.
+
+    The rest of the metadata is kept, the licence for one, but for the results of the uncut model: they are not those of
+    this one.
 
     Args:
         path: the card, with or without metadata.
         report: of the cut.
         facts: further lines, such as the loss before and after.
+        measured: of the smaller model; None if nothing was.
 
     Raises:
         CheckpointError: the card's metadata cannot be read.
@@ -72,7 +102,7 @@ def extend_card(path: Path, report: Report, facts: Sequence[str] = ()) -> None:
     from compressm import __version__  # not at the top: the package imports this module's users
 
     try:
-        from huggingface_hub import ModelCard
+        from huggingface_hub import EvalResult, ModelCard
         from yaml import YAMLError
     except ModuleNotFoundError as error:
         raise MissingExtraError('cards need huggingface_hub: pip install "compressm[transformers]"') from error
@@ -83,12 +113,21 @@ def extend_card(path: Path, report: Report, facts: Sequence[str] = ()) -> None:
     data: Any = card.data
     tags = list(data.get("tags") or [])
     data["tags"] = [*tags, *(tag for tag in ("compressed", "state-space-model") if tag not in tags)]
+    data.model_name = data.model_name or path.resolve().parent.name.removesuffix(".new")
+    data.eval_results = [] if measured is None else [
+        EvalResult(measured.task, measured.data, measured.data, name, value) for name, value in measured.values.items()
+    ]  # fmt: skip
     counts = Counter((layer.states_before, layer.states_after) for layer in report.layers)
     rows = [f"| {number} | {before} | {after} |" for (before, after), number in counts.items()]
     table = ["| layers | states before | states now |", "|---:|---:|---:|", *rows]
     lines = [_SECTION, "", f"The state dimension was cut by compressm {__version__}.", "", *table]
-    if facts:
-        lines += ["", *(f"- {fact.strip()}" for fact in facts)]
+    bounds = [
+        f"`{layer.name}`: H-infinity error {certificate.hinf_error:.3g}, its bound {certificate.bound:.3g}"
+        for layer in report.layers
+        if isinstance(certificate := layer.certificate, Certificate) and certificate.bound is not None
+    ]
+    if facts or bounds:
+        lines += ["", *(f"- {fact.strip()}" for fact in (*facts, *bounds))]
     card.text = f"{card.text.rstrip()}\n\n" + "\n".join(lines) + "\n"
     path.write_text(str(card), encoding="utf-8")
 
@@ -120,4 +159,4 @@ def _measured(error: float | None) -> str:
     return "" if error is None else f"; error of its output on a sequence of the training data {error:.2%}"
 
 
-__all__ = ["extend_card", "model_card"]
+__all__ = ["Measured", "extend_card", "loading", "model_card"]

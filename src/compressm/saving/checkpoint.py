@@ -18,7 +18,7 @@ from compressm.cutting import resize_states, state_dims
 from compressm.errors import CheckpointError, ConfigError
 from compressm.layers import LanguageModel, SequenceClassifier, SequenceRegressor
 from compressm.runtime.files import FORMAT, finite, read_pair, write_pair, write_text
-from compressm.saving.card import model_card
+from compressm.saving.card import loading, model_card
 from compressm.saving.structure import Structure, check_fit, describe, difference, put_left_out, take_over
 from compressm.training.compressor import Compressor
 
@@ -63,10 +63,7 @@ def save(
     events = [] if compressor is None else [event.to_dict() for event in compressor.history]
     own = save_with_history(model, folder, events)
     if card:
-        name = Path(folder).name
-        expression = (
-            f'compressm.load("{name}")' if own else f'compressm.load("{name}", model={type(model).__name__}(...))'
-        )
+        expression = loading(model, Path(folder).name, own)
         history, saved = ([], None) if compressor is None else (compressor.history, compressor.savings())
         try:
             write_text(Path(folder) / "README.md", model_card(model, history, saved, expression))

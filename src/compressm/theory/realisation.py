@@ -16,10 +16,11 @@ bound of discrete time holds in continuous time as well.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
+from scipy.linalg import matrix_balance
 from torch import Tensor
 
 from compressm.errors import InvalidSystemError
@@ -88,20 +89,35 @@ def check_stable(poles: Array, continuous: bool) -> None:
         )
 
 
-def matrices_of(model: Any) -> tuple[tuple[Any, Any, Any, Any], float | None, bool]:
+class ZerosAndPoles(NamedTuple):
+    """``gain prod(z - zeros) / prod(z - poles)``: complex128, shapes ``(m,)`` and ``(n,)``, and a number."""
+
+    zeros: Array
+    poles: Array
+    gain: complex
+
+
+def matrices_of(model: Any) -> tuple[tuple[Any, Any, Any, Any] | ZerosAndPoles, float | None, bool]:
     """``(A, B, C, D)`` of a model of scipy.signal or python-control, its sampling time, and whether it is of continuous
-    time. The sampling time is None where it is not known.
+    time. The sampling time is None where it is not known. A model that is given by zeros and poles stays so.
 
     Raises:
         InvalidSystemError: something else than such a model.
     """
     control = type(model).__module__.partition(".")[0] == "control"
-    if not hasattr(model, "A"):
+    by_poles = all(hasattr(model, name) for name in ("gain", "zeros", "poles"))  # the gain, since all have zeros
+    if not by_poles and not hasattr(model, "A"):
         model = _state_space(model, control)
     # python-control writes 0 for continuous time, and None or True for a time that is not known; scipy None and True.
     own = getattr(model, "dt", None)
     continuous = own == 0 if control else own is None
     known = None if own is None or own is True or own == 0 else float(own)
+    if by_poles:
+        zeros, poles = (np.atleast_1d(_numbers(name, getattr(model, name))) for name in ("zeros", "poles"))
+        if not 1 <= len(poles) >= len(zeros):
+            raise InvalidSystemError(f"{len(zeros)} zeros and {len(poles)} poles: expected at least as many poles")
+        found = ZerosAndPoles(zeros.astype(np.complex128), poles.astype(np.complex128), model.gain)
+        return found, known, bool(continuous)
     return (model.A, model.B, model.C, model.D), known, bool(continuous)
 
 
@@ -128,19 +144,64 @@ def modes_of(A: Array, B: Array, C: Array) -> tuple[Array, Array, Array, bool]:
     Raises:
         InvalidSystemError: A is not diagonalisable, or so nearly not that the result would mean nothing.
     """
+    # States of a transfer function's companion form differ by orders of magnitude, which says nothing about its modes.
+    A, (scales, _) = matrix_balance(A, permute=False, separate=True)
+    B, C = B / scales[:, None], C * scales
     lam, V = np.linalg.eig(A)
     condition = float(np.linalg.cond(V))
     if not condition <= MAX_CONDITION:
         one, other = _closest(lam)
         raise InvalidSystemError(
             "A is not diagonalisable in double precision: its eigenvectors have a condition above "
-            f"{MAX_CONDITION:.0e}, and the eigenvalues {one:.4g} and {other:.4g} all but coincide; move one of them, "
-            "by a hundredth of its size say, or split the model into a chain of smaller ones"
+            f"{MAX_CONDITION:.0e}, and the eigenvalues closest to each other are {one:.4g} and {other:.4g}; if A comes "
+            "from a transfer function, pass scipy.signal.ZerosPolesGain (of a filter: output='zpk'); else move one of "
+            "them, by a hundredth of its size say, or split the model into a chain of smaller ones"
         )
     inputs, outputs = np.linalg.solve(V, B.astype(np.complex128)), C @ V
     if any(np.iscomplexobj(matrix) for matrix in (A, B, C)):
         return lam.astype(np.complex128), inputs, outputs.astype(np.complex128), False
-    lam, outputs = lam.astype(np.complex128), outputs.astype(np.complex128)
+    return _one_of_each_pair(lam.astype(np.complex128), inputs, outputs.astype(np.complex128))
+
+
+def modes_of_zeros_and_poles(model: ZerosAndPoles, continuous: bool) -> tuple[Array, Array, Array, Array, bool]:
+    """``(lam, B, C, D, real)`` of ``gain prod(z - zeros) / prod(z - poles)``, as `modes_of` gives them.
+
+    The residue of a pole, ``gain prod(p - zeros) / prod(p - other poles)``, keeps the digits that the coefficients of a
+    high order filter's polynomials have lost.
+
+    Raises:
+        InvalidSystemError: poles that coincide or nearly do.
+    """
+    zeros, poles, gain = model
+    others = poles[:, None] - poles[None, :] + np.eye(len(poles))
+    ratios = np.concatenate([poles[:, None] - zeros[None, :], np.ones((len(poles), len(poles) - len(zeros)))], 1)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        residues = gain * np.prod(ratios / others, 1)
+    _check_residues(zeros, poles, gain, residues, continuous)
+    D = np.full((1, 1), gain if len(zeros) == len(poles) else 0.0)
+    inputs, outputs = np.ones((len(poles), 1), np.complex128), residues[None]
+    conjugate = all(np.allclose(np.sort_complex(x), np.sort_complex(x.conj()), rtol=1e-12) for x in (zeros, poles))
+    if np.iscomplexobj(gain) or not conjugate:
+        return poles, inputs, outputs, D, False
+    lam, inputs, outputs, _ = _one_of_each_pair(poles, inputs, outputs)
+    return lam, inputs, outputs, D, True
+
+
+def _check_residues(zeros: Array, poles: Array, gain: complex, residues: Array, continuous: bool) -> None:
+    """Refuse residues that cancel each other, as those of poles that all but coincide do: their sum loses the digits by
+    which its terms are larger than the gain's peak, which is looked for at the frequency of every pole."""
+    at = 1j * np.imag(poles) if continuous else np.exp(1j * np.angle(poles))
+    peak = max(abs(gain * np.prod(z - zeros) / np.prod(z - poles)) for z in at)
+    if not max(np.abs(residues / (z - poles)).sum() for z in at) <= MAX_CONDITION * peak:
+        one, other = _closest(poles)
+        raise InvalidSystemError(
+            f"the poles {one:.4g} and {other:.4g} all but coincide: move one of them, by a hundredth of its size say, "
+            "or split the model into a chain of smaller ones"
+        )
+
+
+def _one_of_each_pair(lam: Array, inputs: Array, outputs: Array) -> tuple[Array, Array, Array, bool]:
+    """The modes of a real model without the conjugate of each pair."""
     pairs, reals = np.flatnonzero(np.imag(lam) > 0), np.flatnonzero(np.imag(lam) == 0)
     return (
         np.concatenate([lam[pairs], lam[reals]]),
@@ -236,6 +297,6 @@ def as_tensor(matrix: Array) -> Tensor:
 
 
 __all__ = [
-    "Discretisation", "Matrices", "Realisation", "as_tensor", "check_stable", "checked_matrices", "discretised",
-    "matrices_of", "modes_of", "real_matrices", "undone",
+    "Discretisation", "Matrices", "Realisation", "ZerosAndPoles", "as_tensor", "check_stable", "checked_matrices",
+    "discretised", "matrices_of", "modes_of", "modes_of_zeros_and_poles", "real_matrices", "undone",
 ]  # fmt: skip

@@ -29,12 +29,14 @@ from compressm.theory.realisation import (
     Discretisation,
     Matrices,
     Realisation,
+    ZerosAndPoles,
     as_tensor,
     check_stable,
     checked_matrices,
     discretised,
     matrices_of,
     modes_of,
+    modes_of_zeros_and_poles,
     real_matrices,
     undone,
 )
@@ -130,15 +132,19 @@ class DiagonalSystem:
             InvalidSystemError: matrices that do not fit, a pole that is not stable, or A not diagonalisable.
         """
         A, B, C, D = checked_matrices(A, B, C, D)
-        if not (isinstance(dt, int | float) and 0 < dt < float("inf")):
-            raise InvalidSystemError(f"dt must be a sampling time in seconds, above 0; got {dt!r}")
-        if discretise not in (None, "zoh", "bilinear"):
-            raise InvalidSystemError(f"discretise must be 'zoh', 'bilinear' or None; got {discretise!r}")
+        _check_sampling(dt, discretise)
         check_stable(np.linalg.eigvals(A), discretise is not None)
         lam, B, C, real = modes_of(A, B, C)
+        return cls._sampled(lam, B, C, D, real, float(dt), discretise)
+
+    @classmethod
+    def _sampled(
+        cls, lam: Any, B: Any, C: Any, D: Any, real: bool, dt: float, discretise: Discretisation | None
+    ) -> DiagonalSystem:
+        """Modes as a system, sampled if they are of continuous time."""
         if discretise is not None:
-            lam, B, C, D = discretised(lam, B, C, D, real, float(dt), discretise)
-        model = Realisation(torch.from_numpy(D.copy()), float(dt), discretise)
+            lam, B, C, D = discretised(lam, B, C, D, real, dt, discretise)
+        model = Realisation(torch.from_numpy(D.copy()), dt, discretise)
         return cls(as_tensor(lam), as_tensor(B), as_tensor(C), real, model)
 
     @classmethod
@@ -146,7 +152,8 @@ class DiagonalSystem:
         """The modes of a model of scipy.signal (``lti``, ``dlti``) or of python-control.
 
         Args:
-            model: the model; transfer functions become state space models first.
+            model: the model. Transfer functions become state space models first. Zeros and poles do not: their modes
+                are as exact as they are, where the polynomials of a filter of high order have lost their digits.
             dt: sampling time in seconds; needed for a model of continuous time, and for no other.
             discretise: how a model of continuous time is sampled; see `from_abcd`.
 
@@ -157,16 +164,20 @@ class DiagonalSystem:
         if isinstance(model, DiagonalSystem):
             return model
         matrices, own, continuous = matrices_of(model)
-        if continuous:
-            if dt is None:
-                raise InvalidSystemError(
-                    "the model is of continuous time: give the sampling time dt= in seconds, and discretise= 'zoh' or "
-                    "'bilinear'"
-                )
-            return cls.from_abcd(*matrices, dt=dt, discretise=discretise)
-        if None not in (dt, own) and dt != own:
+        if continuous and dt is None:
+            raise InvalidSystemError(
+                "the model is of continuous time: give the sampling time dt= in seconds, and discretise= 'zoh' or "
+                "'bilinear'"
+            )
+        if not continuous and None not in (dt, own) and dt != own:
             raise InvalidSystemError(f"dt={dt!r}, and the model has the sampling time {own!r}: leave dt out")
-        return cls.from_abcd(*matrices, dt=own or dt or 1.0)
+        how = discretise if continuous else None
+        step = own or (1.0 if dt is None else dt)
+        if not isinstance(matrices, ZerosAndPoles):
+            return cls.from_abcd(*matrices, dt=step, discretise=how)
+        _check_sampling(step, how)
+        check_stable(matrices.poles, continuous)
+        return cls._sampled(*modes_of_zeros_and_poles(matrices, continuous), float(step), how)
 
     def to_abcd(self, *, continuous: bool = False) -> Matrices:
         """``(A, B, C, D)`` of control theory, of the least order that these modes need; A is block diagonal.
@@ -362,6 +373,13 @@ def stein_solution(lam: Tensor, B: Tensor, conjugate: bool = True) -> Tensor:
 def decay_rate(lam: Tensor) -> Tensor:
     """``-log|lam|`` per step, made finite for eigenvalues of zero, whose modes end after one step."""
     return -lam.abs().clamp_min(1e-30).log()
+
+
+def _check_sampling(dt: Any, discretise: Any) -> None:
+    if not (isinstance(dt, int | float) and 0 < dt < float("inf")):
+        raise InvalidSystemError(f"dt must be a sampling time in seconds, above 0; got {dt!r}")
+    if discretise not in (None, "zoh", "bilinear"):
+        raise InvalidSystemError(f"discretise must be 'zoh', 'bilinear' or None; got {discretise!r}")
 
 
 def _shape(tensor: Tensor) -> tuple[int, ...]:

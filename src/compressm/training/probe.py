@@ -66,6 +66,7 @@ def probe(
     rates: Sequence[float] = (1.0, 3.0, 9.0),
     worth: float = 0.25,
     mode: Better = "max",
+    metric: str = "metric",
     folder: str | os.PathLike[str] | None = None,
     quiet: bool = False,
 ) -> Probe:
@@ -89,6 +90,7 @@ def probe(
             one is no better, for a smaller size from the best one of the larger size on.
         worth: share of what the largest size learns that a smaller one may be behind and still count as as good.
         mode: ``"max"`` if a higher metric is better, ``"min"`` if a lower one is.
+        metric: its name, for the table.
         folder: stores every short training when it is done. A probe that was killed goes on from there.
         quiet: no progress bar.
 
@@ -109,7 +111,7 @@ def probe(
         best = runner.best_rates(sizes, seeds[0], rates)
         runs = [runner.run(Task(steps, seed, best[size], size)) for seed in seeds for size in sizes]
     _warn_of_other_batches(runs)
-    return answer_of(runs, steps, worth=worth, mode=mode, total_steps=total_steps, seconds=made.seconds)
+    return answer_of(runs, steps, worth=worth, mode=mode, metric=metric, total_steps=total_steps, seconds=made.seconds)
 
 
 @dataclass(frozen=True)

@@ -109,6 +109,7 @@ class Probe:
         runs: the short trainings, those at the best rate of each size.
         seconds: time of all short trainings together, those at other rates too.
         mode: as in `Compressor`.
+        metric: its name.
     """
 
     steps: int
@@ -119,6 +120,7 @@ class Probe:
     runs: tuple[ShortRun, ...]
     seconds: float
     mode: Better = "max"
+    metric: str = "metric"
 
     @property
     def answer(self) -> Answer:
@@ -158,6 +160,7 @@ class Probe:
             "share_of_the_training": self.share,
             "learnt": self.learnt.value,
             "worth": self.worth,
+            "metric": self.metric,
             "mode": self.mode,
             "seconds": self.seconds,
             "sizes": [self._size_to_dict(size) for size in self.sizes],
@@ -174,7 +177,9 @@ class Probe:
         return {**size.__dict__, "behind": values}
 
     def __str__(self) -> str:
-        rows = [f"{'states':>8} {'metric':>9} {'behind':>9} {'90 % interval':>20} {'ms a step':>10} {'parameters':>11}"]
+        wide = max(9, len(self.metric))
+        head = f"{'states':>8} {self.metric:>{wide}} {'behind':>9} {'90 % interval':>20} "
+        rows = [f"{head}{'ms a step':>10} {'parameters':>11}"]
         for size in self.sizes:
             behind, interval = "", ""
             if size.behind is not None:
@@ -182,7 +187,7 @@ class Probe:
                 behind = f"{size.behind.value:.4f}"
                 interval = f"{size.behind.value - noise:.4f} to {size.behind.value + noise:.4f}"
             rows.append(
-                f"{size.states:8d} {size.metric:9.4f} {behind:>9} {interval:>20} {1e3 * size.seconds:10.1f} "
+                f"{size.states:8d} {size.metric:{wide}.4f} {behind:>9} {interval:>20} {1e3 * size.seconds:10.1f} "
                 f"{size.parameters:11,}"
             )
         return "\n".join([*rows, *self.sentences()])
@@ -248,7 +253,8 @@ class Probe:
             ValueError: another backend.
         """
         points = {size.states: [run.metric for run in self.runs if run.states == size.states] for size in self.sizes}
-        return plot_metrics(points, f"After {self.steps} steps: {self.answer}", backend)
+        title = f"After {self.steps} steps: {self.answer}"
+        return plot_metrics(points, title, f"{self.metric} after the short training", backend)
 
 
 def _saves(big: Size, small: Size) -> str:
@@ -264,6 +270,7 @@ def answer_of(
     *,
     worth: float,
     mode: Better = "max",
+    metric: str = "metric",
     total_steps: int | None = None,
     seconds: float | None = None,
 ) -> Probe:
@@ -271,7 +278,7 @@ def answer_of(
 
     Args:
         runs: at one rate for each size, with the same seeds, two or more.
-        steps, worth, mode, total_steps: see `probe`.
+        steps, worth, mode, metric, total_steps: see `probe`.
         seconds: time of all trainings; by default that of these.
     """
     sign = sign_of(mode)
@@ -290,7 +297,7 @@ def answer_of(
         behind = Loss(statistics.fmean(values), _mean(big), error, sampling, freedom, examples)
         sizes.append(_size(group, steps, behind, _verdict(behind, worth * learnt.value)))
     spent = sum(run.seconds for run in runs) if seconds is None else seconds
-    return Probe(steps, total_steps, tuple(sizes), learnt, worth, tuple(runs), spent, mode)
+    return Probe(steps, total_steps, tuple(sizes), learnt, worth, tuple(runs), spent, mode, metric)
 
 
 def _pooled(groups: Sequence[Sequence[float]]) -> tuple[float, int]:

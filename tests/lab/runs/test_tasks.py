@@ -19,7 +19,7 @@ from compressm.lab.data.language import wikitext
 from compressm.lab.data.mackey_glass import generate
 from compressm.lab.data.own import own_data
 from compressm.lab.data.sequences import SequenceData, Split
-from compressm.lab.runs.tasks import learning_of, sums_on
+from compressm.lab.runs.tasks import learning_of, scores_on, sums_on
 from compressm.saving.checkpoint import load
 
 SHORT = ["run.steps=12", "run.eval_every=6", "run.checkpoint_every=0", "run.batch_size=8", "run.device=cpu"]
@@ -133,3 +133,31 @@ def test_labels_that_are_no_classes_are_numbers_to_predict(tmp_path: Path) -> No
     assert own_data(str(tmp_path / "whole.npz"), 0.2, "regression").task == "regression"
     with pytest.raises(ConfigError, match=r"data.task=regression"):
         own_data(str(tmp_path / "d.npz"), 0.2, "classification")
+
+
+def test_the_score_of_a_sequence_is_its_mean_error_over_the_steps_that_are_there() -> None:
+    torch.manual_seed(0)
+    x, y, lengths = torch.randn(7, 6, 1), torch.randn(7, 6, 2), torch.randint(1, 7, (7,))
+    split = Split(x, y, lengths)
+    data = SequenceData("t", split, split, split, torch.zeros(1), torch.ones(1), 2, task="regression")
+    found = scores_on(learning_of("regression", None), Last(), data, split, 3)
+    for one, (u, target, length) in enumerate(zip(x, y, lengths.tolist(), strict=True)):
+        errors = [float((Last()(u)[step] - target[step]).square().mean()) for step in range(length)]
+        assert float(found[one]) == pytest.approx(sum(errors) / length, rel=1e-5)
+    assert learning_of("regression", None).score.mode == "min"
+
+
+def test_the_scores_of_texts_average_to_the_loss() -> None:
+    torch.manual_seed(0)
+    learning = learning_of("language", None)
+    logits, tokens = torch.randn(5, 8, 11), torch.randint(0, 11, (5, 8))
+    scores = learning.scores(logits, tokens, None)
+    assert scores.shape == (5,)
+    torch.testing.assert_close(scores.mean(), learning.loss(logits, tokens, None))
+    alone = learning.loss(logits[2:3], tokens[2:3], None)
+    torch.testing.assert_close(scores[2], alone)
+
+
+def test_the_score_of_a_number_per_sequence_is_its_squared_error() -> None:
+    prediction, y = torch.tensor([[1.0], [3.0]]), torch.tensor([[2.0], [1.0]])
+    assert learning_of("regression", "r2").scores(prediction, y, None).tolist() == [1.0, 4.0]

@@ -113,24 +113,13 @@ class SequenceData:
 
         The model is left in evaluation mode.
         """
-        return self.right(model, split, size, rank, world).float().sum()
-
-    @torch.no_grad()
-    def right(self, model: nn.Module, split: Split, size: int, rank: int = 0, world: int = 1) -> Tensor:
-        """Which of a split, or of every ``world``-th sequence of it, a model classifies correctly.
-
-        Returns:
-            bool, shape ``(N,)``.
-
-        The model is left in evaluation mode.
-        """
         model.eval()
-        right = [torch.zeros(0, dtype=torch.bool, device=split.y.device)]  # a process may have no share
+        right = torch.zeros((), device=split.y.device)  # a process may have no share
         for indices in self.shares(split, size, rank, world):
             (u, y), lengths = self.batch(split, indices), self.lengths(split, indices)
             logits = model(u) if lengths is None else model(u, lengths)
-            right.append(logits.argmax(-1) == y)
-        return torch.cat(right)
+            right = right + (logits.argmax(-1) == y).sum()
+        return right
 
     def to(self, device: torch.device) -> SequenceData:
         """The same data on another device."""

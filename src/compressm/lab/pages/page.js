@@ -7,18 +7,20 @@
     line.hidden = false;
   };
 
-  // plotly.js lies in the page, compressed.
+  // plotly.js and the charts' data lie in the page, compressed.
   if (typeof DecompressionStream === "undefined") {
     trouble("This browser is too old to draw the charts; the tables below are complete.");
     return;
   }
-  const packed = Uint8Array.from(atob(document.getElementById("plotly").textContent), (c) => c.charCodeAt(0));
-  const stream = new Blob([packed]).stream().pipeThrough(new DecompressionStream("gzip"));
+  const unpacked = (id) => {
+    const packed = Uint8Array.from(atob(document.getElementById(id).textContent), (c) => c.charCodeAt(0));
+    return new Response(new Blob([packed]).stream().pipeThrough(new DecompressionStream("gzip"))).text();
+  };
   const library = document.createElement("script");
-  library.textContent = await new Response(stream).text();
+  library.textContent = await unpacked("plotly");
   document.head.append(library);
 
-  const charts = JSON.parse(document.getElementById("charts").textContent);
+  const charts = JSON.parse(await unpacked("charts"));
   const drawn = new Map(); // a chart's figure to a function that draws it as chosen
 
   const colours = () => {

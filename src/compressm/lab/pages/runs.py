@@ -56,6 +56,11 @@ def load_runs(paths: Sequence[Path]) -> list[Run]:
     runs: list[Run] = []
     for path in paths:
         found = _load(path)
+        if not found and (path / "compressm.json").is_file():
+            raise ConfigError(
+                f"{path}: a saved model without the history of its cuts; save it with compressm.save(model, folder, "
+                "compressor)"
+            )
         if not found:
             raise ConfigError(
                 f"{path}: neither a run's folder nor a result file; name a folder that compressm train or compressm "

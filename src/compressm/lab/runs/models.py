@@ -33,14 +33,19 @@ def build_model(
     padding: int | None = 0,
     task: Task = "classification",
     per_step: bool = False,
+    states: int | None = None,
 ) -> nn.Module:
     """A model with weights drawn from torch's present random state; for the arguments see `SequenceData`.
+
+    Args:
+        states: offered to the function that ``model.build`` names; layers of ours take ``model.d_state``.
 
     Raises:
         ConfigError: ``model.build`` names no function that returns a model, or the layer is none of language models.
     """
     if config.model.build is not None:
         offered = {"d_input": channels, "n_classes": n_classes, "d_output": n_classes, "vocabulary": vocabulary}
+        offered |= {} if states is None else {"states": states}
         return build_named(config.model.build, "model.build =", offered)
     options: dict[str, Any] = {} if vocabulary is None else {"vocabulary": vocabulary, "padding": padding}
     arguments = config.model.model_dump(exclude={"build"}, exclude_none=True)
@@ -57,13 +62,15 @@ def build_model(
     return LanguageModel(n_classes, padding=padding, **arguments)
 
 
-def model_for(config: Config, data: SequenceData) -> nn.Module:
-    """A model for these data; one of the user's is tried on two sequences.
+def model_for(config: Config, data: SequenceData, states: int | None = None) -> nn.Module:
+    """A model for these data; one of the user's is tried on two sequences, and built with this many states if it lets
+    one choose.
 
     Raises:
         ConfigError: ``model.build`` names no function that returns a model for these sequences.
     """
-    model = build_model(config, data.channels, data.n_classes, data.vocabulary, data.padding, data.task, data.per_step)
+    about = (data.channels, data.n_classes, data.vocabulary, data.padding, data.task, data.per_step)
+    model = build_model(config, *about, states)
     if config.model.build is not None:
         _check_fits(model, data, config.model.build)
     return model

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from compressm.cutting.metrics import Better
 from compressm.errors import ConfigError
 from compressm.lab.data.sequences import SequenceData, Split, Task
 from compressm.layers.padding import within
@@ -40,10 +41,24 @@ class Quality:
         return f"{self.metric} {self.score:.4f} (loss {self.loss:.4f})"
 
 
+@dataclass(frozen=True)
+class Score:
+    """What one sequence is judged by.
+
+    Attributes:
+        name: in words.
+        mode: ``"max"`` if a higher score is better, ``"min"`` if a lower one is.
+    """
+
+    name: str
+    mode: Better
+
+
 class Learning(Protocol):
     """A kind of task. ``prediction`` is the model's output, ``y`` what it should be; see `SequenceData`."""
 
     metric: Metric
+    score: Score
 
     def loss(self, prediction: Tensor, y: Tensor, lengths: Tensor | None) -> Tensor:
         """The mean loss of a batch, a scalar."""
@@ -57,11 +72,16 @@ class Learning(Protocol):
         """The quality on all that was summed."""
         ...
 
+    def scores(self, prediction: Tensor, y: Tensor, lengths: Tensor | None) -> Tensor:
+        """The `Score` of every sequence of a batch, shape ``(N,)``."""
+        ...
+
 
 class Classes:
     """Cross entropy of one class per sequence; the metric is the share that is classified correctly."""
 
     metric: Metric = "accuracy"
+    score = Score("accuracy", "max")
 
     def loss(self, prediction: Tensor, y: Tensor, lengths: Tensor | None) -> Tensor:
         """See `Learning`."""
@@ -77,10 +97,16 @@ class Classes:
         count, loss, right = sums.tolist()
         return Quality(loss / count, self.metric, right / count)
 
+    def scores(self, prediction: Tensor, y: Tensor, lengths: Tensor | None) -> Tensor:
+        """1 where the class is right, 0 elsewhere."""
+        return (prediction.argmax(-1) == y).float()
+
 
 class NextToken:
     """Cross entropy of every next token, except where ``y`` is below 0, which asks for none. The metric is the
     perplexity, its exponential, or the share that is predicted correctly, the accuracy."""
+
+    score = Score("nats a token", "min")
 
     def __init__(self, metric: Metric) -> None:
         self.metric: Metric = metric
@@ -101,6 +127,12 @@ class NextToken:
         score = right / count if self.metric == "accuracy" else math.exp(min(loss / count, 700.0))
         return Quality(loss / count, self.metric, score)
 
+    def scores(self, prediction: Tensor, y: Tensor, lengths: Tensor | None) -> Tensor:
+        """The mean cross entropy of a sequence's tokens that are asked for, in nats."""
+        answers, there = y[:, 1:].clamp_min(0), y[:, 1:] >= 0
+        losses = F.cross_entropy(prediction[:, :-1].transpose(1, 2), answers, reduction="none")
+        return (losses * there).sum(1) / there.sum(1).clamp_min(1)
+
 
 def _asked(prediction: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     """Logits, shape ``(count, vocabulary)``, and the next tokens that they should give, where any is asked for."""
@@ -114,6 +146,8 @@ class Numbers:
 
     The metric is ``r2``, ``fit`` or ``mse``; see `compressm.observing.scores`.
     """
+
+    score = Score("squared error", "min")
 
     def __init__(self, metric: Metric) -> None:
         self.metric: Metric = metric
@@ -140,6 +174,15 @@ class Numbers:
             "mse": lambda: mse,
         }
         return Quality(mse, self.metric, scores[self.metric]())
+
+    def scores(self, prediction: Tensor, y: Tensor, lengths: Tensor | None) -> Tensor:
+        """The mean squared error of a sequence's numbers."""
+        error = (y - prediction).square().mean(-1)
+        if error.ndim == 1:
+            return error
+        if lengths is None:
+            return error.mean(1)
+        return torch.where(within(lengths, y.shape[1]), error, 0.0).sum(1) / lengths
 
 
 _METRICS: dict[Task, tuple[Metric, ...]] = {
@@ -183,6 +226,21 @@ def sums_on(
     return found
 
 
+@torch.no_grad()
+def scores_on(learning: Learning, model: nn.Module, data: SequenceData, split: Split, size: int) -> Tensor:
+    """The `Score` of every sequence of a split, shape ``(N,)``; the model is left in evaluation mode.
+
+    Args:
+        size: sequences per batch.
+    """
+    model.eval()
+    found: list[Tensor] = []
+    for indices in data.shares(split, size):
+        (u, y), lengths = data.batch(split, indices), data.lengths(split, indices)
+        found.append(learning.scores(model(u) if lengths is None else model(u, lengths), y, lengths))
+    return torch.cat(found)
+
+
 def _present(prediction: Tensor, y: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor]:
     """Predictions and targets, shape ``(count, outputs)``, without padding."""
     if y.ndim < 3:
@@ -193,4 +251,4 @@ def _present(prediction: Tensor, y: Tensor, lengths: Tensor | None) -> tuple[Ten
     return prediction[there], y[there]
 
 
-__all__ = ["Learning", "Quality", "learning_of", "sums_on"]
+__all__ = ["Learning", "Quality", "Score", "learning_of", "scores_on", "sums_on"]
