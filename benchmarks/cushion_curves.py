@@ -84,12 +84,13 @@ def synthetic(count: int, seed: int) -> tuple[Tensor, Tensor]:
     return x + 1.0 * torch.randn(count, 40, 3, generator=draw), y
 
 
-def spoken_digits(archive: Path) -> Task:
-    """Log mel bands of every second frame, 40 frames; 1,000 recordings to learn from, 2,000 to validate on."""
+def recordings(archive: Path) -> tuple[Tensor, Tensor, Tensor]:
+    """Log mel bands of every second frame of all spoken digits, 40 frames; the digits; and which take of it each is."""
     from recognise import frames, log_mel
 
     clips: list[Tensor] = []
     digits: list[int] = []
+    takes: list[int] = []
     with tarfile.open(archive) as tar:
         for member in sorted((m for m in tar.getmembers() if m.name.endswith(".wav")), key=lambda m: m.name):
             content = tar.extractfile(member)
@@ -99,8 +100,15 @@ def spoken_digits(archive: Path) -> Task:
             bands = np.stack([log_mel(frame) for frame in frames(samples)[::2][:40]])
             heard = torch.as_tensor(bands, dtype=torch.float32)
             clips.append(F.pad(heard, (0, 0, 0, 40 - len(heard)), value=float(heard.min())))
-            digits.append(int(Path(member.name).name[0]))
-    x, y = torch.stack(clips), torch.tensor(digits)
+            digit, _, take = Path(member.name).stem.split("_")
+            digits.append(int(digit))
+            takes.append(int(take))
+    return torch.stack(clips), torch.tensor(digits), torch.tensor(takes)
+
+
+def spoken_digits(archive: Path) -> Task:
+    """1,000 recordings to learn from, 2,000 to validate on."""
+    x, y, _ = recordings(archive)
     x = (x - x.mean((0, 1))) / x.std((0, 1))
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
     x, y = x[order], y[order]

@@ -4,8 +4,9 @@
 
 A classifier with each kind of layer learns the handwritten digits that come with scikit-learn, and is cut once by
 ``tolerance=0.02``. Stored are the states, the share of the Hankel energy that the cut kept as it was made (the least of
-the layers), and the loss on validation data right before and after. One thread. Families that the result file has
-already are not trained again.
+the layers), the error of the layers' outputs on data, the loss on validation data right before and after, and the
+divergence of the predictions, mean KL(before, after): a rise of the loss can be zero by chance, and this cannot. One
+thread. Families that the result file has already are not trained again.
 """
 
 from __future__ import annotations
@@ -51,22 +52,30 @@ def trained(layer: str, x: Tensor, y: Tensor, steps: int, seed: int) -> nn.Modul
 
 
 @torch.no_grad()
-def loss_and_accuracy(model: nn.Module, x: Tensor, y: Tensor) -> tuple[float, float]:
-    """On validation data, in nats per sequence, and as a share."""
-    logits = torch.cat([model(part) for part in x.split(100)])
-    return float(F.cross_entropy(logits, y)), float((logits.argmax(-1) == y).float().mean())
+def predictions(model: nn.Module, x: Tensor) -> Tensor:
+    """Logarithms of the classes' probabilities, shape ``(N, classes)``."""
+    return torch.cat([model(part) for part in x.split(100)]).log_softmax(-1)
+
+
+def loss_and_accuracy(said: Tensor, y: Tensor) -> tuple[float, float]:
+    """In nats per sequence, and as a share."""
+    return float(F.nll_loss(said, y)), float((said.argmax(-1) == y).float().mean())
 
 
 def cut(model: nn.Module, seen: Tensor, x: Tensor, y: Tensor, max_reduction: float | None) -> dict[str, Any]:
     """One cut of a copy, and what it did."""
     model = copy.deepcopy(model)
-    before, right = loss_and_accuracy(model, x, y)
+    said = predictions(model, x)
+    before, right = loss_and_accuracy(said, y)
     report = compressm.compress(model, data=seen, tolerance=TOLERANCE, max_reduction=max_reduction)
-    after, right_after = loss_and_accuracy(model, x, y)
+    said_after = predictions(model, x)
+    after, right_after = loss_and_accuracy(said_after, y)
     kept = [layer.energy_kept for layer in report.layers if layer.energy_kept is not None]
     return {
         "states": [[layer.states_before, layer.states_after] for layer in report.layers],
         "energy_kept": min(kept, default=1.0),
+        "error_on_data": [layer.error_on_data for layer in report.layers],
+        "divergence": float(F.kl_div(said_after, said, reduction="batchmean", log_target=True)),
         "loss_before": before, "loss_after": after, "rise": after - before,
         "accuracy_before": right, "accuracy_after": right_after,
     }  # fmt: skip

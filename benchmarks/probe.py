@@ -6,7 +6,8 @@
 DATA is a folder with ``mnist/``, ``cifar10/`` and ``fsdd/fsdd.tar.gz``. State matters on sequential MNIST and CIFAR-10
 (both averaged over 2 x 2 pixels), where small models from scratch stay behind (`results/smnist-quarter/`,
 `results/scifar-small/`), and not on spoken digits (`results/probe_whole.json`). Every short training that is done is
-stored in the folder ``--parts``, so that a run that was killed goes on. One thread. Shares of the training's time are
+stored in the folder ``--parts``, so that a run that was killed goes on; probes that the result file has already are not
+made again. One thread. Shares of the training's time are
 by CPU time, with evaluations, since the machine may run other programs; they are not known of a probe that a kill
 interrupted.
 """
@@ -211,14 +212,17 @@ def main() -> None:
         ends = {name: whole(Experiment(name, arguments.data), arguments.whole) for name in arguments.tasks}
         store(arguments.json, whole_trainings=ends)
         return
-    rows: list[dict[str, Any]] = []
-    for name in arguments.tasks:
-        experiment = Experiment(name, arguments.data)
-        for number in range(arguments.probes):
-            if arguments.finished and not (arguments.parts / f"{name}-{number}.json").exists():
-                continue
-            rows.append(row(name, experiment, number, arguments.parts))
-            store(arguments.json, seeds_per_probe=SEEDS, validation=VALIDATION, tasks=summary(rows), probes=rows)
+    rows: list[dict[str, Any]] = json.loads(arguments.json.read_text())["probes"] if arguments.json.exists() else []
+    made = {(row["task"], row["probe"]) for row in rows}
+    wanted = [(name, number) for name in arguments.tasks for number in range(arguments.probes)]
+    experiments = {name: Experiment(name, arguments.data) for name in arguments.tasks}
+    for name, number in wanted:
+        finished = (arguments.parts / f"{name}-{number}.json").exists()
+        if (name, number) in made or (arguments.finished and not finished):
+            continue
+        rows.append(row(name, experiments[name], number, arguments.parts))
+        rows.sort(key=lambda one: (list(SETTINGS).index(one["task"]), one["probe"]))
+        store(arguments.json, seeds_per_probe=SEEDS, validation=VALIDATION, tasks=summary(rows), probes=rows)
     print(table(summary(rows)))
 
 

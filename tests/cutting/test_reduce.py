@@ -131,8 +131,22 @@ def test_compressing_to_a_quality() -> None:
     assert report.cut
     assert model.training
     assert closeness(model) >= -0.01
+    assert (report.metric_before, report.metric_after) == (pytest.approx(0, abs=1e-6), pytest.approx(closeness(model)))
+    assert str(report).endswith(f"metric: {report.metric_before:.4g} → {report.metric_after:.4g}")
     further = {name: int(0.8 * n) for name, n in report.state_dims.items()}
     assert closeness_after(model, further, closeness) < -0.01  # it did not stop far short of what was allowed
+
+
+def test_a_loss_is_better_lower_and_reported_as_it_is() -> None:
+    def states(model: nn.Module) -> int:
+        return sum(state_dims(model).values())
+
+    best, least = classifier(), classifier()
+    compress(best, max_drop=30, evaluate=states)
+    report = compress(least, max_drop=30, evaluate=lambda model: -states(model), mode="min")
+    assert 34 <= states(least) == states(best) < 64
+    assert (report.metric_before, report.metric_after) == (-64, -states(least))
+    assert json.loads(json.dumps(report.to_dict()))["metric_after"] == -states(least)
 
 
 def closeness_after(model: SequenceClassifier, dims: dict[str, int], closeness) -> float:

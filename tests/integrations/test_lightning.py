@@ -21,7 +21,7 @@ with warnings.catch_warnings():
     from lightning.pytorch.loggers import CSVLogger
 
 from compressm.cutting import state_dims
-from compressm.errors import InvalidRankRuleError, UnsupportedModelError
+from compressm.errors import EvaluationError, InvalidRankRuleError, UnsupportedModelError
 from compressm.integrations.best_model import OlderModelWarning
 from compressm.integrations.lightning import CompressionCallback
 from compressm.layers import SequenceClassifier
@@ -87,6 +87,26 @@ def make_trainer(folder: Path, *callbacks: Any, **arguments: Any) -> lightning.T
 
 def compression(**arguments: Any) -> CompressionCallback:
     return CompressionCallback(**{"states": 4, "window": 0.5, "cuts": 3, **arguments})  # at 4, 8, 12
+
+
+def test_a_metric_of_the_validation_is_taken_by_its_name(tmp_path: Path) -> None:
+    model = Classifier()
+    callback = compression(evaluate="val_loss", max_drop=10.0, cuts=1, check_after=4)
+    uneven = torch.utils.data.DataLoader(data().dataset, batch_size=10)  # 10, 10 and 4 examples
+    make_trainer(tmp_path, callback, logger=CSVLogger(tmp_path)).fit(model, data(), uneven)
+    assert callback.compressor is not None
+    assert callback.compressor.mode == "min"
+    end = callback.compressor.history[-1]
+    assert (end.kind, end.step) == ("ended", STEPS)
+    u, y = data().dataset.tensors
+    with torch.no_grad():
+        truth = F.cross_entropy(model.eval().net(u), y)
+    assert end.to_dict()["metric"] == pytest.approx(float(truth), rel=1e-5)
+    assert "log" not in vars(model)
+    with pytest.raises(EvaluationError, match="logs no 'accuracy', it logs score, val_loss"):
+        make_trainer(tmp_path, compression(evaluate="accuracy", max_drop=0.1)).fit(Classifier(), data(), uneven)
+    with pytest.raises(InvalidRankRuleError, match="the Trainer has no validation data in its first epoch"):
+        make_trainer(tmp_path, compression(evaluate="score", max_drop=0.1)).fit(Classifier(), data())
 
 
 def every_two_steps(folder: Path) -> ModelCheckpoint:

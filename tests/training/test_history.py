@@ -70,6 +70,7 @@ LINES: list[tuple[Event, str, dict[str, float]]] = [
         "the training would be without cuts is not known, since none ran beside it to the end",
         {},
     ),
+    (Ended(99, metric=0.91), "step 99: end, metric 0.91; no cut was kept, so none cost anything", {}),
     (Unchanged(20, 0.25, (KEPT,)), "step 20: nothing to cut", {"compressm/states/blocks.0.ssm": 8.0}),
     (Kept(15, metric=0.91, reference=0.9), "step 15: cut kept, metric 0.91 against 0.9", {}),
     (

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import pytest
 import torch
 
 from compressm.layers import LRU
-from compressm.training.cushion import Cushion
+from compressm.training.cushion import Cushion, CushionWarning
 from compressm.training.cutter import Cutter
 from compressm.training.goal import Goal, wanted_rule
-from compressm.training.history import Cut, Ended, Kept, Unchanged
+from compressm.training.history import Cut, Ended, Kept, RolledBack, Stopped, Unchanged, Watched
 from compressm.training.policy import Policy
 from compressm.training.schedule import Schedule
 from compressm.training.snapshot import Training
@@ -52,3 +53,25 @@ def test_a_cut_that_changes_nothing_is_done() -> None:
 def test_a_cut_is_examined_half_the_distance_later_and_the_end_is_told() -> None:
     loop = Loop(states=4, cushion={"max_drop": 0.1, "evaluate": lambda _: 0.5})
     assert loop.run(1, 80) == [(Cut, 20), (Kept, 30), (Cut, 40), (Kept, 50), (Ended, 80)]
+
+
+def test_the_end_is_told_where_no_cut_was_kept() -> None:
+    loop = Loop(states=4, cushion={"max_drop": 0.1, "rewind": False})
+    loop.cushion.evaluate = lambda layer: 0.5 if layer.d_state == 16 else 0.1
+    with pytest.warns(CushionWarning, match="no more cuts will be tried: the cut that was undone was the last one"):
+        events = [event for step in range(1, 81) for event in loop.policy.act(step)]
+    kinds = [type(event) for event in events if not isinstance(event, Watched)]
+    assert kinds == [Cut, RolledBack, Cut, RolledBack, Stopped, Ended]
+    assert str(events[-1]) == "step 80: end, metric 0.5; no cut was kept, so none cost anything"
+
+
+def test_a_training_that_goes_back_from_its_last_step_is_not_at_its_end() -> None:
+    def act(restored: int, rewind: bool) -> list[type]:
+        loop = Loop(states=4, cushion={"max_drop": 0.1, "evaluate": lambda _: 0.5, "rewind": rewind})
+        undone = RolledBack(80, restored_step=restored)
+        loop.policy._watch_or_cut = lambda step: [undone]  # type: ignore[method-assign]
+        return [type(event) for event in loop.policy.act(80)]
+
+    assert act(70, rewind=True) == [RolledBack]
+    assert act(70, rewind=False) == [RolledBack, Ended]
+    assert act(80, rewind=True) == [RolledBack, Ended]  # the uncut twin took the cut model's place

@@ -149,8 +149,8 @@ def compress(
 
     planned = partial(_planned, model, rule, method=method, selection=selection)
     if max_drop is not None and evaluate is not None:
-        metric_of = partial(_signed, evaluate, sign_of(mode))
-        planned = partial(plan_within_drop, model, rule, max_drop, metric_of, method=method, selection=selection)
+        metric_of = partial(measure, evaluate=evaluate)
+        planned = partial(plan_within_drop, model, rule, max_drop, metric_of, mode, method=method, selection=selection)
     plan = plan_on(model, rule, seen, held_out, by_loss, selection, planned)
     before = _memory(model)
     report = plan.apply(model, optimizer, carry)
@@ -164,11 +164,6 @@ def _memory(model: nn.Module) -> Memory | None:
         return Memory.of(model)
     except UnsupportedModelError:
         return None
-
-
-def _signed(evaluate: Callable[[nn.Module], Any], sign: int, model: nn.Module) -> float:
-    """The metric of a model, higher is better."""
-    return sign * measure(model, evaluate)
 
 
 def plan_on(
@@ -309,6 +304,7 @@ def plan_within_drop(
     rule: RankRule,
     max_drop: float,
     metric_of: Callable[[nn.Module], float],
+    mode: Better,
     moments: Mapping[str, Moments] | None,
     evidence: LossEvidence | None,
     method: Method = "real",
@@ -320,7 +316,8 @@ def plan_within_drop(
         model: to be cut.
         rule: of the plan, whose tolerance is searched for.
         max_drop: see `compress`.
-        metric_of: the metric of a model, higher is better.
+        metric_of: the metric of a model.
+        mode: see `compress`.
         moments, evidence: what the layers are balanced by; see `plan_on`.
         method, selection: see `compress`.
 
@@ -342,17 +339,19 @@ def plan_within_drop(
         return plan_reduction(model, wanted, balancings=balancings, selection=selection, cuts=cuts, loss=evidence)
 
     saved = state_dims(model), copy.deepcopy(model.state_dict())
-    best = planned(0.0)  # removes only states without energy
+    best, kept = planned(0.0), None  # removes only states without energy
     low, high = _LEAST, _LARGEST
     for _ in range(_TRIALS):
         middle = (low * high) ** 0.5
         plan = planned(middle)
         metric = _metric_after(model, plan, metric_of, *saved)
-        if math.isfinite(metric) and metric >= reference - max_drop:
-            low, best = middle, plan
+        if math.isfinite(metric) and sign_of(mode) * (metric - reference) >= -max_drop:
+            low, best, kept = middle, plan, metric
         else:
             high = middle
-    return best
+    if kept is None:
+        kept = _metric_after(model, best, metric_of, *saved) if best.changes else reference
+    return best.with_metrics(reference, kept)
 
 
 def _metric_after(

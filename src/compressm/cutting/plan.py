@@ -100,6 +100,10 @@ class Plan:
         report = replace(self.report, measured_loss=rise.nats, measured_loss_error=rise.standard_error)
         return replace(self, report=report)
 
+    def with_metrics(self, before: float, after: float) -> Plan:
+        """The same plan, with the metric before and after its cut in its report."""
+        return replace(self, report=replace(self.report, metric_before=before, metric_after=after))
+
     def withdrawn(self, reason: str) -> Plan:
         """A plan that cuts nothing, with the reason in the reports of the layers that this one would cut."""
         layers = tuple(

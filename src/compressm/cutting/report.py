@@ -73,6 +73,9 @@ def _number(value: float | None, width: int, digits: int) -> str:
     return f"{'' if value is None else f'{value:.{digits}e}':>{width}}"
 
 
+_CHANGES = ("predicted_loss", "measured_loss", "measured_loss_error", "metric_before", "metric_after")
+
+
 @dataclass(frozen=True)
 class Report:
     """The report of one cut of a model, layer by layer, with its duration in seconds.
@@ -89,6 +92,8 @@ class Report:
             from the loss.
         measured_loss: the same, measured on held-out data before the cut was written; see `compressm.cutting.rise`.
         measured_loss_error: standard error of ``measured_loss``.
+        metric_before, metric_after: what ``evaluate`` returned for the model before and after the cut, if the cut was
+            searched for under ``max_drop``; else None.
         serving: bytes of state before and after; None in training, and for layers whose width is not known.
     """
 
@@ -97,6 +102,8 @@ class Report:
     predicted_loss: float | None = None
     measured_loss: float | None = None
     measured_loss_error: float | None = None
+    metric_before: float | None = None
+    metric_after: float | None = None
     serving: Serving | None = None
 
     @property
@@ -119,10 +126,16 @@ class Report:
             lines.append(f"measured on held-out data:  {self.measured_loss:.3g}{error}")
         return lines
 
+    def changes(self) -> list[str]:
+        """Lines about the rise of the loss and the change of the metric, as far as they are known."""
+        if self.metric_before is None or self.metric_after is None:
+            return self.rises()
+        return [*self.rises(), f"metric: {self.metric_before:.4g} → {self.metric_after:.4g}"]
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
-        rise = {name: getattr(self, name) for name in ("predicted_loss", "measured_loss", "measured_loss_error")}
-        known = {name: value for name, value in rise.items() if value is not None}
+        numbers = {name: getattr(self, name) for name in _CHANGES}
+        known = {name: value for name, value in numbers.items() if value is not None}
         serving = {} if self.serving is None else {"serving": self.serving.to_dict()}
         return {"seconds": self.seconds, **known, **serving, "layers": [layer.to_dict() for layer in self.layers]}
 
@@ -135,7 +148,9 @@ class Report:
             outcome = f"{layer.outcome}{': ' + layer.reason if layer.reason else ''}"
             rows.append([layer.name, states, layer.error_on_data, layer.error_held_out, *errors, outcome])
         served = "" if self.serving is None else self.serving.headline()
-        return table("Report of a cut: relative errors of each layer's output", columns, rows, [served, *self.rises()])
+        return table(
+            "Report of a cut: relative errors of each layer's output", columns, rows, [served, *self.changes()]
+        )
 
     def __str__(self) -> str:
         titles = f"{'on data':>9} {'held out':>9} {'expected':>9} {'H∞ error':>10} {'bound':>10}"
@@ -148,7 +163,7 @@ class Report:
             numbers = " ".join([*shares, *(_number(value, 10, 3) for value in hinf)])
             outcome = f"{layer.outcome}{': ' + layer.reason if layer.reason else ''}"
             rows.append(f"{layer.name:32} {dims:>14} {numbers}  {outcome}")
-        rows += self.rises()
+        rows += self.changes()
         return "\n".join(rows)
 
 

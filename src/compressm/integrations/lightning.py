@@ -24,6 +24,8 @@ try:
     from lightning.pytorch import Callback, LightningModule, Trainer
     from lightning.pytorch.callbacks import WeightAveraging
     from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+
+    from compressm.integrations.lightning_metric import named_metric
 except ImportError as error:
     raise MissingExtraError('this needs Lightning 2.6 or later: pip install "compressm[lightning]"') from error
 
@@ -41,6 +43,10 @@ class CompressionCallback(Callback):
     (``test(ckpt_path="best")``). The order of the Trainer's callbacks does not matter. The Trainer's loggers log each
     cut. A roll-back restores the weights. It does not reset Lightning's count of steps, since the data of these steps
     have been read; see ``rewind`` in `Compressor`.
+
+    ``evaluate`` may also be the name of a metric that ``validation_step`` logs, such as ``"val_loss"``; its mean over
+    the validation data is computed whenever a cut is judged. A smaller one is better if the name ends with ``loss`` or
+    if ``mode="min"`` says so.
 
     Of several optimizers, the one that trains the state space layers is used. With ``fast_dev_run`` the layers are
     observed, and no cut is made. If a model that is tested or validated afterwards is from before the last cut, as
@@ -92,6 +98,8 @@ class CompressionCallback(Callback):
             arguments["total_steps"] = _total_steps(trainer)
         if arguments.get("gramians") == "loss":  # Lightning divides the loss by the number of accumulated batches
             arguments.setdefault("loss_scale", 1 / trainer.accumulate_grad_batches)
+        if isinstance(name := arguments.get("evaluate"), str):
+            arguments |= named_metric(trainer, name, arguments)
         record = self._loaded or self._of_an_earlier_fit(trainer, pl_module)
         before = self._interrupted
         started = None if before is None or before.model is not pl_module else before.initial_dims

@@ -13,7 +13,6 @@ from torch import nn
 
 from compressm.cutting import Report
 from compressm.cutting.compression import check_model_sizes, check_rule, plan_on, plan_within_drop
-from compressm.cutting.metrics import sign_of
 from compressm.cutting.serving import Memory, Serving, attention_of, decoding_speed
 from compressm.cutting.spectrum import balancing_of
 from compressm.errors import CheckpointError, ConfigError, InvalidRankRuleError
@@ -308,8 +307,7 @@ def _search(model: nn.Module, rule: RankRule, max_drop: float, examination: Exam
     """What plans the largest cut that costs at most ``max_drop`` of the metric."""
     if examination.metric is None:
         raise ConfigError("--max-drop measures a metric, and the data hold no labels: add y, shape (N,)")
-    sign = sign_of(better(examination.metric))
-    return partial(plan_within_drop, model, rule, max_drop, lambda cut: sign * examination.score(cut))
+    return partial(plan_within_drop, model, rule, max_drop, examination.score, better(examination.metric))
 
 
 def _written(opened: _Opened, target: Path, tell: Callable[[Path, Carried], Carried]) -> Carried:

@@ -264,6 +264,8 @@ class Ended(Event):
     promised: float = 0.0
 
     def _what(self) -> str:
+        if not self.promised:
+            return f"end, metric {self.metric or 0:.4g}; no cut was kept, so none cost anything"
         return (
             f"end, metric {self.metric or 0:.4g}; the kept cuts cost {_with_error(self.loss, self.error)} when they "
             f"were examined, {self.promised:.2g} was allowed; where the training would be without cuts is not known, "

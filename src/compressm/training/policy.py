@@ -47,10 +47,14 @@ class Policy:
             what was done, in order; empty if nothing was due.
         """
         events = self._watch_or_cut(step)
-        undone = bool(events) and isinstance(events[0], RolledBack)
-        if step == self._schedule.total_steps and self._cushion.costs and not undone:
+        if step == self._schedule.total_steps and self._cushion.examines and not self._goes_back(events):
             events.append(self._cushion.end(step))
         return events
+
+    def _goes_back(self, events: list[Event]) -> bool:
+        """Whether steps are made again, after a cut that was undone. An uncut twin has made them already."""
+        undone = next((event for event in events if isinstance(event, RolledBack)), None)
+        return undone is not None and self._cushion.rewind and undone.restored_step < undone.step
 
     def _watch_or_cut(self, step: int) -> list[Event]:
         cushion, schedule = self._cushion, self._schedule
