@@ -1,8 +1,4 @@
-"""The page: everything in one file, plotly included, so that it opens offline; plotly and the data are compressed.
-
-``plotly/`` holds plotly.js with lines and bars only, a fifth of the whole library, as npm's plotly.js-basic-dist-min
-has it (``npm pack plotly.js-basic-dist-min@4.1.1``, then ``gzip -9n``), and its licence.
-"""
+"""The page: everything in one file, plotly included, so that it opens offline; plotly and the data are compressed."""
 
 from __future__ import annotations
 
@@ -10,11 +6,12 @@ import base64
 import gzip
 import json
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from compressm import __version__
-from compressm.errors import ConfigError
+from compressm.errors import ConfigError, MissingExtraError
 from compressm.lab.pages.charts import Chart, comparison_charts, run_charts
 from compressm.lab.pages.metrics import name_of, shown, validation_of
 from compressm.lab.pages.runs import Run
@@ -22,7 +19,6 @@ from compressm.lab.pages.words import in_words
 from compressm.runtime.files import write_text
 
 _HERE = Path(__file__).parent
-_PLOTLY = _HERE / "plotly" / "plotly-basic-4.1.1.min.js.gz"
 
 
 def write_page(runs: Sequence[Run], path: Path, command: str | None = None) -> None:
@@ -35,6 +31,7 @@ def write_page(runs: Sequence[Run], path: Path, command: str | None = None) -> N
 
     Raises:
         ConfigError: no run, or the file cannot be written.
+        MissingExtraError: plotly is not installed.
     """
     if not runs:
         raise ConfigError("report: no run was named")
@@ -72,16 +69,25 @@ def render(runs: Sequence[Run], command: str | None = None) -> str:
         command=command,
         version=__version__,
         # Scripts and styles are the package's own. The charts' data are not, and cannot end the script as base64.
-        data=_packed({name: chart.to_dict() for name, chart in charts.items()}),
-        plotly=base64.b64encode(_PLOTLY.read_bytes()).decode("ascii"),
+        data=_packed(json.dumps({name: chart.to_dict() for name, chart in charts.items()}, allow_nan=False)),
+        plotly=_plotly(),
         style=(_HERE / "page.css").read_text(encoding="utf-8"),
         script=(_HERE / "page.js").read_text(encoding="utf-8"),
     )
 
 
-def _packed(value: object) -> str:
-    """JSON, compressed, in base64."""
-    text = json.dumps(value, allow_nan=False, separators=(",", ":"))
+@cache
+def _plotly() -> str:
+    """plotly.js, packed: under 2 MB."""
+    try:
+        from plotly.offline import get_plotlyjs
+    except ImportError as error:
+        raise MissingExtraError('compressm report needs plotly: pip install "compressm[train]"') from error
+    return _packed(get_plotlyjs())
+
+
+def _packed(text: str) -> str:
+    """Compressed, in base64."""
     return base64.b64encode(gzip.compress(text.encode("utf-8"), 6, mtime=0)).decode("ascii")
 
 
