@@ -1,6 +1,7 @@
 """What ``tolerance=0.02`` means in every family of layers, on one task: energy kept and rise of the loss.
 
-    python benchmarks/one_currency.py --json results/one_currency.json
+    python benchmarks/one_currency.py            # stores results/one_currency.json, and the table of docs/which-rule.md
+    python benchmarks/one_currency.py --table    # only the table, of what is stored
 
 A classifier with each kind of layer learns the handwritten digits that come with scikit-learn, and is cut once by
 ``tolerance=0.02``. Stored are the states, the share of the Hankel energy that the cut kept as it was made (the least of
@@ -28,6 +29,8 @@ from compressm.lab.config import DataConfig, Layer
 from compressm.lab.data.datasets import load_data
 from compressm.layers import SequenceClassifier, parameter_groups
 
+PAGE = Path(__file__).parent.parent / "docs" / "which-rule.md"
+BEGIN, END = "<!-- table of results/one_currency.json, by benchmarks/one_currency.py -->", "<!-- end of table -->"
 TOLERANCE, STATES, WIDTH, BATCH, SEEN = 0.02, 64, 16, 32, 256
 
 
@@ -81,19 +84,52 @@ def cut(model: nn.Module, seen: Tensor, x: Tensor, y: Tensor, max_reduction: flo
     }  # fmt: skip
 
 
+def table(rows: list[dict[str, Any]]) -> str:
+    """The cuts with at most half of a layer's states."""
+    lines = [
+        "| layers | states of both | least energy kept | error of the outputs | loss before | rise right after | "
+        "divergence |",
+        "|---|---|---:|---:|---:|---:|---:|",
+    ]
+    for row in rows:
+        if row["max_reduction"] is None:
+            before, after = (", ".join(str(one[i]) for one in row["states"]) for i in (0, 1))
+            errors = ", ".join(f"{100 * error:.2g} %" for error in row["error_on_data"])
+            lines.append(
+                f"| {row['layer']} | {before} → {after} | {row['energy_kept']:.3f} | {errors} | "
+                f"{row['loss_before']:.3f} | {row['rise']:.4f} | {row['divergence']:.1e} |"
+            )
+    return "\n".join(lines)
+
+
+def with_table(page: str, rows: list[dict[str, Any]]) -> str:
+    """The page docs/which-rule.md with the table of these rows."""
+    before, rest = page.split(f"{BEGIN}\n")
+    _, after = rest.split(END)
+    return f"{before}{BEGIN}\n\n{table(rows)}\n\n{END}{after}"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Cut every family of layers by the same tolerance.")
     parser.add_argument("--json", type=Path, default=Path("results/one_currency.json"))
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--layers", nargs="+", choices=get_args(Layer), default=list(get_args(Layer)))
+    parser.add_argument("--table", action="store_true", help="train nothing; write the stored rows into the page")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
+    rows: list[dict[str, Any]] = json.loads(arguments.json.read_text())["cuts"] if arguments.json.exists() else []
+    if not arguments.table:
+        run(arguments, rows)
+    PAGE.write_text(with_table(PAGE.read_text(encoding="utf-8"), rows), encoding="utf-8")
+
+
+def run(arguments: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
+    """Add the cuts that are not stored yet."""
     data = load_data(DataConfig(name="digits", validation=0.25))
     x, y = data.batch(data.train, torch.arange(len(data.train)))
     held = [data.batch(split, torch.arange(len(split))) for split in (data.validation, data.test)]
     valid_x, valid_y = (torch.cat(parts) for parts in zip(*held, strict=True))
-    rows: list[dict[str, Any]] = json.loads(arguments.json.read_text())["cuts"] if arguments.json.exists() else []
     made = {(row["layer"], row["seed"]) for row in rows}
     for layer in arguments.layers:
         for seed in range(arguments.seeds):
