@@ -76,7 +76,8 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     Returns:
         shape ``(..., n)``, same dtype. Gradients are computed in float32 too.
     """
-    return _Linear.apply(input, weight, bias)  # type: ignore[no-any-return]
+    made: Any = _Linear.apply(input, weight, bias)
+    return made
 
 
 class _Linear(torch.autograd.Function):
@@ -92,8 +93,8 @@ class _Linear(torch.autograd.Function):
         return made
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        (gradient,), (input, weight) = gradients, ctx.saved_tensors
+    def backward(ctx: Any, *grad_outputs: Any) -> Any:
+        (gradient,), (input, weight) = grad_outputs, ctx.saved_tensors
         rows = gradient.float()
         to_input = to_weight = to_bias = None
         if ctx.needs_input_grad[0]:
