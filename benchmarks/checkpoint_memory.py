@@ -1,6 +1,10 @@
-"""Peak memory and time of ``compressm analyze`` and ``compress`` on a checkpoint with the width of Mamba2-2.7b.
+"""Peak memory and time of ``compressm analyze`` and ``compress`` on a checkpoint of published width.
 
     python benchmarks/checkpoint_memory.py --layers 8 --json results/checkpoint_memory.json
+    python benchmarks/checkpoint_memory.py --family mamba --width 768 --states 16 --layers 24 --length 512 \\
+        --sequences 32
+
+The first has the width of Mamba2-2.7b, the second is Mamba-130m with the usual amount of data.
 
 Random weights in bfloat16, in shards; random tokens. Every command runs in a process of its own. Its peak is the
 largest resident set that the system saw, with the libraries, whose part is given beside it; pages of the checkpoint
@@ -21,20 +25,23 @@ import time
 from pathlib import Path
 from typing import Any
 
-SEQUENCES = 4
 
-
-def make(folder: Path, layers: int, width: int, states: int, vocabulary: int) -> None:
+def make(folder: Path, family: str, layers: int, width: int, states: int, vocabulary: int) -> None:
     """Write the checkpoint."""
     import torch
-    from transformers import Mamba2Config, Mamba2ForCausalLM
+    import transformers
 
-    config = Mamba2Config(
-        vocab_size=vocabulary, hidden_size=width, state_size=states, num_heads=2 * width // 64, head_dim=64, n_groups=1,
-        num_hidden_layers=layers, chunk_size=256, tie_word_embeddings=True,
-    )  # fmt: skip
+    known: dict[str, Any] = {
+        "vocab_size": vocabulary, "hidden_size": width, "state_size": states, "num_hidden_layers": layers,
+        "tie_word_embeddings": True,
+    }  # fmt: skip
     torch.manual_seed(0)
-    Mamba2ForCausalLM(config).bfloat16().save_pretrained(folder, max_shard_size="400MB")
+    if family == "mamba":
+        model = transformers.MambaForCausalLM(transformers.MambaConfig(**known))
+    else:
+        known |= {"num_heads": 2 * width // 64, "head_dim": 64, "n_groups": 1, "chunk_size": 256}
+        model = transformers.Mamba2ForCausalLM(transformers.Mamba2Config(**known))
+    model.bfloat16().save_pretrained(folder, max_shard_size="400MB")
 
 
 def work(arguments: list[str], whole: bool) -> None:
@@ -72,11 +79,18 @@ def run(options: argparse.Namespace) -> None:
     try:
         big = folder / "big" if options.checkpoint is None else options.checkpoint
         if not big.exists():
-            make(big, options.layers, options.width, options.states, options.vocabulary)
+            make(big, options.family, options.layers, options.width, options.states, options.vocabulary)
         size = sum(file.stat().st_size for file in big.glob("*.safetensors"))
-        tokens = np.random.default_rng(0).integers(0, options.vocabulary, (2 * SEQUENCES, options.length))
+        tokens = np.random.default_rng(0).integers(0, options.vocabulary, (2 * options.sequences, options.length))
         np.savez(folder / "tokens.npz", x=tokens)
-        data = ["--data", str(folder / "tokens.npz"), "--sequences", str(SEQUENCES), "--length", str(options.length)]
+        data = [
+            "--data",
+            str(folder / "tokens.npz"),
+            "--sequences",
+            str(options.sequences),
+            "--length",
+            str(options.length),
+        ]
         result: dict[str, Any] = {"libraries": measured([])["peak"], "checkpoint": size, "commands": {}}
         ways = [("mapped", False), *([("whole", True)] if options.whole else [])]
         for name, whole in ways:
@@ -93,15 +107,17 @@ def run(options: argparse.Namespace) -> None:
 
 def store(options: argparse.Namespace, result: dict[str, Any]) -> None:
     """Write the figures that are known so far."""
-    names = ("layers", "width", "states", "vocabulary", "length")
-    known = {"settings": {name: getattr(options, name) for name in names}, "sequences": SEQUENCES, **result}
+    names = ("family", "layers", "width", "states", "vocabulary", "length")
+    known = {"settings": {name: getattr(options, name) for name in names}, "sequences": options.sequences, **result}
     if options.json is not None:
         options.json.write_text(json.dumps(known, indent=1) + "\n", encoding="utf-8")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, default in (("layers", 8), ("width", 2560), ("states", 128), ("vocabulary", 50288), ("length", 128)):
+    parser.add_argument("--family", choices=("mamba", "mamba2"), default="mamba2")
+    sizes = {"layers": 8, "width": 2560, "states": 128, "vocabulary": 50288, "length": 128, "sequences": 4}
+    for name, default in sizes.items():
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--whole", action="store_true", help="also load the checkpoint as a whole")
     parser.add_argument("--folder", type=Path, help="where to put the checkpoint [the temporary folder]")

@@ -25,6 +25,7 @@ from compressm.lab.named import build_named, is_named
 from compressm.layers import LanguageModel, SequenceClassifier, SequenceRegressor
 from compressm.observing.expected import Expected
 from compressm.runtime.progress import Bar
+from compressm.runtime.sixteen_bits import quick_products
 from compressm.saving import mamba_ssm_format
 from compressm.saving.checkpoint import load
 from compressm.saving.mamba_ssm_format import is_mamba_ssm
@@ -56,7 +57,7 @@ class Checkpoint:
 
     @contextmanager
     def at_work(self, title: str = "", passes: int = 0) -> Generator[None]:
-        """While the model reads data: our scans where it has them, pages let go of, and a progress bar.
+        """While the model reads data: our scans where it has them, the faster products, pages let go of, and a bar.
 
         Args:
             title: of the bar.
@@ -65,6 +66,7 @@ class Checkpoint:
         with ExitStack() as stack:
             if can_be_fast(self.model):
                 stack.enter_context(fast_scan(self.model))
+            stack.enter_context(quick_products(self.model))
             units = passes * max(1, len(blocks(self.model)))  # one per block of layers and batch
             bar = stack.enter_context(Bar(title, units, quiet=not passes, transient=True))
             after = _after_blocks(self.model, bar.advance) if self.mapped is None else self.mapped.released(bar.advance)
