@@ -147,8 +147,8 @@ def _block(pointer, lines, line_count, stride, columns, column_count):
 
 @triton.jit
 def _places(c, row, length, heads, groups, p, n, Q: tl.constexpr):
-    """Of chunk ``c`` of a head and sequence: its number among all chunks, how many steps are left from its start on, and
-    where it begins in sequences of the groups' n entries and of the heads' p."""
+    """Of chunk ``c`` of a head and sequence: its number among all chunks, how many steps are left from its start on,
+    and where it begins in sequences of the groups' n entries and of the heads' p."""
     batch, head = row // heads, row % heads
     first = batch * length + c * Q
     narrow, wide = (first * groups + head // (heads // groups)) * n, (first * heads + head) * p
@@ -157,8 +157,8 @@ def _places(c, row, length, heads, groups, p, n, Q: tl.constexpr):
 
 @triton.jit
 def _chunk_decays(high, low, steps, Q: tl.constexpr):
-    """Decays of a chunk from the running sums, high and low part: the masked matrix of those from step j to step i >= j;
-    those since the start, and to the end; and that of the whole chunk."""
+    """Decays of a chunk from the running sums, high and low part: the masked matrix of those from step j to step
+    i >= j; those since the start, and to the end; and that of the whole chunk."""
     e, f = tl.load(high + steps), tl.load(low + steps)
     total_e, total_f = tl.sum(tl.where(steps == Q - 1, e, 0.0)), tl.sum(tl.where(steps == Q - 1, f, 0.0))
     between = (e[:, None] - e[None, :]) + (f[:, None] - f[None, :])
