@@ -44,6 +44,7 @@ class Page:
 
 PAGES = (
     Page("families.md", "python scripts/families.py"),
+    Page("bench.md", "python scripts/bench.py"),
     Page("cases.md", "python scripts/cases.py"),
     Page("paper.md", "python scripts/paper.py"),
     Page("state-classes.md", "python scripts/state_classes.py"),

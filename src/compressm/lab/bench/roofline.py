@@ -135,7 +135,8 @@ def convolution_training(batch: int, length: int, d: int) -> Work:
     """One filter as long as the sequence in each of ``d`` channels, forward and backward.
 
     As in `lti_training` with one input and one output, but the filter is given: one Toeplitz matrix, its lower
-    triangle, or Fourier transforms. Traffic: u, y and the filter forward; u, filter and all three gradients backward.
+    triangle, or Fourier transforms. Traffic: u, y and the filter forward; u, the filter and the gradients of all three
+    backward.
     """
     steps = batch * length
     toeplitz = 3 * (length + 1)
