@@ -150,9 +150,18 @@ class Savings:
         if self.flops is not None and self.flops_if_big is not None:
             rows.append(["operations", float(self.flops), float(self.flops_if_big), self.flops_if_big / self.flops])
         title = f"{self.steps:,} steps and their cuts; the cost without cuts is an estimate"
-        return table(
-            title, ["", "with cuts", "without", "times"], rows, [f"A step is {self.step_speedup:.1f} times faster."]
-        )
+        step = self._step()
+        return table(title, ["", "with cuts", "without", "times"], rows, [f"{step[0].upper()}{step[1:]}."])
+
+    def _step(self) -> str:
+        """What became of a step, in words."""
+        if 0.95 < self.step_speedup < 1.05:
+            return "a step takes as long as before"
+        if self.step_speedup < 1:
+            return (
+                f"a step takes {1 / self.step_speedup:.1f} times as long, which other work on the machine may explain"
+            )
+        return f"a step is {self.step_speedup:.1f} times faster"
 
     def __str__(self) -> str:
         spared = ""
@@ -160,7 +169,7 @@ class Savings:
             spared = f", {1 - self.flops / self.flops_if_big:.0%} of the operations were spared"
         return (
             f"{self.steps} steps and their cuts took {self.seconds:.0f} s; without cuts an estimated "
-            f"{self.seconds_if_big:.0f} s ({self.speedup:.1f} times); a step is {self.step_speedup:.1f} times faster"
+            f"{self.seconds_if_big:.0f} s ({self.speedup:.1f} times); {self._step()}"
             f"{spared}"
         )
 

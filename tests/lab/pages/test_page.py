@@ -102,7 +102,9 @@ def test_every_chart_is_told_in_words_and_tiles_are_those_of_the_table(runs: Pat
     assert cards["test accuracy"] == row["test"]
     assert cards["training"] == row["seconds"]
     assert cards["states"].endswith(row["states"])
-    assert cards["of it steps and cuts"] == _seconds(result.savings["seconds"])
+    longer = result.savings["seconds_if_big"] / result.savings["seconds"]
+    assert cards["training without cuts (estimate)"] == _seconds(longer * result.train_seconds)
+    assert cards["a step"].startswith(f"{1000 * result.phases[0]['step_seconds']:.3g} → ")
     assert render(both).count('class="words"') == len(comparison_charts(both)) + sum(len(run_charts(r)) for r in both)
     assert not re.search(r"delete", render(both).partition('id="plotly"')[0])
 
