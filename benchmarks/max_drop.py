@@ -276,18 +276,29 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     if arguments.table:
-        rows = json.loads(arguments.json.read_text(encoding="utf-8"))["rows"]
-        PAGE.write_text(with_table(PAGE.read_text(encoding="utf-8"), rows), encoding="utf-8")
+        stored: list[dict[str, Any]] = json.loads(arguments.json.read_text(encoding="utf-8"))["rows"]
+        PAGE.write_text(with_table(PAGE.read_text(encoding="utf-8"), stored), encoding="utf-8")
         return
+    train(arguments)
+    keep(arguments)
+
+
+def keep(arguments: argparse.Namespace) -> None:
+    """Store the rows of all trainings that are done."""
+    rows = list(gathered(arguments.parts))
+    store(arguments.json, max_drop=MAX_DROP, steps=arguments.steps, batch=BATCH, width=WIDTH, rows=rows)
+
+
+def train(arguments: argparse.Namespace) -> None:
+    """Make the trainings that are not stored yet."""
     wanted = list(jobs(arguments.data, arguments.layers, arguments.seeds, arguments.arms))
     with Bar("trainings", len(wanted)) as bar:
         for job in wanted:
             bar.describe(f"{job.data} {job.layer} {job.seed} {job.arm}")
             if not job.path(arguments.parts).exists():
                 make(job, arguments.steps, arguments.parts)
-                rows = list(gathered(arguments.parts))
-                store(arguments.json, max_drop=MAX_DROP, steps=arguments.steps, batch=BATCH, width=WIDTH, rows=rows)
-                print(job, summary(rows).splitlines()[2], flush=True)
+                keep(arguments)
+                print(job, flush=True)
             bar.advance()
 
 

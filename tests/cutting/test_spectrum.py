@@ -1,17 +1,37 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 import torch
 
 from compressm.adapters import LRUAdapter
 from compressm.adapters.changes import layer_values
-from compressm.cutting.spectrum import Spectrum, analyze, compare, spectrum_changes
+from compressm.cutting.spectrum import LayerSpectrum, Spectrum, analyze, compare, spectrum_changes
 from compressm.layers import SequenceClassifier
 from compressm.theory.balancing import Balancing, balance
 from compressm.theory.systems import DiagonalSystem
 from helpers import lru, random_system
+
+
+@pytest.mark.parametrize(
+    ("needed", "said"),
+    [
+        ((1, 3), r"4 of 16 states .*\(25%\): train small next time, from 3 states a layer, if compressm.probe says"),
+        ((1, 4), r"5 of 16 states .*\(31%\): a cut would cost little"),
+        ((8, 1), r"9 of 16 states .*\(56%\): state matters here, and a cut would cost"),
+    ],
+    ids=str,
+)
+def test_the_loss_says_whether_state_matters(needed: tuple[int, int], said: str) -> None:
+    # Fewer states than a layer needs cost 0.006 nats, more than the half of 0.01 that each of two layers may cost.
+    rises = [torch.where(torch.arange(9) < n, 0.006, 0.004).double() for n in needed]
+    energy = torch.ones(8, dtype=torch.float64)
+    spectrum = Spectrum(tuple(LayerSpectrum(str(i), energy, energy, rise) for i, rise in enumerate(rises)))
+    assert re.match(said, spectrum.advice())
+    assert spectrum.advice() in str(spectrum)
+    assert Spectrum(tuple(LayerSpectrum(one.name, energy, energy) for one in spectrum)).advice() == ""
 
 
 def test_analyze_reports_every_layer() -> None:

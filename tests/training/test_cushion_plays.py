@@ -35,12 +35,6 @@ def test_the_stored_plays_keep_what_is_promised(benchmark: Any) -> None:
     assert damage["damaged_undone"] >= 0.95 * damage["damaged"]
 
 
-def test_the_page_has_the_stored_table(benchmark: Any) -> None:
-    rows = json.loads(RESULTS.read_text())["rows"]
-    page = (ROOT / "docs" / "cushion.md").read_text(encoding="utf-8")
-    assert benchmark.with_table(page, rows) == page
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("pairs", [False, True])
 def test_plays_give_what_is_stored(benchmark: Any, pairs: bool) -> None:
