@@ -221,20 +221,17 @@ def by_loss(window: float, **changes: Any) -> dict[str, Any]:
 
 
 def each_rate(way: str, changes: Mapping[str, Any], length: float = 1.0) -> tuple[Arm, ...]:
-    """One way of training at three learning rates, each twice the one before; the middle one is the experiment's."""
-    return tuple(
-        Arm(
-            f"{way}-rate{factor:g}", {**changes, "optimizer.lr": factor * SHORT["optimizer.lr"]}, length=length, way=way
-        )
-        for factor in (0.5, 1, 2)
-    )
+    """One way of training at half, once and twice the learning rate of `SHORT`."""
+    rates = {factor: {**changes, "optimizer.lr": factor * SHORT_RATE} for factor in (0.5, 1, 2)}
+    return tuple(Arm(f"{way}-rate{factor:g}", rate, length=length, way=way) for factor, rate in rates.items())
 
 
 # These layers have no convolution: the first must learn to carry a key to the value after it.
 TWO_HEADS = {"n_layers": 2, "d_state": 32, "n_heads": 2}
 # An LRU of 256 states in one block of width 8 that learns in a few minutes.
+SHORT_RATE = 4e-3
 SHORT = {
-    "data.pool": 2, "optimizer.name": "adamw", "optimizer.lr": 4e-3, "optimizer.weight_decay": 0.01,
+    "data.pool": 2, "optimizer.name": "adamw", "optimizer.lr": SHORT_RATE, "optimizer.weight_decay": 0.01,
     "schedule.name": "cosine", "schedule.warmup": 0.03,
 }  # fmt: skip
 PAPER = {"full": 97.3, "0.01": 96.9, "0.02": 96.9, "0.04": 95.9, "13": 92.6, "28": 96.0}
