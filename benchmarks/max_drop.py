@@ -45,7 +45,7 @@ import compressm
 from compressm.cutting import state_dims
 from compressm.layers import parameter_groups
 from compressm.runtime.progress import Bar
-from compressm.training.history import Kept
+from compressm.training.history import Kept, RolledBack
 
 MAX_DROP, TOLERANCE, NOISE = 0.005, 0.02, 1.645
 LAYERS: dict[str, dict[str, int]] = {
@@ -120,7 +120,7 @@ def trained(job: Job, found: Task, steps: int, options: dict[str, Any]) -> tuple
             if job.arm == "rounded" and step == round(WINDOW * steps):
                 model.load_state_dict({name: value.bfloat16() for name, value in model.state_dict().items()})
             event = None if compressor is None else compressor.step()
-            if event is not None and event.kind == "rolled_back":
+            if isinstance(event, RolledBack):
                 step = event.restored_step
     return model, compressor, time.process_time() - started, sorted({str(one.message) for one in warned})
 

@@ -127,8 +127,8 @@ def from_lab(label: str, config: DataConfig) -> Task:
     splits = (found.train, found.validation, found.test)
     counts = (LEARNT, VALIDATED, TESTED)
     orders = [torch.randperm(len(s), generator=torch.Generator().manual_seed(0)) for s in splits]
-    parts = [found.batch(s, o[:n]) for s, o, n in zip(splits, orders, counts, strict=True)]
-    return Task(label, "classes", *parts, found.n_classes, found.vocabulary)
+    train, validation, test = (found.batch(s, o[:n]) for s, o, n in zip(splits, orders, counts, strict=True))
+    return Task(label, "classes", train, validation, test, found.n_classes, found.vocabulary)
 
 
 def smnist() -> Task:

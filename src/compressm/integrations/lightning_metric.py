@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from itertools import islice
 from typing import Any
@@ -105,7 +105,7 @@ class _Logged:
 
 
 @contextmanager
-def _logging_to(module: LightningModule, seen: _Logged) -> Iterator[None]:
+def _logging_to(module: LightningModule, seen: _Logged) -> Generator[None]:
     """Let a module log there."""
     before = {name: vars(module)[name] for name in ("log", "log_dict") if name in vars(module)}
     vars(module).update(log=seen.log, log_dict=seen.log_dict)
