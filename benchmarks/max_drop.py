@@ -219,8 +219,8 @@ def summary(rows: list[dict[str, Any]]) -> str:
 def table(rows: list[dict[str, Any]]) -> str:
     """One line for each data set and layer: means over the seeds."""
     lines = [
-        "| data | layer | seeds | metric uncut | kept on validation, test | states | time | lost on test: `max_drop` | "
-        "rounded | `tolerance` (states) | `states` |",
+        "| data | layer | seeds | metric uncut | kept or within noise on validation, test | states | time | "
+        "lost on test: `max_drop` | rounded | `tolerance` (states) | `states` |",
         "|---|---|---:|---:|---|---:|---:|---:|---:|---:|---:|",
     ]
     for name in TASKS:
