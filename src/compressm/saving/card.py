@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -124,7 +125,7 @@ def extend_card(path: Path, report: Report, facts: Sequence[str] = (), measured:
     bounds = [
         f"`{layer.name}`: H-infinity error {certificate.hinf_error:.3g}, its bound {certificate.bound:.3g}"
         for layer in report.layers
-        if isinstance(certificate := layer.certificate, Certificate) and certificate.bound is not None
+        if isinstance(certificate := layer.certificate, Certificate) and math.isfinite(certificate.bound)
     ]
     if facts or bounds:
         lines += ["", *(f"- {fact.strip()}" for fact in (*facts, *bounds))]

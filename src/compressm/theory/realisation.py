@@ -205,8 +205,8 @@ def _one_of_each_pair(lam: Array, inputs: Array, outputs: Array) -> tuple[Array,
     pairs, reals = np.flatnonzero(np.imag(lam) > 0), np.flatnonzero(np.imag(lam) == 0)
     return (
         np.concatenate([lam[pairs], lam[reals]]),
-        np.concatenate([inputs[pairs], inputs[reals].real]),
-        np.concatenate([2 * outputs[:, pairs], outputs[:, reals].real], 1),
+        np.concatenate([inputs[pairs], np.real(inputs[reals])]),
+        np.concatenate([2 * outputs[:, pairs], np.real(outputs[:, reals])], 1),
         True,
     )
 
