@@ -62,6 +62,7 @@ def main() -> None:
         kept = arguments.work / f"{title}-{arguments.steps}-seed{arguments.seed}"
         seconds = trained_once(model, text["train"], arguments.steps, arguments.seed, kept)
         data = Data(text, arguments.recover, arguments.seed)
+        torch.manual_seed(arguments.seed)  # of the random signs by which the loss is looked at
         row = served(model, data) if title in BASES else cut(model, data, arguments.recover)
         settings = {"steps": arguments.steps, "recover": arguments.recover, "seed": arguments.seed}
         count = sum(parameter.numel() for parameter in model.parameters())
