@@ -351,3 +351,15 @@ def test_a_failed_run_is_told_at_once_and_the_others_are_made(
     told = capsys.readouterr().err
     assert "diverges, seed 0: " in told
     assert "not made, since they need one of those that failed: follows, seed 0" in told
+
+
+def test_times_of_different_processors_are_not_compared(tmp_path: Path) -> None:
+    one = EXPERIMENTS["ablation-loss"]
+    stored = read_results(one, Path(__file__).parents[3] / "results")
+    other = {key: replace(run, processor="another") if key[0] == "loss12" else run for key, run in stored.items()}
+    before, after = ({row.arm.name: row for row in rows(one, results)} for results in (stored, other))
+    assert before["loss12"].step_speedup is not None
+    assert before["loss12"].run_speedup is not None
+    assert (after["loss12"].step_ms, after["loss12"].step_speedup, after["loss12"].run_speedup) == (None, None, None)
+    assert after["loss12"].accuracies == before["loss12"].accuracies
+    assert after["small12"] == before["small12"]

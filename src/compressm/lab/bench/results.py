@@ -13,6 +13,7 @@ import torch
 from compressm import __version__
 from compressm.errors import MissingExtraError
 from compressm.runtime.files import replacing
+from compressm.runtime.processor import processor_name
 
 
 def versions() -> dict[str, str | None]:
@@ -31,7 +32,7 @@ def machine(device: str, threads: int, cpus: Sequence[int] | None) -> dict[str, 
     import psutil
 
     description: dict[str, Any] = {
-        "cpu": _cpu_model(),
+        "cpu": processor_name(),
         "cores": psutil.cpu_count(logical=False),
         "logical_cores": psutil.cpu_count(),
         "threads": threads,
@@ -43,15 +44,6 @@ def machine(device: str, threads: int, cpus: Sequence[int] | None) -> dict[str, 
     if device != "cpu":
         description["gpu"] = torch.cuda.get_device_name()
     return description
-
-
-def _cpu_model() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
 
 
 COLUMNS = (

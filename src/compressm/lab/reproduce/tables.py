@@ -22,7 +22,8 @@ class Row:
     Attributes:
         arm: which.
         runs: its results, in the order of the seeds.
-        seconds: computing time of every run, a teacher's training included; None unknown.
+        seconds: computing time of every run, a teacher's training included; None unknown, or on another processor than
+            the first arm's run.
         step_ms: milliseconds of computing that the last training steps took each, the median over seeds; None unknown.
         step_speedup: the same of the first arm's runs over it, of those seeds that both have; likewise None.
         run_speedup: computing time of the first arm's whole training over this one's, likewise.
@@ -76,9 +77,10 @@ def rows(experiment: Experiment, results: Results) -> list[Row]:
         runs = by_arm[arm.name]
         if not runs:
             continue
-        seconds = {seed: _computing(arm, seed, results) for seed in sorted(runs)}
-        both = [seed for seed in runs if (first, seed) in results]
-        steps = [step for run in runs.values() if (step := _last_step(run)) is not None]
+        alike = {seed for seed, run in runs.items() if _on_one_processor(run, results.get((first, seed)))}
+        seconds = {seed: _computing(arm, seed, results) if seed in alike else None for seed in sorted(runs)}
+        both = [seed for seed in alike if (first, seed) in results]
+        steps = [step for seed, run in runs.items() if seed in alike and (step := _last_step(run)) is not None]
         made.append(
             Row(
                 arm,
@@ -91,6 +93,11 @@ def rows(experiment: Experiment, results: Results) -> list[Row]:
             )
         )
     return made
+
+
+def _on_one_processor(run: RunResult, other: RunResult | None) -> bool:
+    """Whether times may be compared, as far as the results tell."""
+    return other is None or run.processor == other.processor
 
 
 def _last_step(run: RunResult) -> float | None:

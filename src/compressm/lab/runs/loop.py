@@ -40,6 +40,7 @@ from compressm.lab.runs.timers import Timers
 from compressm.observing.scores import better
 from compressm.runtime.files import write_json
 from compressm.runtime.memory import keep_freed_memory
+from compressm.runtime.processor import processor_name
 from compressm.runtime.random_state import rng_state, seed_all, set_rng_state
 from compressm.saving.checkpoint import load, save
 from compressm.training.clock import StepClock, savings
@@ -370,6 +371,7 @@ class _Run:
             processes=self.world,
             device=device_name(self.accelerator.device),
             threads=torch.get_num_threads(),
+            processor=processor_name(),
             steps=self.step,
             state_dims=list(state_dims(model).values()),
             parameters=sum(parameter.numel() for parameter in model.parameters()),

@@ -39,6 +39,7 @@ class RunResult:
         metric: what is measured beside the loss.
         test_score, validation_score: its values for the final model; None in results from before there were several.
         test_loss, validation_loss: of the final model; None in such results.
+        processor: its name; times of runs on different ones are not compared. None in results from before it was kept.
     """
 
     data: str
@@ -69,6 +70,7 @@ class RunResult:
     validation_score: float | None = None
     test_loss: float | None = None
     validation_loss: float | None = None
+    processor: str | None = None
 
     @property
     def score(self) -> float:
