@@ -185,13 +185,14 @@ def test_a_cut_after_which_the_metric_is_not_finite_is_undone(value: float) -> N
 def test_a_metric_that_stays_bad_is_told_and_nothing_is_cut() -> None:
     loop = Loop(lambda _: math.nan)
     with pytest.warns(MetricWarning) as caught:
-        kinds = loop.run(40)
-    assert set(kinds) == {"postponed"}
+        *postponed, end = loop.run(40)
+    assert set(postponed) == {"postponed"}
+    assert end == "ended"
     assert "no more cuts are made" in str(caught[-1].message)
-    assert str(loop.compressor.history[-1]).endswith(
-        "no more cuts will be tried: too few steps are left to examine one"
-    )
-    assert len(caught) == len(kinds) <= 30
+    given_up, told = map(str, loop.compressor.history[-2:])
+    assert given_up.endswith("no more cuts will be tried: too few steps are left to examine one")
+    assert told == "step 40: end, metric nan; no cut was kept, so none cost anything"
+    assert len(caught) == len(postponed) <= 30
     assert loop.compressor.done
     assert loop.layer.d_state == 16
 

@@ -94,7 +94,8 @@ def within_loss(offers: Sequence[Offer], max_loss: float) -> list[int]:
     """
     if not (math.isfinite(max_loss) and max_loss >= 0):
         raise InvalidRankRuleError(f"max_loss must be a number of at least 0, in nats; got {max_loss!r}")
-    return _cheapest(offers, lambda damage, _: damage <= max_loss)
+    allowed = max_loss * (1 + 1e-12)  # a sum's rounding is no damage
+    return _cheapest(offers, lambda damage, _: damage <= allowed)
 
 
 def within_states(offers: Sequence[Offer], total: int) -> list[int]:
