@@ -31,7 +31,9 @@ certificate. Test data were read once per run, after training.
 computing time of one of the last training steps, *faster* how many times less that is than in the first row, *whole
 run* the same of all steps and cuts, and of a teacher's; medians over seeds. With several seeds accuracies are means ±
 standard deviations. Times are from machines with other work, but for `speed`: rows may differ by tenths for that alone.
-Times of different processors are left out. *Gap recovered* is the share of the difference between the first row and the row that is as small from the start (for
+Times of different processors are left out.
+
+*Gap recovered* is the share of the difference between the first row and the row that is as small from the start (for
 `smnist` the paper's dimension) which this row keeps, of the seeds that all three have, with its 95 % interval where
 there are three or more; it is left open where that difference is below one point.
 
