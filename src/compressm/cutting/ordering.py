@@ -112,7 +112,11 @@ class StateOrder:
 
         Args:
             model: as `sort_states` left it, trained further or not.
-            states, fraction, multiple_of, target, per_layer: how far, as in `compress`.
+            states: at most so many in every layer.
+            fraction: at most this share of each layer's states.
+            multiple_of: sizes that are preferred, as in `compress`.
+            target: sizes that are allowed, as in `compress`.
+            per_layer: whether layers may differ in size, as in `compress`.
 
         Returns:
             a report of each layer with the error that is expected on the data that the states were sorted by.
