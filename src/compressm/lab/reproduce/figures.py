@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from compressm.lab.reproduce.equal_compute import tuned
 from compressm.lab.reproduce.experiments import Experiment
 from compressm.lab.reproduce.tables import Results, rows
 from compressm.runtime.files import replacing
@@ -38,7 +39,9 @@ def _accuracies(curve: Any, points: Any, experiment: Experiment, results: Result
     from matplotlib import pyplot as plt
 
     shades = plt.get_cmap("tab10")
-    for index, row in enumerate(rows(experiment, results)):
+    best = {one.arm.name for one in tuned(experiment, results)}  # of several learning rates, where they are compared
+    drawn = [row for row in rows(experiment, results) if not best or row.arm.name in best]
+    for index, row in enumerate(drawn):
         colour = shades(index % 10)
         for run in row.runs:
             at = [point["step"] for point in run.curve]
