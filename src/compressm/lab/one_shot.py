@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from torch import nn
 
@@ -15,23 +15,19 @@ from compressm.cutting import Report
 from compressm.cutting.compression import check_model_sizes, check_rule, plan_on, plan_within_drop
 from compressm.cutting.serving import Memory, Serving, attention_of, decoding_speed
 from compressm.cutting.spectrum import balancing_of
-from compressm.errors import CheckpointError, ConfigError, InvalidRankRuleError
+from compressm.errors import ConfigError, InvalidRankRuleError
 from compressm.lab.one_shot_inputs import BATCH, Checkpoint, read_batches, read_checkpoint
+from compressm.lab.one_shot_outputs import check_output, saved, with_card
 from compressm.lab.quality import Examination, Quality
 from compressm.lab.recovering import Recover, forget
 from compressm.lab.state_bits import StateBits, asked
 from compressm.observing.labels import Likelihood
 from compressm.observing.loss_evidence import Gramians
 from compressm.observing.scores import Metric, better
-from compressm.runtime.files import read_pair
-from compressm.saving import mamba_ssm_format
-from compressm.saving.card import Measured, extend_card, loading, model_card
-from compressm.saving.checkpoint import save_with_history
-from compressm.saving.mapped import save_mapped
-from compressm.saving.source_folder import Carried, carry, contents, copy_files, new_folder, unloaded
+from compressm.saving.card import Measured
+from compressm.saving.source_folder import Carried, contents, new_folder, unloaded
 from compressm.theory.rank_rule import RankRule, largest_reduction
 from compressm.theory.targets import Target
-from compressm.training.history import Event
 from compressm.training.options import OPTIONS
 from compressm.training.recovery import Recovery
 
@@ -199,7 +195,7 @@ def compress_checkpoint(
         if place is not None:
             facts = [serving.headline(), *_qualities(before, after), *(str(done).splitlines() if done else ())]
             facts += [] if command is None else [f"made by `{command}`"]
-            tell = partial(_with_card, report=report, facts=facts, measured=_measured(after, data))
+            tell = partial(with_card, report=report, facts=facts, measured=_measured(after, data))
             carried = _written(opened, place, tell)
             forget(place)
     if opened.read.mapped is not None:
@@ -276,16 +272,6 @@ def _cut(
         return report, before, examination.quality(model)
 
 
-def check_output(place: Path | None) -> None:
-    """Refuse a folder that holds something.
-
-    Raises:
-        CheckpointError: it does.
-    """
-    if place is not None and place.exists() and (not place.is_dir() or any(place.iterdir())):
-        raise CheckpointError(f"output {place} exists and is not an empty folder: choose another")
-
-
 def _how_far(sizes: Mapping[str, Any], max_drop: float | None, data: object) -> Mapping[str, Any]:
     """The rule that was given; under ``max_drop`` the tolerance at which the search begins.
 
@@ -320,18 +306,6 @@ def _written(opened: _Opened, target: Path, tell: Callable[[Path, Carried], Carr
         return tell(new / "README.md", saved(opened.read, opened.folder, new, opened.extra, opened.contained))
 
 
-def saved(read: Checkpoint, source: Path, target: Path, extra: Mapping[str, Path], contained: set[bytes]) -> Carried:
-    """Write the model in the format that it came in, and say what was carried beside it."""
-    if read.mapped is not None:
-        return save_mapped(read.mapped, source, target)
-    if read.format == "mamba_ssm":
-        return Carried((), *copy_files(source, target, mamba_ssm_format.save(read.model, source, target)))
-    if read.format == "compressm":
-        return _resave(read.model, source, target)
-    cast("Any", read.model).save_pretrained(target)
-    return carry(source, target, read.model, extra, contained)
-
-
 def _qualities(before: Quality | None, after: Quality | None) -> list[str]:
     if before is None or after is None:
         return []
@@ -343,19 +317,6 @@ def _measured(after: Quality | None, data: object) -> Measured | None:
     if after is None:
         return None
     return Measured(Path(str(data)).name, {"loss": after.loss, after.metric: after.score})
-
-
-def _with_card(
-    card: Path, carried: Carried, report: Report, facts: Sequence[str], measured: Measured | None
-) -> Carried:
-    """What was carried, after the card was told of the cut."""
-    if not card.is_file():
-        return carried
-    try:
-        extend_card(card, report, facts, measured)
-    except CheckpointError as error:
-        return replace(carried, unextended=str(error))
-    return replace(carried, files=tuple(one for one in carried.files if one != card.name), extended=(card.name,))
 
 
 class Bill:
@@ -390,28 +351,9 @@ def check_data(loss: Likelihood | None, data: object) -> None:
         raise ConfigError("--max-loss and --gramians loss look at the loss on data: give some by --data")
 
 
-def _resave(model: nn.Module, source: Path, target: Path) -> Carried:
-    """Save as `save` does, with the history and the other files of the source."""
-    names = ("model.safetensors", "compressm.json")
-    if not (source / names[1]).is_file():  # the weights of a model of the user's
-        alone = save_with_history(model, target, [])
-        (target / "README.md").write_text(model_card(model, load=loading(model, "FOLDER", alone)), encoding="utf-8")
-        return Carried()
-    history = read_pair(source, *names)[0].get("history")
-    events = history if isinstance(history, list) else []
-    alone = save_with_history(model, target, events)
-    card = source / "README.md"
-    ours = not card.is_file() or "\nlibrary_name: compressm\n" in card.read_text(encoding="utf-8", errors="replace")
-    if ours:  # our own card, which says the sizes from before the cut
-        text = model_card(model, [Event.from_dict(event) for event in events], load=loading(model, "FOLDER", alone))
-        (target / card.name).write_text(text, encoding="utf-8")
-    files, left = copy_files(source, target, [source / name for name in (*names, *([card.name] * ours))])
-    return Carried((), files, left)
-
-
 def parameters_in(model: nn.Module) -> int:
     """How many parameters a model has."""
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-__all__ = ["Bill", "Loss", "check_data", "check_output", "compress_checkpoint", "parameters_in", "saved"]
+__all__ = ["Bill", "Loss", "check_data", "compress_checkpoint", "parameters_in"]

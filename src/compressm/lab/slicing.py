@@ -11,8 +11,9 @@ from compressm.cutting import Report
 from compressm.cutting.ordering import ORDER_FILE, StateOrder, sort_states
 from compressm.cutting.serving import Serving
 from compressm.errors import ConfigError
-from compressm.lab.one_shot import Bill, check_output, saved
+from compressm.lab.one_shot import Bill
 from compressm.lab.one_shot_inputs import BATCH, read_batches, read_checkpoint
+from compressm.lab.one_shot_outputs import check_output, saved
 from compressm.saving.card import extend_card
 from compressm.saving.source_folder import Carried, contents, new_folder, unloaded
 from compressm.theory.targets import Target
