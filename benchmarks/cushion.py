@@ -34,7 +34,7 @@ import numpy as np
 import torch
 from cushion_curves import UNITS, evaluated_at, unpacked
 from numpy.typing import NDArray
-from stored import store
+from stored import between, store
 
 from compressm import Compressor, RankRule
 from compressm.cutting import Plan
@@ -336,9 +336,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def with_table(page: str, rows: list[dict[str, Any]]) -> str:
     """The page docs/cushion.md with the table of these rows."""
-    before, rest = page.split(f"{BEGIN}\n")
-    _, after = rest.split(END)
-    return f"{before}{BEGIN}\n\n{table(rows)}\n\n{END}{after}"
+    return between(page, BEGIN, END, table(rows))
 
 
 def main() -> None:

@@ -38,7 +38,7 @@ import numpy as np
 import torch
 from max_drop_data import TASKS, Task
 from numpy.typing import NDArray
-from stored import store
+from stored import between, store
 from torch import nn
 
 import compressm
@@ -258,9 +258,7 @@ def _lost(rows: list[dict[str, Any]]) -> str:
 
 def with_table(page: str, rows: list[dict[str, Any]]) -> str:
     """The page docs/cushion.md with the tables of these rows."""
-    before, rest = page.split(f"{BEGIN}\n")
-    _, after = rest.split(END)
-    return f"{before}{BEGIN}\n\n{summary(rows)}\n\n{table(rows)}\n\n{END}{after}"
+    return between(page, BEGIN, END, f"{summary(rows)}\n\n{table(rows)}")
 
 
 def main() -> None:

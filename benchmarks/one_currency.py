@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import torch
-from stored import store
+from stored import between, store
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -104,9 +104,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def with_table(page: str, rows: list[dict[str, Any]]) -> str:
     """The page docs/which-rule.md with the table of these rows."""
-    before, rest = page.split(f"{BEGIN}\n")
-    _, after = rest.split(END)
-    return f"{before}{BEGIN}\n\n{table(rows)}\n\n{END}{after}"
+    return between(page, BEGIN, END, table(rows))
 
 
 def main() -> None:

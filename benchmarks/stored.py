@@ -1,4 +1,4 @@
-"""How benchmarks store what they measured: beside the figures, the exact command and the versions."""
+"""How benchmarks store what they measured, beside the exact command and the versions, and write tables into pages."""
 
 from __future__ import annotations
 
@@ -20,3 +20,10 @@ def store(path: Path, **content: Any) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     result = {"command": "python " + shlex.join(sys.argv), "versions": versions, **content}
     path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+
+def between(page: str, begin: str, end: str, text: str) -> str:
+    """The page with this text between two lines of it, instead of what stands there."""
+    before, rest = page.split(f"{begin}\n")
+    _, after = rest.split(end)
+    return f"{before}{begin}\n\n{text}\n\n{end}{after}"
