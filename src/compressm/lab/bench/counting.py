@@ -81,7 +81,6 @@ def count_family(family: str) -> dict[str, dict[str, int]]:
     found = dict[str, dict[str, int]]()
     for name, (n, length) in SIZES.items():
         torch.manual_seed(0)
-        options = {"max_length": 1024} if family == "s4" else {}
-        layer = FAMILIES[family](WIDTH, n, **options)
+        layer = FAMILIES[family](WIDTH, n)
         found[name] = count(layer, torch.randn(BATCH, length, WIDTH, requires_grad=True)).to_dict()
     return found

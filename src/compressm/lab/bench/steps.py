@@ -29,8 +29,7 @@ STEPPED = tuple(name for name in FAMILIES if name not in ("s5-both", "linear-att
 def layer_of(family: str, n: int) -> Any:
     """A layer of a family with ``n`` states and width `WIDTH`, the same in every process, in evaluation mode."""
     torch.manual_seed(0)
-    options = {"max_length": 1024} if family == "s4" else {}
-    return FAMILIES[family](WIDTH, n, **options).eval().requires_grad_(False)
+    return FAMILIES[family](WIDTH, n).eval().requires_grad_(False)
 
 
 def first_token(layer: Any, batch: int) -> tuple[Tensor, Any]:
