@@ -207,6 +207,28 @@ def test_scores_add_the_error_of_the_sample() -> None:
     assert small.behind.sampling == pytest.approx(stats.sem((one - other).double().numpy()), rel=1e-6)
 
 
+def right_or_wrong(right: int, of: int = 1000) -> list[ShortRun]:
+    """Two sizes, two seeds: a tenth is right before, and the same examples after, so both sizes are as good."""
+    scores = (torch.arange(of) < right).float()
+    return [ShortRun(n, seed, 1.0, 0.1, right / of, scores, 1.0, 100) for n in (16, 4) for seed in (0, 1)]
+
+
+@pytest.mark.parametrize(("right", "answer"), [(250, "not known"), (549, "not known"), (551, "train small")])
+def test_a_small_size_is_not_recommended_before_half_of_it_all_is_learnt(right: int, answer: str) -> None:
+    found = answer_of(right_or_wrong(right), 10, worth=0.25)  # from 0.1 on there is 0.9 to learn, half of it at 0.55
+    assert (found.answer, found.possible) == (answer, pytest.approx(0.9))
+    assert found.start_from == (4 if answer == "train small" else 16)
+    if answer == "not known":
+        assert f"only {(right / 1000 - 0.1) / 0.9:.0%} of what there is to learn" in str(found)
+
+
+def test_scores_without_a_known_best_promise_nothing_about_the_rest() -> None:
+    graded = [replace(run, scores=run.scores * 0.5) for run in right_or_wrong(250) if run.scores is not None]
+    found = answer_of(graded, 10, worth=0.25)
+    assert (found.answer, found.possible) == ("train small", None)
+    assert answer_of(right_or_wrong(250), 10, worth=0.25, mode="min").possible is None
+
+
 def test_a_run_survives_its_file() -> None:
     run = ShortRun(4, 1, 3.0, 0.1, 0.5, torch.tensor([0.0, 1.0]), 2.5, 77, (1.5, 2.0))
     again = ShortRun.from_dict(json.loads(json.dumps(run.to_dict())))

@@ -13,6 +13,9 @@ differences have m(N, s) in common; by simulation the intervals of nominally 90 
 
 A size is *worse* if it is behind by more than noise explains, and by more than the share ``worth`` of what was learnt.
 It is *as good* if noise does not hide that it is behind by so much. Otherwise more steps or seeds must tell.
+
+Sizes that learn at the same pace at first may part later. Where the scores of the examples are right or wrong, the most
+that can be learnt is 1 - m0, and "train small" is said only if the largest size has learnt half of it.
 """
 
 from __future__ import annotations
@@ -34,6 +37,7 @@ Answer = Literal["state matters", "train small", "not known"]
 Verdict = Literal["worse", "as good", "not known"]
 
 CONFIDENCE = 0.95  # of each comparison, one-sided
+ENOUGH = 0.5  # of what can be learnt: by less, no smaller size counts as as good for the whole training
 _NOTICED = 0.05  # a smaller saving of time may be the machine's doing
 
 
@@ -110,6 +114,7 @@ class Probe:
         seconds: time of all short trainings together, those at other rates too.
         mode: as in `Compressor`.
         metric: its name.
+        possible: the most that can be learnt, in units of the metric, if the scores are right or wrong; None otherwise.
     """
 
     steps: int
@@ -121,6 +126,7 @@ class Probe:
     seconds: float
     mode: Better = "max"
     metric: str = "metric"
+    possible: float | None = None
 
     @property
     def answer(self) -> Answer:
@@ -135,7 +141,7 @@ class Probe:
     def start_from(self) -> int:
         """The smallest size that is as good as the largest one, as all sizes between them are."""
         best = self.sizes[0].states
-        for size in self.sizes[1:] if self._has_learnt else ():
+        for size in self.sizes[1:] if self._has_learnt and self._has_learnt_enough else ():
             if size.verdict != "as good":
                 break
             best = size.states
@@ -150,6 +156,10 @@ class Probe:
     def _has_learnt(self) -> bool:
         return self.learnt.value > self.learnt.noise(CONFIDENCE)
 
+    @property
+    def _has_learnt_enough(self) -> bool:
+        return self.possible is None or self.learnt.value >= ENOUGH * self.possible
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON, without the scores of examples."""
         return {
@@ -159,6 +169,7 @@ class Probe:
             "total_steps": self.total_steps,
             "share_of_the_training": self.share,
             "learnt": self.learnt.value,
+            "possible": self.possible,
             "worth": self.worth,
             "metric": self.metric,
             "mode": self.mode,
@@ -234,7 +245,14 @@ class Probe:
                 f"Not known: in {self.steps} steps nothing was learnt that stands out from noise (the metric changed "
                 f"by {self.learnt.value:.3g} ± {self.learnt.noise(CONFIDENCE):.2g}). Give more steps."
             )
-        open_ = next(size for size in self.sizes[1:] if size.verdict == "not known")
+        open_ = next((size for size in self.sizes[1:] if size.verdict == "not known"), None)
+        if open_ is None:
+            assert self.possible is not None
+            return (
+                f"Not known: no size is behind, but {self.sizes[0].states} states have learnt only "
+                f"{self.learnt.value / self.possible:.0%} of what there is to learn, and sizes may part later. Give more "
+                "steps."
+            )
         assert open_.behind is not None
         return (
             f"Not known: {open_.states} states are behind by {open_.behind.value:.3g} ± "
@@ -297,7 +315,13 @@ def answer_of(
         behind = Loss(statistics.fmean(values), _mean(big), error, sampling, freedom, examples)
         sizes.append(_size(group, steps, behind, _verdict(behind, worth * learnt.value)))
     spent = sum(run.seconds for run in runs) if seconds is None else seconds
-    return Probe(steps, total_steps, tuple(sizes), learnt, worth, tuple(runs), spent, mode, metric)
+    possible = 1 - start if mode == "max" and _right_or_wrong(runs) else None
+    return Probe(steps, total_steps, tuple(sizes), learnt, worth, tuple(runs), spent, mode, metric, possible)
+
+
+def _right_or_wrong(runs: Sequence[ShortRun]) -> bool:
+    """Whether every example is scored 0 or 1."""
+    return all(run.scores is not None and bool(((run.scores == 0) | (run.scores == 1)).all()) for run in runs)
 
 
 def _pooled(groups: Sequence[Sequence[float]]) -> tuple[float, int]:
