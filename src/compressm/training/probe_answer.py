@@ -250,8 +250,8 @@ class Probe:
             assert self.possible is not None
             return (
                 f"Not known: no size is behind, but {self.sizes[0].states} states have learnt only "
-                f"{self.learnt.value / self.possible:.0%} of what there is to learn, and sizes may part later. Give more "
-                "steps."
+                f"{self.learnt.value / self.possible:.0%} of what there is to learn, and sizes may part later. "
+                "Give more steps."
             )
         assert open_.behind is not None
         return (
