@@ -12,6 +12,7 @@ PICTURE = Path(__file__).parent.parent / "docs" / "images" / "which-rule.svg"
 QUESTIONS = (
     ("Do you know\nthe size?", "states, fraction,\ntotal_states", "the size"),
     ("Do you have a\nvalidation metric?", "max_drop\n+ evaluate", "the metric"),
+    ("A loss, and data\nto measure it?", "max_loss\n+ loss", "the loss"),
     ("An error budget\nper layer?", "max_error", "H∞ error"),
 )
 LAST = ("tolerance", "Hankel energy")
@@ -40,17 +41,19 @@ def draw(picture: Path) -> None:
     matplotlib.rcParams["svg.hashsalt"] = "compressm"
     from matplotlib import pyplot as plt
 
-    figure, axis = plt.subplots(figsize=(10, 3.2), layout="constrained")
+    figure, axis = plt.subplots(figsize=(12, 3.2), layout="constrained")
     for index, (question, rule, promise) in enumerate(QUESTIONS):
         box(axis, index * 2.2, 2, question, BLUE)
         box(axis, index * 2.2, 0.9, rule, GREEN if index == 0 else ORANGE, mono=True)
         axis.text(index * 2.2, 0.3, f"keeps: {promise}", ha="center", fontsize=9)
         arrow(axis, (index * 2.2, 1.68), (index * 2.2, 1.2), "yes")
-        arrow(axis, (index * 2.2 + 0.72, 2), (index * 2.2 + (1.48 if index < 2 else 1.6), 2), "no")
-    box(axis, 6.6, 2, LAST[0], ORANGE, mono=True)
-    axis.text(6.6, 1.55, f"keeps: {LAST[1]}", ha="center", fontsize=9)
-    axis.text(4.4, -0.15, "orange: at most half of a layer's states per cut", ha="center", fontsize=9, color="#8a5a33")
-    axis.set(xlim=(-1, 7.5), ylim=(-0.3, 2.5))
+        arrow(axis, (index * 2.2 + 0.75, 2), (index * 2.2 + (1.44 if index < len(QUESTIONS) - 1 else 1.6), 2), "no")
+    end = len(QUESTIONS) * 2.2
+    box(axis, end, 2, LAST[0], ORANGE, mono=True)
+    axis.text(end, 1.55, f"keeps: {LAST[1]}", ha="center", fontsize=9)
+    limit = "orange: at most half of a layer's states per cut"
+    axis.text(end / 2 + 1.1, -0.15, limit, ha="center", fontsize=9, color="#8a5a33")
+    axis.set(xlim=(-1, end + 0.9), ylim=(-0.3, 2.5))
     axis.axis("off")
     picture.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(picture, metadata={"Date": None})
