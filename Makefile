@@ -32,7 +32,7 @@ demo: $(VENV)/.installed-train  ## compress a small model while it trains; the p
 	$(BIN)/compressm demo $(ARGS)
 
 test: $(VENV)/.installed-dev  ## run the tests that need neither a GPU nor patience
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
 
 test-faults: $(VENV)/.installed-dev  ## kill, fill, flip and cut off: KILLS=50 kills; the table goes to results/faults.json
 	KILLS=$(KILLS) FAULTS_JSON=results/faults.json OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/faults -n 2 -m "slow or not slow"

@@ -2,7 +2,7 @@
 
     python scripts/distributions.py                  the short form
     python scripts/distributions.py -m slow          also these tests in the unpacked source distribution
-    python scripts/distributions.py --share 0/3 …    the first of three parts of all these tests
+    python scripts/distributions.py --share 0/6 …    the first of six parts of all these tests
 
 1. Every file of the repository is in the source distribution, and every file of src/ is in the wheel.
 2. The wheel, built from the source distribution, is installed into an environment of its own; there the package is
@@ -147,7 +147,7 @@ def check_tests(unpacked: Path, arguments: Sequence[str], share: Sequence[str]) 
         raise DistributionError("no test looks for other files of the repository; `reads` no longer recognises them")
     for chosen in filter(None, [readers, list(arguments)]):
         print(f"unpacked source distribution: pytest {' '.join([*chosen, *share])}", flush=True)
-        command = [sys.executable, "-m", "pytest", "-n", "2", *chosen, *share]
+        command = [sys.executable, "-m", "pytest", "-n", "2", "--dist", "worksteal", *chosen, *share]
         if subprocess.run(command, cwd=unpacked, env=variables, check=False).returncode != 0:
             raise DistributionError("tests fail in the unpacked source distribution")
 

@@ -223,6 +223,7 @@ def command(*arguments: str) -> list[str]:
     return [sys.executable, "-W", "error", "-m", "compressm.cli", *arguments]
 
 
+@pytest.mark.slow
 def test_killed_from_outside_and_resumed(tmp_path: Path) -> None:
     """As a user meets it: the command is killed at some instant, and given again with --resume."""
     settings = ["run.steps=400", "run.eval_every=50", *SHORT[2:]]
@@ -245,7 +246,9 @@ def test_killed_from_outside_and_resumed(tmp_path: Path) -> None:
     assert (killed / "model/model.safetensors").read_bytes() == (unbroken / "model/model.safetensors").read_bytes()
 
 
-@pytest.mark.parametrize("hidden", ["accelerate", "sklearn", "typer"])
+@pytest.mark.parametrize(
+    "hidden", ["typer", *(pytest.param(name, marks=pytest.mark.slow) for name in ("accelerate", "sklearn"))]
+)
 def test_missing_extra_is_named(hidden: str) -> None:
     code = (
         f"import sys; sys.modules[{hidden!r}] = None\n"  # as if it were not installed

@@ -25,7 +25,7 @@ from compressm.saving.checkpoint import load_tree, save_tree
 from compressm.training.compressor import Compressor
 
 # Accuracies of so few digits cannot resolve a max_drop of 0, and setbacks end the cutting.
-pytestmark = pytest.mark.filterwarnings("ignore::compressm.training.cushion.CushionWarning")
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::compressm.training.cushion.CushionWarning")]
 
 LAYERS = ("lru", "mamba")
 STEPS = 45

@@ -7,6 +7,7 @@ from collections import Counter
 from pathlib import Path
 from typing import get_args
 
+import pytest
 import torch
 from harness import Record
 from hypothesis import given, settings
@@ -20,6 +21,7 @@ sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 from hard_systems import examine, hard_system
 
 
+@pytest.mark.slow
 def test_certificates_of_hard_systems_are_true(tried: Record) -> None:
     counts = Counter[str]()
     seeds = [seed for seed in range(1000, 1020) if hard_system(seed)[1].n < 100]

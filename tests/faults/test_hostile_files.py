@@ -177,22 +177,19 @@ def test_hostile_yaml(
 
 
 def test_loading_imports_nothing_of_a_checkpoints_choosing(tmp_path: Path, tried: Record) -> None:
-    """In a fresh process: the modules that are imported by loading a hostile checkpoint are those of a plain one."""
+    """In a fresh process: loading a hostile checkpoint imports nothing that a plain one has not."""
     save(model(), tmp_path / "plain")
     save(model(), tmp_path / "hostile")
     rewrite(tmp_path / "hostile" / "compressm.json", **{"class": "antigravity.Model"})
     script = (
         "import sys, compressm, compressm.errors\n"
-        "try: compressm.load(sys.argv[1])\n"
-        "except compressm.errors.CheckpointError: pass\n"
-        "print(*sorted(sys.modules))"
+        "compressm.load(sys.argv[1])\n"
+        "before = set(sys.modules)\n"
+        "try: compressm.load(sys.argv[2])\n"
+        "except compressm.errors.CheckpointError: print('refused', *set(sys.modules) - before)"
     )
-
-    def imported(name: str) -> set[str]:
-        command = [sys.executable, "-c", script, str(tmp_path / name)]
-        return set(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split())
-
-    assert imported("hostile") <= imported("plain")
+    command = [sys.executable, "-c", script, str(tmp_path / "plain"), str(tmp_path / "hostile")]
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout.split() == ["refused"]
     tried("checkpoint that names code", stopped=True)
 
 
@@ -204,14 +201,14 @@ WORDS = st.one_of(
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(st.sampled_from(("train", "compress", "analyze", "export")), st.lists(WORDS, max_size=5))
 def test_any_arguments_get_help_or_one_line(command: str, words: list[str]) -> None:
     """Nothing here is a valid call: there is no such configuration or checkpoint."""
     assert main([command, "/nowhere/at/all", *words]) in (0, 2)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(st.lists(WORDS, max_size=3))
 def test_any_command_gets_help_or_one_line(words: list[str]) -> None:
     assert main([word for word in words if word not in COMMANDS]) in (0, 2)

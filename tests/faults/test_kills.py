@@ -16,6 +16,7 @@ from harness import SETTINGS, STEPS, Record, Training, finish, instants, outcome
 KILLS = int(os.environ.get("KILLS", "4"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("index", range(KILLS))
 def test_killed_at_a_random_instant(index: int, tmp_path: Path, truth: list[bytes], tried: Record) -> None:
     folder, instant = tmp_path / "run", instants(KILLS, _seconds(truth, tmp_path))[index]
@@ -46,7 +47,9 @@ def _seconds(truth: list[bytes], tmp_path: Path) -> float:
     return _TIMES[0]
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, -signal.SIGTERM)])
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, -signal.SIGTERM, marks=pytest.mark.slow)]
+)
 def test_asked_to_end(number: int, code: int, tmp_path: Path, truth: list[bytes], tried: Record) -> None:
     folder = tmp_path / "run"
     run = Training(folder)
@@ -85,6 +88,7 @@ def test_a_worker_of_two_dies(tmp_path: Path, tried: Record) -> None:
     tried("a worker of two is killed (DDP)")
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_bytes(tmp_path: Path, truth: list[bytes]) -> None:
     again = Training(tmp_path / "again")
     assert again.end() == 0, again.said()

@@ -33,6 +33,7 @@ def small_disk(folder: Path, size: str = "3m") -> Generator[Path]:
         subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
+@pytest.mark.slow
 def test_full_disk(tmp_path: Path, truth: list[bytes], tried: Record) -> None:
     with small_disk(tmp_path / "disk") as disk:
         folder, filler = disk / "run", disk / "filler"
@@ -49,6 +50,7 @@ def test_full_disk(tmp_path: Path, truth: list[bytes], tried: Record) -> None:
     tried("full disk", lost=[lost], stopped=True)
 
 
+@pytest.mark.slow
 def test_file_size_limit(tmp_path: Path, truth: list[bytes], tried: Record) -> None:
     """A quota, as it shows to a process: writing fails beyond some size."""
     folder = tmp_path / "run"
@@ -67,6 +69,7 @@ def _limit_files() -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
 
 
+@pytest.mark.slow
 def test_folder_becomes_read_only(tmp_path: Path, truth: list[bytes], tried: Record) -> None:
     with small_disk(tmp_path / "disk", "20m") as disk:
         run = Training(disk / "run")
@@ -82,6 +85,7 @@ def test_folder_becomes_read_only(tmp_path: Path, truth: list[bytes], tried: Rec
     tried("folder becomes read-only", lost=[lost], stopped=True)
 
 
+@pytest.mark.slow
 def test_out_of_memory(tmp_path: Path, truth: list[bytes], tried: Record) -> None:
     folder = tmp_path / "run"
     run = Training(folder, sabotage=_limit_memory)
@@ -114,6 +118,7 @@ def _limit_memory() -> None:
     loop._Run._train_step = starved  # type: ignore[method-assign]
 
 
+@pytest.mark.slow
 def test_clock_jumps(tmp_path: Path, truth: list[bytes], tried: Record) -> None:
     run = Training(tmp_path / "run", sabotage=_jumping_clock)
     assert run.end() == 0, run.said()

@@ -236,8 +236,9 @@ def dynamo() -> Iterator[Any]:
     dynamo.utils.counters.clear()
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # Dynamo's own, of itself
-@pytest.mark.parametrize("in_place", [pytest.param(False, marks=pytest.mark.slow), True])
+@pytest.mark.parametrize("in_place", [False, True])
 def test_compiled_graphs_are_compiled_once_per_cut_and_counted(
     dynamo: Any, in_place: bool, caplog: pytest.LogCaptureFixture
 ) -> None:

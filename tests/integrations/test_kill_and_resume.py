@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import logging
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -163,19 +163,20 @@ def lightning(folder: Path, rule: dict[str, Any], resumed: int | None, small: bo
 
 
 HOSTS = {"own loop": own_loop, "accelerate": accelerate, "trainer": trainer, "lightning": lightning}
-QUICK = {("own loop", "fraction"), ("trainer", "fraction"), ("lightning", "fraction")}
+QUICK = (("own loop", "fraction"), ("trainer", "fraction"), ("lightning", "fraction"))
 
 
 @pytest.mark.filterwarnings("ignore::compressm.training.cushion.CushionWarning")  # that no more cuts are tried
 @pytest.mark.parametrize(
-    ("host", "rule"),
+    ("host", "rule", "stops"),
     [
-        pytest.param(host, rule, marks=() if (host, rule) in QUICK else pytest.mark.exhaustive)
-        for host in HOSTS
-        for rule in RULES
+        *((host, rule, (CUTS[0] - 1, CUTS[0], CUTS[0] + 1)) for host, rule in QUICK),
+        *(pytest.param(host, rule, STOPS, marks=pytest.mark.exhaustive) for host in HOSTS for rule in RULES),
     ],
 )
-def test_killed_and_resumed_around_a_cut_it_ends_as_if_unbroken(tmp_path: Path, host: str, rule: str) -> None:
+def test_killed_and_resumed_around_a_cut_it_ends_as_if_unbroken(
+    tmp_path: Path, host: str, rule: str, stops: Sequence[int]
+) -> None:
     run = HOSTS[host]
     unbroken, history, sizes = run(tmp_path, RULES[rule], None, False)
     cuts = [step for kind, step in history if kind == "cut"]
@@ -183,7 +184,7 @@ def test_killed_and_resumed_around_a_cut_it_ends_as_if_unbroken(tmp_path: Path, 
     assert rule == "max_drop" or (tuple(cuts) == CUTS and max(sizes) < 16)
     assert rule != "max_drop" or "rolled_back" in [kind for kind, _ in history]
     ways = (False, True) if host in ("own loop", "accelerate") else (False,)
-    for stop in STOPS:
+    for stop in stops:
         for small in ways:
             weights, again, _ = run(tmp_path, RULES[rule], stop, small)
             differing = [name for name, value in unbroken.items() if not torch.equal(weights[name], value)]

@@ -142,7 +142,7 @@ def test_trains_through_cuts_and_logs_them(tmp_path: Path, arguments: dict[str, 
     assert 0 < float(cuts[-1]["compressm/energy_kept/net.blocks.0.ssm"]) < 1
 
 
-@pytest.mark.parametrize("average", [False, True], ids=["plain", "ema"])
+@pytest.mark.parametrize("average", [pytest.param(False, marks=pytest.mark.exhaustive), True], ids=["plain", "ema"])
 @pytest.mark.parametrize("stop", [4, 6, 16])
 def test_killed_and_resumed_it_ends_as_if_unbroken(tmp_path: Path, stop: int, average: bool) -> None:
     def run(folder: str, first: bool, **arguments: Any) -> tuple[Classifier, CompressionCallback]:

@@ -513,7 +513,8 @@ def in_trainer(folder: Path, targets: list[str], **arguments: Any) -> Trainer:
     return trainer
 
 
-@pytest.mark.parametrize("targets", [["in_proj"], pytest.param(["in_proj", "x_proj"], marks=pytest.mark.slow)], ids=str)
+@pytest.mark.slow
+@pytest.mark.parametrize("targets", [["in_proj"], ["in_proj", "x_proj"]], ids=str)
 def test_the_trainer_resumes_before_between_and_after_cuts(targets: list[str], tmp_path: Path) -> None:
     whole = in_trainer(tmp_path / "whole", targets)
     whole.train()

@@ -97,7 +97,7 @@ def weights(model: nn.Module) -> dict[str, Tensor]:
         {"bf16": True},
         {"optim": "adamw_torch_fused"},
         {"optim": "sgd"},
-        {"torch_compile": True, "torch_compile_backend": "aot_eager"},
+        pytest.param({"torch_compile": True, "torch_compile_backend": "aot_eager"}, marks=pytest.mark.slow),
     ],
     ids=str,
 )
@@ -127,7 +127,9 @@ def test_trains_through_cuts_and_logs_them(tmp_path: Path, arguments: dict[str, 
     assert torch.isfinite(torch.tensor(losses)).all()
 
 
-@pytest.mark.parametrize("stop", [4, 8, 16], ids="resumed at {}".format)
+@pytest.mark.parametrize(
+    "stop", [4, *(pytest.param(n, marks=pytest.mark.exhaustive) for n in (8, 16))], ids="resumed at {}".format
+)
 def test_killed_and_resumed_it_ends_as_if_unbroken(tmp_path: Path, stop: int) -> None:
     unbroken = make_trainer(tmp_path / "unbroken")
     callback = compressing(unbroken)
@@ -286,6 +288,7 @@ def test_a_model_that_the_trainer_builds_anew_is_resumed(tmp_path: Path) -> None
     assert all(torch.equal(value, weights(unbroken.model)[name]) for name, value in weights(resumed.model).items())
 
 
+@pytest.mark.slow
 def test_a_smaller_batch_size_that_fits_begins_again_with_the_same_goal(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path, auto_find_batch_size=True, save_strategy="no")
     callback = compressing(trainer, fraction=0.25, states=None)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from contextlib import suppress
 from pathlib import Path
 
@@ -167,10 +168,13 @@ def test_a_setback_is_undone_and_resizes() -> None:
         assert torch.equal(value, before[name])
 
 
+@functools.cache
+def unbroken_losses() -> list[float]:
+    return Loop(states=4, cuts=2).run(30)
+
+
 @pytest.mark.parametrize("at", [3, 10, 17])
 def test_interrupted_anywhere_it_goes_on_as_if_unbroken(at: int, tmp_path: Path) -> None:
-    unbroken = Loop(states=4, cuts=2)
-    losses = unbroken.run(30)
     first = Loop(states=4, cuts=2)
     first.run(at)
     save_tree(
@@ -181,7 +185,7 @@ def test_interrupted_anywhere_it_goes_on_as_if_unbroken(at: int, tmp_path: Path)
     second.net.load_state_dict(tree["m"])
     second.optimizer.load_state_dict(tree["o"])
     second.step = at
-    assert second.run(30) == losses[at:]
+    assert second.run(30) == unbroken_losses()[at:]
 
 
 def observe_share(rank: int, folder: str) -> None:

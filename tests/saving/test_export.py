@@ -45,6 +45,7 @@ def streamed(path: Path, model: nn.Module, u: Tensor) -> Tensor:
     return torch.stack(outputs, 1)
 
 
+@pytest.mark.slow
 def test_onnx_step_over_1000_steps_is_the_sequence(tmp_path: Path) -> None:
     model, path = classifier(), tmp_path / "step.onnx"
     report = to_onnx(model, path, step=True)
@@ -175,6 +176,7 @@ def test_mistakes_are_named(tmp_path: Path) -> None:
         to_torch(classifier(), tmp_path / "nowhere" / "model.pt2", example=example)
 
 
+@pytest.mark.slow
 def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     compressm.save(classifier(), tmp_path / "saved")
     assert main(["export", str(tmp_path / "saved"), "--step", "--json", str(tmp_path / "result.json")]) == 0

@@ -30,6 +30,7 @@ def run(cache: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", PROGRAM], env=settings, capture_output=True, text=True, check=True)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(native.library() is None, reason="no C++ compiler")
 def test_builds_once_with_a_line_and_is_cached(tmp_path: Path) -> None:
     first, second = run(tmp_path / "new"), run(tmp_path / "new")
@@ -39,7 +40,7 @@ def test_builds_once_with_a_line_and_is_cached(tmp_path: Path) -> None:
     assert len(list((tmp_path / "new").iterdir())) == 1
 
 
-@pytest.mark.parametrize("compiler", ["/nonexistent/g++", "false"])
+@pytest.mark.parametrize("compiler", ["/nonexistent/g++", pytest.param("false", marks=pytest.mark.slow)])
 def test_without_a_compiler_one_warning_and_right_results(tmp_path: Path, compiler: str) -> None:
     result = run(tmp_path, CXX=compiler)
     assert result.stdout == "right\n"
@@ -47,6 +48,7 @@ def test_without_a_compiler_one_warning_and_right_results(tmp_path: Path, compil
     assert "COMPRESSM_NATIVE=0" in result.stderr
 
 
+@pytest.mark.slow
 def test_can_be_switched_off_silently(tmp_path: Path) -> None:
     result = run(tmp_path, COMPRESSM_NATIVE="0")
     assert result.stdout == "right\n"
@@ -54,7 +56,7 @@ def test_can_be_switched_off_silently(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.skipif(native.library() is None, reason="no C++ compiler")
 @pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="these options are of x86")
 @pytest.mark.parametrize(("flags", "size"), [("-mno-avx512f", 32), ("-mno-avx", 16)])

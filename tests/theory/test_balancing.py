@@ -20,7 +20,7 @@ from compressm.theory.gramians import gramians, real_gramians
 from compressm.theory.systems import DiagonalSystem
 from helpers import EPS, degenerate_systems, lru, random_system, real_matrices
 
-EXAMPLES = int(os.environ.get("EXAMPLES", "300"))  # of the error bound, for each method
+EXAMPLES = int(os.environ.get("EXAMPLES", "100"))  # of the error bound, for each method
 
 
 def lyapunov_hsv(A: np.ndarray, B: np.ndarray, C: np.ndarray) -> np.ndarray:

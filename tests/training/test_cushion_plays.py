@@ -35,7 +35,7 @@ def test_the_stored_plays_keep_what_is_promised(benchmark: Any) -> None:
     assert damage["damaged_undone"] >= 0.95 * damage["damaged"]
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("pairs", [False, True])
 def test_plays_give_what_is_stored(benchmark: Any, pairs: bool) -> None:
     """All forty trainings at one number of samples and one max_drop; the others are in the stored table."""
@@ -47,6 +47,7 @@ def test_plays_give_what_is_stored(benchmark: Any, pairs: bool) -> None:
     assert damage["damaged_undone"] >= 0.95 * damage["damaged"]
 
 
+@pytest.mark.slow
 def test_a_few_plays_on_real_trainings(benchmark: Any) -> None:
     rows = benchmark.plays(
         CURVES, ["fsdd-2", "smnist-4"], pairs=(True,), samples=(500,), drops=(0.02,), kinds=("nothing", "damage")

@@ -63,7 +63,7 @@ def test_a_selective_layer_whose_spectrum_moves_is_cut_on_schedule(layer: str) -
 
 
 @pytest.mark.parametrize("layer", ["lru", "mamba"])
-@pytest.mark.parametrize("stop", [3, 4, 6, 7])
+@pytest.mark.parametrize("stop", [4, *(pytest.param(n, marks=pytest.mark.exhaustive) for n in (3, 6, 7))])
 def test_a_run_that_was_interrupted_remembers_its_last_probe(layer: str, stop: int) -> None:
     unbroken = Loop(layer, same, states=8)
     assert unbroken.run(20) == [("cut", 8)]

@@ -55,6 +55,7 @@ def test_loops_equal_ours() -> None:
         same_gradients(mine(**sizes, batch=2, length=20), loop(**sizes, batch=2, length=20))
 
 
+@pytest.mark.slow
 def test_a_step_imports_no_library() -> None:
     """Memory is counted from after the imports: what the first step imported would count as memory of the step."""
     code = (

@@ -77,12 +77,14 @@ def test_times_ratio_and_limit(row) -> None:
     assert result.reason is None
 
 
+@pytest.mark.slow
 def test_slow_sides_get_fewer_repetitions(row) -> None:
     result = row(side("sleeping", seconds=0.01), side("sleeping", seconds=0.3), Effort(30, 2, 0.5))
     assert result.repetitions >= 30
     assert result.peer_repetitions == 2
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux")
 def test_memory_is_that_of_each_process_alone(row) -> None:
     result = row(side("holding", megabytes=300), side("holding", megabytes=50))
@@ -93,10 +95,16 @@ def test_memory_is_that_of_each_process_alone(row) -> None:
 @pytest.mark.parametrize(
     ("peer", "reason"),
     [
-        (side("missing"), 'peer: jax is not installed: pip install "compressm[bench]"'),
+        pytest.param(
+            side("missing"),
+            'peer: jax is not installed: pip install "compressm[bench]"',
+            marks=pytest.mark.slow,
+        ),
         (side("failing", after=3), "peer: MemoryError: no more"),
-        (side("failing", after=0), "peer: MemoryError: no more"),
-        (side("dying"), "peer: its process ended with exit code 9; short of memory?"),
+        pytest.param(side("failing", after=0), "peer: MemoryError: no more", marks=pytest.mark.slow),
+        pytest.param(
+            side("dying"), "peer: its process ended with exit code 9; short of memory?", marks=pytest.mark.slow
+        ),
     ],
     ids=["not installed", "fails later", "fails at once", "killed"],
 )
@@ -110,6 +118,7 @@ def test_a_peer_that_cannot_run_leaves_a_reason(row, peer: Side, reason: str) ->
     assert result.peer_peak_mb is None
 
 
+@pytest.mark.slow
 def test_what_libraries_print_does_not_disturb(row) -> None:
     assert row(side("printing"), side("printing")).ratio is not None
 

@@ -9,9 +9,11 @@ import shutil
 import subprocess
 import sys
 import time
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Sequence
+from concurrent.futures import Executor, Future, ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -20,7 +22,7 @@ from compressm.cli import main
 from compressm.errors import CompressmError, ConfigError, RunError
 from compressm.lab.reproduce import EXPERIMENTS, Arm, Experiment, plan_runs, read_results, run_grid
 from compressm.lab.reproduce.figures import draw
-from compressm.lab.reproduce.grid import configuration
+from compressm.lab.reproduce.grid import PlannedRun, Results, configuration
 from compressm.lab.reproduce.tables import render, rows
 from compressm.lab.runs.loop import train
 from compressm.lab.runs.result import RunResult
@@ -51,11 +53,28 @@ TAUGHT = Experiment(
 )
 
 
+class Here(Executor):
+    """Runs in this process, at once. Starting another takes longer than these runs."""
+
+    def submit(self, function: Callable[..., Any], /, *arguments: Any, **options: Any) -> Future[Any]:
+        future = Future[Any]()
+        try:
+            future.set_result(function(*arguments, **options))
+        except Exception as error:
+            future.set_exception(error)
+        return future
+
+
+def run_here(runs: Sequence[PlannedRun], steps: int | None = None) -> Results:
+    return run_grid(runs, steps=steps, workers=1, executor=lambda _: Here())
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A grid of three ways and two seeds."""
+    """A grid of three ways and two seeds, of which a process of its own runs the second."""
     folder = tmp_path_factory.mktemp("grid")
-    run_grid(plan_runs(TINY, range(2), results=folder / "results", runs=folder / "runs"), workers=2, command="the way")
+    run_here(plan_runs(TINY, [0], results=folder / "results", runs=folder / "runs"))
+    run_grid(plan_runs(TINY, [1], results=folder / "results", runs=folder / "runs"), workers=1, command="the way")
     return folder
 
 
@@ -121,7 +140,7 @@ CONTINUED = Experiment(
 def test_an_arm_can_continue_another_and_ends_as_if_it_had_made_all_steps(tmp_path: Path) -> None:
     def made(folder: str) -> RunResult:
         runs = plan_runs(CONTINUED, [0], ["late"], tmp_path / folder, tmp_path / "runs")
-        return run_grid(runs, workers=1)["late", 0]
+        return run_here(runs)["late", 0]
 
     late = made("results")
     (step,) = (event["step"] for event in late.history if event["kind"] == "cut")
@@ -154,7 +173,7 @@ def test_results_from_before_a_key_existed_are_ours(folder: Path) -> None:
     old = json.loads(content)
     del old["config"]["loss"], old["config"]["compression"]["on_setback"]
     runs[0].result.write_text(json.dumps(old))
-    run_grid(runs, workers=1)
+    run_here(runs)
     assert json.loads(runs[0].result.read_text()) == old
     runs[0].result.write_text(content)
 
@@ -164,7 +183,7 @@ def test_what_is_there_is_not_repeated_and_the_rest_is(folder: Path) -> None:
     times = {run.result: run.result.stat().st_mtime_ns for run in again}
     expected = json.loads(again[0].result.read_text())
     again[0].result.unlink()  # as after a kill between the run and its result
-    run_grid(again, workers=1)
+    run_here(again)
     assert all(run.result.stat().st_mtime_ns == times[run.result] for run in again[1:])
     assert json.loads(again[0].result.read_text()) == expected
 
@@ -172,7 +191,7 @@ def test_what_is_there_is_not_repeated_and_the_rest_is(folder: Path) -> None:
 def test_a_result_of_other_settings_is_not_taken_for_ours(folder: Path) -> None:
     runs = plan_runs(TINY, [0], ["full"], folder / "results", folder / "runs")
     with pytest.raises(ConfigError, match=r"full-seed0\.json was made with another .*run\.steps"):
-        run_grid(runs, steps=60, workers=1)
+        run_here(runs, steps=60)
 
 
 def test_an_interrupted_run_goes_on(tmp_path: Path, folder: Path) -> None:
@@ -195,7 +214,7 @@ def test_an_interrupted_run_goes_on(tmp_path: Path, folder: Path) -> None:
         patch.setattr(_Run, "_train_step", interrupted)
         with pytest.raises(Killed):
             train(config, output=run.folder, quiet=True)
-    run_grid([run], workers=1)
+    run_here([run])
     ours, whole = (
         json.loads((path / "tiny/full-seed0.json").read_text()) for path in (tmp_path / "results", folder / "results")
     )
@@ -245,7 +264,7 @@ def test_computing_times_are_those_of_the_training_and_of_a_teacher(folder: Path
 def test_spectra_over_training_are_shown(tmp_path: Path) -> None:
     watched = replace(TINY, arms=(Arm("watched", {**OFF, "model.d_state": 16, "run.spectrum_every": 5}),))
     runs = plan_runs(watched, [0], results=tmp_path / "results", runs=tmp_path / "runs")
-    results = run_grid(runs, workers=1)
+    results = run_here(runs)
     text = render(watched, results, "images/x.svg")
     assert "![Accuracy over the steps, and against computing time](images/x.svg)" in text
     assert "Hankel singular values over training: `watched`, seed 0, blocks.0.ssm" in text
@@ -265,7 +284,7 @@ def test_arms_bring_those_that_they_build_upon() -> None:
 def test_mistakes_come_before_any_run(tmp_path: Path) -> None:
     wrong = replace(TINY, arms=(TINY.arms[0], Arm("wrong", {"model.d_state": 0})))
     with pytest.raises(ConfigError, match="d_state"):
-        run_grid(plan_runs(wrong, [0], results=tmp_path / "results", runs=tmp_path / "runs"), workers=1)
+        run_here(plan_runs(wrong, [0], results=tmp_path / "results", runs=tmp_path / "runs"))
     assert not list(tmp_path.iterdir())
 
 
@@ -346,7 +365,7 @@ def test_a_failed_run_is_told_at_once_and_the_others_are_made(
         steps=40,
     )
     with pytest.raises(CompressmError, match="diverged"):
-        run_grid(plan_runs(broken, [0], results=tmp_path / "results", runs=tmp_path / "runs"), workers=1)
+        run_here(plan_runs(broken, [0], results=tmp_path / "results", runs=tmp_path / "runs"))
     assert [path.name for path in (tmp_path / "results/broken").iterdir()] == ["fine-seed0.json"]
     told = capsys.readouterr().err
     assert "diverges, seed 0: " in told

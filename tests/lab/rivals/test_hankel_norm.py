@@ -28,7 +28,7 @@ def system(n: int, p: int, q: int, seed: int) -> tuple[torch.Tensor, torch.Tenso
 @pytest.mark.parametrize(("n", "p", "q"), [(1, 1, 1), (6, 2, 3), (40, 3, 2), (5, 9, 8)])
 def test_it_is_the_sum_of_the_singular_values_of_the_hankel_matrix(n: int, p: int, q: int) -> None:
     lam, B, C = system(n, p, q, n)
-    length = 600
+    length = 400  # a mode of 0.95, the slowest there is, has sunk to 1e-9
     kernel = DiagonalSystem(lam, B, C, real_output=False).kernel(2 * length)
     rows = [torch.cat(list(kernel[i : i + length].unbind(0)), 1) for i in range(length)]
     if p * q * length**2 > 5e6:  # the Hankel matrix would be huge: the library's own values, by other factors

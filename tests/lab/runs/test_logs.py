@@ -78,6 +78,7 @@ def wandb_records(content: bytes) -> Iterator[Any]:
             yield record
 
 
+@pytest.mark.slow
 def test_weights_and_biases(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     wandb = pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
