@@ -50,7 +50,7 @@ def draw(picture: Path) -> None:
         arrow(axis, (0, y - 0.36), (0, y - (1.12 if index < 2 else 1.24)), "no")
     box(axis, 0, -4.5, LAST[0], ORANGE, mono=True)
     axis.text(0, -5.05, f"keeps: {LAST[1]}", ha="center", fontsize=10)
-    axis.text(2.6, -4.7, "orange: at most half\nof a layer's states\nper cut", ha="center", fontsize=10, color="#8a5a33")
+    axis.text(2.6, -4.7, "orange: at most half\nof the states\nper cut", ha="center", fontsize=10, color="#8a5a33")
     axis.set(xlim=(-1, 3.7), ylim=(-5.2, 0.5))
     axis.axis("off")
     picture.parent.mkdir(parents=True, exist_ok=True)
