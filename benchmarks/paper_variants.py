@@ -40,9 +40,11 @@ import compressm
 from compressm.lab.config import load_config
 from compressm.lab.data.datasets import BatchOrder, SequenceData, load_data
 from compressm.lab.runs.models import build_model, build_optimizer
+from compressm.lab.runs.tasks import learning_of, scores_on
 from compressm.layers import LRU, GLUBlock
 from compressm.theory.systems import decay_rate
 
+CLASSES = learning_of("classification", None)
 VARIANTS = ("ours", "norm", "dropout", "inputs", "all", "no-dropout", "rate", "phase", "eigenvalues")
 TOLERANCES = (0.01, 0.02, 0.04)
 CUT_RUN = Path("results/smnist-quarter/tau0.02-seed0.json")
@@ -130,7 +132,7 @@ def run(variant: str, states: int, seed: int, a: argparse.Namespace, data: Seque
     order = BatchOrder(len(data.train), 50, seed)
 
     def accuracy() -> float:
-        return float(data.correct(model, data.validation, 500)) / len(data.validation)
+        return float(scores_on(CLASSES, model, data, data.validation, 500).mean())
 
     curve = []
     for step in range(a.steps):

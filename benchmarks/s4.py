@@ -24,8 +24,10 @@ from torch.nn import functional as F
 import compressm
 from compressm.lab.config import load_config
 from compressm.lab.data.datasets import BatchOrder, SequenceData, load_data
+from compressm.lab.runs.tasks import learning_of, scores_on
 from compressm.layers import SequenceClassifier, parameter_groups
 
+CLASSES = learning_of("classification", None)
 ARMS = ("big", "shrunk", "small", "random")
 
 
@@ -76,8 +78,8 @@ def run(arm: str, a: argparse.Namespace, data: SequenceData) -> None:
         threads=a.threads,
         state_dims=[int(block.ssm.d_state) for block in model.blocks],  # type: ignore[union-attr]
         distilled_relative_h2_error=errors or None,
-        validation_accuracy=float(data.correct(model, data.validation, 500)) / len(data.validation),
-        test_accuracy=float(data.correct(model, data.test, 500)) / len(data.test),
+        validation_accuracy=float(scores_on(CLASSES, model, data, data.validation, 500).mean()),
+        test_accuracy=float(scores_on(CLASSES, model, data, data.test, 500).mean()),
         train_seconds=total,
         step_milliseconds=1000 * float(np.median(seconds[len(seconds) * 3 // 4 :])),
     )

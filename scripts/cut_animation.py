@@ -75,11 +75,12 @@ def _look(model: Any, data: Any) -> dict[str, Any]:
 
     import compressm
     from compressm.adapters import find_layers
+    from compressm.lab.runs.tasks import learning_of, scores_on
 
     ((layer, _),) = find_layers(model).values()
     lam = torch.exp(torch.complex(-layer.nu_log.exp(), layer.theta_log.exp())).detach()
     (spectrum,) = compressm.analyze(model)
-    accuracy = float(data.correct(model, data.validation, 500)) / len(data.validation)
+    accuracy = float(scores_on(learning_of("classification", None), model, data, data.validation, 500).mean())
     return {
         "poles": [[round(float(z.real), 4), round(float(z.imag), 4)] for z in lam],
         "hsv": [float(f"{float(value):.4g}") for value in spectrum.hsv.flatten()],

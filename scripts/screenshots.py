@@ -17,6 +17,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 WIDTHS = (390, 1400)
+SITE_PAGES = ("index", "api", "tutorial", "results", "which-rule")
 README_STYLE = """
 body { max-width: 980px; margin: 0 auto; padding: 1rem; font: 16px/1.5 system-ui, sans-serif; }
 :root { color-scheme: light dark; }
@@ -69,7 +70,8 @@ def main() -> None:
     given.output.mkdir(parents=True, exist_ok=True)
     pages = {"readme": readme_page(given.output)}
     if given.site:
-        pages["docs"] = given.site / "index.html"
+        places = {name: given.site / ("" if name == "index" else name) / "index.html" for name in SITE_PAGES}
+        pages |= {f"docs-{name}": place for name, place in places.items()}
     if given.report:
         pages["report"] = given.report
     if given.notebooks:

@@ -8,7 +8,7 @@ from typing import Any
 
 PICTURE = Path(__file__).parent.parent / "docs" / "images" / "which-rule.svg"
 
-# Question, answer if yes: the rule, and what it promises. Asked from left to right.
+# Question, answer if yes: the rule, and what it promises. Asked from top to bottom, so that a phone shows it legibly.
 QUESTIONS = (
     ("Do you know\nthe size?", "states, fraction,\ntotal_states", "the size"),
     ("Do you have a\nvalidation metric?", "max_drop\n+ evaluate", "the metric"),
@@ -41,19 +41,19 @@ def draw(picture: Path) -> None:
     matplotlib.rcParams["svg.hashsalt"] = "compressm"
     from matplotlib import pyplot as plt
 
-    figure, axis = plt.subplots(figsize=(12, 3.2), layout="constrained")
+    figure, axis = plt.subplots(figsize=(4.6, 6.0), layout="constrained")
     for index, (question, rule, promise) in enumerate(QUESTIONS):
-        box(axis, index * 2.2, 2, question, BLUE)
-        box(axis, index * 2.2, 0.9, rule, GREEN if index == 0 else ORANGE, mono=True)
-        axis.text(index * 2.2, 0.3, f"keeps: {promise}", ha="center", fontsize=9)
-        arrow(axis, (index * 2.2, 1.68), (index * 2.2, 1.2), "yes")
-        arrow(axis, (index * 2.2 + 0.75, 2), (index * 2.2 + (1.44 if index < len(QUESTIONS) - 1 else 1.6), 2), "no")
-    end = len(QUESTIONS) * 2.2
-    box(axis, end, 2, LAST[0], ORANGE, mono=True)
-    axis.text(end, 1.55, f"keeps: {LAST[1]}", ha="center", fontsize=9)
-    limit = "orange: at most half of a layer's states per cut"
-    axis.text(end / 2 + 1.1, -0.15, limit, ha="center", fontsize=9, color="#8a5a33")
-    axis.set(xlim=(-1, end + 0.9), ylim=(-0.3, 2.5))
+        y = -1.5 * index
+        box(axis, 0, y, question, BLUE)
+        box(axis, 2.6, y, rule, GREEN if index == 0 else ORANGE, mono=True)
+        axis.text(2.6, y - 0.66, f"keeps: {promise}", ha="center", fontsize=10)
+        arrow(axis, (0.95, y), (1.7, y), "yes")
+        arrow(axis, (0, y - 0.36), (0, y - (1.12 if index < len(QUESTIONS) - 1 else 1.24)), "no")
+    end = -1.5 * len(QUESTIONS)
+    box(axis, 0, end, LAST[0], ORANGE, mono=True)
+    axis.text(0, end - 0.55, f"keeps: {LAST[1]}", ha="center", fontsize=10)
+    axis.text(2.6, end - 0.2, "orange: at most half\nof the states\nper cut", ha="center", fontsize=10, color="#8a5a33")
+    axis.set(xlim=(-1, 3.7), ylim=(end - 0.7, 0.5))
     axis.axis("off")
     picture.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(picture, metadata={"Date": None})

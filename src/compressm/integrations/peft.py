@@ -9,7 +9,6 @@ other model. A cut goes through the factors of the adapters; see `compressm.adap
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from pathlib import Path
@@ -23,7 +22,7 @@ from compressm.adapters.registry import find_layers
 from compressm.cutting.fitting import fit_any_size
 from compressm.cutting.held_base import PEFT_MODEL, hold_cut_base
 from compressm.errors import CheckpointError, MissingExtraError, UnsupportedModelError
-from compressm.runtime.files import write_text
+from compressm.runtime.files import sha256_of, write_text
 
 try:
     import transformers
@@ -187,14 +186,7 @@ def _saved_base(folder: Path) -> nn.Module:
 
 def _digests(where: Path) -> dict[str, str]:
     """Hashes of the files with a base's weights, and of its config, by name."""
-    found: dict[str, str] = {}
-    for file in sorted((*where.glob("*.safetensors"), *where.glob("config.json"))):
-        digest = hashlib.sha256()
-        with file.open("rb") as stream:
-            while chunk := stream.read(1 << 20):
-                digest.update(chunk)
-        found[file.name] = digest.hexdigest()
-    return found
+    return {file.name: sha256_of(file) for file in sorted((*where.glob("*.safetensors"), *where.glob("config.json")))}
 
 
 __all__ = ["load", "save"]

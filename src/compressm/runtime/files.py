@@ -52,13 +52,13 @@ def write_pair(
         folder.mkdir(parents=True, exist_ok=True)
         if tensors_new.exists():
             # Left by a kill. If the JSON file refers to it, it is the only copy of the present checkpoint.
-            if json_path.exists() and _expected_sha256(json_path) == _sha256_at(tensors_new):
+            if json_path.exists() and _expected_sha256(json_path) == sha256_of(tensors_new):
                 os.replace(tensors_new, tensors_path)
             else:
                 tensors_new.unlink()
         save_file(tensors, tensors_new)
         _flush(tensors_new)
-        signed = {**description, "sha256": _sha256_at(tensors_new)}
+        signed = {**description, "sha256": sha256_of(tensors_new)}
         text = json.dumps({**signed, "own_sha256": _own_sha256(signed)}, indent=1, allow_nan=False)
         json_new.write_text(text + "\n", encoding="utf-8")
         _flush(json_new)
@@ -212,7 +212,8 @@ def _sha256(file: BinaryIO) -> str:
     return digest.hexdigest()
 
 
-def _sha256_at(path: Path) -> str:
+def sha256_of(path: Path) -> str:
+    """The SHA-256 of a file's content, in hexadecimal."""
     with path.open("rb") as file:
         return _sha256(file)
 

@@ -2,9 +2,10 @@
 
 They are compiled once, on first use, by the machine's C++ compiler and for its processor, in ten to thirty seconds. The
 scans with matrix-valued states are a unit of their own, compiled when the first of them runs. The result is stored in
-``$COMPRESSM_CACHE``, by default ``~/.cache/compressm``. If compilation fails, there is one warning, and the scans run
-on plain PyTorch. ``COMPRESSM_NATIVE=0`` selects plain PyTorch without a warning. ``COMPRESSM_CXXFLAGS`` adds options of
-the compiler, for example ``-march=x86-64-v3`` for one build that serves a mixed cluster.
+``$COMPRESSM_CACHE``, by default the user's cache folder: on Linux ``$XDG_CACHE_HOME/compressm`` or
+``~/.cache/compressm``. If compilation fails, there is one warning, and the scans run on plain PyTorch.
+``COMPRESSM_NATIVE=0`` selects plain PyTorch without a warning. ``COMPRESSM_CXXFLAGS`` adds options of the compiler, for
+example ``-march=x86-64-v3`` for one build that serves a mixed cluster.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from platformdirs import user_cache_path
 from torch import Tensor
 
 _FOLDER = Path(__file__).with_name("kernels")
@@ -183,7 +185,8 @@ def cache_file(name: str) -> Path:
 
 
 def _cache() -> Path:
-    return Path(os.environ.get("COMPRESSM_CACHE") or Path.home() / ".cache" / "compressm")
+    named = os.environ.get("COMPRESSM_CACHE")
+    return Path(named) if named else user_cache_path("compressm", appauthor=False)
 
 
 def _further_flags() -> list[str]:

@@ -12,6 +12,7 @@ from compressm.lab.config import LossConfig, parse_config
 from compressm.lab.data.sequences import SequenceData, Split
 from compressm.lab.runs import loop
 from compressm.lab.runs.objective import Objective
+from compressm.lab.runs.tasks import learning_of, scores_on
 from compressm.layers import SequenceClassifier
 from compressm.saving.checkpoint import load
 
@@ -51,7 +52,8 @@ def test_loss_and_accuracy_are_those_of_the_sequences_alone(layer: str) -> None:
         alone = torch.cat([model(u[i : i + 1, : int(n)]) for i, n in enumerate(lengths)])
         loss = Objective(LossConfig(), torch.device("cpu"))(model, u, y, 0, lengths)
     torch.testing.assert_close(loss, F.cross_entropy(alone, y), rtol=1e-5, atol=1e-6)
-    assert int(some.correct(model, some.test, 7)) == int((alone.argmax(-1) == y).sum())
+    right = scores_on(learning_of("classification", None), model, some, some.test, 7)
+    assert torch.equal(right.bool(), alone.argmax(-1) == y)
 
 
 @pytest.mark.parametrize("layer", ["lru", "mamba"])

@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from compressm.errors import ConfigError, MissingExtraError
-from compressm.lab.data.hf_datasets import arrays_of, has_text, is_hf_datasets
+from compressm.lab.data.hf_datasets import arrays_of, has_text, is_hf_datasets, padded
 from compressm.observing.expected import role_of
 
 SUFFIXES = (".npz", ".npy", ".csv", ".parquet")
@@ -182,11 +182,7 @@ def _padded(sequences: Sequence[NDArray[Any]], files: Sequence[Path], where: str
                 f"{where}: {file.name} has shape {sequence.shape}, and {files[0].name} {first.shape}: each file must "
                 "be one sequence, (length, channels), with equal channels"
             )
-    lengths = np.array([len(sequence) for sequence in sequences])
-    x = np.zeros((len(sequences), int(lengths.max()), *first.shape[1:]), np.result_type(*sequences))
-    for row, sequence in zip(x, sequences, strict=True):
-        row[: len(sequence)] = sequence
-    return {"x": x} if (lengths == lengths[0]).all() else {"x": x, "lengths": lengths}
+    return padded("x", sequences)
 
 
 def _plain(name: str) -> str:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from compressm.errors import ConfigError, MissingExtraError
 from compressm.observing.expected import role_of
@@ -91,11 +92,19 @@ def _column(name: str, ending: str, values: Any, path: Path) -> dict[str, Any]:
     rows = [np.stack(list(row)) if row.dtype == object else row for row in map(np.asarray, values)]
     if any(row.dtype.kind not in "biuf" or row.shape[1:] != rows[0].shape[1:] for row in rows):
         raise ConfigError(f"data {path}, column {name}: each row must be one sequence, (length, channels) or (length)")
+    return {part + ending: values for part, values in padded(name, rows).items()}
+
+
+def padded(name: str, rows: Sequence[NDArray[Any]]) -> dict[str, NDArray[Any]]:
+    """Sequences as one array of this name, with zeros behind the shorter ones, and their ``lengths`` if they differ.
+
+    NumPy has no such function. PyTorch's `pad_sequence` takes neither other byte orders nor several dtypes.
+    """
     lengths = np.array([len(row) for row in rows])
     x = np.zeros((len(rows), int(lengths.max()), *rows[0].shape[1:]), np.result_type(*rows))
     for filled, row in zip(x, rows, strict=True):
         filled[: len(row)] = row
-    return {name + ending: x} if (lengths == lengths[0]).all() else {name + ending: x, "lengths" + ending: lengths}
+    return {name: x} if (lengths == lengths[0]).all() else {name: x, "lengths": lengths}
 
 
-__all__ = ["arrays_of", "has_text", "is_hf_datasets", "texts_of"]
+__all__ = ["arrays_of", "has_text", "is_hf_datasets", "padded", "texts_of"]

@@ -12,7 +12,7 @@ from typing import Literal
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from compressm.errors import ConfigError
 
@@ -106,20 +106,6 @@ class SequenceData:
     def shares(split: Split, size: int, rank: int = 0, world: int = 1) -> tuple[Tensor, ...]:
         """Indices of every ``world``-th sequence of a split, in batches of at most ``size``."""
         return torch.arange(rank, len(split), world, device=split.y.device).split(size) if rank < len(split) else ()
-
-    @torch.no_grad()
-    def correct(self, model: nn.Module, split: Split, size: int, rank: int = 0, world: int = 1) -> Tensor:
-        """How many of a split, or of every ``world``-th sequence of it, a model classifies correctly: a scalar.
-
-        The model is left in evaluation mode.
-        """
-        model.eval()
-        right = torch.zeros((), device=split.y.device)  # a process may have no share
-        for indices in self.shares(split, size, rank, world):
-            (u, y), lengths = self.batch(split, indices), self.lengths(split, indices)
-            logits = model(u) if lengths is None else model(u, lengths)
-            right = right + (logits.argmax(-1) == y).sum()
-        return right
 
     def to(self, device: torch.device) -> SequenceData:
         """The same data on another device."""

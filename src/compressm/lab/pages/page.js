@@ -1,5 +1,5 @@
 "use strict";
-(async () => {
+(() => {
   const root = document.documentElement;
   const trouble = (text) => {
     const line = document.getElementById("trouble");
@@ -7,21 +7,37 @@
     line.hidden = false;
   };
 
-  // plotly.js and the charts' data lie in the page, compressed.
+  const drawn = new Map(); // a chart's figure to a function that draws it as chosen
+  const dark = window.matchMedia("(prefers-color-scheme: dark)");
+  const theme = (name) => {
+    root.dataset.theme = name;
+    for (const draw of drawn.values()) draw();
+  };
+  theme(dark.matches ? "dark" : "light");
+  dark.addEventListener("change", () => theme(dark.matches ? "dark" : "light"));
+  document.getElementById("theme").addEventListener("click", () => {
+    theme(root.dataset.theme === "dark" ? "light" : "dark");
+  });
+
+  // plotly.js and the charts' data lie in the page, compressed. They are unpacked when a chart is seen, or when the page
+  // is there and the browser has nothing else to do, so that everything can be printed.
   if (typeof DecompressionStream === "undefined") {
     trouble("This browser is too old to draw the charts; the tables below are complete.");
     return;
   }
   const unpacked = (id) => {
-    const packed = Uint8Array.from(atob(document.getElementById(id).textContent), (c) => c.charCodeAt(0));
+    const characters = atob(document.getElementById(id).textContent);
+    const packed = new Uint8Array(characters.length); // filled in a loop: a callback takes a second for plotly.js
+    for (let i = 0; i < characters.length; i++) packed[i] = characters.charCodeAt(i);
     return new Response(new Blob([packed]).stream().pipeThrough(new DecompressionStream("gzip"))).text();
   };
-  const library = document.createElement("script");
-  library.textContent = await unpacked("plotly");
-  document.head.append(library);
-
-  const charts = JSON.parse(await unpacked("charts"));
-  const drawn = new Map(); // a chart's figure to a function that draws it as chosen
+  let charts = null, loading = null;
+  const load = () => loading ??= (async () => {
+    const library = document.createElement("script");
+    [library.textContent, charts] = [await unpacked("plotly"), JSON.parse(await unpacked("charts"))];
+    document.head.append(library);
+  })();
+  window.addEventListener("load", () => (window.requestIdleCallback || setTimeout)(load));
 
   const colours = () => {
     const style = getComputedStyle(root);
@@ -72,6 +88,7 @@
   };
 
   const prepare = (figure) => {
+    if (drawn.has(figure)) return null;
     const chart = charts[figure.dataset.chart];
     const names = Object.keys(chart.views);
     const controls = figure.querySelector(".controls");
@@ -135,13 +152,13 @@
     return draw();
   };
 
-  // Only what is looked at is drawn.
+  // Only what is looked at is drawn, one chart after the other: the page answers in between.
+  let turn = Promise.resolve();
   const watcher = new IntersectionObserver((entries) => {
     for (const entry of entries) {
-      if (entry.isIntersecting && !drawn.has(entry.target)) {
-        watcher.unobserve(entry.target);
-        prepare(entry.target);
-      }
+      if (!entry.isIntersecting) continue;
+      watcher.unobserve(entry.target);
+      turn = turn.then(load).then(() => prepare(entry.target)).then(() => new Promise((next) => setTimeout(next)));
     }
   }, { rootMargin: "400px" });
   for (const figure of document.querySelectorAll(".chart")) watcher.observe(figure);
@@ -151,21 +168,11 @@
   window.addEventListener("beforeprint", () => {
     before = root.dataset.theme;
     root.dataset.theme = "light";
+    if (typeof Plotly === "undefined") return;
     for (const figure of document.querySelectorAll(".chart")) {
       if (figure.offsetParent !== null && !drawn.has(figure)) { watcher.unobserve(figure); prepare(figure); }
     }
     for (const draw of drawn.values()) draw();
   });
   window.addEventListener("afterprint", () => theme(before));
-
-  const dark = window.matchMedia("(prefers-color-scheme: dark)");
-  const theme = (name) => {
-    root.dataset.theme = name;
-    for (const draw of drawn.values()) draw();
-  };
-  theme(dark.matches ? "dark" : "light");
-  dark.addEventListener("change", () => theme(dark.matches ? "dark" : "light"));
-  document.getElementById("theme").addEventListener("click", () => {
-    theme(root.dataset.theme === "dark" ? "light" : "dark");
-  });
 })();

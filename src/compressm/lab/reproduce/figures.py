@@ -13,9 +13,10 @@ from compressm.runtime.files import replacing
 
 
 def draw(experiment: Experiment, results: Results, picture: Path) -> None:
-    """Draw validation accuracy over the steps, and test accuracy against the computing time of the whole run.
+    """Draw validation accuracy over the steps, and below it test accuracy against the computing time of the whole run.
 
-    Where Hankel singular values were recorded, a third panel shows those of one run over the steps.
+    Where Hankel singular values were recorded, a third panel shows those of one run over the steps. The panels stand
+    below each other, and their words stay legible on a phone.
     """
     import matplotlib
 
@@ -23,8 +24,10 @@ def draw(experiment: Experiment, results: Results, picture: Path) -> None:
     from matplotlib import pyplot as plt
 
     looked = next((run.spectra for run in results.values() if run.spectra), None)
-    figure, axes = plt.subplots(1, 3 if looked else 2, figsize=(15 if looked else 11, 4), layout="constrained")
+    panels = 3 if looked else 2
+    figure, axes = plt.subplots(panels, figsize=(6, 3.2 * panels + 0.5), layout="constrained")
     _accuracies(axes[0], axes[1], experiment, results)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False, fontsize=9)
     if looked:
         _trajectories(axes[2], looked)
     for axis in axes:
@@ -38,21 +41,21 @@ def draw(experiment: Experiment, results: Results, picture: Path) -> None:
 def _accuracies(curve: Any, points: Any, experiment: Experiment, results: Results) -> None:
     from matplotlib import pyplot as plt
 
-    shades = plt.get_cmap("tab10")
     best = {one.arm.name for one in tuned(experiment, results)}  # of several learning rates, where they are compared
     drawn = [row for row in rows(experiment, results) if not best or row.arm.name in best]
+    shades = plt.get_cmap("tab10" if len(drawn) <= 10 else "tab20")
     for index, row in enumerate(drawn):
-        colour = shades(index % 10)
-        for run in row.runs:
+        colour = shades(index % shades.N)
+        for number, run in enumerate(row.runs):
             at = [point["step"] for point in run.curve]
             values = [100 * point["validation_accuracy"] for point in run.curve]
-            curve.plot(at, values, color=colour, linewidth=1.5, alpha=0.8)
+            label = None if number else f"{row.arm.name}: {row.accuracy} %"
+            curve.plot(at, values, color=colour, linewidth=1.5, alpha=0.8, label=label)
         seconds = [value for value in row.seconds if value is not None]
         if len(seconds) == len(row.runs):
-            points.scatter(seconds, row.accuracies, color=colour, s=40, label=f"{row.arm.name}: {row.accuracy} %")
+            points.scatter(seconds, row.accuracies, color=colour, s=40, clip_on=False)
     curve.set(title="Validation accuracy, %", xlabel="training step")
     points.set(title="Test accuracy, %, against computing time", xlabel="seconds of training", xlim=(0, None))
-    points.legend(frameon=False, fontsize=8)
 
 
 def _trajectories(axis: Any, record: Sequence[Mapping[str, Any]]) -> None:

@@ -103,7 +103,7 @@ def draw_overview(found: Found, picture: Path) -> None:
     from matplotlib.ticker import PercentFormatter
 
     shares = [one for one in method_shares(found) if one.share is not None]
-    figure, axis = plt.subplots(figsize=(8, 0.9 + 0.32 * len(shares)), layout="constrained")
+    figure, axis = plt.subplots(figsize=(6, 1.1 + 0.32 * len(shares)), layout="constrained")
     for line, one in enumerate(reversed(shares)):
         _point(axis, line, one)
     labels = [f"{one.experiment} · {one.arm} (gap {one.gap:.1f}, n = {one.seeds})" for one in reversed(shares)]
@@ -113,8 +113,9 @@ def draw_overview(found: Found, picture: Path) -> None:
         axis.text(at, len(shares) - 0.35, name, ha="center", va="bottom", fontsize=8, color="0.4")
     axis.set(
         xlim=SHOWN, ylim=(-0.7, len(shares) + 0.3),
-        xlabel="share of the gap kept (orange: by the loss; filled: three seeds or more, 95 % interval)",
+        xlabel="share of the gap kept",
     )  # fmt: skip
+    figure.supxlabel("orange: by the loss; filled: three seeds or more, 95 % interval", fontsize=9)
     axis.xaxis.set_major_formatter(PercentFormatter(1.0))
     axis.spines[["top", "right"]].set_visible(False)
     with matplotlib.rc_context({"svg.hashsalt": "overview"}), replacing(picture) as new:
