@@ -429,6 +429,11 @@ def test_settled_trigger_resumes_between_probes() -> None:
         ({"tolerance": 0.1, "on_setback": "cry"}, "on_setback must be"),
         ({"tolerance": 0.1, "selection": "randm"}, "selection must be one of 'hankel'.*; got 'randm'"),
         ({"tolerance": 2.0}, "tolerance must be"),
+        (
+            {"tolerance": 0.1, "min_reduction": 0.6},
+            "min_reduction=0.6 is more than max_reduction=0.5, so no layer could",
+        ),
+        ({"states": 1, "min_reduction": 0.5, "max_reduction": 0.3}, "more than max_reduction=0.3"),
         ({"total_states": 1}, "total_states=1 is less than one state for each of 2 layers"),
         ({"max_drop": 0.1, "evaluate": lambda m: 0.0, "window": 1.0}, "the last cut, at step 80, would be examined 10"),
     ],
