@@ -144,7 +144,11 @@ def test_scores_of_other_examples_are_refused() -> None:
         loop.step()
 
 
-@pytest.mark.parametrize("kind", [list, np.array, torch.tensor])
+def of_each(kind: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    return lambda values: [kind(value) for value in values]
+
+
+@pytest.mark.parametrize("kind", [list, tuple, np.array, torch.tensor, of_each(np.float32), of_each(torch.tensor)])
 def test_one_score_per_example_is_a_metric_and_their_mean_counts(kind: Callable[..., Any]) -> None:
     values = [True, False] * 6 + [1, 0, 0]
     value, scores = measured(LRU(3, 16), lambda _: kind(values))

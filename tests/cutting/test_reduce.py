@@ -14,7 +14,7 @@ from compressm.cutting import compress, plan_reduction, resize_states, state_dim
 from compressm.cutting.metrics import measure
 from compressm.cutting.spectrum import analyze
 from compressm.errors import CheckpointError, InvalidRankRuleError, InvalidSystemError, UnsupportedModelError
-from compressm.layers import LRU, S4D, SequenceClassifier
+from compressm.layers import LRU, S4D, LinearAttention, SequenceClassifier
 from compressm.theory.balancing import Method, balance, truncate
 from compressm.theory.certificate import Certificate
 from compressm.theory.rank_rule import RankRule
@@ -147,6 +147,26 @@ def test_a_loss_is_better_lower_and_reported_as_it_is() -> None:
     assert 34 <= states(least) == states(best) < 64
     assert (report.metric_before, report.metric_after) == (-64, -states(least))
     assert json.loads(json.dumps(report.to_dict()))["metric_after"] == -states(least)
+
+
+def test_states_that_the_data_leave_at_rest_are_not_removed_if_the_metric_needs_them() -> None:
+    torch.manual_seed(0)
+    layer = LinearAttention(8, 8)
+    before, u = copy.deepcopy(layer), torch.randn(16, 20, 8)
+    data = torch.zeros(4, 20, 8)
+    data[..., 0] = torch.randn(4, 20)  # one of eight channels
+
+    def closeness(one: nn.Module) -> float:
+        with torch.no_grad():
+            return -float((one(u) - before(u)).square().mean())
+
+    report = compress(layer, max_drop=1e-9, evaluate=closeness, data=[data])
+    assert closeness(layer) >= -1e-9
+    assert (report.metric_before, report.metric_after) == (0.0, closeness(layer))
+    assert report.layers[0].reason == "the metric dropped by more than max_drop after every cut that was tried"
+    assert report.predicted_loss is None  # nothing is known of the loss
+    report = compress(layer, max_drop=1.0, evaluate=closeness, data=[data])
+    assert report.cut
 
 
 def closeness_after(model: SequenceClassifier, dims: dict[str, int], closeness) -> float:

@@ -268,6 +268,11 @@ def test_the_end_says_what_was_promised_and_what_is_not_known(caplog: pytest.Log
         "step 80: end, metric 0.5; the kept cuts cost 0.25 ± 0 when they were examined, 0.6 was allowed; where the "
         "training would be without cuts is not known, since none ran beside it to the end"
     )
+    nothing = Loop(states=8, cuts=2, window=0.5, max_drop=0, evaluate=lambda _: 0.5)
+    nothing.run(80)
+    end = nothing.compressor.history[-1]
+    assert isinstance(end, Ended)
+    assert (end.loss, end.promised) == (0.0, 0.0)  # cuts were kept, and were allowed to cost nothing
     with caplog.at_level("INFO"):
         Loop(states=8, cuts=2, window=0.5).run(80)
     assert "what the cuts cost cannot be said: max_drop and evaluate were not given" in caplog.messages[-1]
@@ -446,6 +451,11 @@ def test_settled_trigger_resumes_between_probes() -> None:
         ({"tolerance": 0.1, "on_setback": "cry"}, "on_setback must be"),
         ({"tolerance": 0.1, "selection": "randm"}, "selection must be one of 'hankel'.*; got 'randm'"),
         ({"tolerance": 2.0}, "tolerance must be"),
+        (
+            {"tolerance": 0.1, "min_reduction": 0.6},
+            "min_reduction=0.6 is more than max_reduction=0.5, so no layer could",
+        ),
+        ({"states": 1, "min_reduction": 0.5, "max_reduction": 0.3}, "more than max_reduction=0.3"),
         ({"total_states": 1}, "total_states=1 is less than one state for each of 2 layers"),
         ({"max_drop": 0.1, "evaluate": lambda m: 0.0, "window": 1.0}, "the last cut, at step 80, would be examined 10"),
     ],

@@ -70,6 +70,14 @@ LINES: list[tuple[Event, str, dict[str, float]]] = [
         "the training would be without cuts is not known, since none ran beside it to the end",
         {},
     ),
+    (
+        Ended(99, metric=0.91, loss=0.0, error=0.0, promised=0.0),  # max_drop=0
+        "step 99: end, metric 0.91; the kept cuts cost 0 ± 0 when they were examined, 0 was allowed; where the "
+        "training would be without cuts is not known, since none ran beside it to the end",
+        {},
+    ),
+    (Ended(99), "step 99: end, metric not finite; no cut was kept, so none cost anything", {}),
+    (Postponed(10), "step 10: no cut, since the metric is not finite", {}),
     (Ended(99, metric=0.91), "step 99: end, metric 0.91; no cut was kept, so none cost anything", {}),
     (Unchanged(20, 0.25, (KEPT,)), "step 20: nothing to cut", {"compressm/states/blocks.0.ssm": 8.0}),
     (Kept(15, metric=0.91, reference=0.9), "step 15: cut kept, metric 0.91 against 0.9", {}),
@@ -124,7 +132,7 @@ def test_the_oldest_and_the_newest_form() -> None:
     undone = {"kind": "rolled_back", "step": 6, "seconds": 1.0, "layers": [], "metric": None, "reference": 0.9,
               "restored_step": 4}  # fmt: skip  # the metric was NaN, which JSON does not have
     assert Event.from_dict(undone) == RolledBack(6, 1.0, None, 0.9, restored_step=4)
-    assert str(Event.from_dict(undone)) == "step 6: cut undone, back to step 4, "
+    assert str(Event.from_dict(undone)) == "step 6: cut undone, back to step 4, metric not finite against 0.9"
     assert Event.from_dict({**undone, "told_by_a_later_version": 1}) == Event.from_dict(undone)
     with pytest.raises(
         CheckpointError, match=r"kind 'grown'; this version knows cut, unchanged, watched, kept, rolled_back"

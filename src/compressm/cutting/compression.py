@@ -39,6 +39,7 @@ from compressm.theory.targets import Target
 # Under `max_drop`: the number of cuts to try, and the range of their tolerances.
 _TRIALS, _LEAST, _LARGEST = 10, 1e-5, 0.99
 _CHECKS = 6  # how many plans are measured under `max_loss`
+_DROPS = "the metric dropped by more than max_drop after every cut that was tried"
 _ABOVE = "the rise of the loss on held-out data was above max_loss for every cut that was tried"
 
 
@@ -338,6 +339,9 @@ def plan_within_drop(
         wanted = replace(rule, tolerance=tolerance)
         return plan_reduction(model, wanted, balancings=balancings, selection=selection, cuts=cuts, loss=evidence)
 
+    def within(metric: float) -> bool:
+        return math.isfinite(metric) and sign_of(mode) * (metric - reference) >= -max_drop
+
     saved = state_dims(model), copy.deepcopy(model.state_dict())
     best, kept = planned(0.0), None  # removes only states without energy
     low, high = _LEAST, _LARGEST
@@ -345,12 +349,14 @@ def plan_within_drop(
         middle = (low * high) ** 0.5
         plan = planned(middle)
         metric = _metric_after(model, plan, metric_of, *saved)
-        if math.isfinite(metric) and sign_of(mode) * (metric - reference) >= -max_drop:
+        if within(metric):
             low, best, kept = middle, plan, metric
         else:
             high = middle
     if kept is None:
         kept = _metric_after(model, best, metric_of, *saved) if best.changes else reference
+        if not within(kept):  # states without energy on the data may have some where the metric is measured
+            best, kept = best.withdrawn(_DROPS), reference
     return best.with_metrics(reference, kept)
 
 

@@ -79,12 +79,17 @@ def warn_not_finite(metric: float, what: str) -> None:
 
 
 def _as_scores(value: Any) -> Tensor | None:
-    """One score per example, shape ``(N,)``: a list, or a tensor or array of one axis. None for anything else."""
-    if isinstance(value, list):
-        numbers: list[Any] = value
-        if len(numbers) < FEWEST_SCORES or not all(isinstance(one, bool | int | float) for one in numbers):
+    """One score per example, shape ``(N,)``: numbers in a list or tuple, or a tensor or array of one axis.
+
+    None for anything else.
+    """
+    if isinstance(value, list | tuple):
+        if len(value) < FEWEST_SCORES:
             return None
-        return torch.tensor(numbers, dtype=torch.float32)
+        try:  # numbers of Python, NumPy and torch alike
+            return torch.tensor([as_metric(one) for one in value], dtype=torch.float32)
+        except EvaluationError:
+            return None
     if getattr(value, "ndim", None) != 1 or len(value) < FEWEST_SCORES:
         return None
     try:

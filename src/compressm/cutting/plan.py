@@ -112,7 +112,8 @@ class Plan:
             else one
             for one in self.report.layers
         )
-        return Plan(replace(self.report, layers=layers, predicted_loss=0.0), {})
+        predicted = None if self.report.predicted_loss is None else 0.0
+        return Plan(replace(self.report, layers=layers, predicted_loss=predicted), {})
 
     def apply(
         self, model: nn.Module, optimizer: Optimizer | Together | None = None, carry: Carry = "transform"

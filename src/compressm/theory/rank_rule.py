@@ -62,7 +62,8 @@ class RankRule:
             ``"flashinfer"``, ``"llama.cpp"`` or ``"transformers"``; see `compressm.theory.targets` for what each takes.
 
     Raises:
-        InvalidRankRuleError: none or several of the six rules, a value out of range, or a limit below ``multiple_of``.
+        InvalidRankRuleError: none or several of the six rules, a value out of range, a limit below ``multiple_of``, or
+            ``min_reduction`` above ``max_reduction``.
     """
 
     tolerance: float | None = None
@@ -92,6 +93,11 @@ class RankRule:
         _check("multiple_of", self.multiple_of, lambda v: v >= 1 and v == int(v), "a whole number of at least 1")
         _check("min_reduction", self.min_reduction, lambda v: 0 <= v < 1, "a share in [0, 1)")
         _check("max_reduction", self.max_reduction, lambda v: 0 < v <= 1, "a share in (0, 1]")
+        if self.min_reduction > self.max_reduction:
+            raise InvalidRankRuleError(
+                f"min_reduction={self.min_reduction:g} is more than max_reduction={self.max_reduction:g}, so no layer "
+                "could be cut: lower min_reduction, or raise max_reduction"
+            )
         if self.target is not None:
             check_choice("target", self.target, Target)
             if self.per_layer and self.target in ONE_SIZE:

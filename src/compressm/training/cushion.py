@@ -277,8 +277,10 @@ class Cushion:
             EvaluationError: as in `evaluated`.
         """
         assert self.max_drop is not None
-        lost, error = _together(self.costs)
         metric = self.metric(self.evaluated(step).value)
+        if not self.costs:
+            return Ended(step, metric=metric)
+        lost, error = _together(self.costs)
         return Ended(step, metric=metric, loss=lost, error=error, promised=len(self.costs) * self.max_drop)
 
     def state_dict(self) -> dict[str, Any]:

@@ -161,10 +161,13 @@ class _Examined(Event):
     error: float | None = None
 
     def _against(self) -> str:
-        if self.metric is None:
-            return ""
-        text = f"metric {self.metric:.4g} against {self.reference or 0:.4g}"
+        text = f"metric {_number(self.metric)} against {self.reference or 0:.4g}"
         return text if self.loss is None else f"{text}, loss {_with_error(self.loss, self.error)}"
+
+
+def _number(metric: float | None) -> str:
+    """A metric; None was stored for one that was not finite."""
+    return "not finite" if metric is None else f"{metric:.4g}"
 
 
 def _with_error(loss: float, error: float | None) -> str:
@@ -226,7 +229,7 @@ class Postponed(Event):
     metric: float | None = None
 
     def _what(self) -> str:
-        return f"no cut, since the metric is {self.metric}"
+        return f"no cut, since the metric is {_number(self.metric)}"
 
 
 @dataclass(frozen=True)
@@ -250,24 +253,24 @@ class Ended(Event):
     """The training is at its end.
 
     Attributes:
-        metric: the metric at the end.
-        loss: what the kept cuts cost together when they were examined.
+        metric: the metric at the end. None in a stored history if it was not finite.
+        loss: what the kept cuts cost together when they were examined; None if no cut was kept.
         error: standard error of the loss; None if it is not known.
-        promised: what they were allowed to cost together, ``max_drop`` for each.
+        promised: what they were allowed to cost together, ``max_drop`` for each; None if no cut was kept.
     """
 
     kind = "ended"
 
     metric: float | None = None
-    loss: float = 0.0
+    loss: float | None = None
     error: float | None = None
-    promised: float = 0.0
+    promised: float | None = None
 
     def _what(self) -> str:
-        if not self.promised:
-            return f"end, metric {self.metric or 0:.4g}; no cut was kept, so none cost anything"
+        if self.loss is None or self.promised is None:
+            return f"end, metric {_number(self.metric)}; no cut was kept, so none cost anything"
         return (
-            f"end, metric {self.metric or 0:.4g}; the kept cuts cost {_with_error(self.loss, self.error)} when they "
+            f"end, metric {_number(self.metric)}; the kept cuts cost {_with_error(self.loss, self.error)} when they "
             f"were examined, {self.promised:.2g} was allowed; where the training would be without cuts is not known, "
             "since none ran beside it to the end"
         )

@@ -76,6 +76,8 @@ class Option:
             return "True or False"
         if self.type is Which:
             return EXPECTED
+        if get_origin(self.type) is Callable:
+            return "a function"
         if high is None:
             kind = "whole number" if self.type is int else "number"
             return f"a {kind} greater than {low}" if "gt" in self.bounds else f"a {kind} of at least {low}"
@@ -92,14 +94,18 @@ class Option:
             return
         if get_origin(self.type) is Literal:
             check_choice(self.name, value, self.type)
-        elif self.type in (int, float, bool, Which) and not self._fits(value):
+        elif not self._fits(value):
             raise InvalidRankRuleError(f"{self.name} must be {self.expected}; got {value!r}")
 
     def _fits(self, value: Any) -> bool:
         if self.type is Which:
             return is_which(value)
+        if get_origin(self.type) is Callable:
+            return callable(value)
         if self.type is bool:
             return bool(value in (True, False))  # 0, 1 and NumPy's booleans are allowed too, strings are not
+        if self.type not in (int, float):
+            return True
         if isinstance(value, bool | str | bytes):
             return False
         try:

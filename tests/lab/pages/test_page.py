@@ -16,8 +16,9 @@ from compressm.errors import CheckpointError, ConfigError
 from compressm.lab.pages import load_runs, write_page
 from compressm.lab.pages.charts import comparison_charts, run_charts
 from compressm.lab.pages.metrics import front
-from compressm.lab.pages.page import _cards, _row, _seconds, render
+from compressm.lab.pages.page import _cards, _event, _row, _seconds, render
 from compressm.lab.pages.words import in_words
+from compressm.training.history import Cut, Ended, Event
 
 HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)>"
 
@@ -177,6 +178,18 @@ def test_a_saved_model_tells_its_history(runs: Path) -> None:
     titles = [chart.title for chart in run_charts(run)]
     assert titles == ["State dimension", "Hankel singular values", "Eigenvalues in the unit disc", "Certificates"]
     assert "What the compressor did" in render([run])
+
+
+@pytest.mark.parametrize(
+    ("event", "details"),
+    [
+        (Cut(10, predicted_loss=0.0123), "predicted rise of the loss 0.012 nats"),
+        (Cut(10, 0.0, (), 0.9, 0.85, 0.0123), "metric 0.9000 → 0.8500, predicted rise of the loss 0.012 nats"),
+        (Ended(99, metric=0.9), "metric 0.9000"),  # no cut was kept
+    ],
+)
+def test_an_event_is_told_by_what_is_known_of_it(event: Event, details: str) -> None:
+    assert _event(event.to_dict())["details"] == details
 
 
 def test_a_folder_of_results(runs: Path, tmp_path: Path) -> None:

@@ -137,15 +137,15 @@ def _event(event: dict[str, Any]) -> dict[str, Any]:
         "recompiled": "graphs recompiled", "postponed": "cut put off: the metric is not finite",
         "watched": "cut watched on", "stopped": "no more cuts", "ended": "end",
     }  # fmt: skip
-    details = event.get("reason") or ""
+    details: list[str] = [event["reason"]] if event.get("reason") else []
     if event.get("metric") is not None:
-        details = _measured(event)
+        details.append(_measured(event))
     if event.get("predicted_loss") is not None:
-        details += f", predicted rise of the loss {event['predicted_loss']:.2g} nats"
+        details.append(f"predicted rise of the loss {event['predicted_loss']:.2g} nats")
     return {
         "step": f"{event['step']:,}",
         "what": titles.get(event["kind"], event["kind"]),
-        "details": details,
+        "details": ", ".join(details),
         "layers": [_layer(layer) for layer in event["layers"]],
     }
 
