@@ -132,7 +132,7 @@ def _line(layer: str, ours: list[dict[str, Any]]) -> str:
     )
 
 
-def with_tables(page: str, rows: list[dict[str, Any]]) -> str:
+def with_table(page: str, rows: list[dict[str, Any]]) -> str:
     """The page docs/which-rule.md with the tables of these rows."""
     for rule in ("tolerance", "max_loss", "max_loss, labels"):
         page = between(page, BEGIN.format(rule), END.format(rule), table(rows, rule))
@@ -151,7 +151,7 @@ def main() -> None:
     rows: list[dict[str, Any]] = json.loads(arguments.json.read_text())["cuts"] if arguments.json.exists() else []
     if not arguments.table:
         run(arguments, rows)
-    PAGE.write_text(with_tables(PAGE.read_text(encoding="utf-8"), rows), encoding="utf-8")
+    PAGE.write_text(with_table(PAGE.read_text(encoding="utf-8"), rows), encoding="utf-8")
 
 
 def run(arguments: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
