@@ -58,6 +58,12 @@ def shoot(browser: Any, name: str, page_file: Path, output: Path) -> list[str]:
     return wrong
 
 
+def chromium(driver: Any) -> Any:
+    """A headless Chromium: the system's, or playwright's own."""
+    path = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
+    return driver.chromium.launch(executable_path=path, args=["--no-sandbox", "--disable-gpu"])
+
+
 def main() -> None:
     from playwright.sync_api import sync_playwright
 
@@ -76,9 +82,8 @@ def main() -> None:
         pages["report"] = given.report
     if given.notebooks:
         pages |= {path.stem: path for path in sorted(given.notebooks.glob("*.html"))}
-    chromium = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
     with sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-gpu"])
+        browser = chromium(driver)
         wrong = [line for name, path in pages.items() for line in shoot(browser, name, path.resolve(), given.output)]
         if given.report:
             page = browser.new_page()

@@ -1,4 +1,4 @@
-"""How fast a report opens in Chromium: ``python benchmarks/report_page.py results/ablation-loss --runs 50``.
+"""How fast a report opens in Chromium: ``python scripts/report_page.py results/ablation-loss --runs 50``.
 
 Seconds from the call to the first paint, to the load event, and until the first chart is drawn, to which the page is
 scrolled at once; and the seconds of computing of the page's main thread up to the load event and up to the chart, which
@@ -9,11 +9,11 @@ of the system's, or playwright's own.
 from __future__ import annotations
 
 import argparse
-import os
-import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
+
+from screenshots import chromium
 
 from compressm.lab.pages import load_runs, write_page
 
@@ -55,11 +55,10 @@ def main() -> None:
     given = parser.parse_args()
     found = load_runs(given.paths)
     runs = [found[number % len(found)] for number in range(given.runs or len(found))]
-    chromium = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
     with tempfile.TemporaryDirectory() as folder, sync_playwright() as driver:
         page_file = Path(folder) / "report.html"
         write_page(runs, page_file)
-        browser = driver.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-gpu"])
+        browser = chromium(driver)
         best = [min(times) for times in zip(*(opening(browser, page_file) for _ in range(given.repeats)), strict=True)]
         size = page_file.stat().st_size / 1e6
         browser.close()
