@@ -28,7 +28,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from platformdirs import user_cache_path
 from torch import Tensor
 
 _FOLDER = Path(__file__).with_name("kernels")
@@ -185,8 +184,11 @@ def cache_file(name: str) -> Path:
 
 
 def _cache() -> Path:
-    named = os.environ.get("COMPRESSM_CACHE")
-    return Path(named) if named else user_cache_path("compressm", appauthor=False)
+    if named := os.environ.get("COMPRESSM_CACHE"):
+        return Path(named)
+    from platformdirs import user_cache_path  # not at the top: every `import compressm` would wait for it
+
+    return user_cache_path("compressm", appauthor=False)
 
 
 def _further_flags() -> list[str]:
