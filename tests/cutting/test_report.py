@@ -23,7 +23,7 @@ LINEAR = LayerReport(
 SELECTIVE = LayerReport(
     "blocks.1.ssm", 8, 5, "cut", "", ErrorEstimate(8, 5, 0.0625, 0.03125), (1.0,), 0.9, 0.1, 0.2
 )  # fmt: skip
-KEPT = LayerReport("head", 8, 8, "kept", "less than 5% of 8 states would go", None, (1.0,))
+KEPT = LayerReport("head", 8, 8, "kept", "the rule keeps all 8 states", None, (1.0,))
 REFUSED = LayerReport("other", 8, 8, "refused", "it is unstable", CERTIFICATE, (1.0,))
 
 
@@ -42,7 +42,7 @@ def test_the_table_has_a_row_per_layer_with_numbers_below_their_titles() -> None
     assert [cells(row) for row in rows] == [
         ["blocks.0.ssm", "64 → 16", "1.25e-02", "", "1.00e-02", "2.500e-01", "5.000e-01", "cut"],
         ["blocks.1.ssm", "8 → 5", "1.00e-01", "2.00e-01", "6.25e-02", "", "", "cut"],
-        ["head", "8 → 8", "", "", "", "", "", "kept: less than 5% of 8 states would go"],
+        ["head", "8 → 8", "", "", "", "", "", "kept: the rule keeps all 8 states"],
         ["other", "8 → 8", "", "", "1.00e-02", "2.500e-01", "5.000e-01", "refused: it is unstable"],
     ]
 

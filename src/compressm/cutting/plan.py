@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -275,13 +276,21 @@ def _decide(kept: LayerReport, cuts: MadeCuts, states: int, rule: RankRule) -> _
     present = kept.states_before
     proposal = cuts.proposal(kept.name, states, rule) if passes_gate(present, states, rule) else None
     if proposal is None:
-        return _Decision(replace(kept, reason=f"less than {rule.min_reduction:.0%} of {present} states would go"))
+        return _Decision(replace(kept, reason=_why_kept(present, rule)))
     known = replace(kept, certificate=proposal.certificate)
     if proposal.change is None:
         return _Decision(replace(known, outcome="refused", reason=proposal.reason))
     report = replace(known, outcome="cut", states_after=proposal.states, energy_kept=proposal.energy_kept)
     report = replace(report, poles_before=proposal.poles_before, poles_after=proposal.poles_after)
     return _Decision(report, proposal.change, proposal.reduction)
+
+
+def _why_kept(present: int, rule: RankRule) -> str:
+    """Why a layer of ``present`` states is not cut, if no cut under the rule passes `passes_gate`."""
+    least = max(1, math.ceil(rule.min_reduction * present))
+    if least == 1:
+        return f"the rule keeps all {present} states"
+    return f"fewer than {least} of {present} states would go (min_reduction={rule.min_reduction:g})"
 
 
 def _unless_shared(decision: _Decision, layer: nn.Module, shared: _Owners) -> _Decision:

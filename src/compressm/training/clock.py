@@ -166,7 +166,7 @@ class Savings:
     def __str__(self) -> str:
         spared = ""
         if self.flops is not None and self.flops_if_big is not None:
-            spared = f", {1 - self.flops / self.flops_if_big:.0%} of the operations were spared"
+            spared = f", {100 * (1 - self.flops / self.flops_if_big):.3g}% of the operations were spared"
         return (
             f"{self.steps} steps and their cuts took {self.seconds:.0f} s; without cuts an estimated "
             f"{self.seconds_if_big:.0f} s ({self.speedup:.1f} times); {self._step()}"

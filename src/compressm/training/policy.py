@@ -161,7 +161,8 @@ class Policy:
         if schedule.over:
             return "the cut that was undone was the last one"
         if self._goal.too_mild(mildness):
-            return f"after repeated setbacks the next one would remove less than {self._goal.rule.min_reduction:.0%}"
+            least = self._goal.rule.min_reduction
+            return f"after repeated setbacks the next one would remove less than {100 * least:.3g}% of the states"
         if not schedule.leaves_time(schedule.next_cut):
             return _NO_TIME
         return ""

@@ -279,7 +279,7 @@ def _saves(big: Size, small: Size) -> str:
     """What the smaller size saves."""
     faster, fewer = 1 - small.seconds / big.seconds, 1 - small.parameters / big.parameters
     time = f"a step takes {faster:.0%} less time" if faster >= _NOTICED else "a step takes about the same time"
-    return f"{time}, with {fewer:.0%} fewer parameters"
+    return f"{time}, with {100 * fewer:.3g}% fewer parameters"
 
 
 def answer_of(
