@@ -9,12 +9,12 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from scipy.linalg import solve_discrete_lyapunov
+from tests.helpers import real_matrices
 from torch import nn
 
 import compressm
 from compressm.adapters import find_layers
 from compressm.layers import LRU, S5
-from tests.helpers import real_matrices
 
 
 def hankel_singular_values(layer: nn.Module) -> NDArray[np.float64]:

@@ -20,7 +20,6 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
-from scipy.linalg import matrix_balance
 from torch import Tensor
 
 from compressm.errors import InvalidSystemError
@@ -144,6 +143,8 @@ def modes_of(A: Array, B: Array, C: Array) -> tuple[Array, Array, Array, bool]:
     Raises:
         InvalidSystemError: A is not diagonalisable, or so nearly not that the result would mean nothing.
     """
+    from scipy.linalg import matrix_balance  # a tenth of the time that importing compressm takes
+
     # States of a transfer function's companion form differ by orders of magnitude, which says nothing about its modes.
     A, (scales, _) = matrix_balance(A, permute=False, separate=True)
     B, C = B / scales[:, None], C * scales
