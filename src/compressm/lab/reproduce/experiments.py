@@ -122,6 +122,25 @@ EXPERIMENTS: dict[str, Experiment] = {
             changes=scaled_down("scifar"),
         ),
         Experiment(
+            "psmnist-loss",
+            "Permuted sequential MNIST in 196 steps, LRU of 256 states: one cut by white noise, or by data and loss",
+            "psmnist",
+            (
+                Arm("full", BIG),
+                *(
+                    arm
+                    for states in (28, 12)
+                    for arm in (
+                        Arm(f"small{states}", {**BIG, "model.d_state": states}),
+                        Arm(f"white{states}", once(0.25, states=states), small=f"small{states}"),
+                        Arm(f"loss{states}", by_loss(0.25, states=states), small=f"small{states}"),
+                    )
+                ),
+            ),
+            steps=6000,
+            changes=SHORT,
+        ),
+        Experiment(
             "ablation-loss",
             "Sequential MNIST in 196 steps, LRU of 256 states: one cut by white noise, or by data and loss",
             "smnist",
