@@ -89,22 +89,26 @@ def _metrics_of(batches: Batches) -> tuple[Metric, ...]:
 
 @torch.no_grad()
 def mean_loss(model: nn.Module, batches: Batches) -> float:
-    """Cross-entropy of classes and tokens, the mean squared error of numbers, in evaluation mode."""
-    losses: list[float] = []
+    """Cross-entropy of classes and tokens, the mean squared error of numbers, in evaluation mode.
+
+    The mean is over all predictions: batches may hold different numbers of them.
+    """
+    total, count = 0.0, 0
     for inputs, targets in batches:
         out = model(**inputs)
         logits: Tensor = out if isinstance(out, Tensor) else out.logits
         if targets.is_floating_point():
-            losses.append(float(F.mse_loss(logits.float().reshape(targets.shape), targets.float())))
+            total += float(F.mse_loss(logits.float().reshape(targets.shape), targets.float(), reduction="sum"))
+            count += targets.numel()
             continue
         if logits.ndim == 3:
             targets = _without_padding(model, inputs, targets)
             logits, targets = logits[:, :-1], targets[:, 1:]
         # Sequence by sequence, since a large vocabulary makes logits in float32 larger than the model.
         rows = zip(logits, targets, strict=True)
-        total = sum(float(F.cross_entropy(one.float(), wanted, reduction="sum")) for one, wanted in rows)
-        losses.append(total / int((targets != -100).sum()))
-    return sum(losses) / len(losses)
+        total += sum(float(F.cross_entropy(one.float(), wanted, reduction="sum")) for one, wanted in rows)
+        count += int((targets != -100).sum())
+    return total / count
 
 
 def _without_padding(model: nn.Module, inputs: Mapping[str, Tensor], tokens: Tensor) -> Tensor:

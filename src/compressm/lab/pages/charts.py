@@ -293,10 +293,13 @@ def certificates(run: Run) -> Chart | None:
     )
     views[""] = [Frame("", traces)]
     layout = {
-        "xaxis": _axis("promised: twice the sum of the discarded values", type="log", exponentformat="power", dtick=1),
+        "xaxis": _axis("promised H∞ error", type="log", exponentformat="power", dtick=1),
         "yaxis": _axis("true H∞ error", type="log", exponentformat="power", dtick=1),
     }
-    caption = "Every cut was checked: a point above the line would be an error larger than promised, and refused."
+    caption = (
+        "Promised is twice the sum of the discarded Hankel singular values. Every cut was checked: a point above the "
+        "line would be an error larger than promised, and refused."
+    )
     return Chart("Certificates", caption, views, layout)
 
 
@@ -313,7 +316,7 @@ def costs(run: Run) -> Chart | None:
             Frame(
                 "",
                 [{"x": at, "y": [1000 * phase["step_seconds"] for phase in phases], "type": "bar", "text": x,
-                  "marker": {"color": COLOURS[0]}}],
+                  "textposition": "none", "marker": {"color": COLOURS[0]}}],
                 {"yaxis": _axis("milliseconds a step", rangemode="tozero")},
             )
         ],
@@ -323,7 +326,7 @@ def costs(run: Run) -> Chart | None:
             Frame(
                 "",
                 [{"x": at, "y": [phase["kept_bytes"] / 1e6 for phase in phases], "type": "bar", "text": x,
-                  "marker": {"color": COLOURS[3]}}],
+                  "textposition": "none", "marker": {"color": COLOURS[3]}}],
                 {"yaxis": _axis("MB kept for the backward pass", rangemode="tozero")},
             )
         ]  # fmt: skip
