@@ -360,6 +360,8 @@ def test_without_a_rule_a_cut_takes_little_energy_and_no_more_than_half_of_the_s
 def test_after_a_setback_a_rule_of_size_goes_half_of_the_way() -> None:
     loop = Loop(states=2, cuts=2, max_drop=0.01, window=0.5, **harmed_once())
     assert [event.kind for event in loop.run(80)] == ["cut", "rolled_back", "cut", "kept"]
+    short = next(str(event) for event in loop.compressor.history if event.kind == "fell_short")
+    assert "states=2 was asked for, and the cuts end at 8 states a layer: cuts after one that was undone go" in short
     assert set(loop.compressor.state_dims.values()) == {8}  # the geometric middle of 32 and 2, less than half of 32
 
 

@@ -29,7 +29,7 @@ from compressm.cutting.compression import check_rule
 from compressm.cutting.fitting import fit_any_size
 from compressm.cutting.plan import must_be_alike
 from compressm.cutting.replay import errors_on_samples
-from compressm.cutting.sizes import checked_sizes, resized_parameters
+from compressm.cutting.sizes import checked_sizes, resized_parameters, sizes_for
 from compressm.cutting.spectrum import balance_layers, check_cut_by_loss
 from compressm.observing.loss_evidence import Gramians
 from compressm.observing.observer import Terms
@@ -41,7 +41,7 @@ from compressm.theory.possible_sizes import check_sizes
 from compressm.theory.rank_rule import RankRule
 from compressm.theory.selection import Selection
 from compressm.training.averages import check_averages, guard_averages
-from compressm.training.goal import initial_dims
+from compressm.training.goal import Goal, initial_dims
 from compressm.training.observations import Observations
 
 log = logging.getLogger(__name__)
@@ -121,6 +121,12 @@ class Cutter:
     def state_dims(self) -> dict[str, int]:
         """Present state dimension of every layer, by its name in the model."""
         return state_dims(self.model)
+
+    @_of_chosen
+    def obstacle(self, goal: Goal, cuts: int) -> str:
+        """Why so many cuts of this model will not arrive at the size that was asked for; see `Goal.obstacle`."""
+        alike = must_be_alike(find_layers(self.model), goal.rule)
+        return goal.obstacle(initial_dims(self.state_dims), cuts, alike, sizes_for(self.model, goal.rule))
 
     @_of_chosen
     def resized_parameters(self) -> list[nn.Parameter]:

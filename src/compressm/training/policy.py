@@ -13,8 +13,8 @@ from compressm.cutting.metrics import MetricWarning, warn_not_finite
 from compressm.errors import EvaluationError
 from compressm.training.cushion import LOOKS, Cushion, CushionWarning, gap
 from compressm.training.cutter import Cutter
-from compressm.training.goal import Goal
-from compressm.training.history import Cut, Event, Postponed, RolledBack, Stopped, Unchanged
+from compressm.training.goal import Goal, GoalWarning
+from compressm.training.history import Cut, Event, FellShort, Postponed, RolledBack, Stopped, Unchanged
 from compressm.training.schedule import LOOKS_BEFORE, Schedule
 
 _NO_TIME = "too few steps are left to examine one"
@@ -32,6 +32,8 @@ class Policy:
 
     def __init__(self, schedule: Schedule, goal: Goal, cushion: Cushion, cutter: Cutter) -> None:
         self._schedule, self._goal, self._cushion, self._cutter = schedule, goal, cushion, cutter
+        if obstacle := cutter.obstacle(goal, len(schedule.cut_steps)):
+            warnings.warn(obstacle, GoalWarning, stacklevel=3)
 
     def started_with(self, states: int) -> None:
         """Restore the number of states of all layers together before the first cut."""
@@ -87,7 +89,10 @@ class Policy:
         plan = self._cutter.plan(self._goal.rule_now(dims, cuts_left, cushion.mildness))
         if not plan.changes:
             self._schedule.made()
-            return [Unchanged(step, plan.report.seconds, _layers(plan.report), reference)]
+            return [
+                Unchanged(step, plan.report.seconds, _layers(plan.report), reference),
+                *self._short(step, plan.report),
+            ]
         before = cushion.snapshot(step) if cushion.examines else None
         report = self._cutter.write(plan)
         if before is not None:
@@ -99,7 +104,18 @@ class Policy:
             cushion.warn_if_too_fine([step + self._schedule.check_after + i * self._apart for i in range(LOOKS)])
         elif before is None and cushion.evaluate is not None:
             metric = self._for_the_record(step)
-        return [Cut(step, report.seconds, _layers(report), reference, metric, report.predicted_loss)]
+        made = Cut(step, report.seconds, _layers(report), reference, metric, report.predicted_loss)
+        return [made, *self._short(step, report)]
+
+    def _short(self, step: int, report: Report) -> list[FellShort]:
+        """What there is to say after the last cut, if the size that was asked for was not reached."""
+        dims = report.state_dims.values()
+        if not self._schedule.over or self._goal.arrived(dims):
+            return []
+        reasons = dict.fromkeys(layer.reason for layer in report.layers if layer.reason)
+        why = "; ".join(reasons) or "cuts after one that was undone go a part of the way only"
+        text = f"{self._goal.size} was asked for, and the cuts end at {self._goal.measured(dims)}: {why}"
+        return [FellShort(step, reason=text)]
 
     def _for_the_record(self, step: int) -> float | None:
         """The metric right after a cut that is not examined. An error of ``evaluate`` cannot undo this cut."""
