@@ -278,7 +278,8 @@ def _decide(kept: LayerReport, cuts: MadeCuts, states: int, rule: RankRule, held
     present = kept.states_before
     proposal = cuts.proposal(kept.name, states, rule) if passes_gate(present, states, rule) else None
     if proposal is None:
-        return _Decision(replace(kept, reason=f"less than {rule.min_reduction:.0%} of {present} states would go"))
+        few = f"less than {rule.min_reduction:.0%} of {present} states would go"
+        return _Decision(replace(kept, reason=few if states < present else f"the rule keeps all {present} states"))
     known = replace(kept, certificate=proposal.certificate)
     if proposal.change is None:
         return _Decision(replace(known, outcome="refused", reason=proposal.reason))
