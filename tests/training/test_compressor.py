@@ -467,6 +467,30 @@ def test_bad_arguments_are_refused_by_name(arguments: dict[str, Any], message: s
         Loop(**arguments)
 
 
+def test_two_halves_of_a_model_have_two_compressors_only_if_no_cut_is_undone() -> None:
+    """A roll-back of one restores the whole model, and would undo cuts that the other one has counted."""
+
+    def half(loop: Loop, index: int, **more: Any) -> Compressor:
+        return Compressor(loop.model, loop.optimizer, 80, states=8, cuts=1, layers=f"blocks.{index}*", **more)
+
+    examined: dict[str, Any] = {"max_drop": 0.1, "evaluate": lambda _: 0.5}
+    loop = Loop(states=16, cuts=1, layers="blocks.0*")
+    second = half(loop, 1)
+    for _ in range(8):
+        loop.step()
+        second.step()
+    assert loop.compressor.state_dims | second.state_dims == {"blocks.0.ssm": 16, "blocks.1.ssm": 8}
+    half(loop, 1, **examined)  # the first one makes no more cuts
+    for first, then in (({}, examined), (examined, {})):
+        loop = Loop(states=16, cuts=1, layers="blocks.0*", **first)
+        half(Loop(states=16), 1, **then)  # another model
+        with pytest.raises(InvalidRankRuleError, match=r"another Compressor cuts blocks\.0\.ssm of the same model"):
+            half(loop, 1, **then)
+        half(loop, 0, **then)  # the same layers anew
+        del loop.compressor
+        half(loop, 1, **then)
+
+
 def test_a_model_without_state_is_refused_at_once() -> None:
     model = torch.nn.Linear(2, 2)
     with pytest.raises(UnsupportedModelError):

@@ -27,6 +27,7 @@ from compressm.cutting.carry import (
 )
 from compressm.cutting.compression import check_rule
 from compressm.cutting.fitting import fit_any_size
+from compressm.cutting.optimizers import members_of
 from compressm.cutting.plan import must_be_alike
 from compressm.cutting.replay import errors_on_samples
 from compressm.cutting.sizes import checked_sizes, resized_parameters, sizes_for
@@ -127,6 +128,19 @@ class Cutter:
         """Why so many cuts of this model will not arrive at the size that was asked for; see `Goal.obstacle`."""
         alike = must_be_alike(find_layers(self.model), goal.rule)
         return goal.obstacle(initial_dims(self.state_dims), cuts, alike, sizes_for(self.model, goal.rule))
+
+    def trains_with(self, other: Cutter) -> bool:
+        """Whether both cut layers of one training, and not the same ones."""
+        optimizers = [{id(one) for one in members_of(cutter.optimizer)} for cutter in (self, other)]
+        parameters = [{id(one) for one in cutter.model.parameters()} for cutter in (self, other)]
+        layers = [{id(one) for one in cutter.layers()} for cutter in (self, other)]
+        together = not optimizers[0].isdisjoint(optimizers[1]) or not parameters[0].isdisjoint(parameters[1])
+        return together and layers[0].isdisjoint(layers[1])
+
+    @_of_chosen
+    def layers(self) -> list[nn.Module]:
+        """The layers that are cut."""
+        return [layer for layer, _ in find_layers(self.model).values()]
 
     @_of_chosen
     def resized_parameters(self) -> list[nn.Parameter]:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import time
 import warnings
+import weakref
 from dataclasses import replace
 from typing import Any
 
 from compressm.cutting import Report
 from compressm.cutting.metrics import MetricWarning, warn_not_finite
-from compressm.errors import EvaluationError
+from compressm.errors import EvaluationError, InvalidRankRuleError
 from compressm.training.cushion import LOOKS, Cushion, CushionWarning, gap
 from compressm.training.cutter import Cutter
 from compressm.training.goal import Goal, GoalWarning
@@ -28,12 +30,30 @@ class Policy:
         goal: decides how far a cut goes.
         cushion: examines cuts and rolls back those that did harm.
         cutter: makes the cuts.
+
+    Raises:
+        InvalidRankRuleError: another compressor cuts other layers of the same training, and one of them examines cuts.
     """
 
     def __init__(self, schedule: Schedule, goal: Goal, cushion: Cushion, cutter: Cutter) -> None:
         self._schedule, self._goal, self._cushion, self._cutter = schedule, goal, cushion, cutter
         if obstacle := cutter.obstacle(goal, len(schedule.cut_steps)):
             warnings.warn(obstacle, GoalWarning, stacklevel=3)
+        _check_alone(self)
+
+    def spoils(self, other: Policy) -> bool:
+        """Whether a roll-back of one of them would undo cuts of the other.
+
+        A second compressor for the same layers takes the place of the first, as where a notebook's cell is run again.
+        """
+        examined = self._cushion.examines or other._cushion.examines
+        over = other._schedule.over and other._cushion.observed is None
+        return examined and not over and self._cutter.trains_with(other._cutter)
+
+    @property
+    def layers(self) -> str:
+        """Names of the layers that are cut."""
+        return ", ".join(self._cutter.state_dims)
 
     def started_with(self, states: int) -> None:
         """Restore the number of states of all layers together before the first cut."""
@@ -181,6 +201,22 @@ class Policy:
         if not schedule.leaves_time(schedule.next_cut):
             return _NO_TIME
         return ""
+
+
+_policies: weakref.WeakSet[Policy] = weakref.WeakSet()
+
+
+def _check_alone(new: Policy) -> None:
+    """Refuse a second compressor for a part of a training if a roll-back restores the whole of it."""
+    if any(new.spoils(other) for other in [*_policies]):
+        gc.collect()  # one that nobody holds any more may still be waiting for the collector
+    for other in [*_policies]:
+        if new.spoils(other):
+            raise InvalidRankRuleError(
+                f"max_drop undoes a cut by restoring the whole model and its optimizer, and another Compressor cuts "
+                f"{other.layers} of the same model: cut all layers by one Compressor, or give neither of them max_drop"
+            )
+    _policies.add(new)
 
 
 def _layers(report: Report) -> tuple[dict[str, Any], ...]:
