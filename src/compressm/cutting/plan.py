@@ -292,7 +292,7 @@ def _decide(kept: LayerReport, cuts: MadeCuts, states: int, rule: RankRule, held
 
 
 def _why_kept(present: int, states: int, rule: RankRule) -> str:
-    """Why a layer of ``present`` states, for which a rule chose ``states``, is not cut by any cut that passes the gate."""
+    """Why a layer is not cut: no cut of its ``present`` states, of which a rule chose ``states``, passes the gate."""
     least = max(1, math.ceil(rule.min_reduction * present))
     if states == present or least == 1:
         return f"the rule keeps all {present} states"
