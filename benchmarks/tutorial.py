@@ -109,9 +109,9 @@ def table(runs: list[Run]) -> str:
         ours = of(runs, d_state, rule)
         given = ", ".join(f"{name}={value}" for name, value in rule.items())
         name = f"`{given}`" if rule else "uncut" if d_state == STATES else "small from the start"
-        sizes = list(dict.fromkeys(str(run["states"]) for run in ours))
-        shares = ", ".join(f"{run['accuracy']:.1%}" for run in ours).replace("%", " %")
-        lines.append(f"| {name} | {', '.join(sizes)} | {shares} |")
+        sizes = [str(run["states"]) for run in ours]
+        shares = ", ".join(f"{run['accuracy']:.2%}" for run in ours).replace("%", " %")
+        lines.append(f"| {name} | {sizes[0] if len(set(sizes)) == 1 else ', '.join(sizes)} | {shares} |")
     return "\n".join(lines)
 
 
