@@ -117,9 +117,8 @@ def tones(runs: list[Run]) -> str:
     for d_state, rule in ((STATES, SHOWN), (SHOWN["states"], {})):
         hertz = next(run["hertz"] for run in of(runs, d_state, rule) if run["seed"] == 0)
         near.append(sum(any(abs(state - tone) <= NEAR for state in hertz) for tone in TONES))
-    return (
-        f"Of the seven tones {near[0]} have a state of the cut model within {NEAR} Hz, and {near[1]} one of the twin."
-    )
+    cut, twin = near
+    return f"With seed 0 the cut model has a state within {NEAR} Hz of {cut} of the seven tones, the twin of {twin}."
 
 
 def table(runs: list[Run]) -> str:
