@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import re
 import statistics
 import time
@@ -40,6 +41,7 @@ TRAININGS: tuple[tuple[int, dict[str, Any]], ...] = (  # states at the start, an
 )
 
 ACCURACIES = (20, 50, 80, 90, 95, 98, 99, 99.5, 99.9)
+TONES, NEAR = (697, 770, 852, 941, 1209, 1336, 1477), 25  # Hz
 LEAST = 0.00025  # half of one of the 2,000 test sequences
 
 
@@ -80,10 +82,17 @@ def measured(page: dict[str, Any], d_state: int, seed: int, rule: dict[str, Any]
         "d_state": d_state, "seed": seed, "rule": rule,
         "states": model.blocks[0].ssm.d_state,
         "accuracy": page["accuracy"](model, page["test"]),
+        "hertz": resonances(model),
         "cpu_seconds": time.process_time() - start,
         "history": [str(event) for event in compressor.history] if compressor else [],
         "warnings": [str(warning.message) for warning in said],
     }  # fmt: skip
+
+
+def resonances(model: Any) -> list[float]:
+    """The frequencies of the states at 8 kHz, in Hz."""
+    phases = model.blocks[0].ssm.theta_log.exp().tolist()
+    return sorted(abs(math.remainder(phase, 2 * math.pi)) * 8000 / (2 * math.pi) for phase in phases)
 
 
 def of(runs: list[Run], d_state: int, rule: dict[str, Any]) -> list[Run]:
@@ -102,6 +111,16 @@ def history(runs: list[Run]) -> str:
     return "\n".join(["```text", *run["history"], f"{run['accuracy']:.1%} right, states {dims}", "```"])
 
 
+def tones(runs: list[Run]) -> str:
+    """Which of the seven tones have a state near them, in the models of the page."""
+    near = []
+    for d_state, rule in ((STATES, SHOWN), (SHOWN["states"], {})):
+        hertz = next(run["hertz"] for run in of(runs, d_state, rule) if run["seed"] == 0)
+        near.append(sum(any(abs(state - tone) <= NEAR for state in hertz) for tone in TONES))
+    cut, twin = near
+    return f"With seed 0 the cut model has a state within {NEAR} Hz of {cut} of the seven tones, the twin of {twin}."
+
+
 def table(runs: list[Run]) -> str:
     """Every training: states at the end, and accuracy on test data, seed by seed."""
     lines = ["| training | states at the end | accuracy on test data, seeds 0, 1, 2 |", "|---|---:|---|"]
@@ -109,9 +128,9 @@ def table(runs: list[Run]) -> str:
         ours = of(runs, d_state, rule)
         given = ", ".join(f"{name}={value}" for name, value in rule.items())
         name = f"`{given}`" if rule else "uncut" if d_state == STATES else "small from the start"
-        sizes = list(dict.fromkeys(str(run["states"]) for run in ours))
-        shares = ", ".join(f"{run['accuracy']:.1%}" for run in ours).replace("%", " %")
-        lines.append(f"| {name} | {', '.join(sizes)} | {shares} |")
+        sizes = [str(run["states"]) for run in ours]
+        shares = ", ".join(f"{run['accuracy']:.2%}" for run in ours).replace("%", " %")
+        lines.append(f"| {name} | {sizes[0] if len(set(sizes)) == 1 else ', '.join(sizes)} | {shares} |")
     return "\n".join(lines)
 
 
@@ -153,9 +172,10 @@ def wrong(accuracy: float) -> float:
 
 
 def with_table(page: str, runs: list[Run]) -> str:
-    """The page docs/tutorial.md with the output and the table of these trainings."""
+    """The page docs/tutorial.md with the output, the tones and the table of these trainings."""
     name = "of results/tutorial.json, by benchmarks/tutorial.py -->"
     page = between(page, f"<!-- history: {name}", "<!-- end of history -->", history(runs))
+    page = between(page, f"<!-- tones: {name}", "<!-- end of tones -->", tones(runs))
     return between(page, f"<!-- table: {name}", "<!-- end of table -->", table(runs))
 
 
