@@ -45,7 +45,8 @@ from compressm.theory.balancing import Balancing, Reduction, balance, truncate
 from compressm.theory.covariance import CovarianceBalancing, balance_covariances, truncate_covariances
 from compressm.theory.evidence import Covariances
 
-STATES, BATCH, CUT_AT, LATER, STEPS, RATE = 256, 50, 500, 500, 2500, 4e-3
+STATES, BATCH, CUT_AT, STEPS, RATE = 256, 50, 500, 2000, 4e-3
+LATER = (100, 500, STEPS - CUT_AT)  # steps after the cut
 OBSERVED, SEQUENCES, RECORDED = 50, 4, 50  # steps and sequences of each, as in a Compressor; batches for distillation
 LAYER = "blocks.0.ssm"
 PAGE = Path("docs/negative.md")
@@ -107,7 +108,7 @@ class Trained:
         torch.manual_seed(seed)
         self.data, self.seed, self.step = data, seed, 0
         self.model = SequenceClassifier(1, 10, d_model=8, d_state=states, r_min=0.9, r_max=0.999, max_phase=np.pi / 10)
-        self.optimizer = torch.optim.AdamW(parameter_groups(self.model, RATE, 0.01))
+        self.optimizer = torch.optim.AdamW(parameter_groups(self.model, RATE, 0.01), fused=True)
         warm = round(0.03 * STEPS)
         self.schedule = torch.optim.lr_scheduler.SequentialLR(
             self.optimizer,
@@ -251,16 +252,16 @@ def make(seed: int, states: int, name: str, parts: Path) -> dict[str, Any]:
     if name == "small":
         training = Trained(mnist(), seed, states)
         training.run(STEPS)
-        return {**row, "end": training.measured()}
+        return {**row, "after": {STEPS - CUT_AT: training.measured()}}
     training, observer = continued(seed, parts)
     row["before"] = checkpoint(seed, parts)["measured"]
     if name != "big":
         row |= cut(training, observer, WAYS[name], states)
-        row["after_cut"] = training.measured()
-    training.run(CUT_AT + LATER)
-    row["later"] = training.measured()
-    training.run(STEPS)
-    return {**row, "end": training.measured()}
+    after = {0: training.measured()}
+    for steps in LATER:
+        training.run(CUT_AT + steps)
+        after[steps] = training.measured()
+    return {**row, "after": after}
 
 
 def jobs(seeds: Sequence[int], sizes: Sequence[int], ways: Sequence[str]) -> Iterator[tuple[int, int, str]]:
@@ -281,7 +282,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     everything = ["loss", "white", *(name for name in WAYS if name not in ("loss", "white")), "big", "small"]
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--states", nargs="+", type=int, default=[12, 6])
+    parser.add_argument("--states", nargs="+", type=int, default=[6, 4])
     parser.add_argument("--ways", nargs="+", choices=everything, default=everything)
     parser.add_argument("--parts", type=Path, default=Path("runs/refinement"), help="where finished trainings are kept")
     parser.add_argument("--json", type=Path, default=Path("results/refinement.json"))
@@ -301,7 +302,7 @@ def main() -> None:
                 row = make(seed, states, name, arguments.parts)
                 path.write_text(json.dumps(row), encoding="utf-8")
                 print(row, flush=True)
-                store(arguments.json, cut_at=CUT_AT, later=LATER, steps=STEPS, rows=gathered(arguments.parts))
+                store(arguments.json, cut_at=CUT_AT, steps=STEPS, rows=gathered(arguments.parts))
             bar.advance()
 
 

@@ -16,6 +16,7 @@ from compressm.adapters.registry import tell_written
 from compressm.cutting.carry import Carry, Together, check_optimizer, prepare_carry
 from compressm.cutting.held_base import hold_cut_base
 from compressm.cutting.made_cuts import MadeCuts
+from compressm.cutting.matching import matched
 from compressm.cutting.nats import damage_curves, predicted_rises
 from compressm.cutting.replay import Errors, errors_on_data
 from compressm.cutting.report import LayerReport, Report
@@ -23,6 +24,7 @@ from compressm.cutting.rise import Rise
 from compressm.cutting.sizes import sizes_for
 from compressm.cutting.spectrum import balance_layers
 from compressm.errors import InvalidSystemError, UnsupportedModelError
+from compressm.observing.damage import LinearSample
 from compressm.observing.held_out import Halves, halved
 from compressm.observing.loss_evidence import LossEvidence
 from compressm.runtime.paging import layer_done
@@ -172,6 +174,7 @@ def plan_reduction(
     balancings: Mapping[str, Balanced] | None = None,
     cuts: MadeCuts | None = None,
     loss: LossEvidence | None = None,
+    match_steps: int = 0,
 ) -> Plan:
     """Balance every layer, choose the ranks, truncate, certify. Nothing is written.
 
@@ -188,6 +191,8 @@ def plan_reduction(
         cuts: of these balancings, to share them between several plans.
         loss: evidence from data and the loss. It balances the linear layers in place of white noise, picks the states
             of selective layers, and predicts the rise of the loss, which ``max_loss`` and ``total_states`` use.
+        match_steps: steps in which cut linear layers learn the outputs of the old ones on the samples of ``loss``; see
+            `compressm.cutting.matching`.
 
     Raises:
         InvalidRankRuleError: an unknown method or selection, or a budget that is too small.
@@ -204,13 +209,13 @@ def plan_reduction(
     damages = None
     if loss is not None and (rule.max_loss is not None or rule.total_states is not None):
         damages = damage_curves(layers, balancings, cuts, loss)
-    plan = _planned(model, layers, rule, balancings, cuts, damages, loss)
+    plan = _planned(model, layers, rule, balancings, cuts, damages, loss, match_steps)
     allowed, within = rule, rule.max_loss
     for _ in range(_HALVINGS):
         if within is None or allowed.max_loss is None or (plan.report.predicted_loss or 0.0) <= within:
             break
         allowed = replace(allowed, max_loss=allowed.max_loss / 2)
-        plan = _planned(model, layers, allowed, balancings, cuts, damages, loss)
+        plan = _planned(model, layers, allowed, balancings, cuts, damages, loss, match_steps)
     if within is not None and not (plan.report.predicted_loss or 0.0) <= within:
         plan = plan.withdrawn("the predicted rise of the loss was above max_loss for every cut that was tried")
     return replace(plan, report=replace(plan.report, seconds=time.perf_counter() - started))
@@ -224,6 +229,7 @@ def _planned(
     cuts: MadeCuts,
     damages: Mapping[str, Tensor] | None,
     loss: LossEvidence | None,
+    match_steps: int,
 ) -> Plan:
     """The plan by one rule."""
     alike = must_be_alike(layers, rule)
@@ -237,6 +243,8 @@ def _planned(
         kept = LayerReport(name, present, present, "kept", "", None, hsv)
         decided[name] = _unless_shared(_decide(kept, cuts, ranks[name], rule), layer, shared)
     decided = _all_or_none(decided, alike)
+    if loss is not None and match_steps:
+        decided = {name: _matched(one, *layers[name], loss, match_steps) for name, one in decided.items()}
     changes = {name: one.change for name, one in decided.items() if one.change is not None}
     return Plan(_reported(decided, layers, loss), changes)
 
@@ -282,6 +290,22 @@ def _decide(kept: LayerReport, cuts: MadeCuts, states: int, rule: RankRule) -> _
     report = replace(known, outcome="cut", states_after=proposal.states, energy_kept=proposal.energy_kept)
     report = replace(report, poles_before=proposal.poles_before, poles_after=proposal.poles_after)
     return _Decision(report, proposal.change, proposal.reduction)
+
+
+def _matched(
+    decision: _Decision, layer: nn.Module, adapter: LayerAdapter, loss: LossEvidence, steps: int
+) -> _Decision:
+    """The decision, with the change of a linear layer that has learnt the old one's outputs."""
+    passes = loss.samples.get(decision.report.name, ())
+    calls = [call for one in passes if not isinstance(one, Tensor) for call in one]
+    if decision.change is None or not isinstance(decision.reduction, Reduction) or not calls:
+        return decision
+    found = matched(layer, adapter, decision.change, calls, steps)
+    if found is None:
+        return decision
+    poles = tuple(found.system.lam.flatten().tolist())
+    report = replace(decision.report, matched=(found.before, found.after), poles_after=poles)
+    return _Decision(report, found.change, replace(decision.reduction, system=found.system))
 
 
 def _unless_shared(decision: _Decision, layer: nn.Module, shared: _Owners) -> _Decision:
