@@ -153,10 +153,8 @@ def singular_perturbation(balancing: Balancing, cut: Reduction) -> Perturbed:
     B = to_new @ torch.cat([system.B.real, system.B.imag])
     C = torch.cat([system.C.real, -system.C.imag], 1) @ to_old
     for order in range(min(2 * cut.system.n, resolved - 1), 0, -1):
-        eye = torch.eye(resolved - order, dtype=torch.float64)
-        slaved, driven = torch.linalg.solve(eye - A[order:, order:], torch.cat([A[order:, :order], B[order:]], 1)).split(
-            [order, B.shape[1]], 1
-        )
+        fast = torch.eye(resolved - order, dtype=torch.float64) - A[order:, order:]
+        slaved, driven = torch.linalg.solve(fast, A[order:, :order]), torch.linalg.solve(fast, B[order:])
         A_r = A[:order, :order] + A[:order, order:] @ slaved
         B_r = B[:order] + A[:order, order:] @ driven
         C_r = C[:, :order] + C[:, order:] @ slaved @ torch.linalg.inv(A_r)

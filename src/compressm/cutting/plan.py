@@ -24,7 +24,6 @@ from compressm.cutting.rise import Rise
 from compressm.cutting.sizes import sizes_for
 from compressm.cutting.spectrum import balance_layers
 from compressm.errors import InvalidSystemError, UnsupportedModelError
-from compressm.observing.damage import LinearSample
 from compressm.observing.held_out import Halves, halved
 from compressm.observing.loss_evidence import LossEvidence
 from compressm.runtime.paging import layer_done
@@ -292,9 +291,7 @@ def _decide(kept: LayerReport, cuts: MadeCuts, states: int, rule: RankRule) -> _
     return _Decision(report, proposal.change, proposal.reduction)
 
 
-def _matched(
-    decision: _Decision, layer: nn.Module, adapter: LayerAdapter, loss: LossEvidence, steps: int
-) -> _Decision:
+def _matched(decision: _Decision, layer: nn.Module, adapter: LayerAdapter, loss: LossEvidence, steps: int) -> _Decision:
     """The decision, with the change of a linear layer that has learnt the old one's outputs."""
     passes = loss.samples.get(decision.report.name, ())
     calls = [call for one in passes if not isinstance(one, Tensor) for call in one]

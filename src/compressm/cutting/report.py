@@ -122,7 +122,7 @@ class Report:
     def rises(self) -> list[str]:
         """Lines about what layers have learnt, and about the rise of the loss, as far as it is known."""
         lines = [
-            f"{one.name} learnt the old layer's output: its error fell from {one.matched[0]:.2g} to {one.matched[1]:.2g}"
+            f"{one.name} learnt the old layer's output: error {one.matched[0]:.2g} → {one.matched[1]:.2g}"
             for one in self.layers
             if one.matched is not None
         ]
