@@ -146,7 +146,7 @@ def _error(layer: nn.Module, targets: Sequence[_Target]) -> float:
     return relative(sum(float(one.error(layer)) for one in targets), sum(one.power for one in targets))
 
 
-def _train(layer: nn.Module, parameters: list[nn.Parameter], batches: Sequence[_Target], steps: int) -> None:
+def _train(layer: nn.Module, parameters: list[Tensor], batches: Sequence[_Target], steps: int) -> None:
     """Train the layer on the batches in turn."""
     mean = sum(one.power for one in batches) / len(batches)
     optimizer = torch.optim.Adam(parameters, _RATE)
