@@ -35,16 +35,17 @@ from torch.nn import functional as F
 
 from compressm.adapters import Adapter, find_layers
 from compressm.adapters.changes import layer_values
-from compressm.cutting import Plan, Report
-from compressm.cutting.matching import matched
+from compressm.cutting import Plan, Report, plan_reduction
 from compressm.lab.config import DataConfig
 from compressm.lab.data.datasets import BatchOrder, SequenceData, load_data
 from compressm.layers import SequenceClassifier, parameter_groups
+from compressm.observing.loss_evidence import LossEvidence
 from compressm.observing.observer import Observer
 from compressm.runtime.progress import Bar
 from compressm.theory.balancing import Balancing, Reduction, balance, truncate
 from compressm.theory.covariance import CovarianceBalancing, balance_covariances, truncate_covariances
 from compressm.theory.evidence import Covariances
+from compressm.theory.rank_rule import RankRule
 
 STATES, BATCH, CUT_AT, STEPS, RATE = 256, 50, 500, 2000, 4e-3
 LATER = (100, 500, STEPS - CUT_AT)  # steps after the cut
@@ -231,13 +232,14 @@ def cut(training: Trained, observer: Observer, way: Way, states: int) -> dict[st
         reduction = gain_kept(system, plain, u.mean((0, 1)))
     said |= {f"{name}_refined": float(f(of(reduction.system))) for name, f in objectives.items()}
     reduction = reduction.padded(states)
-    change = adapter.plan(values, reduction)
+    plan = Plan(Report((), 0.0), {LAYER: adapter.plan(values, reduction)})
     if way.match:
-        calls = [call for one in observer.samples()[LAYER] if isinstance(one, tuple) for call in one]
-        if (learnt := matched(old, adapter, change, calls, way.match)) is not None:
-            change = learnt.change
-            said |= {"matched_from": learnt.before, "matched_to": learnt.after}
-    Plan(Report((), 0.0), {LAYER: change}).apply(training.model, training.optimizer)
+        evidence, rule = LossEvidence.of(observer), RankRule(states=states)
+        plan = plan_reduction(training.model, rule, loss=evidence, match_steps=way.match)
+        (report,) = plan.report.layers
+        if report.matched is not None:
+            said |= {"matched_from": report.matched[0], "matched_to": report.matched[1]}
+    plan.apply(training.model, training.optimizer)
     if direct is not None:
         training.layer.get_parameter("D").data += direct.diagonal().float()
     if way.distil:

@@ -24,6 +24,7 @@ from compressm.cutting.rise import Rise
 from compressm.cutting.sizes import sizes_for
 from compressm.cutting.spectrum import balance_layers
 from compressm.errors import InvalidSystemError, UnsupportedModelError
+from compressm.observing.damage import changes_of, divergence
 from compressm.observing.held_out import Halves, halved
 from compressm.observing.loss_evidence import LossEvidence
 from compressm.runtime.paging import layer_done
@@ -292,7 +293,8 @@ def _decide(kept: LayerReport, cuts: MadeCuts, states: int, rule: RankRule) -> _
 
 
 def _matched(decision: _Decision, layer: nn.Module, adapter: LayerAdapter, loss: LossEvidence, steps: int) -> _Decision:
-    """The decision, with the change of a linear layer that has learnt the old one's outputs."""
+    """The decision, with the change of a linear layer that has learnt the old one's outputs, unless the loss is predicted
+    to rise more by it."""
     passes = loss.samples.get(decision.report.name, ())
     calls = [call for one in passes if not isinstance(one, Tensor) for call in one]
     if decision.change is None or not isinstance(decision.reduction, Reduction) or not calls:
@@ -300,9 +302,15 @@ def _matched(decision: _Decision, layer: nn.Module, adapter: LayerAdapter, loss:
     found = matched(layer, adapter, decision.change, calls, steps)
     if found is None:
         return decision
+    reduction = replace(decision.reduction, system=found.system)
+    rise, rise_matched = (
+        divergence([changes_of(layer, adapter.system(layer), one, passes)]) for one in (decision.reduction, reduction)
+    )
+    if rise_matched > rise:
+        return decision
     poles = tuple(found.system.lam.flatten().tolist())
     report = replace(decision.report, matched=(found.before, found.after), poles_after=poles)
-    return _Decision(report, found.change, replace(decision.reduction, system=found.system))
+    return _Decision(report, found.change, reduction)
 
 
 def _unless_shared(decision: _Decision, layer: nn.Module, shared: _Owners) -> _Decision:
