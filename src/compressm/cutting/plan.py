@@ -293,8 +293,8 @@ def _decide(kept: LayerReport, cuts: MadeCuts, states: int, rule: RankRule) -> _
 
 
 def _matched(decision: _Decision, layer: nn.Module, adapter: LayerAdapter, loss: LossEvidence, steps: int) -> _Decision:
-    """The decision, with the change of a linear layer that has learnt the old one's outputs, unless the loss is predicted
-    to rise more by it."""
+    """The decision, with the change of a linear layer that has learnt the old one's outputs. It stays as it was if the
+    loss is predicted to rise more by that."""
     passes = loss.samples.get(decision.report.name, ())
     calls = [call for one in passes if not isinstance(one, Tensor) for call in one]
     if decision.change is None or not isinstance(decision.reduction, Reduction) or not calls:
