@@ -47,6 +47,7 @@ VALUES: dict[str, tuple[list[Any], list[Any]]] = {
     "gramians": (["white", "loss"], ["data", None]),
     "loss_terms": (["sequences", "tokens", "sum"], ["mean", None]),
     "loss_scale": ([0.25, 1, 65536.0], [0, -1.0, math.nan, math.inf, None]),
+    "match_steps": ([0, 400], [-1, 1.5, None]),
     "carry": (["transform", "slice", "reset"], ["drop", None]),
     "check_after": ([1, 9, None], [0, 1.5]),
     "on_setback": (["halve", "stop"], ["cry", None]),
@@ -61,7 +62,7 @@ def compressor(**arguments: Any) -> Compressor:
     torch.manual_seed(0)
     layer = LRU(2, 8)
     given = {"total_steps": 1000, "evaluate": lambda _: 0.0, **arguments}
-    if "max_loss" in given:
+    if "max_loss" in given or given.get("match_steps"):
         given.setdefault("gramians", "loss")
     if not any(name in given for name in SIZE_RULES):
         given["tolerance"] = 0.1

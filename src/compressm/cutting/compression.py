@@ -24,7 +24,7 @@ from compressm.cutting.report import Report
 from compressm.cutting.rise import measured_rise
 from compressm.cutting.serving import Memory, Serving
 from compressm.cutting.sizes import checked_sizes, resize_states, state_dims
-from compressm.cutting.spectrum import balance_layers, balancing_of
+from compressm.cutting.spectrum import balance_layers, balancing_of, check_match
 from compressm.errors import EvaluationError, InvalidRankRuleError, UnsupportedModelError
 from compressm.observing.held_out import gather_halves, joined, twice_readable
 from compressm.observing.loss_evidence import Gramians, Loss, LossEvidence, divided, evidence_on
@@ -70,6 +70,7 @@ def compress(
     gramians: Gramians | None = None,
     optimizer: Any = None,
     carry: Carry = "transform",
+    match_steps: int = 0,
 ) -> Report:
     """Reduce a model once, in place. Exactly one of the first seven arguments says how far; see `RankRule`.
 
@@ -111,6 +112,8 @@ def compress(
             by their effect on the loss where that does less damage. By default ``"loss"`` if a loss is given.
         optimizer: if given, its state is carried over to the new parameters. A list of optimizers is allowed.
         carry: how the optimizer's state is carried over; see `compressm.cutting.carry`.
+        match_steps: steps in which cut time-invariant layers learn the old ones' outputs on ``data``, for ``loss``; see
+            `compressm.cutting.matching`.
 
     Returns:
         a report of each layer, with its certificate. A layer whose certificate fails is not changed.
@@ -141,6 +144,7 @@ def compress(
     )
     gramians = balancing_of(gramians, loss, data, method, selection)
     check_rule(rule, gramians)
+    match = {"match_steps": check_match(match_steps, gramians)}
     optimizer = None if optimizer is None else unwrap_optimizer(optimizer)
     _check_before(model, rule, optimizer, carry)
     if gramians == "loss":
@@ -148,11 +152,12 @@ def compress(
     else:
         seen, held_out, by_loss = None if data is None else twice_readable(model, data), None, None
 
-    planned = partial(_planned, model, rule, method=method, selection=selection)
+    planned = partial(_planned, model, rule, method=method, selection=selection, **match)
     if max_drop is not None and evaluate is not None:
         metric_of = partial(measure, evaluate=evaluate)
-        planned = partial(plan_within_drop, model, rule, max_drop, metric_of, mode, method=method, selection=selection)
-    plan = plan_on(model, rule, seen, held_out, by_loss, selection, planned)
+        chosen = {"method": method, "selection": selection, **match}
+        planned = partial(plan_within_drop, model, rule, max_drop, metric_of, mode, **chosen)
+    plan = plan_on(model, rule, seen, held_out, by_loss, selection, planned, **match)
     before = _memory(model)
     report = plan.apply(model, optimizer, carry)
     after = None if before is None else _memory(model)
@@ -175,6 +180,7 @@ def plan_on(
     loss: Loss | None = None,
     selection: Selection = "hankel",
     planned: Callable[[Mapping[str, Moments] | None, LossEvidence | None], Plan] | None = None,
+    match_steps: int = 0,
 ) -> Plan:
     """A plan made from data and checked on them. Nothing is written.
 
@@ -186,13 +192,14 @@ def plan_on(
         loss: balances by the loss; None for white noise.
         selection: how the states of selective layers are picked.
         planned: makes the plan from the moments and the evidence; by default by ``rule`` alone.
+        match_steps: see `compress`.
     """
     halves = None if seen is None else gather_halves(model, seen)
     moments = None if halves is None else joined(halves)
     evidence = None if loss is None else evidence_on(model, seen, loss)
     plan = _planned(model, rule, moments, evidence) if planned is None else planned(moments, evidence)
     if evidence is not None and loss is not None:
-        plan = _checked(model, plan, rule, moments, evidence, held_out, loss)
+        plan = _checked(model, plan, rule, moments, evidence, held_out, loss, match_steps)
     if seen is not None:
         plan = plan.measured(model, seen, halves, selection, None if evidence is None else evidence.fishers)
     return plan
@@ -233,6 +240,7 @@ def _checked(
     evidence: LossEvidence,
     held_out: Any,
     loss: Loss,
+    match_steps: int,
 ) -> Plan:
     """The plan with the rise of the loss on held-out data. Under ``max_loss`` the allowance of the prediction is
     lowered until the measured rise is within it, or nothing is cut."""
@@ -242,7 +250,7 @@ def _checked(
         if rule.max_loss is None or asked.max_loss is None or rise.nats <= rule.max_loss or not plan.changes:
             return plan.with_rise(rise)
         asked = replace(asked, max_loss=asked.max_loss * min(0.5, rule.max_loss / rise.nats))
-        plan = _planned(model, asked, moments, evidence)
+        plan = _planned(model, asked, moments, evidence, match_steps=match_steps)
     return plan.withdrawn(_ABOVE)
 
 
@@ -253,13 +261,13 @@ def _planned(
     evidence: LossEvidence | None,
     method: Method = "real",
     selection: Selection = "hankel",
+    match_steps: int = 0,
 ) -> Plan:
     """The plan by a rule, the same in all processes, whose samples for predictions are different ones."""
     if evidence is None:
         return plan_reduction(model, rule, method, moments=moments, selection=selection)
-    return from_first_rank(
-        lambda: plan_reduction(model, rule, method, moments=moments, selection=selection, loss=evidence).cpu()
-    )
+    given: dict[str, Any] = {"moments": moments, "selection": selection, "loss": evidence, "match_steps": match_steps}
+    return from_first_rank(lambda: plan_reduction(model, rule, method, **given).cpu())
 
 
 def _searched(max_drop: float | None, evaluate: object, sizes: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -310,6 +318,7 @@ def plan_within_drop(
     evidence: LossEvidence | None,
     method: Method = "real",
     selection: Selection = "hankel",
+    match_steps: int = 0,
 ) -> Plan:
     """The plan with the largest tolerance at which the metric drops by at most ``max_drop``; the model is unchanged.
 
@@ -320,7 +329,7 @@ def plan_within_drop(
         metric_of: the metric of a model.
         mode: see `compress`.
         moments, evidence: what the layers are balanced by; see `plan_on`.
-        method, selection: see `compress`.
+        method, selection, match_steps: see `compress`.
 
     Raises:
         EvaluationError: the metric of the uncut model is not finite.
@@ -337,7 +346,8 @@ def plan_within_drop(
 
     def planned(tolerance: float) -> Plan:
         wanted = replace(rule, tolerance=tolerance)
-        return plan_reduction(model, wanted, balancings=balancings, selection=selection, cuts=cuts, loss=evidence)
+        given: dict[str, Any] = {"selection": selection, "loss": evidence, "match_steps": match_steps}
+        return plan_reduction(model, wanted, balancings=balancings, cuts=cuts, **given)
 
     def within(metric: float) -> bool:
         return math.isfinite(metric) and sign_of(mode) * (metric - reference) >= -max_drop

@@ -17,6 +17,7 @@ from compressm.adapters.registry import tell_written
 from compressm.cutting.carry import Carry, Together, check_optimizer, prepare_carry
 from compressm.cutting.held_base import hold_cut_base
 from compressm.cutting.made_cuts import MadeCuts
+from compressm.cutting.matching import matched
 from compressm.cutting.nats import damage_curves, predicted_rises
 from compressm.cutting.replay import Errors, errors_on_data
 from compressm.cutting.report import LayerReport, Report
@@ -24,6 +25,7 @@ from compressm.cutting.rise import Rise
 from compressm.cutting.sizes import sizes_for
 from compressm.cutting.spectrum import balance_layers
 from compressm.errors import InvalidSystemError, UnsupportedModelError
+from compressm.observing.damage import changes_of, divergence
 from compressm.observing.held_out import Halves, halved
 from compressm.observing.loss_evidence import LossEvidence
 from compressm.runtime.paging import layer_done
@@ -174,6 +176,7 @@ def plan_reduction(
     balancings: Mapping[str, Balanced] | None = None,
     cuts: MadeCuts | None = None,
     loss: LossEvidence | None = None,
+    match_steps: int = 0,
 ) -> Plan:
     """Balance every layer, choose the ranks, truncate, certify. Nothing is written.
 
@@ -190,6 +193,8 @@ def plan_reduction(
         cuts: of these balancings, to share them between several plans.
         loss: evidence from data and the loss. It balances the linear layers in place of white noise, picks the states
             of selective layers, and predicts the rise of the loss, which ``max_loss`` and ``total_states`` use.
+        match_steps: steps in which cut linear layers learn the outputs of the old ones on the samples of ``loss``; see
+            `compressm.cutting.matching`.
 
     Raises:
         InvalidRankRuleError: an unknown method or selection, or a budget that is too small.
@@ -206,13 +211,13 @@ def plan_reduction(
     damages = None
     if loss is not None and (rule.max_loss is not None or rule.total_states is not None):
         damages = damage_curves(layers, balancings, cuts, loss)
-    plan = _planned(model, layers, rule, balancings, cuts, damages, loss)
+    plan = _planned(model, layers, rule, balancings, cuts, damages, loss, match_steps)
     allowed, within = rule, rule.max_loss
     for _ in range(_HALVINGS):
         if within is None or allowed.max_loss is None or (plan.report.predicted_loss or 0.0) <= within:
             break
         allowed = replace(allowed, max_loss=allowed.max_loss / 2)
-        plan = _planned(model, layers, allowed, balancings, cuts, damages, loss)
+        plan = _planned(model, layers, allowed, balancings, cuts, damages, loss, match_steps)
     if within is not None and not (plan.report.predicted_loss or 0.0) <= within:
         plan = plan.withdrawn("the predicted rise of the loss was above max_loss for every cut that was tried")
     return replace(plan, report=replace(plan.report, seconds=time.perf_counter() - started))
@@ -226,6 +231,7 @@ def _planned(
     cuts: MadeCuts,
     damages: Mapping[str, Tensor] | None,
     loss: LossEvidence | None,
+    match_steps: int,
 ) -> Plan:
     """The plan by one rule."""
     alike = must_be_alike(layers, rule)
@@ -240,6 +246,8 @@ def _planned(
         kept = LayerReport(name, present, present, "kept", "", None, hsv)
         decided[name] = _unless_shared(_decide(kept, cuts, ranks[name], rule, name in held), layer, shared)
     decided = _all_or_none(decided, alike)
+    if loss is not None and match_steps:
+        decided = {name: _matched(one, *layers[name], loss, match_steps) for name, one in decided.items()}
     changes = {name: one.change for name, one in decided.items() if one.change is not None}
     return Plan(_reported(decided, layers, loss), changes)
 
@@ -297,6 +305,27 @@ def _why_kept(present: int, states: int, rule: RankRule) -> str:
     if states == present or least == 1:
         return f"the rule keeps all {present} states"
     return f"fewer than {least} of {present} states would go (min_reduction={rule.min_reduction:g})"
+
+
+def _matched(decision: _Decision, layer: nn.Module, adapter: LayerAdapter, loss: LossEvidence, steps: int) -> _Decision:
+    """The decision, with the change of a linear layer that has learnt the old one's outputs. It stays as it was if the
+    loss is predicted to rise more by that."""
+    passes = loss.samples.get(decision.report.name, ())
+    calls = [call for one in passes if not isinstance(one, Tensor) for call in one]
+    if decision.change is None or not isinstance(decision.reduction, Reduction) or not calls:
+        return decision
+    found = matched(layer, adapter, decision.change, calls, steps)
+    if found is None:
+        return decision
+    reduction = replace(decision.reduction, system=found.system)
+    rise, rise_matched = (
+        divergence([changes_of(layer, adapter.system(layer), one, passes)]) for one in (decision.reduction, reduction)
+    )
+    if rise_matched > rise:
+        return decision
+    poles = tuple(found.system.lam.flatten().tolist())
+    report = replace(decision.report, matched=(found.before, found.after), poles_after=poles)
+    return _Decision(report, found.change, reduction)
 
 
 def _unless_shared(decision: _Decision, layer: nn.Module, shared: _Owners) -> _Decision:

@@ -36,6 +36,8 @@ class LayerReport:
         poles_before, poles_after: eigenvalues of a linear time-invariant layer that was cut; empty otherwise.
         predicted_loss: rise of the loss predicted for the cut of this layer alone, in nats per prediction; see
             `compressm.observing.damage`. None without evidence from the loss.
+        matched: relative error of the layer's output on held-out sequences, by the truncation and after ``match_steps``
+            (the certificate is of the truncation); None if the layer is written as truncated.
     """
 
     name: str
@@ -51,11 +53,12 @@ class LayerReport:
     poles_before: tuple[complex, ...] = ()
     poles_after: tuple[complex, ...] = ()
     predicted_loss: float | None = None
+    matched: tuple[float, float] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
         return {
-            **self.__dict__,
+            **{name: value for name, value in self.__dict__.items() if name != "matched" or value is not None},
             "certificate": None if self.certificate is None else self.certificate.to_dict(),
             "hsv": [float(f"{value:.6g}") for value in self.hsv],
             "poles_before": _pairs(self.poles_before),
@@ -117,8 +120,12 @@ class Report:
         return {layer.name: layer.states_after for layer in self.layers}
 
     def rises(self) -> list[str]:
-        """Lines about the rise of the loss, as far as it is known."""
-        lines: list[str] = []
+        """Lines about what layers have learnt, and about the rise of the loss, as far as it is known."""
+        lines = [
+            f"{one.name} learnt the old layer's output: error {one.matched[0]:.2g} → {one.matched[1]:.2g}"
+            for one in self.layers
+            if one.matched is not None
+        ]
         if self.predicted_loss is not None:
             lines.append(f"predicted rise of the loss: {self.predicted_loss:.3g} nats per prediction")
         if self.measured_loss is not None:

@@ -106,6 +106,8 @@ class Compressor:
             sequences; ``"tokens"``, the mean over its tokens, as in language models; or ``"sum"`` over its sequences.
         loss_scale: factor by which the loss is multiplied before ``backward``, such as 1 over the number of accumulated
             batches, for ``gramians="loss"``. The factor of ``scaler`` is known and comes on top.
+        match_steps: steps of Adam in which cut time-invariant layers learn the old layers' outputs on recorded inputs,
+            before a cut is written, for ``gramians="loss"``; see docs/loss.md.
         carry: what becomes of the optimizer's state; see `compressm.cutting.carry`.
         check_after: steps between a cut and its first examination; by default half the distance between cuts. Up to two
             more examinations follow, each half as many steps later.
@@ -168,6 +170,7 @@ class Compressor:
         gramians: Gramians = "white",
         loss_terms: Terms = "sequences",
         loss_scale: float = 1.0,
+        match_steps: int = 0,
         carry: Carry = "transform",
         check_after: int | None = None,
         on_setback: OnSetback = "halve",
@@ -189,7 +192,7 @@ class Compressor:
         with choice.scope():
             self._cutter = Cutter(
                 model, unwrap_optimizer(optimizer), tuple(followers), rule,
-                method, selection, carry, gramians, loss_terms,
+                method, selection, carry, gramians, loss_terms, match_steps,
             )  # fmt: skip
         self._cutter.choice = choice
         training = Training(model, self.optimizer, self.followers, scheduler, scaler)

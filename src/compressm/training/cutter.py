@@ -31,7 +31,7 @@ from compressm.cutting.optimizers import members_of
 from compressm.cutting.plan import must_be_alike
 from compressm.cutting.replay import errors_on_samples
 from compressm.cutting.sizes import checked_sizes, resized_parameters, sizes_for
-from compressm.cutting.spectrum import balance_layers, check_cut_by_loss
+from compressm.cutting.spectrum import balance_layers, check_cut_by_loss, check_match
 from compressm.observing.loss_evidence import Gramians
 from compressm.observing.observer import Terms
 from compressm.runtime.compiled_graphs import allow_recompilation, graphs_compiled
@@ -66,7 +66,7 @@ class Cutter:
     Args:
         model, optimizer, followers: the parts of the training that a cut changes, see `Training`.
         rule: the rule that cuts will follow, to be checked against the model.
-        method, selection, carry, gramians, loss_terms: as in `Compressor`.
+        method, selection, carry, gramians, loss_terms, match_steps: as in `Compressor`.
 
     Attributes:
         observations: of the layers, on which cuts are based.
@@ -89,11 +89,13 @@ class Cutter:
         carry: Carry = "transform",
         gramians: Gramians = "white",
         loss_terms: Terms = "sequences",
+        match_steps: int = 0,
     ) -> None:
         self.model, self.optimizer, self.followers = model, optimizer, followers
         self.method: Method = method
         self.selection: Selection = selection
         self.carry: Carry = carry
+        self.match_steps = check_match(match_steps, gramians)
         if gramians == "loss":
             check_cut_by_loss(method, selection)
         check_rule(rule, gramians, "pass gramians='loss'")
@@ -172,7 +174,10 @@ class Cutter:
         moments, loss = statistics.moments(), self.observations.loss()  # sums over all ranks
 
         def decide() -> Plan:
-            plan = plan_reduction(self.model, rule, self.method, moments=moments, selection=self.selection, loss=loss)
+            plan = plan_reduction(
+                self.model, rule, self.method, moments=moments, selection=self.selection, loss=loss,
+                match_steps=self.match_steps,
+            )  # fmt: skip
             return plan.with_errors(errors_on_samples(self.model, plan.changes, statistics.samples)).cpu()
 
         return from_first_rank(decide)

@@ -255,6 +255,12 @@ _TABLE = (
         bounds={"gt": 0},
     ),
     Option(
+        "match_steps", int, 0, "cut",
+        "steps of Adam in which cut time-invariant layers learn the old layers' outputs on recorded inputs, before a "
+        "cut is written, for ``gramians=\"loss\"``; see docs/loss.md.",
+        bounds=_NOT_NEGATIVE, once=0,
+    ),
+    Option(
         "carry", Carry, "transform", "cut", "what becomes of the optimizer's state; see `compressm.cutting.carry`.",
         once="transform",
     ),

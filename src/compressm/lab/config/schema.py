@@ -98,6 +98,7 @@ class CompressionConfig(Section):
     gramians: Gramians = _option("gramians")
     loss_terms: Terms = _option("loss_terms")
     loss_scale: float = _option("loss_scale")
+    match_steps: int = _option("match_steps")
     layers: Which | None = _option("layers")
     exclude: Which | None = _option("exclude")
     carry: Carry = _option("carry")

@@ -134,6 +134,7 @@ EXPERIMENTS: dict[str, Experiment] = {
                         Arm(f"small{states}", {**BIG, "model.d_state": states}),
                         Arm(f"white{states}", once(0.25, states=states), small=f"small{states}"),
                         Arm(f"loss{states}", by_loss(0.25, states=states), small=f"small{states}"),
+                        Arm(f"matched{states}", by_loss(0.25, states=states, match_steps=400), small=f"small{states}"),
                     )
                 ),
             ),
