@@ -319,10 +319,11 @@ def with_table(page: str, rows: list[dict[str, Any]]) -> str:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Mean accuracies over seeds, and the accuracy at the end less that of the plain cut, seed by seed."""
+    """Right after the cut, of seed 0; at the end, of every seed: for plain cuts accuracies and losses, for the
+    other ways what these are more than those of the plain cut."""
     lines = [
-        "| cut to | way | right after | 100 steps later | 500 | 1,500 | against the plain cut, seed by seed | loss |",
-        "|---:|---|---:|---:|---:|---:|---:|---:|",
+        "| cut to | way | right after, seed 0: accuracy | loss | at the end, seed by seed: accuracy | loss |",
+        "|---:|---|---:|---:|---:|---:|",
     ]
     for states in sorted({row["states"] for row in rows}, reverse=True):
         for name, way in WAYS.items():
@@ -332,24 +333,21 @@ def table(rows: list[dict[str, Any]]) -> str:
             )
             if ours:
                 words = way.words if name == way.gramians else f"{way.gramians}, {way.words}"
-                lines.append(f"| {states} | {words} | {_cells(name == way.gramians, ours, plain)} |")
+                lines.append(f"| {states} | {words} | {_cells(ours, {} if name == way.gramians else plain)} |")
     return "\n".join(lines)
 
 
-def _cells(is_plain: bool, ours: dict[int, Any], plain: dict[int, Any]) -> str:
-    """Means over the seeds; a dash where training did not go on."""
-    end = str(LATER[-1])
-
-    def mean(steps: int, what: str, digits: int) -> str:
-        found = [after[str(steps)][what] for after in ours.values() if str(steps) in after]
-        return f"{np.mean(found):.{digits}f}" if found else "–"
-
-    differences = [
-        after[end]["accuracy"] - plain[seed][end]["accuracy"] for seed, after in ours.items() if end in after
-    ]
-    against = "" if is_plain else ", ".join(f"{difference:+.1f}" for difference in differences) or "–"
-    accuracies = [mean(steps, "accuracy", 1) for steps in (0, *LATER)]
-    return " | ".join([*accuracies, against, mean(LATER[-1], "loss", 3)])
+def _cells(ours: dict[int, Any], plain: dict[int, Any]) -> str:
+    """The cells of one way; differences from the plain cut if it is given, and a dash where training did not go on."""
+    end, cells = str(LATER[-1]), ["–", "–"]
+    if 0 in ours:
+        first = ours[0]["0"]
+        cells = [f"{first['accuracy']:.1f}", f"{first['loss']:.3f}"]
+    for what, digits in (("accuracy", 1), ("loss", 3)):
+        sign, trained = "+" if plain else "", [seed for seed in sorted(ours) if end in ours[seed]]
+        values = [ours[seed][end][what] - (plain[seed][end][what] if plain else 0) for seed in trained]
+        cells.append(", ".join(f"{value:{sign}.{digits}f}" for value in values) or "–")
+    return " | ".join(cells)
 
 
 if __name__ == "__main__":

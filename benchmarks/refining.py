@@ -159,7 +159,7 @@ def singular_perturbation(balancing: Balancing, cut: Reduction) -> Perturbed:
         B_r = B[:order] + A[:order, order:] @ driven
         C_r = C[:, :order] + C[:, order:] @ slaved @ torch.linalg.inv(A_r)
         modes = diagonalise(system.lam, to_new[:order], to_old[:, :order] + to_old[:, order:] @ slaved, "real")
-        if modes.count > cut.system.n:
+        if modes.count > cut.system.n or not modes.stable:  # moments of data promise no stability
             continue
         r = modes.count
         basis = modes.left @ to_old[:, :order], to_new[:order] @ modes.right  # reduced coordinates to modes and back
