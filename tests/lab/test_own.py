@@ -40,7 +40,7 @@ def build(d_input=1, n_classes=2):
 
 def data():
     random = np.random.default_rng(0)
-    y = np.arange(60) % 2
+    y = np.arange(60) % 3
     return (random.normal(size=(60, 20, 1)) + y[:, None, None]).astype("float32"), y
 """
 SHORT = ["run.steps=8", "run.batch_size=8", "run.eval_every=4", "run.device=cpu", "compression.enabled=false"]
@@ -71,8 +71,9 @@ def test_train_cut_and_load_a_model_and_data_of_ones_own(here: Path, capsys: pyt
     assert "16 → 4" in capsys.readouterr().out
     loss = json.loads((here / "loss.json").read_text())
     assert loss["loss_after"] == pytest.approx(loss["loss_before"], rel=0.5)
+    assert main(["analyze", "small", "--model", "ownmodel:build"]) == 0  # also that one knows the three classes
     module = sys.modules["ownmodel"]
-    assert compressm.load("small", model=module.build()).s5.d_state == 4
+    assert compressm.load("small", model=module.build(n_classes=3)).s5.d_state == 4
 
 
 def test_a_linear_model_is_cut_from_its_weights_alone(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -80,7 +81,7 @@ def test_a_linear_model_is_cut_from_its_weights_alone(here: Path, capsys: pytest
     plan = capsys.readouterr().out
     assert "Mine: " in plan
     assert "s5 16" in plan
-    assert "20 steps, 1 channels, 2 classes" in plan
+    assert "20 steps, 1 channel, 3 classes" in plan
     assert not (here / "runs").exists()
     save_file(sys.modules["ownmodel"].build().state_dict(), "weights.safetensors")
     assert main(["compress", "weights.safetensors", "--model", "ownmodel:build", "--states", "4", "--dry-run"]) == 0

@@ -13,6 +13,7 @@ from typing import Any
 from torch import nn
 
 from compressm.errors import ConfigError
+from compressm.saving.arguments import remember_arguments
 
 
 def is_named(text: str) -> bool:
@@ -50,6 +51,8 @@ def build_named(reference: str, key: str, offered: Mapping[str, Any] | None = No
     model = call_named(reference, key, offered)
     if not isinstance(model, nn.Module):
         raise ConfigError(f"{key} {reference} returned {type(model).__name__}: it must return a torch.nn.Module")
+    if offered is not None:
+        remember_arguments(model, offered)  # a saved model is built again where there are no data to ask
     return model
 
 

@@ -27,6 +27,7 @@ from compressm.observing.expected import Expected
 from compressm.runtime.progress import Bar
 from compressm.runtime.sixteen_bits import quick_products
 from compressm.saving import mamba_ssm_format
+from compressm.saving.arguments import saved_arguments
 from compressm.saving.checkpoint import load
 from compressm.saving.mamba_ssm_format import is_mamba_ssm
 from compressm.saving.mapped import Mapped, blocks, open_mapped
@@ -97,7 +98,7 @@ def read_checkpoint(folder: Path, build: str | None = None, in_memory: bool = Fa
         CheckpointError: no checkpoint, or one that cannot be loaded as a causal language model.
     """
     if build is not None:
-        return Checkpoint(_of_the_user(folder, build_named(build, "--model")).eval(), None, "compressm")
+        return Checkpoint(_of_the_user(folder, build_named(build, "--model", saved_arguments(folder))).eval(), None, "compressm")
     if folder.is_file():
         raise CheckpointError(f"{folder} is a file: say with --model package.module:function what builds its model")
     own, theirs = (folder / "compressm.json").is_file(), is_mamba_ssm(folder)

@@ -44,7 +44,8 @@ def described(config: Config, folder: Path) -> str:
 
 def _sizes(data: SequenceData) -> str:
     length = data.train.x.shape[1]
-    kind = f"{data.channels} channels" if data.vocabulary is None else f"tokens below {data.vocabulary}"
+    channels = "1 channel" if data.channels == 1 else f"{data.channels} channels"
+    kind = channels if data.vocabulary is None else f"tokens below {data.vocabulary}"
     counts = f"{len(data.train)} for training, {len(data.validation)} for validation, {len(data.test)} for test"
     per = " per step" if data.per_step else ""
     learnt = {
