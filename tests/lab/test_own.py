@@ -17,11 +17,13 @@ from compressm.cli import main
 from compressm.errors import ConfigError
 from compressm.lab.data.files import read_content
 from compressm.lab.data.own import content_of, own_data
+from compressm.lab.named import call_named
 from compressm.layers import S5
 
 MODULE = """
 import numpy as np
 from torch import nn
+from compressm.lab.named import call_named
 from compressm.layers import S5
 
 
@@ -210,3 +212,32 @@ def test_tokens_and_measurements_are_told_apart(tmp_path: Path) -> None:
 
 def test_the_layer_of_these_tests_is_linear() -> None:
     assert compressm.analyze(S5(4, 16))[""].states == 16
+
+
+def test_a_newcomers_mistakes_are_answered_in_one_line(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = ["--model", "ownmodel:build"]
+    save_file({**_built().state_dict()}, "weights.safetensors")
+    np.savez("wide.npz", x=np.zeros((80, 20, 2), np.float32), y=np.arange(80) % 2)
+    np.savez("alike.npz", x=np.zeros((80, 20, 1), np.float32), y=np.zeros(80, int))
+    compressm.save(_built(), "run/model")
+    cut = ["--states", "4", "--dry-run"]
+    for command, said in (
+        (
+            ["compress", "weights.safetensors", *model, *cut, "--data", "wide.npz"],
+            "cannot be called with u, float32",
+        ),
+        (["compress", "run", *model, *cut], "run is the folder of a run: name the model in it, run/model"),
+        (["compress", "run/model", *cut], "or to a command --model"),
+        (["compress", "run/model", *model, "--dry-run"], "max_loss, max_drop; got none"),
+        (["train", *model, "--data", "alike.npz", "--dry-run"], "is 0 in every sequence"),
+    ):
+        assert main(command) == 2
+        line = capsys.readouterr().err
+        assert said in line
+        assert line.count("\n") == 1
+    assert main(["train", *model, "--data", "ownmodel:data", "--states", "16", "--dry-run"]) == 0
+    assert "none: states 16, and no layer has more than 16" in capsys.readouterr().out
+
+
+def _built() -> torch.nn.Module:
+    return call_named("ownmodel:build", "--model")

@@ -279,7 +279,7 @@ def _how_far(sizes: Mapping[str, Any], max_drop: float | None, data: object) -> 
         InvalidRankRuleError: ``max_drop`` beside a rule, or below 0; neither of them.
         ConfigError: ``max_drop`` without data.
     """
-    if max_drop is None and set(sizes.values()) == {None}:
+    if max_drop is None and all(size is None for size in sizes.values()):
         raise InvalidRankRuleError(f"give exactly one of {', '.join(sizes)}, max_drop; got none")
     if max_drop is None:
         return sizes

@@ -185,7 +185,7 @@ def _build(
     if own is None:
         raise CheckpointError(
             f"{folder} holds a {name}, which compressm cannot build by itself: pass a fresh one, "
-            f"load(folder, model={name}(...))"
+            f"load(folder, model={name}(...)), or to a command --model package.module:function"
         )
     bad = f"{folder / 'compressm.json'}: {name} cannot be built from this config"
     if not isinstance(config, dict):
