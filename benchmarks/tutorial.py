@@ -152,6 +152,13 @@ def wrong(accuracy: float) -> float:
     return max(1 - accuracy, LEAST)
 
 
+def with_table(page: str, runs: list[Run]) -> str:
+    """The page docs/tutorial.md with the output and the table of these trainings."""
+    name = "of results/tutorial.json, by benchmarks/tutorial.py -->"
+    page = between(page, f"<!-- history: {name}", "<!-- end of history -->", history(runs))
+    return between(page, f"<!-- table: {name}", "<!-- end of table -->", table(runs))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Measure and draw how far the rules cut the model of the tutorial.")
     parser.add_argument("--json", type=Path, default=ROOT / "results" / "tutorial.json")
@@ -171,11 +178,7 @@ def main() -> None:
             print(f"{index + 1}/{len(wanted)}: seed {seed}, {d_state} states, {rule}: {run['states']} states, "
                   f"{run['accuracy']:.4f}", flush=True)  # fmt: skip
     draw(runs, PICTURE)
-    text = PAGE.read_text(encoding="utf-8")
-    name = "of results/tutorial.json, by benchmarks/tutorial.py -->"
-    text = between(text, f"<!-- history: {name}", "<!-- end of history -->", history(runs))
-    text = between(text, f"<!-- table: {name}", "<!-- end of table -->", table(runs))
-    PAGE.write_text(text, encoding="utf-8")
+    PAGE.write_text(with_table(PAGE.read_text(encoding="utf-8"), runs), encoding="utf-8")
 
 
 if __name__ == "__main__":

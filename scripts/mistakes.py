@@ -137,7 +137,7 @@ MISTAKES = (
     ),
     Mistake("no safetensors", "compressm analyze words.txt --model mymodel:build", "safetensors.torch.save_file"),
     Mistake("a picture of no known kind", "compressm analyze model --plot spectrum.doc", "must end with .html or .png"),
-    Mistake("a selective model without data", "compressm analyze mamba", "data"),
+    Mistake("a selective model without data", "compressm analyze mamba", "--data"),
     Mistake("no folder to write to", "compressm compress model --states 4", "or try with --dry-run"),
     Mistake("a limit for a metric, and no data", "compressm compress model --output small --max-drop 0.1", "--data"),
     Mistake("no rule", "compressm compress model --output small", "exactly one of"),

@@ -11,7 +11,9 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 
-@pytest.mark.parametrize(("name", "rows"), [("cushion", "rows"), ("max_drop", "rows"), ("one_currency", "cuts")])
+@pytest.mark.parametrize(
+    ("name", "rows"), [("cushion", "rows"), ("max_drop", "rows"), ("one_currency", "cuts"), ("tutorial", "runs")]
+)
 def test_a_page_has_the_stored_table(name: str, rows: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     benchmark = importlib.import_module(name)

@@ -210,6 +210,70 @@ def test_tokens_and_measurements_are_told_apart(tmp_path: Path) -> None:
     assert own_data(str(tmp_path / "signed.npz"), 0.2).vocabulary is None
 
 
+def in_splits(path: Path, train: dict[str, Any], test: dict[str, Any]) -> str:
+    np.savez(path, **{f"{k}_train": v for k, v in train.items()}, **{f"{k}_test": v for k, v in test.items()})
+    return str(path)
+
+
+def test_a_name_is_the_same_class_in_every_split(tmp_path: Path) -> None:
+    x, names = arrays()["x"], np.array(["ant", "bee", "cat"])
+    test = {"x": x[:4], "y": names[[1, 2, 1, 2]]}  # no ant here
+    data = own_data(in_splits(tmp_path / "data.npz", {"x": x, "y": names[np.arange(30) % 3]}, test), 0.2)
+    assert data.test.y.tolist() == [1, 2, 1, 2]
+    assert data.n_classes == 3
+    with pytest.raises(ConfigError, match="to predict numbers give finite ones"):
+        own_data(str(tmp_path / "data.npz"), 0.2, "regression")
+
+
+@pytest.mark.parametrize("kind", [np.float64, np.int64, np.bool_])
+def test_one_hot_rows_are_classes(tmp_path: Path, kind: Any) -> None:
+    y = np.arange(30) % 3
+    np.savez(tmp_path / "data.npz", x=arrays()["x"], y=np.eye(3, dtype=kind)[y])
+    data = own_data(str(tmp_path / "data.npz"), 0.2)
+    assert (data.task, data.n_classes) == ("classification", 3)
+    labels = torch.cat([split.y for split in (data.train, data.validation, data.test)])
+    assert labels.bincount().tolist() == [10, 10, 10]
+    assert own_data(str(tmp_path / "data.npz"), 0.2, "regression").train.y.shape[1:] == (3,)
+
+
+def test_labels_that_are_missing_are_no_class(tmp_path: Path) -> None:
+    (tmp_path / "data.csv").write_text("t0,t1,label\n1,2,a\n3,4,\n", encoding="utf-8")
+    with pytest.raises(ConfigError, match="column label, line 3: there is no value"):
+        own_data(str(tmp_path / "data.csv"), 0.2)
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    parquet.write_table(pyarrow.table({"t0": [1.0, 2.0], "label": ["a", None]}), tmp_path / "data.parquet")
+    with pytest.raises(ConfigError, match="y has no label for sequence 1"):
+        own_data(str(tmp_path / "data.parquet"), 0.2)
+
+
+def test_hidden_files_are_no_class_and_an_empty_sequence_is_named(tmp_path: Path) -> None:
+    for folder in (".ipynb_checkpoints", "a", "b"):
+        (tmp_path / folder).mkdir()
+        for index in range(2):
+            np.save(tmp_path / folder / f"{index}.npy", np.ones((4, 1)))
+    (tmp_path / "a" / "._0.npy").write_bytes(b"left by a file system")
+    assert read_content(tmp_path)["y"].tolist() == [0, 0, 1, 1]
+    np.save(tmp_path / "b" / "2.npy", np.ones((0, 1)))
+    with pytest.raises(ConfigError, match=r"2\.npy holds a sequence of no steps"):
+        read_content(tmp_path)
+
+
+def test_what_data_are_is_told_by_all_splits(tmp_path: Path) -> None:
+    x, y = np.arange(150).reshape(30, 5) % 7, np.arange(30) % 2
+    tokens = own_data(in_splits(tmp_path / "tokens.npz", {"x": x, "y": y}, {"x": x - 3, "y": y}), 0.2)
+    assert (tokens.vocabulary, tokens.train.x.dtype, tokens.test.x.dtype) == (None, torch.float32, torch.float32)
+    numbers = own_data(in_splits(tmp_path / "y.npz", {"x": x, "y": y * 1.0}, {"x": x, "y": y + 0.5}), 0.2)
+    assert (numbers.task, numbers.train.y.shape[1:], numbers.test.y.shape[1:]) == ("regression", (1,), (1,))
+    wide = {"x": np.ones((30, 5, 2), np.float32), "y": y}
+    with pytest.raises(ConfigError, match=r"different channels of x \(1, 2\)"):
+        own_data(in_splits(tmp_path / "wide.npz", {"x": np.ones((30, 5, 1), np.float32), "y": y}, wide), 0.2)
+    several = {"x": x, "y": np.ones((30, 2)) / 2}
+    with pytest.raises(ConfigError, match=r"different numbers to predict \(1, 2\)"):
+        own_data(in_splits(tmp_path / "several.npz", {"x": x, "y": y / 2}, several), 0.2)
+
+
 def test_the_layer_of_these_tests_is_linear() -> None:
     assert compressm.analyze(S5(4, 16))[""].states == 16
 

@@ -72,7 +72,7 @@ def test_models_without_selective_layers_need_no_data() -> None:
     assert gather(lru, []) == {}
     assert Statistics(lru).moments() == {}
     for call in (compressm.analyze, lambda net: compressm.compress(net, states=4)):
-        with pytest.raises(UnsupportedModelError, match=r"'blocks.0.ssm' is a selective layer.*pass data="):
+        with pytest.raises(UnsupportedModelError, match=r"'blocks.0.ssm' is a selective layer.*by data="):
             call(model())
     with pytest.raises(ConfigError, match="data hold no batch"):
         gather(model(), [])

@@ -360,6 +360,8 @@ def test_without_a_rule_a_cut_takes_little_energy_and_no_more_than_half_of_the_s
 def test_after_a_setback_a_rule_of_size_goes_half_of_the_way() -> None:
     loop = Loop(states=2, cuts=2, max_drop=0.01, window=0.5, **harmed_once())
     assert [event.kind for event in loop.run(80)] == ["cut", "rolled_back", "cut", "kept"]
+    short = next(str(event) for event in loop.compressor.history if event.kind == "fell_short")
+    assert "states=2 was asked for, and the cuts end at 8 states a layer: cuts after one that was undone go" in short
     assert set(loop.compressor.state_dims.values()) == {8}  # the geometric middle of 32 and 2, less than half of 32
 
 
@@ -463,6 +465,30 @@ def test_settled_trigger_resumes_between_probes() -> None:
 def test_bad_arguments_are_refused_by_name(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(InvalidRankRuleError, match=message):
         Loop(**arguments)
+
+
+def test_two_halves_of_a_model_have_two_compressors_only_if_no_cut_is_undone() -> None:
+    """A roll-back of one restores the whole model, and would undo cuts that the other one has counted."""
+
+    def half(loop: Loop, index: int, **more: Any) -> Compressor:
+        return Compressor(loop.model, loop.optimizer, 80, states=8, cuts=1, layers=f"blocks.{index}*", **more)
+
+    examined: dict[str, Any] = {"max_drop": 0.1, "evaluate": lambda _: 0.5}
+    loop = Loop(states=16, cuts=1, layers="blocks.0*")
+    second = half(loop, 1)
+    for _ in range(8):
+        loop.step()
+        second.step()
+    assert loop.compressor.state_dims | second.state_dims == {"blocks.0.ssm": 16, "blocks.1.ssm": 8}
+    half(loop, 1, **examined)  # the first one makes no more cuts
+    for first, then in (({}, examined), (examined, {})):
+        loop = Loop(states=16, cuts=1, layers="blocks.0*", **first)
+        half(Loop(states=16), 1, **then)  # another model
+        with pytest.raises(InvalidRankRuleError, match=r"another Compressor cuts blocks\.0\.ssm of the same model"):
+            half(loop, 1, **then)
+        half(loop, 0, **then)  # the same layers anew
+        del loop.compressor
+        half(loop, 1, **then)
 
 
 def test_a_model_without_state_is_refused_at_once() -> None:

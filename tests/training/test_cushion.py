@@ -22,8 +22,9 @@ from compressm.layers import LRU
 from compressm.observing.moments import Statistics
 from compressm.training.cushion import Cushion, CushionWarning
 from compressm.training.history import Kept, RolledBack, Watched
-from compressm.training.noise import Look
+from compressm.training.noise import Look, Loss
 from compressm.training.snapshot import Training
+from compressm.training.verdict import too_fine
 
 
 class Loop:
@@ -189,7 +190,7 @@ def test_a_max_drop_that_cannot_be_resolved_is_warned_of_once() -> None:
     with pytest.warns(CushionWarning, match="max_drop=0.002 is finer than these evaluations can resolve") as caught:
         loop.cushion.warn_if_too_fine((12, 14, 16))
     finest = float(re.findall(r"give max_drop=([\d.]+) or more", str(caught[0].message))[0])
-    assert "more validation samples alone do not help, since the training itself fluctuates" in str(caught[0].message)
+    assert "by the training or by the validation data, which one number does not tell apart" in str(caught[0].message)
     loop.cushion.warn_if_too_fine((12, 14, 16))  # no second warning, and none where it can be resolved
     fine = Loop(*NOISY, max_drop=finest)
     for step in (2, 4, 6, 8):
@@ -211,6 +212,23 @@ def test_more_samples_are_asked_for_where_they_help() -> None:
     sampling = np.std((np.array(right) - np.mean([flipped, flipped, flipped, right], 0)), ddof=1) / 10
     allowed = 0.01 / stats.t.ppf(0.8, 2)
     assert needed == pytest.approx(100 * (sampling / allowed) ** 2, abs=1)
+
+
+CAUSES: list[tuple[float | None, float, int, float, str]] = [
+    (0.1, 0.0, 0, 0.01, "which one number does not tell apart"),
+    (0.1, 0.01, 100, 0.01, "mostly by the training itself, so that more validation samples alone do not help"),
+    (0.1, 0.09, 100, 0.01, "may not be enough"),
+    (0.0, 0.1, 100, 0.01, r"or 7,\d\d\d validation samples instead of 100$"),  # 0.1 is to become 0.01 / t(0.8)
+    (None, 0.1, 100, 0.01, "validation samples instead of 100, if the training itself fluctuates little, which is not"),
+    (None, 0.1, 100, 0.0, "what the training adds is not known"),
+]
+
+
+@pytest.mark.parametrize(("training", "sampling", "examples", "max_drop", "said"), CAUSES)
+def test_the_cause_of_noise_is_named_as_far_as_it_is_known(
+    training: float | None, sampling: float, examples: int, max_drop: float, said: str
+) -> None:
+    assert re.search(said, too_fine(max_drop, Loss(0.0, 0.5, training, sampling, 30, examples), "metric"))
 
 
 @pytest.mark.parametrize("metric", [math.nan, math.inf, -math.inf])

@@ -6,6 +6,8 @@ import math
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from compressm.errors import InvalidRankRuleError
 from compressm.training.goal import Goal, initial_dims, initial_dims_of, started_with, towards, wanted_rule
@@ -82,6 +84,36 @@ def test_a_cut_that_would_take_less_than_the_least_is_too_mild() -> None:
     for half in (goal(), goal(tolerance=0.1)):  # half of them is the most
         assert [half.too_mild(2.0**-k) for k in range(6)] == [False] * 4 + [True] * 2
     assert not goal(tolerance=0.1, min_reduction=0.0).too_mild(1e-9)
+
+
+def smallest(sizes: list[int], cuts: int, most: float) -> list[int]:
+    """State dimensions after cuts that each remove as many whole states as a share of them allows."""
+    for _ in range(cuts):
+        sizes = [n - math.floor(most * n + 1e-9) for n in sizes]
+    return sizes
+
+
+@given(
+    st.lists(st.integers(2, 200), min_size=1, max_size=3), st.integers(1, 6), st.sampled_from([0.1, 0.3, 0.5, 1.0]),
+    st.sampled_from(["states", "fraction", "total_states"]), st.floats(0.01, 1.0),
+)  # fmt: skip
+def test_a_size_that_the_largest_cuts_do_not_reach_is_out_of_reach(
+    sizes: list[int], cuts: int, most: float, rule: str, share: float
+) -> None:
+    dims = {str(index): n for index, n in enumerate(sizes)}
+    asked: float = {"states": max(1, round(share * max(sizes))), "fraction": share}.get(rule, 0)
+    asked = asked or max(len(sizes), round(share * sum(sizes)))
+    one = goal(sum(sizes), **{rule: asked}, max_reduction=most, min_reduction=0.0)
+    best = smallest(sizes, cuts, most)
+    reached = {
+        "states": max(best) <= asked,
+        "fraction": sum(n for n in best if n > 1) <= share * sum(sizes) + 1e-9,
+        "total_states": sum(best) <= asked,
+    }
+    if not reached[rule]:
+        assert f"{rule}={asked:g} is out of reach: {cuts} cuts" in one.obstacle(dims, cuts)
+    if share * min(sizes) >= 1 and most == 1.0:
+        assert one.obstacle(dims, cuts) == ""
 
 
 def test_the_first_sizes_are_read_from_a_state_of_any_version() -> None:

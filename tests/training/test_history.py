@@ -13,6 +13,7 @@ from compressm.training.history import (
     Cut,
     Ended,
     Event,
+    FellShort,
     Kept,
     Postponed,
     Recompiled,
@@ -80,6 +81,7 @@ LINES: list[tuple[Event, str, dict[str, float]]] = [
     (Postponed(10), "step 10: no cut, since the metric is not finite", {}),
     (Ended(99, metric=0.91), "step 99: end, metric 0.91; no cut was kept, so none cost anything", {}),
     (Unchanged(20, 0.25, (KEPT,)), "step 20: nothing to cut", {"compressm/states/blocks.0.ssm": 8.0}),
+    (FellShort(20, reason="states=1 was asked for"), "step 20: states=1 was asked for", {}),
     (Kept(15, metric=0.91, reference=0.9), "step 15: cut kept, metric 0.91 against 0.9", {}),
     (
         RolledBack(15, 0.125, 0.5, 0.9, restored_step=10),  # as earlier versions stored it, without the loss
@@ -135,6 +137,6 @@ def test_the_oldest_and_the_newest_form() -> None:
     assert str(Event.from_dict(undone)) == "step 6: cut undone, back to step 4, metric not finite against 0.9"
     assert Event.from_dict({**undone, "told_by_a_later_version": 1}) == Event.from_dict(undone)
     with pytest.raises(
-        CheckpointError, match=r"kind 'grown'; this version knows cut, unchanged, watched, kept, rolled_back"
+        CheckpointError, match=r"kind 'grown'; this version knows cut, unchanged, fell_short, watched, kept"
     ):
         Event.from_dict({"kind": "grown", "step": 1, "layers": []})

@@ -11,8 +11,8 @@ import torch
 from compressm.layers import LRU
 from compressm.training.cushion import Cushion, CushionWarning
 from compressm.training.cutter import Cutter
-from compressm.training.goal import Goal, wanted_rule
-from compressm.training.history import Cut, Ended, Kept, RolledBack, Stopped, Unchanged, Watched
+from compressm.training.goal import Goal, GoalWarning, wanted_rule
+from compressm.training.history import Cut, Ended, FellShort, Kept, RolledBack, Stopped, Unchanged, Watched
 from compressm.training.policy import Policy
 from compressm.training.schedule import Schedule
 from compressm.training.snapshot import Training
@@ -50,6 +50,28 @@ def test_a_cut_that_changes_nothing_is_done() -> None:
     assert loop.schedule.over
 
 
+REACHES: list[tuple[dict[str, Any], int, str]] = [
+    (
+        {"states": 1, "max_reduction": 0.3},
+        9,
+        "max_reduction=0.3 of a layer's states end at 9 states a layer; raise max_",
+    ),
+    ({"fraction": 0.1, "max_reduction": 0.3}, 9, "fraction=0.1 is out of reach"),
+    ({"total_states": 3, "max_reduction": 0.3}, 9, "end at 9 states of all layers; raise max_reduction"),
+    ({"states": 15, "min_reduction": 0.1}, 16, "end at 16 states a layer; lower min_reduction"),
+]
+
+
+@pytest.mark.parametrize(("given", "arrives", "said"), REACHES)
+def test_a_size_out_of_reach_is_told_before_and_after_the_cuts(given: dict[str, Any], arrives: int, said: str) -> None:
+    with pytest.warns(GoalWarning, match=said):
+        loop = Loop(**given)
+    events = [event for step in range(1, 81) for event in loop.policy.act(step)]
+    assert loop.layer.d_state == arrives
+    assert [type(event) for event in events if event.step == 40][1:] == [FellShort]
+    assert "was asked for, and the cuts end at" in str(events[-1])
+
+
 def test_a_cut_is_examined_half_the_distance_later_and_the_end_is_told() -> None:
     loop = Loop(states=4, cushion={"max_drop": 0.1, "evaluate": lambda _: 0.5})
     assert loop.run(1, 80) == [(Cut, 20), (Kept, 30), (Cut, 40), (Kept, 50), (Ended, 80)]
@@ -61,7 +83,7 @@ def test_the_end_is_told_where_no_cut_was_kept() -> None:
     with pytest.warns(CushionWarning, match="no more cuts will be tried: the cut that was undone was the last one"):
         events = [event for step in range(1, 81) for event in loop.policy.act(step)]
     kinds = [type(event) for event in events if not isinstance(event, Watched)]
-    assert kinds == [Cut, RolledBack, Cut, RolledBack, Stopped, Ended]
+    assert kinds == [Cut, RolledBack, Cut, FellShort, RolledBack, Stopped, Ended]
     assert str(events[-1]) == "step 80: end, metric 0.5; no cut was kept, so none cost anything"
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -158,9 +159,63 @@ def test_what_makes_no_probe_is_refused(arguments: dict[str, Any], match: str) -
         task(4, **arguments)
 
 
-def test_a_metric_that_is_not_finite_is_refused() -> None:
-    with pytest.raises(EvaluationError, match="16 states, seed 0, rate 1"):
+def test_a_metric_that_is_not_finite_before_training_is_refused() -> None:
+    with pytest.raises(EvaluationError, match="an untrained model of 16 states"):
         task(4, evaluate=lambda model: math.nan)
+
+
+def short_trainings(metric: Callable[[Task], float], **arguments: Any) -> tuple[list[tuple[int, int, float]], Any]:
+    """The (size, seed, rate) of all short trainings where a training ends at this metric, and the answer."""
+    calls: list[Task] = []
+
+    def train(model: nn.Linear, task: Task) -> None:
+        calls.append(task)
+        nn.init.constant_(model.bias, metric(task))
+
+    given: dict[str, Any] = {"states": (4, 2), "steps": 1, "seeds": 2, "quiet": True, **arguments}
+    given.setdefault("evaluate", lambda model: model.bias[0].nan_to_num(0.1, 0.1).item())
+    try:
+        found = compressm.probe(lambda states: nn.Linear(1, states), train, given.pop("evaluate"), **given)
+    except EvaluationError as error:
+        found = error
+    return [(one.states, one.seed, one.rate) for one in calls], found
+
+
+def test_a_rate_that_is_no_better_ends_the_climb() -> None:
+    made, found = short_trainings(lambda task: 0.5)
+    assert made == [(4, 0, 1.0), (4, 0, 3.0), (4, 1, 1.0), (2, 0, 1.0), (2, 0, 3.0), (2, 1, 1.0)]
+    assert {size.rate for size in found.sizes} == {1.0}
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("evaluate", [lambda model: model.bias[0].item(), None])
+def test_a_rate_that_diverges_is_worse(tmp_path: Path, value: float, evaluate: Any) -> None:
+    def metric(task: Task) -> float:
+        return value if task.rate == 9 else 0.1 * task.rate
+
+    more = {} if evaluate is None else {"evaluate": evaluate}
+    made, found = short_trainings(metric, folder=tmp_path, **more)
+    assert made == [(4, 0, 1.0), (4, 0, 3.0), (4, 0, 9.0), (4, 1, 3.0), (2, 0, 3.0), (2, 0, 9.0), (2, 1, 3.0)]
+    assert [size.rate for size in found.sizes] == [3.0, 3.0]
+    again, same = short_trainings(metric, folder=tmp_path, **more)
+    assert again == []
+    assert same.to_dict() == found.to_dict()
+
+
+def test_a_rate_at_which_another_seed_or_size_diverges_gives_way_to_a_lower_one() -> None:
+    diverging = {(4, 1, 9.0), (2, 0, 3.0)}
+    made, found = short_trainings(
+        lambda task: math.nan if (task.states, task.seed, task.rate) in diverging else 0.1 * task.rate
+    )
+    assert [size.rate for size in found.sizes] == [3.0, 1.0]
+    assert made[-3:] == [(2, 0, 3.0), (2, 0, 1.0), (2, 1, 1.0)]
+    assert all(math.isfinite(run.metric) for run in found.runs)
+
+
+def test_a_size_that_diverges_at_every_rate_is_refused() -> None:
+    _, error = short_trainings(lambda task: math.nan if task.states == 2 else 0.5)
+    assert isinstance(error, EvaluationError)
+    assert "2 states, seed 0, rate 1 diverged, and no lower rate" in str(error)
 
 
 def runs(rng: np.random.Generator, gap: float, seeds: int, spread: float) -> list[ShortRun]:

@@ -66,7 +66,8 @@ def _dispatch(given: list[str]) -> int:
         code: Any = make_app()(args=given, prog_name="compressm", standalone_mode=False, obj=command_line)
     except usage_error as error:
         message: str = getattr(error, "format_message")()  # noqa: B009  # not in typer's public types
-        return fail(f"{message.rstrip('.')}; see compressm --help")
+        more = " See" if message.endswith("?") else "; see"
+        return fail(f"{message.rstrip('.')}{more} compressm --help")
     except typer.Exit as error:
         return error.exit_code
     except typer.Abort:

@@ -30,6 +30,7 @@ from compressm.runtime.paging import layer_done
 from compressm.theory.balanced import Balanced
 from compressm.theory.balancing import Method, Reduction
 from compressm.theory.fisher import MaskFisher
+from compressm.theory.possible_sizes import above_limit
 from compressm.theory.rank_rule import RankRule, check_choice
 from compressm.theory.ranks import choose_ranks, passes_gate
 from compressm.theory.recurrence import Moments, SelectiveReduction
@@ -231,12 +232,13 @@ def _planned(
     energies = {name: balancing.energy for name, balancing in balancings.items()}
     legal = sizes_for(model, rule)
     ranks = choose_ranks(energies, rule, discards=cuts.discards(), alike=alike, damages=damages, legal=legal)
+    held = above_limit(rule, {name: energy.shape[-1] for name, energy in energies.items()}, ranks)
     shared = _shared_parameters(model)
     decided: dict[str, _Decision] = {}
     for name, (layer, adapter) in layers.items():
         present, hsv = adapter.state_dim(layer), tuple(balancings[name].mean_hsv().tolist())
         kept = LayerReport(name, present, present, "kept", "", None, hsv)
-        decided[name] = _unless_shared(_decide(kept, cuts, ranks[name], rule), layer, shared)
+        decided[name] = _unless_shared(_decide(kept, cuts, ranks[name], rule, name in held), layer, shared)
     decided = _all_or_none(decided, alike)
     changes = {name: one.change for name, one in decided.items() if one.change is not None}
     return Plan(_reported(decided, layers, loss), changes)
@@ -267,28 +269,32 @@ def _check_finite(layers: Layers) -> None:
         layer_done()
 
 
-def _decide(kept: LayerReport, cuts: MadeCuts, states: int, rule: RankRule) -> _Decision:
+def _decide(kept: LayerReport, cuts: MadeCuts, states: int, rule: RankRule, held: bool) -> _Decision:
     """The decision about a layer for which a rule chose ``states`` states.
 
     Args:
         kept: the layer's report if it is not cut.
+        held: whether these are more states than the rule asks for, as ``max_reduction`` allows no fewer.
     """
     present = kept.states_before
     proposal = cuts.proposal(kept.name, states, rule) if passes_gate(present, states, rule) else None
     if proposal is None:
-        return _Decision(replace(kept, reason=_why_kept(present, rule)))
+        return _Decision(replace(kept, reason=_why_kept(present, states, rule)))
     known = replace(kept, certificate=proposal.certificate)
     if proposal.change is None:
         return _Decision(replace(known, outcome="refused", reason=proposal.reason))
-    report = replace(known, outcome="cut", states_after=proposal.states, energy_kept=proposal.energy_kept)
+    reason = f"a cut removes at most {rule.max_reduction:.0%} of a layer's states (max_reduction)" if held else ""
+    report = replace(
+        known, outcome="cut", reason=reason, states_after=proposal.states, energy_kept=proposal.energy_kept
+    )
     report = replace(report, poles_before=proposal.poles_before, poles_after=proposal.poles_after)
     return _Decision(report, proposal.change, proposal.reduction)
 
 
-def _why_kept(present: int, rule: RankRule) -> str:
-    """Why a layer of ``present`` states is not cut, if no cut under the rule passes `passes_gate`."""
+def _why_kept(present: int, states: int, rule: RankRule) -> str:
+    """Why a layer is not cut: no cut of its ``present`` states, of which a rule chose ``states``, passes the gate."""
     least = max(1, math.ceil(rule.min_reduction * present))
-    if least == 1:
+    if states == present or least == 1:
         return f"the rule keeps all {present} states"
     return f"fewer than {least} of {present} states would go (min_reduction={rule.min_reduction:g})"
 

@@ -20,7 +20,7 @@ class LayerReport:
         states_before, states_after: state dimension; equal if the layer is not cut.
         outcome: ``"cut"``, ``"kept"`` (the rule asks for no cut, or its gate rejects it) or ``"refused"`` (the
             certificate failed).
-        reason: why the layer is not cut, in words; empty for a cut.
+        reason: why the layer is not cut, or not as far as a rule of size asks, in words; empty otherwise.
         certificate: of the truncation; for a selective layer the predicted error of its recurrence. None if there is
             none.
         hsv: Hankel singular values before the cut, decreasing; their mean if the layer has several systems.

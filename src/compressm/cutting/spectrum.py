@@ -244,8 +244,8 @@ def balance_layers(
             check_plain({name: layer})
         elif moments is None or name not in moments:
             raise UnsupportedModelError(
-                f"{name!r} is a selective layer, and what its states carry depends on the data: pass data=, some "
-                "batches of the model's inputs (on the command line --data)"
+                f"{name!r} is a selective layer, and what its states carry depends on the data: pass some "
+                "batches of the model's inputs by data= (on the command line --data)"
             )
         evidence = (moments if adapter.needs_data else covariances) or {}
         balancings[name] = adapter.balance(layer, evidence.get(name), method)

@@ -63,8 +63,22 @@ def _check_legal(rule: RankRule, present: Mapping[str, int], alike: Sequence[str
 
 
 def limit_of(rule: RankRule, present: int) -> int | None:
-    """The most states that a rule of size leaves to a layer; None under other rules."""
+    """The most states that ``states`` or ``fraction`` leaves to a layer; None under other rules."""
     return rule.states if rule.fraction is None else fraction_of(rule.fraction, present)
+
+
+def above_limit(rule: RankRule, present: Mapping[str, int], chosen: Mapping[str, int]) -> set[str]:
+    """The layers that keep more states than a rule of size asks for; of a budget, all layers if it is exceeded.
+
+    Args:
+        rule: of size; under any other the set is empty.
+        present: state dimension of every layer before the cut.
+        chosen: and after it.
+    """
+    if rule.total_states is not None:
+        return set(chosen) if sum(chosen.values()) > rule.total_states else set()
+    limits = {name: limit_of(rule, present[name]) for name in chosen}
+    return {name for name, limit in limits.items() if limit is not None and chosen[name] > limit}
 
 
 def check_total(rule: RankRule, present: Mapping[str, int], alike: Sequence[str], legal: Legal | None = None) -> None:

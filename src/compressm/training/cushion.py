@@ -205,7 +205,7 @@ class Cushion:
         if self.twin is not None and len(self.after) < _LOOKS_BESIDE and not last:
             return "watch"
         if self.twin is not None:
-            self._warn_once(too_fine(self.max_drop, loss))
+            self._warn_once(too_fine(self.max_drop, loss, "difference from the uncut twin"))
         shown = not self.drop <= self.max_drop  # a drop that is not finite shows, too
         return verdict(loss, self.max_drop, shown=shown, last=last or len(self.after) >= LOOKS)
 

@@ -27,9 +27,10 @@ from compressm.cutting.carry import (
 )
 from compressm.cutting.compression import check_rule
 from compressm.cutting.fitting import fit_any_size
+from compressm.cutting.optimizers import members_of
 from compressm.cutting.plan import must_be_alike
 from compressm.cutting.replay import errors_on_samples
-from compressm.cutting.sizes import checked_sizes, resized_parameters
+from compressm.cutting.sizes import checked_sizes, resized_parameters, sizes_for
 from compressm.cutting.spectrum import balance_layers, check_cut_by_loss
 from compressm.observing.loss_evidence import Gramians
 from compressm.observing.observer import Terms
@@ -41,7 +42,7 @@ from compressm.theory.possible_sizes import check_sizes
 from compressm.theory.rank_rule import RankRule
 from compressm.theory.selection import Selection
 from compressm.training.averages import check_averages, guard_averages
-from compressm.training.goal import initial_dims
+from compressm.training.goal import Goal, initial_dims
 from compressm.training.observations import Observations
 
 log = logging.getLogger(__name__)
@@ -121,6 +122,25 @@ class Cutter:
     def state_dims(self) -> dict[str, int]:
         """Present state dimension of every layer, by its name in the model."""
         return state_dims(self.model)
+
+    @_of_chosen
+    def obstacle(self, goal: Goal, cuts: int) -> str:
+        """Why so many cuts of this model will not arrive at the size that was asked for; see `Goal.obstacle`."""
+        alike = must_be_alike(find_layers(self.model), goal.rule)
+        return goal.obstacle(initial_dims(self.state_dims), cuts, alike, sizes_for(self.model, goal.rule))
+
+    def trains_with(self, other: Cutter) -> bool:
+        """Whether both cut layers of one training, and not the same ones."""
+        optimizers = [{id(one) for one in members_of(cutter.optimizer)} for cutter in (self, other)]
+        parameters = [{id(one) for one in cutter.model.parameters()} for cutter in (self, other)]
+        layers = [{id(one) for one in cutter.layers()} for cutter in (self, other)]
+        together = not optimizers[0].isdisjoint(optimizers[1]) or not parameters[0].isdisjoint(parameters[1])
+        return together and layers[0].isdisjoint(layers[1])
+
+    @_of_chosen
+    def layers(self) -> list[nn.Module]:
+        """The layers that are cut."""
+        return [layer for layer, _ in find_layers(self.model).values()]
 
     @_of_chosen
     def resized_parameters(self) -> list[nn.Parameter]:

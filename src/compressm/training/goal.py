@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Generator, Mapping
+from collections.abc import Collection, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
+
+from compressm.theory.possible_sizes import Legal
 from compressm.theory.rank_rule import RankRule, largest_reduction
+from compressm.theory.ranks import choose_ranks, passes_gate
 from compressm.theory.targets import Target
 
 # The rule if only max_drop is given. In the paper a tolerance of 0.02 costs 0.4 points on sequential MNIST, 0.04 costs
@@ -52,6 +56,10 @@ def wanted_rule(
         per_layer=per_layer,
         target=target,
     )
+
+
+class GoalWarning(UserWarning):
+    """The size that was asked for is not reached."""
 
 
 @dataclass(frozen=True)
@@ -102,6 +110,68 @@ class Goal:
         assert rule.max_error is not None
         return replace(rule, max_error=rule.max_error * mildness)
 
+    @property
+    def size(self) -> str:
+        """The size that a rule of size asks for, as the user gave it; empty under a rule of quality."""
+        given = {name: getattr(self.rule, name) for name in ("states", "fraction", "total_states")}
+        return next((f"{name}={value:g}" for name, value in given.items() if value is not None), "")
+
+    def arrived(self, dims: Collection[int]) -> bool:
+        """Whether layers of these state dimensions have the size that was asked for; a rule of quality asks for none.
+
+        A layer of one state is as small as can be, whatever a fraction says.
+        """
+        rule = self.rule
+        if rule.states is not None:
+            return max(dims) <= rule.states
+        if rule.fraction is not None:
+            return sum(states for states in dims if states > 1) <= rule.fraction * self.initial_states + 1e-9
+        return rule.total_states is None or sum(dims) <= rule.total_states
+
+    def measured(self, dims: Collection[int]) -> str:
+        """State dimensions in words, counted as the rule counts them."""
+        if self.rule.total_states is not None:
+            return f"{sum(dims)} states of all layers"
+        least, most = min(dims), max(dims)
+        return f"{most} states a layer" if least == most else f"{least} to {most} states a layer"
+
+    def foreseen(
+        self, dims: Mapping[str, int], cuts: int, alike: Sequence[str] = (), legal: Legal | None = None
+    ) -> dict[str, int]:
+        """The state dimensions after all cuts, if the rule is of size, none is undone, and all states matter alike.
+
+        Args:
+            dims: state dimension of every layer before the first cut.
+            cuts: how many are made.
+            alike, legal: as in `choose_ranks`.
+        """
+        for left in range(cuts, 0, -1):
+            rule = self.rule_now(dims.values(), left)
+            equal = {name: torch.ones(states, dtype=torch.float64) for name, states in dims.items()}
+            ranks = choose_ranks(equal, rule, alike=alike, legal=legal)
+            dims = {name: ranks[name] if passes_gate(n, ranks[name], rule) else n for name, n in dims.items()}
+        return dict(dims)
+
+    def obstacle(
+        self, dims: Mapping[str, int], cuts: int, alike: Sequence[str] = (), legal: Legal | None = None
+    ) -> str:
+        """Why all cuts together will not arrive at the size that was asked for, in a line; empty if they may.
+
+        Args:
+            dims, cuts, alike, legal: as in `foreseen`.
+        """
+        if not self.size or self.arrived((ends := self.foreseen(dims, cuts, alike, legal)).values()):
+            return ""
+        rule, remedies = self.rule, ("raise max_reduction", "lower min_reduction")
+        least, most = f"min_reduction={rule.min_reduction:g}", f"max_reduction={rule.max_reduction:g}"
+        looser = (replace(rule, max_reduction=1.0), replace(rule, min_reduction=0.0))
+        helps = [replace(self, rule=one).foreseen(dims, cuts, alike, legal) for one in looser]
+        useful = [one for one, dims in zip(remedies, helps, strict=True) if self.arrived(dims.values())]
+        return (
+            f"{self.size} is out of reach: {cuts} cuts of {least} to {most} of a layer's states end at "
+            f"{self.measured(ends.values())}; {' or '.join(useful or remedies)}, or ask for a size within reach"
+        )
+
     def too_mild(self, mildness: float) -> bool:
         """Whether the largest cut of this mildness would remove less than ``min_reduction`` of the states."""
         return self.rule.max_reduction * mildness < self.rule.min_reduction
@@ -148,4 +218,4 @@ def towards(present: int, target: int, share: float) -> int:
     return present if target >= present else max(target, round(present * (target / present) ** share))
 
 
-__all__ = ["Goal", "initial_dims", "initial_dims_of", "started_with", "towards", "wanted_rule"]
+__all__ = ["Goal", "GoalWarning", "initial_dims", "initial_dims_of", "started_with", "towards", "wanted_rule"]

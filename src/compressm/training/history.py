@@ -20,11 +20,12 @@ _ABSENT: dict[str, Any] = {
 class Event:
     """Something that the compressor did after a training step.
 
-    The kinds are `Cut`, `Unchanged`, `Watched`, `Kept`, `RolledBack`, `Postponed`, `Stopped`, `Ended` and `Recompiled`.
+    The kinds are `Cut`, `Unchanged`, `FellShort`, `Watched`, `Kept`, `RolledBack`, `Postponed`, `Stopped`, `Ended` and
+    `Recompiled`.
 
     Attributes:
-        kind: the kind as a word: ``"cut"``, ``"unchanged"``, ``"watched"``, ``"kept"``, ``"rolled_back"``,
-            ``"postponed"``, ``"stopped"``, ``"ended"`` or ``"recompiled"``.
+        kind: the kind as a word: ``"cut"``, ``"unchanged"``, ``"fell_short"``, ``"watched"``, ``"kept"``,
+            ``"rolled_back"``, ``"postponed"``, ``"stopped"``, ``"ended"`` or ``"recompiled"``.
         step: number of training steps done when it happened.
         seconds: time that it took, without evaluations.
     """
@@ -142,6 +143,22 @@ class Unchanged(_Looked):
 
     def _what(self) -> str:
         return "nothing to cut"
+
+
+@dataclass(frozen=True)
+class FellShort(Event):
+    """The last cut was made, or was due, and layers are larger than ``states``, ``fraction`` or ``total_states`` asks.
+
+    Attributes:
+        reason: what was asked for, what they have, and why, in words.
+    """
+
+    kind = "fell_short"
+
+    reason: str = ""
+
+    def _what(self) -> str:
+        return self.reason
 
 
 @dataclass(frozen=True)
@@ -296,7 +313,7 @@ class Recompiled(Event):
         return {"compressm/graphs_recompiled": float(self.graphs)}
 
 
-_ALL = (Cut, Unchanged, Watched, Kept, RolledBack, Postponed, Stopped, Ended, Recompiled)
+_ALL = (Cut, Unchanged, FellShort, Watched, Kept, RolledBack, Postponed, Stopped, Ended, Recompiled)
 _KINDS: dict[str, type[Event]] = {kind.kind: kind for kind in _ALL}
 
 
@@ -308,6 +325,6 @@ def history_table(steps: int, state_dims: Mapping[str, int], history: Sequence[E
 
 
 __all__ = [
-    "Cut", "Ended", "Event", "Kept", "Postponed", "Recompiled", "RolledBack", "Stopped", "Unchanged", "Watched",
-    "history_table",
+    "Cut", "Ended", "Event", "FellShort", "Kept", "Postponed", "Recompiled", "RolledBack", "Stopped", "Unchanged",
+    "Watched", "history_table",
 ]  # fmt: skip

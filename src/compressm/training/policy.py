@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import time
 import warnings
+import weakref
 from dataclasses import replace
 from typing import Any
 
 from compressm.cutting import Report
 from compressm.cutting.metrics import MetricWarning, warn_not_finite
-from compressm.errors import EvaluationError
+from compressm.errors import EvaluationError, InvalidRankRuleError
 from compressm.training.cushion import LOOKS, Cushion, CushionWarning, gap
 from compressm.training.cutter import Cutter
-from compressm.training.goal import Goal
-from compressm.training.history import Cut, Event, Postponed, RolledBack, Stopped, Unchanged
+from compressm.training.goal import Goal, GoalWarning
+from compressm.training.history import Cut, Event, FellShort, Postponed, RolledBack, Stopped, Unchanged
 from compressm.training.schedule import LOOKS_BEFORE, Schedule
 
 _NO_TIME = "too few steps are left to examine one"
@@ -28,10 +30,30 @@ class Policy:
         goal: decides how far a cut goes.
         cushion: examines cuts and rolls back those that did harm.
         cutter: makes the cuts.
+
+    Raises:
+        InvalidRankRuleError: another compressor cuts other layers of the same training, and one of them examines cuts.
     """
 
     def __init__(self, schedule: Schedule, goal: Goal, cushion: Cushion, cutter: Cutter) -> None:
         self._schedule, self._goal, self._cushion, self._cutter = schedule, goal, cushion, cutter
+        if obstacle := cutter.obstacle(goal, len(schedule.cut_steps)):
+            warnings.warn(obstacle, GoalWarning, stacklevel=3)
+        _check_alone(self)
+
+    def spoils(self, other: Policy) -> bool:
+        """Whether a roll-back of one of them would undo cuts of the other.
+
+        A second compressor for the same layers takes the place of the first, as where a notebook's cell is run again.
+        """
+        examined = self._cushion.examines or other._cushion.examines
+        over = other._schedule.over and other._cushion.observed is None
+        return examined and not over and self._cutter.trains_with(other._cutter)
+
+    @property
+    def layers(self) -> str:
+        """Names of the layers that are cut."""
+        return ", ".join(self._cutter.state_dims)
 
     def started_with(self, states: int) -> None:
         """Restore the number of states of all layers together before the first cut."""
@@ -87,7 +109,10 @@ class Policy:
         plan = self._cutter.plan(self._goal.rule_now(dims, cuts_left, cushion.mildness))
         if not plan.changes:
             self._schedule.made()
-            return [Unchanged(step, plan.report.seconds, _layers(plan.report), reference)]
+            return [
+                Unchanged(step, plan.report.seconds, _layers(plan.report), reference),
+                *self._short(step, plan.report),
+            ]
         before = cushion.snapshot(step) if cushion.examines else None
         report = self._cutter.write(plan)
         if before is not None:
@@ -99,7 +124,18 @@ class Policy:
             cushion.warn_if_too_fine([step + self._schedule.check_after + i * self._apart for i in range(LOOKS)])
         elif before is None and cushion.evaluate is not None:
             metric = self._for_the_record(step)
-        return [Cut(step, report.seconds, _layers(report), reference, metric, report.predicted_loss)]
+        made = Cut(step, report.seconds, _layers(report), reference, metric, report.predicted_loss)
+        return [made, *self._short(step, report)]
+
+    def _short(self, step: int, report: Report) -> list[FellShort]:
+        """What there is to say after the last cut, if the size that was asked for was not reached."""
+        dims = report.state_dims.values()
+        if not self._schedule.over or self._goal.arrived(dims):
+            return []
+        reasons = dict.fromkeys(layer.reason for layer in report.layers if layer.reason)
+        why = "; ".join(reasons) or "cuts after one that was undone go a part of the way only"
+        text = f"{self._goal.size} was asked for, and the cuts end at {self._goal.measured(dims)}: {why}"
+        return [FellShort(step, reason=text)]
 
     def _for_the_record(self, step: int) -> float | None:
         """The metric right after a cut that is not examined. An error of ``evaluate`` cannot undo this cut."""
@@ -166,6 +202,22 @@ class Policy:
         if not schedule.leaves_time(schedule.next_cut):
             return _NO_TIME
         return ""
+
+
+_policies: weakref.WeakSet[Policy] = weakref.WeakSet()
+
+
+def _check_alone(new: Policy) -> None:
+    """Refuse a second compressor for a part of a training if a roll-back restores the whole of it."""
+    if any(new.spoils(other) for other in [*_policies]):
+        gc.collect()  # one that nobody holds any more may still be waiting for the collector
+    for other in [*_policies]:
+        if new.spoils(other):
+            raise InvalidRankRuleError(
+                f"max_drop undoes a cut by restoring the whole model and its optimizer, and another Compressor cuts "
+                f"{other.layers} of the same model: cut all layers by one Compressor, or give neither of them max_drop"
+            )
+    _policies.add(new)
 
 
 def _layers(report: Report) -> tuple[dict[str, Any], ...]:

@@ -74,7 +74,7 @@ def probe(
 
     Models of several sizes make a few steps each, on the same batches with the same learning rate schedule. The size is
     the only thing in which they differ, besides a factor on the learning rates, which is chosen for each size. The cost
-    is at most ``sizes * (rates + seeds - 1)`` short trainings.
+    is at most ``sizes * (rates + seeds - 1)`` short trainings, if none diverges.
 
     Args:
         build: ``build(states)`` returns a new model with so many states per layer.
@@ -87,7 +87,8 @@ def probe(
         total_steps: steps of the long training, to say which share of its time the probe took.
         seeds: how many seeds, two or more; or the seeds.
         rates: factors on the learning rates, ascending. With the first seed they are tried one after the other until
-            one is no better, for a smaller size from the best one of the larger size on.
+            one is no better, for a smaller size from the best one of the larger size on. One at which a
+            training diverges, with any seed, counts as worse: the metric or the weights are not finite then.
         worth: share of what the largest size learns that a smaller one may be behind and still count as as good.
         mode: ``"max"`` if a higher metric is better, ``"min"`` if a lower one is.
         metric: its name, for the table.
@@ -99,7 +100,7 @@ def probe(
 
     Raises:
         ConfigError: arguments that make no probe, or a folder of another probe.
-        EvaluationError: ``evaluate`` raised, or returned no finite number.
+        EvaluationError: ``evaluate`` raised, or returned no number, or no finite one before training or at any rate.
     """
     sizes, seeds = _sizes(states), _seeds(seeds)
     _check(steps, total_steps, rates, worth)
@@ -108,8 +109,7 @@ def probe(
     bar = Bar("probe", len(sizes) * (len(rates) + len(seeds) - 1) * steps, quiet)
     runner = _Runner(build, train, evaluate, steps, mode, made, bar)
     with _random_state_kept(), bar:
-        best = runner.best_rates(sizes, seeds[0], rates)
-        runs = [runner.run(Task(steps, seed, best[size], size)) for seed in seeds for size in sizes]
+        runs = runner.compared(sizes, seeds, rates)
     _warn_of_other_batches(runs)
     return answer_of(runs, steps, worth=worth, mode=mode, metric=metric, total_steps=total_steps, seconds=made.seconds)
 
@@ -126,39 +126,64 @@ class _Runner:
     made: _Made
     bar: Bar
 
-    def best_rates(self, sizes: Sequence[int], seed: int, rates: Sequence[float]) -> dict[int, float]:
-        """The best rate of each size. A smaller size is tried from the best rate of the larger one on."""
-        best: dict[int, float] = {}
-        for size in sizes:
-            best[size] = self._best_rate(size, seed, rates)
-            left = rates[list(rates).index(best[size]) :]
-            self.bar.skip((len(rates) - len(left)) * (len(sizes) - len(best)) * self.steps)
-            rates = left
-        return best
+    def compared(self, sizes: Sequence[int], seeds: Sequence[int], rates: Sequence[float]) -> list[ShortRun]:
+        """The trainings of every size with every seed. A smaller size is tried from the best rate of the larger one on.
 
-    def _best_rate(self, states: int, seed: int, rates: Sequence[float]) -> float:
-        """The rate with the best metric, of those that are tried one after the other until one is worse."""
-        best: ShortRun | None = None
-        for index, rate in enumerate(rates):
+        Raises:
+            EvaluationError: a size diverges at every rate.
+        """
+        runs: list[ShortRun] = []
+        for size in sizes:
+            runs += self._of_size(size, seeds, rates, runs[-1].rate if runs else rates[0])
+        return runs
+
+    def _of_size(self, states: int, seeds: Sequence[int], rates: Sequence[float], lowest: float) -> list[ShortRun]:
+        """The trainings of one size, one for each seed, at the best rate at which none diverges."""
+        climbed = [rate for rate in rates if rate >= lowest]
+        self.bar.skip((len(rates) - len(climbed)) * self.steps)
+        runs = [self._best(states, seeds[0], climbed)]
+        for seed in seeds[1:]:
+            if not runs[-1].diverged:
+                runs.append(self.run(Task(self.steps, seed, runs[0].rate, states)))
+        last = runs[-1]
+        if not last.diverged:
+            return runs
+        lower = [rate for rate in rates if rate < last.rate]
+        if not lower:
+            raise EvaluationError(
+                f"the training of {_name(states, last.seed, last.rate)} diverged, and no lower rate is left: lower the "
+                "learning rate, or give lower rates="
+            )
+        return self._of_size(states, seeds, lower, lower[0])
+
+    def _best(self, states: int, seed: int, rates: Sequence[float]) -> ShortRun:
+        """The best of the trainings at one rate after the other, until one is no better or diverges."""
+        best = self.run(Task(self.steps, seed, rates[0], states))
+        for index, rate in enumerate(rates[1:], 1):
+            if best.diverged:
+                break
             run = self.run(Task(self.steps, seed, rate, states))
-            if best is not None and sign_of(self.mode) * (run.metric - best.metric) < 0:
+            if run.diverged or sign_of(self.mode) * (run.metric - best.metric) <= 0:
                 self.bar.skip((len(rates) - index - 1) * self.steps)
                 break
             best = run
-        assert best is not None
-        return best.rate
+        return best
 
     def run(self, task: Task) -> ShortRun:
         """One short training."""
-        name = f"{task.states} states, seed {task.seed}, rate {task.rate:g}"
         known = self.made.get(task)
         if known is not None:
             self.bar.skip(task.steps)
             return known
-        self.bar.describe(name)
+        self.bar.describe(_name(task.states, task.seed, task.rate))
         seed_all(task.seed)
         model = self.build(task.states)
-        before, _ = self._metric(model, name)
+        before, _ = measured(model, self.evaluate)
+        if not math.isfinite(before):
+            raise EvaluationError(
+                f"evaluate returned {before} for an untrained model of {task.states} states; see that its weights, the "
+                "data and the metric itself are finite"
+            )
         record = BatchRecord(model, self.bar.advance)
         seed_all(task.seed)  # however many numbers the initial weights of this size have taken
         started = time.perf_counter()
@@ -166,19 +191,17 @@ class _Runner:
             self.train(model, task)
         seconds = time.perf_counter() - started
         self.bar.skip(task.steps - min(record.calls, task.steps))
-        metric, scores = self._metric(model, name)
+        metric, scores = measured(model, self.evaluate)
+        if not all(bool(one.isfinite().all()) for one in model.parameters()):
+            metric, scores = math.nan, None  # a share of right answers is finite even where no prediction is
         parameters = sum(one.numel() for one in model.parameters())
         return self.made.add(
             ShortRun(task.states, task.seed, task.rate, before, metric, scores, seconds, parameters, record.checksums)
         )
 
-    def _metric(self, model: nn.Module, name: str) -> tuple[float, Any]:
-        value, scores = measured(model, self.evaluate)
-        if not math.isfinite(value):
-            raise EvaluationError(
-                f"evaluate returned {value} for {name}; lower the learning rate, or leave this one out of rates="
-            )
-        return value, scores
+
+def _name(states: int, seed: int, rate: float) -> str:
+    return f"{states} states, seed {seed}, rate {rate:g}"
 
 
 class _Made:

@@ -47,7 +47,8 @@ class ShortRun:
 
     Attributes:
         states, seed, rate: the size, the seed, and the factor on the learning rates.
-        before, metric: the metric before and after it, as `evaluate` returned it, or the mean of its scores.
+        before, metric: the metric before and after it, as `evaluate` returned it, or the mean of its scores. The metric
+            after a training that diverged may be NaN or infinite.
         scores: one score per validation example afterwards, shape ``(N,)``; None if `evaluate` returns one number.
         seconds: time that it took.
         parameters: number of the model's parameters.
@@ -64,16 +65,24 @@ class ShortRun:
     parameters: int
     batches: tuple[float, ...] = ()
 
+    @property
+    def diverged(self) -> bool:
+        """Whether the metric is not finite afterwards."""
+        return not math.isfinite(self.metric)
+
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
-        scores = None if self.scores is None else self.scores.tolist()
-        return {**self.__dict__, "scores": scores, "batches": list(self.batches)}
+        """Plain values, for JSON, which knows no NaN: a training that diverged has no metric and no scores there."""
+        values = {**self.__dict__, "batches": list(self.batches)}
+        if self.diverged:
+            return {**values, "metric": None, "scores": None}
+        return {**values, "scores": None if self.scores is None else self.scores.tolist()}
 
     @staticmethod
     def from_dict(values: Mapping[str, Any]) -> ShortRun:
         """The inverse of `to_dict`."""
         scores = None if values["scores"] is None else torch.tensor(values["scores"])
-        read: dict[str, Any] = {**values, "scores": scores, "batches": tuple(values["batches"])}
+        metric = math.nan if values["metric"] is None else values["metric"]
+        read: dict[str, Any] = {**values, "metric": metric, "scores": scores, "batches": tuple(values["batches"])}
         return ShortRun(**read)
 
 

@@ -12,6 +12,7 @@ Verdict = Literal["keep", "undo", "watch"]
 # How sure it must be that a cut cost more than max_drop, before it is undone: at an early examination, and at the last.
 # Right after a cut nothing but the cut can be the cause of a loss. One that did not show then needs stronger proof.
 _SHOWN, _HIDDEN = (0.985, 0.8), (0.995, 0.95)
+_MOSTLY = 0.5  # validation samples that have at most this share of an error explain at most a quarter of its square
 
 
 def verdict(loss: Loss, max_drop: float, *, shown: bool, last: bool) -> Verdict:
@@ -33,12 +34,13 @@ def verdict(loss: Loss, max_drop: float, *, shown: bool, last: bool) -> Verdict:
     return "watch" if may_be_otherwise and not last else "keep"
 
 
-def too_fine(max_drop: float, loss: Loss) -> str:
+def too_fine(max_drop: float, loss: Loss, compared: str = "metric") -> str:
     """Why ``max_drop`` is finer than the evaluations can resolve, and what would make them finer; empty if it is not.
 
     Args:
         max_drop: the loss that is allowed.
-        loss: from `compressm.training.noise.foreseen`.
+        loss: from `compressm.training.noise.foreseen`, or from `beside`.
+        compared: what the loss was computed from, evaluation by evaluation.
     """
     finest = loss.noise(_SHOWN[1])
     if finest <= max_drop:
@@ -47,17 +49,28 @@ def too_fine(max_drop: float, loss: Loss) -> str:
     finest = math.ceil(finest / digit) * digit  # rounded up, so that the advice can be followed
     text = (
         f"max_drop={max_drop:g} is finer than these evaluations can resolve: a loss of less than about {finest:.2g} "
-        "cannot be told from noise, and only larger ones are undone; "
+        f"cannot be told from noise, and only larger ones are undone; give max_drop={finest:.2g} or more"
     )
-    allowed = max_drop / quantile(_SHOWN[1], loss.freedom)
-    if loss.training is None or loss.training >= allowed:
-        fluctuates = "" if loss.training is None else f" (its standard error is {loss.training:.2g})"
-        return text + (
-            f"more validation samples alone do not help, since the training itself fluctuates{fluctuates}: give "
-            f"max_drop={finest:.2g} or more, or cut later, where the metric holds still"
-        )
-    needed = math.ceil(loss.examples * loss.sampling**2 / (allowed**2 - loss.training**2))
-    return text + f"give max_drop={finest:.2g} or more, or {needed:,} validation samples instead of {loss.examples:,}"
+    allowed, moves = max_drop / quantile(_SHOWN[1], loss.freedom), loss.training or 0.0
+    if moves >= allowed:
+        return f"{text}, or cut later, where the {compared} holds still: {_cause(loss, compared)}"
+    needed = math.ceil(loss.examples * loss.sampling**2 / (allowed**2 - moves**2))
+    text += f", or {needed:,} validation samples instead of {loss.examples:,}"
+    return (
+        text if loss.training is not None else f"{text}, if the training itself fluctuates little, which is not known"
+    )
+
+
+def _cause(loss: Loss, compared: str) -> str:
+    """What moves a metric from one evaluation to the next, as far as this is known."""
+    if loss.training is None:
+        return f"samples alone have a standard error of {loss.sampling:.2g}, and what the training adds is not known"
+    moves = f"it moves from one evaluation to the next (standard error {loss.training:.2g}), "
+    if not loss.examples:
+        return f"{moves}by the training or by the validation data, which one number does not tell apart"
+    if loss.sampling < _MOSTLY * loss.training:
+        return f"{moves}mostly by the training itself, so that more validation samples alone do not help"
+    return f"{moves}by the training, by too few validation samples, or both, so that more of these may not be enough"
 
 
 __all__ = ["Verdict", "too_fine", "verdict"]

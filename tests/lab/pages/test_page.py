@@ -227,6 +227,9 @@ def test_damaged_results(content: str | bytes, message: str, tmp_path: Path) -> 
 
 
 def test_nothing_to_report(tmp_path: Path, runs: Path) -> None:
+    (tmp_path / "killed" / "checkpoints" / "step-0000004").mkdir(parents=True)
+    with pytest.raises(ConfigError, match="a run that has not ended yet; go on with compressm train --resume"):
+        load_runs([tmp_path / "killed"])
     with pytest.raises(ConfigError, match="neither a run's folder nor a result file"):
         load_runs([tmp_path])
     with pytest.raises(ConfigError, match="no run"):

@@ -113,6 +113,9 @@ def _column(values: Sequence[str], where: str) -> NDArray[Any]:
     except ValueError:
         pass
     for number, value in enumerate(values, 2):
+        if not value.strip():
+            raise ConfigError(f"{where}, line {number}: there is no value; leave the column or the row out")
+    for number, value in enumerate(values, 2):
         if not _are_numbers([value]):
             if role_of(where.rpartition(" ")[2]) == "y":
                 return np.array(values)  # names of classes
@@ -147,14 +150,14 @@ def _sequences_of(columns: Mapping[str, NDArray[Any]], where: str) -> Content:
 
 def _folder(path: Path) -> Content:
     where = f"data {path}"
-    own = [file for file in sorted(path.iterdir()) if file.suffix in SUFFIXES]
+    own = [file for file in _visible(path) if file.suffix in SUFFIXES]
     named = {file.stem: file for file in own if file.suffix == ".npy" and _is_role(file.stem)}
     if any(role_of(_plain(name)) == "x" for name in named):
         return {name: _numpy(file)["x"] for name, file in named.items()}
     if len(own) == 1 and own[0].suffix == ".npz":
         return _numpy(own[0])
-    classes = [folder for folder in sorted(path.iterdir()) if folder.is_dir()]
-    groups = [own] if own else [sorted(f for f in folder.iterdir() if f.suffix in SUFFIXES) for folder in classes]
+    classes = [folder for folder in _visible(path) if folder.is_dir()]
+    groups = [own] if own else [[f for f in _visible(folder) if f.suffix in SUFFIXES] for folder in classes]
     files = [file for group in groups for file in group]
     if not files:
         raise ConfigError(f"{where} holds no {', '.join(SUFFIXES)} files, nor subfolders of them: check the path")
@@ -162,6 +165,11 @@ def _folder(path: Path) -> Content:
     if not own:
         content["y"] = np.repeat(np.arange(len(groups)), [len(group) for group in groups])
     return content
+
+
+def _visible(folder: Path) -> list[Path]:
+    """What is in a folder, in alphabetical order, without the hidden files and folders that systems and editors add."""
+    return [one for one in sorted(folder.iterdir()) if not one.name.startswith(".")]
 
 
 def _steps(file: Path) -> NDArray[Any]:
@@ -182,6 +190,8 @@ def _padded(sequences: Sequence[NDArray[Any]], files: Sequence[Path], where: str
                 f"{where}: {file.name} has shape {sequence.shape}, and {files[0].name} {first.shape}: each file must "
                 "be one sequence, (length, channels), with equal channels"
             )
+        if not len(sequence):
+            raise ConfigError(f"{where}: {file.name} holds a sequence of no steps: leave it out")
     return padded("x", sequences)
 
 

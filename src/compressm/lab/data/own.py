@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -111,10 +112,7 @@ def own_data(source: str, validation: float, task: Task | None = None, max_lengt
         raise ConfigError(f"data.task = 'language': {source} is no text; give a text file or a folder of .txt files")
     where = f"data.source = {source!r}"
     content = own_content(source, "data.source")
-    splits = {
-        ending: _split(part, f"{where}{ending and f' ({ending[1:]})'}", task)
-        for ending, part in _by_split(content).items()
-    }
+    splits = _splits(_by_split(content), where, task)
     train, test = splits.pop("_train", None) or splits.pop("", None), splits.pop("_test", None)
     held_out = splits.pop("_val", None) or splits.pop("_validation", None)
     if train is None:
@@ -158,6 +156,55 @@ def _by_split(content: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
         if role_of(plain) is not None:
             found.setdefault(ending, {})[plain] = value
     return found
+
+
+def _splits(parts: Mapping[str, dict[str, Any]], where: str, task: Task | None) -> dict[str, Split]:
+    """The splits by their endings. What the data are, tokens or measurements, classes or numbers, is told by all.
+
+    Raises:
+        ConfigError: a split that nothing can be learnt from, or splits of different channels or outputs.
+    """
+    named = parts if task == "regression" else _numbered(parts)
+    found = {ending: _split(part, f"{where}{ending and f' ({ending[1:]})'}", task) for ending, part in named.items()}
+    if task is None and len({split.y.is_floating_point() for split in found.values()}) > 1:
+        return _splits(parts, where, "regression")
+    if any(split.x.is_floating_point() for split in found.values()):
+        found = {ending: replace(split, x=split.x.float()) for ending, split in found.items()}
+    for what, sizes in {
+        "channels of x": {split.x.shape[2] for split in found.values()},
+        "numbers to predict": {split.y.shape[-1] for split in found.values() if split.y.is_floating_point()},
+    }.items():
+        if len(sizes) > 1:
+            raise ConfigError(
+                f"{where}: the splits have different {what} ({', '.join(map(str, sorted(sizes)))}): give the same in "
+                "train, validation and test"
+            )
+    return found
+
+
+def _numbered(parts: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The arrays of every split, with names of classes as numbers: in alphabetical order of the names in all splits."""
+    named = {
+        (ending, key): _spelled(np.asarray(value), f"{key}{ending}")
+        for ending, part in parts.items()
+        for key, value in part.items()
+        if role_of(key) == "y" and not isinstance(value, Tensor) and np.asarray(value).dtype.kind in "USO"
+    }
+    names = np.unique(np.concatenate([one.reshape(-1) for one in named.values()])) if named else None
+    return {
+        ending: {
+            key: value if names is None or (ending, key) not in named else np.searchsorted(names, named[ending, key])
+            for key, value in part.items()
+        }
+        for ending, part in parts.items()
+    }
+
+
+def _spelled(names: np.ndarray[Any, Any], where: str) -> np.ndarray[Any, Any]:
+    """Names of classes as text."""
+    if missing := [row for row, name in enumerate(names.reshape(-1).tolist()) if name is None or name != name]:
+        raise ConfigError(f"{where} has no label for sequence {missing[0]}: leave that sequence out, or name its class")
+    return names.astype(str)
 
 
 def _split(content: Mapping[str, Any], where: str, task: Task | None) -> Split:
@@ -206,7 +253,7 @@ def _targets(value: Any, where: str, task: Task | None) -> Tensor:
     """Labels: classes, int64 of shape ``(N,)``; or numbers, float32 of shape ``(N, outputs)`` or per step."""
     array = value.cpu().numpy() if isinstance(value, Tensor) else np.asarray(value)
     numbers = array.dtype.kind == "f" and ((array.ndim > 1 and array.shape[1:] != (1,)) or bool((array % 1 != 0).any()))
-    if task == "classification" or (task is None and not numbers):
+    if task == "classification" or (task is None and (not numbers or _is_one_hot(array))):
         return _classes(array, where)
     if array.dtype.kind not in "biuf" or array.ndim not in (1, 2, 3) or not np.isfinite(array).all():
         raise ConfigError(
@@ -218,11 +265,11 @@ def _targets(value: Any, where: str, task: Task | None) -> Tensor:
 
 
 def _classes(array: np.ndarray[Any, Any], where: str) -> Tensor:
-    """Classes from 0: whole numbers as they are, names in alphabetical order."""
-    if array.dtype.kind in "USO":
-        array = np.unique(array.astype(str), return_inverse=True)[1]
+    """Classes from 0, as they are, or in one-hot rows."""
     if array.ndim == 2 and array.shape[1] == 1:
         array = array[:, 0]
+    if _is_one_hot(array):
+        array = array.argmax(1)
     numbers = array.ndim == 1 and array.dtype.kind in "biuf"
     if not numbers or (array != array.astype(np.int64)).any() or array.min(initial=0) < 0:
         raise ConfigError(
@@ -230,6 +277,13 @@ def _classes(array: np.ndarray[Any, Any], where: str) -> Tensor:
             "data.task=regression to predict numbers"
         )
     return torch.from_numpy(array.astype(np.int64))
+
+
+def _is_one_hot(array: np.ndarray[Any, Any]) -> bool:
+    """Whether every row has one 1, and 0 elsewhere."""
+    if array.dtype.kind not in "biuf" or array.ndim != 2 or array.shape[1] < 2 or not len(array):
+        return False
+    return bool(((array == 0) | (array == 1)).all() and (array.sum(1) == 1).all())
 
 
 def _divided(split: Split, share: float, where: str) -> tuple[Split, Split]:

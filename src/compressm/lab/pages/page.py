@@ -135,7 +135,8 @@ def _event(event: dict[str, Any]) -> dict[str, Any]:
     titles = {
         "cut": "cut", "rolled_back": "cut undone", "kept": "cut kept", "unchanged": "nothing to cut",
         "recompiled": "graphs recompiled", "postponed": "cut put off: the metric is not finite",
-        "watched": "cut watched on", "stopped": "no more cuts", "ended": "end",
+        "watched": "cut watched on", "fell_short": "the size was not reached", "stopped": "no more cuts",
+        "ended": "end",
     }  # fmt: skip
     details: list[str] = [event["reason"]] if event.get("reason") else []
     if event.get("metric") is not None:

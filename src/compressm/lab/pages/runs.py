@@ -59,8 +59,10 @@ def load_runs(paths: Sequence[Path]) -> list[Run]:
         if not found and (path / "compressm.json").is_file():
             raise ConfigError(
                 f"{path}: a saved model without the history of its cuts; save it with compressm.save(model, folder, "
-                "compressor)"
+                "compressor), after the first cut"
             )
+        if not found and any(path.glob("checkpoints/step-*")):
+            raise ConfigError(f"{path}: a run that has not ended yet; go on with compressm train --resume, then report")
         if not found:
             raise ConfigError(
                 f"{path}: neither a run's folder nor a result file; name a folder that compressm train or compressm "
