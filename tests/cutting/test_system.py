@@ -109,3 +109,11 @@ def test_a_batch_is_refused() -> None:
     batch = DiagonalSystem(torch.full((2, 1), 0.5), torch.ones(2, 1, 1), torch.ones(2, 1, 1))
     with pytest.raises(InvalidSystemError, match="reduce them one by one"):
         compressm.reduce(batch, order=1)
+
+
+def test_a_system_whose_order_is_allowed_stays_as_it_is() -> None:
+    plant = signal.ZerosPolesGain(*signal.butter(4, 0.2, output="zpk"), dt=1.0)
+    for order in (4, 9):
+        found = compressm.reduce(plant, order=order)
+        assert found.system.order == 4
+        assert found.certificate.bound == 0

@@ -17,11 +17,13 @@ from compressm.cli import main
 from compressm.errors import ConfigError
 from compressm.lab.data.files import read_content
 from compressm.lab.data.own import content_of, own_data
+from compressm.lab.named import call_named
 from compressm.layers import S5
 
 MODULE = """
 import numpy as np
 from torch import nn
+from compressm.lab.named import call_named
 from compressm.layers import S5
 
 
@@ -40,7 +42,7 @@ def build(d_input=1, n_classes=2):
 
 def data():
     random = np.random.default_rng(0)
-    y = np.arange(60) % 2
+    y = np.arange(60) % 3
     return (random.normal(size=(60, 20, 1)) + y[:, None, None]).astype("float32"), y
 """
 SHORT = ["run.steps=8", "run.batch_size=8", "run.eval_every=4", "run.device=cpu", "compression.enabled=false"]
@@ -71,8 +73,9 @@ def test_train_cut_and_load_a_model_and_data_of_ones_own(here: Path, capsys: pyt
     assert "16 → 4" in capsys.readouterr().out
     loss = json.loads((here / "loss.json").read_text())
     assert loss["loss_after"] == pytest.approx(loss["loss_before"], rel=0.5)
+    assert main(["analyze", "small", "--model", "ownmodel:build"]) == 0  # also that one knows the three classes
     module = sys.modules["ownmodel"]
-    assert compressm.load("small", model=module.build()).s5.d_state == 4
+    assert compressm.load("small", model=module.build(n_classes=3)).s5.d_state == 4
 
 
 def test_a_linear_model_is_cut_from_its_weights_alone(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -80,7 +83,7 @@ def test_a_linear_model_is_cut_from_its_weights_alone(here: Path, capsys: pytest
     plan = capsys.readouterr().out
     assert "Mine: " in plan
     assert "s5 16" in plan
-    assert "20 steps, 1 channels, 2 classes" in plan
+    assert "20 steps, 1 channel, 3 classes" in plan
     assert not (here / "runs").exists()
     save_file(sys.modules["ownmodel"].build().state_dict(), "weights.safetensors")
     assert main(["compress", "weights.safetensors", "--model", "ownmodel:build", "--states", "4", "--dry-run"]) == 0
@@ -273,3 +276,32 @@ def test_what_data_are_is_told_by_all_splits(tmp_path: Path) -> None:
 
 def test_the_layer_of_these_tests_is_linear() -> None:
     assert compressm.analyze(S5(4, 16))[""].states == 16
+
+
+def test_a_newcomers_mistakes_are_answered_in_one_line(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = ["--model", "ownmodel:build"]
+    save_file({**_built().state_dict()}, "weights.safetensors")
+    np.savez("wide.npz", x=np.zeros((80, 20, 2), np.float32), y=np.arange(80) % 2)
+    np.savez("alike.npz", x=np.zeros((80, 20, 1), np.float32), y=np.zeros(80, int))
+    compressm.save(_built(), "run/model")
+    cut = ["--states", "4", "--dry-run"]
+    for command, said in (
+        (
+            ["compress", "weights.safetensors", *model, *cut, "--data", "wide.npz"],
+            "cannot be called with u, float32",
+        ),
+        (["compress", "run", *model, *cut], "run is the folder of a run: name the model in it, run/model"),
+        (["compress", "run/model", *cut], "or to a command --model"),
+        (["compress", "run/model", *model, "--dry-run"], "max_loss, max_drop; got none"),
+        (["train", *model, "--data", "alike.npz", "--dry-run"], "is 0 in every sequence"),
+    ):
+        assert main(command) == 2
+        line = capsys.readouterr().err
+        assert said in line
+        assert line.count("\n") == 1
+    assert main(["train", *model, "--data", "ownmodel:data", "--states", "16", "--dry-run"]) == 0
+    assert "none: states 16, and no layer has more than 16" in capsys.readouterr().out
+
+
+def _built() -> torch.nn.Module:
+    return call_named("ownmodel:build", "--model")

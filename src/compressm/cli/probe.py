@@ -18,6 +18,7 @@ def probe(
             metavar="CONFIG",
             help="As for train: a YAML file, or a built-in one such as smnist; needed unless --model and --data are "
             "given.",
+            show_default=False,
         ),
     ] = Path(),
     overrides: Annotated[

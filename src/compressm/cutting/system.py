@@ -72,7 +72,8 @@ def reduce(
         discretise: how those are sampled. With ``"bilinear"`` the bound holds in continuous time as well.
 
     Returns:
-        the reduced system with its certificate; the system itself if no smaller one keeps the ``error``.
+        the reduced system with its certificate; the system itself if no smaller one keeps the ``error``, or if its
+        order is allowed.
 
     Raises:
         InvalidRankRuleError: none or both of ``error`` and ``order``, or one that is out of range.
@@ -87,7 +88,7 @@ def reduce(
         )
     balancing = balance(system, "real" if system.real_output else "complex")
     (balanced,) = balancing.singles()
-    most = min(resolved(balanced.hsv), system.order - 1)
+    most = min(resolved(balanced.hsv), system.order - 1) if order is None or order < system.order else 0
     for cut in _candidates(balanced, error, order, most):
         certificate = certify(system, cut.lam, cut.B, cut.C, cut.bound, cut.scale, cut.condition)
         if certificate.valid:

@@ -10,9 +10,13 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from compressm.errors import ConfigError
+from compressm.runtime.modes import modes_kept
+from compressm.runtime.random_state import rng_state, set_rng_state
+from compressm.saving.arguments import remember_arguments
 
 
 def is_named(text: str) -> bool:
@@ -50,7 +54,30 @@ def build_named(reference: str, key: str, offered: Mapping[str, Any] | None = No
     model = call_named(reference, key, offered)
     if not isinstance(model, nn.Module):
         raise ConfigError(f"{key} {reference} returned {type(model).__name__}: it must return a torch.nn.Module")
+    if offered is not None:
+        remember_arguments(model, offered)  # a saved model is built again where there are no data to ask
     return model
+
+
+def tried(model: nn.Module, call: Callable[[nn.Module], Any], refusal: str) -> Any:
+    """What a call of a user's model in evaluation mode returns; its modes and the random state stay as they were.
+
+    Args:
+        model: of the user's.
+        call: calls it with a few sequences.
+        refusal: what the message about a failure begins with.
+
+    Raises:
+        ConfigError: the call failed.
+    """
+    before = rng_state()
+    try:
+        with modes_kept(model), torch.no_grad():
+            return call(model.eval())
+    except (RuntimeError, TypeError, ValueError, IndexError) as error:
+        raise ConfigError(f"{refusal}: {' '.join(str(error).split())[:200]}") from error
+    finally:
+        set_rng_state(before)
 
 
 def takes(reference: str, key: str, argument: str) -> bool:
@@ -97,4 +124,4 @@ def _described(error: BaseException) -> str:
     return f"{type(error).__name__} in {place}: {' '.join(str(error).split())}"
 
 
-__all__ = ["build_named", "call_named", "is_named", "takes"]
+__all__ = ["build_named", "call_named", "is_named", "takes", "tried"]

@@ -276,9 +276,11 @@ def _how_far(sizes: Mapping[str, Any], max_drop: float | None, data: object) -> 
     """The rule that was given; under ``max_drop`` the tolerance at which the search begins.
 
     Raises:
-        InvalidRankRuleError: ``max_drop`` beside a rule, or below 0.
+        InvalidRankRuleError: ``max_drop`` beside a rule, or below 0; neither of them.
         ConfigError: ``max_drop`` without data.
     """
+    if max_drop is None and all(size is None for size in sizes.values()):
+        raise InvalidRankRuleError(f"give exactly one of {', '.join(sizes)}, max_drop; got none")
     if max_drop is None:
         return sizes
     OPTIONS["max_drop"].check(max_drop)

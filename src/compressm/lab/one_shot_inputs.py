@@ -21,12 +21,13 @@ from compressm.lab.data.arrays import Arrays, arranged, read_arrays
 from compressm.lab.data.files import is_data
 from compressm.lab.data.own import own_content
 from compressm.lab.data.text import first_bytes
-from compressm.lab.named import build_named, is_named
+from compressm.lab.named import build_named, is_named, tried
 from compressm.layers import LanguageModel, SequenceClassifier, SequenceRegressor
-from compressm.observing.expected import Expected
+from compressm.observing.expected import Expected, described
 from compressm.runtime.progress import Bar
 from compressm.runtime.sixteen_bits import quick_products
 from compressm.saving import mamba_ssm_format
+from compressm.saving.arguments import saved_arguments
 from compressm.saving.checkpoint import load
 from compressm.saving.mamba_ssm_format import is_mamba_ssm
 from compressm.saving.mapped import Mapped, blocks, open_mapped
@@ -96,8 +97,11 @@ def read_checkpoint(folder: Path, build: str | None = None, in_memory: bool = Fa
     Raises:
         CheckpointError: no checkpoint, or one that cannot be loaded as a causal language model.
     """
+    if (folder / "model" / "compressm.json").is_file():
+        raise CheckpointError(f"{folder} is the folder of a run: name the model in it, {folder / 'model'}")
     if build is not None:
-        return Checkpoint(_of_the_user(folder, build_named(build, "--model")).eval(), None, "compressm")
+        model = build_named(build, "--model", saved_arguments(folder))
+        return Checkpoint(_of_the_user(folder, model).eval(), None, "compressm")
     if folder.is_file():
         raise CheckpointError(f"{folder} is a file: say with --model package.module:function what builds its model")
     own, theirs = (folder / "compressm.json").is_file(), is_mamba_ssm(folder)
@@ -228,7 +232,15 @@ def read_batches(
     if arrays.y is None and (expected.kind == "anything" or isinstance(model, SequenceRegressor)):
         targets = torch.empty(len(arrays), 0)  # nothing to measure a loss by
     places = [(i * BATCH, (i + 1) * BATCH) for i in range(count)]
+    if expected.kind == "anything":
+        _check_fits(model, arrays.batch(expected, 0, 2), path)
     return [(arrays.batch(expected, start, stop), targets[start:stop]) for start, stop in places]
+
+
+def _check_fits(model: nn.Module, inputs: dict[str, Tensor], path: Path) -> None:
+    """Call a model of the user's, which says nothing of what it reads, on two sequences."""
+    what = " and ".join(f"{name}, {described(value)}" for name, value in inputs.items())
+    tried(model, lambda one: one(**inputs), f"data {path}: {type(model).__name__} cannot be called with {what}")
 
 
 def _expected(model: nn.Module) -> Expected:

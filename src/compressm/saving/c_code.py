@@ -137,7 +137,7 @@ def _literal(value: float) -> str:
 def _source(name: str, rows: _Statements, matrices: Sequence[NDArray[Any]], dt: float) -> str:
     n, (q, p) = len(matrices[0]), matrices[3].shape
     lines = [
-        f"/* Linear system of order {n}, {p} inputs, {q} outputs, sampling time {dt:g} s; written by compressm.",
+        f"/* Linear system of order {n}, inputs {p}, outputs {q}, sampling time {dt:g} s; written by compressm.",
         f"   Call {name}_step once per sample. Start from a state of zeros. */",
         "",
         f"typedef struct {{ float x[{n}]; }} {name}_state;",

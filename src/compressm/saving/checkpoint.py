@@ -18,6 +18,7 @@ from compressm.cutting import resize_states, state_dims
 from compressm.errors import CheckpointError, ConfigError
 from compressm.layers import LanguageModel, SequenceClassifier, SequenceRegressor
 from compressm.runtime.files import FORMAT, finite, read_pair, write_pair, write_text
+from compressm.saving.arguments import arguments_of
 from compressm.saving.card import loading, model_card
 from compressm.saving.structure import Structure, check_fit, describe, difference, put_left_out, take_over
 from compressm.training.compressor import Compressor
@@ -90,6 +91,7 @@ def save_with_history(model: nn.Module, folder: str | os.PathLike[str], history:
         "class": type(model).__name__,
         "config": model.config if own else None,
         "changed": changed,
+        "arguments": arguments_of(model),
         "structure": describe(model).to_dict(),
         "state_dims": state_dims(model),
         "history": finite(list(history)),
@@ -183,7 +185,7 @@ def _build(
     if own is None:
         raise CheckpointError(
             f"{folder} holds a {name}, which compressm cannot build by itself: pass a fresh one, "
-            f"load(folder, model={name}(...))"
+            f"load(folder, model={name}(...)), or to a command --model package.module:function"
         )
     bad = f"{folder / 'compressm.json'}: {name} cannot be built from this config"
     if not isinstance(config, dict):

@@ -60,8 +60,8 @@ class Carried:
     def __str__(self) -> str:
         lines = [f"tensors that transformers does not load, copied: {some(self.tensors)}"] if self.tensors else []
         lines += [f"files copied: {some(self.files)}"] if self.files else []
-        lines += [f"card extended: {', '.join(self.extended)}"] if self.extended else []
-        lines += [f"card copied as it was: {self.unextended}"] if self.unextended else []
+        lines += [f"model card extended: {', '.join(self.extended)}"] if self.extended else []
+        lines += [f"model card copied as it was: {self.unextended}"] if self.unextended else []
         lines += [f"not copied: {name} ({reason})" for name, reason in (self.left or {}).items()]
         return "\n".join(lines)
 

@@ -117,6 +117,8 @@ def own_data(source: str, validation: float, task: Task | None = None, max_lengt
     held_out = splits.pop("_val", None) or splits.pop("_validation", None)
     if train is None:
         raise ConfigError(f"{where} holds {', '.join(content) or 'nothing'}: name the sequences x and the labels y")
+    if not train.y.is_floating_point() and len(labels := train.y.unique()) == 1:
+        raise ConfigError(f"y in {where} is {int(labels)} in every sequence: nothing is to be learnt from one class")
     if test is None:
         train, test = _divided(train, 0.2, where)
     if held_out is None:
@@ -292,7 +294,7 @@ def _divided(split: Split, share: float, where: str) -> tuple[Split, Split]:
         members = (labels == label).nonzero()[:, 0]
         mask[members[torch.randperm(len(members), generator=generator)[: round(share * len(members))]]] = True
     if bool(mask.all()) or not bool(mask.any()):
-        raise ConfigError(f"{where} holds {len(split)} sequences, too few to hold some out: give more")
+        raise ConfigError(f"{where} holds {len(split)} sequences, too few to hold some of every class out: give more")
     parts = [
         Split(split.x[rows], split.y[rows], None if split.lengths is None else split.lengths[rows])
         for rows in (~mask, mask)

@@ -28,13 +28,14 @@ def described(config: Config, folder: Path) -> str:
     learning_of(data.task, config.run.metric)
     model = model_for(config, data)
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    states = ", ".join(f"{name} {n}" for name, n in state_dims(model).items())
+    dims = state_dims(model)
+    states = ", ".join(f"{name} {n}" for name, n in dims.items())
     batches = max(1, len(data.train) // config.run.batch_size)
     return "\n".join(
         [
             f"data    {data.label}: {_sizes(data)}",
             f"model   {type(model).__name__}: {parameters:,} parameters; states: {states}",
-            f"cuts    {_cuts(config)}",
+            f"cuts    {_cuts(config, max(dims.values()))}",
             f"run     {config.run.steps} steps of {config.run.batch_size} sequences, "
             f"{config.run.steps / batches:.3g} epochs, into {folder}",
             "dry run: nothing was trained",
@@ -44,7 +45,8 @@ def described(config: Config, folder: Path) -> str:
 
 def _sizes(data: SequenceData) -> str:
     length = data.train.x.shape[1]
-    kind = f"{data.channels} channels" if data.vocabulary is None else f"tokens below {data.vocabulary}"
+    channels = "1 channel" if data.channels == 1 else f"{data.channels} channels"
+    kind = channels if data.vocabulary is None else f"tokens below {data.vocabulary}"
     counts = f"{len(data.train)} for training, {len(data.validation)} for validation, {len(data.test)} for test"
     per = " per step" if data.per_step else ""
     learnt = {
@@ -55,10 +57,12 @@ def _sizes(data: SequenceData) -> str:
     return f"{counts}; {length} steps, {kind}, {learnt}"
 
 
-def _cuts(config: Config) -> str:
+def _cuts(config: Config, most: int) -> str:
     compression = config.compression
     if not compression.enabled:
         return "none (compression.enabled is false)"
+    if compression.states is not None and compression.states >= most:
+        return f"none: states {compression.states}, and no layer has more than {most}"
     steps = cut_steps(config.run.steps, compression.cuts, compression.window, compression.start)
     rules = {name: getattr(compression, name) for name in (*SIZE_RULES, "max_drop")}
     given = ", ".join(f"{name} {value}" for name, value in rules.items() if value is not None)

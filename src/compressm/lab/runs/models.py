@@ -15,12 +15,10 @@ from compressm.cutting.metrics import Better
 from compressm.errors import ConfigError, InvalidRankRuleError
 from compressm.lab.config import Config, OptimizerConfig
 from compressm.lab.data.sequences import SequenceData, Task
-from compressm.lab.named import build_named
+from compressm.lab.named import build_named, tried
 from compressm.layers import LanguageModel, SequenceClassifier, SequenceRegressor, parameter_groups
 from compressm.layers.blocks import GATED
 from compressm.observing.expected import described
-from compressm.runtime.modes import modes_kept
-from compressm.runtime.random_state import rng_state, set_rng_state
 from compressm.training.compressor import Compressor
 from compressm.training.twin import TrainStep
 
@@ -77,22 +75,16 @@ def model_for(config: Config, data: SequenceData, states: int | None = None) -> 
 
 
 def _check_fits(model: nn.Module, data: SequenceData, build: str) -> None:
-    """Call a model of the user's on two sequences, with the random state as it was."""
+    """Call a model of the user's on two sequences."""
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     indices = torch.arange(min(2, len(data.train)), device=data.train.y.device)
     u, lengths = data.batch(data.train, indices)[0].to(device), data.lengths(data.train, indices)
     takes = f"model.build = {build!r}: {type(model).__name__}"
-    before = rng_state()
-    try:
-        with modes_kept(model), torch.no_grad():
-            logits: Any = model.eval()(u) if lengths is None else model.eval()(u, lengths.to(device))
-    except (RuntimeError, TypeError, ValueError, IndexError) as error:
-        raise ConfigError(
-            f"{takes} cannot be called with {described(u)}{'' if lengths is None else ' and lengths'}: "
-            f"{' '.join(str(error).split())[:200]}"
-        ) from error
-    finally:
-        set_rng_state(before)
+    logits = tried(
+        model,
+        lambda one: one(u) if lengths is None else one(u, lengths.to(device)),
+        f"{takes} cannot be called with {described(u)}{'' if lengths is None else ' and lengths'}",
+    )
     steps = (u.shape[1],) if data.per_step or data.task == "language" else ()
     expected = (len(u), *steps, data.n_classes)
     if not isinstance(logits, torch.Tensor) or tuple(logits.shape) != expected:
