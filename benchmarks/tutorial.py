@@ -96,8 +96,9 @@ def resonances(model: Any) -> list[float]:
 
 
 def of(runs: list[Run], d_state: int, rule: dict[str, Any]) -> list[Run]:
-    """The trainings of all seeds that began with so many states and had this rule."""
-    return [run for run in runs if (run["d_state"], run["rule"]) == (d_state, rule)]
+    """The trainings that began with so many states and had this rule, by seed."""
+    ours = [run for run in runs if (run["d_state"], run["rule"]) == (d_state, rule)]
+    return sorted(ours, key=lambda run: run["seed"])
 
 
 def mean(runs: list[Run], name: str) -> float:
