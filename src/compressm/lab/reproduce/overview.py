@@ -49,7 +49,7 @@ def sentences(found: Found) -> list[str]:
     if certain:
         kinds: dict[str, list[float]] = {"by the loss": [], "by white noise": []}
         for one in certain:
-            kinds["by the loss" if by_the_loss(one) else "by white noise"].append(one.share or 0.0)
+            kinds["by the loss" if by_the_loss(one, found) else "by white noise"].append(one.share or 0.0)
         each = ", ".join(f"{kind} {_spread(shares)}" for kind, shares in kinds.items() if shares)
         made.append(
             f"Of that, with {FEWEST_SEEDS} seeds or more, cuts keep {each}; the figure has the 95 % intervals, and all "
@@ -79,9 +79,10 @@ def _speedups(found: Found) -> list[float]:
     return [row.run_speedup for row in all_rows if cut_while_training(row.arm) and row.run_speedup is not None]
 
 
-def by_the_loss(share: Recovered) -> bool:
-    """Whether the loss decided what was cut; arms of that kind are called so."""
-    return share.arm.startswith("loss")
+def by_the_loss(share: Recovered, found: Found) -> bool:
+    """Whether the loss decided what was cut."""
+    experiment, _ = found[share.experiment]
+    return experiment.arm(share.arm).changes.get("compression.gramians") == "loss"
 
 
 def _spread(shares: Sequence[float]) -> str:
@@ -105,7 +106,7 @@ def draw_overview(found: Found, picture: Path) -> None:
     shares = [one for one in method_shares(found) if one.share is not None]
     figure, axis = plt.subplots(figsize=(6, 1.1 + 0.32 * len(shares)), layout="constrained")
     for line, one in enumerate(reversed(shares)):
-        _point(axis, line, one)
+        _point(axis, line, one, "tab:orange" if by_the_loss(one, found) else "tab:blue")
     labels = [f"{one.experiment} · {one.arm} (gap {one.gap:.1f}, n = {one.seeds})" for one in reversed(shares)]
     axis.set_yticks(range(len(shares)), labels, fontsize=8)
     for at, name in ((0.0, "small"), (1.0, "big")):
@@ -123,10 +124,9 @@ def draw_overview(found: Found, picture: Path) -> None:
     plt.close(figure)
 
 
-def _point(axis: Any, line: int, one: Recovered) -> None:
-    """A dot, in a colour of its own where the loss decided what was cut."""
+def _point(axis: Any, line: int, one: Recovered, colour: str) -> None:
+    """A dot, and its interval."""
     assert one.share is not None
-    colour = "tab:orange" if by_the_loss(one) else "tab:blue"
     at = min(max(one.share, SHOWN[0] + 0.03), SHOWN[1] - 0.03)
     filled = one.half_width is not None
     axis.plot(at, line, "o", color=colour, markerfacecolor=colour if filled else "white", markersize=6)
