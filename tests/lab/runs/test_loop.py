@@ -224,8 +224,23 @@ SETBACK_POINTS: dict[str, Point] = {
     "after the steps were made again": (*STEP, 76, "after"),
 }
 
+# A kill takes seconds. These, where most can go wrong, are tried whenever tests run, the others with the slow tests.
+EVERY_TIME = {
+    "in a cut, written but not carried",
+    "in the second cut",
+    "writing a checkpoint's tensors",
+    "while a checkpoint is swapped",
+    "before the result is written",
+    "under observation",
+    "in a roll-back",
+}
 
-@pytest.mark.parametrize("name", POINTS)
+
+def chosen(points: dict[str, Point]) -> list[Any]:
+    return [pytest.param(name, marks=() if name in EVERY_TIME else pytest.mark.slow) for name in points]
+
+
+@pytest.mark.parametrize("name", chosen(POINTS))
 def test_killed_and_resumed(name: str, children: ForkServerContext, tmp_path: Path, unbroken: Path) -> None:
     assert exit_code(children, config(), tmp_path, POINTS[name]) == -signal.SIGKILL
     assert not (tmp_path / "result.json").exists()
@@ -233,7 +248,7 @@ def test_killed_and_resumed(name: str, children: ForkServerContext, tmp_path: Pa
     assert_same_outcome(tmp_path, unbroken)
 
 
-@pytest.mark.parametrize("name", SETBACK_POINTS)
+@pytest.mark.parametrize("name", chosen(SETBACK_POINTS))
 def test_killed_and_resumed_around_a_setback(
     name: str, children: ForkServerContext, tmp_path: Path, unbroken_setback: Path
 ) -> None:
