@@ -220,6 +220,25 @@ def by_loss(window: float, **changes: Any) -> dict[str, Any]:
     return once(window, gramians="loss", **changes)
 
 
+def at_each_size(*sizes: int, layers: int = 1, **more: Mapping[str, Any]) -> tuple[Arm, ...]:
+    """For every size a model that has it from the start, and one cut to it after a quarter of the training, by white
+    noise and by the loss, which distributes the states of several layers as one budget.
+
+    Args:
+        sizes: states of a layer.
+        layers: of the model.
+        more: further cuts by the loss, by name: what they change.
+    """
+    arms: list[Arm] = []
+    for n in sizes:
+        size = {"states": n} if layers == 1 else {"total_states": layers * n}
+        cuts = {"white": once(0.25, states=n), "loss": by_loss(0.25, **size)}
+        cuts |= {name: by_loss(0.25, **size, **changes) for name, changes in more.items()}
+        arms.append(Arm(f"small{n}", {**BIG, "model.d_state": n}))
+        arms += [Arm(f"{name}{n}", cut, small=f"small{n}") for name, cut in cuts.items()]
+    return tuple(arms)
+
+
 def each_rate(way: str, changes: Mapping[str, Any], length: float = 1.0) -> tuple[Arm, ...]:
     """One way of training at half, once and twice the learning rate of `SHORT`."""
     rates = {factor: {**changes, "optimizer.lr": factor * SHORT_RATE} for factor in (0.5, 1, 2)}
@@ -256,6 +275,7 @@ __all__ = [
     "Experiment",
     "after",
     "afterwards",
+    "at_each_size",
     "by_loss",
     "cut_to_32",
     "each_rate",

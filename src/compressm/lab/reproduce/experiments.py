@@ -16,6 +16,7 @@ from compressm.lab.reproduce.arms import (
     Experiment,
     after,
     afterwards,
+    at_each_size,
     by_loss,
     cut_to_32,
     each_rate,
@@ -106,18 +107,7 @@ EXPERIMENTS: dict[str, Experiment] = {
             "scifar-loss",
             "Sequential CIFAR-10 in 256 steps, 2 blocks of LRU of 192 states: one cut to 44 or 114 states in all",
             "scifar",
-            (
-                Arm("full", BIG),
-                *(
-                    arm
-                    for states in (22, 57)
-                    for arm in (
-                        Arm(f"small{states}", {**BIG, "model.d_state": states}),
-                        Arm(f"white{states}", once(0.25, states=states), small=f"small{states}"),
-                        Arm(f"loss{states}", by_loss(0.25, total_states=2 * states), small=f"small{states}"),
-                    )
-                ),
-            ),
+            (Arm("full", BIG), *at_each_size(22, 57, layers=2)),
             steps=15_000,
             changes=scaled_down("scifar"),
         ),
@@ -125,19 +115,7 @@ EXPERIMENTS: dict[str, Experiment] = {
             "psmnist-loss",
             "Permuted sequential MNIST in 196 steps, LRU of 256 states: one cut by white noise, or by data and loss",
             "psmnist",
-            (
-                Arm("full", BIG),
-                *(
-                    arm
-                    for states in (28, 12)
-                    for arm in (
-                        Arm(f"small{states}", {**BIG, "model.d_state": states}),
-                        Arm(f"white{states}", once(0.25, states=states), small=f"small{states}"),
-                        Arm(f"loss{states}", by_loss(0.25, states=states), small=f"small{states}"),
-                        Arm(f"matched{states}", by_loss(0.25, states=states, match_steps=400), small=f"small{states}"),
-                    )
-                ),
-            ),
+            (Arm("full", BIG), *at_each_size(28, 12, matched={"match_steps": 400})),
             steps=6000,
             changes=SHORT,
         ),
@@ -147,15 +125,7 @@ EXPERIMENTS: dict[str, Experiment] = {
             "smnist",
             (
                 Arm("full", BIG),
-                *(
-                    arm
-                    for states in (12, 6)
-                    for arm in (
-                        Arm(f"small{states}", {**BIG, "model.d_state": states}),
-                        Arm(f"white{states}", once(0.25, states=states), small=f"small{states}"),
-                        Arm(f"loss{states}", by_loss(0.25, states=states), small=f"small{states}"),
-                    )
-                ),
+                *at_each_size(12, 6),
                 *(
                     Arm(f"{name}{states}-early", cut(0.1, states=states), small=f"small{states}")
                     for states in (12, 6)
