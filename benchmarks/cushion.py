@@ -34,7 +34,7 @@ import numpy as np
 import torch
 from cushion_curves import UNITS, evaluated_at, unpacked
 from numpy.typing import NDArray
-from stored import between, store
+from stored import between, rewrite, store
 
 from compressm import Compressor, RankRule
 from compressm.cutting import Plan
@@ -347,7 +347,7 @@ def main() -> None:
     arguments = parser.parse_args()
     rows = plays(arguments.curves, workers=arguments.workers)
     store(arguments.output, rows=rows)
-    PAGE.write_text(with_table(PAGE.read_text(encoding="utf-8"), rows), encoding="utf-8")
+    rewrite(PAGE, with_table, rows)
     print(table(rows))
     for kind in KINDS:
         for window in WINDOWS:

@@ -38,7 +38,7 @@ import numpy as np
 import torch
 from max_drop_data import TASKS, Task
 from numpy.typing import NDArray
-from stored import between, store
+from stored import add_files, between, rewrite, store, stored_rows
 from torch import nn
 
 import compressm
@@ -268,14 +268,11 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
     parser.add_argument("--steps", type=int, default=STEPS)
-    parser.add_argument("--parts", type=Path, default=Path("runs/max_drop"), help="where finished trainings are kept")
-    parser.add_argument("--json", type=Path, default=Path("results/max_drop.json"))
-    parser.add_argument("--table", action="store_true", help="only write the stored rows into docs/cushion.md")
+    add_files(parser, "max_drop", PAGE)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     if arguments.table:
-        stored: list[dict[str, Any]] = json.loads(arguments.json.read_text(encoding="utf-8"))["rows"]
-        PAGE.write_text(with_table(PAGE.read_text(encoding="utf-8"), stored), encoding="utf-8")
+        rewrite(PAGE, with_table, stored_rows(arguments.json))
         return
     train(arguments)
     keep(arguments)

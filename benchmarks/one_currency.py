@@ -23,7 +23,7 @@ from typing import Any, get_args
 
 import numpy as np
 import torch
-from stored import between, store
+from stored import between, rewrite, store
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -151,7 +151,7 @@ def main() -> None:
     rows: list[dict[str, Any]] = json.loads(arguments.json.read_text())["cuts"] if arguments.json.exists() else []
     if not arguments.table:
         run(arguments, rows)
-    PAGE.write_text(with_table(PAGE.read_text(encoding="utf-8"), rows), encoding="utf-8")
+    rewrite(PAGE, with_table, rows)
 
 
 def run(arguments: argparse.Namespace, rows: list[dict[str, Any]]) -> None:

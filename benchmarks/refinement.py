@@ -29,7 +29,7 @@ from typing import Any
 import numpy as np
 import torch
 from refining import distilled, gain_kept, h2_error, joined, of, refined, singular_perturbation, weighted_error
-from stored import between, store
+from stored import add_files, between, rewrite, store, stored_rows
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -42,6 +42,7 @@ from compressm.layers import SequenceClassifier, parameter_groups
 from compressm.observing.loss_evidence import LossEvidence
 from compressm.observing.observer import Observer
 from compressm.runtime.progress import Bar
+from compressm.saving.checkpoint import load_tree, save_tree
 from compressm.theory.balancing import Balancing, Reduction, balance, truncate
 from compressm.theory.covariance import CovarianceBalancing, balance_covariances, truncate_covariances
 from compressm.theory.evidence import Covariances
@@ -165,8 +166,8 @@ def mnist() -> SequenceData:
 @cache
 def checkpoint(seed: int, parts: Path) -> dict[str, Any]:
     """The state of the uncut training at the step of the cut, with what was observed; made once."""
-    path = parts / f"checkpoint-{seed}.pt"
-    if not path.exists():
+    folder = parts / f"checkpoint-{seed}"
+    if not folder.exists():
         training = Trained(mnist(), seed)
         observer = Observer(training.model, "sequences", SEQUENCES, memory=0.98, keep=SEQUENCES * OBSERVED)
         training.run(CUT_AT - OBSERVED)
@@ -177,9 +178,8 @@ def checkpoint(seed: int, parts: Path) -> dict[str, Any]:
             "schedule": training.schedule.state_dict(), "observer": observer.state_dict(),
             "measured": training.measured(),
         }  # fmt: skip
-        parts.mkdir(parents=True, exist_ok=True)
-        torch.save(state, path)
-    return torch.load(path, weights_only=False)
+        save_tree(folder, state)
+    return load_tree(folder)
 
 
 def continued(seed: int, parts: Path) -> tuple[Trained, Observer]:
@@ -291,14 +291,11 @@ def main() -> None:
     parser.add_argument("--states", nargs="+", type=int, default=[6, 4])
     parser.add_argument("--ways", nargs="+", choices=list(WAYS), default=list(WAYS))
     parser.add_argument("--cut-only", action="store_true", help="do not train on after the cut")
-    parser.add_argument("--parts", type=Path, default=Path("runs/refinement"), help="where finished trainings are kept")
-    parser.add_argument("--json", type=Path, default=Path("results/refinement.json"))
-    parser.add_argument("--table", action="store_true", help="only write the stored rows into docs/loss.md")
+    add_files(parser, "refinement", PAGE)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     if arguments.table:
-        stored: list[dict[str, Any]] = json.loads(arguments.json.read_text(encoding="utf-8"))["rows"]
-        PAGE.write_text(with_table(PAGE.read_text(encoding="utf-8"), stored), encoding="utf-8")
+        rewrite(PAGE, with_table, stored_rows(arguments.json))
         return
     wanted = list(jobs(arguments.seeds, arguments.states, arguments.ways))
     with Bar("trainings", len(wanted)) as bar:

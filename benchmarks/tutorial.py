@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from stored import between, store
+from stored import between, rewrite, store
 
 ROOT = Path(__file__).parent.parent
 PAGE, PICTURE = ROOT / "docs" / "tutorial.md", ROOT / "docs" / "images" / "tutorial.svg"
@@ -199,7 +199,7 @@ def main() -> None:
             print(f"{index + 1}/{len(wanted)}: seed {seed}, {d_state} states, {rule}: {run['states']} states, "
                   f"{run['accuracy']:.4f}", flush=True)  # fmt: skip
     draw(runs, PICTURE)
-    PAGE.write_text(with_table(PAGE.read_text(encoding="utf-8"), runs), encoding="utf-8")
+    rewrite(PAGE, with_table, runs)
 
 
 if __name__ == "__main__":
