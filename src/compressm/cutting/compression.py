@@ -144,7 +144,7 @@ def compress(
     )
     gramians = balancing_of(gramians, loss, data, method, selection)
     check_rule(rule, gramians)
-    match = {"match_steps": check_match(match_steps, gramians)}
+    check_match(match_steps, gramians)
     optimizer = None if optimizer is None else unwrap_optimizer(optimizer)
     _check_before(model, rule, optimizer, carry)
     if gramians == "loss":
@@ -152,12 +152,11 @@ def compress(
     else:
         seen, held_out, by_loss = None if data is None else twice_readable(model, data), None, None
 
-    planned = partial(_planned, model, rule, method=method, selection=selection, **match)
+    planned = partial(_planned, model, rule, method=method, selection=selection, match_steps=match_steps)
     if max_drop is not None and evaluate is not None:
         metric_of = partial(measure, evaluate=evaluate)
-        chosen = {"method": method, "selection": selection, **match}
-        planned = partial(plan_within_drop, model, rule, max_drop, metric_of, mode, **chosen)
-    plan = plan_on(model, rule, seen, held_out, by_loss, selection, planned, **match)
+        planned = partial(plan_within_drop, model, rule, max_drop, metric_of, mode, **planned.keywords)
+    plan = plan_on(model, rule, seen, held_out, by_loss, selection, planned, match_steps)
     before = _memory(model)
     report = plan.apply(model, optimizer, carry)
     after = None if before is None else _memory(model)
@@ -264,10 +263,10 @@ def _planned(
     match_steps: int = 0,
 ) -> Plan:
     """The plan by a rule, the same in all processes, whose samples for predictions are different ones."""
+    plan = partial(plan_reduction, model, rule, method, moments=moments, selection=selection)
     if evidence is None:
-        return plan_reduction(model, rule, method, moments=moments, selection=selection)
-    given: dict[str, Any] = {"moments": moments, "selection": selection, "loss": evidence, "match_steps": match_steps}
-    return from_first_rank(lambda: plan_reduction(model, rule, method, **given).cpu())
+        return plan()
+    return from_first_rank(lambda: plan(loss=evidence, match_steps=match_steps).cpu())
 
 
 def _searched(max_drop: float | None, evaluate: object, sizes: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -346,8 +345,9 @@ def plan_within_drop(
 
     def planned(tolerance: float) -> Plan:
         wanted = replace(rule, tolerance=tolerance)
-        given: dict[str, Any] = {"selection": selection, "loss": evidence, "match_steps": match_steps}
-        return plan_reduction(model, wanted, balancings=balancings, cuts=cuts, **given)
+        return plan_reduction(
+            model, wanted, balancings=balancings, selection=selection, cuts=cuts, loss=evidence, match_steps=match_steps
+        )
 
     def within(metric: float) -> bool:
         return math.isfinite(metric) and sign_of(mode) * (metric - reference) >= -max_drop

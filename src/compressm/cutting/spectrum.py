@@ -335,8 +335,8 @@ def balancing_of(
     return gramians
 
 
-def check_match(match_steps: int, gramians: Gramians) -> int:
-    """The steps, refused without the recorded inputs that they need.
+def check_match(match_steps: int, gramians: Gramians) -> None:
+    """Refuse steps without the recorded inputs that they need.
 
     Raises:
         InvalidRankRuleError: under white noise, or a negative number.
@@ -346,7 +346,6 @@ def check_match(match_steps: int, gramians: Gramians) -> int:
             f"match_steps={match_steps} needs the inputs of the layers, which are recorded under gramians='loss' only: "
             "pass gramians='loss' (compress: data= and loss=), or match_steps=0"
         )
-    return match_steps
 
 
 def check_cut_by_loss(method: Method, selection: Selection) -> None:

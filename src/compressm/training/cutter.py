@@ -95,7 +95,8 @@ class Cutter:
         self.method: Method = method
         self.selection: Selection = selection
         self.carry: Carry = carry
-        self.match_steps = check_match(match_steps, gramians)
+        self.match_steps = match_steps
+        check_match(match_steps, gramians)
         if gramians == "loss":
             check_cut_by_loss(method, selection)
         check_rule(rule, gramians, "pass gramians='loss'")
