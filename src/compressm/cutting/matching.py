@@ -14,13 +14,12 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from compressm.adapters import LayerAdapter, LayerChange
-from compressm.cutting.replay import cut_copy, relative
+from compressm.cutting.replay import cut_copy, relative, sequence_of
 from compressm.errors import InvalidSystemError
 from compressm.observing.damage import LinearSample
 from compressm.theory.systems import DiagonalSystem
@@ -115,8 +114,7 @@ def _target(layer: nn.Module, call: LinearSample, device: torch.device) -> _Targ
 
 
 def _output(layer: nn.Module, u: Tensor, lengths: Tensor | None) -> Tensor:
-    output: Any = layer(u) if lengths is None else layer(u, lengths=lengths)
-    return output[0] if isinstance(output, tuple) else output
+    return sequence_of(layer(u) if lengths is None else layer(u, lengths=lengths))
 
 
 def _divided(targets: Sequence[_Target]) -> tuple[list[_Target], list[_Target]]:

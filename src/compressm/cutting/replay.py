@@ -194,8 +194,8 @@ class _Replay:
         if "use_cache" in kwargs:
             kwargs["use_cache"] = False  # some layers store their states in themselves
         try:
-            y = _sequence(output)
-            others = [_sequence(self.run(one, *args, **kwargs)) for one in self._copies(layer)]
+            y = sequence_of(output)
+            others = [sequence_of(self.run(one, *args, **kwargs)) for one in self._copies(layer)]
             changed, *by_halves = [(other.double() - y.double()).square().sum(-1) for other in others]
         except _FAILURES as error:
             self.failed = f"its smaller copy failed: {_first_line(error)}"
@@ -280,7 +280,7 @@ def _is_cache(value: object) -> bool:
     return "Cache" in type(value).__name__
 
 
-def _sequence(output: Any) -> Tensor:
+def sequence_of(output: Any) -> Tensor:
     """The sequence in a layer's return value: the value itself, or the first tensor in it."""
     if isinstance(output, Tensor):
         return output
@@ -291,4 +291,12 @@ def _sequence(output: Any) -> Tensor:
     raise TypeError(f"no sequence in a layer's output of type {type(output).__name__}")
 
 
-__all__ = ["Errors", "NotMeasuredWarning", "cut_copy", "errors_on_data", "errors_on_samples"]
+__all__ = [
+    "Errors",
+    "NotMeasuredWarning",
+    "cut_copy",
+    "errors_on_data",
+    "errors_on_samples",
+    "relative",
+    "sequence_of",
+]

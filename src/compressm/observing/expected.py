@@ -320,4 +320,20 @@ def _finite(x: Tensor, where: str) -> Tensor:
     return x
 
 
-__all__ = ["Expected", "by_role", "described", "ends_of", "is_array", "lengths_of", "numeric", "prepared", "role_of"]
+def one_hot_rows(values: Any) -> bool:
+    """Whether every row of an array or tensor of numbers, shape ``(N, classes)``, has one 1, and 0 elsewhere."""
+    return bool(((values == 0) | (values == 1)).all()) and bool((values.sum(1) == 1).all())
+
+
+__all__ = [
+    "Expected",
+    "by_role",
+    "described",
+    "ends_of",
+    "is_array",
+    "lengths_of",
+    "numeric",
+    "one_hot_rows",
+    "prepared",
+    "role_of",
+]

@@ -23,7 +23,16 @@ from torch import nn
 from torch.nn.utils.rnn import PackedSequence
 
 from compressm.errors import ConfigError
-from compressm.observing.expected import Expected, by_role, described, is_array, lengths_of, numeric, prepared
+from compressm.observing.expected import (
+    Expected,
+    by_role,
+    described,
+    is_array,
+    lengths_of,
+    numeric,
+    one_hot_rows,
+    prepared,
+)
 
 
 @dataclass(frozen=True)
@@ -161,7 +170,7 @@ def _is_one_hot(value: Any, count: int, classes: int) -> bool:
         return False
     if isinstance(value, np.ndarray) and value.dtype.kind not in "biuf":
         return False
-    return bool(((value == 0) | (value == 1)).all()) and bool((value.sum(1) == 1).all())
+    return one_hot_rows(value)
 
 
 def _named(expected: Expected, batch: Mapping[str, Any], where: str) -> Call:

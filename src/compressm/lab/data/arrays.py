@@ -19,7 +19,16 @@ from torch import Tensor
 
 from compressm.errors import ConfigError
 from compressm.lab.data.files import SPLITS, is_data, read_content
-from compressm.observing.expected import Expected, by_role, described, lengths_of, numeric, prepared, role_of
+from compressm.observing.expected import (
+    Expected,
+    by_role,
+    described,
+    lengths_of,
+    numeric,
+    one_hot_rows,
+    prepared,
+    role_of,
+)
 
 
 @dataclass(frozen=True)
@@ -184,10 +193,9 @@ def _spelled(y: np.ndarray[Any, Any], classes: int, where: str) -> np.ndarray[An
 
 
 def _from_one_hot(values: Tensor, where: str) -> Tensor:
-    on = values == 1
-    if not bool(((values == 0) | on).all() & (on.sum(1) == 1).all()):
+    if not one_hot_rows(values):
         raise ConfigError(f"{where} has rows that are not one-hot: give one 1 in each and 0 elsewhere, or the classes")
-    return on.long().argmax(1)
+    return (values == 1).long().argmax(1)
 
 
 __all__ = ["Arrays", "arranged", "labels", "read_arrays"]

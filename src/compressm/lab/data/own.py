@@ -17,7 +17,7 @@ from compressm.lab.data.hf_datasets import is_hf_datasets
 from compressm.lab.data.language import text_data
 from compressm.lab.data.sequences import SequenceData, Split, Task
 from compressm.lab.named import call_named, is_named
-from compressm.observing.expected import by_role, described, is_array, lengths_of, role_of
+from compressm.observing.expected import by_role, described, is_array, lengths_of, one_hot_rows, role_of
 
 _FORMS = (
     "return (x, y), a mapping {'x': ..., 'y': ...}, a torch Dataset, or batches (x, y); x of shape "
@@ -283,7 +283,7 @@ def _is_one_hot(array: np.ndarray[Any, Any]) -> bool:
     """Whether every row has one 1, and 0 elsewhere."""
     if array.dtype.kind not in "biuf" or array.ndim != 2 or array.shape[1] < 2 or not len(array):
         return False
-    return bool(((array == 0) | (array == 1)).all() and (array.sum(1) == 1).all())
+    return one_hot_rows(array)
 
 
 def _divided(split: Split, share: float, where: str) -> tuple[Split, Split]:
