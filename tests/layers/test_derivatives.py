@@ -18,8 +18,6 @@ from compressm.layers.activations import causal_conv, gated, gelu_dropout, glu_r
 from compressm.layers.narrow import batch_norm, gated_residual, linear
 from layer_cases import LAYERS, WIDTH
 
-# PyTorch's own forward mode compiles some of its formulas so.
-pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
 LENGTH = 9
 
 

@@ -15,8 +15,9 @@ import compressm
 from compressm.cli import main
 from compressm.errors import ConfigError, ExportError
 from compressm.layers import LRU, LanguageModel, Mamba, SequenceClassifier
+from compressm.layers.families import FAMILIES
 from compressm.saving.export import flatten_state, onnx_runner, to_onnx, to_torch
-from compressm.saving.tracing import example_of
+from compressm.saving.tracing import example_of, trace
 
 pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
@@ -112,6 +113,16 @@ def test_torch_program_runs_without_the_model(step: bool, tmp_path: Path) -> Non
             logits, *state = program(now, *state)
         torch.testing.assert_close(logits, model(u), atol=1e-5, rtol=0)
     assert report.checked_steps == 40
+
+
+@pytest.mark.parametrize("family", [name for name in FAMILIES if name not in ("s5-both", "linear-attention", "gated")])
+def test_the_tensors_of_a_traced_step_are_contiguous(family: str) -> None:
+    """Compilers keep their strides: a program that was traced with a slice reads other tensors at wrong places."""
+    program = trace(FAMILIES[family](32, 4), torch.randn(2, 5, 32), step=True, padded=False).program
+    inputs = set(program.graph_signature.user_inputs)
+    values = [node.meta["val"] for node in program.graph.nodes if node.name in inputs]
+    assert len(values) > 1
+    assert all(value.is_contiguous() for value in values)
 
 
 @pytest.mark.slow

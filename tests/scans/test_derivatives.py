@@ -11,8 +11,6 @@ from torch.autograd import forward_ad
 
 from scan_cases import ENGINES, SCANS, STATELESS, arguments, defined, run
 
-# PyTorch's own forward mode compiles some of its formulas so.
-pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
 NAMES = list(SCANS)
 CASES = [pytest.param(name, engine, id=f"{name}-{engine}") for name, engine in ENGINES]
 

@@ -54,7 +54,6 @@ def test_an_unknown_engine_is_refused_there_too(name: str) -> None:
         SCANS[name](*args[:-1], args[-1][:1])
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
 @pytest.mark.parametrize("name", SCANS)
 def test_under_transforms(name: str) -> None:
     args = arguments(name, 0)

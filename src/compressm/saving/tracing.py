@@ -133,7 +133,8 @@ def _call(model: nn.Module, example: Tensor, state: dict[str, Tensor] | None, pa
     batch, length = torch.export.Dim("batch", min=1), torch.export.Dim("length", min=1)
     if state is not None:
         dynamic = {"input": {0: batch}, "state": tuple({0: batch} for _ in state)}
-        return _Step(model), (sequence[:, 0], *state.values()), dynamic
+        # A compiler takes the strides of these tensors for those of every call, and reads beside another tensor's rows.
+        return _Step(model), tuple(leaf.contiguous() for leaf in (sequence[:, 0], *state.values())), dynamic
     if padded:
         return model, (sequence, torch.tensor([16, 9])), ({0: batch, 1: length}, {0: batch})
     return model, (sequence,), ({0: batch, 1: length},)
