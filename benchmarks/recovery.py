@@ -2,8 +2,8 @@
 
     COMPRESSM_DATA=DIRECTORY python benchmarks/recovery.py [--model NAME] [--steps 400] [--recover 150] [--out FILE]
 
-A Mamba-2 and a gated DeltaNet with attention (Qwen3-Next's own class), both of toy width, and two of our own models,
-whose states have free bases, learn WikiText-2 byte by byte, each with one seed. Copies are cut once to a half, a
+A Mamba-2 and a gated DeltaNet with attention (Qwen3-Next's own class), of toy width and of five million parameters, and
+two of our own models, whose states have free bases, learn WikiText-2 byte by byte, each with one seed. Copies are cut once to a half, a
 quarter and an eighth of the state, by `compressm.compress` and by every criterion of `criteria.py`, sliced to the same
 sizes after sorting, and recovered. The directory holds ``text/wikitext2``.
 """
@@ -75,31 +75,34 @@ def main() -> None:
 FILES = {"train": "wiki.train.shuffled-articles.tokens.xz", "valid": "wiki.valid.tokens.xz"}
 
 
-def mamba2() -> Any:
-    """Two layers of 64 channels and 64 states."""
+def mamba2(width: int = 64, states: int = 64, layers: int = 2) -> Any:
+    """Eight heads per layer."""
     from transformers import Mamba2Config, Mamba2ForCausalLM
 
     options: dict[str, Any] = {
-        "hidden_size": 64,
+        "hidden_size": width,
         "num_heads": 8,
-        "head_dim": 16,
-        "state_size": 64,
+        "head_dim": width // 4,
+        "state_size": states,
         "n_groups": 1,
         "chunk_size": 32,
     }
-    return Mamba2ForCausalLM(Mamba2Config(**_TOKENS, **options, num_hidden_layers=2))
+    return Mamba2ForCausalLM(Mamba2Config(**_TOKENS, **options, num_hidden_layers=layers))
 
 
-def qwen3_next() -> Any:
-    """Two gated DeltaNet layers of 64 channels with one of attention between, and dense MLPs: two heads of keys of
-    dimension 32, four of values."""
+def qwen3_next(width: int = 64, states: int = 32, layers: int = 3) -> Any:
+    """Gated DeltaNet layers with one of attention between every two, and dense MLPs: two heads of keys, whose dimension
+    is the number of states, four of values."""
     from transformers import Qwen3NextConfig, Qwen3NextForCausalLM
 
     options: dict[str, Any] = {
-        "hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 32,
-        "linear_key_head_dim": 32, "linear_value_head_dim": 32, "linear_num_key_heads": 2, "linear_num_value_heads": 4,
-        "num_hidden_layers": 3, "layer_types": ["linear_attention", "full_attention", "linear_attention"],
-        "mlp_only_layers": [0, 1, 2], "num_experts": 2,
+        "hidden_size": width, "intermediate_size": 2 * width,
+        "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": width // 2,
+        "linear_key_head_dim": states, "linear_value_head_dim": width // 2,
+        "linear_num_key_heads": 2, "linear_num_value_heads": 4,
+        "num_hidden_layers": layers,
+        "layer_types": ["full_attention" if index % 2 else "linear_attention" for index in range(layers)],
+        "mlp_only_layers": list(range(layers)), "num_experts": 2,
         "num_experts_per_tok": 1, "moe_intermediate_size": 8, "shared_expert_intermediate_size": 8,
     }  # fmt: skip
     return Qwen3NextForCausalLM(Qwen3NextConfig(**_TOKENS, **options))
@@ -113,6 +116,8 @@ def own(layer: str) -> LanguageModel:
 MODELS: dict[str, Any] = {
     "Mamba-2": mamba2,
     "Gated DeltaNet (Qwen3-Next)": qwen3_next,
+    "Mamba-2, 5 M": lambda: mamba2(width=256, states=64, layers=11),
+    "Gated DeltaNet (Qwen3-Next), 5 M": lambda: qwen3_next(width=256, states=64, layers=7),
     "DeltaNet with linear keys": lambda: own("delta_net"),
     "Linear attention": lambda: own("linear_attention"),
 }

@@ -22,11 +22,12 @@ THREE = Experiment("three", "Three", "digits", (Arm("full", {}), Arm("small", {}
 STORED = sorted(path for name in EXPERIMENTS for path in (ROOT / "results" / name).glob("*.json"))
 
 
-def runs(full: Any, small: Any, cut: Any) -> Results:
-    """Runs of these test accuracies in percent, seed by seed."""
+def runs(full: Any, small: Any, cut: Any, metric: str = "accuracy") -> Results:
+    """Runs of these test scores, seed by seed; accuracies in percent."""
+    unit = 100 if metric == "accuracy" else 1
     columns = {"full": full, "small": small, "cut": cut}
     made = {
-        (name, seed): SimpleNamespace(test_accuracy=value / 100)
+        (name, seed): SimpleNamespace(metric=metric, score=value / unit)
         for name, values in columns.items()
         for seed, value in enumerate(values)
     }
@@ -54,6 +55,19 @@ def test_no_share_of_a_gap_below_one_point() -> None:
     share = recovered(THREE, THREE.arms[2], runs([80.9] * 3, [80] * 3, [80.5] * 3))
     assert share is not None
     assert (share.share, share.half_width, str(share)) == (None, None, "no gap")
+
+
+def test_of_perplexities_the_logarithm_counts_and_less_is_better() -> None:
+    """A cut that is half way between small and big in nats; as good as big; and two percent that are a gap, of which
+    half a percent is none."""
+    share = recovered(THREE, THREE.arms[2], runs([4.0], [9.0], [6.0], "perplexity"))
+    assert share is not None
+    assert share.gap == pytest.approx(100 * np.log(9 / 4))
+    assert share.share == pytest.approx(0.5)
+    for small, expected in ((4.08, 1.0), (4.02, None)):
+        share = recovered(THREE, THREE.arms[2], runs([4.0], [small], [4.0], "perplexity"))
+        assert share is not None
+        assert share.share == (None if expected is None else pytest.approx(expected))
 
 
 def test_the_interval_covers_the_true_share_as_often_as_it_says() -> None:

@@ -380,5 +380,5 @@ def test_times_of_different_processors_are_not_compared(tmp_path: Path) -> None:
     assert before["loss12"].step_speedup is not None
     assert before["loss12"].run_speedup is not None
     assert (after["loss12"].step_ms, after["loss12"].step_speedup, after["loss12"].run_speedup) == (None, None, None)
-    assert after["loss12"].accuracies == before["loss12"].accuracies
+    assert after["loss12"].scores == before["loss12"].scores
     assert after["small12"] == before["small12"]

@@ -196,17 +196,32 @@ def family(layer: str, title: str, states: int, **options: Any) -> Experiment:
 
 
 def recall(layer: str, title: str, *sizes: int, seeds: int = 3, **options: Any) -> Experiment:
-    """Associative recall by one kind of layer: big; and for every size shrunk to it, small from the start, and cut to
-    random states."""
+    """Associative recall by one kind of layer: big; and for every size shrunk to it, small from the start, cut to
+    random states, and shrunk by one cut in the middle of the training, when recall has been learnt."""
     model = {"model.layer": layer, "model.head_dim": None, **{f"model.{key}": value for key, value in options.items()}}
     arms = [Arm("full", BIG)]
     for n in sizes:
         shrunk, drawn = ({"compression.states": n, **more} for more in ({}, {"compression.selection": "random"}))
         arms += [Arm(f"shrunk{n}", shrunk, small=f"small{n}"), Arm(f"small{n}", {**BIG, "model.d_state": n})]
         arms += [Arm(f"random{n}", drawn, small=f"small{n}")]
+        arms += [Arm(f"late{n}", once(0.5, states=n), small=f"small{n}")]
     name = "mqar" if layer == "mamba2" else f"mqar-{layer.replace('_', '-')}"
     title = f"Associative recall of 8 pairs (MQAR), {title} from {options['d_state']} states"
     return Experiment(name, title, "mqar", tuple(arms), seeds=seeds, changes=model)
+
+
+def bytes_of_text(layer: str, title: str, *sizes: int, **options: Any) -> Experiment:
+    """A language model of two layers of one kind: big; and for every size small from the start, and cut to it after a
+    quarter of the training, by second moments and by the loss, which distributes the states as one budget."""
+    model = {"model.layer": layer, **{f"model.{key}": value for key, value in options.items()}}
+    arms = [Arm("full", BIG)]
+    for n in sizes:
+        free = {"fraction": None, "max_reduction": None}
+        moments, loss = once(0.25, states=n, **free), by_loss(0.25, total_states=2 * n, **free)
+        arms.append(Arm(f"small{n}", {**BIG, "model.d_state": n}))
+        arms += [Arm(f"moments{n}", moments, small=f"small{n}"), Arm(f"loss{n}", loss, small=f"small{n}")]
+    title = f"Bytes of WikiText-2, two layers of {title} of {options['d_state']} states"
+    return Experiment(f"wikitext-{layer.replace('_', '-')}", title, "wikitext", tuple(arms), changes=model)
 
 
 def once(window: float, **changes: Any) -> dict[str, Any]:

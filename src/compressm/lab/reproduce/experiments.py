@@ -18,6 +18,7 @@ from compressm.lab.reproduce.arms import (
     afterwards,
     at_each_size,
     by_loss,
+    bytes_of_text,
     cut_to_32,
     each_rate,
     family,
@@ -233,6 +234,8 @@ EXPERIMENTS: dict[str, Experiment] = {
         recall("mamba2", "one layer of Mamba-2", 4, 2, d_state=32, head_dim=16),
         recall("gated_linear_attention", "two layers of gated linear attention", 4, 2, **TWO_HEADS, seeds=1),
         recall("delta_net", "two layers of Gated DeltaNet", 4, 2, **TWO_HEADS, gated=True, seeds=1),
+        bytes_of_text("mamba2", "Mamba-2", 32, 16, d_state=128, head_dim=16),
+        bytes_of_text("delta_net", "Gated DeltaNet", 16, 8, d_state=64, n_heads=2, gated=True),
         Experiment(
             "mamba-784",
             "Sequential MNIST in 784 steps, Mamba from 128 states to 12, a short training",

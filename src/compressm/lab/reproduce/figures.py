@@ -8,12 +8,13 @@ from typing import Any
 
 from compressm.lab.reproduce.equal_compute import tuned
 from compressm.lab.reproduce.experiments import Experiment
+from compressm.lab.reproduce.scale import scale
 from compressm.lab.reproduce.tables import Results, rows
 from compressm.runtime.files import replacing
 
 
 def draw(experiment: Experiment, results: Results, picture: Path) -> None:
-    """Draw validation accuracy over the steps, and below it test accuracy against the computing time of the whole run.
+    """Draw the metric on validation data over the steps, and that on test data against the whole run's computing time.
 
     Where Hankel singular values were recorded, a third panel shows those of one run over the steps. The panels stand
     below each other, and their words stay legible on a phone.
@@ -26,7 +27,7 @@ def draw(experiment: Experiment, results: Results, picture: Path) -> None:
     looked = next((run.spectra for run in results.values() if run.spectra), None)
     panels = 3 if looked else 2
     figure, axes = plt.subplots(panels, figsize=(6, 3.2 * panels + 0.5), layout="constrained")
-    _accuracies(axes[0], axes[1], experiment, results)
+    _scores(axes[0], axes[1], experiment, results)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False, fontsize=9)
     if looked:
         _trajectories(axes[2], looked)
@@ -38,24 +39,25 @@ def draw(experiment: Experiment, results: Results, picture: Path) -> None:
     plt.close(figure)
 
 
-def _accuracies(curve: Any, points: Any, experiment: Experiment, results: Results) -> None:
+def _scores(curve: Any, points: Any, experiment: Experiment, results: Results) -> None:
     from matplotlib import pyplot as plt
 
     best = {one.arm.name for one in tuned(experiment, results)}  # of several learning rates, where they are compared
     drawn = [row for row in rows(experiment, results) if not best or row.arm.name in best]
+    of = scale(results.values())
     shades = plt.get_cmap("tab10" if len(drawn) <= 10 else "tab20")
     for index, row in enumerate(drawn):
         colour = shades(index % shades.N)
         for number, run in enumerate(row.runs):
             at = [point["step"] for point in run.curve]
-            values = [100 * point["validation_accuracy"] for point in run.curve]
-            label = None if number else f"{row.arm.name}: {row.accuracy} %"
+            values = [of.shown(point[f"validation_{run.metric}"]) for point in run.curve]
+            label = None if number else f"{row.arm.name}: {row.score}{of.unit}"
             curve.plot(at, values, color=colour, linewidth=1.5, alpha=0.8, label=label)
         seconds = [value for value in row.seconds if value is not None]
         if len(seconds) == len(row.runs):
-            points.scatter(seconds, row.accuracies, color=colour, s=40, clip_on=False)
-    curve.set(title="Validation accuracy, %", xlabel="training step")
-    points.set(title="Test accuracy, %, against computing time", xlabel="seconds of training", xlim=(0, None))
+            points.scatter(seconds, row.scores, color=colour, s=40, clip_on=False)
+    curve.set(title=f"Validation {of.heading}", xlabel="training step")
+    points.set(title=f"Test {of.heading}, against computing time", xlabel="seconds of training", xlim=(0, None))
 
 
 def _trajectories(axis: Any, record: Sequence[Mapping[str, Any]]) -> None:

@@ -2,7 +2,8 @@
 
     share = mean(x - small) / mean(big - small)
 
-over the seeds that all three have, in percentage points of test accuracy. Its 95 % interval is that of a ratio of
+over the seeds that all three have, by the test data: in percentage points of accuracy, or in hundredths of the
+logarithm of the perplexity, which are percent of it. Its 95 % interval is that of a ratio of
 paired means by the delta method: the residuals ``x - small - share (big - small)`` have mean zero, and their standard
 error, over the mean gap, times Student's quantile, is the half width (Cochran, Sampling Techniques, 1977, section 6.3).
 """
@@ -14,11 +15,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from compressm.lab.reproduce.experiments import Arm, Experiment
+from compressm.lab.reproduce.scale import scale
 from compressm.lab.runs.result import RunResult
 
 Results = Mapping[tuple[str, int], RunResult]  # by arm and seed
 
-SMALLEST_GAP = 1.0  # percentage points: below it there is nothing to recover that three seeds could show
+SMALLEST_GAP = 1.0  # points, or percent of the perplexity: below it three seeds could not show what is recovered
 FEWEST_SEEDS = 3  # below it no interval is given
 
 
@@ -29,7 +31,7 @@ class Recovered:
     Attributes:
         experiment: its name.
         arm: the arm's name.
-        gap: how much better the big model is than the small one, the mean over seeds, percentage points.
+        gap: how much better the big model is than the small one, the mean over seeds; see `scale` for its unit.
         gained: how much better this arm is than the small one, likewise.
         half_width: of the share's 95 % interval; None with fewer than `FEWEST_SEEDS` seeds, or without a gap.
         seeds: how many seeds big, small and this arm all have.
@@ -62,18 +64,13 @@ def recovered(experiment: Experiment, arm: Arm, results: Results) -> Recovered |
     seeds = sorted(seed for name, seed in results if name == arm.name and all((one, seed) in results for one in trio))
     if not seeds:
         return None
-    mine, small, big = ([_accuracy(results[name, seed]) for seed in seeds] for name in trio)
+    worth = scale(results.values()).worth
+    mine, small, big = ([worth(results[name, seed].score) for seed in seeds] for name in trio)
     gains = [one - other for one, other in zip(mine, small, strict=True)]
     gaps = [one - other for one, other in zip(big, small, strict=True)]
     return Recovered(
         experiment.name, arm.name, statistics.fmean(gaps), statistics.fmean(gains), _half_width(gains, gaps), len(seeds)
     )
-
-
-def _accuracy(run: RunResult) -> float:
-    """In percent. The experiments are classifications, whose runs have one."""
-    assert run.test_accuracy is not None
-    return 100 * run.test_accuracy
 
 
 def _half_width(gains: list[float], gaps: list[float]) -> float | None:

@@ -42,9 +42,9 @@ def sentences(found: Found) -> list[str]:
     if gaps:
         middle = statistics.median(one.share for one in gaps if one.share is not None)
         made.append(
-            f"In {len(gaps)} of {len(shares)} comparisons a big model is at least {SMALLEST_GAP:.0f} point better than "
-            f"one that is small from the start; cut to the small one's size while it trains, it keeps "
-            f"{100 * middle:.0f} % of that gap in the median."
+            f"In {len(gaps)} of {len(shares)} comparisons a big model is at least {SMALLEST_GAP:.0f} point of "
+            "accuracy, or percent of perplexity, better than one that is small from the start; cut to the small one's "
+            f"size while it trains, it keeps {100 * middle:.0f} % of that gap in the median."
         )
     if certain:
         kinds: dict[str, list[float]] = {"by the loss": [], "by white noise": []}

@@ -11,6 +11,7 @@ from rich.table import Table
 
 from compressm.lab.reproduce.experiments import Arm, Experiment
 from compressm.lab.reproduce.gaps import Recovered, Results, recovered
+from compressm.lab.reproduce.scale import scale
 from compressm.lab.runs.result import RunResult
 from compressm.lab.runs.spectra import settled_at
 
@@ -39,15 +40,16 @@ class Row:
     recovered: Recovered | None = None
 
     @property
-    def accuracies(self) -> list[float]:
-        """Test accuracies in percent."""
-        return [100 * run.score for run in self.runs]
+    def scores(self) -> list[float]:
+        """The metric on the test data, as `scale` shows it: accuracies in percent."""
+        shown = scale(self.runs).shown
+        return [shown(run.score) for run in self.runs]
 
     @property
-    def accuracy(self) -> str:
+    def score(self) -> str:
         """Mean and, with several seeds, sample standard deviation."""
-        mean = f"{statistics.fmean(self.accuracies):.2f}"
-        return f"{mean} ± {statistics.stdev(self.accuracies):.2f}" if len(self.runs) > 1 else mean
+        mean = f"{statistics.fmean(self.scores):.2f}"
+        return f"{mean} ± {statistics.stdev(self.scores):.2f}" if len(self.runs) > 1 else mean
 
     @property
     def outdated(self) -> bool:
@@ -129,9 +131,10 @@ def _ratio(pairs: Sequence[tuple[float | None, float | None]]) -> float | None:
     return statistics.median(ratios) if ratios else None
 
 
-HEADER = (
-    "", "states", "test accuracy, %", "gap recovered", "paper", "difference", "step", "faster", "whole run", "seeds",
-)  # fmt: skip
+def header(results: Results) -> tuple[str, ...]:
+    """What stands above the columns."""
+    tested = f"test {scale(results.values()).heading}"
+    return ("", "states", tested, "gap recovered", "paper", "difference", "step", "faster", "whole run", "seeds")
 
 
 def cells(row: Row) -> tuple[str, ...]:
@@ -140,10 +143,10 @@ def cells(row: Row) -> tuple[str, ...]:
     return (
         row.arm.name + " †" * row.outdated,
         row.states,
-        row.accuracy,
+        row.score,
         "" if row.recovered is None else str(row.recovered),
         "" if paper is None else f"{paper:.1f}",
-        "" if paper is None else f"{statistics.fmean(row.accuracies) - paper:+.1f}",
+        "" if paper is None else f"{statistics.fmean(row.scores) - paper:+.1f}",
         "" if row.step_ms is None else f"{row.step_ms:.0f} ms",
         "" if row.step_speedup is None else f"{row.step_speedup:.1f}×",
         "" if row.run_speedup is None else f"{row.run_speedup:.1f}×",
@@ -153,11 +156,11 @@ def cells(row: Row) -> tuple[str, ...]:
 
 def table(experiment: Experiment, results: Results) -> Table:
     """For the terminal, which is narrow: without columns that are empty, and with whole names."""
-    lines = [cells(row) for row in rows(experiment, results)]
-    used = [index for index in range(len(HEADER)) if any(line[index] for line in lines)]
+    lines, above = [cells(row) for row in rows(experiment, results)], header(results)
+    used = [index for index in range(len(above)) if any(line[index] for line in lines)]
     made = Table(title=experiment.title, title_justify="left", padding=(0, 0))
     for index in used:
-        made.add_column(HEADER[index], justify="right" if HEADER[index] else "left", no_wrap=not HEADER[index])
+        made.add_column(above[index], justify="right" if above[index] else "left", no_wrap=not above[index])
     for line in lines:
         made.add_row(*(line[index] for index in used))
     return made
@@ -165,8 +168,8 @@ def table(experiment: Experiment, results: Results) -> Table:
 
 def render(experiment: Experiment, results: Results, picture: str | None = None) -> str:
     """For the documentation: title, table, what the columns are, the command, and the picture's address."""
-    lines = [f"## {experiment.title}", ""]
-    lines += ["| " + " | ".join(HEADER) + " |", "|---|" + "---:|" * (len(HEADER) - 1)]
+    lines, above = [f"## {experiment.title}", ""], header(results)
+    lines += ["| " + " | ".join(above) + " |", "|---|" + "---:|" * (len(above) - 1)]
     made = rows(experiment, results)
     lines += ["| " + " | ".join(cells(row)) + " |" for row in made]
     if any(row.outdated for row in made):
@@ -181,7 +184,8 @@ def render(experiment: Experiment, results: Results, picture: str | None = None)
         "```",
     ]
     if picture is not None:
-        lines += ["", f"![Accuracy over the steps, and against computing time]({picture})"]
+        name = scale(results.values()).name
+        lines += ["", f"![{name[0].upper()}{name[1:]} over the steps, and against computing time]({picture})"]
     for (arm, seed), run in results.items():
         if run.spectra:
             lines += ["", *_spectra(f"`{arm}`, seed {seed}", run.spectra)]
