@@ -1,18 +1,22 @@
 """Write docs/bench.md: every stored row of ``compressm bench``: ``python scripts/bench.py``.
 
-``compressm bench SUITE --json results/bench/SUITE.json`` stores what the page is made of.
+``compressm bench SUITE --json results/bench/SUITE.json`` stores what the page is made of. ``python scripts/bench.py
+--before COMMIT`` keeps the ratios that were stored at an earlier commit, which then stand beside those of ``all``.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import subprocess
 from pathlib import Path
 from typing import Any
 
 from compressm.lab.bench.results import COLUMNS, cells, number
 
 ROOT = Path(__file__).resolve().parents[1]
+STORED = ROOT / "results" / "bench"
+BEFORE = "before.json"
 TITLES = {
     "all": "Everything in one run",
     "lru": "LRU",
@@ -50,15 +54,58 @@ def section(name: str, result: dict[str, Any]) -> list[str]:
     ]
 
 
+def compared(now: dict[str, Any], before: dict[str, Any]) -> list[str]:
+    """The ratios of an earlier commit beside those of now, for the rows that both have."""
+    earlier = {row["name"]: row for row in before["rows"]}
+    lines = [
+        f"\nThe same ratios at commit {before['commit'][:7]}, some of them taken on other machines:\n",
+        "| row | peer / ours, then | now | ours / limit, then | now | then on |",
+        "|---|---:|---:|---:|---:|---|",
+    ]
+    for row in now["rows"]:
+        then = earlier.get(row["name"])
+        if row["reason"] is None and then is not None:
+            pairs = [number(one[what]) for what in ("ratio", "of_roofline") for one in (then, row)]
+            lines.append(f"| {row['name']} | {' | '.join(pairs)} | {then['cpu']} |")
+    return lines
+
+
+def kept(commit: str) -> dict[str, Any]:
+    """The ratios of all suites that an earlier commit has stored."""
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", *arguments], cwd=ROOT, check=True, capture_output=True, text=True).stdout
+
+    rows: list[dict[str, Any]] = []
+    for path in git("ls-tree", "--name-only", commit, "results/bench/").split():
+        result = json.loads(git("show", f"{commit}:{path}"))
+        shown = (row for row in result["rows"] if row["reason"] is None)
+        cpu = f"{result['machine']['cpu']}, {number(result['rates']['gflops'])} GFLOP/s"
+        rows += [{"cpu": cpu, **{key: row[key] for key in ("name", "ratio", "of_roofline")}} for row in shown]
+    return {"commit": git("rev-parse", commit).strip(), "rows": rows}
+
+
+def read(name: str) -> dict[str, Any] | None:
+    """What is stored under a name; None where nothing is."""
+    path = STORED / name
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Write docs/bench.md from results/bench.")
     parser.add_argument("--output", type=Path, default=ROOT / "docs" / "bench.md")
-    output: Path = parser.parse_args().output
-    lines = [HEAD.rstrip("\n")]
+    parser.add_argument("--before", metavar="COMMIT", help="keep the ratios that were stored at this commit")
+    arguments = parser.parse_args()
+    output: Path = arguments.output
+    if arguments.before is not None:
+        (STORED / BEFORE).write_text(json.dumps(kept(arguments.before), indent=1) + "\n", encoding="utf-8")
+    lines, before = [HEAD.rstrip("\n")], read(BEFORE)
     for name in TITLES:
-        stored = ROOT / "results" / "bench" / f"{name}.json"
-        if stored.exists():
-            lines += section(name, json.loads(stored.read_text(encoding="utf-8")))
+        result = read(f"{name}.json")
+        if result is not None:
+            lines += section(name, result)
+        if name == "all" and result is not None and before is not None:
+            lines += compared(result, before)
     output.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
