@@ -3,9 +3,9 @@
     COMPRESSM_DATA=DIRECTORY python benchmarks/recovery.py [--model NAME] [--steps 400] [--recover 150] [--out FILE]
 
 A Mamba-2 and a gated DeltaNet with attention (Qwen3-Next's own class), of toy width and of five million parameters, and
-two of our own models, whose states have free bases, learn WikiText-2 byte by byte, each with one seed. Copies are cut once to a half, a
-quarter and an eighth of the state, by `compressm.compress` and by every criterion of `criteria.py`, sliced to the same
-sizes after sorting, and recovered. The directory holds ``text/wikitext2``.
+two of our own models, whose states have free bases, learn WikiText-2 byte by byte, each with one seed. Copies are cut
+once to a half, a quarter and an eighth of the state, by `compressm.compress` and by every criterion of `criteria.py`,
+sliced to the same sizes after sorting, and recovered. The directory holds ``text/wikitext2``.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import argparse
 import copy
 import json
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,7 @@ def main() -> None:
     parser.add_argument("--model", choices=list(MODELS), help="measure this one; the others keep their stored rows")
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--recover", type=int, default=150)
+    parser.add_argument("--no-lora", action="store_true", help="recover all parameters only, which takes half as long")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--work", type=Path, default=Path("runs/recovery"), help="where trained models are kept")
     parser.add_argument("--out", type=Path, default=Path("results/recovery.json"))
@@ -63,7 +65,8 @@ def main() -> None:
         seconds = trained_once(model, text["train"], arguments.steps, arguments.seed, kept)
         data = Data(text, arguments.recover, arguments.seed)
         torch.manual_seed(arguments.seed)  # of the random signs by which the loss is looked at
-        row = served(model, data) if title in BASES else cut(model, data, arguments.recover)
+        ways = WAYS[:1] if arguments.no_lora else WAYS
+        row = served(model, data) if title in BASES else cut(model, data, arguments.recover, ways)
         settings = {"steps": arguments.steps, "recover": arguments.recover, "seed": arguments.seed}
         count = sum(parameter.numel() for parameter in model.parameters())
         rows[title] = {**settings, "parameters": count, "training_seconds": seconds, **row}
@@ -175,7 +178,10 @@ def trained(model: nn.Module, text: Tensor, steps: int, seed: int) -> int:
     return round(time.perf_counter() - started)
 
 
-def cut(model: nn.Module, data: Data, recover: int) -> dict[str, Any]:
+WAYS = (("recovered", None), ("recovered_lora", 8))  # with the rank of the adapters
+
+
+def cut(model: nn.Module, data: Data, recover: int, ways: Sequence[tuple[str, int | None]] = WAYS) -> dict[str, Any]:
     """Cuts, slices and recoveries of a model of transformers, and its states in 8 bits."""
     full = next(iter(state_dims(model).values()))
     whole = copy.deepcopy(model)
@@ -192,7 +198,7 @@ def cut(model: nn.Module, data: Data, recover: int) -> dict[str, Any]:
         size["criteria"] = by_criteria(model, moments, evidence, states, data)
         size["slice_is_a_direct_cut"] = same_weights(model, states, data)
         row["bits"][str(states)] = in_bits(smaller, data)
-        for name, rank in (("recovered", None), ("recovered_lora", 8)):
+        for name, rank in ways:
             student = copy.deepcopy(smaller)
             if can_be_fast(student):
                 enable_fast_scan(student)

@@ -208,7 +208,8 @@ def cuts_table(models: dict[str, Any]) -> str:
         name = f"{title}, {row['steps']}"
         lines.append(f"| {name} | {row['states']} | {row['perplexity']:.3f} | {row['sorted']:.3f} | | |")
         for size in row["sizes"]:
-            cut, sliced, whole, lora = (f"{size[one]:.3f}" for one in ("cut", "slice", "recovered", "recovered_lora"))
+            cut, sliced, whole = (f"{size[one]:.3f}" for one in ("cut", "slice", "recovered"))
+            lora = f"{size['recovered_lora']:.3f}" if "recovered_lora" in size else ""
             lines.append(f"| | {size['states']} | {cut} | {sliced} | {whole}, {row['recover']} | {lora} |")
     return "\n".join(lines)
 
