@@ -4,7 +4,6 @@ import gc
 import random
 import sys
 from collections.abc import Generator
-from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -36,6 +35,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--share"):
+        config.pluginmanager.register(shares.Share(config.getoption("--share")))
     if config.getoption("--write-durations") and not hasattr(config, "workerinput"):
         config.pluginmanager.register(shares.Stopwatch())
 
@@ -54,21 +55,6 @@ def pytest_collection() -> Generator[None, object, object]:
         gc.collect()
         gc.freeze()
         gc.enable()
-
-
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Keep one part of the tests."""
-    share = config.getoption("--share")
-    if share is None:
-        return
-    part, parts = (int(number) for number in share.split("/"))
-    if not 0 <= part < parts:
-        raise pytest.UsageError(f"--share {share}: expected K/N with 0 <= K < N")
-    seconds = shares.stored()
-    part_of = cache(lambda file: shares.part_of(file, seconds, parts))
-    kept = [item for item in items if part_of(shares.file_of(item.nodeid)) == part]
-    config.hook.pytest_deselected(items=[item for item in items if item not in set(kept)])
-    items[:] = kept
 
 
 @pytest.fixture(autouse=True)

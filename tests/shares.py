@@ -9,6 +9,7 @@ import json
 import zlib
 from collections import defaultdict
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -36,6 +37,29 @@ def part_of(file: str, seconds: Mapping[str, float], parts: int) -> int:
             return shortest
         lengths[shortest] += seconds[name]
     raise AssertionError("unreachable")
+
+
+class Share:
+    """A plugin that keeps one part of the tests, given as ``K/N``: the K-th of N, from 0."""
+
+    def __init__(self, share: str) -> None:
+        part, parts = (int(number) for number in share.split("/"))
+        if not 0 <= part < parts:
+            raise pytest.UsageError(f"--share {share}: expected K/N with 0 <= K < N")
+        seconds = stored()
+        self._holds = cache(lambda file: part_of(file, seconds, parts) == part)
+
+    def pytest_ignore_collect(self, collection_path: Path, config: pytest.Config) -> bool | None:
+        """Files of other parts are not even imported."""
+        if collection_path.suffix != ".py":
+            return None
+        return None if self._holds(collection_path.relative_to(config.rootpath).as_posix()) else True
+
+    def pytest_collection_modifyitems(self, config: pytest.Config, items: list[pytest.Item]) -> None:
+        """Files that were given by name are imported all the same."""
+        others = [item for item in items if not self._holds(file_of(item.nodeid))]
+        config.hook.pytest_deselected(items=others)
+        items[:] = [item for item in items if item not in set(others)]
 
 
 class Stopwatch:

@@ -46,6 +46,16 @@ def test_measured_files_take_the_place_of_stored_ones_and_lost_files_go(
     assert shares.stored() == {"tests/one.py": 4, "tests/two.py": 8, "tests/three.py": 1}
 
 
+def test_files_of_other_parts_are_left_out_before_they_are_imported(pytestconfig: pytest.Config) -> None:
+    files = [Path(__file__), Path(shares.__file__).parent / "saving" / "test_export.py"]
+    for file in files:
+        left_out = [shares.Share(f"{part}/3").pytest_ignore_collect(file, pytestconfig) for part in range(3)]
+        assert sorted(left_out, key=bool) == [None, True, True]
+    assert shares.Share("0/3").pytest_ignore_collect(files[0].parent, pytestconfig) is None
+    with pytest.raises(pytest.UsageError, match="expected K/N with 0 <= K < N"):
+        shares.Share("3/3")
+
+
 def test_stored_durations_are_of_files_that_exist() -> None:
     root = Path(__file__).parents[1]
     assert [file for file in shares.stored() if not (root / file).exists()] == []
