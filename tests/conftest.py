@@ -3,7 +3,6 @@ from __future__ import annotations
 import gc
 import random
 import sys
-import zlib
 from collections.abc import Generator
 from pathlib import Path
 
@@ -22,6 +21,8 @@ sys.path[:0] = [
     str(Path(__file__).parent / "cutting"),
 ]  # tests share `helpers` and `suite`
 
+import shares  # noqa: E402
+
 # Derandomized, so that every run has the same examples. No deadline, since the first example includes imports.
 settings.register_profile("ci", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("ci")
@@ -29,20 +30,31 @@ settings.load_profile("ci")
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--families", default=None, help="write what tests/test_families.py measures to this JSON file")
-    parser.addoption("--share", default=None, help="K/N: of the chosen tests, the K-th of N parts, from 0; by name")
+    parser.addoption("--share", default=None, help="K/N: of the chosen tests, the K-th of N equally long parts, from 0")
+    parser.addoption("--write-durations", action="store_true", help="store how long each file took, for --share")
 
 
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Keep one part of the tests. Which part a test is in depends on nothing but its name."""
-    share = config.getoption("--share")
-    if share is None:
-        return
-    part, parts = (int(number) for number in share.split("/"))
-    if not 0 <= part < parts:
-        raise pytest.UsageError(f"--share {share}: expected K/N with 0 <= K < N")
-    kept = [item for item in items if zlib.crc32(item.nodeid.encode()) % parts == part]
-    config.hook.pytest_deselected(items=[item for item in items if item not in set(kept)])
-    items[:] = kept
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--share"):
+        config.pluginmanager.register(shares.Share(config.getoption("--share")))
+    if config.getoption("--write-durations") and not hasattr(config, "workerinput"):
+        config.pluginmanager.register(shares.Stopwatch())
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """Let the garbage collector forget what importing the tests made, hundreds of thousands of objects that stay.
+
+    Each of its later collections would search them all, and so would every `Compressor`, which looks among all objects
+    for averaged copies of its model.
+    """
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.collect()
+        gc.freeze()
+        gc.enable()
 
 
 @pytest.fixture(autouse=True)

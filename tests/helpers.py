@@ -1,10 +1,12 @@
-"""Builders of systems by property, independent oracles, and a launcher of several processes."""
+"""Builders of systems by property, independent oracles, and launchers of processes."""
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import subprocess
 import sys
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +109,19 @@ def torchrun(processes: int, script: Path, *arguments: Any, cwd: Path | None = N
     )
     assert result.returncode == 0, result.stderr[-4000:]
     return result.stdout
+
+
+def forkserver() -> ForkServerContext:
+    """Makes processes that have everything imported already, and nothing else of this one's state.
+
+    A process has one such server for all its tests, and what that imports is settled by whoever starts it first: with
+    another list of imports, every process that is made later would spend seconds on what is missing from it.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(
+        ["compressm.lab.runs.loop", "compressm.cli", "typer", "sklearn.datasets", "torch._dynamo"]
+    )
+    return context
 
 
 def newest_checkpoint(folder: Path) -> Path:

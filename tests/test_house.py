@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import subprocess
+from functools import cache
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -24,7 +25,13 @@ def module_name(path: Path) -> str:
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-def imports(path: Path) -> set[str]:
+@cache
+def modules() -> frozenset[str]:
+    return frozenset(module_name(file) for file in SOURCE.rglob("*.py"))
+
+
+@cache
+def imports(path: Path) -> frozenset[str]:
     """Modules of ours that a file imports, at once or in a function."""
     names: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text())):
@@ -32,13 +39,12 @@ def imports(path: Path) -> set[str]:
             names |= {f"{node.module}.{alias.name}" for alias in node.names}
         elif isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
-    known = {module_name(file) for file in SOURCE.rglob("*.py")}
     found: set[str] = set()
     for name in names:
-        while name and name not in known:
+        while name and name not in modules():
             name = name.rpartition(".")[0]
         found |= {name} - {""}
-    return found
+    return frozenset(found)
 
 
 def test_a_lower_room_never_imports_a_higher_one() -> None:

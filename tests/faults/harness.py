@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import random
 import signal
@@ -11,14 +10,13 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from multiprocessing.context import ForkServerContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from helpers import newest_checkpoint
+from helpers import forkserver, newest_checkpoint
 
 # 53 batches an epoch. Four cuts; each is examined, and as nothing may be lost some are rolled back.
 SETTINGS: dict[str, Any] = {
@@ -36,13 +34,6 @@ STEPS: int = SETTINGS["run"]["steps"]
 
 Sabotage = Callable[[], None]
 Record = Callable[..., None]  # the fixture `tried`
-
-
-def forkserver() -> ForkServerContext:
-    """Makes processes that have everything imported already, and nothing else of this one's state."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["compressm.lab.runs.loop", "compressm.cli", "typer", "sklearn.datasets"])
-    return context
 
 
 class Training:

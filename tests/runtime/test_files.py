@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import shutil
 import time
@@ -20,6 +19,7 @@ from compressm.lab.runs.checkpoints import Checkpoints
 from compressm.layers import SequenceClassifier
 from compressm.runtime import files as storage
 from compressm.saving.checkpoint import load, load_tree, save, save_tree
+from helpers import forkserver
 
 SIZE = 1 << 16  # numbers in a tensor: large enough that a reader is often in the middle of it
 
@@ -107,8 +107,7 @@ def beside_each_other(kinds: Sequence[str], folder: Path, seconds: float) -> Non
     for kind in kinds:
         (folder / kind).mkdir()
         KINDS[kind][0](folder / kind, 1)
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["compressm.lab.runs.checkpoints"])
+    context = forkserver()
     together, counted = context.Barrier(3), context.Queue()
     arguments = (kinds, folder, seconds, together, counted)
     made = [context.Process(target=how, args=arguments) for how in (_write, _read, _read)]

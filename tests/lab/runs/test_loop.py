@@ -3,14 +3,12 @@ from __future__ import annotations
 import importlib
 import json
 import math
-import multiprocessing
 import os
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
-from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -26,7 +24,7 @@ from compressm.layers import SequenceClassifier
 from compressm.saving.checkpoint import load, load_tree
 from compressm.training.compressor import Compressor
 from compressm.training.history import Event
-from helpers import newest_checkpoint
+from helpers import forkserver, newest_checkpoint
 
 # Accuracies of so few digits cannot resolve a max_drop of 0, and setbacks end the cutting.
 pytestmark = pytest.mark.filterwarnings("ignore::compressm.training.cushion.CushionWarning")
@@ -186,16 +184,8 @@ def run_in_child(settings: Config, folder: Path, point: Point | None) -> None:
     train(settings, output=folder, resume=True, quiet=True)
 
 
-@pytest.fixture(scope="module")
-def children() -> ForkServerContext:
-    """Processes forked from a server that has imported everything: each is a fresh one, and starts at once."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["compressm.lab.runs.loop", "sklearn.datasets", "torch._dynamo"])
-    return context
-
-
-def exit_code(children: ForkServerContext, settings: Config, folder: Path, point: Point | None) -> int | None:
-    child = children.Process(target=run_in_child, args=(settings, folder, point))
+def exit_code(settings: Config, folder: Path, point: Point | None) -> int | None:
+    child = forkserver().Process(target=run_in_child, args=(settings, folder, point))
     child.start()
     child.join(120)
     return child.exitcode
@@ -241,21 +231,19 @@ def chosen(points: dict[str, Point]) -> list[Any]:
 
 
 @pytest.mark.parametrize("name", chosen(POINTS))
-def test_killed_and_resumed(name: str, children: ForkServerContext, tmp_path: Path, unbroken: Path) -> None:
-    assert exit_code(children, config(), tmp_path, POINTS[name]) == -signal.SIGKILL
+def test_killed_and_resumed(name: str, tmp_path: Path, unbroken: Path) -> None:
+    assert exit_code(config(), tmp_path, POINTS[name]) == -signal.SIGKILL
     assert not (tmp_path / "result.json").exists()
-    assert exit_code(children, config(), tmp_path, None) == 0
+    assert exit_code(config(), tmp_path, None) == 0
     assert_same_outcome(tmp_path, unbroken)
 
 
 @pytest.mark.parametrize("name", chosen(SETBACK_POINTS))
-def test_killed_and_resumed_around_a_setback(
-    name: str, children: ForkServerContext, tmp_path: Path, unbroken_setback: Path
-) -> None:
+def test_killed_and_resumed_around_a_setback(name: str, tmp_path: Path, unbroken_setback: Path) -> None:
     history = json.loads((unbroken_setback / "result.json").read_text())["history"]
     assert "rolled_back" in [event["kind"] for event in history]
-    assert exit_code(children, config(SETBACK), tmp_path, SETBACK_POINTS[name]) == -signal.SIGKILL
-    assert exit_code(children, config(SETBACK), tmp_path, None) == 0
+    assert exit_code(config(SETBACK), tmp_path, SETBACK_POINTS[name]) == -signal.SIGKILL
+    assert exit_code(config(SETBACK), tmp_path, None) == 0
     assert_same_outcome(tmp_path, unbroken_setback)
 
 
@@ -287,22 +275,22 @@ def test_after_a_setback_curve_and_spectra_are_those_of_the_restored_model(tmp_p
     assert (result.spectra or ())[-1]["layers"]["blocks.0.ssm"]["states"] == 16
 
 
-def test_killed_again_and_again(children: ForkServerContext, tmp_path: Path, unbroken: Path) -> None:
+def test_killed_again_and_again(tmp_path: Path, unbroken: Path) -> None:
     kills = 0
-    while exit_code(children, config(), tmp_path, (*STEP, 5, "after")) == -signal.SIGKILL:
+    while exit_code(config(), tmp_path, (*STEP, 5, "after")) == -signal.SIGKILL:
         kills += 1
     assert kills == 5  # each attempt makes 4 steps that last, and 24 are needed
     assert_same_outcome(tmp_path, unbroken)
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_energy_of_a_resumed_run_is_that_of_all_its_steps(children: ForkServerContext, tmp_path: Path) -> None:
+def test_energy_of_a_resumed_run_is_that_of_all_its_steps(tmp_path: Path) -> None:
     pytest.importorskip("codecarbon")
     settings = config({"run": {"energy": "CHE"}})
-    assert exit_code(children, settings, tmp_path, (*STEP, 15, "after")) == -signal.SIGKILL
+    assert exit_code(settings, tmp_path, (*STEP, 15, "after")) == -signal.SIGKILL
     before = load_tree(newest_checkpoint(tmp_path))["energy"]
     assert before["steps"] == 12
-    assert exit_code(children, settings, tmp_path, None) == 0
+    assert exit_code(settings, tmp_path, None) == 0
     energy = json.loads((tmp_path / "result.json").read_text())["energy"]
     assert energy["steps"] == 24
     assert 0 < before["kwh"] < energy["kwh"]
@@ -315,7 +303,7 @@ MAMBA: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("layer", ["mamba", "mamba2"])
-def test_selective_layers_are_observed_cut_and_resumed(layer: str, children: ForkServerContext, tmp_path: Path) -> None:
+def test_selective_layers_are_observed_cut_and_resumed(layer: str, tmp_path: Path) -> None:
     options = {"layer": layer, **({"head_dim": 4, "n_groups": 2} if layer == "mamba2" else {})}
     settings = config({**MAMBA, "model": {**MAMBA["model"], **options}})
     result = train(settings, output=tmp_path / "unbroken", quiet=True)
@@ -326,8 +314,8 @@ def test_selective_layers_are_observed_cut_and_resumed(layer: str, children: For
     assert isinstance(rebuilt, SequenceClassifier)
     assert rebuilt.config["d_state"] == [3]
     # Between the cuts, with moments observed and not yet used.
-    assert exit_code(children, settings, tmp_path / "killed", (*STEP, 10, "after")) == -signal.SIGKILL
-    assert exit_code(children, settings, tmp_path / "killed", None) == 0
+    assert exit_code(settings, tmp_path / "killed", (*STEP, 10, "after")) == -signal.SIGKILL
+    assert exit_code(settings, tmp_path / "killed", None) == 0
     assert_same_outcome(tmp_path / "killed", tmp_path / "unbroken")
 
 
