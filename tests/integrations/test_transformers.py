@@ -124,6 +124,7 @@ def test_trains_through_cuts_and_logs_them(tmp_path: Path, arguments: dict[str, 
     assert logged[-1]["compressm/states/net.blocks.0.ssm"] == dims(trainer.model)
     assert all(0 < entry["compressm/energy_kept/net.blocks.0.ssm"] < 1 for entry in logged)
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert [entry["step"] for entry in trainer.state.log_history if "loss" in entry] == [*range(1, STEPS + 1)]
     assert torch.isfinite(torch.tensor(losses)).all()
 
 

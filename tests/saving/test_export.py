@@ -126,6 +126,34 @@ def test_the_tensors_of_a_traced_step_are_contiguous(family: str) -> None:
 
 
 @pytest.mark.slow
+def test_the_sizes_of_a_loop_follow_from_the_numbers_that_it_is_given() -> None:
+    """Inductor computes them so, and refuses a loop over sequences where it does not know the batch's size."""
+    program = trace(LRU(2, 2), torch.randn(2, 5, 2), step=False, padded=False).program
+    loops = [node for node in program.graph.nodes if node.target is torch.ops.higher_order.scan]
+    assert loops
+    for loop in loops:
+        _, _, sequences, captured = loop.args
+        numbers = [node.meta["val"] for node in captured if isinstance(node.meta["val"], torch.SymInt)]
+        numbers.append(sequences[0].meta["val"].shape[0])
+        known = {str(number) for number in numbers}
+        sizes = [size for tensor in loop.meta["val"] for size in tensor.shape if isinstance(size, torch.SymInt)]
+        assert {str(size) for size in sizes} <= known
+
+
+@pytest.mark.exhaustive
+@pytest.mark.filterwarnings("ignore")  # the compiler's own
+def test_a_program_compiled_ahead_of_time_is_the_model(tmp_path: Path) -> None:
+    model = classifier("mamba2")
+    to_torch(model, tmp_path / "model.pt2", example=torch.randn(2, 9, 3), lengths=True)
+    program = torch.export.load(tmp_path / "model.pt2")
+    package = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "compiled.pt2"))
+    compiled = torch._inductor.aoti_load_package(package)
+    for batch, length in ((1, 1), (2, 70), (5, 13)):
+        u, lengths = torch.randn(batch, length, 3), torch.randint(1, length + 1, (batch,))
+        torch.testing.assert_close(compiled(u, lengths), model(u, lengths), atol=1e-5, rtol=0)
+
+
+@pytest.mark.slow
 def test_int8_is_smaller_and_close(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = SequenceClassifier(3, 5, d_model=32, d_state=64, r_min=0.9)

@@ -29,6 +29,16 @@ def test_the_sample_is_even_and_bounded() -> None:
     assert phase.step_seconds == pytest.approx(2500, rel=0.05)
 
 
+def test_a_step_of_the_first_size_takes_as_long_as_before() -> None:
+    """After cuts that were all undone, a slower machine is not told as a slower model."""
+    phases = [Phase({"a": size}, steps=10, wall=[seconds]) for size, seconds in ((16, 1.0), (4, 0.5), (16, 1.4))]
+    saved = savings(phases, 0.0)
+    assert saved is not None
+    assert saved.step_speedup == 1
+    assert (saved.seconds, saved.seconds_if_big) == (pytest.approx(29), 30)
+    assert "a step takes as long as before" in str(saved)
+
+
 def test_savings_are_against_the_first_phase() -> None:
     sizes = (8, 10, 40), (4, 10, 20), (2, 80, 10)
     big, middle, small = (Phase({"a": n}, steps, [ms / 1000] * 3, [ms / 2000] * 3) for n, steps, ms in sizes)

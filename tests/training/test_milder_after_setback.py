@@ -41,9 +41,8 @@ def cut_undo_and_cut(net: SequenceClassifier, **rule: Any) -> list[Event]:
         optimizer.step()
         optimizer.zero_grad()
         compressor.step()
-    told = ["fell_short"] if rule.keys() & {"states", "fraction", "total_states"} else []  # the second cut is the last
-    assert [event.kind for event in compressor.history] == ["cut", "rolled_back", "cut", *told]
-    return compressor.history[:3]
+    assert [event.kind for event in compressor.history] == ["cut", "rolled_back", "cut"]
+    return compressor.history
 
 
 def test_half_of_the_error_is_allowed() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from compressm.layers import LRU
 from compressm.training.cushion import Cushion, CushionWarning
 from compressm.training.cutter import Cutter
 from compressm.training.goal import Goal, GoalWarning, wanted_rule
-from compressm.training.history import Cut, Ended, FellShort, Kept, RolledBack, Stopped, Unchanged, Watched
+from compressm.training.history import Cut, Ended, Event, FellShort, Kept, RolledBack, Stopped, Unchanged, Watched
 from compressm.training.policy import Policy
 from compressm.training.schedule import Schedule
 from compressm.training.snapshot import Training
@@ -83,7 +84,10 @@ def test_the_end_is_told_where_no_cut_was_kept() -> None:
     with pytest.warns(CushionWarning, match="no more cuts will be tried: the cut that was undone was the last one"):
         events = [event for step in range(1, 81) for event in loop.policy.act(step)]
     kinds = [type(event) for event in events if not isinstance(event, Watched)]
-    assert kinds == [Cut, RolledBack, Cut, FellShort, RolledBack, Stopped, Ended]
+    assert kinds == [Cut, RolledBack, Cut, RolledBack, Stopped, FellShort, Ended]
+    assert str(events[-2]).endswith(
+        "states=4 was asked for, and the cuts end at 16 states a layer: the cut that was undone was the last one"
+    )
     assert str(events[-1]) == "step 80: end, metric 0.5; no cut was kept, so none cost anything"
 
 
@@ -97,3 +101,36 @@ def test_a_training_that_goes_back_from_its_last_step_is_not_at_its_end() -> Non
     assert act(70, rewind=True) == [RolledBack]
     assert act(70, rewind=False) == [RolledBack, Ended]
     assert act(80, rewind=True) == [RolledBack, Ended]  # the uncut twin took the cut model's place
+
+
+@pytest.mark.parametrize("undone", [False, True])
+def test_that_a_size_was_missed_is_told_once_the_last_cut_is_examined(undone: bool) -> None:
+    """After a resume between the cut and its examination, too. The reason is that of the sizes that layers end with."""
+    given: dict[str, Any] = {"states": 1, "max_reduction": 0.3, "cushion": {"max_drop": 0.1}}
+
+    def built() -> Loop:
+        with pytest.warns(GoalWarning, match="out of reach"):
+            loop = Loop(**given)
+        loop.cushion.evaluate = lambda layer: 0.1 if undone and layer.d_state < 12 else 0.5
+        return loop
+
+    loop = built()
+    history = [event for step in range(1, 46) for event in loop.policy.act(step)]
+    assert [type(event) for event in history] == [Cut, Kept, Cut]
+    resumed = built()
+    for part in ("cutter", "schedule", "cushion"):
+        getattr(resumed, part).load_state_dict(getattr(loop, part).state_dict())
+    resumed.policy.resume(16, [Event.from_dict(event.to_dict()) for event in history])
+    resumed.layer.load_state_dict(loop.layer.state_dict())
+    with pytest.warns(CushionWarning, match="was the last one") if undone else nullcontext():
+        last = [one for step in range(46, 81) for one in resumed.policy.act(step) if not isinstance(one, Watched)]
+    assert [type(event) for event in last] == [*([RolledBack, Stopped] if undone else [Kept]), FellShort, Ended]
+    said = {True: "12 states a layer: the cut that was undone was the last", False: "9 states a layer: a cut removes at"}
+    assert f"states=1 was asked for, and the cuts end at {said[undone]}" in str(last[-2])
+
+
+def test_a_layer_that_is_small_enough_is_no_reason_for_a_size_that_was_missed() -> None:
+    goal = Goal(wanted_rule(states=4), 16)
+    assert [goal.smaller_than(states) for states in (3, 4, 5)] == [False, False, True]
+    goal = Goal(wanted_rule(total_states=4), 16)
+    assert [goal.smaller_than(states) for states in (1, 2)] == [False, True]

@@ -104,8 +104,10 @@ class CompressionCallback(TrainerCallback):
         assert self.compressor is not None
         seen = len(self.compressor.history)
         self.compressor.step()
+        due = control.should_log
         for event in self.compressor.history[seen:]:
             self._log(event)
+        control.should_log = due  # `Trainer.log` takes the Trainer's own entry of this step for written
         # A checkpoint of this step holds this record; on_save adds its tensors.
         record = self.compressor.state_dict()
         _records(state)[_RECORD] = {key: value for key, value in record.items() if key not in _TENSORS}

@@ -33,9 +33,13 @@ def graph_scan(step: Callable[..., tuple[Tensor, Tensor]], state: Tensor, *seque
     """
     from torch._higher_order_ops.scan import scan  # a prototype in torch: imported only where an export needs it
 
+    batch = state.shape[0]
+
     def combine(state: Tensor, now: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
         y, state = step(state, *now)
-        return state, y.clone()  # the operator forbids outputs that share memory
+        # The operator forbids outputs that share memory. Inductor knows the sizes of the outputs by the numbers that
+        # the step captures only, so the step names the batch.
+        return state, y.clone().expand(batch, *y.shape[1:])
 
     last, y = _untyped(scan)(combine, state, tuple(sequence.transpose(0, 1) for sequence in sequences))
     return y.transpose(0, 1), last

@@ -125,7 +125,8 @@ class Savings:
         seconds: time of all steps, each taken as the median of its phase, and of the cuts.
         seconds_if_big: estimated time of the steps at the median of the first phase.
         cut_seconds: time of the cuts alone.
-        step_speedup: time of a step in the first phase, divided by that in the last phase.
+        step_speedup: time of a step in the first phase, divided by that in the last phase; 1 if both have the same
+            state dimensions.
         flops: operations of all steps; None where they were not measured.
         flops_if_big: operations of the steps at the first phase's size.
         cpu: whether the medians are CPU times instead of wall-clock times.
@@ -190,6 +191,8 @@ def savings(
     first, last = medians[0], medians[-1]
     if first is None or last is None or len(phases) < 2:
         return None
+    if phases[-1].state_dims == phases[0].state_dims:  # after cuts that were all undone only other work differs
+        last = first
     # A phase too short to be timed is given the median of the first phase, so that it does not count as a saving.
     seconds = sum(phase.steps * (median or first) for phase, median in zip(phases, medians, strict=True)) + cut_seconds
     steps = sum(phase.steps for phase in phases)

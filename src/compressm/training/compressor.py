@@ -386,7 +386,6 @@ class Compressor:
             )
         self._cutter.load_state_dict(state_dict)
         self.initial_dims = initial_dims_of(state_dict)
-        self._policy.started_with(sum(self.initial_dims.values()))
         self._schedule.load_state_dict(state_dict)
         self._schedule.probe = {name: snapshot(state, self.method) for name, state in state_dict["probe"].items()}
         self._cushion.load_state_dict(state_dict)
@@ -394,6 +393,7 @@ class Compressor:
         self._watch.forget()
         self._observe()
         self.history = [Event.from_dict(event) for event in state_dict["history"]]
+        self._policy.resume(sum(self.initial_dims.values()), self.history)
         self.clock.load_state_dict(state_dict["phases"])
 
 

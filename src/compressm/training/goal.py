@@ -128,6 +128,13 @@ class Goal:
             return sum(states for states in dims if states > 1) <= rule.fraction * self.initial_states + 1e-9
         return rule.total_states is None or sum(dims) <= rule.total_states
 
+    def smaller_than(self, states: int) -> bool:
+        """Whether the size that was asked for may be missed because a layer has so many states.
+
+        Under a rule for all layers together no layer is small enough before it has one state.
+        """
+        return states > (self.rule.states or 1)
+
     def measured(self, dims: Collection[int]) -> str:
         """State dimensions in words, counted as the rule counts them."""
         if self.rule.total_states is not None:

@@ -147,7 +147,7 @@ class Unchanged(_Looked):
 
 @dataclass(frozen=True)
 class FellShort(Event):
-    """The last cut was made, or was due, and layers are larger than ``states``, ``fraction`` or ``total_states`` asks.
+    """No cut comes any more, and layers are larger than ``states``, ``fraction`` or ``total_states`` asks.
 
     Attributes:
         reason: what was asked for, what they have, and why, in words.

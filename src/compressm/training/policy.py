@@ -7,6 +7,7 @@ import math
 import time
 import warnings
 import weakref
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -20,6 +21,7 @@ from compressm.training.history import Cut, Event, FellShort, Postponed, RolledB
 from compressm.training.schedule import LOOKS_BEFORE, Schedule
 
 _NO_TIME = "too few steps are left to examine one"
+_PART_OF_THE_WAY = "cuts after one that was undone go a part of the way only"
 
 
 class Policy:
@@ -37,6 +39,7 @@ class Policy:
 
     def __init__(self, schedule: Schedule, goal: Goal, cushion: Cushion, cutter: Cutter) -> None:
         self._schedule, self._goal, self._cushion, self._cutter = schedule, goal, cushion, cutter
+        self._planned: tuple[dict[str, Any], ...] = ()  # the layers of the last plan
         if obstacle := cutter.obstacle(goal, len(schedule.cut_steps)):
             warnings.warn(obstacle, GoalWarning, stacklevel=3)
         _check_alone(self)
@@ -55,9 +58,15 @@ class Policy:
         """Names of the layers that are cut."""
         return ", ".join(self._cutter.state_dims)
 
-    def started_with(self, states: int) -> None:
-        """Restore the number of states of all layers together before the first cut."""
+    def resume(self, states: int, history: Sequence[Event]) -> None:
+        """Restore what the next decisions need.
+
+        Args:
+            states: of all layers together before the first cut.
+            history: of the training so far.
+        """
         self._goal = replace(self._goal, initial_states=states)
+        self._planned = next((event.layers for event in reversed(history) if event.layers), ())
 
     def act(self, step: int) -> list[Event]:
         """Evaluate, cut or examine if it is due.
@@ -68,10 +77,18 @@ class Policy:
         Returns:
             what was done, in order; empty if nothing was due.
         """
+        over = self._over
         events = self._watch_or_cut(step)
+        if self._over and not over:
+            events += self._short(step, events)
         if step == self._schedule.total_steps and self._cushion.examines and not self._goes_back(events):
             events.append(self._cushion.end(step))
         return events
+
+    @property
+    def _over(self) -> bool:
+        """Whether the layers keep the sizes that they have."""
+        return self._schedule.over and self._cushion.observed is None
 
     def _goes_back(self, events: list[Event]) -> bool:
         """Whether steps are made again, after a cut that was undone. An uncut twin has made them already."""
@@ -109,10 +126,8 @@ class Policy:
         plan = self._cutter.plan(self._goal.rule_now(dims, cuts_left, cushion.mildness))
         if not plan.changes:
             self._schedule.made()
-            return [
-                Unchanged(step, plan.report.seconds, _layers(plan.report), reference),
-                *self._short(step, plan.report),
-            ]
+            self._planned = _layers(plan.report)
+            return [Unchanged(step, plan.report.seconds, self._planned, reference)]
         before = cushion.snapshot(step) if cushion.examines else None
         report = self._cutter.write(plan)
         if before is not None:
@@ -124,16 +139,22 @@ class Policy:
             cushion.warn_if_too_fine([step + self._schedule.check_after + i * self._apart for i in range(LOOKS)])
         elif before is None and cushion.evaluate is not None:
             metric = self._for_the_record(step)
-        made = Cut(step, report.seconds, _layers(report), reference, metric, report.predicted_loss)
-        return [made, *self._short(step, report)]
+        self._planned = _layers(report)
+        return [Cut(step, report.seconds, self._planned, reference, metric, report.predicted_loss)]
 
-    def _short(self, step: int, report: Report) -> list[FellShort]:
-        """What there is to say after the last cut, if the size that was asked for was not reached."""
-        dims = report.state_dims.values()
-        if not self._schedule.over or self._goal.arrived(dims):
+    def _short(self, step: int, events: Sequence[Event]) -> list[FellShort]:
+        """What there is to say where no cut comes any more, if the size that was asked for was not reached.
+
+        Args:
+            step: training steps done.
+            events: of this step.
+        """
+        dims = self._cutter.state_dims.values()
+        if self._goal.arrived(dims):
             return []
-        reasons = dict.fromkeys(layer.reason for layer in report.layers if layer.reason)
-        why = "; ".join(reasons) or "cuts after one that was undone go a part of the way only"
+        reasons = [event.reason for event in events if isinstance(event, Stopped)]
+        reasons = reasons or [one["reason"] for one in self._planned if self._goal.smaller_than(one["states_after"])]
+        why = "; ".join(dict.fromkeys(filter(None, reasons))) or _PART_OF_THE_WAY
         text = f"{self._goal.size} was asked for, and the cuts end at {self._goal.measured(dims)}: {why}"
         return [FellShort(step, reason=text)]
 

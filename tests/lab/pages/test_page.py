@@ -55,6 +55,19 @@ def test_a_roll_back_gives_the_states_back_in_the_picture(runs: Path) -> None:
     assert line["y"][-1] == load_runs([runs / "cut"])[0].result.state_dims[0]  # type: ignore[union-attr]
 
 
+def test_a_cut_that_was_undone_is_called_so(runs: Path) -> None:
+    (run,) = load_runs([runs / "cut"])
+    fates = [event["kind"] for event in run.history if event["kind"] in ("kept", "rolled_back")]
+    expected = [fate == "rolled_back" for fate in fates]
+    assert len(run.cuts) == len(expected)
+    charts = {chart.title: chart for chart in run_charts(run)}
+    poles = [frame.label for frame in charts["Eigenvalues in the unit disc"].views["blocks.0.ssm"]]
+    spectra = [frame.label for frame in charts["Hankel singular values"].views["blocks.0.ssm"] if "→" in frame.label]
+    certificates = charts["Certificates"].views[""][0].traces[0]["text"]
+    for labels in (poles, spectra, certificates):
+        assert [label.endswith("states, undone") for label in labels] == expected
+
+
 def test_eigenvalues_are_those_of_the_layer(runs: Path) -> None:
     (run,) = load_runs([runs / "cut"])
     for layer in run.cuts[0]["layers"]:
@@ -185,7 +198,7 @@ def test_a_saved_model_tells_its_history(runs: Path) -> None:
     [
         (Cut(10, predicted_loss=0.0123), "predicted rise of the loss 0.012 nats"),
         (Cut(10, 0.0, (), 0.9, 0.85, 0.0123), "metric 0.9000 → 0.8500, predicted rise of the loss 0.012 nats"),
-        (Ended(99, metric=0.9), "metric 0.9000"),  # no cut was kept
+        (Ended(99, metric=0.9), "metric 0.9000; no cut was kept"),
     ],
 )
 def test_an_event_is_told_by_what_is_known_of_it(event: Event, details: str) -> None:

@@ -185,7 +185,7 @@ def spectra(run: Run) -> Chart | None:
         for event in run.history:
             for layer in event["layers"]:
                 if layer["name"] == name and layer["hsv"]:
-                    frames.append((event["step"], _spectrum(event, layer)))
+                    frames.append((event["step"], _spectrum(run, event, layer)))
         for entry in (run.result.spectra if run.result else None) or []:
             if name in entry["layers"]:
                 states = entry["layers"][name]["states"]
@@ -205,13 +205,16 @@ def spectra(run: Run) -> Chart | None:
     return Chart("Hankel singular values", caption, views, layout)
 
 
-def _spectrum(event: dict[str, Any], layer: dict[str, Any]) -> Frame:
+def _label(run: Run, event: dict[str, Any], layer: dict[str, Any]) -> str:
+    """What became of a layer at an event."""
+    made = f"{layer['states_before']} → {layer['states_after']} states" + ", undone" * run.was_undone(event)
+    what = {"cut": made, "refused": "refused"}.get(layer["outcome"], "not cut")
+    return f"step {event['step']:,}: {what}"
+
+
+def _spectrum(run: Run, event: dict[str, Any], layer: dict[str, Any]) -> Frame:
     before, after = layer["states_before"], layer["states_after"]
-    what = {"cut": f"{before} → {after} states", "refused": "refused"}.get(layer["outcome"], "not cut")
-    label = f"step {event['step']:,}: {what}"
-    if event["kind"] == "rolled_back":
-        label += ", undone"
-    cut = layer["outcome"] == "cut"
+    label, cut = _label(run, event, layer), layer["outcome"] == "cut"
     return Frame(label, _points(layer["hsv"], before, after if cut else before), first=cut)
 
 
@@ -233,13 +236,12 @@ def poles(run: Run) -> Chart | None:
     for event in run.cuts:
         for layer in event["layers"]:
             if layer.get("poles_after"):
-                label = f"step {event['step']:,}: {layer['states_before']} → {layer['states_after']} states"
                 traces = [
                     _circle(),
                     _disc("before", layer["poles_before"], BEFORE, "circle-open"),
                     _disc("after", layer["poles_after"], AFTER, "circle"),
                 ]
-                views.setdefault(_text(layer["name"]), []).append(Frame(label, traces))
+                views.setdefault(_text(layer["name"]), []).append(Frame(_label(run, event, layer), traces))
     if not views:
         return None
     layout = {
@@ -276,7 +278,7 @@ def certificates(run: Run) -> Chart | None:
                 bounds, errors, labels = certain.setdefault(_text(layer["name"]), ([], [], []))
                 bounds.append(certificate["bound"])
                 errors.append(certificate["hinf_error"])
-                labels.append(f"step {event['step']:,}: {layer['states_before']} → {layer['states_after']}")
+                labels.append(_label(run, event, layer))
     if not certain:
         return None
     traces: list[Trace] = [

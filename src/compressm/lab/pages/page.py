@@ -163,6 +163,8 @@ def _measured(event: dict[str, Any]) -> str:
         what = "kept cuts cost" if kind == "ended" else "loss"
         text += f", {what} {event['loss']:.4f}"
         text += "" if event.get("error") is None else f" ± {event['error']:.4f}"
+    if kind == "ended" and event.get("promised") is None:
+        text += "; no cut was kept"
     if event.get("promised") is not None:
         text += f", allowed {event['promised']:.4f}; no training without cuts ran beside"
     if event.get("restored_step") is not None:

@@ -41,6 +41,12 @@ class Run:
         """The events in which a layer was cut, later undone or not."""
         return [event for event in self.history if event["kind"] == "cut"]
 
+    def was_undone(self, event: dict[str, Any]) -> bool:
+        """Whether this event of the history is a cut that was undone later."""
+        place = next(index for index, one in enumerate(self.history) if one is event)
+        later = (one["kind"] for one in self.history[place + 1 :] if one["kind"] in ("cut", "kept", "rolled_back"))
+        return event["kind"] == "cut" and next(later, "") == "rolled_back"
+
 
 def load_runs(paths: Sequence[Path]) -> list[Run]:
     """Read runs.
