@@ -18,7 +18,7 @@ from compressm.cutting import resize_states, state_dims
 from compressm.errors import CheckpointError, ConfigError
 from compressm.layers import LanguageModel, SequenceClassifier, SequenceRegressor
 from compressm.runtime.files import FORMAT, finite, read_pair, write_pair, write_text
-from compressm.saving.arguments import arguments_of
+from compressm.saving.arguments import arguments_of, remember_arguments
 from compressm.saving.card import loading, model_card
 from compressm.saving.structure import Structure, check_fit, describe, difference, put_left_out, take_over
 from compressm.training.compressor import Compressor
@@ -163,6 +163,8 @@ def load(folder: str | os.PathLike[str], model: nn.Module | None = None) -> nn.M
             f"{folder} holds a {name} whose tensors are not those of this {type(model).__name__}: {', '.join(odd[:3])}"
             f"{' and more' if len(odd) > 3 else ''} on one side only; build the model as it was built when saved"
         )
+    if isinstance(arguments := description.get("arguments"), dict):
+        remember_arguments(model, cast("dict[str, Any]", arguments))
     check_fit(model, structure, tensors)
     resize_states(model, dims)
     try:
