@@ -220,7 +220,9 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert "model-step.onnx" in capsys.readouterr().out
 
 
-def test_a_model_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_model_of_ones_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "exported.py").write_text(OWN, encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     model = call_named("exported:build", "--model").eval()

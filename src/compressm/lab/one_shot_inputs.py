@@ -228,9 +228,7 @@ def read_batches(
     return [(arrays.batch(expected, start, stop), targets[start:stop]) for start, stop in places]
 
 
-def read_arrays(
-    model: nn.Module, tokenizer: Any, path: Path, sequences: int, length: int, labelled: bool
-) -> Arrays:
+def read_arrays(model: nn.Module, tokenizer: Any, path: Path, sequences: int, length: int, labelled: bool) -> Arrays:
     """The data in one piece; for the arguments see `read_batches`.
 
     Raises:

@@ -1,5 +1,5 @@
-"""What a model was built for, saved with it: the sizes of the data, so that a model of the user's can be built again, and
-the names of its classes, so that names are read as the same classes."""
+"""What a model was built for, and is saved with: the sizes of the data, by which a model of the user's is built again,
+and the names of its classes."""
 
 from __future__ import annotations
 

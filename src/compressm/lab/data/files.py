@@ -6,7 +6,8 @@
 - A folder that ``save_to_disk`` of the library datasets has written: its columns by name, its splits by theirs.
 - A folder with ``x.npy`` and ``y.npy`` (or ``x_train.npy`` and so on): arrays by name, as in an ``.npz``.
 - Any other folder: one sequence per file, rows are steps and columns channels. If the files lie in subfolders, each
-  subfolder is a class, and its name the label; none may be empty. Shorter sequences are padded with zeros, and their lengths told.
+  subfolder is a class, and its name the label; none may be empty. Shorter sequences are padded with zeros,
+  and their lengths told.
 """
 
 from __future__ import annotations
