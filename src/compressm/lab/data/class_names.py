@@ -6,7 +6,6 @@ the same names as the same classes.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -15,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from compressm.errors import ConfigError
+from compressm.runtime.warned import warn
 
 
 def are_names(y: Any) -> bool:
@@ -74,11 +74,10 @@ def guessed(names: NDArray[Any], classes: int, where: str) -> NDArray[np.int64]:
             f"{where} holds names ({', '.join(map(repr, known[:3]))}), {len(known)} of them: the model knows its "
             f"classes as 0 to {classes - 1}; save their numbers, in the order that the model was trained with"
         )
-    warnings.warn(
+    warn(
         f"{where} holds names, and the model was saved without names of its classes: they are numbered in alphabetical "
         f"order, {', '.join(f'{name} = {number}' for number, name in enumerate(known[:5]))}"
         f"{', ...' if len(known) > 5 else ''}; if it was trained with another order, save their numbers",
-        stacklevel=2,
     )
     return numbered(names, known, where)
 
