@@ -128,6 +128,7 @@ MISTAKES = (
     Mistake("a row that is too short", f"{OWN} ragged.csv", "line 3: 1 values"),
     Mistake("a missing extra", f"{OWN} table.parquet", 'pip install "compressm[parquet]"', hidden="pyarrow"),
     Mistake("sequences of unequal channels", f"{OWN} unequal", "with equal channels"),
+    Mistake("a class without sequences", f"{OWN} classes", "the subfolder b holds no"),
     Mistake("an empty folder", f"{OWN} empty", "no .npz, .npy, .csv or .parquet file"),
     Mistake("no batch", "compressm train --model mymodel:build --data mymodel:batches", "returned no batch"),
     Mistake("no checkpoint", "compressm analyze nowhere", "is no checkpoint"),
@@ -143,10 +144,28 @@ MISTAKES = (
     Mistake("no rule", "compressm compress model --output small", "exactly one of"),
     Mistake("two rules", "compressm compress model --states 4 --tolerance 0.1 --output small", "exactly one of"),
     Mistake("a size of zero", "compressm compress model --states 0 --output small", "states must be"),
-    Mistake("a size in words", "compressm compress model --states few --output small", "--states"),
+    Mistake(
+        "a size in words", "compressm compress model --states few --output small", "--states few: a whole number was"
+    ),
+    Mistake(
+        "a share in words", "compressm compress model --tolerance x --output small", "--tolerance x: a number was expec"
+    ),
+    Mistake(
+        "a metric of no name",
+        "compressm compress model --max-drop 0.1 --metric f1 --output small",
+        "--metric f1: choose accuracy, r2, fit, mse or perplexity",
+    ),
+    Mistake("an option without its value", "compressm compress model --output small --max-error", "value is missing"),
+    Mistake("no checkpoint named", "compressm analyze", "CHECKPOINT: missing"),
+    Mistake("two checkpoints", "compressm analyze model mamba", "mamba: more arguments than compressm analyze takes"),
     Mistake("a folder that is full", "compressm compress model --states 4 --output model", "choose another"),
     Mistake("a loss without data", "compressm compress model --max-loss 0.1 --output small", "--data"),
     Mistake("data of other channels", "compressm compress model --states 4 --output small --data wide.npz", "channels"),
+    Mistake(
+        "an export of one's own model without data",
+        "compressm export weights.safetensors --model mymodel:build",
+        "give some sequences by --data",
+    ),
     Mistake("int8 for torch", "compressm export model --format torch --int8", "or export to ONNX"),
     Mistake("nothing to export", "compressm export nowhere", "nowhere"),
     Mistake("a folder that does not exist", "compressm export model --output none/model.onnx", "create it"),
@@ -157,7 +176,7 @@ MISTAKES = (
     Mistake("a saved model without a history", "compressm report model", "save it with compressm.save"),
     Mistake("a probe of one size", "compressm probe digits --states 64", "two different sizes"),
     Mistake("a probe of a model of one size", f"{OWN} tones.npz".replace("train", "probe"), "def build(states)"),
-    Mistake("a demo of no seed", "compressm demo --seeds 0", "--seeds"),
+    Mistake("a demo of no seed", "compressm demo --seeds 0", "--seeds 0: must be at least 1"),
     Mistake("a file for data", "compressm.analyze(model, data='tones.npz')", "files are read by"),
     Mistake("no rule", "compressm.compress(model)", "exactly one"),
     Mistake("a tensor of the wrong rank", "compressm.compress(model, states=4, data=torch.zeros(8))", "add the axes"),
@@ -238,6 +257,9 @@ def _furnish() -> None:
         Path(name).mkdir()
         for index, width in enumerate(channels):
             np.save(Path(name) / f"{index}.npy", np.zeros((5, width)))
+    for name in ("a", "b", "c"):
+        (Path("classes") / name).mkdir(parents=True)
+    np.save("classes/a/0.npy", np.zeros((5, 1)))
     compressm.save(_classifier("lru"), "model")
     compressm.save(_classifier("mamba"), "mamba")
     with _importable():

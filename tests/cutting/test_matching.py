@@ -133,3 +133,8 @@ def test_compress_matches_on_its_data_and_predicts_less() -> None:
 def test_matching_without_recorded_inputs_is_refused() -> None:
     with pytest.raises(InvalidRankRuleError, match=r"match_steps=50 .* gramians='loss'"):
         compressm.compress(LRU(2, 8), states=2, match_steps=50)
+    for no_number in (-1, 2.5, "few"):
+        with pytest.raises(
+            InvalidRankRuleError, match=f"match_steps must be a whole number of at least 0; got {no_number!r}"
+        ):
+            compressm.compress(LRU(2, 8), states=2, match_steps=no_number)  # type: ignore[arg-type]

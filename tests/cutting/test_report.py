@@ -71,6 +71,6 @@ def test_what_is_stored_is_plain_and_short() -> None:
     assert (kept["outcome"], kept["states_before"], kept["states_after"]) == ("kept", 8, 8)
     names = {
         "name", "states_before", "states_after", "outcome", "reason", "certificate", "hsv", "energy_kept",
-        "error_on_data", "error_held_out", "poles_before", "poles_after", "predicted_loss",
+        "error_on_data", "error_held_out", "poles_before", "poles_after", "predicted_loss", "matched",
     }  # fmt: skip
     assert all(layer.keys() == names for layer in stored["layers"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,12 @@ from safetensors.torch import save_file
 import compressm
 from compressm.cli import main
 from compressm.errors import ConfigError
+from compressm.lab.data.class_names import guessed
 from compressm.lab.data.files import read_content
 from compressm.lab.data.own import content_of, own_data
 from compressm.lab.named import call_named
-from compressm.layers import S5
+from compressm.lab.one_shot import compress_checkpoint
+from compressm.layers import S5, SequenceRegressor
 
 MODULE = """
 import numpy as np
@@ -254,10 +257,90 @@ def test_hidden_files_are_no_class_and_an_empty_sequence_is_named(tmp_path: Path
         for index in range(2):
             np.save(tmp_path / folder / f"{index}.npy", np.ones((4, 1)))
     (tmp_path / "a" / "._0.npy").write_bytes(b"left by a file system")
-    assert read_content(tmp_path)["y"].tolist() == [0, 0, 1, 1]
+    assert read_content(tmp_path)["y"].tolist() == ["a", "b", "a", "b"]
     np.save(tmp_path / "b" / "2.npy", np.ones((0, 1)))
     with pytest.raises(ConfigError, match=r"2\.npy holds a sequence of no steps"):
         read_content(tmp_path)
+
+
+def test_a_class_without_sequences_is_named_wherever_it_stands(tmp_path: Path) -> None:
+    for folder in "abc":
+        (tmp_path / folder).mkdir()
+    for empty in "abc":
+        for folder in "abc":
+            np.save(tmp_path / folder / "0.npy", np.ones((4, 1)))
+        (tmp_path / empty / "0.npy").unlink()
+        with pytest.raises(ConfigError, match=f"the subfolder {empty} holds no .npz.* put its sequences there, or del"):
+            read_content(tmp_path)
+    (tmp_path / "0.csv").write_text("u\n1\n", encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"both in itself \(0.csv\) and in the subfolder a"):
+        read_content(tmp_path)
+
+
+def class_folders(path: Path, names: Sequence[str], count: int = 16) -> Path:
+    """A folder per class, whose sequences lie at the height of the name's number."""
+    random = np.random.default_rng(2)
+    for name in names:
+        (path / name).mkdir(parents=True)
+        for index in range(count):
+            np.save(path / name / f"{index:02}.npy", random.normal(size=(10, 1)).astype(np.float32) + 3 * int(name))
+    return path
+
+
+def test_names_are_the_same_classes_in_every_command(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    everything = class_folders(here / "all", ["2", "10", "7"])  # by turns they would stand in another order as text
+    train = ["--data", str(everything), *SHORT, "run.steps=30", "optimizer.lr=0.02"]
+    assert main(["train", "--model", "ownmodel:build", *train, "--output", "run"]) == 0
+    some = class_folders(here / "some", ["10", "7"])
+    cut = ["--model", "ownmodel:build", "--states", "16", "--sequences", "16", "--json", "r.json"]
+    for checkpoint, output in (("run/model", "small"), ("small", "smaller")):  # the names go on with the model
+        assert main(["compress", checkpoint, *cut, "--data", str(some), "--output", output]) == 0
+        model = compressm.load(checkpoint, sys.modules["ownmodel"].build(n_classes=3)).eval()
+        sequences = [(number, np.load(some / name / f"{8 + i:02}.npy")) for i in range(8) for name, number in CLASSES]
+        right = [int(model(torch.from_numpy(u)[None]).argmax()) == number for number, u in sequences]
+        assert json.loads((here / "r.json").read_text())["score_before"] == pytest.approx(np.mean(right))
+    capsys.readouterr()
+    assert main(["analyze", "small", "--model", "ownmodel:build", "--data", str(some), "--sequences", "8"]) == 0
+    class_folders(here / "strange", ["2", "8"])
+    assert main(["compress", "small", *cut, "--data", "strange", "--output", "no"]) == 2
+    assert "holds the class '8': the model was trained with 2, 7, 10" in capsys.readouterr().err
+
+
+CLASSES = (("10", 2), ("7", 1))  # in alphabetical order, as folders are read
+
+
+def test_a_model_without_names_takes_them_in_alphabetical_order_and_says_so(tmp_path: Path) -> None:
+    names = np.array(["dog", "ant", "bee"])
+    with pytest.warns(UserWarning, match="ant = 0, bee = 1, dog = 2; if it was trained with another order"):
+        assert guessed(names, 3, "y").tolist() == [2, 0, 1]
+    assert guessed(np.array(["2", "0"]), 3, "y").tolist() == [2, 0]
+    with pytest.raises(ConfigError, match=r"holds names \('ant', 'bee', 'dog'\), 3 of them"):
+        guessed(names, 4, "y")
+
+
+def test_labels_beyond_the_classes_of_a_model_of_ones_own(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    compressm.save(call_named("ownmodel:build", "--model"), here / "saved")
+    np.savez(here / "data.npz", x=arrays()["x"], y=arrays()["y"])
+    command = ["compress", "saved", "--model", "ownmodel:build", "--states", "4", "--sequences", "8", "--data"]
+    assert main([*command, "data.npz", "--output", "small"]) == 2
+    assert "holds labels up to 2: Mine knows 2 classes, 0 to 1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("per_step", [False, True])
+def test_the_numbers_of_a_file_are_what_a_regressor_is_held_against(per_step: bool, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = SequenceRegressor(1, 1, 4, 8, per_step=per_step).eval()
+    compressm.save(model, tmp_path / "big")
+    x = arrays()["x"]
+    y = np.arange(300).reshape(30, 10) % 7 if per_step else np.arange(30)  # whole numbers, and no classes
+    np.savez(tmp_path / "data.npz", x=x, y=y)
+    loss = compress_checkpoint(tmp_path / "big", None, tmp_path / "data.npz", states=8, sequences=12)
+    with torch.no_grad():
+        wrong = model(torch.from_numpy(x[12:24])).reshape(12, -1) - torch.from_numpy(y[12:24]).reshape(12, -1)
+    assert loss.loss_before == pytest.approx(float(wrong.square().mean()), rel=1e-5)
+    np.savez(tmp_path / "data.npz", x=x, y=np.ones((30, 3)))
+    with pytest.raises(ConfigError, match=r"has shape \(30, 3\): .* was expected"):
+        compress_checkpoint(tmp_path / "big", None, tmp_path / "data.npz", states=8, sequences=12)
 
 
 def test_what_data_are_is_told_by_all_splits(tmp_path: Path) -> None:

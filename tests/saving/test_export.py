@@ -6,14 +6,17 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 import compressm
 from compressm.cli import main
 from compressm.errors import ConfigError, ExportError
+from compressm.lab.named import call_named
 from compressm.layers import LRU, LanguageModel, Mamba, SequenceClassifier
 from compressm.layers.families import FAMILIES
 from compressm.saving.export import flatten_state, onnx_runner, to_onnx, to_torch
@@ -21,6 +24,24 @@ from compressm.saving.tracing import example_of, trace
 
 pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
+
+OWN = """
+from torch import nn
+from compressm.layers import S5
+
+
+class Mine(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inp, self.s5 = nn.Linear(2, 4), S5(4, 6)
+
+    def forward(self, u):
+        return self.s5(self.inp(u)).mean(1)
+
+
+def build():
+    return Mine()
+"""
 
 KINDS: dict[str, dict[str, Any]] = {
     "lru": {"d_state": [24, 24], "r_min": 0.9},
@@ -225,6 +246,25 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert result["max_error"] <= 1e-4
     assert result["checked_steps"] == 1000
     assert "model-step.onnx" in capsys.readouterr().out
+
+
+def test_a_model_of_ones_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "exported.py").write_text(OWN, encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    model = call_named("exported:build", "--model").eval()
+    compressm.save(model, "saved")
+    save_file(model.state_dict(), "weights.safetensors")
+    u = np.random.default_rng(0).normal(size=(3, 20, 2)).astype(np.float32)
+    np.savez("data.npz", x=u, y=np.array(["a", "b", "a"]))
+    for checkpoint in ("saved", "weights.safetensors"):
+        command = ["export", checkpoint, "--model", "exported:build", "--format", "torch"]
+        assert main([*command, "--data", "data.npz", "--output", "model.pt2"]) == 0
+        program = torch.export.load("model.pt2").module()
+        torch.testing.assert_close(program(torch.from_numpy(u)), model(torch.from_numpy(u)))
+    assert main(command) == 2
+    assert "give some sequences by --data" in capsys.readouterr().err
 
 
 def test_command_line_mistakes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -73,6 +73,14 @@ def test_a_size_out_of_reach_is_told_before_and_after_the_cuts(given: dict[str, 
     assert "was asked for, and the cuts end at" in str(events[-1])
 
 
+@pytest.mark.parametrize("given", [{"states": 16}, {"states": 40}, {"total_states": 16}])
+def test_a_size_that_the_model_has_already_is_told_at_once(given: dict[str, Any]) -> None:
+    ((name, size),) = given.items()
+    with pytest.warns(GoalWarning, match=f"{name}={size} cuts nothing: there are 16 states .* already; ask for fewer"):
+        loop = Loop(**given)
+    assert {type(event) for step in range(1, 81) for event in loop.policy.act(step)} == {Unchanged}
+
+
 def test_a_cut_is_examined_half_the_distance_later_and_the_end_is_told() -> None:
     loop = Loop(states=4, cushion={"max_drop": 0.1, "evaluate": lambda _: 0.5})
     assert loop.run(1, 80) == [(Cut, 20), (Kept, 30), (Cut, 40), (Kept, 50), (Ended, 80)]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 
 from torch import nn
@@ -19,6 +18,7 @@ from compressm.adapters.left_out import is_left_out
 from compressm.adapters.plain import check_readable, computed_tensors
 from compressm.adapters.refused import reason_refused
 from compressm.errors import InvalidSystemError, UnsupportedModelError
+from compressm.runtime.warned import warn
 
 _REGISTRY: dict[type[nn.Module] | str, LayerAdapter] = {}
 
@@ -67,7 +67,7 @@ def find_layers(model: nn.Module) -> dict[str, tuple[nn.Module, LayerAdapter]]:
             + _ADVICE
         )
     if unknown:
-        warnings.warn(_why_unknown(unknown, " and are left as they are"), UnknownLayerWarning, stacklevel=2)
+        warn(_why_unknown(unknown, " and are left as they are"), UnknownLayerWarning)
     return found
 
 
@@ -179,7 +179,7 @@ def warn_of_parts(model: nn.Module) -> None:
     """Warn, before a cut, of layers that belong to a larger model with a config that will not be updated."""
     for adapter in {id(adapter): adapter for _, adapter in find_layers(model).values()}.values():
         if (message := adapter.untold(model)) is not None:
-            warnings.warn(message, PartOfModelWarning, stacklevel=4)
+            warn(message, PartOfModelWarning)
 
 
 def tell_written(model: nn.Module) -> None:

@@ -1,6 +1,7 @@
 """The command line. After a user's mistake it prints one line on standard error, without traceback, and exits with 2.
 
-There is one module per command. `app` puts the commands together, `options` and `common` hold what they share.
+There is one module per command. `app` puts the commands together, `options` and `common` hold what they share, and
+`usage` words mistakes in options.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from compressm.cli.common import fail
+from compressm.cli.usage import told
 from compressm.errors import CompressmError, MissingExtraError
 
 
@@ -65,9 +67,7 @@ def _dispatch(given: list[str]) -> int:
     try:
         code: Any = make_app()(args=given, prog_name="compressm", standalone_mode=False, obj=command_line)
     except usage_error as error:
-        message: str = getattr(error, "format_message")()  # noqa: B009  # not in typer's public types
-        more = " See" if message.endswith("?") else "; see"
-        return fail(f"{message.rstrip('.')}{more} compressm --help")
+        return fail(told(error, given))
     except typer.Exit as error:
         return error.exit_code
     except typer.Abort:

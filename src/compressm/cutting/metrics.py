@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -13,6 +12,7 @@ from compressm.errors import EvaluationError
 from compressm.runtime.modes import modes_kept
 from compressm.runtime.processes import from_first_rank, raised_on_all
 from compressm.runtime.random_state import rng_state, set_rng_state
+from compressm.runtime.warned import warn
 
 Better = Literal["max", "min"]
 
@@ -75,7 +75,7 @@ def measured_together(model: nn.Module, evaluate: Callable[[nn.Module], Any]) ->
 def warn_not_finite(metric: float, what: str) -> None:
     """Warn at once that a metric is not finite, with the place and the consequence."""
     advice = "see that weights, data and the metric itself are finite"
-    warnings.warn(f"evaluate returned {metric} {what}; {advice}", MetricWarning, stacklevel=6)
+    warn(f"evaluate returned {metric} {what}; {advice}", MetricWarning)
 
 
 def _as_scores(value: Any) -> Tensor | None:

@@ -19,7 +19,6 @@ on other data of the same kind. It is more likely too large than too small, sinc
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -42,6 +41,7 @@ from compressm.runtime.copies import copied_module
 from compressm.runtime.modes import modes_kept
 from compressm.runtime.paging import is_paging
 from compressm.runtime.processes import gathered
+from compressm.runtime.warned import warn
 
 
 class NotMeasuredWarning(UserWarning):
@@ -268,7 +268,7 @@ def _errors(replays: Mapping[str, _Replay]) -> dict[str, Errors]:
         changed, before, held_out, tokens = (sum(share[name][0][place] for share in shares) for place in range(4))
         if failed:
             message = f"the error of {name!r} on the data could not be measured, {failed}"
-            warnings.warn(message, NotMeasuredWarning, stacklevel=4)
+            warn(message, NotMeasuredWarning)
         elif tokens > 0:
             found[name] = Errors(relative(changed, before), relative(held_out, before) if replay.halved else None)
     return found

@@ -58,7 +58,7 @@ class LayerReport:
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
         return {
-            **{name: value for name, value in self.__dict__.items() if name != "matched" or value is not None},
+            **self.__dict__,
             "certificate": None if self.certificate is None else self.certificate.to_dict(),
             "hsv": [float(f"{value:.6g}") for value in self.hsv],
             "poles_before": _pairs(self.poles_before),

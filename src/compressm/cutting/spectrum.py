@@ -339,9 +339,11 @@ def check_match(match_steps: int, gramians: Gramians) -> None:
     """Refuse steps without the recorded inputs that they need.
 
     Raises:
-        InvalidRankRuleError: under white noise, or a negative number.
+        InvalidRankRuleError: under white noise, or no whole number of at least 0.
     """
-    if match_steps < 0 or (match_steps and gramians == "white"):
+    if not isinstance(match_steps, int) or match_steps < 0:
+        raise InvalidRankRuleError(f"match_steps must be a whole number of at least 0; got {match_steps!r}")
+    if match_steps and gramians == "white":
         raise InvalidRankRuleError(
             f"match_steps={match_steps} needs the inputs of the layers, which are recorded under gramians='loss' only: "
             "pass gramians='loss' (compress: data= and loss=), or match_steps=0"

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import warnings
-
 from torch import nn
 
 from compressm.cutting import state_dims
+from compressm.runtime.warned import warn
 from compressm.training.compressor import Compressor
 
 
@@ -27,11 +26,10 @@ def warn_of_older_model(model: nn.Module, ended_with: dict[str, int], what: str,
     differing = {name: (now[name], states) for name, states in ended_with.items() if now.get(name, states) != states}
     if differing:
         name, (states, final) = next(iter(differing.items()))
-        warnings.warn(
+        warn(
             f"{what} is not of the size that training ended with: {name!r} has {states} states in it, and {final} "
             f"after the last cut; {remedy}",
             OlderModelWarning,
-            stacklevel=3,
         )
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from compressm.errors import CheckpointError, ConfigError, MissingExtraError
 from compressm.integrations.hf_scan import can_be_fast, fast_scan
-from compressm.lab.data.arrays import Arrays, arranged, read_arrays
+from compressm.lab.data.arrays import Arrays, arranged
 from compressm.lab.data.files import is_data
 from compressm.lab.data.own import own_content
 from compressm.lab.data.text import first_bytes
@@ -27,13 +27,14 @@ from compressm.observing.expected import Expected, described
 from compressm.runtime.progress import Bar
 from compressm.runtime.sixteen_bits import quick_products
 from compressm.saving import mamba_ssm_format
-from compressm.saving.arguments import saved_arguments
+from compressm.saving.arguments import class_names_of, saved_arguments
 from compressm.saving.checkpoint import load
 from compressm.saving.mamba_ssm_format import is_mamba_ssm
 from compressm.saving.mapped import Mapped, blocks, open_mapped
 from compressm.saving.source_folder import some
 
 BATCH = 4  # sequences
+_EXAMPLES, _EXAMPLE_LENGTH = 8, 512  # sequences of text, and tokens in each
 _BYTES_PER_TOKEN, _SPARE = 8, 16
 _TOKENIZERS = ("tokenizer*", "vocab.*", "merges.txt", "spiece.model", "sentencepiece*")  # a tokenizer's files
 
@@ -210,17 +211,7 @@ def read_batches(
             f"sequences must be at least {BATCH} and length at least 2; got {sequences // halves} and {length}"
         )
     expected = _expected(model)
-    named = is_named(str(path)) and not path.exists()
-    if named or expected.kind == "anything":
-        arrays = arranged(own_content(str(path)), expected, labelled, f"data {path}")
-    elif isinstance(model, SequenceClassifier):
-        arrays = read_arrays(path, expected, labelled)
-    elif is_data(path):
-        arrays = read_arrays(path, expected, labelled=False)
-    else:
-        arrays = Arrays(_windows(model, tokenizer, path, sequences, length))
-    if expected.kind == "tokens" and not isinstance(model, SequenceClassifier):
-        arrays = _rows(arrays, length)
+    arrays = read_arrays(model, tokenizer, path, sequences, length, labelled)
     count = halves * (min(sequences, len(arrays)) // (halves * BATCH))
     if count == 0:
         why = ": half for the cut, half to measure the loss on" if halves == 2 else ""
@@ -233,14 +224,72 @@ def read_batches(
         targets = torch.empty(len(arrays), 0)  # nothing to measure a loss by
     places = [(i * BATCH, (i + 1) * BATCH) for i in range(count)]
     if expected.kind == "anything":
-        _check_fits(model, arrays.batch(expected, 0, 2), path)
+        targets = _fitting(model, arrays.batch(expected, 0, 2), targets, path)
     return [(arrays.batch(expected, start, stop), targets[start:stop]) for start, stop in places]
 
 
-def _check_fits(model: nn.Module, inputs: dict[str, Tensor], path: Path) -> None:
-    """Call a model of the user's, which says nothing of what it reads, on two sequences."""
+def read_arrays(model: nn.Module, tokenizer: Any, path: Path, sequences: int, length: int, labelled: bool) -> Arrays:
+    """The data in one piece; for the arguments see `read_batches`.
+
+    Raises:
+        ConfigError: data that cannot be used.
+    """
+    expected = _expected(model)
+    predicts_tokens = expected.kind == "tokens" and not isinstance(model, SequenceClassifier)
+    if predicts_tokens and not _is_reference(path) and not is_data(path):
+        return Arrays(_windows(model, tokenizer, path, sequences, length))
+    wanted = labelled and not predicts_tokens
+    arrays = arranged(own_content(str(path), "data"), expected, wanted, f"data {path}", class_names_of(model))
+    if predicts_tokens:
+        return _rows(arrays, length)
+    if isinstance(model, SequenceRegressor) and arrays.y is not None:
+        return replace(arrays, y=_numbers(model, arrays, f"y in data {path}"))
+    return arrays
+
+
+def read_examples(read: Checkpoint, path: Path) -> Tensor:
+    """Some sequences of data, as the model takes them: shape ``(N, length, ...)``.
+
+    Raises:
+        ConfigError: data that cannot be used.
+    """
+    arrays = read_arrays(read.model, read.tokenizer, path, _EXAMPLES, _EXAMPLE_LENGTH, labelled=False)
+    if not len(arrays):
+        raise ConfigError(f"data {path}: too short for one sequence of {_EXAMPLE_LENGTH}; give more")
+    return arrays.x
+
+
+def _is_reference(path: Path) -> bool:
+    return is_named(str(path)) and not path.exists()
+
+
+def _numbers(model: SequenceRegressor, arrays: Arrays, where: str) -> Tensor:
+    """The numbers that a regressor is to predict, whole or not."""
+    assert arrays.y is not None
+    predicted = (*arrays.x.shape[: 1 + model.per_step], model.d_output)
+    if tuple(arrays.y.shape) not in (predicted, predicted[: -1 if model.d_output == 1 else None]):
+        raise ConfigError(
+            f"{where} has shape {tuple(arrays.y.shape)}: {predicted} was expected, since the model predicts "
+            f"{model.d_output} at every {'step' if model.per_step else 'sequence'}; give the same as in training"
+        )
+    return arrays.y.float()
+
+
+def _fitting(model: nn.Module, inputs: dict[str, Tensor], targets: Tensor, path: Path) -> Tensor:
+    """The targets for a model of the user's, which says nothing of what it reads. It is called on two sequences."""
     what = " and ".join(f"{name}, {described(value)}" for name, value in inputs.items())
-    tried(model, lambda one: one(**inputs), f"data {path}: {type(model).__name__} cannot be called with {what}")
+    refusal = f"data {path}: {type(model).__name__} cannot be called with {what}"
+    logits = tried(model, lambda one: one(**inputs), refusal)
+    if not isinstance(logits, Tensor) or logits.ndim != 2 or targets.is_floating_point() or targets.ndim != 1:
+        return targets
+    if logits.shape[1] == 1:  # one number, not one class
+        return targets.float()
+    if int(targets.max()) >= logits.shape[1]:
+        raise ConfigError(
+            f"y in data {path} holds labels up to {int(targets.max())}: {type(model).__name__} knows {logits.shape[1]} "
+            f"classes, 0 to {logits.shape[1] - 1}; number them in the order that the model was trained with"
+        )
+    return targets
 
 
 def _expected(model: nn.Module) -> Expected:
@@ -294,4 +343,4 @@ def _vocabulary(model: nn.Module) -> int:
     return int(cast("Any", model).get_input_embeddings().num_embeddings)
 
 
-__all__ = ["BATCH", "Checkpoint", "read_batches", "read_checkpoint"]
+__all__ = ["BATCH", "Checkpoint", "read_arrays", "read_batches", "read_checkpoint", "read_examples"]

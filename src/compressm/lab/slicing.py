@@ -106,7 +106,8 @@ def sort_checkpoint(
     folder, place = Path(checkpoint), Path(output)
     check_output(place)
     read = read_checkpoint(folder, build)
-    batches = [inputs for inputs, _ in read_batches(read.model, read.tokenizer, Path(data), sequences, length)]
+    pairs = read_batches(read.model, read.tokenizer, Path(data), sequences, length, labelled=False)
+    batches = [inputs for inputs, _ in pairs]
     extra = unloaded(read.model, folder, read.unexpected) if read.format == "transformers" else {}
     contained = contents(read.model) if read.mapped is None else set[bytes]()
     with read.at_work("reading the data", len(batches)):

@@ -11,7 +11,6 @@ inputs), the first `MODEL_CALLS` calls count, which limits the cost of an observ
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -38,6 +37,7 @@ from compressm.observing.padding import Padding
 from compressm.runtime.compiled_graphs import Pause
 from compressm.runtime.modes import modes_kept
 from compressm.runtime.processes import gathered, summed_tensors
+from compressm.runtime.warned import warn
 from compressm.theory.recurrence import Moments, moments
 
 # Factor on all earlier moments at every observation, since they belong to weights that have changed.
@@ -270,9 +270,7 @@ class Statistics:
         if self.strict:
             raise InvalidSystemError(f"moments of {name!r}: {why}")
         if not self.dropped:
-            warnings.warn(
-                f"an observation of {name!r} is left out: {why}; further ones are only counted", NotFiniteWarning, 3
-            )
+            warn(f"an observation of {name!r} is left out: {why}; further ones are only counted", NotFiniteWarning)
         self.dropped[name] = self.dropped.get(name, 0) + 1
         self._why_dropped[name] = why
 

@@ -1,4 +1,5 @@
-"""The sizes of the data that a model of the user's was built for: saved with it, so that it can be built again."""
+"""What a model was built for, and is saved with: the sizes of the data, by which a model of the user's is built again,
+and the names of its classes."""
 
 from __future__ import annotations
 
@@ -13,13 +14,19 @@ _NAME = "_compressm_arguments"  # an attribute of the model, so that its copies 
 
 
 def remember_arguments(model: nn.Module, arguments: Mapping[str, Any]) -> None:
-    """Have `save` write what was offered to the function that built this model."""
+    """Have `save` write what was offered to the function that built this model, and the names of its classes."""
     setattr(model, _NAME, dict(arguments))
 
 
 def arguments_of(model: nn.Module) -> dict[str, Any] | None:
     """What was remembered of this model; None for nothing."""
     return getattr(model, _NAME, None)
+
+
+def class_names_of(model: nn.Module) -> list[str] | None:
+    """The names of the classes that a model was trained with, by number; None if they had none."""
+    names = (arguments_of(model) or {}).get("class_names")
+    return cast("list[str]", names) if isinstance(names, list) else None
 
 
 def saved_arguments(folder: Path) -> dict[str, Any] | None:
@@ -32,4 +39,4 @@ def saved_arguments(folder: Path) -> dict[str, Any] | None:
     return cast("dict[str, Any]", arguments) if isinstance(arguments, dict) else None
 
 
-__all__ = ["arguments_of", "remember_arguments", "saved_arguments"]
+__all__ = ["arguments_of", "class_names_of", "remember_arguments", "saved_arguments"]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import os
 import re
-import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -18,7 +17,8 @@ from compressm.cutting import resize_states, state_dims
 from compressm.errors import CheckpointError, ConfigError
 from compressm.layers import LanguageModel, SequenceClassifier, SequenceRegressor
 from compressm.runtime.files import FORMAT, finite, read_pair, write_pair, write_text
-from compressm.saving.arguments import arguments_of
+from compressm.runtime.warned import warn
+from compressm.saving.arguments import arguments_of, remember_arguments
 from compressm.saving.card import loading, model_card
 from compressm.saving.structure import Structure, check_fit, describe, difference, put_left_out, take_over
 from compressm.training.compressor import Compressor
@@ -80,10 +80,9 @@ def save_with_history(model: nn.Module, folder: str | os.PathLike[str], history:
     own = _OWN_CLASSES.get(type(model).__name__) is type(model)
     if changed := _changed(model) if own else None:
         own = False
-        warnings.warn(
+        warn(
             f"this {type(model).__name__} was changed after it was built ({changed}), so that compressm.load cannot "
             "build it by itself: load it with load(folder, model=...), a model changed in the same way",
-            stacklevel=3,
         )
     description = {
         "format": FORMAT,
@@ -163,6 +162,8 @@ def load(folder: str | os.PathLike[str], model: nn.Module | None = None) -> nn.M
             f"{folder} holds a {name} whose tensors are not those of this {type(model).__name__}: {', '.join(odd[:3])}"
             f"{' and more' if len(odd) > 3 else ''} on one side only; build the model as it was built when saved"
         )
+    if isinstance(arguments := description.get("arguments"), dict):
+        remember_arguments(model, cast("dict[str, Any]", arguments))
     check_fit(model, structure, tensors)
     resize_states(model, dims)
     try:

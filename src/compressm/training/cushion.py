@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import time
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -14,6 +13,7 @@ from compressm.cutting import state_dims
 from compressm.cutting.metrics import Better, measured_together, sign_of, warn_not_finite
 from compressm.errors import CheckpointError, EvaluationError
 from compressm.runtime.processes import from_first_rank
+from compressm.runtime.warned import warn
 from compressm.training.history import Ended, Kept, RolledBack, Watched
 from compressm.training.noise import WINDOW, Look, Loss, beside, estimate, foreseen
 from compressm.training.snapshot import Stateful, Training
@@ -268,7 +268,7 @@ class Cushion:
     def _warn_once(self, text: str) -> None:
         if text and not self.warned:
             self.warned = True
-            warnings.warn(text, CushionWarning, stacklevel=6)
+            warn(text, CushionWarning)
 
     def end(self, step: int) -> Ended:
         """Compare the end of the training with what was promised.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import logging
-import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar, cast
 
@@ -36,6 +35,7 @@ from compressm.observing.loss_evidence import Gramians
 from compressm.observing.observer import Terms
 from compressm.runtime.compiled_graphs import allow_recompilation, graphs_compiled
 from compressm.runtime.processes import check_replicas, from_first_rank, rebuild_replicas
+from compressm.runtime.warned import warn
 from compressm.theory.balanced import Balanced
 from compressm.theory.balancing import Method
 from compressm.theory.possible_sizes import check_sizes
@@ -158,7 +158,7 @@ class Cutter:
     def warn_of_unseen_layers(self) -> None:
         """Warn early of a layer that cannot be observed, since the error would otherwise come only at the first cut."""
         if problems := self.observations.problems():
-            warnings.warn(problems[0], stacklevel=3)
+            warn(problems[0])
 
     @_of_chosen
     def spectra(self) -> dict[str, Balanced]:

@@ -59,7 +59,7 @@ def wanted_rule(
 
 
 class GoalWarning(UserWarning):
-    """The size that was asked for is not reached."""
+    """The size that was asked for is not reached, or the model has it already."""
 
 
 @dataclass(frozen=True)
@@ -162,11 +162,13 @@ class Goal:
     def obstacle(
         self, dims: Mapping[str, int], cuts: int, alike: Sequence[str] = (), legal: Legal | None = None
     ) -> str:
-        """Why all cuts together will not arrive at the size that was asked for, in a line; empty if they may.
+        """Why all cuts together will not arrive at the size that was asked for, or none is needed; empty if they may.
 
         Args:
             dims, cuts, alike, legal: as in `foreseen`.
         """
+        if self.size and self.arrived(dims.values()):
+            return f"{self.size} cuts nothing: there are {self.measured(dims.values())} already; ask for fewer"
         if not self.size or self.arrived((ends := self.foreseen(dims, cuts, alike, legal)).values()):
             return ""
         rule, remedies = self.rule, ("raise max_reduction", "lower min_reduction")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import math
 import time
-import warnings
 import weakref
 from collections.abc import Sequence
 from dataclasses import replace
@@ -14,6 +13,7 @@ from typing import Any
 from compressm.cutting import Report
 from compressm.cutting.metrics import MetricWarning, warn_not_finite
 from compressm.errors import EvaluationError, InvalidRankRuleError
+from compressm.runtime.warned import warn
 from compressm.training.cushion import LOOKS, Cushion, CushionWarning, gap
 from compressm.training.cutter import Cutter
 from compressm.training.goal import Goal, GoalWarning
@@ -41,7 +41,7 @@ class Policy:
         self._schedule, self._goal, self._cushion, self._cutter = schedule, goal, cushion, cutter
         self._planned: tuple[dict[str, Any], ...] = ()  # the layers of the last plan
         if obstacle := cutter.obstacle(goal, len(schedule.cut_steps)):
-            warnings.warn(obstacle, GoalWarning, stacklevel=3)
+            warn(obstacle, GoalWarning)
         _check_alone(self)
 
     def spoils(self, other: Policy) -> bool:
@@ -163,7 +163,7 @@ class Policy:
         try:
             return self._cushion.metric(self._cushion.evaluated(step).value)
         except EvaluationError as error:
-            warnings.warn(f"step {step}, right after a cut, which is kept: {error}", MetricWarning, stacklevel=6)
+            warn(f"step {step}, right after a cut, which is kept: {error}", MetricWarning)
             return None
 
     @property
@@ -207,7 +207,7 @@ class Policy:
         self._schedule.stop()
         event = Stopped(step, reason=reason)
         if self._cushion.on_setback != "stop":
-            warnings.warn(str(event), CushionWarning, stacklevel=6)
+            warn(str(event), CushionWarning)
         return event
 
     def _reason_to_stop(self) -> str:

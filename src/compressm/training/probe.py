@@ -11,7 +11,6 @@ import json
 import math
 import os
 import time
-import warnings
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ from compressm.errors import CheckpointError, ConfigError, EvaluationError
 from compressm.runtime.files import write_json
 from compressm.runtime.progress import Bar
 from compressm.runtime.random_state import rng_state, seed_all, set_rng_state
+from compressm.runtime.warned import warn
 from compressm.theory.rank_rule import check_choice
 from compressm.training.batch_record import BatchRecord
 from compressm.training.probe_answer import Probe, ShortRun, answer_of
@@ -286,12 +286,11 @@ def _warn_of_other_batches(runs: Sequence[ShortRun]) -> None:
     for run in runs:
         first = next(one for one in runs if one.seed == run.seed)
         if run.batches != first.batches:
-            warnings.warn(
+            warn(
                 f"with seed {run.seed}, {run.states} and {first.states} states were trained on different batches, "
                 "which also makes them differ: draw the order of batches in train from torch, NumPy or Python, or by "
                 "task.seed",
                 ProbeWarning,
-                stacklevel=3,
             )
             return
 

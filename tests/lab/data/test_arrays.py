@@ -20,6 +20,7 @@ from compressm.lab.data.arrays import labels
 from compressm.lab.one_shot import compress_checkpoint
 from compressm.lab.prospects import analyze_checkpoint
 from compressm.layers import LanguageModel, SequenceClassifier
+from compressm.saving.arguments import remember_arguments
 
 N, L, C, K, V = 8, 11, 2, 3, 13
 GENERATOR = np.random.default_rng(0)
@@ -33,6 +34,15 @@ MASK = np.arange(L) < LENGTHS[:, None]
 def numbers(channels: int = C) -> nn.Module:
     torch.manual_seed(0)
     return SequenceClassifier(channels, K, 4, 4, 1, layer="mamba").eval()
+
+
+NAMES = ("dog", "ant", "bee")
+
+
+def named() -> nn.Module:
+    model = numbers()
+    remember_arguments(model, {"class_names": list(NAMES)})
+    return model
 
 
 def tokens() -> nn.Module:
@@ -67,6 +77,8 @@ WORKS: dict[str, tuple[Callable[[], nn.Module], Content, Any, Any, Any]] = {
     "labels as floats": (numbers, {"x": X, "y": Y.astype(np.float32)}, X, Y, None),
     "labels as uint8": (numbers, {"x": X, "y": Y.astype(np.uint8)}, X, Y, None),
     "labels as digits": (numbers, {"x": X, "y": Y.astype(str)}, X, Y, None),
+    "names of the model's classes": (named, {"x": X, "y": np.array(NAMES)[Y]}, X, Y, None),
+    "splits": (numbers, {"x_train": X + 1, "y_train": Y * 0, "x_val": X, "y_val": Y, "x_test": X - 1}, X, Y, None),
     "labels in a column": (numbers, {"x": X, "y": Y[:, None]}, X, Y, None),
     "labels one-hot": (numbers, {"x": X, "y": np.eye(K)[Y]}, X, Y, None),
     "labels from 1": (numbers, {"x": X, "y": Y + 1}, X, Y, None),
@@ -89,12 +101,12 @@ WORKS: dict[str, tuple[Callable[[], nn.Module], Content, Any, Any, Any]] = {
 }  # fmt: skip
 
 REFUSED: dict[str, tuple[Callable[[], nn.Module], Content | bytes, str]] = {
-    "text": (numbers, b"0.1, 0.2\n" * 99, "is no file of arrays: save one with numpy.savez"),
+    "text": (numbers, b"0.1, 0.2\n" * 99, "nor a folder of them; save one with numpy.savez"),
     "a broken file": (numbers, b"\x93NUMPY\x01", "cannot be read"),
     "nothing": (numbers, {}, "holds nothing: name the sequences x and the labels y"),
     "objects": (numbers, {"x": np.array([[None]]), "y": Y}, "cannot be read"),
     "unknown names": (numbers, {"a": X, "b": Y}, "holds a (float64 of shape (8, 11, 2)), b (int64"),
-    "two splits": (numbers, {"x_train": X, "x_test": X}, "name the sequences x and the labels y"),
+    "labels of another split": (numbers, {"x_train": X, "x_val": X, "y_train": Y}, "holds no labels: save them as y"),
     "two names": (numbers, {"x": X, "inputs": X, "y": Y}, "has both 'x' and 'inputs'"),
     "no labels": (numbers, {"x": X}, "holds no labels: save them as y, shape (8,)"),
     "other channels": (numbers, {"x": X[..., :1], "y": Y}, "takes numbers of shape (batch, length, 2)"),
@@ -207,7 +219,7 @@ def test_a_hugging_face_model_reads_tokens_with_a_mask(tmp_path: Path) -> None:
 
 def test_labels_by_their_definition() -> None:
     expected = torch.tensor(Y)
-    for form in (Y, torch.tensor(Y), Y.astype(">i4"), np.eye(K, dtype=bool)[Y], Y[:, None] + 1, Y.astype("S1")):
+    for form in (Y, torch.tensor(Y), Y.astype(">i4"), np.eye(K, dtype=bool)[Y], Y[:, None] + 1):
         assert torch.equal(labels(form, K, N, "y"), expected)
     two = np.array([True, False, True])
     assert labels(two, 2, 3, "y").tolist() == [1, 0, 1]

@@ -8,17 +8,15 @@ in which `numpy.savez` got them without names. Arrays of other names are not loo
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from compressm.errors import ConfigError
-from compressm.lab.data.files import SPLITS, is_data, read_content
+from compressm.lab.data.class_names import are_names, as_text, guessed, numbered
 from compressm.observing.expected import (
     Expected,
     by_role,
@@ -29,6 +27,8 @@ from compressm.observing.expected import (
     prepared,
     role_of,
 )
+
+_TAKEN = ("", "_val", "_validation", "_train", "_test")  # endings of splits, the one to take first
 
 
 @dataclass(frozen=True)
@@ -66,34 +66,17 @@ class Arrays:
         return inputs | {"attention_mask": within.long()}
 
 
-def read_arrays(path: Path, expected: Expected, labelled: bool) -> Arrays:
-    """Read a file of sequences.
-
-    Args:
-        path: a file or folder; see `compressm.lab.data.files`.
-        expected: by the model.
-        labelled: whether the labels are needed.
-
-    Raises:
-        ConfigError: it cannot be read, or holds something else.
-    """
-    where = f"data {path}"
-    if not is_data(path):
-        raise ConfigError(
-            f"{where} is no file of arrays: save one with numpy.savez(file, x=..., y=...), x of shape (N, length, "
-            "channels), or (N, length) for tokens, and y of shape (N,)"
-        )
-    return arranged(read_content(path), expected, labelled, where)
-
-
-def arranged(content: Mapping[str, Any], expected: Expected, labelled: bool, where: str) -> Arrays:
-    """Named arrays as the model takes them; see `read_arrays`.
+def arranged(
+    content: Mapping[str, Any], expected: Expected, labelled: bool, where: str, class_names: Sequence[str] | None = None
+) -> Arrays:
+    """Named arrays as the model takes them. Of several splits the validation split is taken, else that for training.
 
     Args:
         content: the arrays.
         expected: by the model.
         labelled: whether the labels are needed.
         where: what messages are to call the data.
+        class_names: that the model was trained with, by number; None if they are not known.
 
     Raises:
         ConfigError: they are something else.
@@ -105,15 +88,19 @@ def arranged(content: Mapping[str, Any], expected: Expected, labelled: bool, whe
         return Arrays(x, None, lengths)
     if "y" not in found:
         raise ConfigError(f"{where} holds no labels: save them as y, shape ({len(x)},), to measure the loss on")
+    y, what = found["y"], f"y in {where}"
+    if are_names(y):
+        names = as_text(y, what)
+        y = guessed(names, expected.classes, what) if class_names is None else numbered(names, class_names, what)
     if not expected.classes:
-        return Arrays(x, _targets(expected, found["y"], len(x), f"y in {where}"), lengths)
-    return Arrays(x, labels(found["y"], expected.classes, len(x), f"y in {where}"), lengths)
+        return Arrays(x, _targets(expected, y, len(x), what), lengths)
+    return Arrays(x, labels(y, expected.classes, len(x), what), lengths)
 
 
 def labels(y: Any, classes: int, count: int, where: str) -> Tensor:
     """Labels as classes, 0 to ``classes - 1``, int64, shape ``(count,)``.
 
-    These forms are understood: whole numbers of any type, as numbers or as text; one column of them; one-hot rows; and
+    These forms are understood: whole numbers of any type; one column of them; one-hot rows; and
     numbers from 1 to ``classes``, if every one occurs.
 
     Args:
@@ -125,8 +112,6 @@ def labels(y: Any, classes: int, count: int, where: str) -> Tensor:
     Raises:
         ConfigError: their meaning is not clear.
     """
-    if isinstance(y, np.ndarray) and y.dtype.kind in "US":
-        y = _spelled(y, classes, where)
     values = numeric(Expected("the model"), y, where)
     if values.ndim == 2 and values.shape[1] == 1:
         values = values[:, 0]
@@ -162,6 +147,10 @@ def _targets(expected: Expected, y: Any, count: int, where: str) -> Tensor:
     return values if values.is_floating_point() else values.long()
 
 
+def _is_x(name: str, ending: str) -> bool:
+    return name.lower().endswith(ending) and role_of(name[: len(name) - len(ending)]) == "x"
+
+
 def _on_cpu(expected: Expected) -> Expected:
     return replace(expected, device=torch.device("cpu"))
 
@@ -171,25 +160,13 @@ def _found(content: Mapping[str, Any], where: str) -> dict[str, Any]:
     positional = [f"arr_{i}" for i in range(len(content))]
     if 1 <= len(content) <= 2 and sorted(content) == positional:
         return dict(zip(("x", "y"), (content[name] for name in positional), strict=False))
-    ending = next((e for e in SPLITS if content and all(name.lower().endswith(e) for name in content)), "")
-    plain = {name[: len(name) - len(ending)]: value for name, value in content.items()}
+    ending = next((e for e in _TAKEN if any(_is_x(name, e) for name in content)), "")
+    plain = {name[: len(name) - len(ending)]: value for name, value in content.items() if name.lower().endswith(ending)}
     found = by_role({name: value for name, value in plain.items() if role_of(name) is not None}, where)
     if "x" not in found:
         named = ", ".join(f"{name} ({described(value)})" for name, value in content.items()) or "nothing"
         raise ConfigError(f"{where} holds {named}: name the sequences x and the labels y")
     return found
-
-
-def _spelled(y: np.ndarray[Any, Any], classes: int, where: str) -> np.ndarray[Any, Any]:
-    """Labels written as text. They must be numbers, since the model cannot know an order of names."""
-    try:
-        return y.astype(np.int64)
-    except ValueError:
-        some = ", ".join(repr(str(name)) for name in np.unique(y)[:3])
-        raise ConfigError(
-            f"{where} holds names ({some}): the model knows its classes as 0 to {classes - 1}; save their numbers, in "
-            "the order that the model was trained with"
-        ) from None
 
 
 def _from_one_hot(values: Tensor, where: str) -> Tensor:
@@ -198,4 +175,4 @@ def _from_one_hot(values: Tensor, where: str) -> Tensor:
     return (values == 1).long().argmax(1)
 
 
-__all__ = ["Arrays", "arranged", "labels", "read_arrays"]
+__all__ = ["Arrays", "arranged", "labels"]

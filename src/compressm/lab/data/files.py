@@ -6,7 +6,8 @@
 - A folder that ``save_to_disk`` of the library datasets has written: its columns by name, its splits by theirs.
 - A folder with ``x.npy`` and ``y.npy`` (or ``x_train.npy`` and so on): arrays by name, as in an ``.npz``.
 - Any other folder: one sequence per file, rows are steps and columns channels. If the files lie in subfolders, each
-  subfolder is a class, in alphabetical order. Shorter sequences are padded with zeros, and their lengths told.
+  subfolder is a class, and its name the label; none may be empty. Shorter sequences are padded with zeros,
+  and their lengths told.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 import csv
 import zipfile
 from collections.abc import Mapping, Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -156,15 +158,37 @@ def _folder(path: Path) -> Content:
         return {name: _numpy(file)["x"] for name, file in named.items()}
     if len(own) == 1 and own[0].suffix == ".npz":
         return _numpy(own[0])
-    classes = [folder for folder in _visible(path) if folder.is_dir()]
-    groups = [own] if own else [[f for f in _visible(folder) if f.suffix in SUFFIXES] for folder in classes]
-    files = [file for group in groups for file in group]
-    if not files:
+    if own:
+        _refuse_classes_beside(own, _classes(path), where)
+        return _padded([_steps(file) for file in own], own, where)
+    groups = _classes(path)
+    if not any(groups.values()):
         raise ConfigError(f"{where} holds no {', '.join(SUFFIXES)} files, nor subfolders of them: check the path")
-    content = _padded([_steps(file) for file in files], files, where)
-    if not own:
-        content["y"] = np.repeat(np.arange(len(groups)), [len(group) for group in groups])
-    return content
+    for folder, group in groups.items():
+        if not group:
+            raise ConfigError(
+                f"{where}: the subfolder {folder} holds no {', '.join(SUFFIXES)} file, and each subfolder is a class; "
+                "put its sequences there, or delete it"
+            )
+    # By turns, since some commands look at the first sequences only.
+    turns = [zip(groups, turn, strict=True) for turn in zip_longest(*groups.values())]
+    labelled = [(name, file) for turn in turns for name, file in turn if file is not None]
+    names, files = [name for name, _ in labelled], [file for _, file in labelled]
+    return {**_padded([_steps(file) for file in files], files, where), "y": np.array(names)}
+
+
+def _classes(path: Path) -> dict[str, list[Path]]:
+    """The sequences in every subfolder, by its name."""
+    folders = [folder for folder in _visible(path) if folder.is_dir()]
+    return {folder.name: [file for file in _visible(folder) if file.suffix in SUFFIXES] for folder in folders}
+
+
+def _refuse_classes_beside(own: Sequence[Path], classes: Mapping[str, Sequence[Path]], where: str) -> None:
+    if full := [folder for folder, files in classes.items() if files]:
+        raise ConfigError(
+            f"{where} holds sequences both in itself ({own[0].name}) and in the subfolder {full[0]}: put each into the "
+            "subfolder of its class, or all of them into one folder"
+        )
 
 
 def _visible(folder: Path) -> list[Path]:

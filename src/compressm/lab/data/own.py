@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from compressm.errors import ConfigError
+from compressm.lab.data.class_names import are_names, as_text, in_order, numbered
 from compressm.lab.data.files import SPLITS, Content, is_data, read_content
 from compressm.lab.data.hf_datasets import is_hf_datasets
 from compressm.lab.data.language import text_data
@@ -39,7 +40,11 @@ def own_content(source: str, key: str = "--data") -> Content:
         return content_of(call_named(source, key), f"{key} {source}")
     path = Path(source)
     if not is_data(path):
-        raise ConfigError(f"{key} {path}: no .npz, .npy, .csv or .parquet file, nor a folder of them")
+        raise ConfigError(
+            f"{key} {path}: no .npz, .npy, .csv or .parquet file, nor a folder of them; save one with "
+            "numpy.savez(file, x=..., y=...), x of shape (N, length, channels), or (N, length) for tokens, and y of "
+            "shape (N,)"
+        )
     return read_content(path)
 
 
@@ -112,7 +117,8 @@ def own_data(source: str, validation: float, task: Task | None = None, max_lengt
         raise ConfigError(f"data.task = 'language': {source} is no text; give a text file or a folder of .txt files")
     where = f"data.source = {source!r}"
     content = own_content(source, "data.source")
-    splits = _splits(_by_split(content), where, task)
+    parts = _by_split(content)
+    splits = _splits(parts, where, task)
     train, test = splits.pop("_train", None) or splits.pop("", None), splits.pop("_test", None)
     held_out = splits.pop("_val", None) or splits.pop("_validation", None)
     if train is None:
@@ -136,7 +142,8 @@ def own_data(source: str, validation: float, task: Task | None = None, max_lengt
     channels = train.x.shape[2]
     label = Path(source).stem if Path(source).exists() else source
     scale = torch.zeros(channels), torch.ones(channels)
-    return SequenceData(label, *every, *scale, outputs, vocabulary, padding=None, task=task)
+    names = _class_names(parts) if task == "classification" else None
+    return SequenceData(label, *every, *scale, outputs, vocabulary, padding=None, task=task, class_names=names)
 
 
 def _is_text(source: str) -> bool:
@@ -182,29 +189,31 @@ def _splits(parts: Mapping[str, dict[str, Any]], where: str, task: Task | None) 
     return found
 
 
-def _numbered(parts: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """The arrays of every split, with names of classes as numbers: in alphabetical order of the names in all splits."""
-    named = {
-        (ending, key): _spelled(np.asarray(value), f"{key}{ending}")
+def _class_names(parts: Mapping[str, Mapping[str, Any]]) -> tuple[str, ...] | None:
+    """The names of classes in all splits, in order; None if labels are numbers."""
+    named = [
+        as_text(value, f"{key}{ending}")
         for ending, part in parts.items()
         for key, value in part.items()
-        if role_of(key) == "y" and not isinstance(value, Tensor) and np.asarray(value).dtype.kind in "USO"
-    }
-    names = np.unique(np.concatenate([one.reshape(-1) for one in named.values()])) if named else None
+        if role_of(key) == "y" and are_names(value)
+    ]
+    return in_order(name for one in named for name in one.reshape(-1).tolist()) if named else None
+
+
+def _numbered(parts: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The arrays of every split, with names of classes as numbers, the same in all splits."""
+    names = _class_names(parts)
+    if names is None:
+        return dict(parts)
+
+    def number(key: str, value: Any, where: str) -> Any:
+        spelled = role_of(key) == "y" and are_names(value)
+        return numbered(as_text(value, where), names, where) if spelled else value
+
     return {
-        ending: {
-            key: value if names is None or (ending, key) not in named else np.searchsorted(names, named[ending, key])
-            for key, value in part.items()
-        }
+        ending: {key: number(key, value, f"{key}{ending}") for key, value in part.items()}
         for ending, part in parts.items()
     }
-
-
-def _spelled(names: np.ndarray[Any, Any], where: str) -> np.ndarray[Any, Any]:
-    """Names of classes as text."""
-    if missing := [row for row, name in enumerate(names.reshape(-1).tolist()) if name is None or name != name]:
-        raise ConfigError(f"{where} has no label for sequence {missing[0]}: leave that sequence out, or name its class")
-    return names.astype(str)
 
 
 def _split(content: Mapping[str, Any], where: str, task: Task | None) -> Split:

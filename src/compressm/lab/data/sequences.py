@@ -51,6 +51,7 @@ class SequenceData:
         vocabulary: number of different tokens, padding included; None where sequences are of numbers.
         padding: the token that pads; None where every token counts.
         task: what is learnt: a class per sequence, numbers, or the next token.
+        class_names: the name of every class, where labels were names.
     """
 
     label: str
@@ -63,6 +64,7 @@ class SequenceData:
     vocabulary: int | None = None
     padding: int | None = 0
     task: Task = "classification"
+    class_names: tuple[str, ...] | None = None
 
     @property
     def per_step(self) -> bool:

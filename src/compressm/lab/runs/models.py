@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from compressm.lab.named import build_named, tried
 from compressm.layers import LanguageModel, SequenceClassifier, SequenceRegressor, parameter_groups
 from compressm.layers.blocks import GATED
 from compressm.observing.expected import described
+from compressm.saving.arguments import remember_arguments
 from compressm.training.compressor import Compressor
 from compressm.training.twin import TrainStep
 
@@ -32,25 +33,31 @@ def build_model(
     task: Task = "classification",
     per_step: bool = False,
     states: int | None = None,
+    class_names: Sequence[str] | None = None,
 ) -> nn.Module:
     """A model with weights drawn from torch's present random state; for the arguments see `SequenceData`.
 
     Args:
         states: offered to the function that ``model.build`` names; layers of ours take ``model.d_state``.
+        class_names: offered to that function too, and saved with the model, whatever builds it.
 
     Raises:
         ConfigError: ``model.build`` names no function that returns a model, or the layer is none of language models.
     """
+    named = {} if class_names is None else {"class_names": list(class_names)}
     if config.model.build is not None:
         offered = {"d_input": channels, "n_classes": n_classes, "d_output": n_classes, "vocabulary": vocabulary}
         offered |= {} if states is None else {"states": states}
-        return build_named(config.model.build, "model.build =", offered)
+        return build_named(config.model.build, "model.build =", offered | named)
     options: dict[str, Any] = {} if vocabulary is None else {"vocabulary": vocabulary, "padding": padding}
     arguments = config.model.model_dump(exclude={"build"}, exclude_none=True)
     if task == "regression":
         return SequenceRegressor(channels, n_classes, per_step=per_step, **options, **arguments)
     if task == "classification":
-        return SequenceClassifier(channels, n_classes, **options, **arguments)
+        classifier = SequenceClassifier(channels, n_classes, **options, **arguments)
+        if named:
+            remember_arguments(classifier, named)
+        return classifier
     if config.model.layer not in GATED:
         raise ConfigError(
             f"model.layer = {config.model.layer!r}: language models here have one of {', '.join(sorted(GATED))}"
@@ -68,7 +75,7 @@ def model_for(config: Config, data: SequenceData, states: int | None = None) -> 
         ConfigError: ``model.build`` names no function that returns a model for these sequences.
     """
     about = (data.channels, data.n_classes, data.vocabulary, data.padding, data.task, data.per_step)
-    model = build_model(config, *about, states)
+    model = build_model(config, *about, states, data.class_names)
     if config.model.build is not None:
         _check_fits(model, data, config.model.build)
     return model
