@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from compressm.adapters.composed import is_linear
 from compressm.layers import Bidirectional
+from compressm.layers.packing import starts_of
 from compressm.observing.hooks import OwnHook
 
 
@@ -181,7 +182,7 @@ def sequence_starts(hidden: Tensor, arguments: Mapping[str, Any]) -> Tensor | No
     """
     numbers, places = arguments.get("seq_idx"), arguments.get("cu_seqlens")
     if isinstance(numbers, Tensor) and numbers.shape == hidden.shape[:2]:
-        return nn.functional.pad(numbers.diff(dim=1) != 0, (1, 0), value=True)
+        return starts_of(numbers)
     if isinstance(places, Tensor) and hidden.shape[0] == 1:
         starts = torch.zeros(hidden.shape[:2], dtype=torch.bool, device=hidden.device)
         starts[0, places[:-1].long()] = True
