@@ -3,11 +3,11 @@
     python benchmarks/growth.py --json results/growth.json --plot docs/images/growth.svg
     python benchmarks/growth.py --counts        the numbers that tests/lab/bench/test_growth.py holds, counted anew
 
-A training step of the LRU classifier, and Mamba's and Mamba-2's scan forward and backward, on one thread. Time is the
-processor time of the step, the least of a few, which other processes hardly change. Memory is what the forward pass
-keeps for the backward pass, counted. A slope is that of a straight line through the logarithms of the upper half of the
-points; theory's is that of the roofline's formulas (compressm/lab/bench/roofline.py) at the same points: operations for
-time, bytes moved for memory.
+A training step of the LRU classifier; a Mamba-2 language model, and the scans of Mamba, Mamba-2, gated linear attention
+and the gated delta rule, forward and backward; on one thread. Time is the processor time of the step, the least of a
+few, which other processes hardly change. Memory is what the forward pass keeps for the backward pass, counted. A slope
+is that of a straight line through the logarithms of the upper half of the points; theory's is that of the roofline's
+formulas (compressm/lab/bench/roofline.py) at the same points: operations for time, bytes moved for memory.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import argparse
 import json
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +29,9 @@ from compressm.lab.bench import ours, roofline
 from compressm.lab.bench.counting import count_family
 from compressm.lab.bench.roofline import Work
 from compressm.lab.bench.worker import Step
-from compressm.layers.families import FAMILIES
+from compressm.layers.families import FAMILIES as LAYERS
 
 COUNTS = Path(__file__).parents[1] / "tests" / "lab" / "bench" / "counts.json"
-LRU: dict[str, int] = {"n": 64, "length": 256, "batch": 8, "width": 32, "layers": 1}
-SELECTIVE: dict[str, int] = {"n": 16, "length": 256, "batch": 4, "d": 64}
-SSD: dict[str, int] = {"n": 32, "length": 256, "batch": 4, "heads": 2, "p": 32}
 AXES: dict[str, tuple[int, ...]] = {
     "n": (16, 32, 64, 128, 256),
     "length": (64, 128, 256, 512, 1024),
@@ -41,27 +39,58 @@ AXES: dict[str, tuple[int, ...]] = {
     "width": (16, 32, 64, 128, 256),
     "layers": (1, 2, 4, 8),
 }
+HEAD = 32  # values of a head
 
 
-def lru(**sizes: int) -> tuple[Step, Work]:
-    return ours.lru_training_step(**sizes), roofline.lru_training_step(**sizes)
+def lru(width: int, **sizes: int) -> tuple[Step, Work]:
+    return ours.lru_training_step(width=width, **sizes), roofline.lru_training_step(width=width, **sizes)
 
 
-def selective(n: int, length: int, batch: int, d: int) -> tuple[Step, Work]:
-    return ours.selective(n, d, batch, length), roofline.selective_training(batch, length, d, n)
+def selective(n: int, length: int, batch: int, width: int) -> tuple[Step, Work]:
+    return ours.selective(n, width, batch, length), roofline.selective_training(batch, length, width, n)
 
 
-def ssd(n: int, length: int, batch: int, heads: int, p: int) -> tuple[Step, Work]:
-    return ours.ssd(n, heads, p, batch, length), roofline.ssd_training(batch, length, heads, p, n)
+def ssd(n: int, length: int, batch: int, width: int) -> tuple[Step, Work]:
+    heads = width // HEAD
+    return ours.ssd(n, heads, HEAD, batch, length), roofline.ssd_training(batch, length, heads, HEAD, n)
 
 
-def at(family: str, axis: str, value: int) -> tuple[Step, Work]:
-    """The step and its work, with one size changed; the width of a scan is its channels, or heads of 32 of them."""
-    if family == "lru":
-        return lru(**{**LRU, axis: value})
-    if family == "selective":
-        return selective(**{**SELECTIVE, "d" if axis == "width" else axis: value})
-    return ssd(**{**SSD, **({"heads": max(1, value // 32)} if axis == "width" else {axis: value})})
+def gla(n: int, length: int, batch: int, width: int) -> tuple[Step, Work]:
+    heads = width // HEAD
+    return ours.gla(n, heads, HEAD, batch, length), roofline.gla_training(batch, length, heads, HEAD, n)
+
+
+def gated_delta(n: int, length: int, batch: int, width: int) -> tuple[Step, Work]:
+    heads = width // HEAD
+    work = roofline.delta_training(batch, length, heads, HEAD, n, gated=True)
+    return ours.delta(n, heads, HEAD, batch, length, gated=True), work
+
+
+def mamba2(n: int, length: int, batch: int, width: int, layers: int) -> tuple[Step, Work]:
+    heads = 2 * width // HEAD
+    work = roofline.mamba2_model_training_step(batch, length, heads, HEAD, n, layers, ours.VOCABULARY)
+    return ours.mamba2_model(n, width, layers, batch, length, HEAD), work
+
+
+@dataclass(frozen=True)
+class Family:
+    """What is measured: its name in tables and figures, step and work by sizes, the sizes, and a colour."""
+
+    name: str
+    build: Callable[..., tuple[Step, Work]]
+    sizes: dict[str, int]
+    colour: str
+
+
+SCAN = {"n": 32, "length": 256, "batch": 4, "width": 64}
+FAMILIES = {
+    "lru": Family("LRU model, training step", lru, {**SCAN, "n": 64, "batch": 8, "width": 32, "layers": 1}, "#0b6e4f"),
+    "mamba2": Family("Mamba-2 model", mamba2, {**SCAN, "layers": 1}, "#6b4c9a"),
+    "selective": Family("Mamba's scan", selective, {**SCAN, "n": 16}, "#c8553d"),
+    "ssd": Family("Mamba-2's scan", ssd, SCAN, "#3b5b92"),
+    "gla": Family("gated linear attention's scan", gla, SCAN, "#b8860b"),
+    "gated_delta": Family("gated delta rule's scan", gated_delta, SCAN, "#555555"),
+}
 
 
 def kept_bytes(step: Step) -> int:
@@ -96,11 +125,11 @@ def slope(points: list[dict[str, Any]], of: Callable[[dict[str, Any]], float]) -
 
 def curve(family: str, axis: str) -> dict[str, Any]:
     """The points along one axis, and slopes."""
-    points = list[dict[str, Any]]()
+    points, chosen = list[dict[str, Any]](), FAMILIES[family]
     for value in AXES[axis]:
-        if family == "ssd" and axis == "width" and value < 32:
-            continue
-        step, work = at(family, axis, value)
+        if axis == "width" and value < HEAD and family in ("ssd", "gla", "gated_delta"):
+            continue  # less than a head
+        step, work = chosen.build(**{**chosen.sizes, axis: value})
         memory = kept_bytes(step)  # and caches are filled
         ms = milliseconds(step)
         points.append({"value": value, "ms": ms, "kept_mb": memory / 1e6, "flops": work.flops, "bytes": work.bytes})
@@ -120,17 +149,15 @@ def draw(curves: list[dict[str, Any]], path: Path) -> None:
     mpl.use("Agg")
     from matplotlib import pyplot as plt
 
-    colours = {"lru": "#0b6e4f", "selective": "#c8553d", "ssd": "#3b5b92"}
-    names = {"lru": "LRU model, a training step", "selective": "Mamba's scan", "ssd": "Mamba-2's scan"}
     figure, panels = plt.subplots(2, len(AXES), figsize=(13, 5.6), layout="constrained", sharey="row")
     for one in curves:
-        column = list(AXES).index(one["axis"])
+        column, family = list(AXES).index(one["axis"]), FAMILIES[one["family"]]
         x = np.array([p["value"] for p in one["points"]])
         for row, (key, kind) in enumerate((("ms", "time"), ("kept_mb", "memory"))):
             y, panel = np.array([p[key] for p in one["points"]]), panels[row, column]
-            panel.plot(x, y, "o-", color=colours[one["family"]], markersize=3, label=names[one["family"]])
+            panel.plot(x, y, "o-", color=family.colour, markersize=3, label=family.name)
             theory = one["slopes"][f"{kind} in theory"]
-            panel.plot(x, y[-1] * (x / x[-1]) ** theory, ":", color=colours[one["family"]], linewidth=1)
+            panel.plot(x, y[-1] * (x / x[-1]) ** theory, ":", color=family.colour, linewidth=1)
             panel.set(xscale="log", yscale="log", xlabel=one["axis"] if row else "")
             panel.set_xticks(AXES[one["axis"]], [str(value) for value in AXES[one["axis"]]])
             panel.minorticks_off()
@@ -147,20 +174,25 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--plot", type=Path)
     parser.add_argument("--counts", action="store_true", help="only count, and rewrite the tests' numbers")
+    parser.add_argument("--only", nargs="+", choices=FAMILIES, default=list(FAMILIES), help="the others stay as stored")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     if arguments.counts:
-        counts = {family: count_family(family) for family in track(FAMILIES, "counting")}
+        counts = {family: count_family(family) for family in track(LAYERS, "counting")}
         COUNTS.write_text(json.dumps(counts, indent=1) + "\n", encoding="utf-8")
         return
-    wanted = [(f, a) for f in ("lru", "selective", "ssd") for a in AXES if f == "lru" or a != "layers"]
+    wanted = [(f, a) for f in FAMILIES for a in AXES if a in FAMILIES[f].sizes and f in arguments.only]
     curves = [curve(family, axis) for family, axis in track(wanted, "measuring")]
-    print("| | axis | time | in theory | memory | in theory |")
+    if arguments.json and arguments.json.exists():
+        stored = json.loads(arguments.json.read_text(encoding="utf-8"))["curves"]
+        curves += [one for one in stored if one["family"] not in arguments.only]
+        curves.sort(key=lambda one: list(FAMILIES).index(one["family"]))
+    print("| | against | time | in theory | memory | in theory |")
     print("|---|---|---:|---:|---:|---:|")
     for one in curves:
         s = one["slopes"]
         values = " | ".join(f"{s[k]:.2f}" for k in ("time", "time in theory", "memory", "memory in theory"))
-        print(f"| {one['family']} | {one['axis']} | {values} |")
+        print(f"| {FAMILIES[one['family']].name} | {one['axis']} | {values} |")
     if arguments.json:
         store(arguments.json, threads=1, curves=curves)
     if arguments.plot:

@@ -123,14 +123,27 @@ def test_the_block_gives_the_scan_back_after_an_error() -> None:
     assert not any("forward" in module.__dict__ for module in model.modules())
 
 
-def test_packed_sequences_are_refused() -> None:
-    import transformers
+@pytest.mark.parametrize("name", ["mamba2", "qwen3_next"])
+def test_packed_sequences_are_kept_apart(name: str) -> None:
+    torch.manual_seed(0)
+    model = SIZES[name].build()
+    mixer = next(module for module in model.modules() if "A_log" in dict(module.named_parameters(recurse=False)))
+    width, places = model.config.hidden_size, torch.tensor([0, 5, 6, 12], dtype=torch.int32)
+    u = torch.randn(1, 12, width)
+    numbers = torch.repeat_interleave(torch.arange(3), places.diff())[None]
+    with fast_scan(model):
+        alone = torch.cat([mixer(piece) for piece in u.split(places.diff().tolist(), 1)], 1)
+        packed = mixer(u, **({"cu_seq_lens_q": places} if name == "qwen3_next" else {"seq_idx": numbers}))
+        torch.testing.assert_close(packed, alone)
+        with pytest.raises(UnsupportedModelError, match="cannot tell packed sequences apart by seq_idx"):
+            mixer(u, seq_idx=numbers[:, :5])
 
-    options = {"vocab_size": 40, "hidden_size": 8, "state_size": 4, "num_hidden_layers": 1, "num_heads": 2}
-    model = transformers.Mamba2ForCausalLM(transformers.Mamba2Config(**options, head_dim=8, n_groups=1))
+
+def test_mamba_of_transformers_takes_no_packed_sequences() -> None:
+    model, numbers = _one_mamba(), torch.tensor([[0, 0, 1, 1]])
     mixer = model.backbone.layers[0].mixer
-    with fast_scan(model), pytest.raises((UnsupportedModelError, ValueError), match="packed sequences"):
-        mixer(torch.randn(1, 6, 8), seq_idx=torch.tensor([[0, 0, 0, 1, 1, 1]]))
+    with fast_scan(model), pytest.raises(UnsupportedModelError, match="does not keep packed sequences apart"):
+        mixer(torch.randn(1, 4, model.config.hidden_size), seq_idx=numbers)
 
 
 def test_a_model_without_such_layers_is_refused() -> None:

@@ -361,3 +361,19 @@ def test_second_derivatives(kind: str) -> None:
 
     for a, b in zip(second("triton"), second("plain"), strict=True):
         torch.testing.assert_close(a, b)
+
+
+@on_device
+@pytest.mark.parametrize("name", ["ssd", "selective"])
+def test_packed_sequences(name: str) -> None:
+    scan: Any = ssd_scan if name == "ssd" else selective_scan
+    values = ssd_arguments(2, 70, 2, 1, 5, 4, 1.0) if name == "ssd" else arguments(4, 2, 70, 5, 3)
+    starts = torch.zeros(2, 70, dtype=torch.bool)
+    starts[0, [0, 5, 6, 64]] = starts[1, 33] = True
+
+    def run(engine: str) -> Callable[..., tuple[Tensor, Tensor]]:
+        return lambda *x: scan(*x, return_state=True, engine=engine, starts=starts.to(x[0].device))
+
+    truth = outputs_and_gradients(run("loop"), [value.double() for value in values])
+    for a, b in zip(truth, outputs_and_gradients(run("triton"), values, DEVICE), strict=True):
+        assert (b - a).norm() <= 1e-4 * a.norm()

@@ -28,7 +28,9 @@ from torch.nn import functional as F
 from compressm.adapters.rebind import global_names, not_fused, rebound_forward
 from compressm.errors import UnsupportedModelError
 from compressm.layers.activations import silu_conv
+from compressm.layers.packing import steps_since
 from compressm.layers.parts import shifted_products
+from compressm.observing.layer_calls import PACKING, sequence_starts
 from compressm.scans import delta_scan, selective_scan, ssd_scan
 
 
@@ -74,7 +76,9 @@ def enable_fast_scan(model: nn.Module) -> FastScan:
             )
     for name in names:
         layer = model.get_submodule(name)
-        layer.forward = rebound_forward(layer, _SCANS | _CONVOLUTION | FUSED)
+        selective = "mamba_selective_scan" in global_names(layer)
+        convolution = {"causal_conv1d_fn": _convolution_of_mamba if selective else _convolution}
+        layer.forward = rebound_forward(layer, _SCANS | convolution | FUSED)
     return FastScan(model, names)
 
 
@@ -142,7 +146,7 @@ def _ssd(
     **others: Any,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """`ssd_scan` with the arguments of transformers' ``mamba2_chunk_scan``, and float32 inside like that."""
-    _refuse_packing(others)
+    starts = _starts(hidden_states, others)
     if dt_bias is not None:
         dt = dt + dt_bias.to(dt.dtype)
     if dt_softplus:
@@ -151,7 +155,9 @@ def _ssd(
     x = hidden_states.float()
     start = None if initial_states is None else initial_states.float()
     skip = None if D is None else D.float()
-    y, state = ssd_scan(x, dt * A.float(), B.float(), C.float(), start, return_state=True, delta=dt, D=skip)
+    y, state = ssd_scan(
+        x, dt * A.float(), B.float(), C.float(), start, return_state=True, delta=dt, D=skip, starts=starts
+    )
     return (y, state) if return_final_states else y
 
 
@@ -163,17 +169,23 @@ def _convolution(
     **others: Any,
 ) -> Tensor:
     """`silu_conv` with the arguments of transformers' ``causal_conv1d_fn``: time is the last axis."""
-    _refuse_packing(others)
     u = hidden_states.to(weight.dtype).transpose(1, 2)
+    starts = _starts(u, others)
     bias = weight.new_zeros(weight.shape[0]) if bias is None else bias
     if activation in ("silu", "swish"):
-        out = silu_conv(u, weight, bias)
+        out = silu_conv(u, weight, bias, starts)
     else:
         from transformers.activations import ACT2FN
 
-        out = shifted_products(u, weight.T, bias)
+        out = shifted_products(u, weight.T, bias, None if starts is None else steps_since(starts))
         out = out if activation is None else ACT2FN[activation](out)
     return out.to(hidden_states.dtype).transpose(1, 2)
+
+
+def _convolution_of_mamba(hidden_states: Tensor, *args: Any, **others: Any) -> Tensor:
+    """`_convolution` in front of ``mamba_selective_scan``, to which transformers does not pass the packing on."""
+    _refuse_packing(others)
+    return _convolution(hidden_states, *args, **others)
 
 
 def _delta_rule(
@@ -191,22 +203,39 @@ def _delta_rule(
     """`delta_scan` with the arguments of transformers' ``torch_chunk_gated_delta_rule``, and float32 inside like that.
 
     There a state is (n, p), keys by values, and queries are divided by sqrt(n)."""
-    _refuse_packing(others)
+    starts = _starts(value, others)
     q, k, v, share, log_decay = (tensor.float() for tensor in (query, key, value, beta, g))
     if use_qk_l2norm_in_kernel:
         q, k = (x * torch.rsqrt(x.square().sum(-1, keepdim=True) + 1e-6) for x in (q, k))
     heads = v.shape[2] // k.shape[2]
     q, k = (x.repeat_interleave(heads, dim=2) for x in (q * q.shape[-1] ** -0.5, k))
     start = None if initial_state is None else initial_state.float().mT
-    y, state = delta_scan(v, log_decay, share, k, q, start, return_state=True)
+    y, state = delta_scan(v, log_decay, share, k, q, start, return_state=True, starts=starts)
     return y.to(query.dtype), state.mT.contiguous() if output_final_state else None
 
 
 def _refuse_packing(arguments: dict[str, Any]) -> None:
-    if arguments.get("seq_idx") is not None or arguments.get("cu_seqlens") is not None:
+    if any(arguments.get(name) is not None for name in PACKING):
         raise UnsupportedModelError(
-            "fast_scan does not keep packed sequences apart (seq_idx, cu_seqlens): pad them instead of packing"
+            "transformers' Mamba does not keep packed sequences apart, since its scan is not told of them: pad them "
+            "instead of packing, or use Mamba-2"
         )
+
+
+def _starts(u: Tensor, arguments: dict[str, Any]) -> Tensor | None:
+    """Where packed sequences begin in rows of ``u``, shape ``(batch, length, ...)``; None if there is one a row.
+
+    Raises:
+        UnsupportedModelError: the arguments describe packed sequences of other rows.
+    """
+    starts = sequence_starts(u, arguments)
+    told = [name for name in PACKING if arguments.get(name) is not None]
+    if told and starts is None:
+        raise UnsupportedModelError(
+            f"fast_scan cannot tell packed sequences apart by {' and '.join(told)} in rows of shape "
+            f"{tuple(u.shape[:2])}: pass seq_idx of that shape, or cu_seqlens with a single row, and no cache"
+        )
+    return starts
 
 
 _SCANS: dict[str, Callable[..., Any]] = {
@@ -214,7 +243,6 @@ _SCANS: dict[str, Callable[..., Any]] = {
     "mamba2_chunk_scan": _ssd,
     "torch_chunk_gated_delta_rule": _delta_rule,
 }
-_CONVOLUTION: dict[str, Callable[..., Any]] = {"causal_conv1d_fn": _convolution}
 FUSED: dict[str, Callable[..., Any]] = {
     "mamba_inner_fn": not_fused,
     "mamba2_split_conv1d_scan_combined": not_fused,

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from compressm.errors import DifferentiationError
+from compressm.layers.packing import steps_since
 from compressm.layers.parts import shifted_products
 from compressm.scans import native
 from compressm.scans.transforms import gradients, transformed, twice
@@ -76,22 +77,25 @@ def step_sizes(projection: nn.Linear, dt: Tensor) -> Tensor:
     return applied(_StepSizes, _rows(dt), weight.T.contiguous(), bias.contiguous())
 
 
-def causal_conv(conv: nn.Conv1d, u: Tensor) -> Tensor:
+def causal_conv(conv: nn.Conv1d, u: Tensor, starts: Tensor | None = None) -> Tensor:
     """SiLU of a causal depthwise convolution over time.
 
     Args:
         conv: depthwise; its last tap belongs to the present input. Its ``padding`` is ignored.
         u: shape ``(batch, length, channels)``.
+        starts: True where a sequence begins, before which nothing is read, shape ``(batch, length)``; None for one
+            sequence a row.
     """
     bias = u.new_zeros(u.shape[2]) if conv.bias is None else conv.bias
-    return silu_conv(u, conv.weight[:, 0], bias)
+    return silu_conv(u, conv.weight[:, 0], bias, starts)
 
 
-def silu_conv(u: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+def silu_conv(u: Tensor, weight: Tensor, bias: Tensor, starts: Tensor | None = None) -> Tensor:
     """`causal_conv` with its weight, shape ``(channels, taps)``, and bias, shape ``(channels,)``."""
+    since = None if starts is None else steps_since(starts)
     if takes(u, weight, bias):
-        return applied(_Convolution, _rows(u), weight.flip(1).T.contiguous(), bias.contiguous())
-    return F.silu(shifted_products(u, weight.T, bias))
+        return applied(_Convolution, _rows(u), weight.flip(1).T.contiguous(), bias.contiguous(), since)
+    return F.silu(shifted_products(u, weight.T, bias, since))
 
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -147,8 +151,8 @@ def _gated(y: Tensor, u: Tensor, D: Tensor, z: Tensor) -> Tensor:
     return torch.addcmul(y, D, u) * F.silu(z)
 
 
-def _silu_conv(u: Tensor, taps: Tensor, bias: Tensor) -> Tensor:
-    return F.silu(shifted_products(u, taps.flip(0), bias))
+def _silu_conv(u: Tensor, taps: Tensor, bias: Tensor, since: Tensor | None) -> Tensor:
+    return F.silu(shifted_products(u, taps.flip(0), bias, since))
 
 
 def _softplus_linear(dt: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -220,25 +224,25 @@ class _Gate(torch.autograd.Function):
 
 class _Convolution(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, u: Tensor, taps: Tensor, bias: Tensor) -> Tensor:
-        ctx.save_for_backward(u, taps, bias)
+    def forward(ctx: Any, u: Tensor, taps: Tensor, bias: Tensor, since: Tensor | None) -> Tensor:
+        ctx.save_for_backward(u, taps, bias, since)
         (batch, length, d), out = u.shape, u.new_empty(u.shape)
-        native.call("convolution_forward", u, batch, length, d, u.stride(1), taps.shape[0], u, taps, bias, out)
+        native.call("convolution_forward", u, batch, length, d, u.stride(1), taps.shape[0], u, taps, bias, since, out)
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        u, taps, bias = ctx.saved_tensors
+        u, taps, bias, since = ctx.saved_tensors
         if twice():
-            return gradients(_silu_conv, (u, taps, bias), (grad,))
+            return gradients(_silu_conv, (u, taps, bias, since), (grad,))
         (batch, length, d), width = u.shape, taps.shape[0]
         grad_u, sums = u.new_empty(u.shape), u.new_empty(batch, width + 1, d)
         native.call(
-            "convolution_backward", u, batch, length, d, u.stride(1), width, u, taps, bias, grad.contiguous(),
+            "convolution_backward", u, batch, length, d, u.stride(1), width, u, taps, bias, since, grad.contiguous(),
             grad_u, sums,
         )  # fmt: skip
         to_taps, to_bias = sums.sum(0).split([width, 1])
-        return grad_u, to_taps, to_bias[0]
+        return grad_u, to_taps, to_bias[0], None
 
 
 class _StepSizes(torch.autograd.Function):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from compressm.layers.packing import starts_of
 from compressm.scans import delta_scan, delta_step, gla_scan, gla_step, ssd_scan, ssd_step
 
 Decay = Literal["none", "fixed", "gated"]
@@ -33,7 +34,8 @@ class MatrixStateLayer(nn.Module):
         norm_eps: added to the mean square in the norm.
 
     Shape:
-        input and output ``(batch, length, d_model)``.
+        input and output ``(batch, length, d_model)``. If rows hold several sequences, ``seq_idx``, integers of shape
+        ``(batch, length)``, is the number of every token's sequence; they are kept apart.
     """
 
     scan: Callable[..., Any]
@@ -63,8 +65,8 @@ class MatrixStateLayer(nn.Module):
         """State dimension n, read off the parameters."""
         return self.k_proj.weight.shape[0] // self.n_heads
 
-    def forward(self, u: Tensor) -> Tensor:
-        return self.read_out(self.scan(*self.recurrence(u)), u)
+    def forward(self, u: Tensor, seq_idx: Tensor | None = None) -> Tensor:
+        return self.read_out(self.scan(*self.recurrence(u), starts=starts_of(seq_idx)), u)
 
     def recurrence(self, u: Tensor) -> tuple[Tensor, ...]:
         """The arguments of ``scan`` for ``u`` of shape ``(..., d_model)``: values ``(..., heads, head_dim)``, then the
@@ -112,7 +114,8 @@ class LinearAttention(MatrixStateLayer):
         decay: see above.
 
     Shape:
-        input and output ``(batch, length, d_model)``.
+        input and output ``(batch, length, d_model)``. If rows hold several sequences, ``seq_idx``, integers of shape
+        ``(batch, length)``, is the number of every token's sequence; they are kept apart.
     """
 
     scan = staticmethod(ssd_scan)
@@ -157,7 +160,8 @@ class GatedLinearAttention(MatrixStateLayer):
         gate_rank: rows of ``W1``.
 
     Shape:
-        input and output ``(batch, length, d_model)``.
+        input and output ``(batch, length, d_model)``. If rows hold several sequences, ``seq_idx``, integers of shape
+        ``(batch, length)``, is the number of every token's sequence; they are kept apart.
     """
 
     scan = staticmethod(gla_scan)
@@ -199,7 +203,8 @@ class DeltaNet(MatrixStateLayer):
         gated: whether there is a decay.
 
     Shape:
-        input and output ``(batch, length, d_model)``.
+        input and output ``(batch, length, d_model)``. If rows hold several sequences, ``seq_idx``, integers of shape
+        ``(batch, length)``, is the number of every token's sequence; they are kept apart.
     """
 
     scan = staticmethod(delta_scan)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from compressm.layers.activations import causal_conv, gated, step_sizes
+from compressm.layers.packing import starts_of
 from compressm.layers.parts import at_least_float32, inverse_softplus, log_uniform, short_conv_step
 from compressm.scans import selective_scan, selective_step
 
@@ -32,7 +33,8 @@ class Mamba(nn.Module):
         dt_min, dt_max: ``delta`` at initialisation is log-uniform between them.
 
     Shape:
-        input and output ``(batch, length, d_model)``.
+        input and output ``(batch, length, d_model)``. If rows hold several sequences, ``seq_idx``, integers of shape
+        ``(batch, length)``, is the number of every token's sequence; they are kept apart.
     """
 
     def __init__(
@@ -71,11 +73,12 @@ class Mamba(nn.Module):
         """State dimension n, read off the parameters."""
         return self.A_log.shape[1]
 
-    def forward(self, v: Tensor) -> Tensor:
+    def forward(self, v: Tensor, seq_idx: Tensor | None = None) -> Tensor:
+        starts = starts_of(seq_idx)
         u, z = self.in_proj(v).chunk(2, -1)
-        u = causal_conv(self.conv1d, u)
+        u = causal_conv(self.conv1d, u, starts)
         delta, B, C = self.select(u)
-        y = selective_scan(u, delta, -at_least_float32(self.A_log).exp(), B, C)
+        y = selective_scan(u, delta, -at_least_float32(self.A_log).exp(), B, C, starts=starts)
         return self.out_proj(gated(y, u, self.D, z).to(z.dtype))  # A_log and D may be float32 beside bfloat16
 
     def select(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:

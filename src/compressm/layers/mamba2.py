@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from compressm.layers.activations import causal_conv
+from compressm.layers.packing import starts_of
 from compressm.layers.parts import at_least_float32, inverse_softplus, log_uniform, short_conv_step
 from compressm.scans import ssd_scan, ssd_step
 
@@ -44,7 +45,8 @@ class Mamba2(nn.Module):
         norm_eps: added to the mean square in the gated norm.
 
     Shape:
-        input and output ``(batch, length, d_model)``.
+        input and output ``(batch, length, d_model)``. If rows hold several sequences, ``seq_idx``, integers of shape
+        ``(batch, length)``, is the number of every token's sequence; they are kept apart.
     """
 
     def __init__(
@@ -87,9 +89,10 @@ class Mamba2(nn.Module):
         """State dimension n, read off the parameters."""
         return (self.conv1d.weight.shape[0] - self.d_inner) // (2 * self.n_groups)
 
-    def forward(self, v: Tensor) -> Tensor:
-        x, delta, B, C, z = self.recurrence(v)
-        y = ssd_scan(x, -delta * at_least_float32(self.A_log).exp(), B, C, delta=delta, D=self.D)
+    def forward(self, v: Tensor, seq_idx: Tensor | None = None) -> Tensor:
+        starts = starts_of(seq_idx)
+        x, delta, B, C, z = self.recurrence(v, starts)
+        y = ssd_scan(x, -delta * at_least_float32(self.A_log).exp(), B, C, delta=delta, D=self.D, starts=starts)
         return self.out_proj(self.norm(y.flatten(-2), z).to(z.dtype))  # A_log and D may be float32 beside bfloat16
 
     def _project(self, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -107,10 +110,11 @@ class Mamba2(nn.Module):
             C.unflatten(-1, (self.n_groups, self.d_state)),
         )
 
-    def recurrence(self, v: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """The inputs ``x``, ``delta``, ``B`` and ``C`` of the recurrence for ``v``, and the gate ``z``."""
+    def recurrence(self, v: Tensor, starts: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """The inputs ``x``, ``delta``, ``B`` and ``C`` of the recurrence for ``v``, and the gate ``z``. ``starts``:
+        see `ssd_scan`."""
         z, xBC, dt = self._project(v)
-        x, B, C = self._split(causal_conv(self.conv1d, xBC))
+        x, B, C = self._split(causal_conv(self.conv1d, xBC, starts))
         return x, F.softplus(dt + self.dt_bias), B, C, z
 
     def initial_state(self, batch: int) -> tuple[Tensor, Tensor]:

@@ -23,18 +23,22 @@ def short_conv(conv: nn.Conv1d, u: Tensor) -> Tensor:
     return shifted_products(u, conv.weight[:, 0].T, bias)
 
 
-def shifted_products(u: Tensor, taps: Tensor, bias: Tensor) -> Tensor:
+def shifted_products(u: Tensor, taps: Tensor, bias: Tensor, since: Tensor | None = None) -> Tensor:
     """``bias + sum_i taps_i u_{t - (m - 1) + i}`` over the m taps.
 
     Args:
         u: shape ``(batch, length, channels)``.
         taps: shape ``(m, channels)``, the last one for the present input.
         bias: shape ``(channels,)``.
+        since: how many steps of its sequence lie before each, if a row holds several, shape ``(batch, length)``.
     """
     padded, length = F.pad(u, (0, 0, len(taps) - 1, 0)), u.shape[1]
     out = bias.expand(1, length, len(bias))
-    for lag, tap in enumerate(taps):
-        out = torch.addcmul(out, padded[:, lag : lag + length], tap)
+    for at, tap in enumerate(taps):
+        shifted = padded[:, at : at + length]
+        if since is not None:
+            shifted = shifted.masked_fill((since < len(taps) - 1 - at)[..., None], 0)
+        out = torch.addcmul(out, shifted, tap)
     return out
 
 

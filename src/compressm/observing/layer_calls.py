@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from compressm.adapters.composed import is_linear
 from compressm.layers import Bidirectional
+from compressm.layers.packing import starts_of
 from compressm.observing.hooks import OwnHook
 
 
@@ -168,20 +169,26 @@ def named_arguments(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str,
     return {**places, **kwargs}
 
 
+# Arguments that describe packed sequences: by the number of every token's sequence, and by places.
+PACKING = ("seq_idx", "cu_seqlens", "cu_seq_lens_q")
+
+
 def sequence_starts(hidden: Tensor, arguments: Mapping[str, Any]) -> Tensor | None:
     """The first tokens of packed sequences, from the arguments that describe the packing.
 
     Args:
         hidden: shape ``(batch, length, d_model)``.
         arguments: of the layer's call: ``seq_idx``, the number of every token's sequence, shape ``(batch, length)``; or
-            ``cu_seqlens``, the positions where sequences begin in the only row, followed by its length.
+            ``cu_seqlens`` or ``cu_seq_lens_q``, the positions where sequences begin in the only row, followed by its
+            length.
 
     Returns:
         True at the first token of a sequence, shape ``(batch, length)``; None if no sequences are packed.
     """
-    numbers, places = arguments.get("seq_idx"), arguments.get("cu_seqlens")
+    numbers, *others = (arguments.get(name) for name in PACKING)
+    places = next((value for value in others if value is not None), None)
     if isinstance(numbers, Tensor) and numbers.shape == hidden.shape[:2]:
-        return nn.functional.pad(numbers.diff(dim=1) != 0, (1, 0), value=True)
+        return starts_of(numbers)
     if isinstance(places, Tensor) and hidden.shape[0] == 1:
         starts = torch.zeros(hidden.shape[:2], dtype=torch.bool, device=hidden.device)
         starts[0, places[:-1].long()] = True
@@ -230,6 +237,7 @@ def _tensors(arguments: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
 
 
 __all__ = [
+    "PACKING",
     "LayerWatch",
     "ModelCalled",
     "ModelDone",

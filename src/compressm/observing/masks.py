@@ -26,6 +26,7 @@ from compressm.adapters import LayerAdapter
 from compressm.adapters.rebind import called_function, global_names, not_fused, rebound_forward
 from compressm.layers import DeltaNet, Mamba, Mamba2, RecurrentBlock
 from compressm.layers.linear_attention import MatrixStateLayer
+from compressm.layers.packing import starts_of
 
 Forward = Callable[..., Any]
 
@@ -62,7 +63,7 @@ def masked_forward(layer: nn.Module, mask: Tensor) -> Forward | None:
     M = mask if mask.ndim == 4 else mask.diag_embed()
     channels = M.diagonal(dim1=-2, dim2=-1).flatten(1)[:, None]
     if isinstance(layer, MatrixStateLayer):
-        return lambda u: _masked_matrix_state(layer, M, u)
+        return lambda u, seq_idx=None: _masked_matrix_state(layer, M, u, seq_idx)
     if isinstance(layer, RecurrentBlock):
         return rebound_forward(layer, {"short_conv": _times(called_function(layer, "short_conv"), channels)})
     if hasattr(layer, "rg_lru"):  # RecurrentGemma's
@@ -163,12 +164,12 @@ def _mapped(C: Tensor, M: Tensor) -> Tensor:
     return torch.einsum("blgi,bgij->blgj", C, M.to(C.dtype))
 
 
-def _masked_matrix_state(layer: MatrixStateLayer, M: Tensor, u: Tensor) -> Tensor:
+def _masked_matrix_state(layer: MatrixStateLayer, M: Tensor, u: Tensor, seq_idx: Tensor | None) -> Tensor:
     *terms, k, q = layer.recurrence(u)
     q = _mapped(q, M)
     if isinstance(layer, DeltaNet):
         k, q = F.normalize(_mapped(k, M.mT), dim=-1), F.normalize(q, dim=-1)
-    return layer.read_out(layer.scan(*terms, k, q), u)
+    return layer.read_out(layer.scan(*terms, k, q, starts=starts_of(seq_idx)), u)
 
 
 def _times(function: Forward, factor: Tensor) -> Forward:

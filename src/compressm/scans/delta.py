@@ -24,7 +24,16 @@ import torch
 from torch import Tensor
 
 from compressm.scans import engines, native
-from compressm.scans.frame import check_engine, check_shapes, empty, empty_scan, in_form, without_autocast
+from compressm.scans.frame import (
+    check_engine,
+    check_shapes,
+    check_starts,
+    empty,
+    empty_scan,
+    in_form,
+    restarted,
+    without_autocast,
+)
 from compressm.scans.graph import exporting
 from compressm.scans.ssd_chunked import by_chunk, elapsed_in_chunk
 from compressm.scans.transforms import gradients, transformed, twice
@@ -37,12 +46,12 @@ CHUNK = 64
 @overload
 def delta_scan(
     v: Tensor, log_decay: Tensor, beta: Tensor, k: Tensor, q: Tensor, initial_state: Tensor | None = None,
-    return_state: Literal[False] = False, engine: Engine = "auto",
+    return_state: Literal[False] = False, engine: Engine = "auto", *, starts: Tensor | None = None,
 ) -> Tensor: ...  # fmt: skip
 @overload
 def delta_scan(
     v: Tensor, log_decay: Tensor, beta: Tensor, k: Tensor, q: Tensor, initial_state: Tensor | None = None,
-    *, return_state: Literal[True], engine: Engine = "auto",
+    *, return_state: Literal[True], engine: Engine = "auto", starts: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 @without_autocast
 def delta_scan(
@@ -54,6 +63,8 @@ def delta_scan(
     initial_state: Tensor | None = None,
     return_state: bool = False,
     engine: Engine = "auto",
+    *,
+    starts: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Run the recurrence over a batch of sequences; differentiable in every tensor argument.
 
@@ -68,6 +79,8 @@ def delta_scan(
         engine: ``"native"`` (compiled, CPU); ``"chunked"`` (matrix products of PyTorch, anywhere); ``"loop"``, the
             definition, for reference; ``"graph"`` (one loop node); or a CUDA kernel of `compressm.scans.engines`.
             ``"auto"`` is ``"graph"`` while `torch.export` traces, and otherwise the first available one.
+        starts: True where a sequence begins in a row that holds several, bool, shape ``(batch, length)``. Before such a
+            step the state is zero, the initial one included.
 
     Returns:
         ``y``, shape and dtype of ``v``; with ``return_state`` also the last state, shape ``(batch, heads, p, n)``.
@@ -93,8 +106,10 @@ def delta_scan(
             "initial_state": (initial_state, (batch, heads, p, n)),
         },
     )
+    check_starts(starts, v)
     check_engine(engine, "auto", "native", "chunked", "loop", "graph", *engines.NAMES["delta"])
     dtype = torch.promote_types(v.dtype, torch.float32)
+    log_decay = restarted(log_decay, starts)
     state = v.new_zeros(batch, heads, p, n) if initial_state is None else initial_state
     sequences = (tensor.to(dtype) for tensor in (v, log_decay, beta, k, q))
     if empty(v):

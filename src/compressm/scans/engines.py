@@ -125,24 +125,29 @@ def _by_fla(function: Any, sequences: dict[str, Tensor], state: Tensor) -> tuple
     return y, last.mT
 
 
+def _finite(log_decay: Tensor) -> Tensor:
+    """Decays for fla, which takes differences of their running sums: exp(-100) is zero in float32."""
+    return log_decay.float().clamp_min(-100.0)
+
+
 def _ssd_by_fla(
     function: Any, x: Tensor, log_decay: Tensor, B: Tensor, C: Tensor, state: Tensor
 ) -> tuple[Tensor, Tensor]:
     repeats = x.shape[2] // B.shape[2]
     k, q = (tensor.repeat_interleave(repeats, 2) for tensor in (B, C))
-    return _by_fla(function, {"q": q, "k": k, "v": x, "g": log_decay.float()}, state)
+    return _by_fla(function, {"q": q, "k": k, "v": x, "g": _finite(log_decay)}, state)
 
 
 def _gla_by_fla(
     function: Any, x: Tensor, log_decay: Tensor, B: Tensor, C: Tensor, state: Tensor
 ) -> tuple[Tensor, Tensor]:
-    return _by_fla(function, {"q": C, "k": B, "v": x, "g": log_decay.float()}, state)
+    return _by_fla(function, {"q": C, "k": B, "v": x, "g": _finite(log_decay)}, state)
 
 
 def _delta_by_fla(
     function: Any, v: Tensor, log_decay: Tensor, beta: Tensor, k: Tensor, q: Tensor, state: Tensor
 ) -> tuple[Tensor, Tensor]:
-    return _by_fla(function, {"q": q, "k": k, "v": v, "g": log_decay.float(), "beta": beta}, state)
+    return _by_fla(function, {"q": q, "k": k, "v": v, "g": _finite(log_decay), "beta": beta}, state)
 
 
 def _selective_by_mamba(

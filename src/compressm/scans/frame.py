@@ -48,6 +48,31 @@ def check_shapes(given: Mapping[str, Tensor], expected: Mapping[str, tuple[Tenso
             raise ValueError(f"{name} must have shape {shape} for {known}; got {tuple(tensor.shape)}")
 
 
+def check_starts(starts: Tensor | None, u: Tensor) -> None:
+    """Check where packed sequences begin.
+
+    Raises:
+        ValueError: ``starts`` is not bool, or not of shape ``(batch, length)``, the first two axes of ``u``.
+    """
+    if starts is not None and (starts.dtype != torch.bool or starts.shape != u.shape[:2]):
+        raise ValueError(
+            f"starts must be bool of shape {tuple(u.shape[:2])}, True where a sequence begins; got {starts.dtype} of "
+            f"shape {tuple(starts.shape)}"
+        )
+
+
+def restarted(log_decay: Tensor, starts: Tensor | None) -> Tensor:
+    """The decays of packed sequences: where one begins, nothing is left of the state of the one before.
+
+    Args:
+        log_decay: shape ``(batch, length, ...)``.
+        starts: True where a sequence begins, shape ``(batch, length)``; None for one sequence a row.
+    """
+    if starts is None:
+        return log_decay
+    return log_decay.masked_fill(starts.view(*starts.shape, *[1] * (log_decay.ndim - 2)), -torch.inf)
+
+
 def empty(u: Tensor) -> bool:
     """Whether the batch or the length of ``u`` (batch, length, ...) is zero."""
     return u.shape[0] == 0 or u.shape[1] == 0
@@ -114,4 +139,14 @@ def in_form(
     return graph_scan(step, state, *sequences)
 
 
-__all__ = ["check_engine", "check_shapes", "empty", "empty_scan", "in_form", "loop", "without_autocast"]
+__all__ = [
+    "check_engine",
+    "check_shapes",
+    "check_starts",
+    "empty",
+    "empty_scan",
+    "in_form",
+    "loop",
+    "restarted",
+    "without_autocast",
+]

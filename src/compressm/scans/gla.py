@@ -22,7 +22,16 @@ import torch
 from torch import Tensor
 
 from compressm.scans import engines, native
-from compressm.scans.frame import check_engine, check_shapes, empty, empty_scan, in_form, without_autocast
+from compressm.scans.frame import (
+    check_engine,
+    check_shapes,
+    check_starts,
+    empty,
+    empty_scan,
+    in_form,
+    restarted,
+    without_autocast,
+)
 from compressm.scans.graph import exporting
 from compressm.scans.ssd_chunked import by_chunk, chain_of_states
 from compressm.scans.transforms import gradients, transformed, twice
@@ -39,12 +48,12 @@ RANGE = 60.0
 @overload
 def gla_scan(
     x: Tensor, log_decay: Tensor, B: Tensor, C: Tensor, initial_state: Tensor | None = None,
-    return_state: Literal[False] = False, engine: Engine = "auto",
+    return_state: Literal[False] = False, engine: Engine = "auto", *, starts: Tensor | None = None,
 ) -> Tensor: ...  # fmt: skip
 @overload
 def gla_scan(
     x: Tensor, log_decay: Tensor, B: Tensor, C: Tensor, initial_state: Tensor | None = None,
-    *, return_state: Literal[True], engine: Engine = "auto",
+    *, return_state: Literal[True], engine: Engine = "auto", starts: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 @without_autocast
 def gla_scan(
@@ -55,6 +64,8 @@ def gla_scan(
     initial_state: Tensor | None = None,
     return_state: bool = False,
     engine: Engine = "auto",
+    *,
+    starts: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Run the recurrence over a batch of sequences; differentiable in every tensor argument.
 
@@ -67,6 +78,8 @@ def gla_scan(
         engine: ``"native"`` (compiled, CPU); ``"chunked"`` (matrix products of PyTorch, anywhere); ``"loop"``, the
             definition, for reference; ``"graph"`` (one loop node); or a CUDA kernel of `compressm.scans.engines`.
             ``"auto"`` is ``"graph"`` while `torch.export` traces, and otherwise the first available one.
+        starts: True where a sequence begins in a row that holds several, bool, shape ``(batch, length)``. Before such a
+            step the state is zero, the initial one included.
 
     Returns:
         ``y``, shape and dtype of ``x``; with ``return_state`` also the last state, shape ``(batch, heads, p, n)``.
@@ -91,8 +104,10 @@ def gla_scan(
             "initial_state": (initial_state, (batch, heads, p, n)),
         },
     )
+    check_starts(starts, x)
     check_engine(engine, "auto", "native", "chunked", "loop", "graph", *engines.NAMES["gla"])
     dtype = torch.promote_types(x.dtype, torch.float32)
+    log_decay = restarted(log_decay, starts)
     state = x.new_zeros(batch, heads, p, n) if initial_state is None else initial_state
     sequences = tuple(tensor.to(dtype) for tensor in (x, log_decay, B, C))
     if empty(x):
@@ -136,8 +151,11 @@ def _composed(engine: str, x: Tensor, log_decay: Tensor, B: Tensor, C: Tensor, s
 
 def _chunked(x: Tensor, log_decay: Tensor, B: Tensor, C: Tensor, initial: Tensor) -> tuple[Tensor, Tensor]:
     batch, length, heads, p = x.shape
+    # Where all dimensions forget the state, a new part begins. Parts are kept apart by masks, so that packed sequences
+    # do not shorten the chunks.
+    forgotten = log_decay.amax(-1, keepdim=True) <= STRONGEST
     # The decays are differences of long running sums, which would be inaccurate in float32 if the decay is strong.
-    log_decay, dtype = log_decay.double().clamp_min(STRONGEST), x.dtype
+    log_decay, dtype = log_decay.double().clamp_min(STRONGEST).masked_fill(forgotten, 0.0), x.dtype
     Q = min(length, LONGEST_CHUNK)
     while True:
         elapsed = by_chunk(log_decay, Q).cumsum(-2)  # from the start of the chunk up to and including each step
@@ -146,15 +164,17 @@ def _chunked(x: Tensor, log_decay: Tensor, B: Tensor, C: Tensor, initial: Tensor
         Q = -(-Q // 2)
     values, keys, queries = (by_chunk(tensor, Q) for tensor in (x, B, C))
     centred = (elapsed - elapsed[..., -1:, :].detach() / 2).to(dtype)
-    since_start = elapsed.to(dtype).exp()
+    part = by_chunk(forgotten.int(), Q).cumsum(-2)  # (batch, chunks, heads, Q, 1); 0 goes on from the chunk before
+    since_start = elapsed.to(dtype).exp().masked_fill(part > 0, 0.0)
+    to_end = (centred[..., -1:, :] - centred).exp().masked_fill(part < part[..., -1:, :], 0.0)
 
     # Inside a chunk: step i reads the value written at step j <= i, decayed over j+1..i.
     later = torch.ones(Q, Q, dtype=torch.bool, device=x.device).triu(1)
     scores = (queries * centred.exp()) @ (keys * (-centred).exp()).transpose(-1, -2)
-    y = scores.masked_fill(later, 0.0) @ values
+    y = scores.masked_fill(later | (part != part.transpose(-1, -2)), 0.0) @ values
 
     # Between chunks: the state that each chunk adds, the chain of states, and the output of the state before a chunk.
-    added = values.transpose(-1, -2) @ (keys * (centred[..., -1:, :] - centred).exp())
+    added = values.transpose(-1, -2) @ (keys * to_end)
     states = chain_of_states(added, since_start[..., -1:, :], initial)
     before = torch.cat([initial[:, None], states[:, :-1]], 1)
     y = y + (queries * since_start) @ before.transpose(-1, -2)

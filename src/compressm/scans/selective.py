@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from compressm.scans import engines, native
-from compressm.scans.frame import check_engine, check_shapes, empty, empty_scan, loop, without_autocast
+from compressm.scans.frame import check_engine, check_shapes, check_starts, empty, empty_scan, loop, without_autocast
 from compressm.scans.graph import exporting, graph_scan
 from compressm.scans.selective_step import selective_step
 from compressm.scans.transforms import gradients, transformed, twice
@@ -31,12 +31,12 @@ Engine = Literal["auto", "native", "mamba_ssm", "triton", "torch", "loop", "grap
 @overload
 def selective_scan(
     u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, initial_state: Tensor | None = None,
-    return_state: Literal[False] = False, engine: Engine = "auto",
+    return_state: Literal[False] = False, engine: Engine = "auto", *, starts: Tensor | None = None,
 ) -> Tensor: ...  # fmt: skip
 @overload
 def selective_scan(
     u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, initial_state: Tensor | None = None,
-    *, return_state: Literal[True], engine: Engine = "auto",
+    *, return_state: Literal[True], engine: Engine = "auto", starts: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 @without_autocast
 def selective_scan(
@@ -48,6 +48,8 @@ def selective_scan(
     initial_state: Tensor | None = None,
     return_state: bool = False,
     engine: Engine = "auto",
+    *,
+    starts: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Run the recurrence over a batch of sequences; differentiable in every tensor argument.
 
@@ -62,6 +64,8 @@ def selective_scan(
             ``"torch"`` (plain PyTorch, anywhere), ``"loop"``
             (the definition, for reference) or ``"graph"`` (one loop node). ``"auto"`` is ``"graph"`` while
             `torch.export` traces, and otherwise the first available one.
+        starts: True where a sequence begins in a row that holds several, bool, shape ``(batch, length)``. Before such a
+            step the state is zero, the initial one included.
 
     Returns:
         ``y``, shape and dtype of ``u``; with ``return_state`` also ``h`` after the last step, shape ``(batch, d, n)``.
@@ -71,6 +75,7 @@ def selective_scan(
     """
     check_engine(engine, "auto", "native", "torch", "loop", "graph", *engines.NAMES["selective"])
     _check(u, delta, A, B, C, initial_state)
+    check_starts(starts, u)
     tensors = (u, delta, A, B, C, initial_state)
     if engine == "auto" and exporting():
         engine = "graph"
@@ -78,7 +83,9 @@ def selective_scan(
         engine = "loop"
     if engine == "auto":
         engine = "native" if native.usable(*tensors) else engine
-    dtype = torch.promote_types(torch.promote_types(u.dtype, A.dtype), torch.float32)
+    dtype, precision = torch.promote_types(torch.promote_types(u.dtype, A.dtype), torch.float32), u.dtype
+    if starts is not None:
+        u, delta = _restarted(u.to(dtype), delta.to(dtype), starts)
     args = (u.to(dtype), delta.to(dtype), A.to(dtype), B.to(dtype), C.to(dtype))
     start = u.new_zeros(u.shape[0], *A.shape, dtype=dtype) if initial_state is None else initial_state.to(dtype)
     if empty(u):
@@ -96,7 +103,14 @@ def selective_scan(
         y, state = _loop(*args, start)
     else:
         y, state = _graph(*args, start)
-    return (y.to(u.dtype), state) if return_state else y.to(u.dtype)
+    return (y.to(precision), state) if return_state else y.to(precision)
+
+
+def _restarted(u: Tensor, delta: Tensor, starts: Tensor) -> tuple[Tensor, Tensor]:
+    """Inputs and step sizes of packed sequences: where one begins, the step is so long that nothing is left of the
+    state of the one before, and the input so much smaller that ``delta u`` stays what it is."""
+    first, long = starts[..., None], 2.0**40  # a power of two, so that no digit is lost
+    return torch.where(first, delta * u / long, u), delta.masked_fill(first, long)
 
 
 def _check(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, initial_state: Tensor | None) -> None:

@@ -18,7 +18,16 @@ import torch
 from torch import Tensor
 
 from compressm.scans import engines, native
-from compressm.scans.frame import check_engine, check_shapes, empty, empty_scan, in_form, without_autocast
+from compressm.scans.frame import (
+    check_engine,
+    check_shapes,
+    check_starts,
+    empty,
+    empty_scan,
+    in_form,
+    restarted,
+    without_autocast,
+)
 from compressm.scans.graph import exporting
 from compressm.scans.ssd_chunked import chunked, with_factors
 from compressm.scans.ssd_native import native_scan
@@ -31,13 +40,13 @@ Engine = Literal["auto", "native", "chunked", "loop", "graph", "fla", "triton"]
 def ssd_scan(
     x: Tensor, log_decay: Tensor, B: Tensor, C: Tensor, initial_state: Tensor | None = None,
     return_state: Literal[False] = False, engine: Engine = "auto", *,
-    delta: Tensor | None = None, D: Tensor | None = None,
+    delta: Tensor | None = None, D: Tensor | None = None, starts: Tensor | None = None,
 ) -> Tensor: ...  # fmt: skip
 @overload
 def ssd_scan(
     x: Tensor, log_decay: Tensor, B: Tensor, C: Tensor, initial_state: Tensor | None = None,
     *, return_state: Literal[True], engine: Engine = "auto",
-    delta: Tensor | None = None, D: Tensor | None = None,
+    delta: Tensor | None = None, D: Tensor | None = None, starts: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 @without_autocast
 def ssd_scan(
@@ -51,6 +60,7 @@ def ssd_scan(
     *,
     delta: Tensor | None = None,
     D: Tensor | None = None,
+    starts: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Run the recurrence over a batch of sequences; differentiable in every tensor argument.
 
@@ -66,6 +76,8 @@ def ssd_scan(
             ``"auto"`` is ``"graph"`` while `torch.export` traces, and otherwise the first available one.
         delta: factors of the inputs (step sizes), shape ``(batch, length, heads)``; one by default.
         D: weights of the inputs in the outputs, shape ``(heads,)``; zero by default.
+        starts: True where a sequence begins in a row that holds several, bool, shape ``(batch, length)``. Before such a
+            step the state is zero, the initial one included.
 
     Returns:
         ``y``, shape and dtype of ``x``; with ``return_state`` also the last state, shape ``(batch, heads, p, n)``.
@@ -75,8 +87,10 @@ def ssd_scan(
         ValueError: shapes that do not fit together, or an unknown engine, or one that is not installed.
     """
     _check(x, log_decay, B, C, initial_state, delta, D)
+    check_starts(starts, x)
     check_engine(engine, "auto", "native", "chunked", "loop", "graph", *engines.NAMES["ssd"])
     dtype = torch.promote_types(x.dtype, torch.float32)
+    log_decay = restarted(log_decay, starts)
     start = x.new_zeros(x.shape[0], *x.shape[2:], B.shape[-1]) if initial_state is None else initial_state
     if empty(x):
         y, state = empty_scan(tuple(x.shape), start.to(dtype), x, log_decay, B, C, delta, D)

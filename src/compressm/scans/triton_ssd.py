@@ -87,7 +87,8 @@ class _SSD(torch.autograd.Function):
 
 def _elapsed(log_decay: Tensor, chunk: int) -> tuple[Tensor, Tensor]:
     """The running sum inside each chunk as two float32 numbers, shape ``(batch, heads, chunks * chunk)``."""
-    rows = torch.nn.functional.pad(log_decay.double().transpose(1, 2), (0, -log_decay.shape[1] % chunk))
+    finite = log_decay.double().clamp_min(-800.0)  # where exp is zero: a decay of exactly zero has a finite sum
+    rows = torch.nn.functional.pad(finite.transpose(1, 2), (0, -log_decay.shape[1] % chunk))
     sums = rows.unflatten(2, (-1, chunk)).cumsum(-1).flatten(2)
     high = sums.float()
     return high.contiguous(), (sums - high.double()).float().contiguous()

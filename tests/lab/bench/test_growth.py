@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from compressm.lab.bench.counting import SIZES, count, count_family
+from compressm.lab.bench.counting import BASE, SIZES, count, count_family
 from compressm.layers.families import FAMILIES
 from compressm.scans import native
 
@@ -31,11 +31,18 @@ def test_counts_stay_at_or_below_the_stored_ones(family: str) -> None:
     for size in SIZES:
         for what, value in STORED[family][size].items():
             assert found[size][what] <= ROOM * value, f"{family}, {size}: {what}"
-    if family not in LOOPING:
-        assert found["longer"]["operations"] == found["base"]["operations"]
-    # Four times the length keeps about four times the bytes, not sixteen: no matrix of length x length.
-    assert found["longer"]["kernels"] == found["base"]["kernels"]
-    assert found["longer"]["kept_bytes"] <= 4.3 * found["base"]["kept_bytes"]
+    base = found["base"]
+    for size in ("longer", "more sequences", "wider"):
+        assert found[size]["kernels"] == base["kernels"], size
+        assert found[size]["operations"] == base["operations"] or (family in LOOPING and size == "longer"), size
+    # Four times the length keeps about four times the bytes, not sixteen: no matrix of length x length. Likewise for
+    # four times the sequences, and twice the width.
+    for size, times in (("longer", 4), ("more sequences", 4), ("wider", 2)):
+        assert found[size]["kept_bytes"] <= 1.08 * times * base["kept_bytes"], size
+    layers, between = SIZES["more layers"]["layers"], 4 * BASE["batch"] * BASE["length"] * BASE["width"]
+    assert found["more layers"]["kernels"] == layers * base["kernels"]
+    assert found["more layers"]["operations"] <= layers * base["operations"]
+    assert found["more layers"]["kept_bytes"] <= layers * base["kept_bytes"] + (layers - 1) * between
 
 
 class _Loop(nn.Module):

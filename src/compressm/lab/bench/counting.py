@@ -72,15 +72,25 @@ def _step(layer: nn.Module, inputs: Tensor) -> None:
     layer(inputs).sum().backward()
 
 
-WIDTH, BATCH = 32, 2
-SIZES: dict[str, tuple[int, int]] = {"base": (8, 64), "longer": (8, 256), "more states": (32, 64)}  # states, length
+BASE = {"n": 8, "length": 64, "batch": 2, "width": 32, "layers": 1}
+# What is changed of `BASE`, by name.
+SIZES: dict[str, dict[str, int]] = {
+    "base": {},
+    "longer": {"length": 256},
+    "more states": {"n": 32},
+    "more sequences": {"batch": 8},
+    "wider": {"width": 64},
+    "more layers": {"layers": 3},
+}
 
 
 def count_family(family: str) -> dict[str, dict[str, int]]:
     """The counts of a layer of `compressm.layers.families` at all `SIZES`, as plain values."""
     found = dict[str, dict[str, int]]()
-    for name, (n, length) in SIZES.items():
+    for name, changes in SIZES.items():
+        size = BASE | changes
         torch.manual_seed(0)
-        layer = FAMILIES[family](WIDTH, n)
-        found[name] = count(layer, torch.randn(BATCH, length, WIDTH, requires_grad=True)).to_dict()
+        layers = [FAMILIES[family](size["width"], size["n"]) for _ in range(size["layers"])]
+        inputs = torch.randn(size["batch"], size["length"], size["width"], requires_grad=True)
+        found[name] = count(nn.Sequential(*layers), inputs).to_dict()
     return found

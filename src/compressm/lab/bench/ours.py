@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from compressm import compress
 from compressm.cutting import plan_reduction
 from compressm.lab.bench.worker import Step
-from compressm.layers import LRU, S4D, Convolution, SequenceClassifier
+from compressm.layers import LRU, S4D, Convolution, LanguageModel, SequenceClassifier
 from compressm.scans import delta_scan, gla_scan, lti_scan, selective_scan, siso_scan, ssd_scan
 from compressm.scans.delta import Engine as DeltaEngine
 from compressm.theory.rank_rule import RankRule
@@ -62,6 +62,22 @@ def lru_training_step(
         F.cross_entropy(model(inputs), labels).backward()
         optimizer.step()
         _finish(device)
+
+    return step
+
+
+VOCABULARY = 256
+
+
+def mamba2_model(n: int, width: int, layers: int, batch: int, length: int, head_dim: int) -> Step:
+    """Forward and backward of our Mamba-2 language model on random tokens."""
+    torch.manual_seed(0)
+    model = LanguageModel(VOCABULARY, width, n, n_layers=layers, layer="mamba2", head_dim=head_dim)
+    tokens = torch.randint(0, VOCABULARY, (batch, length))
+
+    def step() -> None:
+        model.zero_grad()
+        F.cross_entropy(model(tokens).flatten(0, 1), tokens.flatten()).backward()
 
     return step
 

@@ -4,14 +4,17 @@
 namespace {
 
 // silu(bias + sum_k taps_k u_{t-k}) per channel: a causal depthwise convolution. u (batch, length, d) with rows `stride`
-// apart; taps (k, d), the present step's first; bias d.
+// apart; taps (k, d), the present step's first; bias d. since (batch, length): how many steps of its sequence lie before
+// each, if a row holds several; otherwise null.
 template <class T> struct Convolution {
     int64_t batch, length, d, stride, width;
     const T *u, *taps, *bias;
+    const int64_t* since;
+    int64_t reach(int64_t b, int64_t t) const { return std::min(width - 1, since ? since[b * length + t] : t); }
     inline Vec<T> before(int64_t b, int64_t t, int64_t i, int64_t some) const {
         Vec<T> sum = load_some(bias + i, some);
         const T* at = u + (b * length + t) * stride + i;
-        for (int64_t k = 0; k < width && k <= t; ++k)
+        for (int64_t k = 0, most = reach(b, t); k <= most; ++k)
             sum += load_some(taps + k * d + i, some) * load_some(at - k * stride, some);
         return sum;
     }
@@ -46,12 +49,12 @@ void convolution_backward(Convolution<T> c, const T* grad, T* grad_u, T* grad_ta
                 const V v = c.before(b, t, i, some), s = sigmoid<T>(v);
                 inner[t] = load_some(grad + (b * c.length + t) * c.d + i, some) * (s + v * s * (T(1) - s));
                 sums[c.width] += inner[t];
-                for (int64_t k = 0; k < c.width && k <= t; ++k)
+                for (int64_t k = 0, most = c.reach(b, t); k <= most; ++k)
                     sums[k] += inner[t] * load_some(c.u + (b * c.length + t - k) * c.stride + i, some);
             }
             for (int64_t t = 0; t < c.length; ++t) {
                 V sum{};
-                for (int64_t k = 0; k < c.width && t + k < c.length; ++k)
+                for (int64_t k = 0; k < c.width && t + k < c.length && k <= c.reach(b, t + k); ++k)
                     sum += load_some(c.taps + k * c.d + i, some) * inner[t + k];
                 store_some(grad_u + (b * c.length + t) * c.d + i, sum, some);
             }
@@ -163,14 +166,16 @@ template <int K = 1, class Function> void with_columns(int64_t columns, Function
 
 #define MAMBA(T, SUFFIX)                                                                                                \
     extern "C" void convolution_forward_##SUFFIX(int64_t batch, int64_t length, int64_t d, int64_t stride,              \
-                                                 int64_t width, const T* u, const T* taps, const T* bias, T* out,       \
-                                                 int threads) {                                                         \
-        convolution_forward<T>({batch, length, d, stride, width, u, taps, bias}, out, threads);                         \
+                                                 int64_t width, const T* u, const T* taps, const T* bias,               \
+                                                 const int64_t* since, T* out, int threads) {                           \
+        convolution_forward<T>({batch, length, d, stride, width, u, taps, bias, since}, out, threads);                  \
     }                                                                                                                   \
     extern "C" void convolution_backward_##SUFFIX(int64_t batch, int64_t length, int64_t d, int64_t stride,             \
                                                   int64_t width, const T* u, const T* taps, const T* bias,              \
-                                                  const T* grad, T* grad_u, T* grad_taps, int threads) {                \
-        convolution_backward<T>({batch, length, d, stride, width, u, taps, bias}, grad, grad_u, grad_taps, threads);    \
+                                                  const int64_t* since, const T* grad, T* grad_u, T* grad_taps,         \
+                                                  int threads) {                                                        \
+        convolution_backward<T>({batch, length, d, stride, width, u, taps, bias, since}, grad, grad_u, grad_taps,       \
+                                threads);                                                                               \
     }                                                                                                                   \
     extern "C" void gate_forward_##SUFFIX(int64_t rows, int64_t d, int64_t stride, const T* y, const T* u, const T* D,  \
                                           const T* z, T* out, int threads) {                                            \
