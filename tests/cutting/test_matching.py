@@ -130,6 +130,29 @@ def test_compress_matches_on_its_data_and_predicts_less() -> None:
     assert "learnt" not in str(reports[0])
 
 
+def test_a_search_for_a_size_trains_no_layer_twice_to_the_same_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    net = SequenceClassifier(2, 4, d_model=8, d_state=16, n_layers=2, r_min=0.3, r_max=0.95).eval()
+    data = [torch.randn(16, 20, 2).cumsum(1) / 3 for _ in range(4)]
+    teacher, trained, evaluated = copy.deepcopy(net), list[tuple[int, int]](), list[int]()
+
+    def counted(layer: nn.Module, adapter: Any, change: Any, *more: Any) -> Any:
+        trained.append((id(layer), adapter.state_dim(cut_copy(layer, change))))
+        return matched(layer, adapter, change, *more)
+
+    @torch.no_grad()
+    def agreement(smaller: nn.Module) -> float:
+        evaluated.append(1)
+        return -float((smaller(data[0]) - teacher(data[0])).square().mean())
+
+    monkeypatch.setattr("compressm.cutting.plan.matched", counted)
+    report = compressm.compress(
+        net, max_drop=0.01, evaluate=agreement, data=data, loss="classification", match_steps=5, max_reduction=1.0
+    )
+    assert report.cut
+    assert len(trained) == len(set(trained)) < 2 * len(evaluated)
+
+
 def test_matching_without_recorded_inputs_is_refused() -> None:
     with pytest.raises(InvalidRankRuleError, match=r"match_steps=50 .* gramians='loss'"):
         compressm.compress(LRU(2, 8), states=2, match_steps=50)

@@ -6,11 +6,12 @@ energy is known only after the cut is computed. A rule about quality therefore t
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from torch import nn
 
 from compressm.adapters import Cuts, LayerAdapter, Proposal
+from compressm.cutting.matching import Matched
 from compressm.theory.balanced import Balanced
 from compressm.theory.energy_budget import Discards
 from compressm.theory.fisher import MaskFisher
@@ -39,10 +40,25 @@ class MadeCuts:
             name: adapter.cuts(layer, balancings[name], selection, (fishers or {}).get(name))
             for name, (layer, adapter) in layers.items()
         }
+        self._matched: dict[tuple[str, int], Matched | None] = {}
 
     def proposal(self, name: str, states: int, rule: RankRule) -> Proposal | None:
         """The cut of a layer to ``states`` states; see `Cuts.proposal`."""
         return self._layers[name].proposal(states, rule)
+
+    def matched(self, name: str, states: int, learn: Callable[[], Matched | None]) -> Matched | None:
+        """What a layer cut to ``states`` states has learnt; it learns only the first time that this is asked.
+
+        Several plans with layers of the same size are compared where quality decides how far a cut goes.
+
+        Args:
+            name: of the layer, which is linear.
+            states: after the cut.
+            learn: trains the layer that `proposal` cuts to these states.
+        """
+        if (name, states) not in self._matched:
+            self._matched[name, states] = learn()
+        return self._matched[name, states]
 
     def discards(self) -> dict[str, Discards]:
         """The energy that cuts discard, for `choose_ranks`, by name of those layers whose cuts are not optimal."""

@@ -247,7 +247,7 @@ def _planned(
         decided[name] = _unless_shared(_decide(kept, cuts, ranks[name], rule, name in held), layer, shared)
     decided = _all_or_none(decided, alike)
     if loss is not None and match_steps:
-        decided = {name: _matched(one, *layers[name], loss, match_steps) for name, one in decided.items()}
+        decided = {name: _matched(one, *layers[name], cuts, loss, match_steps) for name, one in decided.items()}
     changes = {name: one.change for name, one in decided.items() if one.change is not None}
     return Plan(_reported(decided, layers, loss), changes)
 
@@ -307,14 +307,17 @@ def _why_kept(present: int, states: int, rule: RankRule) -> str:
     return f"fewer than {least} of {present} states would go (min_reduction={rule.min_reduction:g})"
 
 
-def _matched(decision: _Decision, layer: nn.Module, adapter: LayerAdapter, loss: LossEvidence, steps: int) -> _Decision:
+def _matched(
+    decision: _Decision, layer: nn.Module, adapter: LayerAdapter, cuts: MadeCuts, loss: LossEvidence, steps: int
+) -> _Decision:
     """The decision, with the change of a linear layer that has learnt the old one's outputs. It stays as it was if the
     loss is predicted to rise more by that."""
-    passes = loss.samples.get(decision.report.name, ())
+    name, states, change = decision.report.name, decision.report.states_after, decision.change
+    passes = loss.samples.get(name, ())
     calls = [call for one in passes if not isinstance(one, Tensor) for call in one]
-    if decision.change is None or not isinstance(decision.reduction, Reduction) or not calls:
+    if change is None or not isinstance(decision.reduction, Reduction) or not calls:
         return decision
-    found = matched(layer, adapter, decision.change, calls, steps)
+    found = cuts.matched(name, states, lambda: matched(layer, adapter, change, calls, steps))
     if found is None:
         return decision
     reduction = replace(decision.reduction, system=found.system)
