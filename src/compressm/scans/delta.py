@@ -197,7 +197,7 @@ def _native_forward(
 
 @_native_forward.register_fake
 def _(v: Tensor, log_decay: Tensor, beta: Tensor, k: Tensor, q: Tensor, state: Tensor, keep: bool) -> Any:
-    y, *others = _results(*native.widened(v, state), keep)
+    y, *others = _results(*native.widened(v, state), keep=keep)
     return y.to(v.dtype), *others
 
 

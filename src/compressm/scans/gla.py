@@ -199,7 +199,7 @@ def _native_forward(
 
 @_native_forward.register_fake
 def _(x: Tensor, log_decay: Tensor, B: Tensor, C: Tensor, state: Tensor, keep: bool) -> Any:
-    y, last, states = _results(*native.widened(x, state), keep)
+    y, last, states = _results(*native.widened(x, state), keep=keep)
     return y.to(x.dtype), last, states
 
 

@@ -236,7 +236,7 @@ def _differentiate(ctx: Any, grad_y: Tensor, grad_state: Tensor, _: Tensor) -> t
 
 def _composed(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
     _, *given, start = native.widened(A, u, delta, A.T, B, C, state.transpose(1, 2))
-    y, after = _loop(*given, start)
+    y, after = _loop(*given, state=start)
     return y.to(u.dtype), after.transpose(1, 2)
 
 

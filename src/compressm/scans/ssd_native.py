@@ -56,7 +56,7 @@ def _outputs(x: Tensor, B: Tensor, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
 def _(
     x: Tensor, log_decay: Tensor, B: Tensor, C: Tensor, delta: Any, D: Any, state: Any, keep: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    y, after, checkpoints = _outputs(*native.widened(x, B), keep)
+    y, after, checkpoints = _outputs(*native.widened(x, B), keep=keep)
     return y.to(x.dtype), after, checkpoints
 
 
@@ -160,7 +160,7 @@ def _composed(
     wide_x, *others, start = native.widened(x, log_decay, B, C, delta, D, state)
     if start is None:
         start = wide_x.new_zeros(x.shape[0], *x.shape[2:], B.shape[-1])
-    y, after = with_factors(chunked, wide_x, *others, start)
+    y, after = with_factors(chunked, wide_x, *others, state=start)
     return y.to(x.dtype), after
 
 
