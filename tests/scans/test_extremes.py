@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from scan_cases import ENGINES, LOG_DECAY, STATELESS, arguments, defined, run
+from compressm.scans import native
+from scan_cases import ENGINES, LOG_DECAY, SCANS, STATELESS, arguments, defined, run
 
 # log |lam| or log of a decay: from 1 - 1e-7 over 1e-7 and the denormals of both precisions to exactly zero.
 EXTREMES = [-1e-7, 0.0, -1e-3, math.log(1e-7), math.log(1e-39), math.log(2e-45), -1e3, -1e4, -math.inf]
@@ -116,3 +117,23 @@ def test_half_precision_inputs_have_states_in_float32(name: str, engine: str, dt
     for to, right, leaf in zip(mine, gradients(expected, exact, weights), leaves, strict=True):
         assert to.dtype == leaf.dtype
         assert (to - right).abs().max() <= 2 * tolerance * right.abs().max() + 1e-6
+
+
+@pytest.mark.skipif(not native.available(), reason="no C++ compiler")
+@pytest.mark.parametrize("name", ["selective", "ssd", "gla", "delta"])
+def test_half_precision_is_kept_as_it_came(name: str) -> None:
+    """No wider copy of an argument waits for the backward pass."""
+
+    def kept(dtype: torch.dtype) -> int:
+        leaves = [arg.to(dtype).requires_grad_() for arg in arguments(name, 200)]
+        given, found = {leaf.untyped_storage().data_ptr() for leaf in leaves}, dict[int, Tensor]()
+
+        def keep(tensor: Tensor) -> Tensor:
+            found[tensor.untyped_storage().data_ptr()] = tensor
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            SCANS[name](*leaves, engine="native")
+        return sum(tensor.untyped_storage().nbytes() for at, tensor in found.items() if at not in given)
+
+    assert kept(torch.bfloat16) <= kept(torch.float32) + 256

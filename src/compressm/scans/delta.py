@@ -111,7 +111,6 @@ def delta_scan(
     dtype = torch.promote_types(v.dtype, torch.float32)
     log_decay = restarted(log_decay, starts)
     state = v.new_zeros(batch, heads, p, n) if initial_state is None else initial_state
-    sequences = (tensor.to(dtype) for tensor in (v, log_decay, beta, k, q))
     if empty(v):
         y, state = empty_scan(tuple(v.shape), state.to(dtype), v, log_decay, beta, k, q)
         return (y, state) if return_state else y
@@ -124,9 +123,10 @@ def delta_scan(
     if engine == "native" and transformed():
         engine = "chunked"
     if engine == "native":
-        y, state = _native(state.to(dtype), *sequences)
+        y, state = _native(v, log_decay, beta, k, q, state)
     else:
-        y, state = in_form(engine, _chunked, delta_step, state.to(dtype), *sequences)
+        *sequences, start = native.widened(v, log_decay, beta, k, q, state)
+        y, state = in_form(engine, _chunked, delta_step, start, *sequences)
     return (y.to(v.dtype), state) if return_state else y.to(v.dtype)
 
 
@@ -178,9 +178,7 @@ def _chunked(v: Tensor, log_decay: Tensor, beta: Tensor, k: Tensor, q: Tensor, s
     return y.transpose(2, 3).reshape(batch, -1, heads, p)[:, :length], state
 
 
-def _native(state: Tensor, *sequences: Tensor) -> tuple[Tensor, Tensor]:
-    v, log_decay, beta, k, q = sequences
-    tensors = (v, log_decay, beta, k, q, state)
+def _native(*tensors: Tensor) -> tuple[Tensor, Tensor]:
     keep = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
     y, last, _, _ = _native_forward(*(tensor.contiguous() for tensor in tensors), keep)
     return y, last
@@ -190,15 +188,17 @@ def _native(state: Tensor, *sequences: Tensor) -> tuple[Tensor, Tensor]:
 def _native_forward(
     v: Tensor, log_decay: Tensor, beta: Tensor, k: Tensor, q: Tensor, state: Tensor, keep: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    y, last, states, written = _results(v, state, keep)
+    given = native.widened(v, log_decay, beta, k, q, state)
+    y, last, states, written = _results(given[0], given[-1], keep)
     kept = (states, written) if keep else (None, None)
-    native.call("delta_forward", v, *v.shape, k.shape[3], v, log_decay, beta, k, q, state, y, last, *kept)
-    return y, last, states, written
+    native.call("delta_forward", y, *v.shape, k.shape[3], *given, y, last, *kept)
+    return y.to(v.dtype), last, states, written
 
 
 @_native_forward.register_fake
 def _(v: Tensor, log_decay: Tensor, beta: Tensor, k: Tensor, q: Tensor, state: Tensor, keep: bool) -> Any:
-    return _results(v, state, keep)
+    y, *others = _results(*native.widened(v, state), keep=keep)
+    return y.to(v.dtype), *others
 
 
 def _results(v: Tensor, state: Tensor, keep: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -213,12 +213,11 @@ def _native_backward(
     grad_y: Tensor, grad_state: Tensor, log_decay: Tensor, beta: Tensor, k: Tensor, q: Tensor, states: Tensor,
     written: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    grad_v, grad_log_decay, grad_beta, grad_k, grad_q = (
-        torch.empty_like(tensor) for tensor in (written, log_decay, beta, k, q)
-    )
+    _, *given, incoming = native.widened(written, log_decay, beta, k, q, grad_y)
+    grad_v, grad_log_decay, grad_beta, grad_k, grad_q = (torch.empty_like(tensor) for tensor in (written, *given))
     grads, carry = (grad_v, grad_log_decay, grad_beta, grad_k, grad_q), grad_state.clone()
     sizes = (*written.shape, k.shape[3])
-    native.call("delta_backward", k, *sizes, log_decay, beta, k, q, states, written, grad_y, *grads, carry)
+    native.call("delta_backward", written, *sizes, *given, states, written, incoming, *grads, carry)
     return *grads, carry
 
 
@@ -227,7 +226,12 @@ def _(
     grad_y: Tensor, grad_state: Tensor, log_decay: Tensor, beta: Tensor, k: Tensor, q: Tensor, states: Tensor,
     written: Tensor,
 ) -> Any:  # fmt: skip
-    return tuple(torch.empty_like(tensor) for tensor in (written, log_decay, beta, k, q, grad_state))
+    return tuple(torch.empty_like(tensor) for tensor in native.widened(written, log_decay, beta, k, q, grad_state))
+
+
+def _composed(v: Tensor, *others: Tensor) -> tuple[Tensor, Tensor]:
+    y, last = _chunked(*native.widened(v, *others))
+    return y.to(v.dtype), last
 
 
 def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -238,7 +242,7 @@ def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
 def _differentiate(ctx: Any, grad_y: Tensor, grad_state: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
     *inputs, states, written = ctx.saved_tensors
     if twice():
-        return *gradients(_chunked, inputs, (grad_y, grad_state)), None
+        return *gradients(_composed, inputs, (grad_y, grad_state)), None
     _v, *sequences, _state = inputs
     return *_native_backward(grad_y.contiguous(), grad_state.contiguous(), *sequences, states, written), None
 

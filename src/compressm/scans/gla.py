@@ -109,7 +109,6 @@ def gla_scan(
     dtype = torch.promote_types(x.dtype, torch.float32)
     log_decay = restarted(log_decay, starts)
     state = x.new_zeros(batch, heads, p, n) if initial_state is None else initial_state
-    sequences = tuple(tensor.to(dtype) for tensor in (x, log_decay, B, C))
     if empty(x):
         y, state = empty_scan(tuple(x.shape), state.to(dtype), x, log_decay, B, C)
         return (y, state) if return_state else y
@@ -120,10 +119,9 @@ def gla_scan(
     if engine == "auto" and not exporting() and native.usable(x, log_decay, B, C, state, scan="gla"):
         engine = "native"
     if engine == "native" and not transformed():
-        y, state = _native(state.to(dtype), *sequences)
+        y, state = _native(x, log_decay, B, C, state)
     else:
-        values, decays, keys, queries = sequences
-        y, state = _composed(engine, values, decays, keys, queries, state.to(dtype))
+        y, state = _composed(engine, x, log_decay, B, C, state)
     return (y.to(x.dtype), state) if return_state else y.to(x.dtype)
 
 
@@ -143,10 +141,12 @@ def gla_step(state: Tensor, x: Tensor, log_decay: Tensor, B: Tensor, C: Tensor) 
 
 
 def _composed(engine: str, x: Tensor, log_decay: Tensor, B: Tensor, C: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-    """An engine made of PyTorch's own operations."""
+    """An engine made of PyTorch's own operations; outputs in the dtype of ``x``."""
     if engine != "graph" and transformed():
         engine = "loop"  # the chunk length depends on the data, which vmap does not allow
-    return in_form(engine, _chunked, gla_step, state, x, log_decay, B, C)
+    *sequences, start = native.widened(x, log_decay, B, C, state)
+    y, last = in_form(engine, _chunked, gla_step, start, *sequences)
+    return y.to(x.dtype), last
 
 
 def _chunked(x: Tensor, log_decay: Tensor, B: Tensor, C: Tensor, initial: Tensor) -> tuple[Tensor, Tensor]:
@@ -181,9 +181,7 @@ def _chunked(x: Tensor, log_decay: Tensor, B: Tensor, C: Tensor, initial: Tensor
     return y.transpose(2, 3).reshape(batch, -1, heads, p)[:, :length], states[:, -1]
 
 
-def _native(state: Tensor, *sequences: Tensor) -> tuple[Tensor, Tensor]:
-    x, log_decay, B, C = sequences
-    tensors = (x, log_decay, B, C, state)
+def _native(*tensors: Tensor) -> tuple[Tensor, Tensor]:
     keep = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
     y, last, _ = _native_forward(*(tensor.contiguous() for tensor in tensors), keep)
     return y, last
@@ -193,15 +191,16 @@ def _native(state: Tensor, *sequences: Tensor) -> tuple[Tensor, Tensor]:
 def _native_forward(
     x: Tensor, log_decay: Tensor, B: Tensor, C: Tensor, state: Tensor, keep: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    y, last, states = _results(x, state, keep)
-    kept = states if keep else None
-    native.call("gla_forward", x, *x.shape, B.shape[3], x, log_decay, B, C, state, y, last, kept)
-    return y, last, states
+    given = native.widened(x, log_decay, B, C, state)
+    y, last, states = _results(given[0], given[-1], keep)
+    native.call("gla_forward", y, *x.shape, B.shape[3], *given, y, last, states if keep else None)
+    return y.to(x.dtype), last, states
 
 
 @_native_forward.register_fake
 def _(x: Tensor, log_decay: Tensor, B: Tensor, C: Tensor, state: Tensor, keep: bool) -> Any:
-    return _results(x, state, keep)
+    y, last, states = _results(*native.widened(x, state), keep=keep)
+    return y.to(x.dtype), last, states
 
 
 def _results(x: Tensor, state: Tensor, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -215,15 +214,16 @@ def _results(x: Tensor, state: Tensor, keep: bool) -> tuple[Tensor, Tensor, Tens
 def _native_backward(
     grad_y: Tensor, grad_state: Tensor, x: Tensor, log_decay: Tensor, B: Tensor, C: Tensor, states: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    grad_x, grad_log_decay, grad_B, grad_C = (torch.empty_like(tensor) for tensor in (x, log_decay, B, C))
+    *given, incoming = native.widened(x, log_decay, B, C, grad_y)
+    grad_x, grad_log_decay, grad_B, grad_C = (torch.empty_like(tensor) for tensor in given)
     grads, carry = (grad_x, grad_log_decay, grad_B, grad_C), grad_state.clone()
-    native.call("gla_backward", x, *x.shape, B.shape[3], x, log_decay, B, C, states, grad_y, *grads, carry)
+    native.call("gla_backward", grad_x, *x.shape, B.shape[3], *given, states, incoming, *grads, carry)
     return *grads, carry
 
 
 @_native_backward.register_fake
 def _(grad_y: Tensor, grad_state: Tensor, x: Tensor, log_decay: Tensor, B: Tensor, C: Tensor, states: Tensor) -> Any:
-    return tuple(torch.empty_like(tensor) for tensor in (x, log_decay, B, C, grad_state))
+    return tuple(torch.empty_like(tensor) for tensor in native.widened(x, log_decay, B, C, grad_state))
 
 
 def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

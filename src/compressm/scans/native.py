@@ -127,6 +127,18 @@ def usable(*tensors: Tensor | None, scan: str = "") -> bool:
     )
 
 
+def widened(*tensors: Tensor | None) -> tuple[Any, ...]:
+    """The tensors in the dtype that the kernels compute in, that of the first one but at least float32.
+
+    An engine's operators widen inside, forward and again backward. So half precision is kept for the backward pass as
+    it came, and copies of twice the size live only while a kernel runs.
+    """
+    first = tensors[0]
+    assert first is not None
+    dtype = torch.promote_types(first.dtype, torch.float32)
+    return tuple(None if tensor is None else tensor.to(dtype) for tensor in tensors)
+
+
 def vector_bytes() -> int:
     """Size of the kernels' vectors, equal to the processor's vector registers: 64, 32 or 16 bytes."""
     assert available()

@@ -86,8 +86,8 @@ def selective_scan(
     dtype, precision = torch.promote_types(torch.promote_types(u.dtype, A.dtype), torch.float32), u.dtype
     if starts is not None:
         u, delta = _restarted(u.to(dtype), delta.to(dtype), starts)
-    args = (u.to(dtype), delta.to(dtype), A.to(dtype), B.to(dtype), C.to(dtype))
     start = u.new_zeros(u.shape[0], *A.shape, dtype=dtype) if initial_state is None else initial_state.to(dtype)
+    args = u, delta, A.to(dtype), B, C, start
     if empty(u):
         y, state = empty_scan(tuple(u.shape), start, u, delta, A, B, C)
         return (y, state) if return_state else y
@@ -96,13 +96,10 @@ def selective_scan(
         # Tensors are not widened here: the kernels widen half precision in registers, and so read half the memory.
         y, state = kernel(u, delta, A, B, C, start)
     elif engine == "native":
-        y, state = _native(*args, start)
-    elif engine in ("auto", "torch"):
-        y, state = _chunks(*args, start)
-    elif engine == "loop":
-        y, state = _loop(*args, start)
+        y, state = _native(*args)
     else:
-        y, state = _graph(*args, start)
+        form = {"auto": _chunks, "torch": _chunks, "loop": _loop}.get(engine, _graph)
+        y, state = form(*(tensor.to(dtype) for tensor in args))
     return (y.to(precision), state) if return_state else y.to(precision)
 
 
@@ -159,23 +156,15 @@ def _graph(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Ten
 
 
 def _native(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-    """Prepare the kernels' arguments: channels last, padded to whole vectors, and decay rates to the base 2."""
+    """Prepare the kernels' arguments: channels last, padded to whole vectors. A and the state are wide."""
     d = u.shape[-1]
-    missing = -d % (native.vector_bytes() // u.element_size())
+    missing = -d % (native.vector_bytes() // A.element_size())
     states = state.transpose(1, 2)
     if missing:
         u, delta, states = (F.pad(tensor, (0, missing)) for tensor in (u, delta, states))
     rates = F.pad(A, (0, 0, 0, missing)).T
     keep = torch.is_grad_enabled() and any(t.requires_grad for t in (u, delta, A, B, C, state))
-    y, after, _ = _native_forward(
-        u.contiguous(),
-        delta.contiguous(),
-        rates.contiguous(),
-        B.contiguous(),
-        C.contiguous(),
-        states.contiguous(),
-        keep,
-    )
+    y, after, _ = _native_forward(*(t.contiguous() for t in (u, delta, rates, B, C, states)), keep)
     return y[..., :d], after[..., :d].transpose(1, 2)
 
 
@@ -183,34 +172,28 @@ def _native(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Te
 def _native_forward(
     u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor, keep: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
+    y, after, checkpoints = _results(u, A, state, keep)
+    _, *given, start = native.widened(A, *_with_rates(u, delta, A, B, C), state)
+    native.call("selective_forward", y, *u.shape, len(A), *given, start, y, checkpoints if keep else None, after)
+    return y.to(u.dtype), after, checkpoints
+
+
+def _with_rates(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor) -> tuple[Tensor, ...]:
+    """The kernels' arguments: decay rates to the base 2."""
+    return u, delta, A * math.log2(math.e), B, C
+
+
+def _results(u: Tensor, A: Tensor, state: Tensor, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Room for outputs, the last state, and the states that the backward pass needs, in the dtype of A."""
     (batch, length, d), n = u.shape, A.shape[0]
-    y, after = torch.empty_like(u), torch.empty_like(state)
-    checkpoints = u.new_empty((batch, -(-length // _chunk()), n, d) if keep else (0,))
-    native.call(
-        "selective_forward",
-        u,
-        batch,
-        length,
-        d,
-        n,
-        u,
-        delta,
-        A * math.log2(math.e),
-        B,
-        C,
-        state,
-        y,
-        checkpoints if keep else None,
-        after,
-    )
-    return y, after, checkpoints
+    checkpoints = A.new_empty((batch, -(-length // _chunk()), n, d) if keep else (0,))
+    return A.new_empty(u.shape), torch.empty_like(state), checkpoints
 
 
 @_native_forward.register_fake
 def _(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor, keep: bool) -> Any:
-    (batch, length, d), n = u.shape, A.shape[0]
-    shape = (batch, -(-length // _chunk()), n, d) if keep else (0,)
-    return torch.empty_like(u), torch.empty_like(state), u.new_empty(shape)
+    y, after, checkpoints = _results(u, A, state, keep)
+    return y.to(u.dtype), after, checkpoints
 
 
 @torch.library.custom_op("compressm::selective_scan_backward", mutates_args=(), device_types="cpu")
@@ -219,33 +202,16 @@ def _native_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     (batch, length, d), n = u.shape, A.shape[0]
     # Enough groups of channels for all threads. Each group has its own sums for the gradients of B and C.
-    groups = max(1, min(d * u.element_size() // native.vector_bytes(), -(-torch.get_num_threads() // batch)))
-    grad_u, grad_delta = torch.empty_like(u), torch.empty_like(u)
-    grad_A = u.new_zeros(batch, n, d)
-    grad_B, grad_C = u.new_empty(groups, *B.shape), u.new_empty(groups, *C.shape)
+    groups = max(1, min(d * A.element_size() // native.vector_bytes(), -(-torch.get_num_threads() // batch)))
+    grad_u, grad_delta = A.new_empty(u.shape), A.new_empty(u.shape)
+    grad_A = A.new_zeros(batch, n, d)
+    grad_B, grad_C = A.new_empty(groups, *B.shape), A.new_empty(groups, *C.shape)
     carry = grad_state.clone()
+    _, *given, incoming = native.widened(A, *_with_rates(u, delta, A, B, C), grad_y)
     native.call(
-        "selective_backward",
-        u,
-        batch,
-        length,
-        d,
-        n,
-        u,
-        delta,
-        A * math.log2(math.e),
-        B,
-        C,
-        checkpoints,
-        grad_y,
-        grad_u,
-        grad_delta,
-        grad_A,
-        grad_B,
-        grad_C,
-        carry,
-        groups,
-    )
+        "selective_backward", A, batch, length, d, n, *given, checkpoints, incoming, grad_u, grad_delta, grad_A,
+        grad_B, grad_C, carry, groups,
+    )  # fmt: skip
     return grad_u, grad_delta, grad_A.sum(0), grad_B.sum(0), grad_C.sum(0), carry
 
 
@@ -253,7 +219,7 @@ def _native_backward(
 def _(
     grad_y: Tensor, grad_state: Tensor, u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, checkpoints: Tensor
 ) -> Any:
-    return tuple(torch.empty_like(tensor) for tensor in (u, delta, A, B, C, grad_state))
+    return tuple(torch.empty_like(tensor, dtype=A.dtype) for tensor in (u, delta, A, B, C, grad_state))
 
 
 def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -269,8 +235,9 @@ def _differentiate(ctx: Any, grad_y: Tensor, grad_state: Tensor, _: Tensor) -> t
 
 
 def _composed(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-    y, after = _loop(u, delta, A.T, B, C, state.transpose(1, 2))
-    return y, after.transpose(1, 2)
+    _, *given, start = native.widened(A, u, delta, A.T, B, C, state.transpose(1, 2))
+    y, after = _loop(*given, state=start)
+    return y.to(u.dtype), after.transpose(1, 2)
 
 
 _native_forward.register_autograd(_differentiate, setup_context=_keep_for_backward)

@@ -101,14 +101,12 @@ def ssd_scan(
     if kernel is not None:
         y, state = with_factors(kernel, x, log_decay, B, C, delta, D, start)
         return (y, state) if return_state else y
-    values, decays, keys, queries = (tensor.to(dtype) for tensor in (x, log_decay, B, C))
-    sizes, skip, given = (None if tensor is None else tensor.to(dtype) for tensor in (delta, D, initial_state))
     if engine == "native" and not transformed():
-        y, state = native_scan(values, decays, keys, queries, sizes, skip, given)
+        y, state = native_scan(x, log_decay, B, C, delta, D, initial_state)
     else:
         form = "chunked" if engine == "native" else engine
         composed = lambda *tensors: in_form(form, chunked, ssd_step, tensors[-1], *tensors[:-1])  # noqa: E731
-        y, state = with_factors(composed, values, decays, keys, queries, sizes, skip, start.to(dtype))
+        y, state = with_factors(composed, *native.widened(x, log_decay, B, C, delta, D, start))
     return (y.to(x.dtype), state) if return_state else y.to(x.dtype)
 
 

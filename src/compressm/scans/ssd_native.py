@@ -19,7 +19,7 @@ _TASKS = 8
 def native_scan(
     x: Tensor, log_decay: Tensor, B: Tensor, C: Tensor, delta: Tensor | None, D: Tensor | None, state: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """`ssd_scan` of tensors of one dtype, float32 or float64; outputs and last state."""
+    """`ssd_scan` of floating tensors; outputs in the dtype of ``x``, and the last state."""
     inputs = (x, log_decay, B, C, delta, D, state)
     keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
     y, after, _ = _forward(*inputs, keep)
@@ -37,11 +37,12 @@ def _forward(
     state: Tensor | None,
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    y, after, checkpoints = _outputs(x, B, keep)
-    initial = None if state is None else state.contiguous()
+    *given, initial = native.widened(x, log_decay, B, C, delta, D, state)
+    y, after, checkpoints = _outputs(given[0], B, keep)
+    initial = None if initial is None else initial.contiguous()
     kept = checkpoints if keep else None
-    native.call("ssd_forward", x, *_arguments(x, log_decay, B, C, delta, D), initial, y, kept, after)
-    return y, after, checkpoints
+    native.call("ssd_forward", given[0], *_arguments(*given), initial, y, kept, after)
+    return y.to(x.dtype), after, checkpoints
 
 
 def _outputs(x: Tensor, B: Tensor, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -55,7 +56,8 @@ def _outputs(x: Tensor, B: Tensor, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
 def _(
     x: Tensor, log_decay: Tensor, B: Tensor, C: Tensor, delta: Any, D: Any, state: Any, keep: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _outputs(x, B, keep)
+    y, after, checkpoints = _outputs(*native.widened(x, B), keep=keep)
+    return y.to(x.dtype), after, checkpoints
 
 
 @torch.library.custom_op("compressm::ssd_scan_backward", mutates_args=(), device_types="cpu")
@@ -70,13 +72,14 @@ def _backward(
     D: Tensor | None,
     checkpoints: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    x, log_decay, B, C, delta, D, incoming, last = native.widened(x, log_decay, B, C, delta, D, grad_y, grad_state)
     parts = _parts(x, B)
     grads = _gradients(x, log_decay, B, delta, D)
     to_x, to_log_decay, _, _, to_delta, _, to_state = grads
     to_B, to_C = B.new_empty(parts, *B.shape), C.new_empty(parts, *C.shape)
     to_D = None if D is None else x.new_empty(x.shape[0], x.shape[2])
     native.call(
-        "ssd_backward", x, *_arguments(x, log_decay, B, C, delta, D), checkpoints, grad_y, grad_state, to_x,
+        "ssd_backward", x, *_arguments(x, log_decay, B, C, delta, D), checkpoints, incoming, last, to_x,
         to_log_decay, None if delta is None else to_delta, to_B, to_C, to_D, to_state,
     )  # fmt: skip
     sum_D = x.new_empty(0) if to_D is None else to_D.sum(0)
@@ -100,7 +103,7 @@ def _(
     grad_y: Tensor, grad_state: Tensor, x: Tensor, log_decay: Tensor, B: Tensor, C: Tensor, delta: Any, D: Any,
     checkpoints: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    return _gradients(x, log_decay, B, delta, D)
+    return _gradients(*native.widened(x, log_decay, B, delta, D))
 
 
 def _sum(parts: Tensor) -> Tensor:
@@ -154,8 +157,11 @@ def _differentiate(ctx: Any, grad_y: Tensor, grad_state: Tensor, _: Tensor) -> t
 def _composed(
     x: Tensor, log_decay: Tensor, B: Tensor, C: Tensor, delta: Tensor | None, D: Tensor | None, state: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    start = x.new_zeros(x.shape[0], *x.shape[2:], B.shape[-1]) if state is None else state
-    return with_factors(chunked, x, log_decay, B, C, delta, D, start)
+    wide_x, *others, start = native.widened(x, log_decay, B, C, delta, D, state)
+    if start is None:
+        start = wide_x.new_zeros(x.shape[0], *x.shape[2:], B.shape[-1])
+    y, after = with_factors(chunked, wide_x, *others, state=start)
+    return y.to(x.dtype), after
 
 
 _forward.register_autograd(_differentiate, setup_context=_keep_for_backward)
