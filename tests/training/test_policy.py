@@ -125,7 +125,7 @@ def test_that_a_size_was_missed_is_told_once_the_last_cut_is_examined(undone: bo
     with pytest.warns(CushionWarning, match="was the last one") if undone else nullcontext():
         last = [one for step in range(46, 81) for one in resumed.policy.act(step) if not isinstance(one, Watched)]
     assert [type(event) for event in last] == [*([RolledBack, Stopped] if undone else [Kept]), FellShort, Ended]
-    said = {True: "12 states a layer: the cut that was undone was the last", False: "9 states a layer: a cut removes at"}
+    said = {True: "12 states a layer: the cut that was undone was", False: "9 states a layer: a cut removes at"}
     assert f"states=1 was asked for, and the cuts end at {said[undone]}" in str(last[-2])
 
 
