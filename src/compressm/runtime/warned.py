@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
 import os
-import sys
 import warnings
 from pathlib import Path
 
@@ -16,7 +16,7 @@ def warn(message: str, category: type[Warning] = UserWarning) -> None:
     Functions of PyTorch may lie between ours, such as hooks and ``no_grad``, so `warnings.warn` cannot be told to skip
     the package (and Python 3.11 has no ``skip_file_prefixes``).
     """
-    frame, level, ours = sys._getframe(1), 2, 2
+    frame, level, ours = inspect.currentframe(), 1, 1
     while frame is not None:
         if frame.f_code.co_filename.startswith(_PACKAGE):
             ours = level
