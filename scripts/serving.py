@@ -174,8 +174,8 @@ MEASURED = """
 ## Measured
 
 WikiText-2 byte by byte, models of toy width or of five million parameters trained on batches of {batch} sequences of
-{length} bytes, one seed; perplexity per byte on held-out text. *Recovered*: all weights or LoRA of rank 8 trained for so
-many steps. Models that are larger and trained for longer may look otherwise.
+{length} bytes, one seed; perplexity per byte on held-out text. *Recovered*: all weights or LoRA of rank 8 trained for
+so many steps. Models that are larger and trained for longer may look otherwise.
 
 {cuts}
 
@@ -184,8 +184,8 @@ moments on the data, and by the loss. *GHOST* is the product of the mean powers 
 *RRQR* the strong rank-revealing QR of the keys (arXiv 2602.04852), *saliency* the mean square of the gradient of a
 mask. All are cuts by this library, by those criteria; the others' code was not run. Saliency and ours by the loss
 depend on a draw of random signs, and a difference of 0.01 is within that draw: the order of the best is not settled.
-In the gated DeltaNet of five million parameters the loss (`--gramians loss`) is first at a quarter and an eighth, by far
-at an eighth, and as good as saliency at a half; second moments, the default, are not enough there. In the small one the
+In the gated DeltaNet of five million parameters the loss (`--gramians loss`) is first at a quarter and an eighth, by
+far at an eighth, and as good as saliency at a half; second moments, the default, are not enough. In the small one the
 loss is first at a half; below, GHOST's product is up to 1.1 % better than ours, and cutting in halves, with everything
 measured anew after each, moved no figure by more than 1.1 % (one try). 150 steps of recovery win back nine tenths of
 what the cuts of the small one cost, and six tenths in the small Mamba-2; 100 steps leave the large one with an eighth
