@@ -20,6 +20,7 @@ from compressm.errors import EvaluationError
 from compressm.layers import LRU
 from compressm.training.compressor import Compressor
 from compressm.training.cushion import CushionWarning
+from compressm.training.goal import GoalWarning
 from compressm.training.history import Event
 
 
@@ -126,7 +127,8 @@ def test_an_error_right_after_a_cut_undoes_it_bit_for_bit() -> None:
     failing.run(9)
     with pytest.raises(EvaluationError):
         failing.step()
-    plain = Loop(lambda _: 0.9, states=16)  # the same steps, and nothing to cut
+    with pytest.warns(GoalWarning, match="cuts nothing"):
+        plain = Loop(lambda _: 0.9, states=16)  # the same steps
     plain.run(10)
     assert all(torch.equal(a, b) for a, b in zip(failing.everything(), plain.everything(), strict=True))
 
@@ -193,8 +195,9 @@ def test_a_metric_that_stays_bad_is_told_and_nothing_is_cut() -> None:
     assert set(postponed) == {"postponed"}
     assert end == "ended"
     assert "no more cuts are made" in str(caught[-1].message)
-    given_up, told = map(str, loop.compressor.history[-2:])
+    given_up, short, told = map(str, loop.compressor.history[-3:])
     assert given_up.endswith("no more cuts will be tried: too few steps are left to examine one")
+    assert "states=8 was asked for, and the cuts end at 16 states a layer" in short
     assert told == "step 40: end, metric nan; no cut was kept, so none cost anything"
     assert len(caught) == len(postponed) <= 30
     assert loop.compressor.done

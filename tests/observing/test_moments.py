@@ -162,7 +162,7 @@ def test_a_setback_is_undone_and_resizes() -> None:
     loop.run(20)
     before = copy.deepcopy(loop.compressor.state_dict()["observed"]["model"])
     loop.run(23)
-    assert [event.kind for event in loop.compressor.history[-2:]] == ["rolled_back", "stopped"]
+    assert [event.kind for event in loop.compressor.history[-3:]] == ["rolled_back", "stopped", "fell_short"]
     assert set(loop.compressor.state_dims.values()) == {16}
     for name, value in loop.net.state_dict().items():
         assert torch.equal(value, before[name])

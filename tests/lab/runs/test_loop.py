@@ -264,8 +264,8 @@ def test_after_a_setback_curve_and_spectra_are_those_of_the_restored_model(tmp_p
     changes = {**SETBACK, "compression": compression}
     changes["run"] = {**SETBACK["run"], "spectrum_every": 24}
     result = train(config(changes), output=tmp_path, quiet=True)
-    assert [(event["kind"], event["restored_step"]) for event in result.history][-3:] == [
-        ("rolled_back", 72), ("stopped", None), ("ended", None),
+    assert [(event["kind"], event["restored_step"]) for event in result.history][-4:] == [
+        ("rolled_back", 72), ("stopped", None), ("fell_short", None), ("ended", None),
     ]  # fmt: skip
     points = {point["step"]: point for point in result.curve}
     assert [point["step"] for point in result.curve] == [*range(8, 90, 8), 90]

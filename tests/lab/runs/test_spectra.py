@@ -73,7 +73,7 @@ def test_what_a_roll_back_undoes_is_not_in_the_record(tmp_path: Path) -> None:
     tree["optimizer"]["lr"] = 0.03
     tree["run"] |= {"steps": 90, "spectrum_every": 15}
     result = train(parse_config(tree), output=tmp_path / "run", quiet=True)
-    assert [event["kind"] for event in result.history][-3:] == ["rolled_back", "stopped", "ended"]
+    assert [event["kind"] for event in result.history][-4:] == ["rolled_back", "stopped", "fell_short", "ended"]
     entries = result.spectra or []
     assert [entry["step"] for entry in entries] == [0, 15, 30, 45, 60, 75, 90]
     assert all(len(entry["layers"]["blocks.0.ssm"]["hsv"]) == 20 for entry in entries)
