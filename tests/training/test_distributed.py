@@ -64,7 +64,7 @@ def test_killed_and_resumed_ddp_ends_as_if_unbroken(tmp_path: Path) -> None:
 
 def test_a_roll_back_is_decided_once_and_restores_every_ranks_random_state(tmp_path: Path) -> None:
     ranks = run(tmp_path, 2, "dropout=0.2", "harm=1")
-    undone = [("cut", 12), ("rolled_back", 15), ("stopped", 15), ("ended", 24)]
+    undone = [("cut", 12), ("rolled_back", 15), ("stopped", 15), ("fell_short", 15), ("ended", 24)]
     assert ranks[0]["history"] == ranks[1]["history"] == undone
     for rank in ranks:
         assert torch.equal(rank["rng"][0], rank["rng"][1])
