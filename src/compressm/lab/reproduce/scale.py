@@ -35,7 +35,8 @@ class Scale:
 
 def scale(runs: Iterable[RunResult]) -> Scale:
     """That of the metric of some runs, which all have the same; of accuracies where there are none."""
-    metric: Metric = next((run.metric for run in runs), "accuracy")
+    metrics: list[Metric] = [run.metric for run in runs] or ["accuracy"]
+    metric = metrics[0]
     if better(metric) == "min":
         return Scale(_NAMES[metric], "", lambda score: score, lambda score: -100 * math.log(score))
     return Scale(_NAMES[metric], " %", lambda score: 100 * score, lambda score: 100 * score)
