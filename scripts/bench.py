@@ -39,10 +39,14 @@ need for a row; *MB* the memory of a step; *moved* the least that it reads and w
 """
 
 
+def shown(result: dict[str, Any]) -> list[dict[str, Any]]:
+    """The rows that were measured."""
+    return [row for row in result["rows"] if row["reason"] is None]
+
+
 def section(name: str, result: dict[str, Any]) -> list[str]:
     """A suite's machine, table and command; rows whose peer was not there are left out."""
     m, rates = result["machine"], result["rates"]
-    rows = [row for row in result["rows"] if row["reason"] is None]
     return [
         f"\n## {TITLES[name]}\n",
         f"{m['cpu']}, {m['threads']} threads: matrix product {number(rates['gflops'])} GFLOP/s, "
@@ -50,7 +54,7 @@ def section(name: str, result: dict[str, Any]) -> list[str]:
         f"PyTorch {result['versions']['torch']}. `{result['command']}`\n",
         "| " + " | ".join(COLUMNS) + " |",
         "|---|---|---|" + "---:|" * (len(COLUMNS) - 3),
-        *("| " + " | ".join(cell.replace("|", "\\|") for cell in cells(row)) + " |" for row in rows),
+        *("| " + " | ".join(cell.replace("|", "\\|") for cell in cells(row)) + " |" for row in shown(result)),
     ]
 
 
@@ -62,9 +66,9 @@ def compared(now: dict[str, Any], before: dict[str, Any]) -> list[str]:
         "| row | peer / ours, then | now | ours / limit, then | now | then on |",
         "|---|---:|---:|---:|---:|---|",
     ]
-    for row in now["rows"]:
+    for row in shown(now):
         then = earlier.get(row["name"])
-        if row["reason"] is None and then is not None:
+        if then is not None:
             pairs = [number(one[what]) for what in ("ratio", "of_roofline") for one in (then, row)]
             lines.append(f"| {row['name']} | {' | '.join(pairs)} | {then['cpu']} |")
     return lines
@@ -79,9 +83,8 @@ def kept(commit: str) -> dict[str, Any]:
     rows: list[dict[str, Any]] = []
     for path in git("ls-tree", "--name-only", commit, "results/bench/").split():
         result = json.loads(git("show", f"{commit}:{path}"))
-        shown = (row for row in result["rows"] if row["reason"] is None)
         cpu = f"{result['machine']['cpu']}, {number(result['rates']['gflops'])} GFLOP/s"
-        rows += [{"cpu": cpu, **{key: row[key] for key in ("name", "ratio", "of_roofline")}} for row in shown]
+        rows += [{"cpu": cpu, **{key: row[key] for key in ("name", "ratio", "of_roofline")}} for row in shown(result)]
     return {"commit": git("rev-parse", commit).strip(), "rows": rows}
 
 

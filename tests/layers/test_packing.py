@@ -2,30 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from compressm.layers import DeltaNet, GatedLinearAttention, LinearAttention, Mamba, Mamba2
 from compressm.layers.activations import causal_conv
 from compressm.layers.packing import starts_of, steps_since
-
-LENGTHS = ((5, 1, 2, 12), (20,))
-SEQ_IDX = torch.stack([torch.repeat_interleave(torch.arange(len(row)), torch.tensor(row)) for row in LENGTHS])
-LAYERS: dict[str, Callable[[], Any]] = {
-    "mamba": lambda: Mamba(8, 4),
-    "mamba2": lambda: Mamba2(8, 4, head_dim=4),
-    "linear-attention": lambda: LinearAttention(8, 4, n_heads=2),
-    "gla": lambda: GatedLinearAttention(8, 4, n_heads=2),
-    "gated-delta-net": lambda: DeltaNet(8, 4, n_heads=2, gated=True),
-}
-
-
-def alone(rows: Tensor) -> list[list[Tensor]]:
-    return [list(row[None].split(lengths, 1)) for row, lengths in zip(rows, LENGTHS, strict=True)]
+from packed_rows import LAYERS, SEQ_IDX, alone
 
 
 def test_steps_since_the_start() -> None:

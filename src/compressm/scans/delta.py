@@ -27,7 +27,6 @@ from compressm.scans import engines, native
 from compressm.scans.frame import (
     check_engine,
     check_shapes,
-    check_starts,
     empty,
     empty_scan,
     in_form,
@@ -106,7 +105,6 @@ def delta_scan(
             "initial_state": (initial_state, (batch, heads, p, n)),
         },
     )
-    check_starts(starts, v)
     check_engine(engine, "auto", "native", "chunked", "loop", "graph", *engines.NAMES["delta"])
     dtype = torch.promote_types(v.dtype, torch.float32)
     log_decay = restarted(log_decay, starts)

@@ -67,7 +67,11 @@ def restarted(log_decay: Tensor, starts: Tensor | None) -> Tensor:
     Args:
         log_decay: shape ``(batch, length, ...)``.
         starts: True where a sequence begins, shape ``(batch, length)``; None for one sequence a row.
+
+    Raises:
+        ValueError: see `check_starts`.
     """
+    check_starts(starts, log_decay)
     if starts is None:
         return log_decay
     return log_decay.masked_fill(starts.view(*starts.shape, *[1] * (log_decay.ndim - 2)), -torch.inf)

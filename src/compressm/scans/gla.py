@@ -25,7 +25,6 @@ from compressm.scans import engines, native
 from compressm.scans.frame import (
     check_engine,
     check_shapes,
-    check_starts,
     empty,
     empty_scan,
     in_form,
@@ -104,7 +103,6 @@ def gla_scan(
             "initial_state": (initial_state, (batch, heads, p, n)),
         },
     )
-    check_starts(starts, x)
     check_engine(engine, "auto", "native", "chunked", "loop", "graph", *engines.NAMES["gla"])
     dtype = torch.promote_types(x.dtype, torch.float32)
     log_decay = restarted(log_decay, starts)

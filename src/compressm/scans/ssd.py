@@ -21,7 +21,6 @@ from compressm.scans import engines, native
 from compressm.scans.frame import (
     check_engine,
     check_shapes,
-    check_starts,
     empty,
     empty_scan,
     in_form,
@@ -87,7 +86,6 @@ def ssd_scan(
         ValueError: shapes that do not fit together, or an unknown engine, or one that is not installed.
     """
     _check(x, log_decay, B, C, initial_state, delta, D)
-    check_starts(starts, x)
     check_engine(engine, "auto", "native", "chunked", "loop", "graph", *engines.NAMES["ssd"])
     dtype = torch.promote_types(x.dtype, torch.float32)
     log_decay = restarted(log_decay, starts)

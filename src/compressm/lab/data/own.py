@@ -118,7 +118,8 @@ def own_data(source: str, validation: float, task: Task | None = None, max_lengt
     where = f"data.source = {source!r}"
     content = own_content(source, "data.source")
     parts = _by_split(content)
-    splits = _splits(parts, where, task)
+    names = None if task == "regression" else _class_names(parts)
+    splits = _splits(parts, names, where, task)
     train, test = splits.pop("_train", None) or splits.pop("", None), splits.pop("_test", None)
     held_out = splits.pop("_val", None) or splits.pop("_validation", None)
     if train is None:
@@ -142,7 +143,7 @@ def own_data(source: str, validation: float, task: Task | None = None, max_lengt
     channels = train.x.shape[2]
     label = Path(source).stem if Path(source).exists() else source
     scale = torch.zeros(channels), torch.ones(channels)
-    names = _class_names(parts) if task == "classification" else None
+    names = names if task == "classification" else None
     return SequenceData(label, *every, *scale, outputs, vocabulary, padding=None, task=task, class_names=names)
 
 
@@ -165,16 +166,18 @@ def _by_split(content: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     return found
 
 
-def _splits(parts: Mapping[str, dict[str, Any]], where: str, task: Task | None) -> dict[str, Split]:
+def _splits(
+    parts: Mapping[str, dict[str, Any]], names: tuple[str, ...] | None, where: str, task: Task | None
+) -> dict[str, Split]:
     """The splits by their endings. What the data are, tokens or measurements, classes or numbers, is told by all.
 
     Raises:
         ConfigError: a split that nothing can be learnt from, or splits of different channels or outputs.
     """
-    named = parts if task == "regression" else _numbered(parts)
+    named = parts if names is None else _numbered(parts, names)
     found = {ending: _split(part, f"{where}{ending and f' ({ending[1:]})'}", task) for ending, part in named.items()}
     if task is None and len({split.y.is_floating_point() for split in found.values()}) > 1:
-        return _splits(parts, where, "regression")
+        return _splits(parts, None, where, "regression")
     if any(split.x.is_floating_point() for split in found.values()):
         found = {ending: replace(split, x=split.x.float()) for ending, split in found.items()}
     for what, sizes in {
@@ -200,11 +203,8 @@ def _class_names(parts: Mapping[str, Mapping[str, Any]]) -> tuple[str, ...] | No
     return in_order(name for one in named for name in one.reshape(-1).tolist()) if named else None
 
 
-def _numbered(parts: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+def _numbered(parts: Mapping[str, dict[str, Any]], names: tuple[str, ...]) -> dict[str, dict[str, Any]]:
     """The arrays of every split, with names of classes as numbers, the same in all splits."""
-    names = _class_names(parts)
-    if names is None:
-        return dict(parts)
 
     def number(key: str, value: Any, where: str) -> Any:
         spelled = role_of(key) == "y" and are_names(value)

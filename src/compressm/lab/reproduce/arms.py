@@ -214,14 +214,10 @@ def bytes_of_text(layer: str, title: str, *sizes: int, **options: Any) -> Experi
     """A language model of two layers of one kind: big; and for every size small from the start, and cut to it after a
     quarter of the training, by second moments and by the loss, which distributes the states as one budget."""
     model = {"model.layer": layer, **{f"model.{key}": value for key, value in options.items()}}
-    arms = [Arm("full", BIG)]
-    for n in sizes:
-        free = {"fraction": None, "max_reduction": None}
-        moments, loss = once(0.25, states=n, **free), by_loss(0.25, total_states=2 * n, **free)
-        arms.append(Arm(f"small{n}", {**BIG, "model.d_state": n}))
-        arms += [Arm(f"moments{n}", moments, small=f"small{n}"), Arm(f"loss{n}", loss, small=f"small{n}")]
+    free = {"fraction": None, "max_reduction": None}
+    arms = (Arm("full", BIG), *at_each_size(*sizes, layers=2, plain="moments", every=free))
     title = f"Bytes of WikiText-2, two layers of {title} of {options['d_state']} states"
-    return Experiment(f"wikitext-{layer.replace('_', '-')}", title, "wikitext", tuple(arms), changes=model)
+    return Experiment(f"wikitext-{layer.replace('_', '-')}", title, "wikitext", arms, changes=model)
 
 
 def once(window: float, **changes: Any) -> dict[str, Any]:
@@ -235,19 +231,27 @@ def by_loss(window: float, **changes: Any) -> dict[str, Any]:
     return once(window, gramians="loss", **changes)
 
 
-def at_each_size(*sizes: int, layers: int = 1, **more: Mapping[str, Any]) -> tuple[Arm, ...]:
-    """For every size a model that has it from the start, and one cut to it after a quarter of the training, by white
-    noise and by the loss, which distributes the states of several layers as one budget.
+def at_each_size(
+    *sizes: int,
+    layers: int = 1,
+    plain: str = "white",
+    every: Mapping[str, Any] | None = None,
+    **more: Mapping[str, Any],
+) -> tuple[Arm, ...]:
+    """For every size a model that has it from the start, and one cut to it after a quarter of the training, without the
+    loss and by it, which distributes the states of several layers as one budget.
 
     Args:
         sizes: states of a layer.
         layers: of the model.
+        plain: names the cuts without the loss: by white noise, or by second moments where states are selective.
+        every: what these cuts and those by the loss change beside.
         more: further cuts by the loss, by name: what they change.
     """
     arms: list[Arm] = []
     for n in sizes:
         size = {"states": n} if layers == 1 else {"total_states": layers * n}
-        cuts = {"white": once(0.25, states=n), "loss": by_loss(0.25, **size)}
+        cuts = {plain: once(0.25, states=n, **(every or {})), "loss": by_loss(0.25, **size, **(every or {}))}
         cuts |= {name: by_loss(0.25, **size, **changes) for name, changes in more.items()}
         arms.append(Arm(f"small{n}", {**BIG, "model.d_state": n}))
         arms += [Arm(f"{name}{n}", cut, small=f"small{n}") for name, cut in cuts.items()]
@@ -292,6 +296,7 @@ __all__ = [
     "afterwards",
     "at_each_size",
     "by_loss",
+    "bytes_of_text",
     "cut_to_32",
     "each_rate",
     "family",
