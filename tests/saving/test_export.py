@@ -17,7 +17,7 @@ import compressm
 from compressm.cli import main
 from compressm.errors import ConfigError, ExportError
 from compressm.lab.named import call_named
-from compressm.layers import LRU, LanguageModel, Mamba, SequenceClassifier
+from compressm.layers import LRU, S4, LanguageModel, Mamba, SequenceClassifier
 from compressm.layers.families import FAMILIES
 from compressm.saving.export import flatten_state, onnx_runner, to_onnx, to_torch
 from compressm.saving.tracing import example_of, trace
@@ -294,6 +294,31 @@ def test_lengths_that_cannot_be_exported(tmp_path: Path) -> None:
         to_onnx(LRU(4, 6), tmp_path / "a.onnx", lengths=True)
     with pytest.raises(ExportError, match="a step reads one input at a time"):
         to_torch(classifier(), tmp_path / "a.pt2", step=True, lengths=True)
+
+
+@pytest.mark.slow
+def test_s4_leaves_for_sequences_of_every_length(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    layer = S4(3, 5, max_length=40)
+    to_torch(layer, tmp_path / "s4.pt2")  # its own example is no longer than max_length
+    to_onnx(layer, tmp_path / "s4.onnx")
+    program, run = torch.export.load(tmp_path / "s4.pt2").module(), onnx_runner(tmp_path / "s4.onnx")
+    with torch.no_grad():
+        response = layer.double().filter(40)  # the definition: a sum over all inputs before
+        for batch, length in ((1, 1), (3, 2), (2, 40)):
+            u = torch.randn(batch, length, 3)
+            past = torch.arange(length)[:, None] - torch.arange(length)
+            matrix = torch.where(past[..., None] >= 0, response[past.clamp_min(0)], 0.0)
+            expected = torch.einsum("tsh,bsh->bth", matrix, u.double()) + layer.D * u
+            for found in (program(u), run([u])[0]):
+                torch.testing.assert_close(found.double(), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("step", [False, True])
+def test_a_long_convolution_has_no_graph(step: bool, tmp_path: Path) -> None:
+    model = LanguageModel(9, 8, 0, 2, layer="hyena", max_length=32)
+    with pytest.raises(ExportError, match=r"blocks.0.ssm.filter is a LongConvolution.*call compressm.distil"):
+        to_torch(model, tmp_path / "a.pt2", step=step)
 
 
 def test_an_example_may_have_the_forms_of_data(tmp_path: Path) -> None:

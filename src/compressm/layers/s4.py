@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from compressm.layers.hyena import Convolution
 from compressm.layers.s5 import hippo
+from compressm.scans.graph import exporting, graph_scan
 
 
 class S4(Convolution):
@@ -64,15 +65,21 @@ class S4(Convolution):
 
     def sampled(self) -> tuple[Tensor, Tensor, Tensor]:
         """``A`` (H, 2n, 2n), ``b`` and ``c`` (H, 2n) of the sampled systems in the coordinates ``(Re x, Im x)``."""
-        decay, frequency = torch.diag_embed(self.log_decay.exp()), torch.diag_embed(self.frequency)
-        A = torch.cat([torch.cat([-decay, -frequency], -1), torch.cat([frequency, -decay], -1)], -2)
-        p = torch.cat([self.P_re, self.P_im], -1)
+        decay, p = self.log_decay.exp(), torch.cat([self.P_re, self.P_im], -1)
+        half = (self.log_step.exp() / 2)[:, None]
+        identity = torch.eye(p.shape[-1], dtype=p.dtype, device=p.device)
+        b = torch.cat([self.B_re, self.B_im], -1)
         # p p* acts on a state and its conjugate: p (p* x + conj(p* x)) = 2 p Re(p* x)
-        A = A - 2 * p[:, :, None] * p[:, None, :]
-        half = (self.log_step.exp() / 2)[:, None, None]
-        identity = torch.eye(A.shape[-1], dtype=A.dtype, device=A.device)
-        b = torch.cat([self.B_re, self.B_im], -1)[..., None]
-        both = torch.linalg.solve(identity - half * A, torch.cat([identity + half * A, 2 * half * b], -1))
+        A = _turned(identity, -decay, self.frequency) - 2 * p[:, :, None] * p[:, None, :]
+        right = torch.cat([identity + half[..., None] * A, (2 * half * b)[..., None]], -1)
+        # 1 - half A is the matrix of a block of size 2 per state, plus one of rank 1: its inverse is known (Sherman and
+        # Morrison), and `torch.linalg.solve` has no counterpart in ONNX.
+        real, imag = 1 + half * decay, half * self.frequency
+        square = real.square() + imag.square()
+        both = _turned(right, real / square, imag / square)
+        turned = _turned(p[..., None], real / square, imag / square)
+        row = p[:, None, :]
+        both = both - 2 * half[..., None] * turned @ (row @ both) / (1 + 2 * half[..., None] * (row @ turned))
         return both[..., :-1], both[..., -1], 2 * torch.cat([self.C_re, -self.C_im], -1)
 
     def filter(self, length: int) -> Tensor:
@@ -82,6 +89,22 @@ class S4(Convolution):
             rows = torch.cat([rows, rows @ power], 1)
             power = power @ power
         return (rows[:, :length] @ b[..., None])[..., 0].T
+
+    def forward(self, u: Tensor) -> Tensor:
+        if exporting():  # the size of an FFT is a number; a graph of any length goes step by step
+            return self._recurrence(u)
+        return super().forward(u)
+
+    def _recurrence(self, u: Tensor) -> Tensor:
+        """The output by the recurrence of `step`, for sequences of any length."""
+        A, b, c = (value.clone() for value in self.sampled())  # the loop of a graph takes no two views of one tensor
+
+        def step(state: Tensor, now: Tensor) -> tuple[Tensor, Tensor]:
+            state = (A @ state[..., None])[..., 0] + b * now[..., None]
+            return (state * c).sum(-1), state
+
+        y, _ = graph_scan(step, self.initial_state(u.shape[0]), u)
+        return torch.addcmul(y, self.D, u)
 
     def initial_state(self, batch: int) -> Tensor:
         """The zero state of `step`, shape ``(batch, d_model, 2 d_state)``."""
@@ -95,6 +118,18 @@ class S4(Convolution):
 
     def extra_repr(self) -> str:
         return f"d_model={self.d_model}, d_state={self.d_state}, max_length={self.max_length}"
+
+
+def _turned(x: Tensor, real: Tensor, imag: Tensor) -> Tensor:
+    """The product of ``real + i imag`` per state with the columns of ``x`` (H, 2n, m), real parts above imaginary ones.
+
+    Args:
+        x: or ``(2n, m)``, the same for all channels.
+        real, imag: shape ``(H, n)``.
+    """
+    re, im = x.chunk(2, -2)
+    real, imag = real[..., None], imag[..., None]
+    return torch.cat([real * re - imag * im, imag * re + real * im], -2)
 
 
 __all__ = ["S4"]

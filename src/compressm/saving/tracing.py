@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from compressm.cutting import state_dims
 from compressm.errors import ExportError, UnsupportedModelError
+from compressm.layers.hyena import Convolution, LongConvolution
 from compressm.observing.inputs import calls
 from compressm.runtime.copies import copied_module
 
@@ -115,7 +116,13 @@ def trace(model: nn.Module, data: Any, step: bool, padded: bool) -> Traced:
 
 
 def _check_offers(model: nn.Module, step: bool, padded: bool) -> None:
-    """Whether the model has the step, or takes the lengths, that are to be exported."""
+    """Whether the model has a graph for every length, and the step, or takes the lengths, that are to be exported."""
+    filters = [name for name, one in model.named_modules() if isinstance(one, LongConvolution)]
+    if filters:
+        raise ExportError(
+            f"{filters[0] or 'the model'} is a LongConvolution, which has an FFT of another size for every length, and "
+            "a step that keeps all inputs: call compressm.distil(model, order=16), which makes it a state space model"
+        )
     if padded and (step or "lengths" not in inspect.signature(model.forward).parameters):
         why = "a step reads one input at a time" if step else f"{type(model).__name__}.forward does not take them"
         raise ExportError(f"lengths=True, but {why}: leave it out")
@@ -170,7 +177,8 @@ def example_of(model: nn.Module, data: Any) -> Tensor:
 
 
 def _random_example(model: nn.Module) -> Tensor:
-    generator, shape = torch.Generator().manual_seed(0), (2, 1000)
+    longest = min([1000, *(one.max_length for one in model.modules() if isinstance(one, Convolution))])
+    generator, shape = torch.Generator().manual_seed(0), (2, longest)
     config: dict[str, Any] = getattr(model, "config", {})
     if config.get("vocabulary") is not None:
         return torch.randint(config["vocabulary"], shape, generator=generator)
