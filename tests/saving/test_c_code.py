@@ -42,6 +42,26 @@ def test_the_compiled_step_computes_what_scipy_computes(tmp_path: Path) -> None:
     assert "ns a step here" in str(report)
 
 
+@needs_compiler
+def test_outputs_may_be_written_over_the_inputs(tmp_path: Path) -> None:
+    to_c(system(), tmp_path / "plant.c")
+    library = tmp_path / "plant.so"
+    subprocess.run(["cc", "-O2", "-shared", "-fPIC", str(tmp_path / "plant.c"), "-o", str(library)], check=True)
+    step = ctypes.CDLL(str(library)).plant_step
+    u = np.random.default_rng(1).standard_normal((300, 2)).astype(np.float32)
+    state, samples = np.zeros(3, np.float32), u.copy()
+    for sample in samples:
+        step(*(array.ctypes.data_as(ctypes.c_void_p) for array in (state, sample, sample)))
+    np.testing.assert_allclose(samples, signal.dlsim(system().to_scipy(), u)[1], atol=2e-4)
+
+
+@needs_compiler
+def test_an_input_that_nothing_reads_gives_no_warning(tmp_path: Path) -> None:
+    to_c(DiagonalSystem.from_abcd([[0.5]], [[1.0, 0.0]], [[3.0]]), tmp_path / "half.c")
+    command = ["cc", "-std=c99", "-pedantic", "-Wall", "-Werror", "-shared", "-fPIC", str(tmp_path / "half.c")]
+    subprocess.run([*command, "-o", str(tmp_path / "half.so")], check=True)
+
+
 @pytest.mark.parametrize(
     ("path", "name", "message"),
     [("a.c", "no name", "is no name in C"), ("missing/a.c", None, "cannot be written"), ("2.c", None, "pass name=")],

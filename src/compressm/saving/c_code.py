@@ -71,6 +71,7 @@ def to_c(system: DiagonalSystem, path: str | os.PathLike[str], *, name: str | No
 
     A step computes ``y = C x + D u`` and then ``x = A x + B u``, with the matrices of `DiagonalSystem.to_abcd`. Zeros
     are left out, so a step costs about ``(p + q + 2) n`` multiplications for order n. A state of zeros is the start.
+    ``u`` and ``y`` may be the same array.
 
     Args:
         system: a system of real output, of discrete time.
@@ -120,7 +121,7 @@ def _statements(A: NDArray[Any], B: NDArray[Any], C: NDArray[Any], D: NDArray[An
         lines: list[str] = []
         for row, inputs in zip(left.astype(np.float32), right.astype(np.float32), strict=True):
             products = [(value, f"x{j}") for j, value in enumerate(row) if value]
-            products += [(value, f"u[{j}]") for j, value in enumerate(inputs) if value]
+            products += [(value, f"u{j}") for j, value in enumerate(inputs) if value]
             terms.extend(float(value) for value, _ in products)
             lines.append(" + ".join(f"{_literal(value)} * {factor}" for value, factor in products) or "0.0f")
         return lines
@@ -136,6 +137,7 @@ def _literal(value: float) -> str:
 
 def _source(name: str, rows: _Statements, matrices: Sequence[NDArray[Any]], dt: float) -> str:
     n, (q, p) = len(matrices[0]), matrices[3].shape
+    read = set(re.findall(r"[xu]\d+", " ".join([*rows.outputs, *rows.states])))
     lines = [
         f"/* Linear system of order {n}, inputs {p}, outputs {q}, sampling time {dt:g} s; written by compressm.",
         f"   Call {name}_step once per sample. Start from a state of zeros. */",
@@ -144,7 +146,8 @@ def _source(name: str, rows: _Statements, matrices: Sequence[NDArray[Any]], dt: 
         "",
         f"void {name}_step({name}_state *state, const float *u, float *y)",
         "{",
-        *(f"    const float x{i} = state->x[{i}];" for i in range(n)),
+        *(f"    const float x{i} = state->x[{i}];" for i in range(n) if f"x{i}" in read),
+        *(f"    const float u{i} = u[{i}];" for i in range(p) if f"u{i}" in read),  # y may be the same array
         *(f"    y[{i}] = {sum_};" for i, sum_ in enumerate(rows.outputs)),
         *(f"    state->x[{i}] = {sum_};" for i, sum_ in enumerate(rows.states)),
         "}",
