@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from compressm import Compressor
+from compressm.errors import UnsupportedOptimizerError
 from compressm.layers import LRU, Mamba, SequenceClassifier
 from compressm.observing.moments import NotFiniteWarning
 
@@ -105,6 +106,68 @@ def test_a_batch_that_is_not_finite_and_is_skipped_leaves_no_trace() -> None:
         poisoned, same_sizes = run((0, 3, 4))
     assert sizes == same_sizes == {"0": 4}
     assert all(torch.equal(value, poisoned[name]) for name, value in clean.items())
+
+
+def test_a_step_that_a_scaler_skips_leaves_no_trace_in_the_gradients_observed() -> None:
+    def run(bad: tuple[int, ...]) -> tuple[dict[str, torch.Tensor], int]:
+        model = classifier()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=1000)
+        compressor = Compressor(model, optimizer, STEPS, states=4, cuts=1, window=0.5, gramians="loss", scaler=scaler)
+        numbers = iter(range(100))
+        for call in range(STEPS + len(bad)):
+            seed = 999 if call in bad else next(numbers)
+            u = torch.randn(2, 20, 1, generator=torch.Generator().manual_seed(seed))
+            loss = F.cross_entropy(model(u), (u.sum((1, 2)) > 0).long())
+            optimizer.zero_grad()
+            scaler.scale(loss * (float("inf") if call in bad else 1.0)).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            observer = compressor._cutter.observations.observer
+            seen = 0 if observer is None else max(map(len, observer.samples().values()), default=0)
+            if compressor.step() is not None:
+                assert seen == 6  # every step before the cut
+        return model.state_dict(), compressor.state_dims["blocks.0.ssm"]
+
+    (clean, size), (skipping, same_size) = run(()), run((0, 2, 3))
+    assert size == same_size == 4
+    assert all(torch.equal(value, skipping[name]) for name, value in clean.items())
+
+
+@pytest.mark.parametrize("steps_before", [0, 2])
+def test_an_optimizer_that_took_the_place_of_the_compressors_is_refused(steps_before: int) -> None:
+    model, (u, y) = classifier(), examples(4)
+    first = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    compressor = compressing(model, first)
+    second = torch.optim.SGD(model.parameters(), lr=1e-2, fused=steps_before > 0)
+
+    def train(optimizer: torch.optim.Optimizer) -> None:
+        optimizer.zero_grad()
+        F.cross_entropy(model(u), y).backward()
+        optimizer.step()
+        compressor.step()
+
+    for _ in range(steps_before):
+        train(first)
+    train(second)  # the weights have changed, but nothing says yet who did it
+    with pytest.raises(UnsupportedOptimizerError, match=r"SGD trains parameters .* build a new Compressor with it"):
+        train(second)
+    assert compressor.state_dims["blocks.0.ssm"] == 16
+
+
+def test_another_optimizer_is_welcome_after_the_last_cut() -> None:
+    model, (u, y) = classifier(), examples(4)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    compressor = compressing(model, optimizer)
+    for step in range(STEPS):
+        if step == 6:
+            assert compressor.done
+            optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        optimizer.zero_grad()
+        F.cross_entropy(model(u), y).backward()
+        optimizer.step()
+        compressor.step()
+    assert compressor.state_dims["blocks.0.ssm"] == 4
 
 
 class FirstAndSecond(torch.optim.Optimizer):

@@ -31,7 +31,7 @@ from compressm.training.policy import Policy
 from compressm.training.schedule import Schedule, When
 from compressm.training.snapshot import Stateful, Training
 from compressm.training.step_cost import StepCost, step_cost
-from compressm.training.steps import StepWatch
+from compressm.training.steps import StepWatch, scale_of
 from compressm.training.twin import Control, TrainStep
 
 log = logging.getLogger(__name__)
@@ -289,15 +289,18 @@ class Compressor:
                 ``train_step`` did not use its arguments.
             InvalidSystemError: at a cut, parameters or data that are not finite.
             UnsupportedModelError: at a cut, a selective layer that no data have passed through.
-            UnsupportedOptimizerError: at a cut, state whose meaning is not known.
+            UnsupportedOptimizerError: at a cut, state whose meaning is not known; or an optimizer that the Compressor
+                was not built with trains what cuts change.
             EvaluationError: ``evaluate`` raised, or returned no number.
 
         After an error nothing has changed, and the cut or examination that was due is due again at the next step.
         """
-        made = self._watch.made()
+        made = self._watch.made(guarded=not self.done)
         if self._cushion.control == "twin":
             self._check_for_twin(batch, made)
         if not made:
+            if scale_of(self._scaler) != self._scale:  # it has skipped a step, whose gradients could not be observed
+                self._observe()
             return None
         self.clock.end()
         self._cushion.follow(batch)
@@ -346,19 +349,16 @@ class Compressor:
 
     def _observe(self) -> None:
         """Have the layers observed in the coming step, if a cut will need it."""
-        steps, factor = self._steps, getattr(self._scaler, "get_scale", lambda: 1.0)
+        steps, self._scale = self._steps, scale_of(self._scaler)
         self._cutter.observations.observe(
             self._schedule.observes(steps, self._cutter.unseen),
             self._schedule.observes_gradients(steps),
             steps + 1,
-            self._loss_scale * float(factor()),
+            self._loss_scale * self._scale,
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that `load_state_dict` needs to go on in the middle of a schedule or of an observation.
-
-        Nested dicts and lists of tensors, numbers and strings.
-        """
+        """All that `load_state_dict` needs to go on, in nested dicts and lists of tensors, numbers and strings."""
         return {
             "format": 1,
             "steps": self._steps,

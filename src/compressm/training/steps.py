@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import weakref
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from compressm.cutting.optimizers import Together, members_of
+from compressm.errors import UnsupportedOptimizerError
 
 
 class StepWatch:
@@ -24,6 +26,9 @@ class StepWatch:
     Some optimizers change the weights without their ``step`` (``first_step`` and ``second_step`` of sharpness-aware
     minimisation). As long as the hook has not run once, a step is therefore also a change of the watched parameters.
 
+    Parameters that change without a step of these optimizers may have a new optimizer, which would not be counted and
+    whose state no cut would carry. Other optimizers of the watched parameters are then watched too, see `made`.
+
     Args:
         optimizer: the optimizer, or several as one. Only hooks are added, which are removed with this object.
         parameters: returns the parameters that are compared.
@@ -32,11 +37,45 @@ class StepWatch:
     def __init__(self, optimizer: Optimizer | Together, parameters: Callable[[], Iterable[nn.Parameter]]) -> None:
         self._parameters = parameters
         self._called = self._made = False
-        self._values = self._copies()
+        trained = [parameter for parameter in parameters() if parameter.requires_grad]
+        self._sample = min(trained, key=Tensor.numel, default=None)  # an optimizer changes all; one is quick to compare
+        self._values, self._sampled = self._copies(), self._copy_of_sample()
+        self._known = {id(one) for one in members_of(optimizer)}
+        self._surprises, self._other = 0, ""
         for member in members_of(optimizer):
-            if hasattr(member, "_optimizer_step_post_hooks"):  # absent where Optimizer.__init__ was not called
-                hook = member.register_step_post_hook(_Hook(self))
-                weakref.finalize(self, hook.remove).atexit = False
+            self._known |= {id(part) for part in vars(member).values()}  # such as the optimizer inside another
+            self._hook(member, _Hook(self))
+
+    def _hook(self, optimizer: Optimizer, hook: Callable[..., None]) -> None:
+        if hasattr(optimizer, "_optimizer_step_post_hooks"):  # absent where Optimizer.__init__ was not called
+            handle = optimizer.register_step_post_hook(hook)
+            weakref.finalize(self, handle.remove).atexit = False
+
+    def _check_others(self) -> None:
+        """Refuse a step of an optimizer that is not watched."""
+        if not self._made and not _same(self._sampled, now := self._copy_of_sample()):
+            self._sampled = now
+            self._surprises += 1
+            if self._surprises & (self._surprises - 1) == 0:  # at 1, 2, 4, 8, ...: the search looks at all objects
+                self._watch_others()
+        if self._other:
+            raise UnsupportedOptimizerError(
+                f"{self._other} trains parameters that a cut changes, and is not the optimizer that the Compressor was "
+                "built with: build a new Compressor with it, or with a list of all optimizers"
+            )
+
+    def _watch_others(self) -> None:
+        ours = {id(parameter) for parameter in self._parameters()}
+        for other in gc.get_objects():
+            if not issubclass(type(other), Optimizer) or id(other) in self._known:
+                continue
+            if any(id(parameter) in ours for group in other.param_groups for parameter in group["params"]):
+                self._known.add(id(other))
+                self._hook(other, _OtherHook(self))
+
+    def other_stepped(self, name: str) -> None:
+        """Another optimizer has made a step."""
+        self._other = name
 
     def stepped(self, skipped: bool) -> None:
         """``optimizer.step`` is over.
@@ -47,20 +86,37 @@ class StepWatch:
         self._called, self._values = True, []
         self._made = self._made or not skipped
 
-    def made(self) -> bool:
-        """Whether a step was made since the last call of `forget`."""
+    def made(self, guarded: bool = True) -> bool:
+        """Whether a step was made since the last call of `forget`.
+
+        Args:
+            guarded: refuse other optimizers, as long as cuts are to come.
+
+        Raises:
+            UnsupportedOptimizerError: an optimizer that is not watched has changed the parameters.
+        """
+        if guarded:
+            self._check_others()
         if self._called:
             return self._made
         now = self._copies()
-        return len(now) != len(self._values) or not all(map(torch.equal, now, self._values))
+        return len(now) != len(self._values) or not all(map(_same, now, self._values))
 
     def forget(self) -> None:
         """Count from here."""
         self._made = False
-        self._values = [] if self._called else self._copies()
+        self._values, self._sampled = [] if self._called else self._copies(), self._copy_of_sample()
+
+    def _copy_of_sample(self) -> Tensor:
+        return torch.empty(0) if self._sample is None else self._sample.detach().clone()
 
     def _copies(self) -> list[Tensor]:
         return [parameter.detach().clone() for parameter in self._parameters()]
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors are equal; those of a model that was moved in between are not."""
+    return (a.shape, a.dtype, a.device) == (b.shape, b.dtype, b.device) and torch.equal(a, b)
 
 
 class _Hook:
@@ -75,4 +131,20 @@ class _Hook:
             watch.stepped(skipped=found is not None and bool(found))
 
 
-__all__ = ["StepWatch"]
+class _OtherHook:
+    """The hook on ``step`` of an optimizer that is not the training's."""
+
+    def __init__(self, watch: StepWatch) -> None:
+        self._watch = weakref.ref(watch)
+
+    def __call__(self, optimizer: Optimizer, *_: Any) -> None:
+        if (watch := self._watch()) is not None:
+            watch.other_stepped(type(optimizer).__name__)
+
+
+def scale_of(scaler: object) -> float:
+    """The factor of a gradient scaler; 1 without one."""
+    return float(getattr(scaler, "get_scale", lambda: 1.0)())
+
+
+__all__ = ["StepWatch", "scale_of"]
