@@ -31,7 +31,7 @@ class Loop:
         self.model = SequenceClassifier(1, 3, d_model=5, d_state=32, n_layers=2, norm="layer", r_min=0.9)
         self.optimizer = torch.optim.AdamW(parameter_groups(self.model, 3e-3))
         self.scheduler = torch.optim.lr_scheduler.StepLR(self.optimizer, step_size=7, gamma=0.9)
-        self.compressor = Compressor(self.model, self.optimizer, 80, scheduler=self.scheduler, **arguments)
+        self.compressor = Compressor(self.model, self.optimizer, 80, **{"scheduler": self.scheduler, **arguments})
 
     def set_rate(self, rate: float) -> None:
         self.scheduler.base_lrs = [rate] * 3
@@ -451,6 +451,9 @@ def test_settled_trigger_resumes_between_probes() -> None:
         ({"tolerance": 0.1, "when": "later"}, "when must be one of 'schedule', 'settled'; got 'later'"),
         ({"tolerance": 0.1, "method": "modal"}, "method must be"),
         ({"tolerance": 0.1, "carry": "drop"}, "carry must be"),
+        ({"tolerance": 0.1, "scheduler": [3]}, r"scheduler must be an object with .*, or a list of these; got \[3\]"),
+        ({"tolerance": 0.1, "scaler": []}, r"scaler must be an object with state_dict\(\) and load_state_dict\(\);"),
+        ({"tolerance": 0.1, "followers": torch.nn.Linear(2, 3)}, "followers must be a list of modules; got Linear"),
         ({"tolerance": 0.1, "on_setback": "cry"}, "on_setback must be"),
         ({"tolerance": 0.1, "selection": "randm"}, "selection must be one of 'hankel'.*; got 'randm'"),
         ({"tolerance": 2.0}, "tolerance must be"),

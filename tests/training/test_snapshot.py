@@ -10,7 +10,7 @@ import torch
 from torch.optim.swa_utils import AveragedModel
 
 import compressm
-from compressm.cutting.carry import follow
+from compressm.cutting.carry import Together, follow
 from compressm.cutting.plan import plan_reduction
 from compressm.layers import LRU
 from compressm.theory.rank_rule import RankRule
@@ -129,3 +129,25 @@ def test_a_training_that_has_more_than_its_snapshot_keeps_that() -> None:
     loop.training.restore(snapshot)  # written when there was neither scheduler nor scaler
     assert same(loop.scheduler.state_dict(), rate)
     assert float(loop.scaler.scale) == 3.0
+
+
+def test_several_schedulers_go_back_together() -> None:
+    layers = [LRU(2, 8), LRU(2, 8)]
+    optimizers = [torch.optim.SGD(layer.parameters(), lr=1.0) for layer in layers]
+    schedulers = [
+        torch.optim.lr_scheduler.ExponentialLR(one, rate) for one, rate in zip(optimizers, (0.5, 0.1), strict=True)
+    ]
+    training = Training(torch.nn.ModuleList(layers), Together(optimizers), scheduler=schedulers)
+
+    def train() -> list[float]:
+        for optimizer, scheduler in zip(optimizers, schedulers, strict=True):
+            optimizer.step()
+            scheduler.step()
+        return [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
+
+    assert train() == [0.5, 0.1]
+    snapshot = training.snapshot()
+    train()
+    training.restore(snapshot)
+    assert train() == pytest.approx([0.25, 0.01])
+    assert [scheduler.last_epoch for scheduler in schedulers] == [2, 2]

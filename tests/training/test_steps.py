@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import warnings
 from typing import Any
 
 import pytest
@@ -153,6 +154,23 @@ def test_an_optimizer_that_took_the_place_of_the_compressors_is_refused(steps_be
     with pytest.raises(UnsupportedOptimizerError, match=r"SGD trains parameters .* build a new Compressor with it"):
         train(second)
     assert compressor.state_dims["blocks.0.ssm"] == 16
+
+
+def test_a_compressor_of_a_model_that_is_not_trained_says_so() -> None:
+    layer = LRU(1, 8)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=1e-2)
+    compressor = compressing(layer, optimizer)
+    for _ in range(20):  # accumulated gradients
+        compressor.step()
+    layer(torch.randn(2, 8, 1)).square().mean().backward()
+    optimizer.step()
+    compressor.step()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(256 + 4 * 20 - 1):
+            compressor.step()
+    with pytest.warns(UserWarning, match="336 times in a row without a step .* are those that train"):
+        compressor.step()
 
 
 def test_another_optimizer_is_welcome_after_the_last_cut() -> None:

@@ -29,7 +29,7 @@ from compressm.training.history import Cut, Event, Recompiled, RolledBack, histo
 from compressm.training.options import check_options
 from compressm.training.policy import Policy
 from compressm.training.schedule import Schedule, When
-from compressm.training.snapshot import Stateful, Training
+from compressm.training.snapshot import Schedulers, Stateful, Training
 from compressm.training.step_cost import StepCost, step_cost
 from compressm.training.steps import StepWatch, scale_of
 from compressm.training.twin import Control, TrainStep
@@ -113,7 +113,7 @@ class Compressor:
             more examinations follow, each half as many steps later.
         on_setback: after a roll-back ``"halve"`` the next cut, which comes ``check_after`` steps later at the earliest,
             or ``"stop"`` cutting. A cut that is kept doubles the next one again, up to the full size.
-        scheduler: learning rate scheduler, rolled back with the rest.
+        scheduler: learning rate scheduler, or a list of several, rolled back with the rest.
         scaler: gradient scaler, rolled back with the rest.
         followers: averaged copies of the model (`torch.optim.swa_utils.AveragedModel`). What a cut changes in the
             model, it sets in them to the model's new values. Averaging starts again there; an average over all steps
@@ -174,7 +174,7 @@ class Compressor:
         carry: Carry = "transform",
         check_after: int | None = None,
         on_setback: OnSetback = "halve",
-        scheduler: Stateful | None = None,
+        scheduler: Schedulers | None = None,
         scaler: Stateful | None = None,
         followers: Sequence[nn.Module] = (),
         rewind: bool = True,

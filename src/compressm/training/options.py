@@ -26,7 +26,7 @@ from compressm.theory.selection import Selection
 from compressm.theory.targets import Target
 from compressm.training.cushion import OnSetback
 from compressm.training.schedule import When
-from compressm.training.snapshot import Stateful
+from compressm.training.snapshot import Schedulers, Stateful
 from compressm.training.twin import Control, TrainStep
 
 Part = Literal["goal", "schedule", "cushion", "cut", "training"]
@@ -78,6 +78,11 @@ class Option:
             return EXPECTED
         if get_origin(self.type) is Callable:
             return "a function"
+        if self.type in (Stateful, Schedulers):
+            several = ", or a list of these" * (self.type is Schedulers)
+            return f"an object with state_dict() and load_state_dict(){several}"
+        if self.type == Sequence[nn.Module]:
+            return "a list of modules"
         if high is None:
             kind = "whole number" if self.type is int else "number"
             return f"a {kind} greater than {low}" if "gt" in self.bounds else f"a {kind} of at least {low}"
@@ -102,6 +107,12 @@ class Option:
             return is_which(value)
         if get_origin(self.type) is Callable:
             return callable(value)
+        if self.type in (Stateful, Schedulers):
+            several = self.type is Schedulers and isinstance(value, list | tuple)
+            return all(hasattr(one, "load_state_dict") for one in (value if several else [value]))
+        if self.type == Sequence[nn.Module]:
+            listed = isinstance(value, list | tuple | nn.ModuleList)
+            return listed and all(isinstance(one, nn.Module) for one in value)
         if self.type is bool:
             return bool(value in (True, False))  # 0, 1 and NumPy's booleans are allowed too, strings are not
         if self.type not in (int, float):
@@ -276,7 +287,8 @@ _TABLE = (
         "``\"stop\"`` cutting. A cut that is kept doubles the next one again, up to the full size.",
     ),
     Option(
-        "scheduler", Stateful, None, "training", "learning rate scheduler, rolled back with the rest.",
+        "scheduler", Schedulers, None, "training",
+        "learning rate scheduler, or a list of several, rolled back with the rest.",
         file=False,
     ),
     Option("scaler", Stateful, None, "training", "gradient scaler, rolled back with the rest.", file=False),

@@ -24,6 +24,9 @@ class Stateful(Protocol):
     def load_state_dict(self, state_dict: dict[str, Any]) -> Any: ...
 
 
+Schedulers = Stateful | Sequence[Stateful]
+
+
 @dataclass(frozen=True)
 class Training:
     """The parts of a training. ``followers`` are averaged copies of the model; the others are as in `Compressor`."""
@@ -31,7 +34,7 @@ class Training:
     model: nn.Module
     optimizer: Optimizer | Together
     followers: Sequence[nn.Module] = ()
-    scheduler: Stateful | None = None
+    scheduler: Schedulers | None = None
     scaler: Stateful | None = None
 
     def snapshot(self) -> dict[str, Any]:
@@ -40,8 +43,8 @@ class Training:
             "model": copy.deepcopy(self.model.state_dict()),
             "optimizer": copied_state(self.optimizer.state_dict()),
             "followers": [copy.deepcopy(follower.state_dict()) for follower in self.followers],
-            "scheduler": None if self.scheduler is None else copy.deepcopy(self.scheduler.state_dict()),
-            "scaler": None if self.scaler is None else copy.deepcopy(self.scaler.state_dict()),
+            "scheduler": _states(self.scheduler),
+            "scaler": _states(self.scaler),
             "rng": gathered(rng_state()),
         }
 
@@ -69,9 +72,25 @@ class Training:
             return
         for part, state in ((self.scheduler, snapshot["scheduler"]), (self.scaler, snapshot["scaler"])):
             if part is not None and state is not None:
-                part.load_state_dict(state)
+                _load(part, state)
         states = snapshot["rng"]
         set_rng_state(states[rank() % len(states)])
 
 
-__all__ = ["Stateful", "Training"]
+def _states(part: Schedulers | None) -> Any:
+    """A copy of the state of one part of a training, or of several in a list; None for none."""
+    if isinstance(part, Sequence):
+        return [copy.deepcopy(one.state_dict()) for one in part]
+    return None if part is None else copy.deepcopy(part.state_dict())
+
+
+def _load(part: Schedulers, state: Any) -> None:
+    """Restore what `_states` returned."""
+    if not isinstance(part, Sequence):
+        part.load_state_dict(state)
+        return
+    for one, its in zip(part, state, strict=True):
+        one.load_state_dict(its)
+
+
+__all__ = ["Schedulers", "Stateful", "Training"]

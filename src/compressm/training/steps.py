@@ -13,6 +13,9 @@ from torch.optim import Optimizer
 
 from compressm.cutting.optimizers import Together, members_of
 from compressm.errors import UnsupportedOptimizerError
+from compressm.runtime.warned import warn
+
+_IDLE = 256  # calls without a step, beyond what the accumulation of gradients explains, after which to warn
 
 
 class StepWatch:
@@ -42,6 +45,7 @@ class StepWatch:
         self._values, self._sampled = self._copies(), self._copy_of_sample()
         self._known = {id(one) for one in members_of(optimizer)}
         self._surprises, self._other = 0, ""
+        self._idle = self._longest = 0  # calls since the last step, and the most that there were before one
         for member in members_of(optimizer):
             self._known |= {id(part) for part in vars(member).values()}  # such as the optimizer inside another
             self._hook(member, _Hook(self))
@@ -97,14 +101,22 @@ class StepWatch:
         """
         if guarded:
             self._check_others()
-        if self._called:
-            return self._made
+        made = self._made if self._called else self._changed()
+        self._idle += not made
+        if guarded and self._idle == _IDLE + 4 * self._longest:
+            warn(
+                f"compressor.step() was called {self._idle} times in a row without a step of the optimizer, and no cut "
+                "will come: see that the model and the optimizer that the Compressor has are those that train"
+            )
+        return made
+
+    def _changed(self) -> bool:
         now = self._copies()
         return len(now) != len(self._values) or not all(map(_same, now, self._values))
 
     def forget(self) -> None:
         """Count from here."""
-        self._made = False
+        self._made, self._idle, self._longest = False, 0, max(self._longest, self._idle)
         self._values, self._sampled = [] if self._called else self._copies(), self._copy_of_sample()
 
     def _copy_of_sample(self) -> Tensor:
