@@ -19,7 +19,7 @@ from compressm.errors import CheckpointError, ConfigError
 from compressm.lab.config import Config, parse_config
 from compressm.lab.data.datasets import BatchOrder, load_data
 from compressm.lab.runs.loop import train
-from compressm.lab.runs.models import build_model, build_optimizer, learning_rate_factor
+from compressm.lab.runs.models import build_model, build_optimizer, build_scheduler, learning_rate_factor
 from compressm.layers import SequenceClassifier
 from compressm.saving.checkpoint import load, load_tree
 from compressm.training.compressor import Compressor
@@ -319,6 +319,15 @@ def test_selective_layers_are_observed_cut_and_resumed(layer: str, tmp_path: Pat
     assert_same_outcome(tmp_path / "killed", tmp_path / "unbroken")
 
 
+def test_two_optimizers_are_cut_rolled_back_and_resumed(tmp_path: Path) -> None:
+    settings = config({**SETBACK, "optimizer": {"name": "muon", "lr": 0.03}})
+    result = train(settings, output=tmp_path / "unbroken", quiet=True)
+    assert "rolled_back" in [event["kind"] for event in result.history]
+    assert exit_code(settings, tmp_path / "killed", (*STEP, 71, "after")) == -signal.SIGKILL  # a cut is under watch
+    assert exit_code(settings, tmp_path / "killed", None) == 0
+    assert_same_outcome(tmp_path / "killed", tmp_path / "unbroken")
+
+
 def test_a_finished_run_is_not_run_again(tmp_path: Path) -> None:
     first = train(config(), output=tmp_path, quiet=True)
     before = (tmp_path / "result.json").stat().st_mtime_ns
@@ -405,7 +414,7 @@ def test_best_weights_are_chosen_after_the_last_cut(tmp_path: Path) -> None:
     assert list(load(tmp_path / "model").state_dict()) == list(load(tmp_path / "best").state_dict())
 
 
-@pytest.mark.parametrize("optimizer", ["adam", "adamw"])
+@pytest.mark.parametrize("optimizer", ["adam", "adamw", "muon"])
 def test_adam_learns(tmp_path: Path, optimizer: str) -> None:
     changes = {
         "optimizer": {"name": optimizer, "lr": 0.02, "weight_decay": 1e-4},
@@ -439,6 +448,45 @@ def test_one_step_of_gradient_descent_is_what_it_should_be(tmp_path: Path) -> No
         assert parameter.grad is not None
         rate = 0.05 if name.split(".")[-1] in ("nu_log", "theta_log", "gamma_log", "B_re", "B_im") else 0.1
         torch.testing.assert_close(trained[name], (parameter - rate * parameter.grad).detach())
+
+
+def test_half_precision_trains_with_the_gradient_of_autocast(tmp_path: Path) -> None:
+    changes = {
+        "model": {"dropout": 0.0},
+        "optimizer": {"name": "sgd", "lr": 0.1, "ssm_lr_factor": 1.0, "max_grad_norm": None},
+        "schedule": {"name": "constant"},
+        "compression": {"enabled": False},
+    }
+    settings = config({**changes, "run": {"steps": 1, "seed": 5, "autocast": "bfloat16"}})
+    train(settings, output=tmp_path, quiet=True)
+    trained = load(tmp_path / "model").state_dict()
+    data = load_data(settings.data)
+    u, y = data.batch(data.train, BatchOrder(len(data.train), 20, seed=5).indices(0))
+    steps = {}
+    for half in (True, False):
+        torch.manual_seed(5)
+        model = build_model(settings, data.channels, data.n_classes)
+        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+            torch.nn.functional.cross_entropy(model(u), y).backward()
+        steps[half] = {name: one.detach() - 0.1 * one.grad for name, one in model.named_parameters()}
+    assert all(torch.equal(trained[name], value) for name, value in steps[True].items())
+    assert any(not torch.equal(trained[name], value) for name, value in steps[False].items())
+
+
+def test_two_optimizers_follow_one_schedule() -> None:
+    settings = config({"optimizer": {"name": "muon", "lr": 0.01}, "run": {"steps": 10}})
+    optimizer = build_optimizer(settings.optimizer, build_model(settings, 1, 10))
+    scheduler = build_scheduler(settings, optimizer)
+    factor = learning_rate_factor(settings)
+    for step in range(10):
+        rates = {group["name"]: group["lr"] for group in optimizer.param_groups}
+        assert rates == {
+            "ssm": pytest.approx(0.005 * factor(step)),
+            "no_decay": pytest.approx(0.01 * factor(step)),
+            "decay": pytest.approx(0.01 * factor(step)),
+        }
+        optimizer.step()
+        scheduler.step()
 
 
 def test_schedule_follows_its_formula() -> None:

@@ -24,6 +24,7 @@ class Arm:
         paper: the paper's accuracy in percent; None where it has none.
         small: the arm that has about as many states from the start. Between it and the first arm lies the gap of which
             this arm recovers a share; None where there is none.
+        big: the big arm of that gap; None for the experiment's first.
         length: training steps over the experiment's.
         way: arms of the same way of training differ in their learning rate only. The one with the best validation
             accuracy stands for the way; see `equal_compute`. None where rates are not compared.
@@ -36,6 +37,7 @@ class Arm:
     continues: str | None = None
     paper: float | None = None
     small: str | None = None
+    big: str | None = None
     length: float = 1.0
     way: str | None = None
 
@@ -258,9 +260,24 @@ def at_each_size(
     return tuple(arms)
 
 
+def in_each_setting(states: int, settings: Mapping[str, Mapping[str, Any]]) -> tuple[Arm, ...]:
+    """Big, small from the start, and one cut by the loss, trained in one setting after the other.
+
+    Args:
+        states: of the small.
+        settings: what each changes, by a name.
+    """
+    arms: list[Arm] = []
+    for name, setting in settings.items():
+        big, small = f"full-{name}", f"small{states}-{name}"
+        arms += [Arm(big, {**BIG, **setting}), Arm(small, {**BIG, "model.d_state": states, **setting})]
+        arms.append(Arm(f"loss{states}-{name}", {**by_loss(0.25, states=states), **setting}, small=small, big=big))
+    return tuple(arms)
+
+
 def each_rate(way: str, changes: Mapping[str, Any], length: float = 1.0) -> tuple[Arm, ...]:
-    """One way of training at half, once and twice the learning rate of `SHORT`."""
-    rates = {factor: {**changes, "optimizer.lr": factor * SHORT_RATE} for factor in (0.5, 1, 2)}
+    """One way of training at half to four times the learning rate of `SHORT`."""
+    rates = {factor: {**changes, "optimizer.lr": factor * SHORT_RATE} for factor in (0.5, 1, 2, 4)}
     return tuple(Arm(f"{way}-rate{factor:g}", rate, length=length, way=way) for factor, rate in rates.items())
 
 
@@ -272,6 +289,17 @@ SHORT = {
     "data.pool": 2, "optimizer.name": "adamw", "optimizer.lr": SHORT_RATE, "optimizer.weight_decay": 0.01,
     "schedule.name": "cosine", "schedule.warmup": 0.03,
 }  # fmt: skip
+# How this training may be changed: other rates, batches, optimizers, and half precision.
+OTHER_SETTINGS: dict[str, dict[str, Any]] = {
+    "as-usual": {},
+    "half-rate": {"optimizer.lr": SHORT_RATE / 2},
+    "double-rate": {"optimizer.lr": 2 * SHORT_RATE},
+    "batch-20": {"run.batch_size": 20},
+    "batch-100": {"run.batch_size": 100},
+    "sgd": {"optimizer.name": "sgd", "optimizer.lr": 0.05, "optimizer.max_grad_norm": 1.0},
+    "muon": {"optimizer.name": "muon"},
+    "bfloat16": {"run.autocast": "bfloat16"},
+}
 PAPER = {"full": 97.3, "0.01": 96.9, "0.02": 96.9, "0.04": 95.9, "13": 92.6, "28": 96.0}
 OURS = (
     Arm("real0.02", _tolerance(0.02, "real"), small="small-real0.02"),
@@ -286,6 +314,7 @@ __all__ = [
     "CIRCLE",
     "FULL_CIRCLE",
     "LONG",
+    "OTHER_SETTINGS",
     "OURS",
     "PAPER",
     "SHORT",
@@ -300,6 +329,7 @@ __all__ = [
     "cut_to_32",
     "each_rate",
     "family",
+    "in_each_setting",
     "once",
     "protocol",
     "recall",

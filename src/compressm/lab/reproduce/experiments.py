@@ -8,6 +8,7 @@ from compressm.lab.reproduce.arms import (
     CIRCLE,
     FULL_CIRCLE,
     LONG,
+    OTHER_SETTINGS,
     OURS,
     PAPER,
     SHORT,
@@ -22,6 +23,7 @@ from compressm.lab.reproduce.arms import (
     cut_to_32,
     each_rate,
     family,
+    in_each_setting,
     once,
     protocol,
     recall,
@@ -153,6 +155,15 @@ EXPERIMENTS: dict[str, Experiment] = {
                 *each_rate("full-shorter", BIG, length=0.55),
             ),
             steps=6000,
+            changes=SHORT,
+        ),
+        Experiment(
+            "robustness",
+            "Sequential MNIST in 196 steps, LRU of 256 states cut to 12: other learning rates, batches, optimizers, "
+            "half precision",
+            "smnist",
+            in_each_setting(12, OTHER_SETTINGS),
+            steps=3000,
             changes=SHORT,
         ),
         Experiment(
