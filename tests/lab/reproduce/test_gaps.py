@@ -95,6 +95,7 @@ def test_the_interval_covers_the_true_share_as_often_as_it_says() -> None:
 def test_rivals_and_random_choices_are_not_the_method() -> None:
     method = {arm.name for arm in EXPERIMENTS["rivals"].arms if cut_while_training(arm)}
     assert method == {"shrunk"}
+    assert {arm.name for arm in EXPERIMENTS["rivals-short"].arms if cut_while_training(arm)} == {"loss", "white"}
     assert {arm.name for arm in EXPERIMENTS["mamba"].arms if cut_while_training(arm)} == {"shrunk"}
 
 

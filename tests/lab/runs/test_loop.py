@@ -351,8 +351,12 @@ def test_a_finished_run_is_not_run_again(tmp_path: Path) -> None:
         train(config(), output=tmp_path, resume=True, quiet=True)
 
 
-def test_a_run_can_begin_with_the_steps_of_the_same_run_without_compression(tmp_path: Path) -> None:
-    late = {**TINY["compression"], "start": 15, "window": 0.25}
+@pytest.mark.parametrize("rule", [{}, {"max_drop": 0.9, "check_after": 3}], ids=["sized", "judged"])
+def test_a_run_can_begin_with_the_steps_of_the_same_run_without_compression(
+    rule: dict[str, Any], tmp_path: Path
+) -> None:
+    # The first cut comes at step 18, after the checkpoint of step 16, and is judged by measurements from step 15 on.
+    late = {**TINY["compression"], "start": 12, "window": 0.25, "cuts": 1, **rule}
     train(config({"compression": late}), output=tmp_path / "alone", quiet=True)
     off = {**late, "enabled": False}
     train(config({"compression": off, "run": {"keep_checkpoints": 6}}), output=tmp_path / "full", quiet=True)
@@ -379,6 +383,9 @@ def test_a_run_that_does_not_fit_is_no_beginning(tmp_path: Path) -> None:
     settled = {"compression": {**late["compression"], "when": "settled"}}
     with pytest.raises(ConfigError, match=r"--from .*full: compression.when = 'settled', which is watched over"):
         begin("full", settled)
+    by_loss = {"compression": {**late["compression"], "gramians": "loss"}}
+    with pytest.raises(ConfigError, match=r"--from .*full: compression.gramians = 'loss', which is watched over"):
+        begin("full", by_loss)
     with pytest.raises(ConfigError, match=r"--from .*full: blocks.0.ssm is a selective layer, which is watched over"):
         begin("full", {**late, "model": {"layer": "mamba", "d_model": 6, "d_state": 16}})
 

@@ -118,19 +118,29 @@ def cut_to_32(**changes: Any) -> dict[str, Any]:
     return {**_NO_TOLERANCE, "compression.states": 32, **keys}
 
 
-def afterwards(steps: int) -> tuple[Arm, ...]:
-    """A big model, cut to 28 states once, in four ways: after all training, and with a tenth of it left to adapt."""
-    return tuple(
-        Arm(f"{when}-{selection}", after(steps, rest, selection), continues="full", small="small")
-        for when, rest in (("after", 1), ("tuned", steps // 10))
-        for selection in ("hankel", "modal", "hinf", "energy")
-    )
+def afterwards(steps: int, states: int = 28, *more: str) -> tuple[Arm, ...]:
+    """A big model, cut once, in four ways and more: after all training, and with a tenth of it left to adapt.
+
+    Args:
+        steps: of the training.
+        states: that are left.
+        more: further selections, or ``"loss"``.
+    """
+    arms: list[Arm] = []
+    for when, rest in (("after", 1), ("tuned", steps // 10)):
+        for way in ("hankel", "modal", "hinf", "energy", *more):
+            if way == "loss":  # its evidence is of the steps before the cut, so these are made again
+                cut = {**after(steps, rest, states=states), "compression.gramians": "loss"}
+                arms.append(Arm(f"{when}-{way}", cut, small="small"))
+            else:
+                arms.append(Arm(f"{when}-{way}", after(steps, rest, way, states), continues="full", small="small"))
+    return tuple(arms)
 
 
-def after(steps: int, rest: int, selection: str = "hankel") -> dict[str, Any]:
-    """One cut to 28 states, with so many steps left."""
+def after(steps: int, rest: int, selection: str = "hankel", states: int = 28) -> dict[str, Any]:
+    """One cut to so many states, with so many steps left."""
     return {
-        **cut_to_32(states=28, cuts=1, selection=selection),
+        **cut_to_32(states=states, cuts=1, selection=selection),
         "compression.start": steps - rest,
         "compression.window": 1 / steps,
     }

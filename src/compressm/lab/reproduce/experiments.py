@@ -277,6 +277,22 @@ EXPERIMENTS: dict[str, Experiment] = {
             seeds=1,
         ),
         Experiment(
+            "rivals-short",
+            "Sequential MNIST in 196 steps, LRU from 256 states to 12: cut while training, or afterwards",
+            "smnist",
+            (
+                Arm("full", {**BIG, "run.keep_checkpoints": 4}),
+                Arm("loss", by_loss(0.25, states=12), small="small"),
+                Arm("white", once(0.25, states=12), small="small"),
+                Arm("small", {**BIG, "model.d_state": 12}),
+                Arm("distilled", {**BIG, "model.d_state": 12}, teacher="full", small="small"),
+                *afterwards(6000, 12, "random_modes", "loss"),
+                Arm("hankel-norm", {**after(6000, 1, states=12), "loss.hankel_norm": 1e-4}, small="small"),
+            ),
+            steps=6000,
+            changes=SHORT,
+        ),
+        Experiment(
             "ablation-selection",
             "Sequential MNIST, LRU from 256 states to 32: which are kept",
             "smnist",
