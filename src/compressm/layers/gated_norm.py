@@ -1,0 +1,107 @@
+"""The root mean square norm with a SiLU gate, behind the scans with matrix-valued states, in one pass over memory."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from compressm.scans import native
+from compressm.scans.transforms import gradients, transformed, twice
+
+# Rows are divided into at most so many parts, each with its own sum for the weight's gradient. The number of threads has
+# no part in this, so that the sums agree bit by bit.
+_PARTS, _ROWS_OF_PART = 64, 8
+
+
+def gated_rms_norm(x: Tensor, z: Tensor, weight: Tensor, groups: int, eps: float, *, gate_last: bool) -> Tensor:
+    """``weight * norm(x * SiLU(z))``, or with ``gate_last`` ``weight * norm(x) * SiLU(z)``.
+
+        norm(v) = v / sqrt(mean(v^2) + eps)    over each of ``groups`` parts of the last axis (Zhang, Sennrich 2019)
+
+    On a CPU a compiled kernel reads ``x`` and ``z`` once, forward and backward, without a copy if their last axis is
+    contiguous. It computes in float32 or float64, and rounds half precision only at the end.
+
+    Args:
+        x: shape ``(..., d)``.
+        z: shape ``(..., d)``, the gate.
+        weight: shape ``(d,)``.
+        groups: divides ``d``.
+        eps: added to the mean square.
+        gate_last: whether the gate comes after the norm, as in gated linear attention, or before it, as in Mamba-2.
+
+    Returns:
+        shape ``(..., d)``, in the wider one of the dtypes of ``x`` and ``z``.
+    """
+    if _takes(x, z, weight, groups):
+        result: Any = _GatedNorm.apply(x, z, weight, groups, eps, gate_last)
+        return result
+    return _composed(x, z, weight, groups, eps, gate_last)
+
+
+def _takes(x: Tensor, z: Tensor, weight: Tensor, groups: int) -> bool:
+    """Whether the compiled kernel accepts these tensors."""
+    if torch.compiler.is_compiling() or transformed() or not native.usable(x, z, weight, scan="norm"):
+        return False
+    return x.numel() > 0 and x.shape == z.shape and weight.shape == x.shape[-1:] and x.shape[-1] % groups == 0
+
+
+def _composed(x: Tensor, z: Tensor, weight: Tensor, groups: int, eps: float, gate_last: bool) -> Tensor:
+    gate = F.silu(z)
+    v = (x if gate_last else x * gate).unflatten(-1, (groups, x.shape[-1] // groups))
+    out = weight * F.rms_norm(v, v.shape[-1:], None, eps).flatten(-2)
+    return (out * gate if gate_last else out).to(torch.promote_types(x.dtype, z.dtype))
+
+
+class _GatedNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, z: Tensor, weight: Tensor, groups: int, eps: float, gate_last: bool) -> Tensor:
+        ctx.save_for_backward(x, z, weight)
+        ctx.options = groups, eps, gate_last
+        out = x.new_empty(x.shape, dtype=torch.promote_types(x.dtype, z.dtype))
+        stored = _stored_as(out)
+        to = out if out.dtype == stored else torch.empty_like(out, dtype=stored)
+        native.call("norm_forward", to, *_arguments(x, z, weight, groups, eps, gate_last, stored), to)
+        return out if to is out else out.copy_(to)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        inputs = (*ctx.saved_tensors, *ctx.options)
+        if twice():
+            return gradients(_composed, inputs, (grad,))
+        x, _, weight = ctx.saved_tensors
+        stored = _stored_as(grad)
+        parts = min(-(-x.shape[:-1].numel() // _ROWS_OF_PART), _PARTS)
+        grad_x, grad_z = (x.new_empty(x.shape, dtype=stored) for _ in "xz")
+        grad_weight = weight.new_zeros(parts, x.shape[-1], dtype=torch.promote_types(stored, torch.float32))
+        given = (*_arguments(*inputs, stored), *_rows(grad, stored))
+        native.call("norm_backward", grad_x, *given, grad_x, grad_z, grad_weight, parts)
+        return grad_x, grad_z, grad_weight[0], None, None, None
+
+
+def _stored_as(out: Tensor) -> torch.dtype:
+    """The dtype that the kernel reads and writes. It knows bfloat16, but not float16."""
+    return torch.float32 if out.dtype == torch.float16 else out.dtype
+
+
+def _arguments(
+    x: Tensor, z: Tensor, weight: Tensor, groups: int, eps: float, gate_last: bool, stored: torch.dtype
+) -> list[Tensor | int | float]:
+    """The arguments that the kernels share."""
+    d = x.shape[-1]
+    computed = torch.promote_types(stored, torch.float32)
+    return [
+        int(gate_last), x.numel() // d, groups, d // groups, float(eps), *_rows(x, stored), *_rows(z, stored),
+        weight.to(computed).contiguous(),
+    ]  # fmt: skip
+
+
+def _rows(x: Tensor, dtype: torch.dtype) -> list[Tensor | int]:
+    """A view of shape ``(outer, inner, d)`` whose last axis is contiguous, ``inner``, and the strides of both."""
+    x = x.to(dtype)
+    x = x.reshape(-1, *x.shape[-2:]) if x.ndim > 3 else x[(None,) * (3 - x.ndim)]
+    if x.stride(-1) != 1:
+        x = x.contiguous()
+    return [x, x.shape[1], x.stride(0), x.stride(1)]
