@@ -129,9 +129,13 @@ def test_extremes(gate_last: bool) -> None:
 
 
 @pytest.mark.parametrize("gate_last", [False, True])
-def test_other_derivatives(gate_last: bool) -> None:
-    """Second derivatives and forward mode run on PyTorch's operations."""
-    leaves = [torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in ((2, 3, 6), (2, 3, 6), (6,))]
+@pytest.mark.parametrize("rows", [(), (3,), (2, 3), (2, 1, 2, 2)])
+def test_derivatives_by_differences(gate_last: bool, rows: tuple[int, ...]) -> None:
+    """Also second derivatives and forward mode, which run on PyTorch's operations."""
+    shapes = ((*rows, 6), (*rows, 6), (6,))
+    leaves = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
     call = lambda x, z, weight: gated_rms_norm(x, z, weight, 2, 1e-5, gate_last=gate_last)  # noqa: E731
-    assert torch.autograd.gradgradcheck(call, leaves)
     assert torch.autograd.gradcheck(call, leaves, check_forward_ad=True)
+    assert torch.autograd.gradgradcheck(call, leaves)
+    with torch.no_grad():
+        torch.testing.assert_close(call(*leaves), formula(*leaves, 2, 1e-5, gate_last=gate_last))

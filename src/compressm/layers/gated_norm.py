@@ -11,8 +11,8 @@ from torch.nn import functional as F
 from compressm.scans import native
 from compressm.scans.transforms import gradients, transformed, twice
 
-# Rows are divided into at most so many parts, each with its own sum for the weight's gradient. The number of threads has
-# no part in this, so that the sums agree bit by bit.
+# Rows are divided into at most so many parts, each with its own sum for the weight's gradient. This does not depend on
+# the number of threads, so that the sums agree bit by bit.
 _PARTS, _ROWS_OF_PART = 64, 8
 
 
@@ -35,10 +35,12 @@ def gated_rms_norm(x: Tensor, z: Tensor, weight: Tensor, groups: int, eps: float
     Returns:
         shape ``(..., d)``, in the wider one of the dtypes of ``x`` and ``z``.
     """
-    if _takes(x, z, weight, groups):
-        result: Any = _GatedNorm.apply(x, z, weight, groups, eps, gate_last)
-        return result
-    return _composed(x, z, weight, groups, eps, gate_last)
+    if not _takes(x, z, weight, groups):
+        return _composed(x, z, weight, groups, eps, gate_last)
+    if not torch.is_grad_enabled():  # a single token waits for autograd longer than for the kernel
+        return _kernel(x, z, weight, groups, eps, gate_last)
+    result: Any = _GatedNorm.apply(x, z, weight, groups, eps, gate_last)
+    return result
 
 
 def _takes(x: Tensor, z: Tensor, weight: Tensor, groups: int) -> bool:
@@ -55,16 +57,20 @@ def _composed(x: Tensor, z: Tensor, weight: Tensor, groups: int, eps: float, gat
     return (out * gate if gate_last else out).to(torch.promote_types(x.dtype, z.dtype))
 
 
+def _kernel(x: Tensor, z: Tensor, weight: Tensor, groups: int, eps: float, gate_last: bool) -> Tensor:
+    dtype = torch.promote_types(x.dtype, z.dtype)
+    stored = _stored_as(dtype)
+    out = x.new_empty(x.shape, dtype=stored)
+    native.call("norm_forward", out, *_arguments(x, z, weight, groups, eps, gate_last, stored), out)
+    return out.to(dtype)
+
+
 class _GatedNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, z: Tensor, weight: Tensor, groups: int, eps: float, gate_last: bool) -> Tensor:
         ctx.save_for_backward(x, z, weight)
         ctx.options = groups, eps, gate_last
-        out = x.new_empty(x.shape, dtype=torch.promote_types(x.dtype, z.dtype))
-        stored = _stored_as(out)
-        to = out if out.dtype == stored else torch.empty_like(out, dtype=stored)
-        native.call("norm_forward", to, *_arguments(x, z, weight, groups, eps, gate_last, stored), to)
-        return out if to is out else out.copy_(to)
+        return _kernel(x, z, weight, groups, eps, gate_last)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -72,7 +78,7 @@ class _GatedNorm(torch.autograd.Function):
         if twice():
             return gradients(_composed, inputs, (grad,))
         x, _, weight = ctx.saved_tensors
-        stored = _stored_as(grad)
+        stored = _stored_as(grad.dtype)
         parts = min(-(-x.shape[:-1].numel() // _ROWS_OF_PART), _PARTS)
         grad_x, grad_z = (x.new_empty(x.shape, dtype=stored) for _ in "xz")
         grad_weight = weight.new_zeros(parts, x.shape[-1], dtype=torch.promote_types(stored, torch.float32))
@@ -81,9 +87,9 @@ class _GatedNorm(torch.autograd.Function):
         return grad_x, grad_z, grad_weight[0], None, None, None
 
 
-def _stored_as(out: Tensor) -> torch.dtype:
+def _stored_as(dtype: torch.dtype) -> torch.dtype:
     """The dtype that the kernel reads and writes. It knows bfloat16, but not float16."""
-    return torch.float32 if out.dtype == torch.float16 else out.dtype
+    return torch.float32 if dtype == torch.float16 else dtype
 
 
 def _arguments(
@@ -99,9 +105,11 @@ def _arguments(
 
 
 def _rows(x: Tensor, dtype: torch.dtype) -> list[Tensor | int]:
-    """A view of shape ``(outer, inner, d)`` whose last axis is contiguous, ``inner``, and the strides of both."""
+    """``x`` with a contiguous last axis, the length of the axis before it, and the strides of the two before."""
     x = x.to(dtype)
-    x = x.reshape(-1, *x.shape[-2:]) if x.ndim > 3 else x[(None,) * (3 - x.ndim)]
+    if x.ndim > 3:
+        x = x.reshape(-1, *x.shape[-2:])
     if x.stride(-1) != 1:
         x = x.contiguous()
-    return [x, x.shape[1], x.stride(0), x.stride(1)]
+    over_outer, over_inner = (0, 0, *x.stride()[:-1])[-2:]
+    return [x, 1 if x.ndim == 1 else x.shape[-2], over_outer, over_inner]
