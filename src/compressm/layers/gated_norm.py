@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from compressm.layers.parts import at_least_float32
 from compressm.scans import native
 from compressm.scans.transforms import gradients, transformed, twice
 
@@ -21,8 +22,8 @@ def gated_rms_norm(x: Tensor, z: Tensor, weight: Tensor, groups: int, eps: float
 
         norm(v) = v / sqrt(mean(v^2) + eps)    over each of ``groups`` parts of the last axis (Zhang, Sennrich 2019)
 
-    On a CPU a compiled kernel reads ``x`` and ``z`` once, forward and backward, without a copy if their last axis is
-    contiguous. It computes in float32 or float64, and rounds half precision only at the end.
+    It is computed in float32 or float64; half precision is rounded at the end. On a CPU a compiled kernel reads ``x``
+    and ``z`` once, forward and backward, without a copy if their last axis is contiguous.
 
     Args:
         x: shape ``(..., d)``.
@@ -51,8 +52,8 @@ def _takes(x: Tensor, z: Tensor, weight: Tensor, groups: int) -> bool:
 
 
 def _composed(x: Tensor, z: Tensor, weight: Tensor, groups: int, eps: float, gate_last: bool) -> Tensor:
-    gate = F.silu(z)
-    v = (x if gate_last else x * gate).unflatten(-1, (groups, x.shape[-1] // groups))
+    wide, gate = at_least_float32(x), F.silu(at_least_float32(z))
+    v = (wide if gate_last else wide * gate).unflatten(-1, (groups, x.shape[-1] // groups))
     out = weight * F.rms_norm(v, v.shape[-1:], None, eps).flatten(-2)
     return (out * gate if gate_last else out).to(torch.promote_types(x.dtype, z.dtype))
 
