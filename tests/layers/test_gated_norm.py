@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -32,12 +34,17 @@ def formula(x: Tensor, z: Tensor, weight: Tensor, groups: int, eps: float, *, ga
 
 
 def results(
-    function: object, dtype: torch.dtype | None, given: tuple[Tensor, ...], groups: int, eps: float, gate_last: bool
+    function: Callable[..., Tensor],
+    dtype: torch.dtype | None,
+    given: tuple[Tensor, ...],
+    groups: int,
+    eps: float,
+    gate_last: bool,
 ) -> list[Tensor]:
     """The output and all gradients; in ``dtype``, or in each argument's own."""
     *arguments, incoming = (t.detach() if dtype is None else t.detach().to(dtype) for t in given)
     leaves = [t.requires_grad_() for t in arguments]
-    y = function(*leaves, groups, eps, gate_last=gate_last)  # pyright: ignore
+    y = function(*leaves, groups, eps, gate_last=gate_last)
     return [y.detach(), *torch.autograd.grad(y, leaves, incoming.to(y.dtype))]
 
 
@@ -99,10 +106,10 @@ def test_threads_give_the_same_bits_and_only_the_inputs_are_kept(gate_last: bool
         torch.set_num_threads(before)
     assert all(torch.equal(one, two) for one, two in zip(*found, strict=True))
 
-    kept = list[int]()
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.data_ptr()), lambda _: None):
+    kept = list[Tensor]()
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         gated_rms_norm(x.requires_grad_(), z, weight, 3, 1e-5, gate_last=gate_last)
-    assert kept == [x.data_ptr(), z.data_ptr(), weight.data_ptr()]
+    assert [t.data_ptr() for t in kept] == [x.data_ptr(), z.data_ptr(), weight.data_ptr()]
 
 
 @pytest.mark.parametrize("gate_last", [False, True])
@@ -138,4 +145,5 @@ def test_derivatives_by_differences(gate_last: bool, rows: tuple[int, ...]) -> N
     assert torch.autograd.gradcheck(call, leaves, check_forward_ad=True)
     assert torch.autograd.gradgradcheck(call, leaves)
     with torch.no_grad():
-        torch.testing.assert_close(call(*leaves), formula(*leaves, 2, 1e-5, gate_last=gate_last))
+        x, z, weight = leaves
+        torch.testing.assert_close(call(*leaves), formula(x, z, weight, 2, 1e-5, gate_last=gate_last))

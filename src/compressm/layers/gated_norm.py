@@ -62,7 +62,7 @@ def _kernel(x: Tensor, z: Tensor, weight: Tensor, groups: int, eps: float, gate_
     dtype = torch.promote_types(x.dtype, z.dtype)
     stored = _stored_as(dtype)
     out = x.new_empty(x.shape, dtype=stored)
-    native.call("norm_forward", out, *_arguments(x, z, weight, groups, eps, gate_last, stored), out)
+    native.call("norm_forward", out, *_arguments(stored, x, z, weight, groups, eps, gate_last), out)
     return out.to(dtype)
 
 
@@ -83,7 +83,7 @@ class _GatedNorm(torch.autograd.Function):
         parts = min(-(-x.shape[:-1].numel() // _ROWS_OF_PART), _PARTS)
         grad_x, grad_z = (x.new_empty(x.shape, dtype=stored) for _ in "xz")
         grad_weight = weight.new_zeros(parts, x.shape[-1], dtype=torch.promote_types(stored, torch.float32))
-        given = (*_arguments(*inputs, stored), *_rows(grad, stored))
+        given = (*_arguments(stored, *inputs), *_rows(grad, stored))
         native.call("norm_backward", grad_x, *given, grad_x, grad_z, grad_weight, parts)
         return grad_x, grad_z, grad_weight[0], None, None, None
 
@@ -94,7 +94,7 @@ def _stored_as(dtype: torch.dtype) -> torch.dtype:
 
 
 def _arguments(
-    x: Tensor, z: Tensor, weight: Tensor, groups: int, eps: float, gate_last: bool, stored: torch.dtype
+    stored: torch.dtype, x: Tensor, z: Tensor, weight: Tensor, groups: int, eps: float, gate_last: bool
 ) -> list[Tensor | int | float]:
     """The arguments that the kernels share."""
     d = x.shape[-1]
