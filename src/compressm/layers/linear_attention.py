@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from compressm.layers.gated_norm import gated_rms_norm
 from compressm.layers.packing import starts_of
 from compressm.scans import delta_scan, delta_step, gla_scan, gla_step, ssd_scan, ssd_step
 
@@ -79,8 +80,10 @@ class MatrixStateLayer(nn.Module):
 
     def read_out(self, y: Tensor, u: Tensor) -> Tensor:
         """Norm, gate and output projection for ``y`` of shape ``(..., heads, head_dim)``."""
-        y = F.rms_norm(y, y.shape[-1:], None, self.norm_eps).flatten(-2)
-        return self.out_proj(self.norm_weight * y * F.silu(self.gate_proj(u)))
+        gate = self.gate_proj(u)
+        return self.out_proj(
+            gated_rms_norm(y.flatten(-2), gate, self.norm_weight, self.n_heads, self.norm_eps, gate_last=True)
+        )
 
     def initial_state(self, batch: int) -> Tensor:
         """The zero state of `step`, shape ``(batch, heads, head_dim, n)``."""
