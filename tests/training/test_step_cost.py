@@ -200,5 +200,6 @@ def test_no_kernel_is_forgotten() -> None:
     inside = {  # of these operators
         f"{kind}_{direction}" for kind in ("chain", "ssd", "selective", "lti") for direction in ("forward", "backward")
     } | {"impulse_to_transfer", "transfer_to_impulse", "convolve", "convolve_backward"}
-    element_wise = {"gelu", "glu", "gate_forward", "gate_backward", "batch_norm_forward", "batch_norm_backward"}
+    norms = {f"{kind}_{direction}" for kind in ("batch_norm", "norm") for direction in ("forward", "backward")}
+    element_wise = norms | {"gelu", "glu", "gate_forward", "gate_backward"}
     assert called == inside | element_wise | set(formulas._KERNELS)
