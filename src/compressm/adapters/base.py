@@ -175,8 +175,8 @@ class SelectiveAdapter(LayerAdapter):
         normed: whether the layer normalises B and C, so that a cut needs their second moments on data.
         entrance: a submodule that the layer calls once, with its own input. It lets the layer be observed when its
             ``forward`` is called directly. None if there is none; such calls are then refused.
-        keys_convolved: whether B and C (keys and queries) pass through the layer's convolutions, whose channels a cut then
-            removes. False if the convolutions stand before the projections.
+        keys_convolved: whether B and C (keys and queries) pass through the layer's convolutions, so that a cut removes
+            channels of these. False if the convolutions stand before the projections.
         keeps_last: whether the window of the layer's convolution, as it is carried, includes the present input.
         state_axis: the axis of the state dimension in the state that a cache of transformers keeps.
         state_dtype: of the state that the layer carries; None for that of its activations.

@@ -106,7 +106,9 @@ class ModelConfig(Section):
         if self.d_conv == 1 and self.layer in matrix_states:
             raise ValueError(f"model.d_conv|must be at least 2 taps, or 0 for no convolution, in layer {self.layer}")
         if self.d_conv == 0 and self.layer not in matrix_states:
-            raise ValueError(f"model.d_conv|must be at least 1 tap in layer {self.layer}; leave it out for the default, 4")
+            raise ValueError(
+                f"model.d_conv|must be at least 1 tap in layer {self.layer}; leave it out for the default, 4"
+            )
         if self.layer == "mamba2":
             d_inner, head_dim = (self.expand or 2) * self.d_model, self.head_dim or 64
             if d_inner % head_dim or (d_inner // head_dim) % (self.n_groups or 1):
