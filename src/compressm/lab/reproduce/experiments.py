@@ -243,8 +243,8 @@ EXPERIMENTS: dict[str, Experiment] = {
         family("rg_lru", "Griffin's recurrent block", 24, d_state=128),
         family("linear_attention", "linear attention with gated decay", 8, d_state=64, n_heads=2, decay="gated"),
         recall("mamba2", "one layer of Mamba-2", 4, 2, seeds=6, d_state=32, head_dim=16),
-        recall("gated_linear_attention", "two layers of gated linear attention", 4, 2, **TWO_HEADS, seeds=1),
-        recall("delta_net", "two layers of Gated DeltaNet", 4, 2, **TWO_HEADS, gated=True, seeds=1),
+        recall("gated_linear_attention", "one layer of gated linear attention", 4, 2, **TWO_HEADS, seeds=1),
+        recall("delta_net", "one layer of Gated DeltaNet", 4, 2, pairs=16, **TWO_HEADS, gated=True, seeds=1),
         bytes_of_text("mamba2", "Mamba-2", 32, 16, d_state=128, head_dim=16),
         bytes_of_text("delta_net", "Gated DeltaNet", 16, 8, d_state=64, n_heads=2, gated=True),
         Experiment(
