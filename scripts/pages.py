@@ -50,6 +50,7 @@ PAGES = (
     Page("state-classes.md", "python scripts/state_classes.py"),
     Page("options.md", "python scripts/options.py"),
     Page("reference.md", "python scripts/reference.py"),
+    Page("savings.md", "python scripts/savings.py"),
     Page("serving.md", "python scripts/serving.py"),
     Page("situations.md", "python scripts/hosts.py"),
     Page("mistakes.md", "python scripts/mistakes.py"),

@@ -18,6 +18,7 @@ _OPTIONS: dict[str, dict[str, Any]] = {
     "s4": {"max_length": 64},
     "mamba2": {"head_dim": 3, "n_groups": 2},
     "gla": {"n_heads": 2, "gate_rank": 2},
+    "gated-delta-net": {"n_heads": 2, "d_conv": 3},
     "rg-lru": {"n_blocks": 2},
 }
 LAYERS: dict[str, Callable[[], nn.Module]] = {

@@ -17,6 +17,7 @@ LAYERS: dict[str, Callable[[], Any]] = {
     "mamba2": lambda: Mamba2(8, 4, head_dim=4),
     "linear-attention": lambda: LinearAttention(8, 4, n_heads=2),
     "gla": lambda: GatedLinearAttention(8, 4, n_heads=2),
+    "linear-attention with a convolution": lambda: LinearAttention(8, 4, n_heads=2, d_conv=4),
     "gated-delta-net": lambda: DeltaNet(8, 4, n_heads=2, gated=True),
 }
 

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +15,9 @@ import compressm
 from compressm.adapters import find_layers
 from compressm.adapters.changes import layer_values, write
 from compressm.adapters.linear_attention import LinearAttentionAdapter
-from compressm.layers import LinearAttention, SequenceClassifier
+from compressm.layers import DeltaNet, GatedLinearAttention, LinearAttention, SequenceClassifier
+from compressm.layers.linear_attention import MatrixStateLayer
+from compressm.observing.moments import Statistics
 from compressm.theory.recurrence import ErrorEstimate, SelectiveReduction, balance_selective, moments
 from compressm.theory.selection import _balanced_maps, reduce_selective
 
@@ -30,6 +34,7 @@ def layers(draw: st.DrawFn) -> LinearAttention:
         heads,
         draw(st.integers(1, 2)),
         draw(st.sampled_from(["none", "fixed", "gated"])),
+        d_conv=draw(st.sampled_from([0, 2, 4])),
     )
     torch.nn.init.normal_(layer.norm_weight)
     return layer.double()
@@ -40,13 +45,23 @@ def inputs(layer: LinearAttention, length: int = 30, seed: int = 0) -> Tensor:
     return torch.randn(3, length, layer.d_model, generator=generator, dtype=torch.float64)
 
 
+def convolved(layer: MatrixStateLayer, u: Tensor, t: int) -> Tensor:
+    """What keys, queries and values read at one token, tap by tap."""
+    x = u[:, t].clone()
+    if layer.conv1d is not None:
+        taps = layer.conv1d.weight[:, 0]
+        for back in range(min(t + 1, taps.shape[1])):
+            x += taps[:, taps.shape[1] - 1 - back] * u[:, t - back]
+    return x
+
+
 def by_definition(layer: LinearAttention, u: Tensor) -> Tensor:
     """Token by token, head by head, from the parameters."""
     heads, p, outputs = layer.n_heads, layer.head_dim, []
     gates = [torch.ones(())] * heads
     S = u.new_zeros(u.shape[0], heads, p, layer.d_state)
     for t in range(u.shape[1]):
-        x = u[:, t]
+        x = convolved(layer, u, t)
         k, q, v = (x @ w.weight.T for w in (layer.k_proj, layer.q_proj, layer.v_proj))
         k, q, v = (z.reshape(u.shape[0], heads, -1) for z in (k, q, v))
         if layer.decay == "fixed":
@@ -56,7 +71,7 @@ def by_definition(layer: LinearAttention, u: Tensor) -> Tensor:
         S = torch.stack([gates[h] * S[:, h] + v[:, h, :, None] * k[:, h, None, :] for h in range(heads)], 1)
         y = torch.einsum("bhpn,bhn->bhp", S, q)
         y = y / (y.square().mean(-1, keepdim=True) + 1e-5).sqrt()
-        outputs.append(layer.out_proj(layer.norm_weight * y.flatten(1) * F.silu(layer.gate_proj(x))))
+        outputs.append(layer.out_proj(layer.norm_weight * y.flatten(1) * F.silu(layer.gate_proj(u[:, t]))))
     return torch.stack(outputs, 1)
 
 
@@ -86,9 +101,10 @@ def test_a_balancing_change_of_basis_changes_no_output(layer: LinearAttention) -
     torch.testing.assert_close(layer(u), before, rtol=1e-10, atol=1e-10)
 
 
-def test_balanced_coordinates_at_full_rank_are_exact() -> None:
+@pytest.mark.parametrize("d_conv", [0, 4])
+def test_balanced_coordinates_at_full_rank_are_exact(d_conv: int) -> None:
     torch.manual_seed(0)
-    layer = LinearAttention(16, 6, 2).double()
+    layer = LinearAttention(16, 6, 2, d_conv=d_conv).double()
     u = inputs(layer, 60)
     before = layer(u)
     balancing = balancing_of(layer, u)
@@ -116,9 +132,10 @@ def test_keys_and_queries_keep_their_balance_whatever_the_output_is_scaled_by() 
         torch.testing.assert_close(ratio(layer), before)
 
 
-def test_a_cut_attains_the_least_error_and_makes_about_that() -> None:
+@pytest.mark.parametrize("d_conv", [0, 4])
+def test_a_cut_attains_the_least_error_and_makes_about_that(d_conv: int) -> None:
     torch.manual_seed(1)
-    layer = LinearAttention(16, 12, 2).double()
+    layer = LinearAttention(16, 12, 2, d_conv=d_conv).double()
     u = inputs(layer, 400)
     reduction = reduce_selective(balancing_of(layer, u), 6, ADAPTER.folds_into, ADAPTER.folds_out)
     assert 0 < reduction.estimate.least_error < 1
@@ -154,9 +171,10 @@ def test_directions_that_no_key_has_go_without_loss() -> None:
     torch.testing.assert_close(layer(u), before, rtol=1e-4, atol=1e-5)
 
 
-def test_cut_while_training_saved_and_loaded(tmp_path) -> None:
+@pytest.mark.parametrize("options", [{"layer": "linear_attention"}, {"layer": "delta_net", "d_conv": 3}])
+def test_cut_while_training_saved_and_loaded(options: dict[str, Any], tmp_path: Path) -> None:
     torch.manual_seed(3)
-    model = SequenceClassifier(1, 3, 8, 16, n_layers=2, layer="linear_attention", n_heads=2)
+    model = SequenceClassifier(1, 3, 8, 16, n_layers=2, n_heads=2, **options)
     optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
     compressor = compressm.Compressor(model, optimizer, 20, states=5, cuts=2, window=0.5)
     for _ in range(20):
@@ -172,6 +190,28 @@ def test_cut_while_training_saved_and_loaded(tmp_path) -> None:
     compressm.save(model.eval(), tmp_path / "small")
     u = torch.randn(2, 12, 1)
     assert torch.equal(compressm.load(tmp_path / "small").eval()(u), model(u))
+
+
+@pytest.mark.parametrize("make", [LinearAttention, GatedLinearAttention, DeltaNet])
+@pytest.mark.parametrize("taps", [1, -2])
+def test_a_convolution_of_too_few_taps_is_refused(make: Any, taps: int) -> None:
+    with pytest.raises(ValueError, match=rf"d_conv must be at least 2 taps, or 0 for no convolution; got {taps}$"):
+        make(8, 4, 2, d_conv=taps)
+
+
+def test_calls_of_forward_alone_are_observed_by_what_enters_the_layer() -> None:
+    """Not by what keys and queries read behind the convolution."""
+    torch.manual_seed(5)
+    layer = LinearAttention(8, 6, 2, d_conv=3)
+    u, found = torch.randn(2, 15, 8), []
+    for call in (layer, layer.forward):
+        statistics = Statistics(layer, sequences=None, memory=1.0)
+        statistics.observe_next(training_only=False)
+        call(u)
+        statistics.close()
+        found.append(statistics.moments()[""].tensors())
+    for name, value in found[0].items():
+        torch.testing.assert_close(found[1][name], value)
 
 
 def test_weights_of_any_size_are_loaded() -> None:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import compressm
 from compressm.adapters import find_layers
+from compressm.adapters.changes import write
 from compressm.cutting.serving import (
     Attention,
     Memory,
@@ -92,15 +93,18 @@ def test_the_bytes_of_recurrent_gemma_are_those_in_its_layers() -> None:
     [
         LRU(4, 6), S5(4, 6), S4D(4, 6), Mamba(4, 6), Mamba2(8, 6, head_dim=4, n_groups=2),
         LinearAttention(8, 6, n_heads=2), GatedLinearAttention(8, 6, n_heads=2), DeltaNet(8, 6, n_heads=2),
-        RecurrentBlock(8, 12, n_blocks=2),
+        RecurrentBlock(8, 12, n_blocks=2), GatedLinearAttention(8, 6, n_heads=2, d_conv=4),
     ],
     ids=lambda layer: type(layer).__name__,
 )  # fmt: skip
 def test_the_bytes_of_our_own_layers_are_those_of_their_states(layer: nn.Module) -> None:
-    (found,) = find_layers(layer).values()
-    state: Any = layer.initial_state(1)  # type: ignore[operator]
-    geometry = found[1].geometry(layer)
-    assert geometry.state_bytes + geometry.window_bytes == sum(one.nbytes for one in tensors(state))
+    ((_, adapter),) = find_layers(layer).values()
+    foreseen = adapter.geometry(layer)
+    for states in (foreseen.states, foreseen.states // 2):
+        write(layer, adapter.resized(layer, states))
+        geometry, state = adapter.geometry(layer), layer.initial_state(1)  # type: ignore[operator]
+        assert geometry.state_bytes + geometry.window_bytes == sum(one.nbytes for one in tensors(state))
+        assert foreseen.resized(states) == geometry
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -64,12 +64,35 @@ def test_delta_rule_trains_and_generates_as_on_the_slow_path(kind: str) -> None:
     calls = list[str]()
     with fast_scan(model), native.watched(lambda name, _: calls.append(name)):
         fast = run()
-    assert "delta_backward" in calls
+    assert {"delta_backward", "norm_backward", "norm_forward"} <= set(calls)
     torch.testing.assert_close(fast[0], slow[0], rtol=1e-5, atol=1e-6)
     assert torch.equal(fast[2], slow[2])
     noise = 1e-6 * max(float(gradient.abs().max()) for gradient in slow[1])
     for a, b in zip(fast[1], slow[1], strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4 * float(b.abs().max()) + noise)
+
+
+@pytest.mark.parametrize("kind", ["mamba2", "zamba2", "qwen3_next", "olmo_hybrid"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gated_norms_are_those_of_transformers(kind: str, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    model = SIZES[kind].build().to(dtype)
+    norm = next(module for module in model.modules() if type(module).__name__.endswith("RMSNormGated"))
+    norm.weight.data.normal_()
+    x, gate = (torch.randn(2, 5, len(norm.weight)).to(dtype).requires_grad_() for _ in "xz")
+
+    def run() -> tuple[torch.Tensor, ...]:
+        y = norm(x, gate)
+        return y.detach(), *torch.autograd.grad(y.square().sum(), [x, gate, norm.weight])
+
+    slow, calls = run(), list[str]()
+    with fast_scan(model), native.watched(lambda name, _: calls.append(name)):
+        fast = run()
+    assert calls == ["norm_forward", "norm_backward"]
+    for ours, theirs in zip(fast, slow, strict=True):
+        assert ours.dtype == theirs.dtype
+        error = (ours.double() - theirs.double()).norm() / theirs.double().norm()
+        assert float(error) < (2e-6 if dtype == torch.float32 else 2e-2)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

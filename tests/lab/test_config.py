@@ -119,6 +119,15 @@ def test_compression_section_is_the_compressors_arguments() -> None:
             "model.n_groups = 2: is no option of layer mamba, which has",
         ),
         (
+            ["model.layer=delta_net", "model.d_conv=1"],
+            "model.d_conv = 1: must be at least 2 taps, or 0 for no convolution, in layer delta_net",
+        ),
+        (
+            ["model.layer=mamba", "model.d_conv=0"],
+            "model.d_conv = 0: must be at least 1 tap in layer mamba; leave it out for the default, 4",
+        ),
+        (["model.d_conv=-1"], "model.d_conv = -1: must be greater than or equal to 0"),
+        (
             ["model.layer=mamba2", "model.d_model=9"],
             "model.head_dim: must divide expand * d_model = 18 into",
         ),

@@ -31,6 +31,7 @@ LAYERS: dict[str, Callable[[], Any]] = {
     "Mamba2": lambda: Mamba2(WIDTH, 5, head_dim=4),
     "LinearAttention": lambda: LinearAttention(WIDTH, 5, n_heads=2, expand=2),
     "RetNet": lambda: LinearAttention(WIDTH, 5, n_heads=3, decay="fixed"),
+    "LinearAttention with a convolution": lambda: LinearAttention(WIDTH, 5, n_heads=2, d_conv=3),
     "GLUBlock, batch norm": lambda: GLUBlock("lru", WIDTH, 9),
     "GLUBlock, layer norm": lambda: GLUBlock("lru", WIDTH, 9, norm="layer"),
     "ResidualBlock": lambda: ResidualBlock("mamba", WIDTH, 5, dropout=0.1),

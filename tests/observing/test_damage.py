@@ -76,7 +76,7 @@ def test_changes_are_the_slope_of_the_loss_along_the_change_of_the_output(family
 FAMILIES: dict[str, Any] = {
     "mamba": {},
     "mamba2": {"head_dim": 4, "n_groups": 2},
-    "linear_attention": {"n_heads": 2},
+    "linear_attention": {"n_heads": 2, "d_conv": 3},
     "gated_linear_attention": {"n_heads": 2},
     "delta_net": {"n_heads": 2},
 }

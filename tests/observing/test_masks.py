@@ -33,7 +33,7 @@ WIDTH, N = 8, 6
 LAYERS: dict[str, Any] = {
     "mamba": lambda: Mamba(WIDTH, N),
     "mamba2": lambda: Mamba2(WIDTH, N, head_dim=4, n_groups=2),
-    "linear_attention": lambda: LinearAttention(WIDTH, N, n_heads=2),
+    "linear_attention": lambda: LinearAttention(WIDTH, N, n_heads=2, d_conv=3),
     "gated_linear_attention": lambda: GatedLinearAttention(WIDTH, N, n_heads=2),
     "delta_net": lambda: DeltaNet(WIDTH, N, n_heads=2, gated=True),
     "rg_lru": lambda: RecurrentBlock(WIDTH, N, n_blocks=2),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +13,8 @@ from torch.nn import functional as F
 
 from compressm import Compressor
 from compressm.layers import LRU, SequenceClassifier
-from compressm.scans import lti_scan, native
+from compressm.layers.activations import causal_conv
+from compressm.scans import delta_scan, gla_scan, lti_scan, native
 from compressm.scans.selective import selective_scan
 from compressm.training import step_cost as formulas
 from compressm.training.step_cost import StepCost, step_cost
@@ -158,3 +161,45 @@ def test_products_of_compiled_kernels_are_two_operations_each() -> None:
     # The tail of a block has two products of square matrices side by side.
     assert products["tail_forward"]((rows, width)) == 2 * rows * width * 2 * width
     assert products["tail_backward"]((rows, width)) == 3 * products["tail_forward"]((rows, width))
+
+
+@needs_compiler
+@pytest.mark.parametrize("gated_keys", [True, False], ids=["gla", "delta"])
+def test_matrix_states_are_counted_chunk_by_chunk(gated_keys: bool) -> None:
+    batch, length, heads, p, n = 2, 48, 3, 8, 16
+    x, k, q = (torch.randn(batch, length, heads, width, requires_grad=True) for width in (p, n, n))
+    decay = -torch.rand(batch, length, heads, *([n] if gated_keys else []))
+
+    def loss(_: nn.Module) -> Tensor:
+        y = gla_scan(x, decay, k, q) if gated_keys else delta_scan(x, decay, torch.rand_like(decay), k, q)
+        return y.sum()
+
+    states, triangles = 2 * p * n, 17  # a chunk has 16 steps, and a triangle of m rows (m + 1) / 2 entries per row
+    # Forward and backward: products with states, and the triangle's with values and keys; see kernels/gla.h, delta.h.
+    per_step = (
+        (7 * states + triangles * (3 * p + 5.5 * n)) if gated_keys else (10 * states + triangles * (6 * p + 8 * n))
+    )
+    assert step_cost(nn.Identity(), loss).flops == batch * length * heads * per_step
+
+
+@needs_compiler
+def test_short_convolutions_are_counted() -> None:
+    conv, u = nn.Conv1d(6, 6, 4, groups=6, padding=3), torch.randn(2, 20, 6, requires_grad=True)
+    cost = step_cost(conv, lambda conv: causal_conv(conv, u).sum())
+    assert cost.flops == 4 * (2 * u.numel() * 4)  # forward, and backward again with two gradients
+
+
+def test_no_kernel_is_forgotten() -> None:
+    """Every kernel has a count, belongs to an operator that has one, or does nothing but element-wise work."""
+    sources = [path.read_text(encoding="utf-8") for path in Path(formulas.__file__).parents[1].rglob("*.py")]
+    called = {name for text in sources for name in re.findall(r'native\.call\(\s*"(\w+)"', text)}
+    operators = {name for text in sources for name in re.findall(r'custom_op\(\s*"compressm::(\w+)"', text)}
+    counted = {str(one).split(".")[-1] for one in formulas._formulas() if "compressm" in str(one)}
+    matrix_states = {f"{kind}_scan{end}" for kind in ("gla", "delta") for end in ("", "_backward")}  # by their kernels
+    assert operators == counted | matrix_states
+    inside = {  # of these operators
+        f"{kind}_{direction}" for kind in ("chain", "ssd", "selective", "lti") for direction in ("forward", "backward")
+    } | {"impulse_to_transfer", "transfer_to_impulse", "convolve", "convolve_backward"}
+    norms = {f"{kind}_{direction}" for kind in ("batch_norm", "norm") for direction in ("forward", "backward")}
+    element_wise = norms | {"gelu", "glu", "gate_forward", "gate_backward"}
+    assert called == inside | element_wise | set(formulas._KERNELS)

@@ -175,6 +175,8 @@ class SelectiveAdapter(LayerAdapter):
         normed: whether the layer normalises B and C, so that a cut needs their second moments on data.
         entrance: a submodule that the layer calls once, with its own input. It lets the layer be observed when its
             ``forward`` is called directly. None if there is none; such calls are then refused.
+        keys_convolved: whether B and C (keys and queries) pass through the layer's convolutions, so that a cut removes
+            channels of these. False if the convolutions stand before the projections.
         keeps_last: whether the window of the layer's convolution, as it is carried, includes the present input.
         state_axis: the axis of the state dimension in the state that a cache of transformers keeps.
         state_dtype: of the state that the layer carries; None for that of its activations.
@@ -187,6 +189,7 @@ class SelectiveAdapter(LayerAdapter):
     gated: bool = False
     normed: bool = False
     entrance: str | None = None
+    keys_convolved: bool = True
     keeps_last: bool = False
     state_axis: int = -1
     state_dtype: torch.dtype | None = None
@@ -213,6 +216,7 @@ class SelectiveAdapter(LayerAdapter):
             layer,
             signals,
             states=self.state_dim(layer),
+            keys_convolved=self.keys_convolved,
             keeps_last=self.keeps_last,
             state_dtype=self.state_dtype,
         )

@@ -13,7 +13,13 @@ from compressm.theory.recurrence import Signals
 
 
 def of_signals(
-    layer: nn.Module, signals: Signals, *, states: int, keeps_last: bool, state_dtype: torch.dtype | None
+    layer: nn.Module,
+    signals: Signals,
+    *,
+    states: int,
+    keys_convolved: bool,
+    keeps_last: bool,
+    state_dtype: torch.dtype | None,
 ) -> Geometry:
     """The geometry of a selective layer.
 
@@ -21,6 +27,7 @@ def of_signals(
         layer: only read.
         signals: of its recurrence for one token, see `one_token`.
         states: its state dimension.
+        keys_convolved: whether B and C pass through the convolutions.
         keeps_last: whether the convolution's window includes the present input, as in transformers and mamba_ssm.
         state_dtype: of the recurrence's state; None for that of the signals.
     """
@@ -34,6 +41,7 @@ def of_signals(
         groups=signals.B.shape[2],
         heads=_heads(layer, kind, channels, signals.B.shape[2]),
         convolved=sum(one.weight.shape[0] for one in convolutions),
+        keys_convolved=keys_convolved,
         window=taps - (0 if keeps_last else min(taps, 1)),
         state_dtype=signals.x.dtype if state_dtype is None else state_dtype,
         window_dtype=convolutions[0].weight.dtype if convolutions else torch.float32,

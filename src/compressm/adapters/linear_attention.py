@@ -26,7 +26,8 @@ class LinearAttentionAdapter(SelectiveAdapter):
     """
 
     layer_type = LinearAttention
-    entrance = "q_proj"
+    entrance = "gate_proj"  # keys, queries and values read the input behind the convolution
+    keys_convolved = False
     folds_into = True
     folds_out = True
     keys, queries = "k_proj", "q_proj"

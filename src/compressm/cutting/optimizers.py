@@ -29,6 +29,16 @@ class Together:
         """The groups of all members, in order."""
         return [group for member in self.members for group in member.param_groups]
 
+    def step(self) -> None:
+        """One step of each member, in order."""
+        for member in self.members:
+            member.step()
+
+    def zero_grad(self) -> None:
+        """Forget the gradients of all parameters."""
+        for member in self.members:
+            member.zero_grad()
+
     def state_dict(self) -> dict[str, Any]:
         """The state of each member."""
         return {"members": [member.state_dict() for member in self.members]}

@@ -11,12 +11,13 @@ to
         trainer.train()
 
 Only the layers of this model are changed: each gets an attribute, which is removed at the end of the block. The short
-convolution before the scan is ours too. Masks, caches and norms still run transformers' code. Weights, state dict and
-checkpoints do not change.
+convolution before the scan and the gated norm after it are ours too. Masks, caches and other norms still run
+transformers' code. Weights, state dict and checkpoints do not change.
 """
 
 from __future__ import annotations
 
+import types
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from typing import Any
@@ -28,6 +29,7 @@ from torch.nn import functional as F
 from compressm.adapters.rebind import global_names, not_fused, rebound_forward
 from compressm.errors import UnsupportedModelError
 from compressm.layers.activations import silu_conv
+from compressm.layers.gated_norm import gated_rms_norm
 from compressm.layers.packing import steps_since
 from compressm.layers.parts import shifted_products
 from compressm.observing.layer_calls import PACKING, sequence_starts
@@ -41,9 +43,9 @@ class FastScan:
         layers: names of the layers that use our scan.
     """
 
-    def __init__(self, model: nn.Module, layers: list[str]) -> None:
+    def __init__(self, layers: list[str], changed: list[nn.Module]) -> None:
         self.layers = tuple(layers)
-        self._modules = [model.get_submodule(name) for name in layers]
+        self._modules = changed
 
     def remove(self) -> None:
         """Restore the layers' own scan. May be called twice."""
@@ -74,12 +76,17 @@ def enable_fast_scan(model: nn.Module) -> FastScan:
             raise UnsupportedModelError(
                 f"the forward of {name} was exchanged already, by fast_scan or by offloading: remove that first"
             )
+    changed = list[nn.Module]()
     for name in names:
         layer = model.get_submodule(name)
         selective = "mamba_selective_scan" in global_names(layer)
         convolution = {"causal_conv1d_fn": _convolution_of_mamba if selective else _convolution}
         layer.forward = rebound_forward(layer, _SCANS | convolution | FUSED)
-    return FastScan(model, names)
+        changed.append(layer)
+        for norm, forward in _gated_norms(layer):
+            norm.forward = types.MethodType(forward, norm)
+            changed.append(norm)
+    return FastScan(names, changed)
 
 
 def can_be_fast(model: nn.Module) -> bool:
@@ -212,6 +219,31 @@ def _delta_rule(
     start = None if initial_state is None else initial_state.float().mT
     y, state = delta_scan(v, log_decay, share, k, q, start, return_state=True, starts=starts)
     return y.to(query.dtype), state.mT.contiguous() if output_final_state else None
+
+
+def _gated_norms(layer: nn.Module) -> list[tuple[nn.Module, Callable[..., Tensor]]]:
+    """The gated norms of a layer for which there is a forward of ours, and that forward. A norm with another gate is
+    left alone, and so is one whose forward was exchanged already, as by offloading."""
+    gated = [module for module in layer.children() if type(module).__name__.endswith("RMSNormGated")]
+    norms = [norm for norm in gated if "forward" not in norm.__dict__]
+    first = [(norm, _gate_before_norm) for norm in norms if hasattr(norm, "group_size")]
+    last = [(norm, _gate_after_norm) for norm in norms if getattr(norm, "activation", None) == "silu"]
+    return first + last
+
+
+def _gate_before_norm(norm: Any, hidden_states: Tensor, gate: Tensor | None = None) -> Tensor:
+    """`gated_rms_norm` as the forward of transformers' ``MambaRMSNormGated`` and its copies."""
+    if gate is None:
+        return type(norm).forward(norm, hidden_states)
+    groups = hidden_states.shape[-1] // norm.group_size
+    out = gated_rms_norm(hidden_states, gate, norm.weight, groups, norm.variance_epsilon, gate_last=False)
+    return out.to(torch.promote_types(hidden_states.dtype, norm.weight.dtype))
+
+
+def _gate_after_norm(norm: Any, hidden_states: Tensor, gate: Tensor) -> Tensor:
+    """`gated_rms_norm` as the forward of transformers' ``Qwen3NextRMSNormGated`` and its copies."""
+    out = gated_rms_norm(hidden_states, gate, norm.weight, 1, norm.variance_epsilon, gate_last=True)
+    return out.to(hidden_states.dtype)
 
 
 def _refuse_packing(arguments: dict[str, Any]) -> None:

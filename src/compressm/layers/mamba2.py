@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from compressm.layers.activations import causal_conv
+from compressm.layers.gated_norm import gated_rms_norm
 from compressm.layers.packing import starts_of
 from compressm.layers.parts import at_least_float32, inverse_softplus, log_uniform, short_conv_step
 from compressm.scans import ssd_scan, ssd_step
@@ -21,8 +22,7 @@ class GatedRMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(width))
 
     def forward(self, x: Tensor, z: Tensor) -> Tensor:
-        y = (x * F.silu(z)).unflatten(-1, (self.groups, x.shape[-1] // self.groups))
-        return self.weight * F.rms_norm(y, y.shape[-1:], None, self.eps).flatten(-2)
+        return gated_rms_norm(x, z, self.weight, self.groups, self.eps, gate_last=False)
 
 
 class Mamba2(nn.Module):

@@ -8,8 +8,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from compressm.layers.packing import steps_since
 
-def short_conv(conv: nn.Conv1d, u: Tensor) -> Tensor:
+
+def short_conv(conv: nn.Conv1d, u: Tensor, starts: Tensor | None = None) -> Tensor:
     """A causal depthwise convolution over time, without an activation.
 
     It is computed as a sum of shifted products. For a few taps this is faster on CPUs than a convolution, which would
@@ -18,9 +20,12 @@ def short_conv(conv: nn.Conv1d, u: Tensor) -> Tensor:
     Args:
         conv: depthwise; its last tap belongs to the present input. Its ``padding`` is ignored.
         u: shape ``(batch, length, channels)``.
+        starts: True where a sequence begins, before which nothing is read, shape ``(batch, length)``; None for one
+            sequence a row.
     """
     bias = u.new_zeros(u.shape[2]) if conv.bias is None else conv.bias
-    return shifted_products(u, conv.weight[:, 0].T, bias)
+    since = None if starts is None else steps_since(starts)
+    return shifted_products(u, conv.weight[:, 0].T, bias, since)
 
 
 def shifted_products(u: Tensor, taps: Tensor, bias: Tensor, since: Tensor | None = None) -> Tensor:

@@ -165,11 +165,12 @@ def _mapped(C: Tensor, M: Tensor) -> Tensor:
 
 
 def _masked_matrix_state(layer: MatrixStateLayer, M: Tensor, u: Tensor, seq_idx: Tensor | None) -> Tensor:
-    *terms, k, q = layer.recurrence(u)
+    starts = starts_of(seq_idx)
+    *terms, k, q = layer.recurrence(u, starts)
     q = _mapped(q, M)
     if isinstance(layer, DeltaNet):
         k, q = F.normalize(_mapped(k, M.mT), dim=-1), F.normalize(q, dim=-1)
-    return layer.read_out(layer.scan(*terms, k, q, starts=starts_of(seq_idx)), u)
+    return layer.read_out(layer.scan(*terms, k, q, starts=starts), u)
 
 
 def _times(function: Forward, factor: Tensor) -> Forward:

@@ -32,8 +32,9 @@ from torch import Tensor
 
 _FOLDER = Path(__file__).with_name("kernels")
 # Each unit is a file of the folder that includes others. Names of kernels begin with the scan's.
-_UNITS = {"ssd": "matrix_states", "gla": "matrix_states", "delta": "matrix_states"}
+_UNITS = {"ssd": "matrix_states", "gla": "matrix_states", "delta": "matrix_states", "norm": "matrix_states"}
 _MAIN = "kernels"
+_SUFFIXES = {torch.float32: "f32", torch.float64: "f64", torch.bfloat16: "bf16"}  # bfloat16: the gated norm alone
 # No -ffast-math: NaN and Inf must propagate, so that a diverging training is noticed.
 _FLAGS = (
     "-O3",
@@ -83,16 +84,15 @@ def _library(unit: str) -> ctypes.CDLL | None:
 
 
 def call(name: str, like: Tensor, *arguments: Tensor | int | float | None) -> None:
-    """Call ``name_f32`` or ``name_f64``, by the dtype of ``like``. Tensors are passed as pointers.
+    """Call ``name_f32``, ``name_f64`` or ``name_bf16``, by the dtype of ``like``. Tensors are passed as pointers.
 
-    The caller ensures that every tensor is contiguous, on the CPU and of that dtype.
+    The caller ensures that every tensor is on the CPU, and of the strides and dtype that the kernel reads.
     """
     kernels = library(_unit(name))
     assert kernels is not None
-    assert like.dtype in (torch.float32, torch.float64), like.dtype
     for watcher in _watchers:
         watcher(name, arguments)
-    function = getattr(kernels, f"{name}_{'f32' if like.dtype == torch.float32 else 'f64'}")
+    function = getattr(kernels, f"{name}_{_SUFFIXES[like.dtype]}")
     function(*(_converted(argument) for argument in arguments), ctypes.c_int(torch.get_num_threads()))
 
 

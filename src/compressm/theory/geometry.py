@@ -24,6 +24,8 @@ class Geometry:
         groups: how many vectors B (key heads) there are per token.
         heads: how many heads (value heads) the recurrence has; ``channels`` where every channel decays by itself.
         convolved: channels of the short convolutions before the recurrence.
+        keys_convolved: whether B and C (keys and queries) are among these channels. False if the convolutions read the
+            layer's input. In S6, whose convolution reads x alone, it has no meaning.
         window: inputs that these convolutions keep of every channel.
         state_dtype, window_dtype: of the numbers that are kept.
     """
@@ -34,6 +36,7 @@ class Geometry:
     groups: int = 1
     heads: int = 1
     convolved: int = 0
+    keys_convolved: bool = True
     window: int = 0
     state_dtype: torch.dtype = torch.float32
     window_dtype: torch.dtype = torch.float32
@@ -49,12 +52,11 @@ class Geometry:
         return self.convolved * self.window * self.window_dtype.itemsize
 
     def resized(self, states: int) -> Geometry:
-        """The geometry after a cut to another state dimension. In S6 the convolution reads x alone, elsewhere B and C
-        (keys and queries) pass through it too, and in RG-LRU the states are its channels."""
+        """The geometry after a cut to another state dimension. In RG-LRU the states are the convolution's channels."""
         convolved = self.convolved
         if self.kind == "channels":
             convolved = convolved * states // self.states
-        elif convolved and self.kind != "s6":
+        elif convolved and self.keys_convolved and self.kind != "s6":
             convolved += 2 * self.groups * (states - self.states)
         return replace(self, states=states, convolved=convolved)
 

@@ -32,6 +32,16 @@ def cut_steps(total_steps: int, cuts: int, window: float, start: int) -> tuple[i
     return tuple(start + distance * (index + 1) for index in range(cuts))
 
 
+def first_look(cut: int, check_after: int) -> int:
+    """The step of the first evaluation before a cut: see `Schedule.looks`."""
+    return cut - LOOKS_BEFORE * _apart(cut, check_after)
+
+
+def _apart(cut: int, check_after: int) -> int:
+    """Steps between two evaluations before a cut."""
+    return max(1, min(check_after // 2, cut // (LOOKS_BEFORE + 1)))
+
+
 class Schedule:
     """Decides after which training steps a cut is made.
 
@@ -162,7 +172,7 @@ class Schedule:
         """
         if self.over:
             return False
-        left, apart = self.next_cut - step, max(1, min(self.check_after // 2, self.next_cut // (LOOKS_BEFORE + 1)))
+        left, apart = self.next_cut - step, _apart(self.next_cut, self.check_after)
         return left > 0 and left % apart == 0 and (left <= LOOKS_BEFORE * apart or self.when == "settled")
 
     def made(self) -> None:
@@ -197,4 +207,4 @@ class Schedule:
         self.postponed = int(state.get("postponed", 0))  # absent in the oldest checkpoints
 
 
-__all__ = ["Schedule", "When", "cut_steps"]
+__all__ = ["Schedule", "When", "cut_steps", "first_look"]

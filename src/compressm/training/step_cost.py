@@ -16,6 +16,7 @@ from compressm.scans import native
 
 # An exponential counts as one operation, a complex multiplication and addition as eight.
 _SELECTIVE_FORWARD, _SELECTIVE_BACKWARD = 7, 20
+_CHUNK = 16  # chunk_steps of matrix_states.h
 
 
 @dataclass(frozen=True)
@@ -66,8 +67,30 @@ def step_cost(model: nn.Module, loss: Callable[[nn.Module], Tensor]) -> StepCost
     return StepCost(counter.get_total_flops() + sum(compiled), sum(kept.values()))
 
 
+def _matrix_states(sizes: Sequence[int], states: int, values: float, keys: float) -> int:
+    """Of a recurrence whose states are matrices, chunk by chunk: products of the states with values or keys, and
+    products of a chunk's triangle with all of its values and all of its keys.
+
+    Args:
+        sizes: batch, length, heads, p, n.
+        states, values, keys: how many of these products there are.
+    """
+    batch, length, heads, p, n = sizes
+    triangle = min(length, _CHUNK) + 1
+    return round(batch * length * heads * (2 * states * p * n + triangle * (values * p + keys * n)))
+
+
 # Operations of kernels that PyTorch does not see, computed from the arguments of `native.call`.
 _KERNELS: dict[str, Callable[[tuple[Any, ...]], int]] = {
+    # Keys decay from step to step, which is half a product of its own.
+    "gla_forward": lambda given: _matrix_states(given[:5], 2, 1, 1.5),
+    "gla_backward": lambda given: _matrix_states(given[:5], 5, 2, 4),
+    "delta_forward": lambda given: _matrix_states(given[:5], 3, 2, 2),
+    "delta_backward": lambda given: _matrix_states(given[:5], 7, 4, 6),
+    "convolution_forward": lambda given: 2 * math.prod(given[:3]) * given[4],
+    "convolution_backward": lambda given: 3 * 2 * math.prod(given[:3]) * given[4],
+    "step_sizes_forward": lambda given: 2 * given[0] * given[1] * given[3],
+    "step_sizes_backward": lambda given: 3 * 2 * given[0] * given[1] * given[3],
     "linear_forward": lambda given: 2 * math.prod(given[:3]),
     "linear_backward": lambda given: 2 * math.prod(given[:3]) * (1 if given[6] is None else 2),
     "tail_forward": lambda given: 2 * given[0] * 2 * given[1] ** 2,

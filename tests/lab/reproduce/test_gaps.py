@@ -51,6 +51,15 @@ def test_only_seeds_that_all_three_have_count() -> None:
     assert recovered(THREE, THREE.arms[0], runs([90], [80], [85])) is None
 
 
+def test_an_arm_may_name_the_big_one_of_its_gap() -> None:
+    own = Arm("cut", {}, small="small", big="own")
+    four = Experiment("four", "Four", "digits", (Arm("full", {}), Arm("own", {}), Arm("small", {}), own))
+    stored = {**runs([99], [80], [85]), ("own", 0): SimpleNamespace(metric="accuracy", score=0.9)}
+    share = recovered(four, own, cast("Results", stored))
+    assert share is not None
+    assert share.share == pytest.approx(0.5)
+
+
 def test_no_share_of_a_gap_below_one_point() -> None:
     share = recovered(THREE, THREE.arms[2], runs([80.9] * 3, [80] * 3, [80.5] * 3))
     assert share is not None
@@ -86,13 +95,15 @@ def test_the_interval_covers_the_true_share_as_often_as_it_says() -> None:
 def test_rivals_and_random_choices_are_not_the_method() -> None:
     method = {arm.name for arm in EXPERIMENTS["rivals"].arms if cut_while_training(arm)}
     assert method == {"shrunk"}
+    assert {arm.name for arm in EXPERIMENTS["rivals-short"].arms if cut_while_training(arm)} == {"loss", "white"}
     assert {arm.name for arm in EXPERIMENTS["mamba"].arms if cut_while_training(arm)} == {"shrunk"}
 
 
 def test_every_small_counterpart_exists() -> None:
     for experiment in EXPERIMENTS.values():
         for arm in experiment.arms:
-            assert arm.small is None or experiment.arm(arm.small) is not arm
+            for other in (arm.small, arm.big):
+                assert other is None or experiment.arm(other) is not arm
 
 
 def read_run(share: Recovered) -> dict[str, Any]:

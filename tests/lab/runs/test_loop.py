@@ -19,7 +19,7 @@ from compressm.errors import CheckpointError, ConfigError
 from compressm.lab.config import Config, parse_config
 from compressm.lab.data.datasets import BatchOrder, load_data
 from compressm.lab.runs.loop import train
-from compressm.lab.runs.models import build_model, build_optimizer, learning_rate_factor
+from compressm.lab.runs.models import build_model, build_optimizer, build_scheduler, learning_rate_factor
 from compressm.layers import SequenceClassifier
 from compressm.saving.checkpoint import load, load_tree
 from compressm.training.compressor import Compressor
@@ -319,6 +319,15 @@ def test_selective_layers_are_observed_cut_and_resumed(layer: str, tmp_path: Pat
     assert_same_outcome(tmp_path / "killed", tmp_path / "unbroken")
 
 
+def test_two_optimizers_are_cut_rolled_back_and_resumed(tmp_path: Path) -> None:
+    settings = config({**SETBACK, "optimizer": {"name": "muon", "lr": 0.03}})
+    result = train(settings, output=tmp_path / "unbroken", quiet=True)
+    assert "rolled_back" in [event["kind"] for event in result.history]
+    assert exit_code(settings, tmp_path / "killed", (*STEP, 71, "after")) == -signal.SIGKILL  # a cut is under watch
+    assert exit_code(settings, tmp_path / "killed", None) == 0
+    assert_same_outcome(tmp_path / "killed", tmp_path / "unbroken")
+
+
 def test_a_finished_run_is_not_run_again(tmp_path: Path) -> None:
     first = train(config(), output=tmp_path, quiet=True)
     before = (tmp_path / "result.json").stat().st_mtime_ns
@@ -342,8 +351,12 @@ def test_a_finished_run_is_not_run_again(tmp_path: Path) -> None:
         train(config(), output=tmp_path, resume=True, quiet=True)
 
 
-def test_a_run_can_begin_with_the_steps_of_the_same_run_without_compression(tmp_path: Path) -> None:
-    late = {**TINY["compression"], "start": 15, "window": 0.25}
+@pytest.mark.parametrize("rule", [{}, {"max_drop": 0.9, "check_after": 3}], ids=["sized", "judged"])
+def test_a_run_can_begin_with_the_steps_of_the_same_run_without_compression(
+    rule: dict[str, Any], tmp_path: Path
+) -> None:
+    # The first cut comes at step 18, after the checkpoint of step 16, and is judged by measurements from step 15 on.
+    late = {**TINY["compression"], "start": 12, "window": 0.25, "cuts": 1, **rule}
     train(config({"compression": late}), output=tmp_path / "alone", quiet=True)
     off = {**late, "enabled": False}
     train(config({"compression": off, "run": {"keep_checkpoints": 6}}), output=tmp_path / "full", quiet=True)
@@ -370,6 +383,9 @@ def test_a_run_that_does_not_fit_is_no_beginning(tmp_path: Path) -> None:
     settled = {"compression": {**late["compression"], "when": "settled"}}
     with pytest.raises(ConfigError, match=r"--from .*full: compression.when = 'settled', which is watched over"):
         begin("full", settled)
+    by_loss = {"compression": {**late["compression"], "gramians": "loss"}}
+    with pytest.raises(ConfigError, match=r"--from .*full: compression.gramians = 'loss', which is watched over"):
+        begin("full", by_loss)
     with pytest.raises(ConfigError, match=r"--from .*full: blocks.0.ssm is a selective layer, which is watched over"):
         begin("full", {**late, "model": {"layer": "mamba", "d_model": 6, "d_state": 16}})
 
@@ -405,7 +421,7 @@ def test_best_weights_are_chosen_after_the_last_cut(tmp_path: Path) -> None:
     assert list(load(tmp_path / "model").state_dict()) == list(load(tmp_path / "best").state_dict())
 
 
-@pytest.mark.parametrize("optimizer", ["adam", "adamw"])
+@pytest.mark.parametrize("optimizer", ["adam", "adamw", "muon"])
 def test_adam_learns(tmp_path: Path, optimizer: str) -> None:
     changes = {
         "optimizer": {"name": optimizer, "lr": 0.02, "weight_decay": 1e-4},
@@ -439,6 +455,45 @@ def test_one_step_of_gradient_descent_is_what_it_should_be(tmp_path: Path) -> No
         assert parameter.grad is not None
         rate = 0.05 if name.split(".")[-1] in ("nu_log", "theta_log", "gamma_log", "B_re", "B_im") else 0.1
         torch.testing.assert_close(trained[name], (parameter - rate * parameter.grad).detach())
+
+
+def test_half_precision_trains_with_the_gradient_of_autocast(tmp_path: Path) -> None:
+    changes = {
+        "model": {"dropout": 0.0},
+        "optimizer": {"name": "sgd", "lr": 0.1, "ssm_lr_factor": 1.0, "max_grad_norm": None},
+        "schedule": {"name": "constant"},
+        "compression": {"enabled": False},
+    }
+    settings = config({**changes, "run": {"steps": 1, "seed": 5, "autocast": "bfloat16"}})
+    train(settings, output=tmp_path, quiet=True)
+    trained = load(tmp_path / "model").state_dict()
+    data = load_data(settings.data)
+    u, y = data.batch(data.train, BatchOrder(len(data.train), 20, seed=5).indices(0))
+    steps = {}
+    for half in (True, False):
+        torch.manual_seed(5)
+        model = build_model(settings, data.channels, data.n_classes)
+        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+            torch.nn.functional.cross_entropy(model(u), y).backward()
+        steps[half] = {name: one.detach() - 0.1 * one.grad for name, one in model.named_parameters()}
+    assert all(torch.equal(trained[name], value) for name, value in steps[True].items())
+    assert any(not torch.equal(trained[name], value) for name, value in steps[False].items())
+
+
+def test_two_optimizers_follow_one_schedule() -> None:
+    settings = config({"optimizer": {"name": "muon", "lr": 0.01}, "run": {"steps": 10}})
+    optimizer = build_optimizer(settings.optimizer, build_model(settings, 1, 10))
+    scheduler = build_scheduler(settings, optimizer)
+    factor = learning_rate_factor(settings)
+    for step in range(10):
+        rates = {group["name"]: group["lr"] for group in optimizer.param_groups}
+        assert rates == {
+            "ssm": pytest.approx(0.005 * factor(step)),
+            "no_decay": pytest.approx(0.01 * factor(step)),
+            "decay": pytest.approx(0.01 * factor(step)),
+        }
+        optimizer.step()
+        scheduler.step()
 
 
 def test_schedule_follows_its_formula() -> None:

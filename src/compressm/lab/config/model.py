@@ -27,9 +27,9 @@ _LAYER_OPTIONS = {
     "s4d": ("dt_min", "dt_max", "init"),
     "mamba": ("expand", "d_conv", "dt_rank"),
     "mamba2": ("expand", "d_conv", "head_dim", "n_groups"),
-    "linear_attention": ("expand", "n_heads", "decay"),
-    "gated_linear_attention": ("expand", "n_heads", "gate_rank"),
-    "delta_net": ("expand", "n_heads", "gated"),
+    "linear_attention": ("expand", "n_heads", "d_conv", "decay"),
+    "gated_linear_attention": ("expand", "n_heads", "d_conv", "gate_rank"),
+    "delta_net": ("expand", "n_heads", "d_conv", "gated"),
     "rg_lru": ("n_blocks", "d_conv"),
 }
 
@@ -42,9 +42,10 @@ class ModelConfig(Section):
 
     ``r_min``, ``r_max`` and ``max_phase`` are options of ``layer: lru``; ``dt_min`` and ``dt_max`` of ``s5`` and
     ``s4d``, ``bidirectional`` of ``s5``, ``init`` of ``s4d``; ``expand`` and ``d_conv`` of ``mamba`` and ``mamba2``,
-    ``dt_rank`` of ``mamba``, ``head_dim`` and ``n_groups`` of ``mamba2``; ``n_heads`` and ``expand`` of the layers
-    with a matrix-valued state, ``decay`` of ``linear_attention``, ``gate_rank`` of ``gated_linear_attention``,
-    ``gated`` of ``delta_net``, ``n_blocks`` and ``d_conv`` of ``rg_lru``.
+    ``dt_rank`` of ``mamba``, ``head_dim`` and ``n_groups`` of ``mamba2``; ``n_heads``, ``expand`` and ``d_conv`` of the
+    layers with a matrix-valued state, ``decay`` of ``linear_attention``, ``gate_rank`` of ``gated_linear_attention``,
+    ``gated`` of ``delta_net``, ``n_blocks`` and ``d_conv`` of ``rg_lru``. ``d_conv`` is the number of taps of the short
+    convolution: 4 by default, and in layers with a matrix-valued state 0, for none.
     """
 
     d_model: int | None = Field(None, ge=1)
@@ -61,7 +62,7 @@ class ModelConfig(Section):
     bidirectional: bool | None = None
     init: Literal["legs", "lin"] | None = None
     expand: int | None = Field(None, ge=1)
-    d_conv: int | None = Field(None, ge=1)
+    d_conv: int | None = Field(None, ge=0)
     dt_rank: int | None = Field(None, ge=1)
     head_dim: int | None = Field(None, ge=1)
     n_groups: int | None = Field(None, ge=1)
@@ -101,6 +102,12 @@ class ModelConfig(Section):
             raise ValueError(  # before the data are read
                 f"model.n_heads|must divide expand * d_model = {(self.expand or 1) * self.d_model}; it is "
                 f"{self.n_heads or 4}"
+            )
+        if self.d_conv == 1 and self.layer in matrix_states:
+            raise ValueError(f"model.d_conv|must be at least 2 taps, or 0 for no convolution, in layer {self.layer}")
+        if self.d_conv == 0 and self.layer not in matrix_states:
+            raise ValueError(
+                f"model.d_conv|must be at least 1 tap in layer {self.layer}; leave it out for the default, 4"
             )
         if self.layer == "mamba2":
             d_inner, head_dim = (self.expand or 2) * self.d_model, self.head_dim or 64

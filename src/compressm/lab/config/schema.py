@@ -27,10 +27,12 @@ from compressm.training.twin import Control
 class OptimizerConfig(Section):
     """The optimizer. ``ssm_lr_factor`` scales the learning rate of the recurrences' parameters, which are not decayed.
 
-    ``momentum`` is that of ``sgd``; ``max_grad_norm`` clips the gradient's norm where given.
+    ``muon`` is Muon (Jordan et al. 2024) for the matrices outside of the recurrences, with steps as long as AdamW's,
+    which trains all other parameters. ``momentum`` is that of ``sgd``; ``max_grad_norm`` clips the gradient's norm
+    where given.
     """
 
-    name: Literal["adam", "adamw", "sgd"] = "adamw"
+    name: Literal["adam", "adamw", "sgd", "muon"] = "adamw"
     lr: float = Field(1e-3, gt=0)
     ssm_lr_factor: float = Field(1.0, gt=0)
     weight_decay: float = Field(0.0, ge=0)
@@ -140,6 +142,8 @@ class RunConfig(Section):
         select: which weights are the result: the ``last``, or the ``best`` on validation since the last cut.
         metric: what is measured on validation and test data beside the loss; null for the usual one: ``accuracy`` of
             classes, ``r2`` of numbers (or ``fit``, ``mse``), ``perplexity`` of language models (or ``accuracy``).
+        autocast: ``bfloat16`` trains under torch's autocast to it; weights, and evaluation, stay in float32. Null
+            trains in float32.
         threads: CPU threads; null leaves torch's choice.
         device: ``auto``, ``cpu`` or ``cuda``.
         tensorboard: write TensorBoard logs.
@@ -160,6 +164,7 @@ class RunConfig(Section):
     eval_batch_size: int = Field(500, ge=1)
     select: Literal["last", "best"] = "last"
     metric: Metric | None = None
+    autocast: Literal["bfloat16"] | None = None
     threads: int | None = Field(None, ge=1)
     device: Literal["auto", "cpu", "cuda"] = "auto"
     tensorboard: bool = True

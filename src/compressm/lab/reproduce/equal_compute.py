@@ -64,7 +64,7 @@ def render(experiment: Experiment, results: Results) -> list[str]:
     made = tuned(experiment, results)
     if not made:
         return []
-    lines = ["Every way at its best learning rate of three, chosen on validation data:", ""]
+    lines = ["Every way at its best learning rate, chosen on validation data:", ""]
     lines += ["| " + " | ".join(HEADER) + " |", "|---|" + "---:|" * (len(HEADER) - 1)]
     for one in made:
         accuracies = [100 * run.score for run in one.runs]

@@ -20,9 +20,9 @@ SHOWN = (-0.6, 2.2)  # the figure's shares
 
 def cut_while_training(arm: Arm) -> bool:
     """Whether an arm is the method itself: not a rival, not a choice of states that serves for comparison."""
-    rival = arm.continues is not None or arm.teacher is not None or "loss.hankel_norm" in arm.changes
+    at_the_end = "compression.start" in arm.changes  # see `after`; the penalty's arms are cut there too
     selected = arm.changes.get("compression.selection", "hankel") == "hankel"
-    return arm.small is not None and selected and not rival
+    return arm.small is not None and selected and not at_the_end and arm.teacher is None
 
 
 def method_shares(found: Found) -> list[Recovered]:

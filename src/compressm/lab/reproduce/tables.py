@@ -24,10 +24,10 @@ class Row:
         arm: which.
         runs: its results, in the order of the seeds.
         seconds: computing time of every run, a teacher's training included; None unknown, or on another processor than
-            the first arm's run.
+            the big arm's run: that of `Arm.big`, by default the first arm.
         step_ms: milliseconds of computing that the last training steps took each, the median over seeds; None unknown.
-        step_speedup: the same of the first arm's runs over it, of those seeds that both have; likewise None.
-        run_speedup: computing time of the first arm's whole training over this one's, likewise.
+        step_speedup: the same of the big arm's runs over it, of those seeds that both have; likewise None.
+        run_speedup: computing time of the big arm's whole training over this one's, likewise.
         recovered: the share of the gap between small and big; None for arms without a small counterpart.
     """
 
@@ -73,15 +73,14 @@ def rows(experiment: Experiment, results: Results) -> list[Row]:
     by_arm = {
         arm.name: {seed: run for (name, seed), run in results.items() if name == arm.name} for arm in experiment.arms
     }
-    first = experiment.arms[0].name
     made = []
     for arm in experiment.arms:
-        runs = by_arm[arm.name]
+        runs, big = by_arm[arm.name], experiment.arm(arm.big or experiment.arms[0].name)
         if not runs:
             continue
-        alike = {seed for seed, run in runs.items() if _on_one_processor(run, results.get((first, seed)))}
+        alike = {seed for seed, run in runs.items() if _on_one_processor(run, results.get((big.name, seed)))}
         seconds = {seed: _computing(arm, seed, results) if seed in alike else None for seed in sorted(runs)}
-        both = [seed for seed in alike if (first, seed) in results]
+        both = [seed for seed in alike if (big.name, seed) in results]
         steps = [step for seed, run in runs.items() if seed in alike and (step := _last_step(run)) is not None]
         made.append(
             Row(
@@ -89,8 +88,8 @@ def rows(experiment: Experiment, results: Results) -> list[Row]:
                 [runs[seed] for seed in sorted(runs)],
                 list(seconds.values()),
                 statistics.median(steps) * 1000 if steps else None,
-                _ratio([(_last_step(results[first, seed]), _last_step(runs[seed])) for seed in both]),
-                _ratio([(_computing(experiment.arms[0], seed, results), seconds[seed]) for seed in both]),
+                _ratio([(_last_step(results[big.name, seed]), _last_step(runs[seed])) for seed in both]),
+                _ratio([(_computing(big, seed, results), seconds[seed]) for seed in both]),
                 recovered(experiment, arm, results),
             )
         )

@@ -17,10 +17,10 @@ from typing import Any, NoReturn, cast
 import torch
 from accelerate.utils import broadcast, gather_object
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from compressm import __version__
 from compressm.cutting import state_dims
+from compressm.cutting.optimizers import unwrap_optimizer
 from compressm.errors import ConfigError
 from compressm.lab.config import Config
 from compressm.lab.data.datasets import load_data
@@ -190,11 +190,13 @@ class _Run:
         self.step += 1
         return batch
 
-    def _learn(self, model: nn.Module, optimizer: Optimizer, batch: _Batch) -> Tensor:
-        """One step of a model, which may be an uncut twin; returns its loss."""
+    def _learn(self, model: nn.Module, optimizer: Any, batch: _Batch) -> Tensor:
+        """One step of a model, which may be an uncut twin, by its optimizer, or its several; returns its loss."""
         u, y, lengths, step = batch
+        optimizer = unwrap_optimizer(optimizer)
         model.train()
-        loss = self.objective(model, u, y, step, lengths)
+        with torch.autocast(u.device.type, torch.bfloat16, enabled=self.config.run.autocast is not None):
+            loss = self.objective(model, u, y, step, lengths)
         self.accelerator.backward(loss)
         if self.config.optimizer.max_grad_norm is not None:
             nn.utils.clip_grad_norm_(model.parameters(), self.config.optimizer.max_grad_norm)

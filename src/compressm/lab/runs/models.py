@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from compressm.cutting.metrics import Better
+from compressm.cutting.optimizers import Together, members_of
 from compressm.errors import ConfigError, InvalidRankRuleError
 from compressm.lab.config import Config, OptimizerConfig
 from compressm.lab.data.sequences import SequenceData, Task
@@ -103,19 +104,50 @@ def _check_fits(model: nn.Module, data: SequenceData, build: str) -> None:
         raise ConfigError(f"{takes} returned {described(logits)} for {len(u)} sequences: expected {what}")
 
 
-def build_optimizer(config: OptimizerConfig, model: nn.Module) -> Optimizer:
+def build_optimizer(config: OptimizerConfig, model: nn.Module) -> Optimizer | Together:
     """The optimizer, with the recurrences in a group of their own; torch's fused kernels where they exist."""
     groups = parameter_groups(model, config.lr, config.weight_decay, config.ssm_lr_factor)
     fused = all(p.device.type in ("cpu", "cuda") and p.dtype == torch.float32 for p in model.parameters())
     if config.name == "sgd":
         return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, fused=fused)
-    kind = torch.optim.AdamW if config.name == "adamw" else torch.optim.Adam
+    if config.name == "muon":
+        matrices = [group for group in groups if group["name"] == "decay"]
+        others = [group for group in groups if group["name"] != "decay"]
+        muon = torch.optim.Muon(matrices, lr=config.lr, adjust_lr_fn="match_rms_adamw")
+        return Together([torch.optim.AdamW(others, lr=config.lr, fused=fused), muon])
+    kind = torch.optim.Adam if config.name == "adam" else torch.optim.AdamW
     return kind(groups, lr=config.lr, fused=fused)
 
 
-def build_scheduler(config: Config, optimizer: Optimizer) -> LambdaLR:
+class Schedules:
+    """The learning rate schedule of each of several optimizers of one model, used as one.
+
+    Args:
+        members: one per optimizer.
+    """
+
+    def __init__(self, members: Sequence[LambdaLR]) -> None:
+        self.members = tuple(members)
+
+    def step(self) -> None:
+        """The rates of the coming step."""
+        for member in self.members:
+            member.step()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state of each member."""
+        return {"members": [member.state_dict() for member in self.members]}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Restore what `state_dict` returned."""
+        for member, state in zip(self.members, state_dict["members"], strict=True):
+            member.load_state_dict(state)
+
+
+def build_scheduler(config: Config, optimizer: Optimizer | Together) -> LambdaLR | Schedules:
     """The schedule; call its ``step`` after every optimizer step."""
-    return LambdaLR(optimizer, learning_rate_factor(config))
+    made = [LambdaLR(member, learning_rate_factor(config)) for member in members_of(optimizer)]
+    return made[0] if len(made) == 1 else Schedules(made)
 
 
 def learning_rate_factor(config: Config) -> Callable[[int], float]:
@@ -137,7 +169,7 @@ def learning_rate_factor(config: Config) -> Callable[[int], float]:
 def build_compressor(
     config: Config,
     model: nn.Module,
-    optimizer: Optimizer,
+    optimizer: Optimizer | Together,
     scheduler: Any,
     evaluate: Callable[[nn.Module], float],
     train_step: TrainStep,

@@ -14,6 +14,7 @@ from compressm.lab.runs.same_settings import differences
 from compressm.observing.moments import Statistics
 from compressm.saving.checkpoint import load_tree
 from compressm.training.compressor import Compressor
+from compressm.training.schedule import first_look
 
 
 def checkpoint_to_begin_with(
@@ -32,13 +33,19 @@ def checkpoint_to_begin_with(
     if compressor is None:
         raise ConfigError(f"--from {origin}: nothing would differ from that run without compression; enable it")
     selective = Statistics(model).layers
-    if config.compression.when == "settled" or selective:
-        reason = f"{selective[0]} is a selective layer" if selective else "compression.when = 'settled'"
+    reasons = {
+        "compression.when = 'settled'": config.compression.when == "settled",
+        "compression.gramians = 'loss'": config.compression.gramians == "loss",
+        f"{selective[0] if selective else ''} is a selective layer": bool(selective),
+    }
+    reason = next((reason for reason, applies in reasons.items() if applies), None)
+    if reason is not None:
         raise ConfigError(
             f"--from {origin}: {reason}, which is watched over the steps before a cut, and that run did not watch; "
             "train without --from"
         )
-    tree = _last_before(compressor.cut_steps[0], origin, config)
+    first, judged = compressor.cut_steps[0], config.compression.max_drop is not None
+    tree = _last_before(first_look(first, compressor.check_after) if judged else first, origin, config)
     if tree["compressor"] is not None:
         raise ConfigError(f"--from {origin}: that run was compressed itself; name one with compression.enabled=false")
     for key, value, before in differences(tree["config"], config):
@@ -50,14 +57,14 @@ def checkpoint_to_begin_with(
     return {**tree, "compressor": {**compressor.state_dict(), "steps": tree["step"]}, "best": None}
 
 
-def _last_before(first: int, origin: Path, config: Config) -> dict[str, Any]:
-    """The last checkpoint from before the first cut."""
+def _last_before(step: int, origin: Path, config: Config) -> dict[str, Any]:
+    """The last checkpoint from before a step, in which the first cut is made, or the metric measured for its sake."""
     checkpoints = checkpoints_in(origin, config)
-    steps = [step for step in checkpoints.steps() if step < first]
+    steps = [saved for saved in checkpoints.steps() if saved < step]
     if not steps:
         raise ConfigError(
-            f"--from {origin}: it has no checkpoint from before step {first}, where the first cut is due; keep "
-            "more of them there with run.keep_checkpoints, or train without --from"
+            f"--from {origin}: it has no checkpoint from before step {step}, where the first cut is due, or the metric "
+            "is measured for it; keep more of them there with run.keep_checkpoints, or train without --from"
         )
     return load_tree(checkpoints.path(steps[-1]))
 

@@ -1,6 +1,7 @@
-// The scans with matrix-valued states: a unit of its own, so that who does not use them does not wait for their compilation.
+// The scans with matrix-valued states, and the norm after them: a unit of its own, so that who does not use them does not wait for their compilation.
 
 #include "delta.h"
+#include "gated_norm.h"
 #include "gla.h"
 #include "ssd.h"
 
