@@ -74,8 +74,10 @@ def trip_of(name: str, layer: nn.Module, inputs: Callable[[], Tensor]) -> Trip:
 
 
 def packages(calls: list[tuple[str, ...]], depth: int | None = None) -> set[str]:
-    """The packages of these modules, of the innermost ``depth`` ones. `from_first_rank` runs what it is given."""
-    modules = {module for call in calls for module in call[:depth]} - {"runtime/processes.py"}
+    """The packages of these modules, of the innermost ``depth`` ones. `from_first_rank` runs what it is given, and the
+    watch over the optimizer's steps copies a parameter of the cut layer."""
+    met = [call for call in calls if call[0] != "training/steps.py"]
+    modules = {module for call in met for module in call[:depth]} - {"runtime/processes.py"}
     return {module.partition("/")[0] for module in modules}
 
 
