@@ -192,6 +192,7 @@ Whole trainings from [results](results.md), cuts included: the big model, the on
 that is small from the start. *Test* is accuracy, or perplexity. *Seconds* are computing time on one core of the machine
 that ran them; times on another processor than the big model's are left out. *Energy* is those seconds at {WATTS} W, the
 share of one core in a server's 180 W for 32 cores: a model, not a reading; `run.energy` has codecarbon measure yours.
+*Operations* are those of the engine that a machine picks for its scans: Fourier transforms count less than recurrences.
 *Memory kept* is what autograd keeps of the forward pass of one of the last steps.
 
 """

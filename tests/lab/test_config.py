@@ -101,7 +101,10 @@ def test_compression_section_is_the_compressors_arguments() -> None:
         (["optimizer.steps=1"], "optimizer.steps = 1: unknown key; did you mean run.steps?"),
         (["modle.d_model=1"], "modle: unknown key; did you mean model?"),
         (["run.zzz=1"], "run.zzz = 1: unknown key; known here are steps, batch_size,"),
-        (["optimizer.name=adamm"], "optimizer.name = 'adamm': must be 'adam', 'adamw', 'sgd' or 'muon'; did you mean adam?"),
+        (
+            ["optimizer.name=adamm"],
+            "optimizer.name = 'adamm': must be 'adam', 'adamw', 'sgd' or 'muon'; did you mean adam?",
+        ),
         (["optimizer.lr=fast"], "optimizer.lr = 'fast': must be a valid number"),
         (["optimizer.lr=yes"], "optimizer.lr = True: must be a valid number"),
         (["optimizer.lr=.nan"], "optimizer.lr = nan: must be a finite number"),

@@ -16,6 +16,7 @@ from compressm.lab.reproduce.grid import configuration
 from compressm.lab.reproduce.overview import cut_while_training, draw_overview, method_shares, sentences
 from compressm.lab.reproduce.tables import Results
 from compressm.lab.runs.same_settings import differences
+from compressm.observing.scores import better
 
 ROOT = Path(__file__).parents[3]
 THREE = Experiment("three", "Three", "digits", (Arm("full", {}), Arm("small", {}), Arm("cut", {}, small="small")))
@@ -140,13 +141,16 @@ def test_nothing_was_selected_on_test_data(path: Path) -> None:
     run = json.loads(path.read_text(encoding="utf-8"))
     assert not [key for point in run["curve"] for key in point if "test" in key]
     assert not [event for event in run["history"] if "test" in json.dumps(event)]
+    metric = run.get("metric", "accuracy")  # the only one, before runs said which
+    score = run.get("validation_score", run["validation_accuracy"])
     if run["config"]["run"].get("select") == "best":
         cuts = [event["step"] for event in run["history"] if event["kind"] in ("cut", "rolled_back")]
         since = max(cuts, default=0)
-        of_this_size = [p["validation_accuracy"] for p in run["curve"] if p["step"] >= since]
-        assert run["validation_accuracy"] == pytest.approx(max(of_this_size), abs=1e-9)
+        of_this_size = [p[f"validation_{metric}"] for p in run["curve"] if p["step"] >= since]
+        best = max(of_this_size) if better(metric) == "max" else min(of_this_size)
+        assert score == pytest.approx(best, abs=1e-9)
     else:
-        assert run["validation_accuracy"] == pytest.approx(run["curve"][-1]["validation_accuracy"], abs=1e-9)
+        assert score == pytest.approx(run["curve"][-1][f"validation_{metric}"], abs=1e-9)
 
 
 def test_runs_from_before_cuts_could_be_limited_are_those_of_today(tmp_path: Path) -> None:
