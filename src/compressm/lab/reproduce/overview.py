@@ -47,9 +47,9 @@ def sentences(found: Found) -> list[str]:
             f"size while it trains, it keeps {100 * middle:.0f} % of that gap in the median."
         )
     if certain:
-        kinds: dict[str, list[float]] = {"by the loss": [], "by white noise": []}
+        kinds: dict[str, list[float]] = {"by the loss": [], "by white noise or second moments": []}
         for one in certain:
-            kinds["by the loss" if by_the_loss(one, found) else "by white noise"].append(one.share or 0.0)
+            kinds[list(kinds)[not by_the_loss(one, found)]].append(one.share or 0.0)
         each = ", ".join(f"{kind} {_spread(shares)}" for kind, shares in kinds.items() if shares)
         made.append(
             f"Of that, with {FEWEST_SEEDS} seeds or more, cuts keep {each}; the figure has the 95 % intervals, and all "
