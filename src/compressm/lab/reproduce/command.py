@@ -35,7 +35,9 @@ Times of different processors are left out.
 
 *Gap recovered* is the share of the difference between the first row and the row that is as small from the start (for
 `smnist` the paper's dimension) which this row keeps, of the seeds that all three have, with its 95 % interval where
-there are three or more; it is left open where that difference is below one point.
+there are three or more; it is left open where that difference is below one point. All rows of a table train at one
+learning rate, but for `equal-compute`; [that flatters big models](negative.md), and a small one with a rate of its own
+may close much of a gap.
 
 † marks runs of version 0.1.0.dev0, which carried the optimizer's averages of eigenvalues through a cut without their
 [sizes](carry.md), so that after deep cuts Adam made too long steps.
