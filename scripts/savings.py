@@ -26,7 +26,7 @@ import compressm
 from compressm.cutting.serving import human
 from compressm.lab.reproduce import experiment, read_results
 from compressm.lab.reproduce.scale import scale
-from compressm.lab.reproduce.tables import Row, rows
+from compressm.lab.reproduce.tables import Row, operations, rows
 from compressm.layers import LanguageModel
 from compressm.training.step_cost import step_cost
 
@@ -142,11 +142,10 @@ def measured() -> list[str]:
 def _cells(row: Row) -> list[str]:
     seconds = [one for one in row.seconds if one is not None]
     took = statistics.median(seconds) if seconds else None
-    whole = statistics.fmean(sum(phase["steps"] * phase["flops"] for phase in run.phases) for run in row.runs)
     return [
         row.states,
         row.score + scale(row.runs).unit,
-        f"{whole / 1e12:.3g} T",
+        f"{operations(row.runs) / 1e12:.3g} T",
         "" if took is None else f"{took:.0f} s",
         "" if took is None else f"{took * WATTS / 3600:.2f} Wh",
         human(statistics.fmean(run.phases[-1]["kept_bytes"] for run in row.runs)),

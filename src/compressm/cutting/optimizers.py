@@ -14,30 +14,20 @@ from compressm.errors import UnsupportedOptimizerError
 _SHARDED = ("ZeroRedundancyOptimizer", "DeepSpeedZeroOptimizer", "DeepSpeedZeroOptimizer_Stage3", "BF16_Optimizer")
 
 
-class Together:
-    """Several optimizers of one model, used as one. Each keeps its own settings and state.
+class Several:
+    """Several parts of a training that make their steps together, such as schedulers, used as one.
 
     Args:
-        members: the optimizers, such as Muon for the matrices and AdamW for all other parameters.
+        members: each keeps its own settings and state.
     """
 
-    def __init__(self, members: Sequence[Optimizer]) -> None:
-        self.members = tuple(members)
-
-    @property
-    def param_groups(self) -> list[dict[str, Any]]:
-        """The groups of all members, in order."""
-        return [group for member in self.members for group in member.param_groups]
+    def __init__(self, members: Sequence[Any]) -> None:
+        self.members: tuple[Any, ...] = tuple(members)
 
     def step(self) -> None:
         """One step of each member, in order."""
         for member in self.members:
             member.step()
-
-    def zero_grad(self) -> None:
-        """Forget the gradients of all parameters."""
-        for member in self.members:
-            member.zero_grad()
 
     def state_dict(self) -> dict[str, Any]:
         """The state of each member."""
@@ -47,6 +37,22 @@ class Together:
         """Restore what `state_dict` returned."""
         for member, state in zip(self.members, state_dict["members"], strict=True):
             member.load_state_dict(state)
+
+
+class Together(Several):
+    """Several optimizers of one model, such as Muon for the matrices and AdamW for all other parameters."""
+
+    members: tuple[Optimizer, ...]
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """The groups of all members, in order."""
+        return [group for member in self.members for group in member.param_groups]
+
+    def zero_grad(self) -> None:
+        """Forget the gradients of all parameters."""
+        for member in self.members:
+            member.zero_grad()
 
 
 def unwrap_optimizer(optimizer: Any) -> Optimizer | Together:
@@ -105,4 +111,4 @@ def forget_sizes(optimizer: Optimizer | Together) -> None:
             member._numel_cache = None  # pyright: ignore[reportPrivateUsage, reportAttributeAccessIssue]
 
 
-__all__ = ["Together", "forget_sizes", "members_of", "refuse_sharded", "unwrap_optimizer"]
+__all__ = ["Several", "Together", "forget_sizes", "members_of", "refuse_sharded", "unwrap_optimizer"]

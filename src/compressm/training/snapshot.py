@@ -10,9 +10,10 @@ from typing import Any, Protocol
 from torch import nn
 from torch.optim import Optimizer
 
-from compressm.cutting.carry import Together, forget_sizes
+from compressm.cutting.carry import forget_sizes
 from compressm.cutting.copies import copied_state
 from compressm.cutting.fitting import fit
+from compressm.cutting.optimizers import Several, Together
 from compressm.runtime.processes import gathered, rank
 from compressm.runtime.random_state import rng_state, set_rng_state
 
@@ -43,8 +44,8 @@ class Training:
             "model": copy.deepcopy(self.model.state_dict()),
             "optimizer": copied_state(self.optimizer.state_dict()),
             "followers": [copy.deepcopy(follower.state_dict()) for follower in self.followers],
-            "scheduler": _states(self.scheduler),
-            "scaler": _states(self.scaler),
+            "scheduler": None if self.scheduler is None else copy.deepcopy(_as_one(self.scheduler).state_dict()),
+            "scaler": None if self.scaler is None else copy.deepcopy(self.scaler.state_dict()),
             "rng": gathered(rng_state()),
         }
 
@@ -72,25 +73,14 @@ class Training:
             return
         for part, state in ((self.scheduler, snapshot["scheduler"]), (self.scaler, snapshot["scaler"])):
             if part is not None and state is not None:
-                _load(part, state)
+                _as_one(part).load_state_dict(state)
         states = snapshot["rng"]
         set_rng_state(states[rank() % len(states)])
 
 
-def _states(part: Schedulers | None) -> Any:
-    """A copy of the state of one part of a training, or of several in a list; None for none."""
-    if isinstance(part, Sequence):
-        return [copy.deepcopy(one.state_dict()) for one in part]
-    return None if part is None else copy.deepcopy(part.state_dict())
-
-
-def _load(part: Schedulers, state: Any) -> None:
-    """Restore what `_states` returned."""
-    if not isinstance(part, Sequence):
-        part.load_state_dict(state)
-        return
-    for one, its in zip(part, state, strict=True):
-        one.load_state_dict(its)
+def _as_one(part: Schedulers) -> Stateful:
+    """A part of a training, or several in a list, as one."""
+    return Several(part) if isinstance(part, Sequence) else part
 
 
 __all__ = ["Schedulers", "Stateful", "Training"]

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from compressm.lab.reproduce.experiments import Arm, Experiment
 from compressm.lab.reproduce.gaps import Results
-from compressm.lab.reproduce.tables import computing
+from compressm.lab.reproduce.tables import computing, operations
 from compressm.lab.runs.result import RunResult
 
 
@@ -40,7 +40,7 @@ class Tuned:
     @property
     def operations(self) -> float:
         """Floating point operations of all training steps, forward and backward; the mean over seeds."""
-        return statistics.fmean(sum(phase["steps"] * phase["flops"] for phase in run.phases) for run in self.runs)
+        return operations(self.runs)
 
 
 def tuned(experiment: Experiment, results: Results) -> list[Tuned]:

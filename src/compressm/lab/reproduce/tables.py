@@ -125,6 +125,11 @@ def computing(run: RunResult) -> float | None:
     return run.reduction_seconds + sum(phase["steps"] * (phase["step_cpu_seconds"] or typical) for phase in run.phases)
 
 
+def operations(runs: Sequence[RunResult]) -> float:
+    """Floating point operations of all training steps, forward and backward; the mean over runs."""
+    return statistics.fmean(sum(phase["steps"] * phase["flops"] for phase in run.phases) for run in runs)
+
+
 def _ratio(pairs: Sequence[tuple[float | None, float | None]]) -> float | None:
     ratios = [one / other for one, other in pairs if one is not None and other is not None]
     return statistics.median(ratios) if ratios else None
@@ -244,4 +249,4 @@ def _states_at(hsv: Sequence[float], states: int, tolerance: float) -> int:
     return len(energies)
 
 
-__all__ = ["Results", "Row", "computing", "render", "rows", "table"]
+__all__ = ["Results", "Row", "computing", "operations", "render", "rows", "table"]

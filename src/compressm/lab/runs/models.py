@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from compressm.cutting.metrics import Better
-from compressm.cutting.optimizers import Together, members_of
+from compressm.cutting.optimizers import Several, Together, members_of
 from compressm.errors import ConfigError, InvalidRankRuleError
 from compressm.lab.config import Config, OptimizerConfig
 from compressm.lab.data.sequences import SequenceData, Task
@@ -119,35 +119,10 @@ def build_optimizer(config: OptimizerConfig, model: nn.Module) -> Optimizer | To
     return kind(groups, lr=config.lr, fused=fused)
 
 
-class Schedules:
-    """The learning rate schedule of each of several optimizers of one model, used as one.
-
-    Args:
-        members: one per optimizer.
-    """
-
-    def __init__(self, members: Sequence[LambdaLR]) -> None:
-        self.members = tuple(members)
-
-    def step(self) -> None:
-        """The rates of the coming step."""
-        for member in self.members:
-            member.step()
-
-    def state_dict(self) -> dict[str, Any]:
-        """The state of each member."""
-        return {"members": [member.state_dict() for member in self.members]}
-
-    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Restore what `state_dict` returned."""
-        for member, state in zip(self.members, state_dict["members"], strict=True):
-            member.load_state_dict(state)
-
-
-def build_scheduler(config: Config, optimizer: Optimizer | Together) -> LambdaLR | Schedules:
+def build_scheduler(config: Config, optimizer: Optimizer | Together) -> LambdaLR | Several:
     """The schedule; call its ``step`` after every optimizer step."""
     made = [LambdaLR(member, learning_rate_factor(config)) for member in members_of(optimizer)]
-    return made[0] if len(made) == 1 else Schedules(made)
+    return made[0] if len(made) == 1 else Several(made)
 
 
 def learning_rate_factor(config: Config) -> Callable[[int], float]:
