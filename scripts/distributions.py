@@ -31,6 +31,9 @@ PACKAGE = "compressm"
 SHOWN = 20  # names of files
 
 
+NO_TESTS = 5  # pytest's exit status; a share of few tests may hold none
+
+
 class DistributionError(Exception):
     """A distribution that is not what it should be."""
 
@@ -148,7 +151,8 @@ def check_tests(unpacked: Path, arguments: Sequence[str], share: Sequence[str]) 
     for chosen in filter(None, [readers, list(arguments)]):
         print(f"unpacked source distribution: pytest {' '.join([*chosen, *share])}", flush=True)
         command = [sys.executable, "-m", "pytest", "-n", "2", "--dist", "worksteal", *chosen, *share]
-        if subprocess.run(command, cwd=unpacked, env=variables, check=False).returncode != 0:
+        status = subprocess.run(command, cwd=unpacked, env=variables, check=False).returncode
+        if status != 0 and not (share and status == NO_TESTS):
             raise DistributionError("tests fail in the unpacked source distribution")
 
 
