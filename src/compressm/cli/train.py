@@ -25,7 +25,7 @@ def train(
         typer.Argument(
             metavar="CONFIG",
             help="YAML file, or a built-in one: digits, demo, forecast, byte-lm, wikitext, smnist, psmnist, "
-            "smnist-mamba, scifar, listops, mqar or imdb; needed unless --model and --data are given.",
+            "smnist-mamba, scifar, fsdd, listops, mqar or imdb; needed unless --model and --data are given.",
             show_default=False,
         ),
     ] = Path(),

@@ -195,8 +195,14 @@ def test_pooling_averages_blocks_of_pixels(pool: int, channels: int) -> None:
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        ({"name": "digits", "pool": 2}, r"data\.pool = 2: is for images of 28 and 32 pixels a side, not for digits"),
-        ({"name": "smnist", "max_length": 100}, r"data\.max_length = 100: is for imdb, listops, .*, not for smnist"),
+        (
+            {"name": "digits", "pool": 2},
+            r"data\.pool = 2: is for images of 28 and 32 pixels a side and fsdd, not for digits",
+        ),
+        (
+            {"name": "smnist", "max_length": 100},
+            r"data\.max_length = 100: is for imdb, fsdd, listops, .*, not for smnist",
+        ),
         ({"name": "imdb", "examples": 100}, r"data\.examples = 100: is for listops, mackey-glass, mqar, not for imdb"),
     ],
 )

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from compressm.errors import ConfigError
 from compressm.lab.config import DataConfig
-from compressm.lab.data import listops, mackey_glass, recall, reviews
+from compressm.lab.data import listops, mackey_glass, recall, reviews, spoken
 from compressm.lab.data.language import text_data, wikitext
 from compressm.lab.data.own import own_data
 from compressm.lab.data.sequences import BatchOrder, SequenceData, Split
@@ -71,6 +71,8 @@ def load_data(config: DataConfig) -> SequenceData:
         return _imdb(root, config.validation, config.max_length or 4096)
     if config.name == "scifar":
         return _scifar(root, config.validation, config.pool)
+    if config.name == "fsdd":
+        return _spoken(root, config.max_length or spoken.RATE // 2, config.pool)
     return _mnist(root, config.validation, config.pool, permuted=config.name == "psmnist")
 
 
@@ -93,6 +95,8 @@ def _expected(name: str | None) -> str:
         return f"{_CIFAR_BINARY} (or {_CIFAR_JPEG})"
     if name == "imdb":
         return f"{reviews.ARCHIVE} (or {' and '.join(reviews.TABLES.values())})"
+    if name == "fsdd":
+        return f"the folder {spoken.FOLDER} (or {spoken.ARCHIVE})"
     if name == "text":
         return "text (.txt), or give a file by --data"
     if name == "wikitext":
@@ -169,6 +173,19 @@ def _imdb(root: Path, validation: float, longest: int) -> SequenceData:
         f"IMDB, up to {longest} characters", (train, y), (test, torch.tensor(test_labels)), ((0.0,), (1.0,)), validation
     )
     return replace(data, vocabulary=2 + len(characters))
+
+
+def _spoken(root: Path, longest: int, pool: int) -> SequenceData:
+    """Raw samples. The split is the authors', so that no share is held out at random."""
+    folders = (root / spoken.FOLDER, root / "fsdd" / spoken.FOLDER)
+    path = next((path for path in folders if path.is_dir()), _find(root, "fsdd", spoken.ARCHIVE))
+    if path is None:
+        raise ConfigError(f"data.root: neither {root} nor {root / 'fsdd'} holds {_expected('fsdd')}; put it there")
+    parts = spoken.read_recordings(path, longest, pool)
+    train, held_out, test = (Split(*parts[part]) for part in ("train", "validation", "test"))
+    within = torch.cat([row[:length] for row, length in zip(*parts["train"][::2], strict=True)])
+    label = f"Free Spoken Digits, {spoken.RATE // pool} Hz"
+    return SequenceData(label, train, held_out, test, torch.zeros(1), within.square().mean(0).sqrt(), 10)
 
 
 def _assemble(

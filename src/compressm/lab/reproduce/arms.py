@@ -222,12 +222,25 @@ def recall(layer: str, title: str, *sizes: int, pairs: int = 8, seeds: int = 3, 
     return Experiment(name, title, "mqar", tuple(arms), seeds=seeds, changes={**model, "data.pairs": pairs})
 
 
+def recall_by_load(layer: str, title: str, states: int, **options: Any) -> Experiment:
+    """Associative recall of 4 to 64 pairs by one layer: big, small from the start, and shrunk to as many states."""
+    arms: list[Arm] = []
+    for pairs in (4, 8, 16, 32, 64):
+        load, big, small = {"data.pairs": pairs}, f"full-{pairs}-pairs", f"small{states}-{pairs}-pairs"
+        arms += [Arm(big, {**BIG, **load}), Arm(small, {**BIG, "model.d_state": states, **load})]
+        arms.append(Arm(f"shrunk{states}-{pairs}-pairs", {"compression.states": states, **load}, small=small, big=big))
+    title = f"Associative recall of 4 to 64 pairs (MQAR), one layer of {title}, {options['d_state']} states or {states}"
+    model = {"model.layer": layer, "model.head_dim": None, **{f"model.{key}": value for key, value in options.items()}}
+    return Experiment(f"mqar-pairs-{layer.replace('_', '-')}", title, "mqar", tuple(arms), seeds=1, changes=model)
+
+
 def bytes_of_text(layer: str, title: str, *sizes: int, **options: Any) -> Experiment:
-    """A language model of two layers of one kind: big; and for every size small from the start, and cut to it after a
-    quarter of the training, by second moments and by the loss, which distributes the states as one budget."""
+    """A language model of two layers of one kind: big; and for every size small from the start, cut to it after a
+    quarter of the training, by second moments and by the loss, which distributes the states, and cut half-way."""
     model = {"model.layer": layer, **{f"model.{key}": value for key, value in options.items()}}
     free = {"fraction": None, "max_reduction": None}
-    arms = (Arm("full", BIG), *at_each_size(*sizes, layers=2, plain="moments", every=free))
+    late = (Arm(f"late{n}", once(0.5, states=n, **free), small=f"small{n}") for n in sizes)
+    arms = (Arm("full", BIG), *at_each_size(*sizes, layers=2, plain="moments", every=free), *late)
     title = f"Bytes of WikiText-2, two layers of {title} of {options['d_state']} states"
     return Experiment(f"wikitext-{layer.replace('_', '-')}", title, "wikitext", arms, changes=model)
 
@@ -345,6 +358,7 @@ __all__ = [
     "once",
     "protocol",
     "recall",
+    "recall_by_load",
     "scaled_down",
     "three_ways",
 ]
