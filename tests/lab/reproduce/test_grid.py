@@ -238,6 +238,31 @@ def test_the_table_compares_with_the_first_arm_and_the_paper(folder: Path, tmp_p
     assert "Hankel" not in text
 
 
+def test_settings_are_drawn_as_small_cut_and_big(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every setting is one column, with the mean of each of the three at its height, and the single seeds beside it."""
+    from matplotlib.axes import Axes
+
+    stored = read_results(TINY, folder / "results")
+    names = {"full": "full-slow rate", "small": "small-slow rate", "shrunk": "shrunk-slow rate"}
+    results = {(names[arm], seed): run for (arm, seed), run in stored.items()}
+    cut = Arm("shrunk-slow rate", {}, small="small-slow rate", big="full-slow rate")
+    settings = replace(TINY, arms=(Arm(names["full"], OFF), Arm(names["small"], OFF), cut))
+    drawn: dict[str, Any] = {}
+
+    def ticks(axis: Axes, _: object, labels: Sequence[str], **options: Any) -> None:
+        drawn.update(axis=axis, labels=list(labels))
+
+    monkeypatch.setattr(Axes, "set_xticks", ticks)
+    draw(settings, results, tmp_path / "settings.svg")
+    assert drawn["labels"] == ["slow rate"]
+    points = {line.get_label(): float(line.get_ydata()[0]) for line in drawn["axis"].get_lines()}
+    for label, arm in (("small from the start", "small"), ("cut while training", "shrunk"), ("big", "full")):
+        scores = [100 * (stored[arm, seed].test_accuracy or 0) for seed in (0, 1)]
+        assert points[label] == pytest.approx(sum(scores) / 2)
+        assert any(line.get_ydata() == pytest.approx(scores) for line in drawn["axis"].get_lines())
+    assert "of small, cut and big, in every setting](x.svg)" in render(settings, results, "x.svg")
+
+
 def test_computing_times_are_those_of_the_training_and_of_a_teacher(folder: Path) -> None:
     def timed(*phases: tuple[int, float | None], cuts: float = 0.0) -> RunResult:
         made = [{"steps": steps, "step_cpu_seconds": seconds} for steps, seconds in phases]

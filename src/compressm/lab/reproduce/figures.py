@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +18,20 @@ def draw(experiment: Experiment, results: Results, picture: Path) -> None:
     """Draw the metric on validation data over the steps, and that on test data against the whole run's computing time.
 
     Where Hankel singular values were recorded, a third panel shows those of one run over the steps. The panels stand
-    below each other, and their words stay legible on a phone.
+    below each other, and their words stay legible on a phone. Experiments that compare in one setting after the other,
+    each with a big model of its own, have one panel instead: small, cut and big in every setting.
     """
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
+    if any(arm.big for arm in experiment.arms):
+        figure, axis = plt.subplots(figsize=(6, 4), layout="constrained")
+        _settings(axis, experiment, results)
+        figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
+        _save(figure, [axis], experiment, picture)
+        return
     looked = next((run.spectra for run in results.values() if run.spectra), None)
     panels = 3 if looked else 2
     figure, axes = plt.subplots(panels, figsize=(6, 3.2 * panels + 0.5), layout="constrained")
@@ -31,12 +39,45 @@ def draw(experiment: Experiment, results: Results, picture: Path) -> None:
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False, fontsize=9)
     if looked:
         _trajectories(axes[2], looked)
+    _save(figure, axes, experiment, picture)
+
+
+def _save(figure: Any, axes: Iterable[Any], experiment: Experiment, picture: Path) -> None:
+    import matplotlib
+    from matplotlib import pyplot as plt
+
     for axis in axes:
         axis.spines[["top", "right"]].set_visible(False)
     reproducible = {"Date": None} if picture.suffix == ".svg" else None
     with matplotlib.rc_context({"svg.hashsalt": experiment.name}), replacing(picture) as new:
         figure.savefig(new, dpi=130, metadata=reproducible, format=picture.suffix[1:] or None)
     plt.close(figure)
+
+
+def _settings(axis: Any, experiment: Experiment, results: Results) -> None:
+    """A column for every setting: small, cut and big, and beside the means the single seeds."""
+    of = scale(results.values())
+    found = {row.arm.name: row.scores for row in rows(experiment, results)}
+    cuts = [arm for arm in experiment.arms if arm.big and arm.small and arm.name in found]
+    for at, arm in enumerate(cuts):
+        trio = {"small from the start": arm.small, "cut while training": arm.name, "big": arm.big}
+        means = []
+        for (label, name), (colour, mark) in zip(trio.items(), _MARKS, strict=True):
+            scores = found.get(str(name), [])
+            if not scores:
+                continue
+            means.append(statistics.fmean(scores))
+            axis.plot(at, means[-1], mark, color=colour, markersize=8, label=None if at else label, zorder=3)
+            if len(scores) > 1:
+                axis.plot([at + 0.18] * len(scores), scores, mark, color=colour, markersize=3, alpha=0.6)
+        axis.plot([at, at], [min(means), max(means)], color="0.7", linewidth=1.5, zorder=1)
+    names = [arm.name.split("-", 1)[1].replace("-", " ") for arm in cuts]
+    axis.set_xticks(range(len(cuts)), names, rotation=30, ha="right", rotation_mode="anchor")
+    axis.set(title=f"Test {of.heading}", xlim=(-0.5, len(cuts) - 0.5))
+    axis.grid(axis="y", color="0.9")
+
+
+_MARKS = (("0.45", "s"), ("tab:orange", "o"), ("black", "D"))  # of small, cut and big
 
 
 def _scores(curve: Any, points: Any, experiment: Experiment, results: Results) -> None:

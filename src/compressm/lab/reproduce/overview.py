@@ -96,7 +96,10 @@ def _name(share: Recovered) -> str:
 
 
 def draw_overview(found: Found, picture: Path) -> None:
-    """One line for every comparison with a gap: the share that is kept, with its interval where there is one."""
+    """One line for every comparison with a gap and enough seeds: the share that is kept, with its interval.
+
+    Comparisons of fewer seeds are drawn, as hollow points, only where there are no others.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -104,6 +107,7 @@ def draw_overview(found: Found, picture: Path) -> None:
     from matplotlib.ticker import PercentFormatter
 
     shares = [one for one in method_shares(found) if one.share is not None]
+    shares = [one for one in shares if one.half_width is not None] or shares
     figure, axis = plt.subplots(figsize=(6, 1.1 + 0.32 * len(shares)), layout="constrained")
     for line, one in enumerate(reversed(shares)):
         _point(axis, line, one, "tab:orange" if by_the_loss(one, found) else "tab:blue")
@@ -116,7 +120,7 @@ def draw_overview(found: Found, picture: Path) -> None:
         xlim=SHOWN, ylim=(-0.7, len(shares) + 0.3),
         xlabel="share of the gap kept",
     )  # fmt: skip
-    figure.supxlabel("orange: by the loss; filled: three seeds or more, 95 % interval", fontsize=9)
+    figure.supxlabel(f"orange: by the loss, blue: without it; {FEWEST_SEEDS} seeds or more, 95 % intervals", fontsize=9)
     axis.xaxis.set_major_formatter(PercentFormatter(1.0))
     axis.spines[["top", "right"]].set_visible(False)
     with matplotlib.rc_context({"svg.hashsalt": "overview"}), replacing(picture) as new:

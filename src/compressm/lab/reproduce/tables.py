@@ -189,7 +189,11 @@ def render(experiment: Experiment, results: Results, picture: str | None = None)
     ]
     if picture is not None:
         name = scale(results.values()).name
-        lines += ["", f"![{name[0].upper()}{name[1:]} over the steps, and against computing time]({picture})"]
+        in_settings = any(arm.big for arm in experiment.arms)
+        shows = (
+            "of small, cut and big, in every setting" if in_settings else "over the steps, and against computing time"
+        )
+        lines += ["", f"![{name[0].upper()}{name[1:]} {shows}]({picture})"]
     for (arm, seed), run in results.items():
         if run.spectra:
             lines += ["", *_spectra(f"`{arm}`, seed {seed}", run.spectra)]
