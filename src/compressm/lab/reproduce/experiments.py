@@ -138,7 +138,7 @@ EXPERIMENTS: dict[str, Experiment] = {
             "smnist",
             (
                 Arm("full", BIG),
-                *at_each_size(12, 6),
+                *at_each_size(28, 12, 6),
                 *(
                     Arm(f"{name}{states}-early", cut(0.1, states=states), small=f"small{states}")
                     for states in (12, 6)
