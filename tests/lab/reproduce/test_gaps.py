@@ -61,6 +61,17 @@ def test_an_arm_may_name_the_big_one_of_its_gap() -> None:
     assert share.share == pytest.approx(0.5)
 
 
+def test_arms_of_one_setting_are_compared_with_its_big_one() -> None:
+    arms = [Arm(f"{kind}-{rate}", {}) for rate in ("slow", "fast") for kind in ("big", "small")]
+    arms += [Arm(f"cut-{rate}", {}, small=f"small-{rate}", big=f"big-{rate}") for rate in ("slow", "fast")]
+    settings = Experiment("settings", "Settings", "digits", (*arms, Arm("other", {}, small="small-fast")))
+    for rate in ("slow", "fast"):
+        bigs = {settings.big_of(settings.arm(f"{kind}-{rate}")).name for kind in ("big", "small", "cut")}
+        assert bigs == {f"big-{rate}"}
+    assert settings.big_of(settings.arm("other")).name == "big-slow"
+    assert {THREE.big_of(arm).name for arm in THREE.arms} == {THREE.arms[0].name}
+
+
 def test_no_share_of_a_gap_below_one_point() -> None:
     share = recovered(THREE, THREE.arms[2], runs([80.9] * 3, [80] * 3, [80.5] * 3))
     assert share is not None

@@ -80,6 +80,11 @@ class Experiment:
                 return arm
         raise ConfigError(f"arms: {name!r} is none of {', '.join(arm.name for arm in self.arms)}")
 
+    def big_of(self, arm: Arm) -> Arm:
+        """The big arm that one is compared with: that of its setting, where settings are compared; else the first."""
+        settings = (one.big for one in self.arms if one.big and arm.name in (one.name, one.small, one.big))
+        return self.arm(next(settings, self.arms[0].name))
+
 
 BIG = {"compression.enabled": False}
 # The phases of the published code, and a cut every 1000 of the first 20,000 steps: see docs/paper.md.

@@ -60,7 +60,7 @@ def recovered(experiment: Experiment, arm: Arm, results: Results) -> Recovered |
     """The share that an arm recovers; None where no seed has it, its ``small`` and its ``big``."""
     if arm.small is None:
         return None
-    trio = (arm.name, arm.small, arm.big or experiment.arms[0].name)
+    trio = (arm.name, arm.small, experiment.big_of(arm).name)
     seeds = sorted(seed for name, seed in results if name == arm.name and all((one, seed) in results for one in trio))
     if not seeds:
         return None

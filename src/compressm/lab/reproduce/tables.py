@@ -24,7 +24,7 @@ class Row:
         arm: which.
         runs: its results, in the order of the seeds.
         seconds: computing time of every run, a teacher's training included; None unknown, or on another processor than
-            the big arm's run: that of `Arm.big`, by default the first arm.
+            the big arm's run; see `Experiment.big_of`.
         step_ms: milliseconds of computing that the last training steps took each, the median over seeds; None unknown.
         step_speedup: the same of the big arm's runs over it, of those seeds that both have; likewise None.
         run_speedup: computing time of the big arm's whole training over this one's, likewise.
@@ -75,7 +75,7 @@ def rows(experiment: Experiment, results: Results) -> list[Row]:
     }
     made = []
     for arm in experiment.arms:
-        runs, big = by_arm[arm.name], experiment.arm(arm.big or experiment.arms[0].name)
+        runs, big = by_arm[arm.name], experiment.big_of(arm)
         if not runs:
             continue
         alike = {seed for seed, run in runs.items() if _on_one_processor(run, results.get((big.name, seed)))}
