@@ -164,7 +164,8 @@ def draw(curves: list[dict[str, Any]], path: Path) -> None:
             panel.spines[["top", "right"]].set_visible(False)
     panels[0, 0].set_ylabel("processor time of a step, ms")
     panels[1, 0].set_ylabel("kept for the backward pass, MB")
-    panels[0, 0].legend(frameon=False, fontsize=7)
+    handles, names = panels[0, 0].get_legend_handles_labels()
+    figure.legend(handles, names, frameon=False, fontsize=10, ncols=len(names), loc="outside lower center")
     figure.savefig(path, dpi=140)
     plt.close(figure)
 

@@ -139,16 +139,16 @@ def _poles(axis: Any, frames: Sequence[Mapping[str, Any]], index: int) -> None:
                 markerfacecolor="none", markeredgecolor=GONE, alpha=1.15 - 0.3 * age,
             )  # fmt: skip
     axis.plot([x for x, _ in now], [y for _, y in now], "o", color=SMALL, markersize=3.2)
-    axis.set(xlim=(-1.25, 1.25), ylim=(-1.25, 1.25), aspect="equal", title=f"{len(now)} poles")
+    axis.set(xlim=(-1.25, 1.25), ylim=(-1.25, 1.25), aspect="equal", title=f"{len(now)} poles (eigenvalues)")
     axis.set(xticks=[], yticks=[])
     axis.spines[:].set_visible(False)
 
 
 def _spectrum(axis: Any, frames: Sequence[Mapping[str, Any]], index: int) -> None:
-    """The Hankel singular values as bars, relative to the largest; pale, those of the beginning."""
+    """The Hankel singular values as bars, relative to the largest."""
     values = [value / frames[index]["hsv"][0] for value in frames[index]["hsv"]]
     axis.bar(range(1, len(values) + 1), values, width=1, color=SMALL, bottom=1e-4)
-    axis.set(yscale="log", ylim=(1e-4, 2), xlim=(0, len(frames[0]["hsv"]) + 1), title="Hankel values")
+    axis.set(yscale="log", ylim=(1e-4, 2), xlim=(0, len(frames[0]["hsv"]) + 1), title="Hankel singular values")
     axis.set(xticks=[], yticks=[1, 1e-2, 1e-4])
     axis.minorticks_off()
     axis.spines[["top", "right"]].set_visible(False)
@@ -168,10 +168,11 @@ def _accuracy(axis: Any, shrunk: Any, full: Any, index: int, steps: int) -> None
         transform=axis.transAxes, ha="right",
     )  # fmt: skip
     axis.text(
-        0.98, 0.13, f"{len(big['poles'])} all the way: {big['accuracy']:.1%}", color="#6b7688",
+        0.98, 0.13, f"{len(big['poles'])} states, uncut: {big['accuracy']:.1%}", color="#6b7688",
         transform=axis.transAxes, ha="right",
     )  # fmt: skip
-    axis.set(xlim=(0, steps), ylim=(0, 103), title="Accuracy on held-out digits, %", xticks=[0, steps // 2, steps])
+    axis.set(xlim=(0, steps), ylim=(0, 103), title="Accuracy on held-out digits, %  (dotted: cuts)")
+    axis.set_xticks([0, steps // 2, steps])
     axis.set(xticklabels=["0", f"step {steps // 2:,}", f"{steps:,}"], yticks=[0, 50, 100])
     axis.get_xticklabels()[-1].set_ha("right")
     axis.spines[["top", "right"]].set_visible(False)

@@ -180,16 +180,17 @@ HEAD = f"""# What you save
 
 *Generated from stored results by `{COMMAND}` (`make pages`). Edit that script, not this page.*
 
-Two things become cheaper when states go: the training, as far as its time is in the recurrence, and serving, whose
-memory is the state. Which of the two depends on the model. **Narrow models with many states** (LRU, S5, a Mamba with
-128 states) save training time. **Wide language models** spend their training in projections; a cut saves them a few
-percent of it, and most of the memory that a served sequence takes.
+A cut makes two things cheaper: the part of the training that the recurrence takes, and the memory of a served sequence,
+which is its state. **Narrow models with many states** (S5, a Mamba with 128 states, and LRU to a lesser degree) save
+training time. **Wide language models** spend their training in projections: a cut to an eighth of the states saves 4 to
+24 % of its operations, and most of the memory that a served sequence takes.
 
 ## Measured
 
 Whole trainings from [results](results.md), cuts included: the big model, the one that is cut while it trains, and one
 that is small from the start. *Test* is accuracy, or perplexity. *Seconds* are computing time on one core of the machine
-that ran them; times on another processor than the big model's are left out. *Energy* is those seconds at {WATTS} W, the
+that ran them, which had other work too, so rows may differ by tenths for that alone; times on another processor than
+the big model's are left out. *Energy* is those seconds at {WATTS} W, the
 share of one core in a server's 180 W for 32 cores: a model, not a reading; `run.energy` has codecarbon measure yours.
 *Operations* are those of the engine that a machine picks for its scans: Fourier transforms count less than recurrences.
 *Memory kept* is what autograd keeps of the forward pass of one of the last steps.
@@ -199,9 +200,9 @@ MIDDLE = f"""
 ## Extrapolated by the cost model
 
 Nothing of this was trained. The operations of one layer of the published width, with compressm's own layers and scans,
-were counted in a training step of {TOKENS} tokens, and multiplied by layers and steps, the logits added. Every model
-makes the first tenth of its steps with all states. Operations are not time: element-wise work and memory traffic, of
-which recurrences have more than projections, are not in them. The step of a small Mamba-2, cut from 128 to 16 states,
+were counted in a training step of {TOKENS} tokens, and multiplied by layers and steps; the logits are added. Every
+model makes the first tenth of its steps with all states. Operations are not time: they leave out element-wise work and
+memory traffic, of which recurrences have more than projections. The step of a small Mamba-2, cut from 128 to 16 states,
 was measured to take 0.60 of the time ([benchmarks](bench.md)). The state is in 16 bit.
 
 """

@@ -34,6 +34,14 @@ def test_a_word_for_a_number(command: str, name: str, whole: bool, capsys: pytes
     assert capsys.readouterr().err.startswith(f"error: {option} few: {kind} was expected, such as ")
 
 
+def test_without_arguments_it_prints_its_help_once(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 0
+    printed = capsys.readouterr()
+    assert printed.out.count("Usage: compressm") == 1
+    assert not printed.err
+    assert "..." not in printed.out.partition("Commands:")[2], "every command's line fits into 80 columns"
+
+
 def test_options_with_numbers_are_found() -> None:
     assert {("compress", "total_states", True), ("train", "max_drop", False), ("demo", "seeds", True)} <= {*NUMBERS}
 

@@ -65,7 +65,7 @@ def _dispatch(given: list[str]) -> int:
     usage_error: type[Exception] = typer.BadParameter.__mro__[1]
     command_line = shlex.join(["compressm", *given])
     try:
-        code: Any = make_app()(args=given, prog_name="compressm", standalone_mode=False, obj=command_line)
+        code: Any = make_app()(args=given or ["--help"], prog_name="compressm", standalone_mode=False, obj=command_line)
     except usage_error as error:
         return fail(told(error, given))
     except typer.Exit as error:

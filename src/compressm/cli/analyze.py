@@ -40,7 +40,7 @@ def analyze(
     ] = None,
     json: JsonFile = None,
 ) -> None:
-    """Show how many states each layer of a trained model really uses, and what a cut would save."""
+    """Show how many states each layer uses, and what a cut saves."""
     from rich.console import Console
 
     from compressm.cutting.serving import Serving, parse_bytes

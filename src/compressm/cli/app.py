@@ -26,7 +26,7 @@ from compressm.cli.train import train
 def make_app() -> typer.Typer:
     """The command line as typer runs it; the help lists the commands in this order."""
     app = typer.Typer(
-        help="In-training compression of state space models.",
+        help="Make state space models smaller while they train.\n\nTo see it work, call `compressm demo`.",
         no_args_is_help=True,
         add_completion=True,
         pretty_exceptions_enable=False,
@@ -78,7 +78,7 @@ def print_version(wanted: bool) -> None:
 
 def common(
     version: Annotated[
-        bool, typer.Option("--version", callback=print_version, is_eager=True, help="Print it.")
+        bool, typer.Option("--version", callback=print_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
     """Nothing. The options that stand before a command do their work in their callbacks."""

@@ -26,7 +26,10 @@ def bench(
     markdown: MarkdownFile = None,
     json: JsonFile = None,
 ) -> None:
-    """Measure speed and memory beside other implementations, and beside what the machine could do."""
+    """Measure speed and memory beside other implementations.
+
+    Every row also has the least time that this machine could need.
+    """
     from compressm.lab.bench.run import run_bench
 
     result = run_bench(

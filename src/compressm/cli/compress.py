@@ -61,7 +61,7 @@ def compress(
     speed: Annotated[bool, typer.Option("--speed", help="Measure tokens per second on this machine.")] = False,
     recover: Annotated[
         int | None,
-        typer.Option(metavar="STEPS", help="Train so many steps after the cut, with the uncut model as teacher."),
+        typer.Option(metavar="STEPS", help="Train this many steps after the cut, with the uncut model as teacher."),
     ] = None,
     recover_lora: Annotated[
         int | None, typer.Option(metavar="RANK", help="Recover by LoRA of this rank, merged at the end [all weights].")

@@ -16,7 +16,10 @@ def demo(
     picture: Annotated[Path, file_option(help="Where to draw the picture.", endings=PICTURES)] = Path("demo.png"),
     json: JsonFile = None,
 ) -> None:
-    """Train big, shrink, compare: handwritten digits, in two minutes on two cores, six to ten on old ones."""
+    """Train big, shrink, compare: handwritten digits, two minutes.
+
+    On two cores without AVX-512 it takes six to ten.
+    """
     from compressm.lab.demo import run_demo
 
     write_result(json, run_demo(seeds=seeds, steps=steps, picture=picture, command=command_line(context)))

@@ -31,7 +31,7 @@ def export(
     output: Annotated[Path | None, file_option(help="The file [CHECKPOINT/model-step-int8.onnx].")] = None,
     json: JsonFile = None,
 ) -> None:
-    """Export a model for deployment, and check that it computes the same."""
+    """Export a model for deployment, and check its outputs."""
     from compressm.lab.one_shot_inputs import read_checkpoint, read_examples
     from compressm.saving.export import to_onnx, to_torch
 

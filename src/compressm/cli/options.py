@@ -89,19 +89,21 @@ MaxError = Annotated[
 ]
 MaxDrop = Annotated[
     float | None,
-    typer.Option("--max-drop", help="What the metric may lose by a cut, in its own units: 0.01 of an accuracy."),
+    typer.Option("--max-drop", help="Most that the metric may lose by a cut, in its own units: 0.01 of an accuracy."),
 ]
 MetricName = Annotated[
     Literal["accuracy", "r2", "fit", "mse", "perplexity"] | None,
-    typer.Option("--metric", help="Measured beside the loss [accuracy of classes, r2 of numbers, perplexity of text]."),
+    typer.Option(
+        "--metric", help="Measure it beside the loss [accuracy of classes, r2 of numbers, perplexity of text]."
+    ),
 ]
 Length = Annotated[int, typer.Option(help="Tokens per sequence.")]
 TargetName = Annotated[
     Literal["mamba_ssm", "vllm", "sglang", "flashinfer", "llama.cpp", "transformers"] | None,
-    typer.Option("--target", help="Cut to sizes only that these kernels or this server take."),
+    typer.Option("--target", help="Cut only to sizes that these kernels or this server take."),
 ]
 MemorySize = Annotated[
-    str | None, typer.Option("--memory", metavar="SIZE", help="Say how many sequences a memory holds, such as 40GB.")
+    str | None, typer.Option("--memory", metavar="SIZE", help="Say how many sequences fit into it, such as 40GB.")
 ]
 StateBits = Annotated[
     int | None,

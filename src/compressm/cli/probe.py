@@ -43,7 +43,10 @@ def probe(
     ] = None,
     json: JsonFile = None,
 ) -> None:
-    """Say, before a long training, whether the number of states matters, and which size to start from."""
+    """Find out before a long training whether more states help.
+
+    The answer also says which size to start from.
+    """
     from compressm.lab.config import load_config
     from compressm.lab.probing import probe_config
 

@@ -15,7 +15,10 @@ def report(
     ],
     output: Annotated[Path, file_option(help="The HTML file.")] = Path("report.html"),
 ) -> None:
-    """One page about one run, or several beside each other; it opens in a browser, offline."""
+    """Write an HTML page about one run, or several side by side.
+
+    The page opens in a browser, offline.
+    """
     from compressm.lab.pages import load_runs, write_page
 
     write_page(load_runs(runs), output, command_line(context))

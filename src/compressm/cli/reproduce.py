@@ -24,13 +24,16 @@ def reproduce(
         Literal["slurm", "local"] | None, typer.Option(help="Make every run a job of this scheduler (submitit).")
     ] = None,
     cluster_options: Annotated[
-        str | None, typer.Option(help="Of the jobs: timeout_min=600,slurm_partition=gpu and so on.")
+        str | None, typer.Option(help="Options of the jobs: timeout_min=600,slurm_partition=gpu.")
     ] = None,
     picture: Annotated[Path | None, file_option(help="Draw the comparison into this file.", endings=PICTURES)] = None,
     markdown: MarkdownFile = None,
     show: Annotated[bool, typer.Option("--show", help="Train nothing: the table of what is stored.")] = False,
 ) -> None:
-    """Reproduce a comparison of the paper, or of ours, run by run; after a kill the same command goes on."""
+    """Repeat a comparison of the paper, or of our results.
+
+    It goes run by run. After a kill the same command goes on where it stopped.
+    """
     from compressm.lab.reproduce import command
 
     chosen = None if arms is None else [arm.strip() for arm in arms.split(",")]

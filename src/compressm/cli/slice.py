@@ -22,7 +22,10 @@ def slice_(
     speed: Annotated[bool, typer.Option("--speed", help="Measure tokens per second on this machine.")] = False,
     json: JsonFile = None,
 ) -> None:
-    """Cut a checkpoint that was written by `compress --sorted` to any size, without data."""
+    """Cut a checkpoint of `compress --sorted` to any size.
+
+    This needs no data.
+    """
     from compressm.cutting.serving import parse_bytes
     from compressm.lab.slicing import slice_checkpoint
 

@@ -48,7 +48,7 @@ def train(
     output: Annotated[Path | None, typer.Option(help="The run's folder [runs/CONFIG-seedN].")] = None,
     json: JsonFile = None,
 ) -> None:
-    """Train a model, and compress it meanwhile."""
+    """Train a model, and compress it while it trains."""
     from compressm.lab.config import load_config
     from compressm.lab.runs.loop import train as run
 

@@ -23,7 +23,7 @@ from compressm.errors import CompressmError, ConfigError, RunError
 from compressm.lab.reproduce import EXPERIMENTS, Arm, Experiment, plan_runs, read_results, run_grid
 from compressm.lab.reproduce.figures import draw
 from compressm.lab.reproduce.grid import PlannedRun, Results, configuration
-from compressm.lab.reproduce.tables import render, rows
+from compressm.lab.reproduce.tables import computing, render, rows
 from compressm.lab.runs.loop import train
 from compressm.lab.runs.result import RunResult
 from compressm.saving.checkpoint import load_tree
@@ -284,6 +284,16 @@ def test_computing_times_are_those_of_the_training_and_of_a_teacher(folder: Path
     )
     speedups = {name: row.run_speedup for name, row in made.items()}
     assert speedups == pytest.approx({"full": 1, "late": 2 / 5, "distilled": 2 / 3, "orphan": None, "short": None})
+
+
+def test_cuts_are_counted_with_the_share_of_the_processor_that_the_steps_had(folder: Path) -> None:
+    phases = [
+        {"steps": 100, "step_cpu_seconds": 0.02, "step_seconds": 0.08},  # 2 of 8 seconds
+        {"steps": 2, "step_cpu_seconds": None, "step_seconds": None},
+        {"steps": 100, "step_cpu_seconds": 0.01, "step_seconds": 0.02},  # 1 of 2 seconds
+    ]
+    run = replace(read_results(TINY, folder / "results")["full", 0], phases=phases, reduction_seconds=20.0)
+    assert computing(run) == pytest.approx(2 + 1 + 2 * 0.02 + 20 * 3 / 10)
 
 
 def test_spectra_over_training_are_shown(tmp_path: Path) -> None:

@@ -118,11 +118,19 @@ def _computing(arm: Arm, seed: int, results: Results) -> float | None:
 
 
 def computing(run: RunResult) -> float | None:
-    """Computing seconds of one run: of all steps, each phase at its median, and of the cuts; None unknown."""
+    """Computing seconds of one run: of all steps, each phase at its median, and of the cuts; None unknown.
+
+    Cuts are stored with the seconds that passed, which are many times their computing time beside other work. They are
+    counted with the share of the processor that the run's steps had.
+    """
     if _last_step(run) is None:
         return None
     typical = next(phase["step_cpu_seconds"] for phase in run.phases if phase["step_cpu_seconds"] is not None)
-    return run.reduction_seconds + sum(phase["steps"] * (phase["step_cpu_seconds"] or typical) for phase in run.phases)
+    steps = sum(phase["steps"] * (phase["step_cpu_seconds"] or typical) for phase in run.phases)
+    timed = [one for one in run.phases if one["step_cpu_seconds"] is not None and one.get("step_seconds")]
+    passed = sum(one["steps"] * one["step_seconds"] for one in timed)
+    share = min(1.0, sum(one["steps"] * one["step_cpu_seconds"] for one in timed) / passed) if passed else 1.0
+    return steps + share * run.reduction_seconds
 
 
 def operations(runs: Sequence[RunResult]) -> float:
