@@ -9,13 +9,14 @@ from typing import Any
 
 from compressm.lab.reproduce.equal_compute import tuned
 from compressm.lab.reproduce.experiments import Experiment
-from compressm.lab.reproduce.scale import scale
-from compressm.lab.reproduce.tables import Results, rows
+from compressm.lab.reproduce.scale import Scale, scale
+from compressm.lab.reproduce.tables import Results, Row, rows
+from compressm.lab.runs.result import RunResult
 from compressm.runtime.files import replacing
 
 
 def draw(experiment: Experiment, results: Results, picture: Path) -> None:
-    """Draw the metric on validation data over the steps, and that on test data against the whole run's computing time.
+    """Draw the metric on validation data over the steps, and that on test data over the whole run's computing time.
 
     Where Hankel singular values were recorded, a third panel shows those of one run over the steps. The panels stand
     below each other, and their words stay legible on a phone. Experiments that compare in one setting after the other,
@@ -83,22 +84,37 @@ _MARKS = (("0.45", "s"), ("tab:orange", "o"), ("black", "D"))  # of small, cut a
 def _scores(curve: Any, points: Any, experiment: Experiment, results: Results) -> None:
     from matplotlib import pyplot as plt
 
+    by_name = {row.arm.name: row for row in rows(experiment, results)}
     best = {one.arm.name for one in tuned(experiment, results)}  # of several learning rates, where they are compared
-    drawn = [row for row in rows(experiment, results) if not best or row.arm.name in best]
+    drawn = [row for row in by_name.values() if not best or row.arm.name in best]
     of = scale(results.values())
     shades = plt.get_cmap("tab10" if len(drawn) <= 10 else "tab20")
     for index, row in enumerate(drawn):
         colour = shades(index % shades.N)
-        for number, run in enumerate(row.runs):
-            at = [point["step"] for point in run.curve]
-            values = [of.shown(point[f"validation_{run.metric}"]) for point in run.curve]
-            label = None if number else f"{row.arm.name}: {row.score}{of.unit}"
-            curve.plot(at, values, color=colour, linewidth=1.5, alpha=0.8, label=label)
-        seconds = [value for value in row.seconds if value is not None]
-        if len(seconds) == len(row.runs):
-            points.scatter(seconds, row.scores, color=colour, s=40, clip_on=False)
+        at, values = _mean_curve(row.runs, of)
+        curve.plot(at, values, color=colour, linewidth=1.5, alpha=0.8, label=f"{row.arm.name}: {row.score}{of.unit}")
+        times = _relative_times(row, by_name[experiment.big_of(row.arm).name])
+        known = [(time, score) for time, score in zip(times, row.scores, strict=True) if time is not None]
+        if known:
+            points.scatter(*zip(*known, strict=True), color=colour, s=40, clip_on=False)
     curve.set(title=f"Validation {of.heading}", xlabel="training step")
-    points.set(title=f"Test {of.heading}, against computing time", xlabel="seconds of training", xlim=(0, None))
+    points.set(
+        title=f"Test {of.heading}, against computing time", xlabel="whole training; the big one's is 1", xlim=(0, None)
+    )
+
+
+def _relative_times(row: Row, big: Row) -> list[float | None]:
+    """Computing time of every run over that of the big run of its seed, on the same processor; None unknown."""
+    whole = {run.seed: seconds for run, seconds in zip(big.runs, big.seconds, strict=True)}
+    pairs = [(seconds, whole.get(run.seed)) for run, seconds in zip(row.runs, row.seconds, strict=True)]
+    return [own / other if own is not None and other else None for own, other in pairs]
+
+
+def _mean_curve(runs: Sequence[RunResult], of: Scale) -> tuple[list[int], list[float]]:
+    """Steps at which all runs were evaluated, and the mean over the runs of what is shown of them."""
+    curves = [{point["step"]: of.shown(point[f"validation_{run.metric}"]) for point in run.curve} for run in runs]
+    steps = sorted(set.intersection(*(set(one) for one in curves)))
+    return steps, [statistics.fmean(one[step] for one in curves) for step in steps]
 
 
 def _trajectories(axis: Any, record: Sequence[Mapping[str, Any]]) -> None:

@@ -42,9 +42,10 @@ def sentences(found: Found) -> list[str]:
     if gaps:
         middle = statistics.median(one.share for one in gaps if one.share is not None)
         made.append(
-            f"In {len(gaps)} of {len(shares)} comparisons a big model is at least {SMALLEST_GAP:.0f} point of "
-            "accuracy, or percent of perplexity, better than one that is small from the start; cut to the small one's "
-            f"size while it trains, it keeps {100 * middle:.0f} % of that gap in the median."
+            f"In {len(gaps)} of {len(shares)} comparisons of a cut model with a big and a small one, the big one is at "
+            f"least {SMALLEST_GAP:.0f} point of accuracy, or percent of perplexity, better than the one that is small "
+            f"from the start; cut to its size while it trains, the big one keeps {100 * middle:.0f} % of that gap in "
+            "the median. Several ways to cut may share a gap."
         )
     if certain:
         kinds: dict[str, list[float]] = {"by the loss": [], "by white noise or second moments": []}
