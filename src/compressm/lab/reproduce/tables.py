@@ -118,19 +118,23 @@ def _computing(arm: Arm, seed: int, results: Results) -> float | None:
 
 
 def computing(run: RunResult) -> float | None:
-    """Computing seconds of one run: of all steps, each phase at its median, and of the cuts; None unknown.
-
-    Cuts are stored with the seconds that passed, which are many times their computing time beside other work. They are
-    counted with the share of the processor that the run's steps had.
-    """
+    """Computing seconds of one run: of all steps, each phase at its median, and of the cuts; None unknown."""
     if _last_step(run) is None:
         return None
     typical = next(phase["step_cpu_seconds"] for phase in run.phases if phase["step_cpu_seconds"] is not None)
-    steps = sum(phase["steps"] * (phase["step_cpu_seconds"] or typical) for phase in run.phases)
+    return cutting(run) + sum(phase["steps"] * (phase["step_cpu_seconds"] or typical) for phase in run.phases)
+
+
+def cutting(run: RunResult) -> float:
+    """Computing seconds of the cuts of one run.
+
+    They are stored with the seconds that passed, which are many times their computing time beside other work, and
+    counted with the share of the processor that the run's steps had.
+    """
     timed = [one for one in run.phases if one["step_cpu_seconds"] is not None and one.get("step_seconds")]
     passed = sum(one["steps"] * one["step_seconds"] for one in timed)
     share = min(1.0, sum(one["steps"] * one["step_cpu_seconds"] for one in timed) / passed) if passed else 1.0
-    return steps + share * run.reduction_seconds
+    return share * run.reduction_seconds
 
 
 def operations(runs: Sequence[RunResult]) -> float:
@@ -261,4 +265,4 @@ def _states_at(hsv: Sequence[float], states: int, tolerance: float) -> int:
     return len(energies)
 
 
-__all__ = ["Results", "Row", "computing", "operations", "render", "rows", "table"]
+__all__ = ["Results", "Row", "computing", "cutting", "operations", "render", "rows", "table"]
