@@ -80,7 +80,9 @@ def _samples(content: bytes, what: str) -> NDArray[np.float32]:
         raise ConfigError(f"data.root: {what} is damaged ({error}); fetch it again") from error
     if kind != (1, 2, RATE):
         raise ConfigError(f"data.root: {what} is not one channel of 16 bits at {RATE} Hz; fetch the original files")
-    return np.frombuffer(raw, "<i2").astype(np.float32) / np.float32(2**15)
+    samples = np.frombuffer(raw, "<i2").astype(np.float32)
+    samples /= 2**15
+    return samples
 
 
 def _padded(rows: list[tuple[str, NDArray[np.float32]]], steps: int, pool: int) -> Part:
