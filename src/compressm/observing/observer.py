@@ -19,7 +19,7 @@ from compressm.observing.hooks import OwnHook
 from compressm.observing.layer_calls import named_arguments
 from compressm.observing.masks import can_be_masked
 from compressm.observing.moments import MEMORY
-from compressm.observing.padding import Padding
+from compressm.observing.padding import Padding, mask_in
 from compressm.runtime.compiled_graphs import Pause
 from compressm.runtime.processes import gathered, summed_tensors
 from compressm.theory.evidence import Covariances
@@ -274,12 +274,12 @@ class Observer:
 
     def _begun(self, now: _Pass, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """The model is called. A second call ends the pass. Calls without gradients do not count."""
-        del module
         if not torch.is_grad_enabled():
             return
         if now.begun:
             self.close()
         now.begun = True
+        now.padding.begin(mask_in(named_arguments(module, args, kwargs)))
         tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
         now.sizes = {size for value in tensors for size in value.shape[:2]}  # sequences may be rows or columns
 
@@ -348,7 +348,8 @@ class _Seen:
             if not now.frozen:
                 return
             y.requires_grad_()
-        present = now.padding.of_layer(self.name)
+        own = mask_in(named_arguments(layer, args, kwargs))  # where the model's parts are called, and not the model
+        present = now.padding.of_layer(self.name) if own is None else own
         present = present if present is not None and present.shape == y.shape[:2] else None
         try:
             call = call_of_layer(layer, self.adapter, args, kwargs, present)
