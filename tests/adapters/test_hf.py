@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 pytest.importorskip("transformers")
 
 import transformers
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 import compressm
 from compressm.adapters import SelectiveAdapter, find_layers
@@ -23,10 +24,12 @@ from compressm.adapters.registry import UnknownLayerWarning
 from compressm.cutting import plan_reduction
 from compressm.cutting.spectrum import balance_layers
 from compressm.errors import UnsupportedModelError
+from compressm.observing.loss_evidence import LossEvidence
+from compressm.observing.observer import Observer
 from compressm.observing.over_data import gather
 from compressm.theory.rank_rule import RankRule
 from compressm.theory.selection import reduce_selective
-from hf_models import FAMILIES, S6, hf_models, tokens
+from hf_models import FAMILIES, S6, hf_models, perturb, tokens
 
 DATA = [{"input_ids": tokens(4, 16, seed=1)}]
 
@@ -299,6 +302,33 @@ def test_padding_does_not_count() -> None:
         for key, value in moments.tensors().items():
             size = float(value.abs().max())
             torch.testing.assert_close(masked[name].tensors()[key], value, rtol=1e-3, atol=1e-5 * size)
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_padding_is_no_prediction_of_the_loss(whole: bool) -> None:
+    """Batches of equal rows, with padding behind them and without: evidence of the loss is the same."""
+    torch.manual_seed(0)
+    config = transformers.MambaConfig(vocab_size=64, hidden_size=16, state_size=8, num_hidden_layers=2, pad_token_id=0)
+    model = transformers.MambaForCausalLM(config).train()
+    perturb(model)
+    x = torch.randint(1, 64, (4, 9))
+    padded = torch.cat([x, torch.zeros(4, 15, dtype=torch.long)], 1)
+    mask = (torch.arange(24) < 9).long().expand(4, 24)
+
+    def evidence(ids: Tensor, **told: Tensor) -> LossEvidence:
+        observer = Observer(model, "tokens")
+        observer.observe_next()
+        if whole:
+            logits = model(input_ids=ids, **told).logits
+        else:  # a training that calls the parts of its model
+            logits = model.lm_head(model.backbone(input_ids=ids, **told)[0])
+        F.cross_entropy(logits[:, :8].flatten(0, 1), x[:, 1:].flatten()).backward()
+        return LossEvidence.of(observer)
+
+    plain, found = evidence(x), evidence(padded, attention_mask=mask)
+    assert (plain.predictions, found.predictions) == (9, 9)
+    for name, fisher in plain.fishers.items():
+        torch.testing.assert_close(found.fishers[name].F, fisher.F, rtol=1e-3, atol=1e-5 * float(fisher.F.max()))
 
 
 def test_gradients_of_jamba_come_back_through_its_norms() -> None:

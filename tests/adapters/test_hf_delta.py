@@ -227,3 +227,18 @@ def test_evidence_from_the_loss_picks_states_too() -> None:
     report = compressm.compress(model, states=7, data=data, gramians="loss", loss=loss)
     assert report.cut
     assert set(state_dims(model).values()) == {7}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("left", [True, False])
+def test_padding_is_no_part_of_the_mean_power(kind: str, left: bool) -> None:
+    model, x = SIZES[kind].build().eval(), tokens(3, 9)
+    none = torch.zeros(3, 15, dtype=torch.long)
+    padded = torch.cat([none, x] if left else [x, none], 1)
+    mask = torch.cat([none, torch.ones_like(x)] if left else [torch.ones_like(x), none], 1)
+    plain = gather(model, [{"input_ids": x}])
+    masked = gather(model, [{"input_ids": padded, "attention_mask": mask}])
+    for name, moments in plain.items():
+        for key, value in moments.tensors().items():
+            size = float(value.abs().max())
+            torch.testing.assert_close(masked[name].tensors()[key], value, rtol=1e-3, atol=1e-4 * size)

@@ -112,3 +112,27 @@ def test_what_cannot_be_rounded_is_refused() -> None:
         round_states(model_of("transformers", "mamba"), [tokens()], every=5)
     with pytest.raises(UnsupportedModelError, match="in no cache that is known"):
         round_states(model_of("transformers", "xlstm"), [tokens()])
+
+
+@pytest.mark.parametrize(("where", "name"), [("own", "mamba"), ("transformers", "mamba"), ("transformers", "mamba2")])
+def test_padding_behind_tokens_does_not_count(where: str, name: str) -> None:
+    model, x = model_of(where, name), tokens(3, 9)
+    padded = torch.cat([x, torch.zeros(3, 7, dtype=torch.long)], 1)
+    mask = (torch.arange(16) < 9).long().expand(3, 16)
+    told = {"tokens": padded, "mask": mask} if where == "own" else {"attention_mask": mask, "input_ids": padded}
+    alone, together = (round_states(model, [batch], formats=["int8"])[0] for batch in (_named(where, x), told))
+    assert together.perplexity == pytest.approx(alone.perplexity, rel=1e-5)
+    assert together.divergence == pytest.approx(alone.divergence, rel=1e-3)
+    assert together.error == pytest.approx(alone.error, rel=1e-3)
+
+
+def _named(where: str, x: Tensor) -> dict[str, Tensor]:
+    return {"tokens" if where == "own" else "input_ids": x}
+
+
+def test_padding_before_tokens_is_refused_with_the_remedy() -> None:
+    model, x = model_of("transformers", "mamba"), tokens(3, 9)
+    none = torch.zeros_like(x)
+    batch = {"input_ids": torch.cat([none, x], 1), "attention_mask": torch.cat([none, none + 1], 1)}
+    with pytest.raises(UnsupportedModelError, match="put padding behind the tokens"):
+        round_states(model, [batch], formats=["int8"])

@@ -123,6 +123,16 @@ def test_a_cut_changes_the_bytes_as_foreseen(family: str, data: st.DataObject) -
     assert str(report).startswith(f"state per sequence {human(before.checkpoint)} → {human(after.checkpoint)}")
 
 
+@pytest.mark.parametrize("choice", [{"exclude": "1"}, {"layers": "0"}])
+def test_layers_that_are_left_out_of_a_cut_have_states_too(choice: dict[str, Any]) -> None:
+    model = nn.Sequential(LinearAttention(8, n_heads=2, d_state=6), LinearAttention(8, n_heads=2, d_state=6))
+    report = compressm.compress(model, states=2, data=torch.randn(4, 9, 8), **choice)
+    assert report.serving is not None
+    before, after = report.serving.before, report.serving.after
+    assert (before.states, after.states) == (2 * 6 * 8 * 4, (6 + 2) * 8 * 4)  # d_state times d_model floats a layer
+    assert list(after.layers) == ["0", "1"]
+
+
 def test_sequences_and_bytes_that_move_by_hand() -> None:
     layer = Geometry("ssd", 16, 32, heads=4, convolved=64, window=4)
     memory = Memory({"a": layer, "b": layer}, (Attention(100), Attention(10, window=50)), 10_000, 9_000)

@@ -8,8 +8,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from torch import nn
 
 from compressm.cli import main
+from compressm.lab import probing
+from compressm.lab.config import load_config
+from compressm.training.probe import Task
 
 SHORT = ["data.examples=200", "data.max_length=40"]
 QUICK = ["run.steps=1000", "run.batch_size=8", "run.device=cpu", "--steps", "20", "--states", "8,2", "--seeds", "2"]
@@ -67,3 +72,17 @@ def test_a_model_of_ones_own_is_built_in_several_sizes(
     assert "give --states, such as --states 64,16,4" in capsys.readouterr().err
     assert main(["probe", "--model", "probed_model:build"]) == 2
     assert "CONFIG: missing" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("autocast", ["bfloat16", "null"])
+def test_a_probe_trains_in_the_precision_of_the_configuration(autocast: str) -> None:
+    changes = [f"run.autocast={autocast}", "run.batch_size=4", "run.device=cpu", "model.d_model=4"]
+    settings = load_config("digits", changes)
+    bench = probing._Bench(settings)
+    model, seen = bench.build(4), set[torch.dtype]()
+    for layer in model.modules():
+        if isinstance(layer, nn.Linear):
+            layer.register_forward_hook(lambda module, inputs, output: seen.add(output.dtype))
+    bench.train(model, Task(steps=2, seed=0, rate=1.0, states=4))
+    assert seen == {torch.bfloat16 if autocast == "bfloat16" else torch.float32}
+    assert all(parameter.dtype == torch.float32 for parameter in model.parameters())

@@ -57,3 +57,24 @@ def test_decay_rates_of_mamba_learn_at_the_recurrence_s_rate(name: str) -> None:
     assert [parameter is layer.A_log for parameter in groups["ssm"]["params"]] == [True]
     assert groups["ssm"]["lr"] == pytest.approx(2.5e-3)
     assert groups["ssm"]["weight_decay"] == 0
+
+
+def test_a_shared_parameter_makes_one_step_at_a_time() -> None:
+    """Adam's first step is -lr * sign(g) whatever the gradient's size; a parameter that is listed twice makes two."""
+    tied = nn.ModuleDict({"embedding": nn.Embedding(5, 4), "head": nn.Linear(4, 5, bias=False)})
+    tied["head"].weight = tied["embedding"].weight
+    first, second = LAYERS["mamba"](), LAYERS["mamba"]()
+    second.A_log = first.A_log
+    shared = nn.Parameter(first.D.detach().clone())
+    first.D = second.D = shared
+    model = nn.ModuleList([tied, first, second])
+    groups = parameter_groups(model, lr=0.1, ssm_lr_factor=0.5)
+    listed = [id(parameter) for group in groups for parameter in group["params"]]
+    assert sorted(listed) == sorted(id(parameter) for parameter in model.parameters())
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    torch.optim.Adam(groups).step()
+    for name, parameter in model.named_parameters():
+        rate = 0.05 if name.endswith("A_log") else 0.1
+        torch.testing.assert_close(parameter.detach(), before[name] - rate, rtol=0, atol=1e-5)

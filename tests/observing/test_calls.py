@@ -37,7 +37,9 @@ def hidden(requires_grad: bool = False) -> Tensor:
 
 def test_a_linear_layers_call_has_its_input_its_padding_and_its_lengths() -> None:
     layer, u = Padded(4, 4), hidden(True)
-    for call in (call_of(layer, u, LENGTHS, present=PRESENT), call_of(layer, u=u, lengths=LENGTHS, present=PRESENT)):
+    by_name = ({"u": u, "lengths": LENGTHS}, {"lengths": LENGTHS, "u": u})
+    named = [call_of(layer, **given, present=PRESENT) for given in by_name]
+    for call in (call_of(layer, u, LENGTHS, present=PRESENT), *named):
         assert isinstance(call, LinearCall)
         assert call.layer is layer
         assert torch.equal(call.u, u)

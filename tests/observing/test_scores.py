@@ -12,6 +12,8 @@ from torch import nn
 from compressm import Compressor
 from compressm.errors import ConfigError
 from compressm.layers import LanguageModel, SequenceClassifier, SequenceRegressor
+from compressm.observing.inputs import calls
+from compressm.observing.perplexity import perplexity
 from compressm.observing.scores import score
 
 torchmetrics = pytest.importorskip("torchmetrics.functional")
@@ -60,6 +62,37 @@ def test_accuracy_and_perplexity_are_torchmetrics() -> None:
     with torch.no_grad():
         truth = perplexity(language(tokens)[:, :-1], tokens[:, 1:])
     assert score("perplexity", tokens)(language) == pytest.approx(float(truth), rel=1e-5)
+
+
+class MaskFirst(nn.Module):
+    """A language model in whose batches the mask comes first, as where columns are in alphabetical order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.model = LanguageModel(7, d_model=4, d_state=4).eval()
+
+    def forward(self, attention_mask: torch.Tensor, input_ids: torch.Tensor) -> torch.Tensor:
+        return self.model(input_ids, attention_mask.sum(1))
+
+
+@pytest.mark.parametrize("lengths", [[8, 8, 8], [8, 3, 5]])
+def test_perplexity_is_of_tokens_whatever_comes_first(lengths: list[int]) -> None:
+    model, tokens = MaskFirst(), torch.randint(0, 7, (3, 8), generator=torch.Generator().manual_seed(0))
+    mask = (torch.arange(8) < torch.tensor(lengths)[:, None]).long()
+    with torch.no_grad():
+        logits = model(mask, tokens)
+    rows = zip(logits, tokens, lengths, strict=True)
+    nats = [nn.functional.cross_entropy(row[: k - 1], x[1:k], reduction="sum") for row, x, k in rows]
+    truth = float((torch.stack(nats).sum() / (sum(lengths) - 3)).exp())
+    batch = {"attention_mask": mask, "input_ids": tokens}
+    assert score("perplexity", batch)(model) == pytest.approx(truth, rel=1e-5)
+    assert perplexity(model, calls(model, batch)) == pytest.approx(truth, rel=1e-5)
+
+
+def test_perplexity_of_numbers_is_refused() -> None:
+    with pytest.raises(ConfigError, match="data hold no tokens"):
+        score("perplexity", torch.randn(4, 5, 1))(SequenceClassifier(1, 3, d_model=4, d_state=4))
 
 
 def test_a_compressor_takes_it() -> None:

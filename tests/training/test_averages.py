@@ -44,6 +44,17 @@ def test_a_copy_of_the_same_weights_must_be_a_follower() -> None:
     check_averages(net, ())
 
 
+@pytest.mark.parametrize("choice", [{"exclude": "1"}, {"layers": ["0"]}])
+def test_a_copy_is_found_before_training_where_layers_are_left_out(choice: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(LRU(2, 8, r_min=0.9), LRU(2, 8, r_min=0.9))
+    average, optimizer = EMA(net), torch.optim.Adam(net.parameters())
+    with pytest.raises(UnsupportedModelError, match=r"EMA averages this model, .* pass it as followers"):
+        compressm.Compressor(net, optimizer, 100, states=4, **choice)
+    compressor = compressm.Compressor(net, optimizer, 100, states=4, followers=[average], **choice)
+    assert compressor.state_dims == {"0": 8}
+
+
 def test_a_copy_that_no_cut_reached_refuses_to_average_other_sizes_only() -> None:
     net = model()
     average, whole = EMA(net), copy.deepcopy(net)

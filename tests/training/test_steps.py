@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import pickle
 import warnings
 from typing import Any
 
@@ -237,3 +238,89 @@ def test_a_compressor_that_is_gone_leaves_no_hook() -> None:
     compressing(layer, optimizer)
     gc.collect()
     assert not optimizer._optimizer_step_post_hooks  # pyright: ignore[reportPrivateUsage]
+
+
+def test_a_scaler_that_is_restored_or_updated_late_measures_no_step_at_another_scale() -> None:
+    """The loss of a step is multiplied by the factor that its own ``scale`` call used, whenever the scaler got it."""
+
+    def train(order: str, stop: int | None = None) -> tuple[dict[str, torch.Tensor], list[float | None]]:
+        def build() -> tuple[nn.Module, torch.optim.Optimizer, torch.amp.GradScaler, Compressor]:
+            model = classifier()
+            optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+            scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=2)
+            options: dict[str, Any] = {"total_states": 8, "cuts": 1, "window": 0.5, "gramians": "loss"}
+            return model, optimizer, scaler, Compressor(model, optimizer, STEPS, scaler=scaler, **options)
+
+        model, optimizer, scaler, compressor = build()
+        for step in range(STEPS):
+            if step == stop:
+                saved = (compressor.state_dict(), *(one.state_dict() for one in (model, optimizer, scaler)))
+                model, optimizer, scaler, compressor = build()
+                for one, state in zip((compressor, model, optimizer, scaler), saved, strict=True):
+                    one.load_state_dict(state)
+            u = torch.randn(2, 20, 1, generator=torch.Generator().manual_seed(step))
+            optimizer.zero_grad()
+            scaler.scale(F.cross_entropy(model(u), (u.sum((1, 2)) > 0).long())).backward()
+            scaler.step(optimizer)
+            if order == "update last":
+                compressor.step()
+            scaler.update()
+            if order != "update last":
+                compressor.step()
+        return model.state_dict(), [layer["predicted_loss"] for event in compressor.history for layer in event.layers]
+
+    weights, losses = train("update first")
+    for again in (train("update first", stop=4), train("update first", stop=5), train("update last")):
+        assert again[1] == losses != []
+        assert all(torch.equal(value, again[0][name]) for name, value in weights.items())
+
+
+@pytest.mark.parametrize("late", ["resumed", "loaded", "layer"])
+def test_loading_weights_is_no_step_where_gradients_are_accumulated(late: str) -> None:
+    """`step` is called after every batch, also after those before the optimizer's first step in this process."""
+
+    def build() -> tuple[SequenceClassifier, torch.optim.Optimizer, Compressor]:
+        model = classifier()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        return model, optimizer, compressing(model, optimizer)
+
+    model, optimizer, compressor = build()
+    weights = {name: 1.001 * value for name, value in model.state_dict().items()}
+    if late == "loaded":
+        model.load_state_dict(weights)
+    elif late == "layer":
+        layer, prefix = model.get_submodule("blocks.0.ssm"), "blocks.0.ssm."
+        layer.load_state_dict({key.removeprefix(prefix): x for key, x in weights.items() if key.startswith(prefix)})
+    u, y = examples(4)
+    cuts = []
+    for batch in range(2 * STEPS):
+        if late == "resumed" and batch == 4:
+            saved = [one.state_dict() for one in (compressor, model, optimizer)]
+            model, optimizer, compressor = build()
+            for one, state in zip((compressor, model, optimizer), saved, strict=True):
+                one.load_state_dict(state)
+        (F.cross_entropy(model(u), y) / 2).backward()
+        if batch % 2:
+            optimizer.step()
+            optimizer.zero_grad()
+        if event := compressor.step():
+            cuts.append((event.step, steps_of(optimizer)))
+    assert cuts == [(3, 3), (6, 6)]
+
+
+def test_a_model_is_pickled_without_what_is_observed() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(Mamba(2, d_state=16), nn.Linear(2, 1))
+    plain = len(pickle.dumps(model))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    options: dict[str, Any] = {"states": 4, "cuts": 1, "window": 0.5, "gramians": "loss"}
+    compressor = Compressor(model, optimizer, STEPS, **options)
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(torch.randn(2, 500, 2)).square().mean().backward()
+        optimizer.step()
+        compressor.step()
+    written = pickle.dumps(model)
+    assert len(written) < 1.5 * plain  # a sequence alone has 4 kB, which is as much as the model
+    u = torch.randn(1, 8, 2)
+    assert torch.equal(pickle.loads(written)(u), model(u))

@@ -60,10 +60,12 @@ class HFDeltaRuleAdapter(HuggingFaceAdapter):
 
         The norm divides a head's output by its root mean square. An output that is small beside the head's others is
         mostly a difference of larger terms; it would count without bound, though its error after the norm is bounded.
-        So the mean square over the data is added to that of the token.
+        So the mean square over the data is added to that of the token. Padding is no part of the data: there the input
+        is zero.
         """
         seen: dict[str, Any] = {}
         factors: list[Tensor] = []
+        there = hidden.any(-1) if bool(hidden.any()) else hidden.new_ones(hidden.shape[:2], dtype=torch.bool)
 
         def recorded(run: Callable[..., Any]) -> Callable[..., Any]:
             def kernel(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Any:
@@ -75,7 +77,7 @@ class HFDeltaRuleAdapter(HuggingFaceAdapter):
         def normed(norm: Any, inputs: tuple[Any, ...]) -> None:
             heads, gate = inputs
             power = heads.float().square().mean(-1).view(*hidden.shape[:2], -1)
-            size = torch.rsqrt(power + power.mean((0, 1)) + norm.variance_epsilon)
+            size = torch.rsqrt(power + power[there].mean(0) + norm.variance_epsilon)
             gates = norm.forward(torch.ones_like(heads), gate).float().view(*size.shape, -1)
             factors.append((gates * size[..., None]).flatten(-2))
 

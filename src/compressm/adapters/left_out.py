@@ -32,9 +32,19 @@ class Choice:
             _IDS.reset(token)
 
 
+@contextmanager
+def none_left_out() -> Generator[None]:
+    """Leave out no layer while the block runs, whatever was chosen around it."""
+    token = _IDS.set(frozenset())
+    try:
+        yield
+    finally:
+        _IDS.reset(token)
+
+
 def is_left_out(layer: nn.Module) -> bool:
     """Whether a layer is left out now."""
     return id(layer) in _IDS.get()
 
 
-__all__ = ["Choice", "is_left_out"]
+__all__ = ["Choice", "is_left_out", "none_left_out"]

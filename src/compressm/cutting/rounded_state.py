@@ -30,7 +30,7 @@ from compressm.errors import ConfigError, UnsupportedModelError
 from compressm.layers import LanguageModel
 from compressm.observing.inputs import Call, calls
 from compressm.observing.labels import prediction_of
-from compressm.observing.perplexity import tokens_of
+from compressm.observing.perplexity import present_in, tokens_of
 from compressm.runtime.modes import modes_kept
 from compressm.runtime.progress import Bar
 from compressm.theory.equalising import equal_coordinates
@@ -114,7 +114,8 @@ def round_states(
 
     Args:
         model: a causal language model of transformers with a cache, or our own `LanguageModel`.
-        data: batches of tokens, as in `compress`.
+        data: batches of tokens, as in `compress`. Padding behind the tokens does not count; padding before them is
+            refused, since the cache is filled token by token.
         formats: of the states.
         every: round after so many tokens: 1 for a server that stores the state at every step, more for
             prefixes that are cached.
@@ -140,22 +141,27 @@ def round_states(
         model.eval()
         for call in batches:
             tokens = cast("Tensor", tokens_of(call))
+            mask = present_in(model, call)
+            present = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask.bool()
             exact = _logits(model, tokens, None, every, bar)
-            _check_reading(model, call, exact, every)
+            _check_reading(model, call, exact, present, every)
             for one in formats:
-                found[one].append(_compared(_logits(model, tokens, one, every, bar), exact, tokens))
+                found[one].append(_compared(_logits(model, tokens, one, every, bar), exact, tokens, present))
     sizes = geometries(model).values()
     return tuple(_summed(one, sum(state_bytes(size, one) for size in sizes), rows) for one, rows in found.items())
 
 
-def _compared(logits: Tensor, exact: Tensor, tokens: Tensor) -> tuple[float, ...]:
-    """Sums over a batch: nats and their number, divergence and its number, squares of the error and of the logits."""
-    nats = float(F.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten(), reduction="sum"))
+def _compared(logits: Tensor, exact: Tensor, tokens: Tensor, present: Tensor) -> tuple[float, ...]:
+    """Sums over a batch, without padding: nats and their number, divergence and its number, squares of the error and of
+    the logits."""
+    wanted = tokens.masked_fill(~present, -100)[:, 1:]
+    nats = float(F.cross_entropy(logits[:, :-1].flatten(0, 1), wanted.flatten(), reduction="sum", ignore_index=-100))
+    logits, exact = logits[present], exact[present]
     new, old = logits.double().log_softmax(-1), exact.double().log_softmax(-1)
     divergence = float((old.exp() * (old - new)).sum())
     centred = exact - exact.mean(-1, keepdim=True)
     wrong, whole = float((logits - exact).square().sum()), float(centred.square().sum())
-    return nats, tokens[:, 1:].numel(), divergence, tokens.numel(), wrong, whole
+    return nats, int((wanted != -100).sum()), divergence, len(exact), wrong, whole
 
 
 def _summed(format: Format, size: int, rows: Sequence[tuple[float, ...]]) -> RoundedState:
@@ -185,15 +191,16 @@ def check_roundable(model: nn.Module, call: Call) -> None:
         _round_cache(model, cache, "bfloat16")
 
 
-def _check_reading(model: nn.Module, call: Call, exact: Tensor, every: int) -> None:
+def _check_reading(model: nn.Module, call: Call, exact: Tensor, present: Tensor, every: int) -> None:
     """Refuse a model that does not compute through its cache what it computes without."""
-    whole = prediction_of(call(model))
+    exact, whole = exact[present], prediction_of(call(model))[present]
     error = float((exact - whole).norm() / whole.norm().clamp_min(1e-30))
     if not error < _SAME:
+        remedy = "try every=1" if every > 1 else "this version of transformers cannot continue it token by token"
+        remedy = remedy if bool(present[:, 0].all()) else "put padding behind the tokens, not before them"
         raise UnsupportedModelError(
             f"{type(model).__name__} predicts otherwise when it reads {every} tokens at a time through its cache (by "
-            f"{error:.1%}), so that states in the cache tell nothing: "
-            + ("try every=1" if every > 1 else "this version of transformers cannot continue it token by token")
+            f"{error:.1%}), so that states in the cache tell nothing: {remedy}"
         )
 
 

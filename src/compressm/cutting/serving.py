@@ -69,9 +69,8 @@ class Memory:
             attention: of its attention layers, from `attention_of`; None if it was not looked at.
         """
         sizes = {id(p): p.numel() * p.element_size() for p in model.parameters()}
-        return cls(
-            geometries(model), None if attention is None else tuple(attention), sum(sizes.values()), _read(model, sizes)
-        )
+        seen = None if attention is None else tuple(attention)
+        return cls(geometries(model, every=True), seen, sum(sizes.values()), _read(model, sizes))
 
     def resized(self, dims: Mapping[str, int], removed: int = 0) -> Memory:
         """After a cut of layers to other state dimensions, which removes some bytes of parameters."""

@@ -8,7 +8,7 @@ from torch import nn
 
 from compressm.adapters import find_layers
 from compressm.adapters.changes import write
-from compressm.adapters.registry import cut_parameters, resized, tell_written
+from compressm.adapters.registry import candidates, cut_parameters, resized, tell_written
 from compressm.errors import CheckpointError
 from compressm.runtime.paging import layer_done
 from compressm.theory.geometry import Geometry
@@ -21,10 +21,18 @@ def state_dims(model: nn.Module) -> dict[str, int]:
     return {name: adapter.state_dim(layer) for name, (layer, adapter) in find_layers(model).items()}
 
 
-def geometries(model: nn.Module) -> dict[str, Geometry]:
-    """The geometry of every layer that has a reducible state, by layer name."""
+def geometries(model: nn.Module, every: bool = False) -> dict[str, Geometry]:
+    """The geometry of every layer that has a reducible state, by layer name.
+
+    Args:
+        model: only read.
+        every: also of layers that are left out, see `compressm.adapters.left_out`: they have their states too.
+    """
+    layers = find_layers(model)
+    if every:
+        layers = {name: (layer, adapter) for name, (layer, adapter) in candidates(model).items() if adapter is not None}
     found: dict[str, Geometry] = {}
-    for name, (layer, adapter) in find_layers(model).items():
+    for name, (layer, adapter) in layers.items():
         found[name] = adapter.geometry(layer)
         layer_done()
     return found

@@ -94,7 +94,7 @@ class _Bench:
         self.device = place.device
         self.data: SequenceData = load_data(config.data).to(self.device)
         self.learning = learning_of(self.data.task, config.run.metric)
-        self.objective = Objective(config.loss, self.device, self.learning)
+        self.objective = Objective(config.loss, self.device, self.learning, config.run.autocast)
         self.validation = _part(self.data.validation)
 
     def build(self, states: int) -> nn.Module:

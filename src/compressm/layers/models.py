@@ -288,23 +288,24 @@ def parameter_groups(
     ``B`` of every `S5`, `S4` (its low-rank term too) and `S4D`, and ``A_log`` of every `Mamba` and `Mamba2`, form the
     group ``"ssm"`` with learning rate ``lr * ssm_lr_factor`` and no decay. Biases, norms and other parameters of one
     axis are not decayed either; all others are. The remaining layers have no such parameters, since their recurrences
-    are computed by projections.
+    are computed by projections. A parameter that several modules share is in one group, once: an optimizer makes a step
+    for every time that a parameter is listed.
     """
-    ssm, plain, decayed = [], [], []
     recurrent = {
         "nu_log", "theta_log", "gamma_log", "log_decay", "frequency", "log_step", "B_re", "B_im", "A_log", "P_re",
         "P_im",
     }  # fmt: skip
+    every, ssm = dict[int, nn.Parameter](), dict[int, nn.Parameter]()
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
+            every[id(parameter)] = parameter
             if isinstance(module, LRU | S5 | S4 | S4D | Mamba | Mamba2) and name in recurrent:
-                ssm.append(parameter)
-            elif parameter.ndim < 2:
-                plain.append(parameter)
-            else:
-                decayed.append(parameter)
+                ssm[id(parameter)] = parameter
+    others = [parameter for key, parameter in every.items() if key not in ssm]
+    plain = [parameter for parameter in others if parameter.ndim < 2]
+    decayed = [parameter for parameter in others if parameter.ndim >= 2]
     groups = [
-        {"name": "ssm", "params": ssm, "lr": lr * ssm_lr_factor, "weight_decay": 0.0},
+        {"name": "ssm", "params": list(ssm.values()), "lr": lr * ssm_lr_factor, "weight_decay": 0.0},
         {"name": "no_decay", "params": plain, "lr": lr, "weight_decay": 0.0},
         {"name": "decay", "params": decayed, "lr": lr, "weight_decay": weight_decay},
     ]

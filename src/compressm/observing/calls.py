@@ -50,7 +50,8 @@ class LinearCall:
         present: Tensor | None,
     ) -> LinearCall:
         """A call that was made."""
-        u: Tensor = (*args, *kwargs.values())[0]
+        values = (*args, *kwargs.values())  # by name in any order, and lengths are whole numbers
+        u: Tensor = next(value for value in values if isinstance(value, Tensor) and value.is_floating_point())
         lengths = named_arguments(layer, args, kwargs).get("lengths")
         return cls(layer, system, u.detach(), present, lengths if isinstance(lengths, Tensor) else None)
 

@@ -33,7 +33,7 @@ from compressm.observing.layer_calls import (
     sequence_starts,
     unpacked,
 )
-from compressm.observing.padding import Padding
+from compressm.observing.padding import Padding, mask_in
 from compressm.runtime.compiled_graphs import Pause
 from compressm.runtime.modes import modes_kept
 from compressm.runtime.processes import gathered, summed_tensors
@@ -171,13 +171,15 @@ class Statistics:
         return wanted and self._calls <= MODEL_CALLS and not in_backward()
 
     def model_called(self, arguments: dict[str, Any]) -> None:
-        """The whole model is called."""
+        """The whole model is called. It may be told of padding that its layers then read like any input."""
         self._calls += 1
         self._arguments = arguments
+        self._padding.begin(mask_in(arguments))
 
     def model_done(self) -> None:
         """Its call is over."""
         self._arguments = {}
+        self._padding.begin()
 
     def layer_called(self, name: str, layer: nn.Module, arguments: dict[str, Any]) -> None:
         """A layer is called."""

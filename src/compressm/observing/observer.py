@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
@@ -18,7 +19,7 @@ from compressm.observing.hooks import OwnHook
 from compressm.observing.layer_calls import named_arguments
 from compressm.observing.masks import can_be_masked
 from compressm.observing.moments import MEMORY
-from compressm.observing.padding import Padding
+from compressm.observing.padding import Padding, mask_in
 from compressm.runtime.compiled_graphs import Pause
 from compressm.runtime.processes import gathered, summed_tensors
 from compressm.theory.evidence import Covariances
@@ -27,6 +28,7 @@ from compressm.theory.fisher import MaskFisher
 Terms = Literal["sequences", "tokens", "sum"]
 Evidence = Covariances | MaskFisher
 Kept = tuple[LinearSample, ...] | Tensor
+Scale = float | Callable[[], float]
 
 SAMPLE_BYTES = 2**27  # largest size of one layer's samples, unless a single pass is larger
 
@@ -48,7 +50,7 @@ class Observer:
     - ``terms="sum"``: the sum over the sequences.
 
     If the loss is multiplied by a factor before ``backward`` (a gradient scaler's factor, one over the number of
-    accumulated batches), pass the factor to `observe_next`.
+    accumulated batches), pass the factor to `observe_next`, or a function that returns it during the backward pass.
 
     Args:
         model: any model with layers that compressm knows; only read.
@@ -109,18 +111,19 @@ class Observer:
         """Names of the layers that could be observed but never were."""
         return [name for name in self._layers if name not in self._observed]
 
-    def observe_next(self, loss_scale: float = 1.0, training_only: bool = True, *, frozen: bool = False) -> None:
+    def observe_next(self, loss_scale: Scale = 1.0, training_only: bool = True, *, frozen: bool = False) -> None:
         """Observe the next forward pass of the model, and its backward pass.
 
         Args:
-            loss_scale: the factor by which the loss will be multiplied before ``backward``.
+            loss_scale: the factor by which the loss will be multiplied before ``backward``; or a function that returns
+                it, called once during the backward pass, for factors that may change until then.
             training_only: wait for a pass in training mode.
             frozen: also observe layers for which no gradient is computed, by making their outputs require one.
 
         Raises:
             ConfigError: a scale that is not a positive number.
         """
-        if not (math.isfinite(loss_scale) and loss_scale > 0):
+        if not callable(loss_scale) and not (math.isfinite(loss_scale) and loss_scale > 0):
             raise ConfigError(f"loss_scale must be a positive number; got {loss_scale!r}")
         self.close()
         self._passes += 1
@@ -236,7 +239,7 @@ class Observer:
         if self.terms != "sum":
             self.count(batch, tokens if self.terms == "tokens" else None)
         call, g = call.first(self.sequences), g[: self.sequences]
-        g = g.to(torch.promote_types(g.dtype, torch.float32)) * (terms / now.loss_scale)
+        g = g.to(torch.promote_types(g.dtype, torch.float32)) * (terms / now.factor)
         if not (call.finite() and bool(torch.isfinite(g).all())):
             self.dropped += 1
             return
@@ -271,12 +274,12 @@ class Observer:
 
     def _begun(self, now: _Pass, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """The model is called. A second call ends the pass. Calls without gradients do not count."""
-        del module
         if not torch.is_grad_enabled():
             return
         if now.begun:
             self.close()
         now.begun = True
+        now.padding.begin(mask_in(named_arguments(module, args, kwargs)))
         tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
         now.sizes = {size for value in tensors for size in value.shape[:2]}  # sequences may be rows or columns
 
@@ -297,7 +300,7 @@ class _Pass:
         self,
         model: nn.Module,
         number: int = 0,
-        loss_scale: float = 1.0,
+        loss_scale: Scale = 1.0,
         training_only: bool = True,
         frozen: bool = False,
     ) -> None:
@@ -307,6 +310,11 @@ class _Pass:
         self.padding = Padding(model)
         self.before: dict[str, Evidence | None] = {}  # evidence of each layer before this pass
         self.runs: dict[str, Any] = {}  # sums over each layer's calls so far
+
+    @functools.cached_property
+    def factor(self) -> float:
+        """The factor of the loss. It is asked for in the backward pass, whose factor it then is."""
+        return self.loss_scale() if callable(self.loss_scale) else self.loss_scale
 
 
 class _Hook(OwnHook):
@@ -340,7 +348,8 @@ class _Seen:
             if not now.frozen:
                 return
             y.requires_grad_()
-        present = now.padding.of_layer(self.name)
+        own = mask_in(named_arguments(layer, args, kwargs))  # where the model's parts are called, and not the model
+        present = now.padding.of_layer(self.name) if own is None else own
         present = present if present is not None and present.shape == y.shape[:2] else None
         try:
             call = call_of_layer(layer, self.adapter, args, kwargs, present)
@@ -371,4 +380,4 @@ def _summed(observed: Evidence) -> Evidence:
     return type(observed)(**summed_tensors(observed.tensors()))
 
 
-__all__ = ["Evidence", "Kept", "Observer", "Terms"]
+__all__ = ["Evidence", "Kept", "Observer", "Scale", "Terms"]

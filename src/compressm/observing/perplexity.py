@@ -10,14 +10,23 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from compressm.observing.expected import role_of
 from compressm.observing.inputs import Call
 from compressm.observing.labels import prediction_of
 from compressm.runtime.modes import modes_kept
 
+_NO_TOKENS = ("position_ids", "token_type_ids", "seq_idx")  # arguments of transformers of the tokens' shape
+
 
 def tokens_of(call: Call) -> Tensor | None:
-    """The tokens of a call, integers of shape ``(batch, length)``; None if there are none."""
-    values = (*call.args, *call.kwargs.values())
+    """The tokens of a call, integers of shape ``(batch, length)``; None if there are none.
+
+    They may come after their mask, as in a data set whose columns are in alphabetical order.
+    """
+    named = {name: role_of(name) for name in call.kwargs}
+    inputs = [value for name, value in call.kwargs.items() if named[name] == "x"]
+    others = [value for name, value in call.kwargs.items() if named[name] is None and name not in _NO_TOKENS]
+    values = (*call.args, *inputs, *others)
     return next(
         (one for one in values if isinstance(one, Tensor) and one.ndim == 2 and not one.is_floating_point()), None
     )

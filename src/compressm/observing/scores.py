@@ -23,6 +23,7 @@ from compressm.layers.padding import within
 from compressm.observing.expected import by_role, is_array, lengths_of
 from compressm.observing.inputs import calls_and_batches, refuse_files
 from compressm.observing.labels import prediction_of
+from compressm.observing.perplexity import tokens_of
 from compressm.runtime.modes import modes_kept
 
 Pairs = tuple[Tensor, Tensor]
@@ -92,7 +93,11 @@ def _targets(call: Any, batch: Any, tokens: bool) -> tuple[Tensor, Tensor | None
     found = by_role({str(key): value for key, value in batch.items()}, "data") if isinstance(batch, Mapping) else {}
     lengths = lengths_of(found, "data") if found else None
     if tokens:
-        inputs = next(value for value in (*call.args, *call.kwargs.values()) if isinstance(value, Tensor))
+        inputs = tokens_of(call)
+        if inputs is None:
+            raise ConfigError(
+                "data hold no tokens, whole numbers of shape (batch, length), and perplexity is of tokens"
+            )
         return inputs[:, 1:].cpu(), lengths
     target: Any = found.get("y")
     if isinstance(batch, tuple | list) and len(cast("list[Any]", batch)) > 1:

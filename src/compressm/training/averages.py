@@ -2,7 +2,8 @@
 
 After a cut such a copy has other shapes than the model. Averaging then fails, or broadcasts: a model cut to one state
 is averaged into every state of the copy. Nothing in the copy says of which model it is, so copies are found among all
-objects: at construction by their values, and after a cut by their layers.
+objects: at construction by their values, and after a cut by their layers. Layers that are left out of the cuts count
+too, since the copy has them.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from compressm.adapters.left_out import none_left_out
 from compressm.cutting.carry import paired_layers
 from compressm.cutting.sizes import resized_parameters, state_dims
 from compressm.errors import UnsupportedModelError
@@ -24,6 +26,7 @@ _NAME = re.compile(r"Averag|SWA|EMA|Ema(?![a-z])")  # AveragedModel of torch, Mo
 _UPDATES = ("update_parameters", "update")
 
 
+@none_left_out()
 def check_averages(model: nn.Module, followers: Sequence[nn.Module]) -> None:
     """Refuse, before training, an averaged copy of the model that is not among its followers.
 
@@ -50,6 +53,7 @@ def _equal_copies(model: nn.Module, followers: Sequence[nn.Module]) -> list[nn.M
     return [average for average in _strangers(model, followers) if equal(average)]
 
 
+@none_left_out()
 def guard_averages(model: nn.Module, followers: Sequence[nn.Module]) -> None:
     """Let averaged copies of other sizes than the model refuse to average it, instead of broadcasting.
 

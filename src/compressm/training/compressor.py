@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import weakref
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -31,7 +32,7 @@ from compressm.training.policy import Policy
 from compressm.training.schedule import Schedule, When
 from compressm.training.snapshot import Schedulers, Stateful, Training
 from compressm.training.step_cost import StepCost, step_cost
-from compressm.training.steps import StepWatch, scale_of
+from compressm.training.steps import StepWatch, factor_of_loss, scale_of
 from compressm.training.twin import Control, TrainStep
 
 log = logging.getLogger(__name__)
@@ -205,7 +206,7 @@ class Compressor:
         goal = Goal(rule, sum(self.initial_dims.values()))
         self._policy = Policy(self._schedule, goal, self._cushion, self._cutter)
         self._steps, self._loss_scale, self._scaler = 0, loss_scale, scaler
-        self._watch = StepWatch(self.optimizer, self._cutter.resized_parameters)
+        self._watch = StepWatch(self.optimizer, self._cutter.resized_parameters, self._cutter.layers())
         self.clock = StepClock(self.state_dims)
         self.history: list[Event] = []
         weakref.finalize(self, self._cutter.observations.close).atexit = False
@@ -349,13 +350,11 @@ class Compressor:
 
     def _observe(self) -> None:
         """Have the layers observed in the coming step, if a cut will need it."""
-        steps, self._scale = self._steps, scale_of(self._scaler)
-        self._cutter.observations.observe(
-            self._schedule.observes(steps, self._cutter.unseen),
-            self._schedule.observes_gradients(steps),
-            steps + 1,
-            self._loss_scale * self._scale,
-        )
+        steps, schedule, self._scale = self._steps, self._schedule, scale_of(self._scaler)
+        # The factor is asked for in the backward pass: until then a scaler may be restored, or updated.
+        factor = partial(factor_of_loss, self._loss_scale, self._scaler)
+        states, gradients = schedule.observes(steps, self._cutter.unseen), schedule.observes_gradients(steps)
+        self._cutter.observations.observe(states, gradients, steps + 1, factor)
 
     def state_dict(self) -> dict[str, Any]:
         """All that `load_state_dict` needs to go on, in nested dicts and lists of tensors, numbers and strings."""

@@ -10,7 +10,7 @@ from torch import nn
 from compressm.errors import InvalidRankRuleError
 from compressm.observing.loss_evidence import Gramians, LossEvidence
 from compressm.observing.moments import Sample, Statistics
-from compressm.observing.observer import Observer, Terms
+from compressm.observing.observer import Observer, Scale, Terms
 from compressm.theory.rank_rule import RankRule
 
 # Sequences of each batch whose gradients are observed, and how many of the last ones are kept for predictions.
@@ -63,14 +63,14 @@ class Observations:
             ]
         return problems
 
-    def observe(self, states: bool, gradients: bool, step: int, loss_scale: float = 1.0) -> None:
+    def observe(self, states: bool, gradients: bool, step: int, loss_scale: Scale = 1.0) -> None:
         """Switch observation on for the coming step, or off.
 
         Args:
             states: whether to observe the states of selective layers.
             gradients: whether to observe the gradients of the loss.
             step: the number of that step, for messages.
-            loss_scale: the factor by which the loss will be multiplied before ``backward``.
+            loss_scale: the factor by which the loss will be multiplied before ``backward``, see `Observer`.
         """
         if states:
             self.statistics.observe_next(when=f"step {step}")

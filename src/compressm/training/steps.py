@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from compressm.cutting.optimizers import Together, members_of
 from compressm.errors import UnsupportedOptimizerError
+from compressm.observing.hooks import OwnHook
 from compressm.runtime.warned import warn
 
 _IDLE = 256  # calls without a step, beyond what the accumulation of gradients explains, after which to warn
@@ -27,7 +28,8 @@ class StepWatch:
     then, and get the scaler's finding as ``optimizer.found_inf``.
 
     Some optimizers change the weights without their ``step`` (``first_step`` and ``second_step`` of sharpness-aware
-    minimisation). As long as the hook has not run once, a step is therefore also a change of the watched parameters.
+    minimisation). As long as the hook has not run once, a step is therefore also a change of the watched parameters,
+    unless weights were loaded into them.
 
     Parameters that change without a step of these optimizers may have a new optimizer, which would not be counted and
     whose state no cut would carry. Other optimizers of the watched parameters are then watched too, see `made`.
@@ -35,9 +37,15 @@ class StepWatch:
     Args:
         optimizer: the optimizer, or several as one. Only hooks are added, which are removed with this object.
         parameters: returns the parameters that are compared.
+        layers: the layers that have them. Loading weights into these is no step.
     """
 
-    def __init__(self, optimizer: Optimizer | Together, parameters: Callable[[], Iterable[nn.Parameter]]) -> None:
+    def __init__(
+        self,
+        optimizer: Optimizer | Together,
+        parameters: Callable[[], Iterable[nn.Parameter]],
+        layers: Iterable[nn.Module] = (),
+    ) -> None:
         self._parameters = parameters
         self._called = self._made = False
         trained = [parameter for parameter in parameters() if parameter.requires_grad]
@@ -49,6 +57,9 @@ class StepWatch:
         for member in members_of(optimizer):
             self._known |= {id(part) for part in vars(member).values()}  # such as the optimizer inside another
             self._hook(member, _Hook(self))
+        for layer in layers:
+            handle = layer.register_load_state_dict_post_hook(_LoadedHook(self))
+            weakref.finalize(self, handle.remove).atexit = False
 
     def _hook(self, optimizer: Optimizer, hook: Callable[..., None]) -> None:
         if hasattr(optimizer, "_optimizer_step_post_hooks"):  # absent where Optimizer.__init__ was not called
@@ -87,8 +98,15 @@ class StepWatch:
         Args:
             skipped: whether it left the weights alone.
         """
-        self._called, self._values = True, []
+        self._called, self._values = True, {}
         self._made = self._made or not skipped
+
+    def loaded(self, layer: nn.Module) -> None:
+        """Weights have been loaded into a layer."""
+        parameters = list(layer.parameters())
+        self._values.update({id(one): one.detach().clone() for one in parameters if id(one) in self._values})
+        if any(one is self._sample for one in parameters):
+            self._sampled = self._copy_of_sample()
 
     def made(self, guarded: bool = True) -> bool:
         """Whether a step was made since the last call of `forget`.
@@ -112,18 +130,18 @@ class StepWatch:
 
     def _changed(self) -> bool:
         now = self._copies()
-        return len(now) != len(self._values) or not all(map(_same, now, self._values))
+        return now.keys() != self._values.keys() or not all(_same(now[key], self._values[key]) for key in now)
 
     def forget(self) -> None:
         """Count from here."""
         self._made, self._idle, self._longest = False, 0, max(self._longest, self._idle)
-        self._values, self._sampled = [] if self._called else self._copies(), self._copy_of_sample()
+        self._values, self._sampled = {} if self._called else self._copies(), self._copy_of_sample()
 
     def _copy_of_sample(self) -> Tensor:
         return torch.empty(0) if self._sample is None else self._sample.detach().clone()
 
-    def _copies(self) -> list[Tensor]:
-        return [parameter.detach().clone() for parameter in self._parameters()]
+    def _copies(self) -> dict[int, Tensor]:
+        return {id(parameter): parameter.detach().clone() for parameter in self._parameters()}
 
 
 def _same(a: Tensor, b: Tensor) -> bool:
@@ -143,6 +161,17 @@ class _Hook:
             watch.stepped(skipped=found is not None and bool(found))
 
 
+class _LoadedHook(OwnHook):
+    """The hook on ``load_state_dict`` of a layer. It does not keep the watch alive."""
+
+    def __init__(self, watch: StepWatch) -> None:
+        self._watch = weakref.ref(watch)
+
+    def __call__(self, layer: nn.Module, *_: Any) -> None:
+        if (watch := self._watch()) is not None:
+            watch.loaded(layer)
+
+
 class _OtherHook:
     """The hook on ``step`` of an optimizer that is not the training's."""
 
@@ -159,4 +188,9 @@ def scale_of(scaler: object) -> float:
     return float(getattr(scaler, "get_scale", lambda: 1.0)())
 
 
-__all__ = ["StepWatch", "scale_of"]
+def factor_of_loss(loss_scale: float, scaler: object) -> float:
+    """By what the loss is multiplied before ``backward``: by the user's factor, and by the scaler's."""
+    return loss_scale * scale_of(scaler)
+
+
+__all__ = ["StepWatch", "factor_of_loss", "scale_of"]

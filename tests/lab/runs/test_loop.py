@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 import pytest
 import torch
 
+from compressm.cutting.optimizers import Together
 from compressm.errors import CheckpointError, ConfigError
 from compressm.lab.config import Config, parse_config
 from compressm.lab.data.datasets import BatchOrder, load_data
@@ -494,6 +495,37 @@ def test_two_optimizers_follow_one_schedule() -> None:
         }
         optimizer.step()
         scheduler.step()
+
+
+@pytest.mark.parametrize("layer", ["lru", "s4d", "mamba", "mamba2", "gated_linear_attention", "delta_net", "rg_lru"])
+def test_muon_trains_every_weight_matrix_and_adamw_all_else(layer: str) -> None:
+    sizes = {"head_dim": 4} if layer == "mamba2" else {}
+    short = {"d_conv": 3} if layer in ("gated_linear_attention", "delta_net") else {}
+    settings = config(
+        {"optimizer": {"name": "muon", "lr": 0.01}, "model": {"layer": layer, "d_model": 8, **sizes, **short}}
+    )
+    model = build_model(settings, 1, 10)
+    optimizer = build_optimizer(settings.optimizer, model)
+    assert isinstance(optimizer, Together)
+    adamw, muon = optimizer.members
+    assert [type(one) for one in (adamw, muon)] == [torch.optim.AdamW, torch.optim.Muon]
+    trained = [{id(one) for group in member.param_groups for one in group["params"]} for member in (adamw, muon)]
+    recurrent = {id(one) for group in adamw.param_groups if group["name"] == "ssm" for one in group["params"]}
+    for name, parameter in model.named_parameters():
+        matrix = parameter.ndim == 2 and id(parameter) not in recurrent
+        assert [id(parameter) in one for one in trained] == [not matrix, matrix], name
+        parameter.grad = torch.ones_like(parameter)
+    names = [group["name"] for group in optimizer.param_groups]
+    assert len(names) == len(set(names))  # rates are logged by name
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    optimizer.step()
+    assert all(not torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
+
+
+def test_muon_without_a_matrix_is_refused() -> None:
+    settings = config({"optimizer": {"name": "muon"}})
+    with pytest.raises(ConfigError, match=r"optimizer.name = 'muon': the model has no weight matrix"):
+        build_optimizer(settings.optimizer, torch.nn.BatchNorm1d(3))
 
 
 def test_schedule_follows_its_formula() -> None:

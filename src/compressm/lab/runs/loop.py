@@ -99,7 +99,7 @@ class _Run:
         self.world, self.rank = self.accelerator.num_processes, self.accelerator.process_index
         self.data: SequenceData = load_data(config.data).to(self.accelerator.device)
         self.learning = learning_of(self.data.task, config.run.metric)
-        self.objective = Objective(config.loss, self.accelerator.device, self.learning)
+        self.objective = Objective(config.loss, self.accelerator.device, self.learning, config.run.autocast)
         self.order = BatchOrder(len(self.data.train), config.run.batch_size, config.run.seed)
         self._build()
         self.step = 0
@@ -195,8 +195,7 @@ class _Run:
         u, y, lengths, step = batch
         optimizer = unwrap_optimizer(optimizer)
         model.train()
-        with torch.autocast(u.device.type, torch.bfloat16, enabled=self.config.run.autocast is not None):
-            loss = self.objective(model, u, y, step, lengths)
+        loss = self.objective(model, u, y, step, lengths)
         self.accelerator.backward(loss)
         if self.config.optimizer.max_grad_norm is not None:
             nn.utils.clip_grad_norm_(model.parameters(), self.config.optimizer.max_grad_norm)

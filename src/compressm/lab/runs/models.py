@@ -111,12 +111,32 @@ def build_optimizer(config: OptimizerConfig, model: nn.Module) -> Optimizer | To
     if config.name == "sgd":
         return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, fused=fused)
     if config.name == "muon":
-        matrices = [group for group in groups if group["name"] == "decay"]
-        others = [group for group in groups if group["name"] != "decay"]
+        matrices, others = _matrices_apart(groups)
         muon = torch.optim.Muon(matrices, lr=config.lr, adjust_lr_fn="match_rms_adamw")
-        return Together([torch.optim.AdamW(others, lr=config.lr, fused=fused), muon])
+        return Together([torch.optim.AdamW(others, lr=config.lr, fused=fused), muon]) if others else muon
     kind = torch.optim.Adam if config.name == "adam" else torch.optim.AdamW
     return kind(groups, lr=config.lr, fused=fused)
+
+
+def _matrices_apart(groups: Sequence[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """The decayed real matrices, for which Muon is, and all other parameters.
+
+    Those of more axes that are decayed too, such as the taps of convolutions, get a group of their own, ``"kernels"``.
+
+    Raises:
+        ConfigError: there are no such matrices.
+    """
+    matrices, others = list[dict[str, Any]](), list[dict[str, Any]]()
+    for group in groups:
+        fit = [one for one in group["params"] if group["name"] == "decay" and one.ndim == 2 and not one.is_complex()]
+        known = {id(one) for one in fit}
+        rest = [one for one in group["params"] if id(one) not in known]
+        matrices += [{**group, "params": fit}] if fit else []
+        name = "kernels" if group["name"] == "decay" else group["name"]
+        others += [{**group, "name": name, "params": rest}] if rest else []
+    if not matrices:
+        raise ConfigError("optimizer.name = 'muon': the model has no weight matrix, and Muon is for these; use adamw")
+    return matrices, others
 
 
 def build_scheduler(config: Config, optimizer: Optimizer | Together) -> LambdaLR | Several:

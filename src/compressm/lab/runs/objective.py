@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -22,13 +23,21 @@ class Objective:
         config: see there.
         device: where the model is.
         learning: the task; classification by default.
+        autocast: compute it under torch's autocast to this dtype; None for the weights' own.
 
     Raises:
         ConfigError: no model where the teacher should be, or a teacher of another task.
     """
 
-    def __init__(self, config: LossConfig, device: torch.device, learning: Learning | None = None) -> None:
+    def __init__(
+        self,
+        config: LossConfig,
+        device: torch.device,
+        learning: Learning | None = None,
+        autocast: Literal["bfloat16"] | None = None,
+    ) -> None:
         self.config, self.learning = config, learning or learning_of("classification", None)
+        self.autocast = autocast is not None
         if config.teacher is not None and self.learning.metric != "accuracy":
             raise ConfigError(f"loss.teacher = {config.teacher!r}: is for classifiers; leave it out for this task")
         self.teacher: nn.Module | None = None
@@ -43,6 +52,10 @@ class Objective:
     def __call__(self, model: nn.Module, u: Tensor, y: Tensor, step: int, lengths: Tensor | None = None) -> Tensor:
         """The loss of sequences ``u``, of these lengths where they are padded, with labels ``y`` at a step, counted
         from 0."""
+        with torch.autocast(u.device.type, torch.bfloat16, enabled=self.autocast):
+            return self._loss(model, u, y, step, lengths)
+
+    def _loss(self, model: nn.Module, u: Tensor, y: Tensor, step: int, lengths: Tensor | None) -> Tensor:
         inputs = (u,) if lengths is None else (u, lengths)
         config, logits = self.config, model(*inputs)
         if self.teacher is None:
