@@ -1,4 +1,4 @@
-"""What notebooks show of spectra, reports, plans, savings and compressors."""
+"""What notebooks and `print` show of spectra, reports, plans, savings and compressors."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from compressm.layers import SequenceClassifier
 from compressm.runtime.html import table
 from compressm.theory.rank_rule import RankRule
 from compressm.training.clock import Savings
+from compressm.training.history import history_line
 
 
 def cells(shown: Any) -> list[list[str]]:
@@ -63,3 +64,26 @@ def test_nothing_in_a_name_becomes_markup() -> None:
     shown = table(hostile, [hostile], [[hostile]], [hostile])
     assert "<img" not in shown
     assert shown.count("&lt;img") == 4
+
+
+def test_a_compressor_says_where_it_is() -> None:
+    """`print(compressor)` in a training loop: the step, the cuts that are due, the states of the layers in order."""
+    torch.manual_seed(0)
+    model = SequenceClassifier(1, 3, d_model=4, d_state=8, n_layers=3)
+    optimizer = torch.optim.SGD(model.parameters(), 1e-3)
+    compressor = compressm.Compressor(model, optimizer, 1000, states=3, cuts=2, window=0.004)
+    assert repr(compressor) == "Compressor(step 0 of 1,000; cuts due at 2, 4; 3 layers of 8 states)"
+    for _ in range(2):
+        model(torch.randn(2, 5, 1)).sum().backward()
+        optimizer.step()
+        compressor.step()
+    (first,) = set(compressor.state_dims.values())
+    assert repr(compressor) == f"Compressor(step 2 of 1,000; cuts due at 4; 3 layers of {first} states)"
+    for _ in range(2):
+        model(torch.randn(2, 5, 1)).sum().backward()
+        optimizer.step()
+        compressor.step()
+    assert repr(compressor) == "Compressor(step 4 of 1,000; no cut due; 3 layers of 3 states)"
+    assert history_line(0, 9, (), {"a": 4, "b": 4, "c": 2, "d": 4}) == (
+        "step 0 of 9; no cut due; 2 layers of 4 states, 1 layer of 2 states, 1 layer of 4 states"
+    )

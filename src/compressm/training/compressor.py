@@ -15,7 +15,7 @@ from compressm.cutting.carry import Carry, Together, unwrap_optimizer
 from compressm.cutting.choosing import Which, choose
 from compressm.cutting.metrics import Better
 from compressm.cutting.spectrum import snapshot, snapshot_state
-from compressm.errors import CheckpointError, InvalidRankRuleError
+from compressm.errors import CheckpointError
 from compressm.observing.loss_evidence import Gramians
 from compressm.observing.observer import Terms
 from compressm.theory.balancing import Method
@@ -26,14 +26,14 @@ from compressm.training.cushion import Cushion, OnSetback
 from compressm.training.cutter import Cutter
 from compressm.training.delegated import attribute_of as _of
 from compressm.training.goal import Goal, initial_dims, initial_dims_of, wanted_rule
-from compressm.training.history import Cut, Event, Recompiled, RolledBack, history_table
+from compressm.training.history import Cut, Event, Recompiled, RolledBack, history_line, history_table
 from compressm.training.options import check_options
 from compressm.training.policy import Policy
 from compressm.training.schedule import Schedule, When
 from compressm.training.snapshot import Schedulers, Stateful, Training
 from compressm.training.step_cost import StepCost, step_cost
 from compressm.training.steps import StepWatch, factor_of_loss, scale_of
-from compressm.training.twin import Control, TrainStep
+from compressm.training.twin import Control, TrainStep, check_for_twin
 
 log = logging.getLogger(__name__)
 
@@ -235,6 +235,10 @@ class Compressor:
         """Present state dimension of every layer, by its name in the model."""
         return self._cutter.state_dims
 
+    def __repr__(self) -> str:
+        coming = () if self._schedule.over else self.cut_steps[len(self.cut_steps) - self._schedule.cuts_left :]
+        return f"Compressor({history_line(self._steps, self.total_steps, coming, self.state_dims)})"
+
     def _repr_html_(self) -> str:
         return history_table(self._steps, self.state_dims, self.history)
 
@@ -298,7 +302,7 @@ class Compressor:
         """
         made = self._watch.made(guarded=not self.done)
         if self._cushion.control == "twin":
-            self._check_for_twin(batch, made)
+            check_for_twin(batch, made)
         if not made:
             if scale_of(self._scaler) != self._scale:  # it has skipped a step, whose gradients could not be observed
                 self._observe()
@@ -321,17 +325,6 @@ class Compressor:
         if self._steps == self.total_steps and self.max_drop is None:
             self._say_what_is_not_known()
         return events[0] if events else None
-
-    @staticmethod
-    def _check_for_twin(batch: Any, made: bool) -> None:
-        """Refuse a call that does not tell the twin what to do."""
-        if batch is None:
-            raise InvalidRankRuleError("control='twin' needs the batch of every step: call compressor.step(batch)")
-        if not made:
-            raise InvalidRankRuleError(
-                "control='twin' takes every call of compressor.step(batch) for a training step, and the optimizer made "
-                "none: where gradients are accumulated, pass the accumulated batches together, as a list"
-            )
 
     def _say_what_is_not_known(self) -> None:
         """At the end of a training whose cuts were not examined."""

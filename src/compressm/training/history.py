@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar
@@ -317,6 +318,17 @@ _ALL = (Cut, Unchanged, FellShort, Watched, Kept, RolledBack, Postponed, Stopped
 _KINDS: dict[str, type[Event]] = {kind.kind: kind for kind in _ALL}
 
 
+def history_line(step: int, steps: int, coming: Sequence[int], state_dims: Mapping[str, int]) -> str:
+    """Where a compressor is, in one line: its step, the cuts that are still due, and the states of all layers.
+
+    Layers of one size that follow each other are counted: ``24 layers of 128 states``.
+    """
+    cuts = f"cuts due at {', '.join(f'{one:,}' for one in coming)}" if coming else "no cut due"
+    sizes = [(count, len([*same])) for count, same in itertools.groupby(state_dims.values())]
+    layers = ", ".join(f"{many} layer{'s' if many > 1 else ''} of {count} states" for count, many in sizes)
+    return f"step {step:,} of {steps:,}; {cuts}; {layers}"
+
+
 def history_table(steps: int, state_dims: Mapping[str, int], history: Sequence[Event]) -> str:
     """A compressor's history as an HTML table, for notebooks."""
     rows = [[event.step, str(event).partition(": ")[2]] for event in history]
@@ -326,5 +338,5 @@ def history_table(steps: int, state_dims: Mapping[str, int], history: Sequence[E
 
 __all__ = [
     "Cut", "Ended", "Event", "FellShort", "Kept", "Postponed", "Recompiled", "RolledBack", "Stopped", "Unchanged",
-    "Watched", "history_table",
+    "Watched", "history_line", "history_table",
 ]  # fmt: skip

@@ -205,4 +205,20 @@ class _Hook:
             steps.begun()
 
 
-__all__ = ["Control", "TrainStep", "Twin", "check_twin", "refuse_twin"]
+def check_for_twin(batch: Any, made: bool) -> None:
+    """Refuse a call of `Compressor.step` that does not tell the twin what to do.
+
+    Args:
+        batch: of the step, None if it was not passed.
+        made: whether the optimizer has made a step.
+    """
+    if batch is None:
+        raise InvalidRankRuleError("control='twin' needs the batch of every step: call compressor.step(batch)")
+    if not made:
+        raise InvalidRankRuleError(
+            "control='twin' takes every call of compressor.step(batch) for a training step, and the optimizer made "
+            "none: where gradients are accumulated, pass the accumulated batches together, as a list"
+        )
+
+
+__all__ = ["Control", "TrainStep", "Twin", "check_for_twin", "check_twin", "refuse_twin"]
