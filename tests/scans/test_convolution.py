@@ -88,6 +88,87 @@ def test_scan_equals_the_loop_in_either_form(native_form: bool, monkeypatch: pyt
         assert (b - a).norm() <= 1e-11 * a.norm()
 
 
+@settings(max_examples=60)
+@given(
+    seed=st.integers(0, 10**6),
+    length=st.integers(1, 200),
+    p=st.integers(1, 19),
+    q=st.integers(1, 19),
+    n=st.integers(1, 70),
+    skip=st.booleans(),
+)
+@example(seed=0, length=784, p=8, q=8, n=256, skip=True)
+@example(seed=0, length=1, p=1, q=1, n=1, skip=True)
+def test_impulse_responses_equal_their_definition(seed: int, length: int, p: int, q: int, n: int, skip: bool) -> None:
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator).double()
+
+    skip = skip and p == q
+    poles = (-1e-3 - normal(n).abs() / 10, 3 * normal(n))
+    system = [*poles, normal(n, p), normal(n, p), normal(q, n), normal(q, n), *([normal(p)] if skip else [])]
+    system = [value.float().double() for value in system]  # the same numbers for either dtype
+    grad = normal(length, q, p)
+
+    def definition(log_radius: Tensor, phase: Tensor, *matrices: Tensor) -> Tensor:
+        B_re, B_im, C_re, C_im, *D = matrices
+        lam = torch.polar(log_radius.exp(), phase)
+        K = torch.stack(
+            [((torch.complex(C_re, C_im) * lam**j) @ torch.complex(B_re, B_im)).real for j in range(length)]
+        )
+        return K + torch.cat([torch.diag(D[0])[None], torch.zeros_like(K[1:])]) if D else K
+
+    def run(function: Any, dtype: torch.dtype) -> list[Tensor]:
+        leaves = [value.to(dtype, copy=True).requires_grad_() for value in system]
+        K = function(*leaves)
+        return [K.detach(), *torch.autograd.grad(K, leaves, grad.to(dtype))]
+
+    def scan(form: Any) -> Any:
+        return lambda *leaves: form.apply(*leaves, *([] if skip else [None]), length)
+
+    truth = run(definition, torch.float64)
+    # The gradient of a pole is a sum of moments that may cancel.
+    terms = length * float(grad.norm() * system[2].norm() * system[4].norm())
+    for form in (lti_fft._NativeImpulseResponse, lti_fft._ImpulseResponse):
+        for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 1e-5)):
+            for index, (a, b) in enumerate(zip(truth, run(scan(form), dtype), strict=True)):
+                assert (b - a).norm() <= tolerance * (a.norm() + 1e-2 * terms * (index in (1, 2)))
+
+
+def test_threads_change_no_bit_of_an_impulse_response() -> None:
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((40,), (40,), (40, 5), (40, 5), (5, 40), (5, 40), (5,))
+    system = [torch.randn(*shape, generator=generator) for shape in shapes]
+    system[0] = -0.1 * system[0].abs()
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            leaves = [value.clone().requires_grad_() for value in system]
+            K: Any = lti_fft._NativeImpulseResponse.apply(*leaves, 150)
+            results.append([K.detach(), *torch.autograd.grad(K, leaves, K.detach() ** 2)])
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def test_feedthrough_is_a_part_of_the_impulse_response() -> None:
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((17, 99, 3), (7,), (7,), (7, 3), (7, 3), (3, 7), (3, 7), (3,))
+    values = [torch.randn(*shape, dtype=torch.float64, generator=generator) for shape in shapes]
+    values[1] = -0.3 * values[1].abs()
+
+    def run(engine: Any) -> list[Tensor]:
+        *leaves, D = (value.clone().requires_grad_() for value in values)
+        y = lti_scan(*leaves, D=D, engine=engine)
+        return [y.detach(), *torch.autograd.grad(y.square().sum(), [*leaves, D])]
+
+    for a, b in zip(run("loop"), run("fft"), strict=True):
+        assert (b - a).norm() <= 1e-11 * a.norm()
+
+
 @pytest.mark.parametrize(("batch", "length", "form"), [(1, 4096, compiled), (1, 5000, by_torch), (20, 5000, compiled)])
 def test_few_long_signals_are_left_to_torch(batch: int, length: int, form: Any) -> None:
     u, impulse, _ = operands(0, batch, length, 1, 1)

@@ -158,6 +158,12 @@ def test_products_of_compiled_kernels_are_two_operations_each() -> None:
     for needs_input, count in ((None, 1), (object(), 2)):  # the gradient of the input is a second product
         given = (rows, width, out, None, None, None, needs_input)
         assert products["linear_backward"](given) == count * 2 * rows * width * out
+    # The impulse response of 20 steps, 4 of them 5 times, is a product over real and imaginary parts of the states.
+    length, p, q, n, fine = 20, 3, 2, 6, 5
+    assert products["impulse_forward"]((length, p, q, n, fine)) == 2 * (4 * q) * (2 * n) * (fine * p)
+    assert products["impulse_backward"]((length, p, q, n, fine)) == 2 * products["impulse_forward"](
+        (length, p, q, n, fine)
+    )
     # The tail of a block has two products of square matrices side by side.
     assert products["tail_forward"]((rows, width)) == 2 * rows * width * 2 * width
     assert products["tail_backward"]((rows, width)) == 3 * products["tail_forward"]((rows, width))

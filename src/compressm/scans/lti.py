@@ -110,8 +110,8 @@ def _by_engine(
             raise ValueError(f'engine="direct" needs the compiled kernels, and a CPU; u is on {u.device}')
         return lti_direct.scan(u, log_radius, phase, B_re, B_im, C_re, C_im, D, initial)
     if engine == "fft":
-        y, state = lti_fft.scan(u, log_radius, phase, B_re, B_im, C_re, C_im), start
-    elif engine == "chunked":
+        return lti_fft.scan(u, log_radius, phase, B_re, B_im, C_re, C_im, D), start
+    if engine == "chunked":
         y, state = lti_chunked.scan(u, log_radius, phase, B_re, B_im, C_re, C_im, start)
     else:
         y, state = loop(lambda x, u: lti_step(x, u, log_radius, phase, B_re, B_im, C_re, C_im), start, u)

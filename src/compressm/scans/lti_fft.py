@@ -21,27 +21,37 @@ from compressm.scans.transforms import gradients, twice
 
 
 def scan(
-    u: Tensor, log_radius: Tensor, phase: Tensor, B_re: Tensor, B_im: Tensor, C_re: Tensor, C_im: Tensor
+    u: Tensor,
+    log_radius: Tensor,
+    phase: Tensor,
+    B_re: Tensor,
+    B_im: Tensor,
+    C_re: Tensor,
+    C_im: Tensor,
+    D: Tensor | None = None,
 ) -> Tensor:
-    """Outputs for a zero initial state; see `compressm.scans.lti.lti_scan`."""
-    impulse: Any = _ImpulseResponse.apply(log_radius, phase, B_re, B_im, C_re, C_im, u.shape[1])
+    """Outputs for a zero initial state; see `compressm.scans.lti.lti_scan`. ``D`` is a part of the impulse response."""
+    system = (log_radius, phase, B_re, B_im, C_re, C_im, D)
+    compiles = torch.compiler.is_compiling()  # it takes operators only, and fuses PyTorch's own
+    form = _ImpulseResponse if compiles or not native.usable(u) else _NativeImpulseResponse
+    impulse: Any = form.apply(*system, u.shape[1])
     return _convolution(u, impulse)
 
 
 def cost(batch: int, length: int, p: int, q: int, n: int, compiled: bool = False, itemsize: int = 4) -> float:
     """Operations of a forward pass, in units of those of a large matrix product.
 
-    The weights of the compiled form were measured on one core of a busy machine. They count the transforms of the
-    signals in all lanes, a small complex matrix product for each frequency, the impulse response, and the constant cost
-    of two dozen small operations.
+    The weights of the compiled form were measured on one core of a busy machine, forward and backward, against the
+    step-by-step form (`lti_direct.cost`). They count the transforms of the signals in all lanes, a small complex matrix
+    product for each frequency, the impulse response, and the constant cost of one more operation.
     """
     if compiled:
         lanes = native.vector_bytes() // itemsize
         tiles, size = -(-batch // lanes), length  # the size of the transform is only a little larger
         transforms = (tiles * (3 * p + 2 * q) + 2 * -(-p * q // lanes)) * size * math.log2(max(2, size))
-        impulse = n * length * p * q + 115 * n * math.sqrt(length) * (p + q)
+        impulse = n * length * p * q
         in_cache = 256 * size * max(p, q) < 2 << 20
-        return (1 if in_cache else 2) * (63 * transforms + 168 * tiles * size * p * q) + 2.7 * impulse + 4.5e7
+        return (1 if in_cache else 2) * (45 * transforms + 120 * tiles * size * p * q) + 3.3 * impulse + 3e6
     size = _fft_size(length)
     transforms = batch * (p + q) * 2.5 * size * math.log2(size)
     products = batch * size * 4 * p * q
@@ -59,8 +69,40 @@ def _fft_size(length: int) -> int:
     return min(factor * 2 ** math.ceil(math.log2(max(2, (2 * length - 1) / factor))) for factor in (1, 3, 5, 15))
 
 
+def _steps(length: int) -> int:
+    """The number of fine powers of `_ImpulseResponse`, m."""
+    return math.isqrt(length - 1) + 1
+
+
+class _NativeImpulseResponse(torch.autograd.Function):
+    """As `_ImpulseResponse`, compiled (``kernels/impulse.h``). The backward pass computes the tables again."""
+
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> Tensor:
+        *system, length = arguments
+        ctx.save_for_backward(*system)
+        ctx.length = length
+        log_radius, *others = (None if tensor is None else tensor.contiguous() for tensor in system)
+        (n, p), q = system[2].shape, system[4].shape[0]
+        impulse = system[2].new_empty(length, q, p)
+        native.call("impulse_forward", impulse, length, p, q, n, _steps(length), log_radius, *others, impulse)
+        return impulse
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        system = ctx.saved_tensors
+        if twice():
+            return gradients(lambda *system: _impulse_response(*system)[0], (*system, ctx.length), (grad,))
+        *tensors, D = (None if tensor is None else tensor.contiguous() for tensor in system)
+        grads = [None if tensor is None else torch.empty_like(tensor) for tensor in (*tensors, D)]
+        length, q, p = grad.shape
+        sizes = (length, p, q, system[0].shape[0], _steps(length))
+        native.call("impulse_backward", grad, *sizes, *tensors, grad.contiguous(), *grads)
+        return *grads, None
+
+
 class _ImpulseResponse(torch.autograd.Function):
-    """``K_j = Re(C lam^j B)`` for j < length, shape ``(length, q, p)``: one matrix product.
+    """``K_j = Re(C lam^j B)`` for j < length, shape ``(length, q, p)``: one matrix product; and D added to ``K_0``.
 
     With ``j = a m + b`` it is the product of ``C lam^(a m)``, for all a, and ``lam^b B``, for all b. Two short tables
     of powers replace a long one, for the same number of operations.
@@ -68,9 +110,10 @@ class _ImpulseResponse(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, log_radius: Tensor, phase: Tensor, B_re: Tensor, B_im: Tensor, C_re: Tensor, C_im: Tensor, length: int
-    ) -> Tensor:
-        system = (log_radius, phase, B_re, B_im, C_re, C_im)
+        ctx: Any, log_radius: Tensor, phase: Tensor, B_re: Tensor, B_im: Tensor, C_re: Tensor, C_im: Tensor,
+        D: Tensor | None, length: int,
+    ) -> Tensor:  # fmt: skip
+        system = (log_radius, phase, B_re, B_im, C_re, C_im, D)
         impulse, tables = _impulse_response(*system, length)
         ctx.save_for_backward(*system, *tables)
         ctx.length = length
@@ -95,15 +138,17 @@ class _ImpulseResponse(torch.autograd.Function):
             to_B.imag.T,
             to_C.real,
             -to_C.imag,
+            None if system[-1] is None else grad[0].diagonal().clone(),
             None,
         )
 
 
 def _impulse_response(
-    log_radius: Tensor, phase: Tensor, B_re: Tensor, B_im: Tensor, C_re: Tensor, C_im: Tensor, length: int
-) -> tuple[Tensor, tuple[Tensor, ...]]:
+    log_radius: Tensor, phase: Tensor, B_re: Tensor, B_im: Tensor, C_re: Tensor, C_im: Tensor, D: Tensor | None,
+    length: int,
+) -> tuple[Tensor, tuple[Tensor, ...]]:  # fmt: skip
     """The result of `_ImpulseResponse`, and the tensors for its backward pass."""
-    m = math.isqrt(length - 1) + 1
+    m = _steps(length)
     fine_steps = torch.arange(m, device=phase.device)
     coarse = torch.complex(*powers(log_radius, phase, m * fine_steps[: -(-length // m)]))
     fine = torch.complex(*powers(log_radius, phase, fine_steps))
@@ -112,7 +157,10 @@ def _impulse_response(
     observe = _real(coarse.conj()[:, None] * C.conj())  # (a q, 2n)
     reach = _real(fine[:, None] * B)  # (m p, 2n)
     impulse = (observe @ reach.T).view(len(coarse), len(C), m, -1).transpose(1, 2)
-    return impulse.reshape(-1, *impulse.shape[2:])[:length], (B, C, coarse, fine, observe, reach)
+    impulse = impulse.reshape(-1, *impulse.shape[2:])[:length]
+    if D is not None:
+        impulse = impulse + F.pad(torch.diag_embed(D)[None], (0, 0, 0, 0, 0, length - 1))
+    return impulse, (B, C, coarse, fine, observe, reach)
 
 
 def _real(x: Tensor) -> Tensor:

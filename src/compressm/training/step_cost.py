@@ -80,6 +80,11 @@ def _matrix_states(sizes: Sequence[int], states: int, values: float, keys: float
     return round(batch * length * heads * (2 * states * p * n + triangle * (values * p + keys * n)))
 
 
+def _impulse(length: int, p: int, q: int, n: int, m: int) -> int:
+    """One real product; see ``kernels/impulse.h``."""
+    return 2 * (-(-length // m) * q) * (2 * n) * (m * p)
+
+
 # Operations of kernels that PyTorch does not see, computed from the arguments of `native.call`.
 _KERNELS: dict[str, Callable[[tuple[Any, ...]], int]] = {
     # Keys decay from step to step, which is half a product of its own.
@@ -91,6 +96,8 @@ _KERNELS: dict[str, Callable[[tuple[Any, ...]], int]] = {
     "convolution_backward": lambda given: 3 * 2 * math.prod(given[:3]) * given[4],
     "step_sizes_forward": lambda given: 2 * given[0] * given[1] * given[3],
     "step_sizes_backward": lambda given: 3 * 2 * given[0] * given[1] * given[3],
+    "impulse_forward": lambda given: _impulse(*given[:5]),
+    "impulse_backward": lambda given: 2 * _impulse(*given[:5]),
     "linear_forward": lambda given: 2 * math.prod(given[:3]),
     "linear_backward": lambda given: 2 * math.prod(given[:3]) * (1 if given[6] is None else 2),
     "tail_forward": lambda given: 2 * given[0] * 2 * given[1] ** 2,

@@ -5,6 +5,7 @@
 #include "batch_norm.h"
 #include "chain.h"
 #include "convolution.h"
+#include "impulse.h"
 #include "lti.h"
 #include "mamba.h"
 #include "narrow.h"
