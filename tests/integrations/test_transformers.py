@@ -388,3 +388,19 @@ def test_a_metric_of_the_trainer_that_is_not_finite_makes_no_cut(tmp_path: Path)
     with pytest.warns(MetricWarning, match="evaluate returned nan at step 12, before a cut"):
         trainer.train()
     assert [event.kind for event in callback.compressor.history] == ["postponed", "cut", "kept", "ended"]
+
+
+def test_the_trainers_gradient_scaler_is_known(tmp_path: Path) -> None:
+    """Multiplied by a power of two and divided by it again, the gradients and all that follows are the same."""
+
+    def predicted(scaler: Any) -> list[float]:
+        trainer = make_trainer(tmp_path, max_steps=12, max_grad_norm=0.0)  # norms would be those of scaled gradients
+        trainer.accelerator.scaler = scaler
+        callback = compressing(trainer, gramians="loss", total_states=8, cuts=1, states=None)
+        trainer.train()
+        assert callback.compressor is not None
+        return [layer["predicted_loss"] for event in callback.compressor.history for layer in event.layers]
+
+    plain = predicted(None)
+    assert predicted(torch.amp.GradScaler("cpu", init_scale=2.0**10)) == pytest.approx(plain, rel=1e-3)
+    assert plain[0] > 0

@@ -324,3 +324,25 @@ def test_a_model_is_pickled_without_what_is_observed() -> None:
     assert len(written) < 1.5 * plain  # a sequence alone has 4 kB, which is as much as the model
     u = torch.randn(1, 8, 2)
     assert torch.equal(pickle.loads(written)(u), model(u))
+
+
+@pytest.mark.parametrize("known", [True, False])
+@pytest.mark.parametrize("gramians", ["white", "loss"])
+def test_a_scaler_that_the_compressor_does_not_know_is_warned_of_where_its_factor_matters(
+    gramians: Any, known: bool
+) -> None:
+    gc.collect()  # scalers of other tests
+    model, (u, y) = classifier(), examples(4)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    given = scaler if known else None
+    compressor = Compressor(model, optimizer, STEPS, states=4, cuts=1, window=0.5, gramians=gramians, scaler=given)
+    scaler.scale(F.cross_entropy(model(u), y)).backward()
+    scaler.step(optimizer)
+    scaler.update()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        compressor.step()
+    said = [str(one.message) for one in caught if "GradScaler" in str(one.message)]
+    assert bool(said) == (gramians == "loss" and not known)
+    assert all("pass Compressor(scaler=...)" in one for one in said)

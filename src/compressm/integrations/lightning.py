@@ -98,6 +98,7 @@ class CompressionCallback(Callback):
             arguments["total_steps"] = _total_steps(trainer)
         if arguments.get("gramians") == "loss":  # Lightning divides the loss by the number of accumulated batches
             arguments.setdefault("loss_scale", 1 / trainer.accumulate_grad_batches)
+            arguments.setdefault("scaler", getattr(trainer.precision_plugin, "scaler", None))  # of half precision
         if isinstance(name := arguments.get("evaluate"), str):
             arguments |= named_metric(trainer, name, arguments)
         record = self._loaded or self._of_an_earlier_fit(trainer, pl_module)

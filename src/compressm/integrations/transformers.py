@@ -93,6 +93,7 @@ class CompressionCallback(TrainerCallback):
             arguments = {"mode": self._mode(name), **arguments, "evaluate": lambda _: self._evaluate(name)}
         if arguments.get("gramians") == "loss":  # the Trainer divides the loss by the number of accumulated batches
             arguments.setdefault("loss_scale", 1 / args.gradient_accumulation_steps)
+            arguments.setdefault("scaler", self.trainer.accelerator.scaler)  # of half precision; None without it
         record = _records(state).get(_RECORD)
         with started_with(self._initial_dims(record)):
             self.compressor = Compressor(self._model, self.trainer.optimizer, state.max_steps, **arguments)

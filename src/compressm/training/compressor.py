@@ -32,7 +32,7 @@ from compressm.training.policy import Policy
 from compressm.training.schedule import Schedule, When
 from compressm.training.snapshot import Schedulers, Stateful, Training
 from compressm.training.step_cost import StepCost, step_cost
-from compressm.training.steps import StepWatch, factor_of_loss, scale_of
+from compressm.training.steps import StepWatch, factor_of_loss, scale_of, warn_of_scaler
 from compressm.training.twin import Control, TrainStep, check_for_twin
 
 log = logging.getLogger(__name__)
@@ -312,6 +312,7 @@ class Compressor:
         self._steps += 1
         if self._steps == 1:
             self._cutter.warn_of_unseen_layers()
+            warn_of_scaler(self._scaler, self._cutter.observations.observer is not None)
         if graphs := self._cutter.new_graphs():
             self._note(Recompiled(self._steps, graphs=graphs))
         try:

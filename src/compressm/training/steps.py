@@ -188,9 +188,27 @@ def scale_of(scaler: object) -> float:
     return float(getattr(scaler, "get_scale", lambda: 1.0)())
 
 
+def warn_of_scaler(scaler: object, gradients: bool) -> None:
+    """Warn of a gradient scaler in use that was not passed, where gradients of the loss are observed.
+
+    Args:
+        scaler: the one that was passed.
+        gradients: whether gradients are observed.
+    """
+    if scaler is not None or not gradients:
+        return
+    for one in gc.get_objects():
+        if issubclass(type(one), torch.amp.GradScaler) and getattr(one, "_scale", None) is not None:  # it has scaled
+            warn(
+                "a GradScaler multiplies the gradients by a factor that changes, and the Compressor does not know it: "
+                "pass Compressor(scaler=...), since predicted losses are too large by the square of it otherwise"
+            )
+            return
+
+
 def factor_of_loss(loss_scale: float, scaler: object) -> float:
     """By what the loss is multiplied before ``backward``: by the user's factor, and by the scaler's."""
     return loss_scale * scale_of(scaler)
 
 
-__all__ = ["StepWatch", "factor_of_loss", "scale_of"]
+__all__ = ["StepWatch", "factor_of_loss", "scale_of", "warn_of_scaler"]
