@@ -477,8 +477,12 @@ def test_half_precision_trains_with_the_gradient_of_autocast(tmp_path: Path) -> 
         with torch.autocast("cpu", torch.bfloat16, enabled=half):
             torch.nn.functional.cross_entropy(model(u), y).backward()
         steps[half] = {name: one.detach() - 0.1 * one.grad for name, one in model.named_parameters()}
-    assert all(torch.equal(trained[name], value) for name, value in steps[True].items())
-    assert any(not torch.equal(trained[name], value) for name, value in steps[False].items())
+
+    def away(half: bool) -> float:
+        return sum(float((trained[name] - value).double().square().sum()) for name, value in steps[half].items()) ** 0.5
+
+    # A fused step may round once less.
+    assert away(True) < 1e-4 * away(False)
 
 
 def test_two_optimizers_follow_one_schedule() -> None:
