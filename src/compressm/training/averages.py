@@ -11,44 +11,52 @@ from __future__ import annotations
 import functools
 import gc
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
+from compressm.adapters import find_layers
 from compressm.adapters.left_out import none_left_out
+from compressm.adapters.registry import cut_parameters
 from compressm.cutting.carry import paired_layers
-from compressm.cutting.sizes import resized_parameters, state_dims
+from compressm.cutting.sizes import state_dims
 from compressm.errors import UnsupportedModelError
 
 _NAME = re.compile(r"Averag|SWA|EMA|Ema(?![a-z])")  # AveragedModel of torch, ModelEmaV3 of timm, EMA of ema_pytorch
 _UPDATES = ("update_parameters", "update")
 
 
-@none_left_out()
 def check_averages(model: nn.Module, followers: Sequence[nn.Module]) -> None:
     """Refuse, before training, an averaged copy of the model that is not among its followers.
 
     Raises:
         UnsupportedModelError: there is one, of the same weights.
     """
-    if _equal_copies(model, followers):
-        gc.collect()  # those of an earlier training may be garbage
-    for average in _equal_copies(model, followers):
+    # Only these are asked for their parameters: a layer may have been left out because no cut could be read or written.
+    ours = {name: cut_parameters(layer, adapter) for name, (layer, adapter) in find_layers(model).items()}
+    with none_left_out():
+        if _equal_copies(model, followers, ours):
+            gc.collect()  # those of an earlier training may be garbage
+        copies = _equal_copies(model, followers, ours)
+    for average in copies:
         raise UnsupportedModelError(
             f"{type(average).__name__} averages this model, and cuts would not reach it: pass it as followers=[...]; "
             "if it averages another model of the same weights, create it after the Compressor"
         )
 
 
-def _equal_copies(model: nn.Module, followers: Sequence[nn.Module]) -> list[nn.Module]:
-    ours = resized_parameters(model)
+def _equal_copies(
+    model: nn.Module, followers: Sequence[nn.Module], ours: Mapping[str, Mapping[str, nn.Parameter]]
+) -> list[nn.Module]:
+    """Copies whose layers have the values of the model's, which are given by the layers' names."""
 
     def equal(average: nn.Module) -> bool:
-        theirs = resized_parameters(average)
-        pairs = zip(ours, theirs, strict=False)
-        return len(ours) == len(theirs) and all(a.shape == b.shape and torch.equal(a, b.to(a)) for a, b in pairs)
+        layers = paired_layers(average, model)
+        theirs = {name: dict(layers[name].named_parameters()) for name in ours}
+        pairs = [(a, theirs[name].get(key)) for name, values in ours.items() for key, a in values.items()]
+        return all(b is not None and a.shape == b.shape and torch.equal(a, b.to(a)) for a, b in pairs)
 
     return [average for average in _strangers(model, followers) if equal(average)]
 
