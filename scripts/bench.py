@@ -75,13 +75,14 @@ def compared(now: dict[str, Any], before: dict[str, Any]) -> list[str]:
 
 
 def kept(commit: str) -> dict[str, Any]:
-    """The ratios of all suites that an earlier commit has stored."""
+    """The ratios of all suites that an earlier commit has stored; those of one run of everything, where there is one."""
 
     def git(*arguments: str) -> str:
         return subprocess.run(["git", *arguments], cwd=ROOT, check=True, capture_output=True, text=True).stdout
 
     rows: list[dict[str, Any]] = []
-    for path in git("ls-tree", "--name-only", commit, "results/bench/").split():
+    paths = [path for path in git("ls-tree", "--name-only", commit, "results/bench/").split() if BEFORE not in path]
+    for path in sorted(paths, key=lambda path: path.endswith("/all.json")):  # of two rows of one name the last counts
         result = json.loads(git("show", f"{commit}:{path}"))
         cpu = f"{result['machine']['cpu']}, {number(result['rates']['gflops'])} GFLOP/s"
         rows += [{"cpu": cpu, **{key: row[key] for key in ("name", "ratio", "of_roofline")}} for row in shown(result)]
