@@ -304,8 +304,8 @@ def in_each_setting(states: int, settings: Mapping[str, Mapping[str, Any]]) -> t
 
 
 def each_rate(way: str, changes: Mapping[str, Any], length: float = 1.0) -> tuple[Arm, ...]:
-    """One way of training at half to eight times the learning rate of `SHORT`."""
-    rates = {factor: {**changes, "optimizer.lr": factor * SHORT_RATE} for factor in (0.5, 1, 2, 4, 8)}
+    """One way of training at half to sixteen times the learning rate of `SHORT`."""
+    rates = {factor: {**changes, "optimizer.lr": factor * SHORT_RATE} for factor in (0.5, 1, 2, 4, 8, 16)}
     return tuple(Arm(f"{way}-rate{factor:g}", rate, length=length, way=way) for factor, rate in rates.items())
 
 
