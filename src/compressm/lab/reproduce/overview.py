@@ -60,7 +60,9 @@ def sentences(found: Found) -> list[str]:
         each = ", ".join(f"{_name(one)} {one}" for one in little)
         made.append(f"It keeps little or nothing here: {each}.")
     if absent:
-        each = ", ".join(dict.fromkeys(f"`{one.experiment}`" for one in absent))
+        some = {one.experiment for one in gaps}  # of these only the arms without a gap are named
+        names = (_name(one) if one.experiment in some else f"`{one.experiment}`" for one in absent)
+        each = ", ".join(dict.fromkeys(names))
         made.append(
             f"Without a gap there is nothing to keep: in {each} a model that is small from the start is as good, and "
             "training small is the better choice."
