@@ -75,7 +75,7 @@ def compared(now: dict[str, Any], before: dict[str, Any]) -> list[str]:
 
 
 def kept(commit: str) -> dict[str, Any]:
-    """The ratios of all suites that an earlier commit has stored; those of one run of everything, where there is one."""
+    """The ratios of all suites that an earlier commit has stored; of rows in several, those of one run of all."""
 
     def git(*arguments: str) -> str:
         return subprocess.run(["git", *arguments], cwd=ROOT, check=True, capture_output=True, text=True).stdout
