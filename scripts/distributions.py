@@ -29,8 +29,6 @@ from pathlib import Path, PurePosixPath
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "compressm"
 SHOWN = 20  # names of files
-
-
 NO_TESTS = 5  # pytest's exit status; a share of few tests may hold none
 
 

@@ -37,9 +37,11 @@ def check_averages(model: nn.Module, followers: Sequence[nn.Module]) -> None:
     # Only these are asked for their parameters: a layer may have been left out because no cut could be read or written.
     ours = {name: cut_parameters(layer, adapter) for name, (layer, adapter) in find_layers(model).items()}
     with none_left_out():
-        if _equal_copies(model, followers, ours):
-            gc.collect()  # those of an earlier training may be garbage
         copies = _equal_copies(model, followers, ours)
+        if copies:
+            del copies  # those of an earlier training may be garbage, which must not be kept by this list
+            gc.collect()
+            copies = _equal_copies(model, followers, ours)
     for average in copies:
         raise UnsupportedModelError(
             f"{type(average).__name__} averages this model, and cuts would not reach it: pass it as followers=[...]; "

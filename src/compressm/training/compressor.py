@@ -236,7 +236,7 @@ class Compressor:
         return self._cutter.state_dims
 
     def __repr__(self) -> str:
-        coming = () if self._schedule.over else self.cut_steps[len(self.cut_steps) - self._schedule.cuts_left :]
+        coming = () if self._schedule.over else self.cut_steps[self._schedule.cuts_done :]
         return f"Compressor({history_line(self._steps, self.total_steps, coming, self.state_dims)})"
 
     def _repr_html_(self) -> str:

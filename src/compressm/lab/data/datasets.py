@@ -11,7 +11,6 @@ import io
 import math
 import os
 import tarfile
-import zlib
 from dataclasses import replace
 from pathlib import Path
 from typing import cast
@@ -23,6 +22,7 @@ from torch import Tensor
 from compressm.errors import ConfigError
 from compressm.lab.config import DataConfig
 from compressm.lab.data import listops, mackey_glass, recall, reviews, spoken
+from compressm.lab.data.archives import opened
 from compressm.lab.data.language import text_data, wikitext
 from compressm.lab.data.own import own_data
 from compressm.lab.data.sequences import BatchOrder, SequenceData, Split
@@ -310,16 +310,13 @@ def read_cifar_jpeg(path: Path) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Te
     from PIL import Image
 
     found: dict[str, list[tuple[int, str, bytes]]] = {"train": [], "test": []}
-    try:
-        with tarfile.open(path, mode="r:gz") as tar:
-            for member in tar:
-                parts = member.name.removeprefix("./").split("/")
-                if len(parts) == 3 and parts[0] in found and parts[1] in _CIFAR_CLASSES and parts[2].endswith(".jpg"):
-                    with Image.open(cast("io.BufferedReader", tar.extractfile(member))) as image:
-                        pixels = image.convert("RGB").tobytes()
-                    found[parts[0]].append((_CIFAR_CLASSES.index(parts[1]), parts[2], pixels))
-    except (OSError, EOFError, tarfile.TarError, zlib.error) as error:
-        raise ConfigError(f"data.root: {path} is damaged ({error}); fetch it again") from error
+    with opened(path) as tar:
+        for member in tar:
+            parts = member.name.removeprefix("./").split("/")
+            if len(parts) == 3 and parts[0] in found and parts[1] in _CIFAR_CLASSES and parts[2].endswith(".jpg"):
+                with Image.open(cast("io.BufferedReader", tar.extractfile(member))) as image:
+                    pixels = image.convert("RGB").tobytes()
+                found[parts[0]].append((_CIFAR_CLASSES.index(parts[1]), parts[2], pixels))
     if not all(found.values()) or any(len(pixels) != 3072 for rows in found.values() for _, _, pixels in rows):
         raise ConfigError(
             f"data.root: {path} does not hold 32 x 32 images as train/<class>/NNNN.jpg and test/<class>/NNNN.jpg"

@@ -7,8 +7,6 @@ Read from the canonical archive, ``aclImdb_v1.tar.gz``, or from two files ``imdb
 from __future__ import annotations
 
 import lzma
-import tarfile
-import zlib
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,6 +17,7 @@ import torch
 from torch import Tensor
 
 from compressm.errors import ConfigError
+from compressm.lab.data.archives import opened
 
 ARCHIVE, ARCHIVE_MD5 = "aclImdb_v1.tar.gz", "7c2ac02c03563afcf9b574c7e56c153a"
 TABLES = {"train": "imdb_train.tsv.xz", "test": "imdb_test.tsv.xz"}
@@ -36,17 +35,14 @@ def read_archive(path: Path) -> tuple[Reviews, Reviews]:
         ConfigError: damaged, or another archive.
     """
     found: dict[str, list[tuple[str, int, str]]] = {"train": [], "test": []}
-    try:
-        with tarfile.open(path, mode="r:gz") as tar:
-            for member in tar:
-                parts = member.name.removeprefix("./").split("/")
-                if len(parts) == 4 and parts[1] in found and parts[2] in ("neg", "pos") and parts[3].endswith(".txt"):
-                    file = tar.extractfile(member)
-                    if file is not None:
-                        text = file.read().decode("utf-8")
-                        found[parts[1]].append((f"{parts[2]}/{parts[3]}", int(parts[2] == "pos"), text))
-    except (OSError, EOFError, tarfile.TarError, zlib.error, UnicodeDecodeError) as error:
-        raise ConfigError(f"data.root: {path} is damaged ({error}); fetch it again") from error
+    with opened(path) as tar:
+        for member in tar:
+            parts = member.name.removeprefix("./").split("/")
+            if len(parts) == 4 and parts[1] in found and parts[2] in ("neg", "pos") and parts[3].endswith(".txt"):
+                file = tar.extractfile(member)
+                if file is not None:
+                    text = file.read().decode("utf-8")
+                    found[parts[1]].append((f"{parts[2]}/{parts[3]}", int(parts[2] == "pos"), text))
     return _reviews(found["train"], path), _reviews(found["test"], path)
 
 

@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import io
 import re
-import tarfile
 import wave
-import zlib
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from compressm.errors import ConfigError
+from compressm.lab.data.archives import opened
 
 FOLDER, ARCHIVE = "recordings", "fsdd.tar.gz"
 RATE = 8000  # samples a second
@@ -60,14 +59,11 @@ def _files(path: Path) -> list[tuple[str, bytes]]:
     if path.is_dir():
         return [(file.name, file.read_bytes()) for file in sorted(path.glob("*.wav"))]
     found: list[tuple[str, bytes]] = []
-    try:
-        with tarfile.open(path, mode="r:gz") as tar:
-            for member in tar:
-                file = tar.extractfile(member) if member.name.endswith(".wav") else None
-                if file is not None:
-                    found.append((Path(member.name).name, file.read()))
-    except (OSError, EOFError, tarfile.TarError, zlib.error) as error:
-        raise ConfigError(f"data.root: {path} is damaged ({error}); fetch it again") from error
+    with opened(path) as tar:
+        for member in tar:
+            file = tar.extractfile(member) if member.name.endswith(".wav") else None
+            if file is not None:
+                found.append((Path(member.name).name, file.read()))
     return found
 
 

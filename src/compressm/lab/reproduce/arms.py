@@ -80,6 +80,11 @@ class Experiment:
                 return arm
         raise ConfigError(f"arms: {name!r} is none of {', '.join(arm.name for arm in self.arms)}")
 
+    @property
+    def in_settings(self) -> bool:
+        """Whether it compares in one setting after the other, each with a big arm of its own."""
+        return any(arm.big for arm in self.arms)
+
     def big_of(self, arm: Arm) -> Arm:
         """The big arm that one is compared with: that of its setting, where settings are compared; else the first."""
         settings = (one.big for one in self.arms if one.big and arm.name in (one.name, one.small, one.big))
@@ -188,13 +193,18 @@ def scaled_down(config: str) -> dict[str, Any]:
     }[config]
 
 
+def _model(layer: str, **options: Any) -> dict[str, Any]:
+    """A configuration's section for a kind of layer with these options."""
+    return {"model.layer": layer, **{f"model.{key}": value for key, value in options.items()}}
+
+
 def family(layer: str, title: str, states: int, **options: Any) -> Experiment:
     """Big, shrunk, small from the start, and cut to random states: one kind of layer.
 
     In a time-invariant layer the loss decides what is cut, so there are two arms more: one cut after a quarter of the
     steps, by white noise and by the loss.
     """
-    model = {"model.layer": layer, **{f"model.{key}": value for key, value in options.items()}}
+    model = _model(layer, **options)
     later = (("white", once), ("loss", by_loss)) if layer in TIME_INVARIANT else ()
     return Experiment(
         f"family-{layer.replace('_', '-')}",
@@ -215,7 +225,7 @@ def family(layer: str, title: str, states: int, **options: Any) -> Experiment:
 def recall(layer: str, title: str, *sizes: int, pairs: int = 8, seeds: int = 3, **options: Any) -> Experiment:
     """Associative recall by one kind of layer: big; and for every size shrunk to it, small from the start, cut to
     random states, and shrunk by one cut in the middle of the training, when recall has been learnt."""
-    model = {"model.layer": layer, "model.head_dim": None, **{f"model.{key}": value for key, value in options.items()}}
+    model = _model(layer, **{"head_dim": None, **options})
     arms = [Arm("full", BIG)]
     for n in sizes:
         shrunk, drawn = ({"compression.states": n, **more} for more in ({}, {"compression.selection": "random"}))
@@ -235,14 +245,14 @@ def recall_by_load(layer: str, title: str, states: int, **options: Any) -> Exper
         arms += [Arm(big, {**BIG, **load}), Arm(small, {**BIG, "model.d_state": states, **load})]
         arms.append(Arm(f"shrunk{states}-{pairs}-pairs", {"compression.states": states, **load}, small=small, big=big))
     title = f"Associative recall of 4 to 64 pairs (MQAR), one layer of {title}, {options['d_state']} states or {states}"
-    model = {"model.layer": layer, "model.head_dim": None, **{f"model.{key}": value for key, value in options.items()}}
+    model = _model(layer, **{"head_dim": None, **options})
     return Experiment(f"mqar-pairs-{layer.replace('_', '-')}", title, "mqar", tuple(arms), seeds=1, changes=model)
 
 
 def bytes_of_text(layer: str, title: str, *sizes: int, **options: Any) -> Experiment:
     """A language model of two layers of one kind: big; and for every size small from the start, cut to it after a
     quarter of the training, by second moments and by the loss, which distributes the states, and cut half-way."""
-    model = {"model.layer": layer, **{f"model.{key}": value for key, value in options.items()}}
+    model = _model(layer, **options)
     free = {"fraction": None, "max_reduction": None}
     late = (Arm(f"late{n}", once(0.5, states=n, **free), small=f"small{n}") for n in sizes)
     arms = (Arm("full", BIG), *at_each_size(*sizes, layers=2, plain="moments", every=free), *late)

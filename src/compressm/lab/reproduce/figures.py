@@ -27,7 +27,7 @@ def draw(experiment: Experiment, results: Results, picture: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    if any(arm.big for arm in experiment.arms):
+    if experiment.in_settings:
         figure, axis = plt.subplots(figsize=(6, 4), layout="constrained")
         _settings(axis, experiment, results)
         figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)

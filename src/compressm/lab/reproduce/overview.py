@@ -48,9 +48,10 @@ def sentences(found: Found) -> list[str]:
             "the median. Several ways to cut may share a gap."
         )
     if certain:
-        kinds: dict[str, list[float]] = {"by the loss": [], "by white noise or second moments": []}
+        loss, without = "by the loss", "by white noise or second moments"
+        kinds: dict[str, list[float]] = {loss: [], without: []}
         for one in certain:
-            kinds[list(kinds)[not by_the_loss(one, found)]].append(one.share or 0.0)
+            kinds[loss if by_the_loss(one, found) else without].append(one.share or 0.0)
         each = ", ".join(f"{kind} {_spread(shares)}" for kind, shares in kinds.items() if shares)
         made.append(
             f"Of that, with {FEWEST_SEEDS} seeds or more, cuts keep {each}; the figure has the 95 % intervals, and all "

@@ -201,10 +201,8 @@ def render(experiment: Experiment, results: Results, picture: str | None = None)
     ]
     if picture is not None:
         name = scale(results.values()).name
-        in_settings = any(arm.big for arm in experiment.arms)
-        shows = (
-            "of small, cut and big, in every setting" if in_settings else "over the steps, and against computing time"
-        )
+        curves, trio = "over the steps, and against computing time", "of small, cut and big, in every setting"
+        shows = trio if experiment.in_settings else curves
         lines += ["", f"![{name[0].upper()}{name[1:]} {shows}]({picture})"]
     for (arm, seed), run in results.items():
         if run.spectra:
