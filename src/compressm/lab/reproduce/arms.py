@@ -251,10 +251,12 @@ def recall_by_load(layer: str, title: str, states: int, **options: Any) -> Exper
 
 def bytes_of_text(layer: str, title: str, *sizes: int, **options: Any) -> Experiment:
     """A language model of two layers of one kind: big; and for every size small from the start, cut to it after a
-    quarter of the training, by second moments and by the loss, which distributes the states, and cut half-way."""
+    quarter of the training, by second moments and by the loss, which distributes the states, and cut half-way and after
+    four fifths."""
     model = _model(layer, **options)
     free = {"fraction": None, "max_reduction": None}
-    late = (Arm(f"late{n}", once(0.5, states=n, **free), small=f"small{n}") for n in sizes)
+    windows = (("late", 0.5), ("last", 0.8))
+    late = (Arm(f"{name}{n}", once(at, states=n, **free), small=f"small{n}") for name, at in windows for n in sizes)
     arms = (Arm("full", BIG), *at_each_size(*sizes, layers=2, plain="moments", every=free), *late)
     title = f"Bytes of WikiText-2, two layers of {title} of {options['d_state']} states"
     return Experiment(f"wikitext-{layer.replace('_', '-')}", title, "wikitext", arms, changes=model)

@@ -58,12 +58,14 @@ def sentences(found: Found) -> list[str]:
             "other comparisons rest on fewer seeds."
         )
     if little:
-        each = ", ".join(f"{_name(one)} {one}" for one in little)
-        made.append(f"It keeps little or nothing here: {each}.")
+        each = ", ".join(f"{name} ({_percents(some)})" for name, some in _by_experiment(little).items())
+        made.append(f"Less than {100 * LITTLE:.0f} % of the gap is kept in {len(little)} of them: {each}.")
     if absent:
-        some = {one.experiment for one in gaps}  # of these only the arms without a gap are named
-        names = (_name(one) if one.experiment in some else f"`{one.experiment}`" for one in absent)
-        each = ", ".join(dict.fromkeys(names))
+        whole = {one.experiment for one in shares} - {one.experiment for one in gaps}
+        each = ", ".join(
+            name if some[0].experiment in whole else f"{len(some)} of {name}"
+            for name, some in _by_experiment(absent).items()
+        )
         made.append(
             f"Without a gap there is nothing to keep: in {each} a model that is small from the start is as good, and "
             "training small is the better choice."
@@ -95,8 +97,17 @@ def _spread(shares: Sequence[float]) -> str:
     return f"{middle:.0f} % in the median ({low:.0f} to {high:.0f} %, {len(shares)} comparisons)"
 
 
-def _name(share: Recovered) -> str:
-    return f"`{share.experiment}` {share.arm}"
+def _by_experiment(shares: Sequence[Recovered]) -> dict[str, list[Recovered]]:
+    """Those of one experiment under its name, as it is written in the sentences."""
+    found: dict[str, list[Recovered]] = {}
+    for one in shares:
+        found.setdefault(f"`{one.experiment}`", []).append(one)
+    return found
+
+
+def _percents(shares: Sequence[Recovered]) -> str:
+    """Arm by arm, with intervals where there are any."""
+    return ", ".join(f"{one.arm} {one}" for one in shares)
 
 
 def draw_overview(found: Found, picture: Path) -> None:
