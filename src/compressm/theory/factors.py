@@ -18,7 +18,7 @@ subtracted from each other. Kailath and Sayed, "Displacement structure" (SIAM Re
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -87,7 +87,7 @@ def displacement_factor(lam: Complex, B: Complex) -> Complex:
         if not pivots[p] > 0:
             break
         u = remaining[p].conj() / np.sqrt((remaining[p].real ** 2 + remaining[p].imag ** 2).sum())
-        along = remaining @ u
+        along = np.einsum("ij,j->i", remaining, u)  # not by BLAS, see `_upper_factor`
         denominator = 1 - lam[p].conj() * lam
         found[:, column] = along * np.sqrt(leak[p]) / denominator
         blaschke = (lam - lam[p]) / denominator
@@ -107,8 +107,12 @@ def _real_factor(lam: Complex, B: Complex) -> NDArray[np.float64]:
 
 
 def _upper_factor(matrix: NDArray[Any]) -> NDArray[Any]:
-    """``R`` of ``matrix = Q R``."""
-    return cast("NDArray[Any]", np.linalg.qr(matrix, mode="r"))
+    """``R`` of ``matrix = Q R``.
+
+    By torch: numpy's BLAS has threads of its own, which know neither `torch.set_num_threads` nor the share of the
+    processors that a container may use. Beside busy processes they wait for each other milliseconds in every call.
+    """
+    return torch.linalg.qr(torch.from_numpy(np.ascontiguousarray(matrix)), mode="r").R.numpy()
 
 
 __all__ = ["displacement_factor", "factor"]
