@@ -25,7 +25,8 @@ from compressm.adapters.changes import LayerChange
 from compressm.adapters.plain import check_wrappers
 from compressm.adapters.registry import check_plain, layers_that_need_data
 from compressm.cutting.compression import check_model_sizes
-from compressm.cutting.plan import Plan, must_be_alike, unshared
+from compressm.cutting.decisions import must_be_alike, unshared
+from compressm.cutting.plan import Plan
 from compressm.cutting.report import LayerReport, Report
 from compressm.cutting.serving import Memory, Serving
 from compressm.cutting.sizes import sizes_for, state_dims

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -15,6 +14,16 @@ from compressm.adapters import LayerAdapter, LayerChange, find_layers, layer_val
 from compressm.adapters.changes import write
 from compressm.adapters.registry import tell_written
 from compressm.cutting.carry import Carry, Together, check_optimizer, prepare_carry
+from compressm.cutting.decisions import (
+    Decision,
+    Layers,
+    all_or_none,
+    decide,
+    must_be_alike,
+    refused,
+    shared_parameters,
+    unless_shared,
+)
 from compressm.cutting.held_base import hold_cut_base
 from compressm.cutting.made_cuts import MadeCuts
 from compressm.cutting.matching import matched
@@ -24,7 +33,7 @@ from compressm.cutting.report import LayerReport, Report
 from compressm.cutting.rise import Rise
 from compressm.cutting.sizes import sizes_for
 from compressm.cutting.spectrum import balance_layers
-from compressm.errors import InvalidSystemError, UnsupportedModelError
+from compressm.errors import InvalidSystemError
 from compressm.observing.damage import changes_of, divergence
 from compressm.observing.held_out import Halves, halved
 from compressm.observing.loss_evidence import LossEvidence
@@ -34,24 +43,12 @@ from compressm.theory.balancing import Method, Reduction
 from compressm.theory.fisher import MaskFisher
 from compressm.theory.possible_sizes import above_limit
 from compressm.theory.rank_rule import RankRule, check_choice
-from compressm.theory.ranks import choose_ranks, passes_gate
-from compressm.theory.recurrence import Moments, SelectiveReduction
+from compressm.theory.ranks import choose_ranks
+from compressm.theory.recurrence import Moments
 from compressm.theory.selection import Selection
 
-Layers = Mapping[str, tuple[nn.Module, LayerAdapter]]
 # How often the allowance of a cut is halved if the prediction for the cut as made is above it.
 _HALVINGS = 6
-
-
-class _Decision(NamedTuple):
-    """A layer's report, what is to be written, and the reduction behind it."""
-
-    report: LayerReport
-    change: LayerChange | None = None
-    reduction: Reduction | SelectiveReduction | None = None
-
-
-_Owners = Mapping[int, list[tuple[nn.Module, str]]]
 
 
 @dataclass(frozen=True)
@@ -111,7 +108,7 @@ class Plan:
     def withdrawn(self, reason: str) -> Plan:
         """A plan that cuts nothing, with the reason in the reports of the layers that this one would cut."""
         layers = tuple(
-            replace(_refused(one, reason), outcome="kept", poles_before=(), poles_after=(), predicted_loss=None)
+            replace(refused(one, reason), outcome="kept", poles_before=(), poles_after=(), predicted_loss=None)
             if one.outcome == "cut"
             else one
             for one in self.report.layers
@@ -239,20 +236,20 @@ def _planned(
     legal = sizes_for(model, rule)
     ranks = choose_ranks(energies, rule, discards=cuts.discards(), alike=alike, damages=damages, legal=legal)
     held = above_limit(rule, {name: energy.shape[-1] for name, energy in energies.items()}, ranks)
-    shared = _shared_parameters(model)
-    decided: dict[str, _Decision] = {}
+    shared = shared_parameters(model)
+    decided: dict[str, Decision] = {}
     for name, (layer, adapter) in layers.items():
         present, hsv = adapter.state_dim(layer), tuple(balancings[name].mean_hsv().tolist())
         kept = LayerReport(name, present, present, "kept", "", None, hsv)
-        decided[name] = _unless_shared(_decide(kept, cuts, ranks[name], rule, name in held), layer, shared)
-    decided = _all_or_none(decided, alike)
+        decided[name] = unless_shared(decide(kept, cuts, ranks[name], rule, name in held), layer, shared)
+    decided = all_or_none(decided, alike)
     if loss is not None and match_steps:
         decided = {name: _matched(one, *layers[name], cuts, loss, match_steps) for name, one in decided.items()}
     changes = {name: one.change for name, one in decided.items() if one.change is not None}
     return Plan(_reported(decided, layers, loss), changes)
 
 
-def _reported(decided: Mapping[str, _Decision], layers: Layers, loss: LossEvidence | None) -> Report:
+def _reported(decided: Mapping[str, Decision], layers: Layers, loss: LossEvidence | None) -> Report:
     """The report of some decisions, with the predicted rise of the loss."""
     reports = {name: one.report for name, one in decided.items()}
     if loss is None:
@@ -277,39 +274,9 @@ def _check_finite(layers: Layers) -> None:
         layer_done()
 
 
-def _decide(kept: LayerReport, cuts: MadeCuts, states: int, rule: RankRule, held: bool) -> _Decision:
-    """The decision about a layer for which a rule chose ``states`` states.
-
-    Args:
-        kept: the layer's report if it is not cut.
-        held: whether these are more states than the rule asks for, as ``max_reduction`` allows no fewer.
-    """
-    present = kept.states_before
-    proposal = cuts.proposal(kept.name, states, rule) if passes_gate(present, states, rule) else None
-    if proposal is None:
-        return _Decision(replace(kept, reason=_why_kept(present, states, rule)))
-    known = replace(kept, certificate=proposal.certificate)
-    if proposal.change is None:
-        return _Decision(replace(known, outcome="refused", reason=proposal.reason))
-    reason = f"a cut removes at most {rule.max_reduction:.0%} of a layer's states (max_reduction)" if held else ""
-    report = replace(
-        known, outcome="cut", reason=reason, states_after=proposal.states, energy_kept=proposal.energy_kept
-    )
-    report = replace(report, poles_before=proposal.poles_before, poles_after=proposal.poles_after)
-    return _Decision(report, proposal.change, proposal.reduction)
-
-
-def _why_kept(present: int, states: int, rule: RankRule) -> str:
-    """Why a layer is not cut: no cut of its ``present`` states, of which a rule chose ``states``, passes the gate."""
-    least = max(1, math.ceil(rule.min_reduction * present))
-    if states == present or least == 1:
-        return f"the rule keeps all {present} states"
-    return f"fewer than {least} of {present} states would go (min_reduction={rule.min_reduction:g})"
-
-
 def _matched(
-    decision: _Decision, layer: nn.Module, adapter: LayerAdapter, cuts: MadeCuts, loss: LossEvidence, steps: int
-) -> _Decision:
+    decision: Decision, layer: nn.Module, adapter: LayerAdapter, cuts: MadeCuts, loss: LossEvidence, steps: int
+) -> Decision:
     """The decision, with the change of a linear layer that has learnt the old one's outputs. It stays as it was if the
     loss is predicted to rise more by that."""
     name, states, change = decision.report.name, decision.report.states_after, decision.change
@@ -328,69 +295,7 @@ def _matched(
         return decision
     poles = tuple(found.system.lam.flatten().tolist())
     report = replace(decision.report, matched=(found.before, found.after), poles_after=poles)
-    return _Decision(report, found.change, reduction)
+    return Decision(report, found.change, reduction)
 
 
-def _unless_shared(decision: _Decision, layer: nn.Module, shared: _Owners) -> _Decision:
-    """The decision, refused if it writes a parameter that is shared with a module outside the layer."""
-    other = None if decision.change is None else _also_used(shared, layer, decision.change)
-    if other is None:
-        return decision
-    return _Decision(_refused(decision.report, f"{other[0]} is also {other[1]}, which would change with it"))
-
-
-def unshared(model: nn.Module, name: str, change: LayerChange) -> LayerChange:
-    """A change of a layer, unless it writes a parameter that is shared with a module outside the layer.
-
-    Raises:
-        UnsupportedModelError: the parameter and its other name.
-    """
-    other = _also_used(_shared_parameters(model), model.get_submodule(name), change)
-    if other is not None:
-        raise UnsupportedModelError(
-            f"{name}.{other[0]} is also {other[1]}, which would change with it: give both a parameter of their own"
-        )
-    return change
-
-
-def _all_or_none(decided: Mapping[str, _Decision], alike: Sequence[str]) -> dict[str, _Decision]:
-    """The decisions, with no cut in layers that must share one state dimension if one of them cannot be cut."""
-    refused = [name for name in decided if name in alike and decided[name].report.outcome == "refused"]
-    if not refused:
-        return dict(decided)
-    reason = f"{refused[0]} was refused, and the layers of this model share one state dimension"
-    return {
-        name: _Decision(_refused(one.report, reason)) if name in alike and one.change is not None else one
-        for name, one in decided.items()
-    }
-
-
-def _refused(report: LayerReport, reason: str) -> LayerReport:
-    return replace(report, states_after=report.states_before, outcome="refused", reason=reason, energy_kept=None)
-
-
-def must_be_alike(layers: Layers, rule: RankRule) -> list[str]:
-    """The layers that must share one state dimension."""
-    return [] if rule.per_layer else [name for name, (_, adapter) in layers.items() if adapter.uniform]
-
-
-def _shared_parameters(model: nn.Module) -> _Owners:
-    """Parameters that several modules share, by ``id``: these modules, and the parameter's full names in them."""
-    owners: dict[int, list[tuple[nn.Module, str]]] = {}
-    for prefix, module in model.named_modules():
-        for name, parameter in module.named_parameters(prefix, recurse=False):
-            owners.setdefault(id(parameter), []).append((module, name))
-    return {key: found for key, found in owners.items() if len(found) > 1}
-
-
-def _also_used(shared: _Owners, layer: nn.Module, change: LayerChange) -> tuple[str, str] | None:
-    """The two names of a parameter that a change writes and that is shared with a module outside the layer."""
-    inside = set(layer.modules())
-    for name in change.values():
-        for module, other in shared.get(id(layer.get_parameter(name)), ()):
-            if module not in inside:
-                return name, other
-    return None
-
-
-__all__ = ["Plan", "must_be_alike", "plan_reduction", "unshared"]
+__all__ = ["Plan", "plan_reduction"]

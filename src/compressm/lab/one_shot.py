@@ -12,9 +12,10 @@ from typing import Any
 from torch import nn
 
 from compressm.cutting import Report
-from compressm.cutting.compression import check_model_sizes, check_rule, plan_on, plan_within_drop
+from compressm.cutting.compression import check_model_sizes, check_rule, plan_on
 from compressm.cutting.serving import Memory, Serving, attention_of, decoding_speed
 from compressm.cutting.spectrum import balancing_of
+from compressm.cutting.within_drop import plan_within_drop
 from compressm.errors import ConfigError, InvalidRankRuleError
 from compressm.lab.one_shot_inputs import BATCH, Checkpoint, read_batches, read_checkpoint
 from compressm.lab.one_shot_outputs import check_output, saved, with_card

@@ -25,9 +25,9 @@ from compressm.cutting.carry import (
     paired_layers,
 )
 from compressm.cutting.compression import check_rule
+from compressm.cutting.decisions import must_be_alike
 from compressm.cutting.fitting import fit_any_size
 from compressm.cutting.optimizers import members_of
-from compressm.cutting.plan import must_be_alike
 from compressm.cutting.replay import errors_on_samples
 from compressm.cutting.sizes import checked_sizes, resized_parameters, sizes_for
 from compressm.cutting.spectrum import balance_layers, check_cut_by_loss, check_match
