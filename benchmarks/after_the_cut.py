@@ -82,7 +82,7 @@ def compare(family: str, data: SequenceData, steps: int, seed: int) -> list[dict
     known = {"family": family, "seed": seed, "steps": steps, "uncut_accuracy": accuracy(model, x, y)}
     rows: list[dict[str, Any]] = []
     for share in SHARES:
-        for name, changes, predicted in criteria(model, moments, evidence, states // share):
+        for name, changes, predicted in criteria(model, moments, evidence, states // share, batches, "classification"):
             rise = measured_rise(model, changes, [x], "classification")
             with cut_layers(model, changes) as smaller:
                 right = accuracy(smaller, x, y)

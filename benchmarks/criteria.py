@@ -6,7 +6,7 @@
   (``gramians``, the criterion of GHOST, arXiv 2602.11408); the size of B and C (``magnitude``); the strong
   rank-revealing QR of the keys (``rrqr``, arXiv 2602.04852); the mean square of the gradient of a mask (``saliency``);
   and random ones (``random``). Where C takes no maps also the mask's whole Fisher matrix at every size (``fisher``).
-- Both: by the loss (``loss``), which follows the Fisher matrix only while that predicts little.
+- Both: by the loss (``loss``); of selective layers that leave a choice, the way that does least damage on the data.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from compressm.adapters import LayerChange, SelectiveAdapter, find_layers
 from compressm.adapters.changes import layer_values
 from compressm.cutting import plan_reduction
-from compressm.observing.loss_evidence import LossEvidence
+from compressm.cutting.picking import best_picked
+from compressm.observing.loss_evidence import Loss, LossEvidence
 from compressm.theory.fisher import MaskFisher, reduce_by_fisher
 from compressm.theory.rank_rule import RankRule
 from compressm.theory.recurrence import Moments, SelectiveReduction, balance_selective, root
@@ -33,9 +34,17 @@ SWAPS, LEAST_GAIN = 20, 1.5  # of the published code of arXiv 2602.04852
 
 
 def criteria(
-    model: nn.Module, moments: Mapping[str, Moments], evidence: LossEvidence, states: int
+    model: nn.Module, moments: Mapping[str, Moments], evidence: LossEvidence, states: int, data: Any, loss: Loss
 ) -> Iterator[tuple[str, Mapping[str, LayerChange], float | None]]:
-    """Every criterion with the changes that it would make, and the predicted rise of the loss."""
+    """Every criterion with the changes that it would make, and the predicted rise of the loss.
+
+    Args:
+        model: not cut yet.
+        moments, evidence: on ``data``.
+        states: to cut to.
+        data: batches; some ways are tried on them, see `compressm.cutting.picking`.
+        loss: see `compressm.cutting.rise.measured_rises`.
+    """
     rule = RankRule(states=states, min_reduction=0.0)
     selections: Any = SELECTIVE if moments else LINEAR
     for selection in selections:
@@ -46,7 +55,7 @@ def criteria(
         yield "rrqr", planned(model, lambda name: by_keys(moments[name], states)), None
     if any(not any(adapter.maps(layer)) for layer, adapter in selective(model)):
         yield "fisher", by_fisher(model, moments, evidence.fishers, states), None
-    plan = plan_reduction(model, rule, moments=moments, loss=evidence)
+    plan = best_picked(model, plan_reduction(model, rule, moments=moments, loss=evidence, others=True), data, loss)
     yield "loss", plan.changes, plan.report.predicted_loss
 
 

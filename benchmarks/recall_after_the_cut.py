@@ -20,6 +20,7 @@ import torch
 from criteria import criteria
 from stored import store, stored_rows
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from compressm.cutting.rise import cut_layers
 from compressm.integrations.hf_scan import fast_scan
@@ -65,7 +66,7 @@ def of_seed(title: str, seed: int, steps: int, after: int) -> dict[str, Any]:
     row["sizes"] = []
     for states in (STATES // share for share in SHARES):
         size: dict[str, Any] = {"states": states}
-        for name, changes, _ in criteria(model, moments, evidence, states):
+        for name, changes, _ in criteria(model, moments, evidence, states, seen, rise):
             with cut_layers(model, changes) as shown:
                 smaller = copy.deepcopy(shown)
             at_once = recall.accuracy(smaller)
@@ -120,6 +121,12 @@ class Recall:
 def probes(output: Any, batch: dict[str, Tensor]) -> Tensor:
     """Their gradients have the Fisher information of the answers: nothing else in a sequence is predicted."""
     return fisher_probes(output.logits[:, :-1], "classification", batch["labels"][:, 1:] != NO_ANSWER)
+
+
+def rise(output: Any, batch: dict[str, Tensor]) -> Tensor:
+    """The loss of every sequence: nothing but answers counts."""
+    logits, wanted = output.logits[:, :-1], batch["labels"][:, 1:]
+    return F.cross_entropy(logits.mT, wanted, reduction="none", ignore_index=NO_ANSWER).sum(1)
 
 
 def build(title: str, vocabulary: int) -> Any:

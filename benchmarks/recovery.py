@@ -217,7 +217,7 @@ def cut(model: nn.Module, data: Data, recover: int, ways: Sequence[tuple[str, in
 def by_criteria(model: nn.Module, moments: Any, evidence: LossEvidence, states: int, data: Data) -> dict[str, float]:
     """The perplexity right after a cut by every criterion."""
     found: dict[str, float] = {}
-    for name, changes, _ in criteria(model, moments, evidence, states):
+    for name, changes, _ in criteria(model, moments, evidence, states, data.seen, "classification"):
         with cut_layers(model, changes) as smaller:
             found[name] = data.perplexity(smaller)
     return found

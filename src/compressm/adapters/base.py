@@ -199,6 +199,11 @@ class SelectiveAdapter(LayerAdapter):
         del layer
         return self.folds_into, self.folds_out, self.rotates
 
+    def leaves_choice(self, layer: nn.Module) -> bool:
+        """Whether no criterion is always best for which states a layer keeps: none can be mapped onto the others, or
+        its gates read them."""
+        return self.gated or not any(self.maps(layer))
+
     @abstractmethod
     def signals(self, layer: nn.Module, hidden: Tensor) -> Signals:
         """The signals of the recurrence when the layer reads ``hidden``, its own input.

@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import cast
+from typing import Literal, cast, get_args
 
 import torch
 from torch import Tensor
@@ -31,6 +31,13 @@ from compressm.theory.systems import DiagonalSystem
 # Nats per prediction. Above it a prediction of second order fails, and so do selections by it. On Mamba-2 they did less
 # damage than those by second moments below it, and often more above it (results/after_the_cut.json, "fisher").
 SECOND_ORDER = 0.05
+_SELECTIONS: dict[str, Selection] = {"moments": "hankel", "powers": "gramians"}
+
+
+# Criteria by which states can be picked where the layer takes no map of them: the Fisher matrix of a mask, second
+# moments of states and output vectors, or the product of their mean powers (GHOST, arXiv 2602.11408).
+Pick = Literal["fisher", "moments", "powers"]
+PICKS: tuple[Pick, ...] = get_args(Pick)
 
 
 @dataclass(frozen=True)
@@ -79,6 +86,15 @@ class Cuts(ABC):
         Returns:
             the cut; None if the rule asks for none or its gate rejects it.
         """
+
+    def picked(self, states: int, by: Pick) -> Proposal | None:
+        """The cut to as many states, picked by a criterion of the caller's choice.
+
+        Returns:
+            None for a layer in which one way is always best, since maps of B or C can be folded in, and where the
+            mask's Fisher matrix is not known.
+        """
+        del states, by
 
 
 class LinearCuts(Cuts):
@@ -202,7 +218,15 @@ class SelectiveCuts(Cuts):
     def proposal(self, states: int, rule: RankRule) -> Proposal:
         """Reduce, and check the estimate."""
         del rule  # `discards` already let the rule choose the rank by the energy that these cuts discard
-        reduction = self._reduction(states)
+        return self._proposed(self._reduction(states))
+
+    def picked(self, states: int, by: Pick) -> Proposal | None:
+        """The cut by a criterion, whatever the Fisher matrix predicts."""
+        if self._fisher is None:
+            return None
+        return self._proposed(self._by_fisher(states) if by == "fisher" else self._by_moments(states, _SELECTIONS[by]))
+
+    def _proposed(self, reduction: SelectiveReduction) -> Proposal:
         estimate = reduction.estimate
         if not estimate.valid:
             return Proposal(reduction.states, None, estimate, "; ".join(estimate.failures))
@@ -216,13 +240,20 @@ class SelectiveCuts(Cuts):
 
     def _reduced(self, states: int) -> SelectiveReduction:
         if self._fisher is not None:
-            takes_over = "gains" if self._gated else "nobody"
-            made = reduce_by_fisher(self._fisher, states, self._balanced.moments, takes_over)
+            made = self._by_fisher(states)
             assert isinstance(made.estimate, MaskEstimate)
             if made.estimate.predicted_damage <= SECOND_ORDER:
                 return made
+        return self._by_moments(states, self._selection)
+
+    def _by_fisher(self, states: int) -> SelectiveReduction:
+        assert self._fisher is not None
+        takes_over = "gains" if self._gated else "nobody"
+        return reduce_by_fisher(self._fisher, states, self._balanced.moments, takes_over)
+
+    def _by_moments(self, states: int, selection: Selection) -> SelectiveReduction:
         into, out, rotates = self._maps
-        return reduce_selective(self._balanced, states, into, out, self._selection, rotates=rotates)
+        return reduce_selective(self._balanced, states, into, out, selection, rotates=rotates)
 
     def _discarded(self, states: int) -> Tensor:
         found = self._reduction(states).discarded
@@ -230,4 +261,4 @@ class SelectiveCuts(Cuts):
         return found
 
 
-__all__ = ["Cuts", "LinearCuts", "Proposal", "SelectiveCuts", "rounds_too_much"]
+__all__ = ["PICKS", "Cuts", "LinearCuts", "Pick", "Proposal", "SelectiveCuts", "rounds_too_much"]

@@ -17,6 +17,7 @@ from compressm.cutting.carry import Carry, Together, check_optimizer, unwrap_opt
 from compressm.cutting.choosing import Which, of_chosen_layers
 from compressm.cutting.decisions import must_be_alike
 from compressm.cutting.metrics import Better, measure
+from compressm.cutting.picking import best_picked, hinted
 from compressm.cutting.plan import Plan, plan_reduction
 from compressm.cutting.report import Report
 from compressm.cutting.rise import measured_rise
@@ -194,7 +195,9 @@ def plan_on(
     evidence = None if loss is None else evidence_on(model, seen, loss)
     plan = _planned(model, rule, moments, evidence) if planned is None else planned(moments, evidence)
     if evidence is not None and loss is not None:
-        plan = _checked(model, plan, rule, moments, evidence, held_out, loss, match_steps)
+        plan = _checked(model, plan, rule, moments, evidence, seen, held_out, loss, match_steps)
+    elif selection == "hankel":
+        plan = hinted(model, plan)
     if seen is not None:
         plan = plan.measured(model, seen, halves, selection, None if evidence is None else evidence.fishers)
     return plan
@@ -233,14 +236,17 @@ def _checked(
     rule: RankRule,
     moments: Mapping[str, Moments] | None,
     evidence: LossEvidence,
+    seen: Any,
     held_out: Any,
     loss: Loss,
     match_steps: int,
 ) -> Plan:
-    """The plan with the rise of the loss on held-out data. Under ``max_loss`` the allowance of the prediction is
-    lowered until the measured rise is within it, or nothing is cut."""
+    """The plan with the states that do least damage on the data that were seen, and the rise of the loss on held-out
+    data. Under ``max_loss`` the allowance of the prediction is lowered until the measured rise is within it, or nothing
+    is cut."""
     asked = rule
     for _ in range(_CHECKS):
+        plan = best_picked(model, plan, seen, loss)
         rise = measured_rise(model, plan.changes, held_out, loss)
         if rule.max_loss is None or asked.max_loss is None or rise.nats <= rule.max_loss or not plan.changes:
             return plan.with_rise(rise)
@@ -262,7 +268,7 @@ def _planned(
     plan = partial(plan_reduction, model, rule, method, moments=moments, selection=selection)
     if evidence is None:
         return plan()
-    return from_first_rank(lambda: plan(loss=evidence, match_steps=match_steps).cpu())
+    return from_first_rank(lambda: plan(loss=evidence, match_steps=match_steps, others=True).cpu())
 
 
 def _searched(max_drop: float | None, evaluate: object, sizes: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -10,10 +10,12 @@ from typing import NamedTuple
 from torch import nn
 
 from compressm.adapters import LayerAdapter, LayerChange
+from compressm.adapters.cuts import PICKS, Pick
 from compressm.cutting.made_cuts import MadeCuts
 from compressm.cutting.report import LayerReport
 from compressm.errors import UnsupportedModelError
 from compressm.theory.balancing import Reduction
+from compressm.theory.fisher import MaskEstimate
 from compressm.theory.rank_rule import RankRule
 from compressm.theory.ranks import passes_gate
 from compressm.theory.recurrence import SelectiveReduction
@@ -55,6 +57,29 @@ def decide(kept: LayerReport, cuts: MadeCuts, states: int, rule: RankRule, held:
     return Decision(report, proposal.change, proposal.reduction)
 
 
+def repicked(decided: Mapping[str, Decision], cuts: MadeCuts) -> tuple[str, dict[Pick, dict[str, Decision]]]:
+    """How the states of selective layers were picked, and the same sizes with states picked by every other criterion.
+
+    Returns:
+        a `Pick`, or ``"mixed"`` if layers differ; and decisions by criterion. Both are empty where no layer leaves a
+        choice.
+    """
+    own: set[Pick] = set()
+    others: dict[Pick, dict[str, Decision]] = {by: dict(decided) for by in PICKS}
+    for name, one in decided.items():
+        for by in PICKS:
+            proposal = None if one.change is None else cuts.picked(name, one.report.states_after, by)
+            if proposal is None or proposal.change is None or not isinstance(one.reduction, SelectiveReduction):
+                continue
+            own.add("fisher" if isinstance(one.reduction.estimate, MaskEstimate) else "moments")
+            report = replace(one.report, certificate=proposal.certificate, energy_kept=proposal.energy_kept)
+            others[by][name] = Decision(report, proposal.change, proposal.reduction)
+    if not own:
+        return "", {}
+    (first, *more) = own
+    return "mixed" if more else first, {by: other for by, other in others.items() if own != {by}}
+
+
 def _why_kept(present: int, states: int, rule: RankRule) -> str:
     """Why a layer is not cut: no cut of its ``present`` states, of which a rule chose ``states``, passes the gate."""
     least = max(1, math.ceil(rule.min_reduction * present))
@@ -87,10 +112,10 @@ def unshared(model: nn.Module, name: str, change: LayerChange) -> LayerChange:
 
 def all_or_none(decided: Mapping[str, Decision], alike: Sequence[str]) -> dict[str, Decision]:
     """The decisions, with no cut in layers that must share one state dimension if one of them cannot be cut."""
-    refused = [name for name in decided if name in alike and decided[name].report.outcome == "refused"]
-    if not refused:
+    failed = [name for name in decided if name in alike and decided[name].report.outcome == "refused"]
+    if not failed:
         return dict(decided)
-    reason = f"{refused[0]} was refused, and the layers of this model share one state dimension"
+    reason = f"{failed[0]} was refused, and the layers of this model share one state dimension"
     return {
         name: Decision(refused(one.report, reason)) if name in alike and one.change is not None else one
         for name, one in decided.items()
@@ -132,6 +157,7 @@ __all__ = [
     "decide",
     "must_be_alike",
     "refused",
+    "repicked",
     "shared_parameters",
     "unless_shared",
     "unshared",

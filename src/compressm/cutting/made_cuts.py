@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from torch import nn
 
 from compressm.adapters import Cuts, LayerAdapter, Proposal
+from compressm.adapters.cuts import Pick
 from compressm.cutting.matching import Matched
 from compressm.theory.balanced import Balanced
 from compressm.theory.energy_budget import Discards
@@ -45,6 +46,10 @@ class MadeCuts:
     def proposal(self, name: str, states: int, rule: RankRule) -> Proposal | None:
         """The cut of a layer to ``states`` states; see `Cuts.proposal`."""
         return self._layers[name].proposal(states, rule)
+
+    def picked(self, name: str, states: int, by: Pick) -> Proposal | None:
+        """The cut of a layer whose states are picked by a criterion; see `Cuts.picked`."""
+        return self._layers[name].picked(states, by)
 
     def matched(self, name: str, states: int, learn: Callable[[], Matched | None]) -> Matched | None:
         """What a layer cut to ``states`` states has learnt; it learns only the first time that this is asked.

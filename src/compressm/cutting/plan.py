@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -12,6 +13,7 @@ from torch.optim import Optimizer
 
 from compressm.adapters import LayerAdapter, LayerChange, find_layers, layer_values, layers_that_need_data
 from compressm.adapters.changes import write
+from compressm.adapters.cuts import PICKS, Pick
 from compressm.adapters.registry import tell_written
 from compressm.cutting.carry import Carry, Together, check_optimizer, prepare_carry
 from compressm.cutting.decisions import (
@@ -21,6 +23,7 @@ from compressm.cutting.decisions import (
     decide,
     must_be_alike,
     refused,
+    repicked,
     shared_parameters,
     unless_shared,
 )
@@ -53,17 +56,28 @@ _HALVINGS = 6
 
 @dataclass(frozen=True)
 class Plan:
-    """A cut of a model that is computed and certified, but not written yet."""
+    """A cut of a model that is computed and certified, but not written yet.
+
+    Attributes:
+        report: what it does.
+        changes: by layer name.
+        pick: how the states were picked in layers that leave a choice: a `Pick`, or ``"mixed"``; empty without such
+            layers, and where it was not asked for.
+        others: plans of the same sizes with states picked otherwise; see `compressm.cutting.picking`.
+    """
 
     report: Report
     changes: Mapping[str, LayerChange]
+    pick: str = ""
+    others: Mapping[Pick, Plan] = field(default_factory=dict)
 
     def _repr_html_(self) -> str:
         return f"<div>A plan; nothing is written yet.</div>{self.report._repr_html_()}"  # pyright: ignore[reportPrivateUsage]
 
     def cpu(self) -> Plan:
         """The same plan with all tensors on the CPU, for other processes."""
-        return replace(self, changes={name: change.cpu() for name, change in self.changes.items()})
+        changes = {name: change.cpu() for name, change in self.changes.items()}
+        return replace(self, changes=changes, others={by: one.cpu() for by, one in self.others.items()})
 
     def measured(
         self,
@@ -152,11 +166,13 @@ class Plan:
             if name not in self.changes or not halved(halves, name):
                 continue
             rule = RankRule(states=states[name])
+            cuts = [
+                adapter.cuts(layer, adapter.balance(layer, half[name]), selection, fishers.get(name)) for half in halves
+            ]
             first, second = (
-                adapter.cuts(layer, adapter.balance(layer, half[name]), selection, fishers.get(name)).proposal(
-                    states[name], rule
-                )
-                for half in halves
+                (one.picked(states[name], self.pick) if self.pick in PICKS else None)
+                or one.proposal(states[name], rule)
+                for one in cuts
             )
             if first and second and first.change and second.change:
                 found[name] = first.change, second.change
@@ -174,6 +190,7 @@ def plan_reduction(
     cuts: MadeCuts | None = None,
     loss: LossEvidence | None = None,
     match_steps: int = 0,
+    others: bool = False,
 ) -> Plan:
     """Balance every layer, choose the ranks, truncate, certify. Nothing is written.
 
@@ -192,6 +209,7 @@ def plan_reduction(
             of selective layers, and predicts the rise of the loss, which ``max_loss`` and ``total_states`` use.
         match_steps: steps in which cut linear layers learn the outputs of the old ones on the samples of ``loss``; see
             `compressm.cutting.matching`.
+        others: also plan cuts to the same sizes whose states are picked otherwise.
 
     Raises:
         InvalidRankRuleError: an unknown method or selection, or a budget that is too small.
@@ -208,13 +226,14 @@ def plan_reduction(
     damages = None
     if loss is not None and (rule.max_loss is not None or rule.total_states is not None):
         damages = damage_curves(layers, balancings, cuts, loss)
-    plan = _planned(model, layers, rule, balancings, cuts, damages, loss, match_steps)
+    planned = partial(_planned, model, layers, balancings, cuts, damages, loss, match_steps, others)
+    plan = planned(rule)
     allowed, within = rule, rule.max_loss
     for _ in range(_HALVINGS):
         if within is None or allowed.max_loss is None or (plan.report.predicted_loss or 0.0) <= within:
             break
         allowed = replace(allowed, max_loss=allowed.max_loss / 2)
-        plan = _planned(model, layers, allowed, balancings, cuts, damages, loss, match_steps)
+        plan = planned(allowed)
     if within is not None and not (plan.report.predicted_loss or 0.0) <= within:
         plan = plan.withdrawn("the predicted rise of the loss was above max_loss for every cut that was tried")
     return replace(plan, report=replace(plan.report, seconds=time.perf_counter() - started))
@@ -223,12 +242,13 @@ def plan_reduction(
 def _planned(
     model: nn.Module,
     layers: Layers,
-    rule: RankRule,
     balancings: Mapping[str, Balanced],
     cuts: MadeCuts,
     damages: Mapping[str, Tensor] | None,
     loss: LossEvidence | None,
     match_steps: int,
+    others: bool,
+    rule: RankRule,
 ) -> Plan:
     """The plan by one rule."""
     alike = must_be_alike(layers, rule)
@@ -245,8 +265,17 @@ def _planned(
     decided = all_or_none(decided, alike)
     if loss is not None and match_steps:
         decided = {name: _matched(one, *layers[name], cuts, loss, match_steps) for name, one in decided.items()}
+    plan = _of(decided, layers, loss)
+    if not others:
+        return plan
+    pick, otherwise = repicked(decided, cuts)
+    return replace(plan, pick=pick, others={by: _of(one, layers, loss, by) for by, one in otherwise.items()})
+
+
+def _of(decided: Mapping[str, Decision], layers: Layers, loss: LossEvidence | None, pick: str = "") -> Plan:
+    """The plan of some decisions."""
     changes = {name: one.change for name, one in decided.items() if one.change is not None}
-    return Plan(_reported(decided, layers, loss), changes)
+    return Plan(_reported(decided, layers, loss), changes, pick)
 
 
 def _reported(decided: Mapping[str, Decision], layers: Layers, loss: LossEvidence | None) -> Report:

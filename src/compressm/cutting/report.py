@@ -76,6 +76,12 @@ def _number(value: float | None, width: int, digits: int) -> str:
     return f"{'' if value is None else f'{value:.{digits}e}':>{width}}"
 
 
+_PICKS = {
+    "fisher": "the Fisher matrix",
+    "moments": "second moments",
+    "powers": "powers of states and outputs",
+    "mixed": "the Fisher matrix or second moments, layer by layer",
+}
 _CHANGES = ("predicted_loss", "measured_loss", "measured_loss_error", "metric_before", "metric_after")
 
 
@@ -95,6 +101,10 @@ class Report:
             from the loss.
         measured_loss: the same, measured on held-out data before the cut was written; see `compressm.cutting.rise`.
         measured_loss_error: standard error of ``measured_loss``.
+        picks: how states were picked where layers leave a choice (``"fisher"``, ``"moments"``, ``"powers"`` or
+            ``"mixed"``), each with the rise of the loss on the data of the cut; the first was taken, the others tried.
+            See `compressm.cutting.picking`. Empty without such layers.
+        hint: what else could be tried, in words; empty for nothing.
         metric_before, metric_after: what ``evaluate`` returned for the model before and after the cut, if the cut was
             searched for under ``max_drop``; else None.
         serving: bytes of state before and after; None in training, and for layers whose width is not known.
@@ -108,6 +118,8 @@ class Report:
     metric_before: float | None = None
     metric_after: float | None = None
     serving: Serving | None = None
+    picks: tuple[tuple[str, float], ...] = ()
+    hint: str = ""
 
     @property
     def cut(self) -> bool:
@@ -126,6 +138,10 @@ class Report:
             for one in self.layers
             if one.matched is not None
         ]
+        if self.picks:
+            (taken, rise), *others = self.picks
+            tried = "".join(f", by {_PICKS[one]} {nats:.3g}" for one, nats in others)
+            lines.append(f"states picked by {_PICKS[taken]}: {rise:.3g} nats on the data of the cut{tried}")
         if self.predicted_loss is not None:
             lines.append(f"predicted rise of the loss: {self.predicted_loss:.3g} nats per prediction")
         if self.measured_loss is not None:
@@ -135,16 +151,19 @@ class Report:
 
     def changes(self) -> list[str]:
         """Lines about the rise of the loss and the change of the metric, as far as they are known."""
-        if self.metric_before is None or self.metric_after is None:
-            return self.rises()
-        return [*self.rises(), f"metric: {self.metric_before:.4g} → {self.metric_after:.4g}"]
+        lines = self.rises()
+        if self.metric_before is not None and self.metric_after is not None:
+            lines.append(f"metric: {self.metric_before:.4g} → {self.metric_after:.4g}")
+        return [*lines, self.hint] if self.hint else lines
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
         numbers = {name: getattr(self, name) for name in _CHANGES}
         known = {name: value for name, value in numbers.items() if value is not None}
         serving = {} if self.serving is None else {"serving": self.serving.to_dict()}
-        return {"seconds": self.seconds, **known, **serving, "layers": [layer.to_dict() for layer in self.layers]}
+        picks = {"picks": dict(self.picks)} if self.picks else {}
+        layers = [layer.to_dict() for layer in self.layers]
+        return {"seconds": self.seconds, **known, **picks, **serving, "layers": layers}
 
     def _repr_html_(self) -> str:
         columns = ["layer", "states", "on data", "held out", "expected", "H∞ error", "bound", "outcome"]

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from compressm.adapters import LayerChange
 from compressm.cutting.replay import cut_copy
-from compressm.observing.inputs import calls_and_batches
+from compressm.observing.inputs import Call, calls_and_batches
 from compressm.observing.labels import divergences
 from compressm.observing.loss_evidence import Loss, losses_of, mask_of
 from compressm.runtime.modes import modes_kept
@@ -35,9 +35,14 @@ class Rise:
     count: int
 
 
-@torch.no_grad()
 def measured_rise(model: nn.Module, changes: Mapping[str, LayerChange], data: Any, loss: Loss) -> Rise:
-    """Run the model with and without a cut, on the same inputs.
+    """The rise by one cut; see `measured_rises`."""
+    return measured_rises(model, [changes], data, loss)[0]
+
+
+@torch.no_grad()
+def measured_rises(model: nn.Module, cuts: Sequence[Mapping[str, LayerChange]], data: Any, loss: Loss) -> list[Rise]:
+    """Run the model without a cut and with each of several, on the same inputs.
 
     With a likelihood the rise is the Kullback-Leibler divergence of the cut model's predictions from those of the uncut
     one. It needs no labels, and is the expected rise of the loss under the uncut model's own predictions. If the loss
@@ -45,27 +50,33 @@ def measured_rise(model: nn.Module, changes: Mapping[str, LayerChange], data: An
 
     Args:
         model: the model before the changes; in evaluation mode while it runs.
-        changes: by layer name.
+        cuts: the changes of each, by layer name.
         data: batches; see `compressm.observing.inputs`.
         loss: as for `gather_evidence`.
 
     In several processes all of them must call this, each with its share of the data.
     """
-    sums = torch.zeros(3, dtype=torch.float64)
+    sums = torch.zeros(len(cuts), 3, dtype=torch.float64)
     with modes_kept(model):
         model.eval()
         for call, batch in calls_and_batches(model, data):
             before = call(model)
-            with cut_layers(model, changes) as smaller:
-                after = call(smaller)
-            if callable(loss):
-                rises = (
-                    losses_of(model, after, batch, call, loss) - losses_of(model, before, batch, call, loss)
-                ).double()
-            else:
-                rises = divergences(before, after, loss, mask_of(model, call))
-            sums += torch.stack([rises.sum(), rises.square().sum(), rises.new_tensor(rises.numel())]).cpu()
-    total, squares, count = torch.stack(gathered(sums)).sum(0).tolist()
+            for index, changes in enumerate(cuts):
+                with cut_layers(model, changes) as smaller:
+                    after = call(smaller)
+                rises = _rises(model, before, after, batch, call, loss)
+                sums[index] += torch.stack([rises.sum(), rises.square().sum(), rises.new_tensor(rises.numel())]).cpu()
+    return [_mean(*one) for one in torch.stack(gathered(sums)).sum(0).tolist()]
+
+
+def _rises(model: nn.Module, before: Any, after: Any, batch: Any, call: Call, loss: Loss) -> Tensor:
+    """The rise of every prediction, or of every sequence if the loss is a function; float64."""
+    if not callable(loss):
+        return divergences(before, after, loss, mask_of(model, call))
+    return (losses_of(model, after, batch, call, loss) - losses_of(model, before, batch, call, loss)).double()
+
+
+def _mean(total: float, squares: float, count: float) -> Rise:
     mean = total / count
     spread = math.sqrt(max(0.0, squares / count - mean**2) / (count - 1)) if count > 1 else math.nan
     return Rise(mean, spread, int(count))
@@ -101,4 +112,4 @@ def cut_layers(model: nn.Module, changes: Mapping[str, LayerChange]) -> Generato
             parent._modules[name] = child  # pyright: ignore[reportPrivateUsage]
 
 
-__all__ = ["Rise", "cut_layers", "measured_rise"]
+__all__ = ["Rise", "cut_layers", "measured_rise", "measured_rises"]
