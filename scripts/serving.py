@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
+from statistics import mean
 from typing import Any, get_args
 
 from compressm.cutting.serving import human
@@ -17,6 +18,7 @@ from compressm.theory.targets import PARALLEL, TABLE, Target
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "serving.md"
 RECOVERED = ROOT / "results" / "recovery.json"
+RECALLED = ROOT / "results" / "recall_after_the_cut.json"
 BYTES, PEAKS = ROOT / "results" / "serving_bytes.json", ROOT / "results" / "checkpoint_memory.json"
 _SMALL: dict[str, Any] = {"vocab_size": 256, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 # Published widths; few layers and words, on which the bytes per layer do not depend.
@@ -193,6 +195,20 @@ After 100 steps the large one with an eighth of its state is 2.3 % above the unc
 
 {criteria}
 
+### Where state is what limits
+
+Text of toy models hardly needs its state. Associative recall does: a Mamba-2 and a gated DeltaNet (Qwen3-Next's own
+class), two layers of width 64 with {recall_states} states, learn to recall {pairs} pairs of a key and a value (MQAR,
+arXiv 2312.04927). Copies are cut once, from 64 training sequences. Percent recalled right after the cut, and after
+{after} more steps; means of {seeds}.
+
+{recall}
+
+{recall_words}
+`python benchmarks/recall_after_the_cut.py`.
+
+### Slices and states in 8 bits
+
 Every slice by the score `gramians` had the weights of the direct cut of the sorted model, bit by bit: {equal}.
 
 States rounded after every token, on {tokens:,} bytes of held-out text; cuts to fewer states beside it and
@@ -202,6 +218,10 @@ together with it, not recovered. The divergence is that from the same model with
 
 `COMPRESSM_DATA=DIRECTORY python benchmarks/recovery.py`, with `--model`, `--steps` and `--recover` as in the tables;
 one CPU thread.
+"""
+
+
+RECALL = """TODO
 """
 
 
@@ -240,6 +260,25 @@ def criteria_table(models: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def recall_table(stored: dict[str, Any]) -> str:
+    """Recall after cuts by every criterion, the mean over seeds: right after, and after more training."""
+    lines = [f"| model | states | {' | '.join(CRITERIA.values())} |", "|---|" + "---:|" * (1 + len(CRITERIA))]
+    for title in dict.fromkeys(row["model"] for row in stored["rows"]):
+        rows = [row for row in stored["rows"] if row["model"] == title]
+        name = f"{title}, uncut {mean(row['uncut'] for row in rows):.0f}"
+        for index, size in enumerate(rows[0]["sizes"]):
+            of_seeds = {one: [row["sizes"][index][one] for row in rows] for one in CRITERIA}
+            found = {one: [mean(both[at] for both in pairs) for at in (0, 1)] for one, pairs in of_seeds.items()}
+            best = max(both[0] for both in found.values())
+            cells = (
+                f"**{at_once:.0f}** / {later:.0f}" if at_once > best - 0.5 else f"{at_once:.0f} / {later:.0f}"
+                for at_once, later in found.values()
+            )
+            lines.append(f"| {name} | {size['states']} | {' | '.join(cells)} |")
+            name = ""
+    return "\n".join(lines)
+
+
 def bits_table(models: dict[str, Any]) -> str:
     """The table of states in few bits."""
     lines = ["| model, steps | states | format | bytes per sequence | perplexity | divergence, nats |"]
@@ -260,10 +299,13 @@ def recovery() -> str:
         return RECOVERY
     stored = json.loads(RECOVERED.read_text(encoding="utf-8"))
     models, settings = stored["models"], {name: stored[name] for name in ("length", "batch")}
+    recalled = json.loads(RECALLED.read_text(encoding="utf-8"))
     equal = all(size["slice_is_a_direct_cut"] for row in models.values() for size in row.get("sizes", ()))
     return RECOVERY + MEASURED.format(
         cuts=cuts_table(models), criteria=criteria_table(models), bits=bits_table(models),
-        equal="yes" if equal else "NO", tokens=stored["batch"] * stored["length"], **settings,
+        equal="yes" if equal else "NO", tokens=stored["batch"] * stored["length"], recall=recall_table(recalled),
+        recall_states=recalled["rows"][0]["states"], pairs=recalled["pairs"], after=recalled["after"],
+        seeds=f"{len({row['seed'] for row in recalled['rows']})} seeds", recall_words=RECALL, **settings,
     )  # fmt: skip
 
 

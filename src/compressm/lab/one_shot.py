@@ -94,7 +94,7 @@ class Loss:
             measured = f"({self.sequences} sequences of {self.length})"
             metric = f"{self.metric} {self.score_before:.4f} → {self.score_after:.4f}"
             rows.append(f"loss {self.loss_before:.4f} → {self.loss_after:.4f}, {metric} {measured}, {parameters}")
-        rows += self.report.rises()
+        rows += self.report.rises() + ([self.report.hint] if self.report.hint else [])
         rows += [] if self.recovery is None else [str(self.recovery)]
         return "\n".join([*rows, str(self.carried)]).rstrip()
 
