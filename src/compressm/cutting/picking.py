@@ -10,6 +10,7 @@ that the cut is made from, and the one that raises the loss least is taken.
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -49,7 +50,7 @@ def best_picked(model: nn.Module, plan: Plan, data: Any, loss: Loss) -> Plan:
     plans: dict[str, Plan] = {plan.pick: plan, **plan.others}
     rises = measured_rises(model, [one.changes for one in plans.values()], data, loss)
     nats = {pick: rise.nats for pick, rise in zip(plans, rises, strict=True)}
-    in_order = sorted(nats.items(), key=lambda one: one[1])
+    in_order = sorted(nats.items(), key=lambda one: (math.isnan(one[1]), one[1]))
     best = plans[in_order[0][0]]
     return replace(best, others={}, report=replace(best.report, picks=tuple(in_order)))
 
