@@ -188,6 +188,7 @@ def compress_checkpoint(
     done = None
     if recovery is not None:
         done = recovery.run(opened.read, folder, build, opened.text, opened.unseen, place)
+    written = after if recovery is None else examination.quality(model)
     with opened.read.at_work():
         serving = bill.after_the_cut()
         bits = None if bits is None else bits.plus("cut", model, opened.unseen[0])
@@ -195,7 +196,7 @@ def compress_checkpoint(
         if place is not None:
             facts = [serving.headline(), *_qualities(before, after), *(str(done).splitlines() if done else ())]
             facts += [] if command is None else [f"made by `{command}`"]
-            tell = partial(with_card, report=report, facts=facts, measured=_measured(after, data))
+            tell = partial(with_card, report=report, facts=facts, measured=_measured(written, data), name=place.name)
             carried = _written(opened, place, tell)
             forget(place)
     if opened.read.mapped is not None:

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from compressm.errors import ConfigError
 from compressm.layers import LanguageModel, SequenceRegressor
 from compressm.observing.labels import Likelihood
+from compressm.observing.perplexity import next_tokens
 from compressm.observing.scores import Metric, score
 
 Batches = Sequence[tuple[dict[str, Tensor], Tensor]]
@@ -126,7 +127,7 @@ def mean_loss(model: nn.Module, batches: Batches) -> float:
 def _without_padding(model: nn.Module, inputs: Mapping[str, Tensor], tokens: Tensor) -> Tensor:
     """The tokens, with padding replaced by the label that cross entropy ignores."""
     present = model.present(**inputs) if isinstance(model, LanguageModel) else inputs.get("attention_mask")
-    return tokens if present is None else tokens.masked_fill(present == 0, -100)
+    return tokens if present is None else next_tokens(tokens, present)
 
 
 __all__ = ["Examination", "Quality", "likelihood_of", "mean_loss"]
