@@ -13,6 +13,7 @@ from torch import nn
 
 from compressm.adapters import LayerChange
 from compressm.cutting.replay import cut_copy
+from compressm.errors import ConfigError
 from compressm.observing.inputs import calls_and_batches
 from compressm.observing.labels import divergences
 from compressm.observing.loss_evidence import Loss, losses_of, mask_of
@@ -50,6 +51,9 @@ def measured_rise(model: nn.Module, changes: Mapping[str, LayerChange], data: An
         loss: as for `gather_evidence`.
 
     In several processes all of them must call this, each with its share of the data.
+
+    Raises:
+        ConfigError: the data make no prediction.
     """
     sums = torch.zeros(3, dtype=torch.float64)
     with modes_kept(model):
@@ -66,6 +70,8 @@ def measured_rise(model: nn.Module, changes: Mapping[str, LayerChange], data: An
                 rises = divergences(before, after, loss, mask_of(model, call))
             sums += torch.stack([rises.sum(), rises.square().sum(), rises.new_tensor(rises.numel())]).cpu()
     total, squares, count = torch.stack(gathered(sums)).sum(0).tolist()
+    if not count:
+        raise ConfigError("the held-out data make no prediction that is not at padding: pass more sequences")
     mean = total / count
     spread = math.sqrt(max(0.0, squares / count - mean**2) / (count - 1)) if count > 1 else math.nan
     return Rise(mean, spread, int(count))
