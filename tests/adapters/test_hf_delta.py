@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,19 @@ def recurrence(s: Signals) -> Tensor:
         h = h + new[..., None] * keys[:, t]
         outputs.append((h * queries[:, t]).sum(-1))
     return torch.stack(outputs, 1)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_values_may_be_wider_than_the_model(kind: str) -> None:
+    """As in published sizes of Qwen3.5, whose projection at the end of the layer is built first."""
+    toy = SIZES[kind]
+    model = replace(toy, toy={**toy.toy, "linear_value_head_dim": 6}).build()
+    assert {layer.out_proj.in_features for layer, _ in layers(model).values() if hasattr(layer, "out_proj")} <= {24}
+    report = compressm.compress(model, states=4, data=tokens())
+    assert set(report.state_dims.values()) == {4}
+    assert report.serving is not None
+    for layer, adapter in layers(model).values():  # float32, for every value channel
+        assert adapter.geometry(layer).state_bytes == 4 * 4 * 6 * 4
 
 
 @pytest.mark.parametrize("kind", KINDS)

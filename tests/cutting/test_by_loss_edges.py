@@ -12,9 +12,9 @@ from torch.nn import functional as F
 
 import compressm
 from compressm.cutting import plan_reduction
-from compressm.cutting.rise import cut_layers
+from compressm.cutting.rise import cut_layers, measured_rise
 from compressm.errors import ConfigError, InvalidRankRuleError
-from compressm.layers import LRU, SequenceClassifier
+from compressm.layers import LRU, LanguageModel, SequenceClassifier
 from compressm.observing.damage import selective_damages
 from compressm.observing.labels import divergences
 from compressm.observing.loss_evidence import LossEvidence, divided, gather_evidence
@@ -248,3 +248,36 @@ def test_a_model_of_layers_that_cannot_be_observed_alone_is_cut_without_a_predic
     compressm.compress(by_moments, states=3, data=[batch for index, batch in enumerate(batches) if index % 4 != 3])
     for (key, value), (_, other) in zip(net.state_dict().items(), by_moments.state_dict().items(), strict=True):
         assert torch.equal(value, other), key
+
+
+class Reader(nn.Module):
+    """A language model that takes the arguments of one of transformers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.model = LanguageModel(20, d_model=8, d_state=8, n_layers=1).eval()
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, logits_to_keep: int = 0) -> Tensor:
+        del attention_mask
+        return self.model(input_ids)[:, -logits_to_keep:]
+
+
+def test_of_the_last_predictions_those_at_padding_do_not_count() -> None:
+    """Rows 0 to 3 of eight end in padding. The last quarter is held out: rows 6 and 7."""
+    model, ids = Reader(), torch.randint(20, (8, 12), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    mask[:4, 9:], mask[6, 9:11] = 0, 0
+    before = copy.deepcopy(model)
+    batch = {"input_ids": ids, "attention_mask": mask}
+    report = compressm.compress(model, states=2, data={**batch, "logits_to_keep": 3}, loss="classification")
+    with torch.no_grad():
+        old, new = (one(ids, mask)[6:, -3:].double().log_softmax(-1) for one in (before, model))
+    each = (old.exp() * (old - new)).sum(-1)[mask[6:, -3:].bool()]
+    assert len(each) == 4
+    assert report.measured_loss == pytest.approx(float(each.mean()), rel=1e-5)
+    padded = {"input_ids": ids[:4], "attention_mask": mask[:4], "logits_to_keep": 3}
+    with pytest.raises(ConfigError, match="no prediction that is not at padding"):
+        compressm.compress(before, states=2, data=padded, loss="classification")
+    with pytest.raises(ConfigError, match="no prediction that is not at padding"):
+        measured_rise(before, {}, padded, "classification")

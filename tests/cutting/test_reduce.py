@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 
 import pytest
 import torch
@@ -179,6 +180,9 @@ def test_arguments_that_contradict_each_other_are_refused() -> None:
         compress(classifier(), max_drop=0.1)
     with pytest.raises(InvalidRankRuleError, match="not both"):
         compress(classifier(), max_drop=0.1, evaluate=lambda _: 0.0, states=3)
+    for drop in (-0.1, math.nan, True):  # no cut would ever keep the first two
+        with pytest.raises(InvalidRankRuleError, match="max_drop must be a number of at least 0"):
+            compress(classifier(), max_drop=drop, evaluate=lambda _: 0.0)
     with pytest.raises(InvalidRankRuleError, match="exactly one"):
         compress(classifier())
 

@@ -17,7 +17,9 @@ import compressm
 from compressm.cli import main
 from compressm.cutting import state_dims
 from compressm.lab.one_shot import compress_checkpoint
-from compressm.layers import LanguageModel, SequenceClassifier
+from compressm.lab.prospects import analyze_checkpoint
+from compressm.lab.state_bits import StateBits
+from compressm.layers import LanguageModel, SequenceClassifier, SequenceRegressor
 
 TEXT = "The quick brown fox jumps over the lazy dog. " * 60
 
@@ -120,6 +122,37 @@ def test_max_error_bounds_every_layer_and_the_metric_is_shown(tmp_path: Path) ->
     assert lost.report.layers[0].states_after < 16
     assert lost.metric == "accuracy"
     assert f"accuracy {lost.score_before:.4f} → {lost.score_after:.4f}" in str(lost)
+
+
+def test_the_loss_of_a_regressor_is_that_of_its_numbers(tmp_path: Path) -> None:
+    """Half the mean square of what the cut changes: a normal distribution of unit variance."""
+    torch.manual_seed(0)
+    model = SequenceRegressor(1, 1, d_model=4, d_state=16).eval()
+    compressm.save(model, tmp_path / "big")
+    draw = np.random.default_rng(0)
+    x, y = draw.normal(size=(32, 20, 1)).astype(np.float32), draw.normal(size=32).astype(np.float32)
+    np.savez(tmp_path / "data.npz", x=x, y=y)
+    options: dict[str, Any] = {"gramians": "loss", "sequences": 16}
+    lost = compress_checkpoint(tmp_path / "big", tmp_path / "small", tmp_path / "data.npz", states=2, **options)
+    assert lost.report.state_dims == {"blocks.0.ssm": 2}
+    with torch.no_grad():
+        unseen = torch.from_numpy(x[16:])
+        moved = compressm.load(tmp_path / "small").eval()(unseen) - model(unseen)
+    assert lost.report.measured_loss == pytest.approx(float(moved.double().square().mean()) / 2, rel=1e-4)
+    spectrum = analyze_checkpoint(tmp_path / "big", tmp_path / "data.npz", gramians="loss", sequences=16).spectrum
+    rise = next(iter(spectrum)).rise
+    assert rise is not None
+    assert float(rise[0]) > 0  # what all states are worth
+
+
+def test_states_in_few_bits_are_simulated_on_padded_tokens(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = LanguageModel(30, d_model=8, d_state=8, layer="mamba2", head_dim=4)
+    tokens, lengths = torch.randint(30, (4, 300)), torch.tensor([300, 20, 256, 7])
+    bits = StateBits({}, 0).plus("uncut", model, {"tokens": tokens, "lengths": lengths})
+    short = {"tokens": tokens[:, :256], "lengths": lengths.clamp_max(256)}
+    assert bits.models["uncut"] == compressm.round_states(model, [short])
+    assert bits.tokens == 256 + 20 + 256 + 7
 
 
 def test_under_a_rule_of_quality_at_least_half_of_the_states_stay_unless_said(tmp_path: Path) -> None:

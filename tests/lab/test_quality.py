@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from compressm.lab.quality import Examination
+from compressm.lab.quality import Examination, likelihood_of
+from compressm.layers import SequenceClassifier, SequenceRegressor
 
 
 class Same(nn.Module):
@@ -50,3 +51,15 @@ def test_every_token_counts_alike_in_batches_of_any_length() -> None:
     assert found is not None
     assert found.loss == pytest.approx(float(torch.cat(nats).mean()))
     assert found.score == pytest.approx(float(torch.cat(nats).mean().exp()))
+
+
+def test_numbers_are_told_from_classes_by_the_model_or_by_the_targets() -> None:
+    u = torch.zeros(2, 3, 1)
+    nothing, classes, numbers = torch.empty(2, 0), torch.zeros(2, dtype=torch.long), torch.zeros(2)
+    for model, targets, expected in (
+        (SequenceRegressor(1, 1, 4, 4), nothing, "regression"),
+        (Same(), numbers, "regression"),
+        (Same(), nothing, "classification"),
+        (SequenceClassifier(1, 2, 4, 4), classes, "classification"),
+    ):
+        assert likelihood_of(model, [({"u": u}, targets)]) == expected

@@ -14,7 +14,7 @@ import checkpoints
 import compressm
 from compressm.cli import main
 from compressm.lab import one_shot
-from compressm.lab.recovering import beside
+from compressm.lab.recovering import Recover, beside
 from compressm.layers import LanguageModel
 
 
@@ -72,6 +72,24 @@ def test_after_a_kill_the_same_command_goes_on(tmp_path: Path, text: Path, monke
     whole, small = (compressm.load(tmp_path / name).state_dict() for name in ("whole", "small"))
     torch.testing.assert_close(small, whole, rtol=0, atol=0)
     assert not beside(tmp_path / "small").exists()
+
+
+def test_the_card_tells_of_the_weights_that_are_written(tmp_path: Path, text: Path) -> None:
+    """Its metadata are those of the recovered model, under the name of the folder."""
+    pytest.importorskip("huggingface_hub")
+    from huggingface_hub import ModelCard
+
+    mamba2(tmp_path / "big")
+    (tmp_path / "big" / "README.md").write_text("---\nlicense: mit\n---\n# A model\n")
+    done = one_shot.compress_checkpoint(
+        tmp_path / "big", tmp_path / "small", text, states=4, sequences=4, length=32, recovery=Recover(20, lr=0.01)
+    )
+    assert done.recovery is not None
+    metadata: Any = ModelCard.load(tmp_path / "small" / "README.md").data
+    told = {one.metric_type: one.metric_value for one in metadata.eval_results}
+    assert told["perplexity"] == pytest.approx(done.recovery.perplexity_recovered, rel=1e-4)
+    assert told["perplexity"] != pytest.approx(done.recovery.perplexity_cut, rel=1e-3)
+    assert metadata.model_name == "small"
 
 
 def test_mistakes_are_answered_before_the_cut(tmp_path: Path, text: Path, capsys: pytest.CaptureFixture[str]) -> None:

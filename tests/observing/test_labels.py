@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from compressm.errors import ConfigError
-from compressm.observing.labels import fisher_probes
+from compressm.observing.labels import divergences, fisher_probes
 
 DRAWS = 20000
 
@@ -98,3 +98,15 @@ def test_outputs_that_are_no_predictions_are_refused() -> None:
             fisher_probes(bad, "classification")
     with pytest.raises(ConfigError, match="'classification' or 'regression'; got 'ranking'"):
         fisher_probes(torch.zeros(4, 3), "ranking")  # type: ignore[arg-type]
+
+
+def test_one_number_is_no_choice_between_classes() -> None:
+    """A softmax over one class is 1, so that no change of the number would ever be seen."""
+    number = torch.randn(3, 1)
+    for measured in (
+        lambda: fisher_probes(number, "classification"),
+        lambda: divergences(number, 2 * number, "classification"),
+    ):
+        with pytest.raises(ConfigError, match="loss='regression'"):
+            measured()
+    torch.testing.assert_close(divergences(number, 2 * number, "regression"), number[:, 0].double() ** 2 / 2)

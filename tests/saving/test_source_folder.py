@@ -290,3 +290,37 @@ def test_an_output_that_cannot_be_written_leaves_nothing(
         compress_checkpoint(tmp_path / "big", tmp_path / "small", text, states=2, sequences=4, length=16)
     assert sorted(os.listdir(tmp_path)) == ["big", "small", "text.txt"]
     assert os.listdir(tmp_path / "small") == []
+
+
+@pytest.mark.parametrize("shards", ["50GB", "3KB"])
+@pytest.mark.parametrize("family", ["Mamba", "Mamba2"])
+def test_numbers_in_float32_beside_bfloat16_stay_what_they_are(
+    family: str, shards: str, tmp_path: Path, text: Path
+) -> None:
+    """Transformers loads all in bfloat16. In Mamba, `A_log` is cut, and named."""
+    torch.manual_seed(0)
+    options: dict[str, Any] = {"vocab_size": 256, "hidden_size": 16, "state_size": 6, "num_hidden_layers": 2}
+    if family == "Mamba2":
+        options |= {"num_heads": 4, "head_dim": 8, "n_groups": 1, "chunk_size": 8}
+    config = getattr(transformers, f"{family}Config")(**options)
+    model = getattr(transformers, f"{family}ForCausalLM")(config)
+    model.bfloat16().save_pretrained(tmp_path / "big", max_shard_size=shards)
+    for file in weight_files(tmp_path / "big"):
+        tensors = load_file(file)
+        wide = {name: torch.randn(one.shape) for name, one in tensors.items() if name.endswith((".A_log", ".D"))}
+        save_file({**tensors, **wide}, file, metadata={"format": "pt"})
+    lost = compress_checkpoint(tmp_path / "big", tmp_path / "small", text, states=3, sequences=4, length=16)
+    before, after = stored(tmp_path / "big"), stored(tmp_path / "small")
+    kept = {name for name, one in before.items() if one.dtype == torch.float32}
+    cut = {name for name in kept if family == "Mamba" and name.endswith(".A_log")}
+    assert len(kept) == 4
+    assert set(lost.carried.narrowed) == cut
+    assert all(name.rpartition(".")[2] == "A_log" and name in str(lost) for name in cut)
+    for name in kept - cut:
+        assert after[name].dtype == torch.float32
+        torch.testing.assert_close(after[name], before[name], rtol=0, atol=0)
+    index = tmp_path / "small" / "model.safetensors.index.json"
+    if index.is_file():
+        assert json.loads(index.read_text())["metadata"]["total_size"] == sum(one.nbytes for one in after.values())
+    again: Any = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "small")
+    assert again.config.state_size == 3

@@ -106,6 +106,43 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(rank: int | None, tmp_path: 
         compressm.recover(again, teacher, batches(), folder=tmp_path, seed=1, **options)
 
 
+def test_a_recovery_of_other_weights_is_not_taken_up(tmp_path: Path) -> None:
+    """Of another model of the same sizes, or of another cut to as many states, on the same data."""
+    teacher, model = pair()
+    with pytest.raises(Killed):
+        compressm.recover(
+            copy.deepcopy(model), Mortal(teacher, 5), batches(), steps=STEPS, folder=tmp_path, save_every=4, quiet=True
+        )
+    otherwise = copy.deepcopy(teacher)
+    compressm.compress(otherwise, states=2, data=batches(), selection="random")
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        next(other.parameters()).mul_(1.01)
+    for one in (otherwise, other):
+        before = copy.deepcopy(one.state_dict())
+        with pytest.raises(CheckpointError, match="began with other weights"):
+            compressm.recover(one, teacher, batches(), steps=STEPS, folder=tmp_path, quiet=True)
+        torch.testing.assert_close(one.state_dict(), before, rtol=0, atol=0)
+    assert compressm.recover(model, teacher, batches(), steps=STEPS, folder=tmp_path, quiet=True).steps == STEPS
+
+
+@pytest.mark.parametrize("place", [slice(0, 5), slice(3, 8)])
+def test_padding_before_or_behind_does_not_change_the_perplexity(place: slice) -> None:
+    """The first token is predicted by none: what a model says at padding is no prediction."""
+    torch.manual_seed(0)
+    table, tokens = 3 * torch.randn(20, 20), torch.randint(20, (4, 5))
+
+    class Bigrams(nn.Module):
+        def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+            return table[input_ids]
+
+    nats = F.cross_entropy(table[tokens[:, :-1]].flatten(0, 1), tokens[:, 1:].flatten())
+    padded, mask = torch.zeros(4, 8, dtype=torch.long), torch.zeros(4, 8, dtype=torch.long)
+    padded[:, place], mask[:, place] = tokens, 1
+    model, batch = Bigrams(), {"input_ids": padded, "attention_mask": mask}
+    assert perplexity(model, calls(model, [batch])) == pytest.approx(float(nats.exp()), rel=1e-5)
+
+
 def test_half_precision_is_trained_in_float32_and_given_back(tmp_path: Path) -> None:
     teacher, model = pair()
     model.bfloat16()

@@ -51,13 +51,17 @@ def of_signals(
 def one_token(layer: nn.Module) -> Tensor:
     """A token of zeros for a layer, shape ``(1, 1, d_model)``, with the dtype and device of its first projection.
 
+    The width is the layer's ``hidden_size`` where it tells one, as those of transformers do: the projection that was
+    built first may be the one at the layer's end (Qwen3.5). Elsewhere it is what the first projection reads.
+
     Raises:
         UnsupportedModelError: the layer has no projection, so that its width is not known.
     """
     for module in layer.modules():
         weight: Any = getattr(module, "weight", None)
         if isinstance(module, nn.Linear) and isinstance(weight, Tensor):
-            return weight.new_zeros(1, 1, module.in_features)
+            told: Any = getattr(layer, "hidden_size", None)
+            return weight.new_zeros(1, 1, told if isinstance(told, int) else module.in_features)
     raise UnsupportedModelError(
         f"{type(layer).__name__} has no linear projection that tells its width: override its adapter's geometry"
     )

@@ -275,7 +275,8 @@ def _searched(max_drop: float | None, evaluate: object, sizes: Mapping[str, Any]
     """The user's sizes or errors; under ``max_drop`` the tolerance at which the search begins.
 
     Raises:
-        InvalidRankRuleError: ``max_drop`` without ``evaluate``, or together with a size or error.
+        InvalidRankRuleError: ``max_drop`` without ``evaluate``, together with a size or error, or no number of at least
+            0: no cut would ever keep it.
     """
     if (max_drop is None) != (evaluate is None):
         raise InvalidRankRuleError(
@@ -285,6 +286,8 @@ def _searched(max_drop: float | None, evaluate: object, sizes: Mapping[str, Any]
         return sizes
     if any(value is not None for value in sizes.values()):
         raise InvalidRankRuleError("give either max_drop or a size or error rule, not both")
+    if isinstance(max_drop, bool) or not max_drop >= 0:
+        raise InvalidRankRuleError(f"max_drop must be a number of at least 0, in the metric's units; got {max_drop!r}")
     return {**sizes, "tolerance": 0.0}
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from compressm.adapters import LayerChange
 from compressm.cutting.replay import cut_copy
+from compressm.errors import ConfigError
 from compressm.observing.inputs import Call, calls_and_batches
 from compressm.observing.labels import divergences
 from compressm.observing.loss_evidence import Loss, losses_of, mask_of
@@ -55,6 +56,9 @@ def measured_rises(model: nn.Module, cuts: Sequence[Mapping[str, LayerChange]], 
         loss: as for `gather_evidence`.
 
     In several processes all of them must call this, each with its share of the data.
+
+    Raises:
+        ConfigError: the data make no prediction.
     """
     sums = torch.zeros(len(cuts), 3, dtype=torch.float64)
     with modes_kept(model):
@@ -77,6 +81,8 @@ def _rises(model: nn.Module, before: Any, after: Any, batch: Any, call: Call, lo
 
 
 def _mean(total: float, squares: float, count: float) -> Rise:
+    if not count:
+        raise ConfigError("the data make no prediction that is not at padding: pass more sequences")
     mean = total / count
     spread = math.sqrt(max(0.0, squares / count - mean**2) / (count - 1)) if count > 1 else math.nan
     return Rise(mean, spread, int(count))

@@ -19,7 +19,7 @@ from compressm.cutting.within_drop import plan_within_drop
 from compressm.errors import ConfigError, InvalidRankRuleError
 from compressm.lab.one_shot_inputs import BATCH, Checkpoint, read_batches, read_checkpoint
 from compressm.lab.one_shot_outputs import check_output, saved, with_card
-from compressm.lab.quality import Examination, Quality
+from compressm.lab.quality import Examination, Quality, likelihood_of
 from compressm.lab.recovering import Recover, forget
 from compressm.lab.state_bits import StateBits, asked
 from compressm.observing.labels import Likelihood
@@ -172,16 +172,16 @@ def compress_checkpoint(
     how_far: dict[str, Any] = {**_how_far(sizes, max_drop, data), "min_reduction": 0.0, "max_reduction": largest}
     rule = RankRule(**how_far, multiple_of=multiple_of, target=target)
     by_loss = gramians == "loss" or (gramians is None and max_loss is not None)
-    loss: Likelihood | None = "classification" if by_loss else None
-    check_data(loss, data)
+    check_data(by_loss, data)
     bits = asked(state_bits, data)
-    check_rule(rule, balancing_of(gramians, loss, data))
+    check_rule(rule, balancing_of(gramians, "classification" if by_loss else None, data))
     folder, place = Path(checkpoint), None if output is None else Path(output)
     check_output(place)
     in_memory = max_drop is not None or recovery is not None
     opened = _opened(folder, build, data, rule, sequences, length, recovery, in_memory=in_memory)
     model, parameters = opened.read.model, parameters_in(opened.read.model)
     examination = Examination(opened.held_out, metric)
+    loss = likelihood_of(model, opened.held_out) if by_loss else None
     with opened.read.at_work():
         bill = Bill(model, memory, speed)
         bits = None if bits is None else bits.plus("uncut", model, opened.unseen[0])
@@ -189,6 +189,7 @@ def compress_checkpoint(
     done = None
     if recovery is not None:
         done = recovery.run(opened.read, folder, build, opened.text, opened.unseen, place)
+    written = after if recovery is None else examination.quality(model)
     with opened.read.at_work():
         serving = bill.after_the_cut()
         bits = None if bits is None else bits.plus("cut", model, opened.unseen[0])
@@ -196,7 +197,7 @@ def compress_checkpoint(
         if place is not None:
             facts = [serving.headline(), *_qualities(before, after), *(str(done).splitlines() if done else ())]
             facts += [] if command is None else [f"made by `{command}`"]
-            tell = partial(with_card, report=report, facts=facts, measured=_measured(after, data))
+            tell = partial(with_card, report=report, facts=facts, measured=_measured(written, data), name=place.name)
             carried = _written(opened, place, tell)
             forget(place)
     if opened.read.mapped is not None:
@@ -344,13 +345,13 @@ class Bill:
         return Serving(self._before, Memory.of(self._model, self._attention), self._memory, known)
 
 
-def check_data(loss: Likelihood | None, data: object) -> None:
+def check_data(by_loss: bool, data: object) -> None:
     """Refuse to look at a loss without data.
 
     Raises:
         ConfigError: there are none.
     """
-    if loss is not None and data is None:
+    if by_loss and data is None:
         raise ConfigError("--max-loss and --gramians loss look at the loss on data: give some by --data")
 
 

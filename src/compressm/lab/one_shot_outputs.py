@@ -43,12 +43,14 @@ def saved(read: Checkpoint, source: Path, target: Path, extra: Mapping[str, Path
     return carry(source, target, read.model, extra, contained)
 
 
-def with_card(card: Path, carried: Carried, report: Report, facts: Sequence[str], measured: Measured | None) -> Carried:
-    """What was carried, after the card was told of the cut."""
+def with_card(
+    card: Path, carried: Carried, report: Report, facts: Sequence[str], measured: Measured | None, name: str
+) -> Carried:
+    """What was carried, after the card was told of the cut; ``name`` is the model's, where the card tells none."""
     if not card.is_file():
         return carried
     try:
-        extend_card(card, report, facts, measured)
+        extend_card(card, report, facts, measured, name)
     except CheckpointError as error:
         return replace(carried, unextended=str(error))
     return replace(carried, files=tuple(one for one in carried.files if one != card.name), extended=(card.name,))

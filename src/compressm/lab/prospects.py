@@ -19,8 +19,9 @@ from compressm.cutting.serving import Memory, attention_of, human
 from compressm.cutting.spectrum import Spectrum, balance_layers, balancing_of
 from compressm.lab.one_shot import check_data, parameters_in
 from compressm.lab.one_shot_inputs import read_batches, read_checkpoint
+from compressm.lab.quality import likelihood_of
 from compressm.lab.state_bits import StateBits, asked
-from compressm.observing.labels import Likelihood
+from compressm.observing.expected import Expected
 from compressm.observing.loss_evidence import Gramians, evidence_on
 from compressm.observing.over_data import gather
 from compressm.theory.balanced import Balanced
@@ -152,14 +153,16 @@ def analyze_checkpoint(
     model = read.model
     rules = [RankRule(tolerance=one, min_reduction=0.0, target=target) for one in tolerances]
     check_model_sizes(model, rules[0])
-    loss: Likelihood | None = "classification" if gramians == "loss" else None
-    check_data(loss, data)
+    by_loss = gramians == "loss"
+    check_data(by_loss, data)
     bits = asked(state_bits, data)
-    balancing_of(gramians, loss, data)
-    batches: list[Any] = []
+    balancing_of(gramians, "classification" if by_loss else None, data)
+    batches, loss = list[Any](), None
     if data is not None:
-        pairs = read_batches(model, read.tokenizer, Path(data), sequences, length, labelled=False)
-        batches = [inputs for inputs, _ in pairs]
+        # Of a model of the user's the labels alone tell whether it predicts numbers.
+        labelled = by_loss and Expected.of(model).kind == "anything"
+        pairs = read_batches(model, read.tokenizer, Path(data), sequences, length, labelled=labelled)
+        batches, loss = [inputs for inputs, _ in pairs], likelihood_of(model, pairs) if by_loss else None
     with read.at_work("reading the data", len(batches) * (1 if loss is None else 2)):
         moments = gather(model, batches) if batches else None
         evidence = evidence_on(model, batches, loss) if batches and loss is not None else None

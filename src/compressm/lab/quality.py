@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from compressm.errors import ConfigError
-from compressm.layers import LanguageModel
+from compressm.layers import LanguageModel, SequenceRegressor
+from compressm.observing.labels import Likelihood
+from compressm.observing.perplexity import next_tokens
 from compressm.observing.scores import Metric, score
 
 Batches = Sequence[tuple[dict[str, Tensor], Tensor]]
@@ -87,6 +89,17 @@ def _metrics_of(batches: Batches) -> tuple[Metric, ...]:
     return ("perplexity",) if tokens else ("accuracy",)
 
 
+def likelihood_of(model: nn.Module, batches: Batches) -> Likelihood:
+    """Whether a model predicts numbers or classes: what its predictions tell of the loss.
+
+    Args:
+        model: a `SequenceRegressor` predicts numbers, whatever the data.
+        batches: as for `Examination`. Targets that are numbers tell it of a model of the user's.
+    """
+    numbers = any(targets.is_floating_point() and targets.numel() for _, targets in batches)
+    return "regression" if numbers or isinstance(model, SequenceRegressor) else "classification"
+
+
 @torch.no_grad()
 def mean_loss(model: nn.Module, batches: Batches) -> float:
     """Cross-entropy of classes and tokens, the mean squared error of numbers, in evaluation mode.
@@ -114,7 +127,7 @@ def mean_loss(model: nn.Module, batches: Batches) -> float:
 def _without_padding(model: nn.Module, inputs: Mapping[str, Tensor], tokens: Tensor) -> Tensor:
     """The tokens, with padding replaced by the label that cross entropy ignores."""
     present = model.present(**inputs) if isinstance(model, LanguageModel) else inputs.get("attention_mask")
-    return tokens if present is None else tokens.masked_fill(present == 0, -100)
+    return tokens if present is None else next_tokens(tokens, present)
 
 
-__all__ = ["Examination", "Quality", "mean_loss"]
+__all__ = ["Examination", "Quality", "likelihood_of", "mean_loss"]

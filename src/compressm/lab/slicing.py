@@ -160,7 +160,7 @@ def slice_checkpoint(
             carried = _without_order(saved(read, folder, new, extra, contained))
             order.of(model).save(new)
             if read.format != "compressm" and "README.md" in carried.files:
-                extend_card(new / "README.md", report, [serving.headline()])
+                extend_card(new / "README.md", report, [serving.headline()], name=place.name)
     if read.mapped is not None:
         read.mapped.pager.close()
     return Sliced(replace(report, serving=serving), serving, carried)

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from compressm.cutting.rounded_state import RoundedState, round_states
 from compressm.cutting.serving import human
 from compressm.errors import ConfigError
+from compressm.observing.inputs import calls
+from compressm.observing.loss_evidence import mask_of
 
 TOKENS = 256  # of each sequence, which the model reads one by one
 
@@ -51,8 +53,13 @@ class StateBits:
             model: in evaluation mode.
             batch: inputs; of each sequence the first `TOKENS` tokens count.
         """
-        short = {key: value[:, :TOKENS] for key, value in batch.items()}
-        count = next(iter(short.values())).numel()
+        short = {
+            key: value[:, :TOKENS] if value.ndim > 1 else value.clamp_max(TOKENS)  # of one axis are the lengths
+            for key, value in batch.items()
+        }
+        (call,) = calls(model, [short])
+        present = mask_of(model, call)
+        count = next(iter(short.values())).numel() if present is None else int(present.sum())
         return StateBits({**self.models, name: round_states(model, [short], quiet=False)}, count)
 
 

@@ -41,7 +41,7 @@ def fisher_probes(output: Any, likelihood: Likelihood, present: Tensor | None = 
     Raises:
         ConfigError: an unknown likelihood, or an output that is no such tensor.
     """
-    z = prediction_of(output)
+    z = _telling(prediction_of(output), likelihood)
     e = torch.empty_like(z, requires_grad=False).bernoulli_().mul_(2).sub_(1)
     if likelihood == "classification":
         p = z.detach().softmax(-1)
@@ -73,6 +73,21 @@ def prediction_of(output: Any) -> Tensor:
     return prediction.float() if prediction.dtype in (torch.float16, torch.bfloat16) else prediction
 
 
+def _telling(prediction: Tensor, likelihood: Likelihood) -> Tensor:
+    """The prediction, unless its likelihood is the same whatever it is: one class alone has the probability 1.
+
+    Raises:
+        ConfigError: it is.
+    """
+    if likelihood == "classification" and prediction.shape[-1] == 1:
+        raise ConfigError(
+            f"the model predicts one number, shape {tuple(prediction.shape)}, and loss='classification' reads its last "
+            "axis as classes, of which one alone is always certain: pass loss='regression', or a function that returns "
+            "the loss of every sequence"
+        )
+    return prediction
+
+
 def divergences(before: Any, after: Any, likelihood: Likelihood, present: Tensor | None = None) -> Tensor:
     """The Kullback-Leibler divergence of one model's predictions from another's, for every prediction.
 
@@ -84,7 +99,7 @@ def divergences(before: Any, after: Any, likelihood: Likelihood, present: Tensor
     Returns:
         float64, in nats, one entry for every prediction that is not padding, shape ``(predictions,)``.
     """
-    old, new = prediction_of(before).double(), prediction_of(after).double()
+    old, new = (_telling(prediction_of(one), likelihood).double() for one in (before, after))
     if likelihood == "classification":
         old, new = old.log_softmax(-1), new.log_softmax(-1)
         each = old.exp() * (old - new)

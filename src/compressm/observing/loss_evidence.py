@@ -55,8 +55,11 @@ class LossEvidence:
 
         Raises:
             UnsupportedModelError: a layer was never observed.
+            ConfigError: all predictions were at padding.
         """
         seen, predictions = observer.evidence(), observer.predictions_per_sequence
+        if not predictions:
+            raise ConfigError("the data make no prediction that is not at padding: pass more sequences")
         return cls(
             {name: one for name, one in seen.items() if isinstance(one, Covariances)},
             {name: one.per(predictions) for name, one in seen.items() if isinstance(one, MaskFisher)},
@@ -169,10 +172,14 @@ def predictions(model: nn.Module, output: Any, call: Call, loss: Loss) -> float 
 
 
 def mask_of(model: nn.Module, call: Call) -> Tensor | None:
-    """1 for tokens and 0 for padding, shape ``(batch, length)``, if the call's arguments or the model tell."""
+    """1 for tokens and 0 for padding, shape ``(batch, length)``, if the call's arguments or the model tell.
+
+    Of the last tokens only, where a call of a model of transformers asks for their predictions (``logits_to_keep``).
+    """
     if isinstance(model, TELLS):
         return model.present(*call.args, **call.kwargs)
-    return mask_in(call.kwargs)
+    mask, kept = mask_in(call.kwargs), call.kwargs.get("logits_to_keep")
+    return mask if mask is None or not isinstance(kept, int) else mask[:, -kept:]  # 0 for all
 
 
 def divided(model: nn.Module, data: Any) -> tuple[list[Any], list[Any]]:

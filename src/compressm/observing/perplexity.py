@@ -40,6 +40,18 @@ def present_in(model: nn.Module, call: Call) -> Tensor | None:
     return mask
 
 
+def next_tokens(tokens: Tensor, present: Tensor) -> Tensor:
+    """The tokens that are to be predicted, with -100, which cross-entropy ignores, in place of padding and of the first
+    token behind padding: no token comes before it that it could be predicted from.
+
+    Args:
+        tokens, present: shape ``(batch, length)``; False or 0 at padding.
+    """
+    there = present.bool().to(tokens.device)
+    before = torch.cat([torch.ones_like(there[:, :1]), there[:, :-1]], 1)
+    return tokens.masked_fill(~(there & before), -100)
+
+
 @torch.no_grad()
 def perplexity(model: nn.Module, batches: Iterable[Call]) -> float:
     """``exp`` of the mean cross-entropy of the next token, without padding.
@@ -53,7 +65,7 @@ def perplexity(model: nn.Module, batches: Iterable[Call]) -> float:
         model.eval()
         for call in batches:
             tokens, present = cast("Tensor", tokens_of(call)), present_in(model, call)
-            wanted = tokens if present is None else tokens.masked_fill(present == 0, -100)
+            wanted = tokens if present is None else next_tokens(tokens, present)
             # Sequence by sequence, since logits in float32 over a large vocabulary take much memory.
             for logits, row in zip(prediction_of(call(model)), wanted, strict=True):
                 nats += float(F.cross_entropy(logits[:-1], row[1:], reduction="sum", ignore_index=-100))
@@ -61,4 +73,4 @@ def perplexity(model: nn.Module, batches: Iterable[Call]) -> float:
     return math.exp(nats / max(count, 1))
 
 
-__all__ = ["perplexity", "present_in", "tokens_of"]
+__all__ = ["next_tokens", "perplexity", "present_in", "tokens_of"]

@@ -84,7 +84,13 @@ class Measured:
         return next((_TASKS[name] for name in self.values if name in _TASKS), "sequence-regression")
 
 
-def extend_card(path: Path, report: Report, facts: Sequence[str] = (), measured: Measured | None = None) -> None:
+def extend_card(
+    path: Path,
+    report: Report,
+    facts: Sequence[str] = (),
+    measured: Measured | None = None,
+    name: str | None = None,
+) -> None:
     """Add what a cut did to a card that is there: a section, and among its metadata two tags and what was measured.
 
     The rest of the metadata is kept, the licence for one, but for the results of the uncut model: they are not those of
@@ -95,6 +101,7 @@ def extend_card(path: Path, report: Report, facts: Sequence[str] = (), measured:
         report: of the cut.
         facts: further lines, such as the loss before and after.
         measured: of the smaller model; None if nothing was.
+        name: of the model, where the card tells none; by default that of the card's folder.
 
     Raises:
         CheckpointError: the card's metadata cannot be read.
@@ -114,7 +121,7 @@ def extend_card(path: Path, report: Report, facts: Sequence[str] = (), measured:
     data: Any = card.data
     tags = list(data.get("tags") or [])
     data["tags"] = [*tags, *(tag for tag in ("compressed", "state-space-model") if tag not in tags)]
-    data.model_name = data.model_name or path.resolve().parent.name.removesuffix(".new")
+    data.model_name = data.model_name or name or path.resolve().parent.name
     data.eval_results = [] if measured is None else [
         EvalResult(measured.task, measured.data, measured.data, name, value) for name, value in measured.values.items()
     ]  # fmt: skip

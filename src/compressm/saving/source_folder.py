@@ -27,6 +27,7 @@ from compressm.adapters import find_layers
 from compressm.adapters.registry import resized
 from compressm.cutting.ordering import ORDER_FILE
 from compressm.errors import CheckpointError
+from compressm.runtime.paging import places_in
 
 # The weight files that transformers looks for, in this order. Each is one file, or an index of several.
 _SINGLE = ("model.safetensors", "pytorch_model.bin")
@@ -39,6 +40,9 @@ _OWN_FOLDERS = (".git", ".cache")  # of the tools that fetched the checkpoint
 _PASSED_OVER = (r"rotary_emb\.inv_freq", r"(^|\.)position_ids$")
 
 
+_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}  # of the floating-point types of safetensors
+
+
 @dataclass(frozen=True)
 class Carried:
     """What was copied unchanged from a checkpoint's folder to that of the smaller model.
@@ -49,6 +53,8 @@ class Carried:
         left: files that were not copied, and why.
         extended: files that were copied and completed: the card.
         unextended: why the card was copied as it was; empty where it was not.
+        narrowed: names of the tensors that transformers loaded in a narrower dtype than the source's, and that the cut
+            or training changed, so that they are written in it.
     """
 
     tensors: tuple[str, ...] = ()
@@ -56,9 +62,13 @@ class Carried:
     left: Mapping[str, str] | None = None
     extended: tuple[str, ...] = ()
     unextended: str = ""
+    narrowed: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         lines = [f"tensors that transformers does not load, copied: {some(self.tensors)}"] if self.tensors else []
+        lines += (
+            [f"in fewer bits than before, as transformers loads them: {some(self.narrowed)}"] if self.narrowed else []
+        )
         lines += [f"files copied: {some(self.files)}"] if self.files else []
         lines += [f"model card extended: {', '.join(self.extended)}"] if self.extended else []
         lines += [f"model card copied as it was: {self.unextended}"] if self.unextended else []
@@ -189,6 +199,7 @@ def carry(source: Path, target: Path, model: nn.Module, extra: Mapping[str, Path
             f"{source}: {some(lost)} would be lost: transformers writes no tensor of that name, and loads none of "
             "these values; take them out of the checkpoint first, or cut the model in Python with compressm.compress"
         )
+    narrowed = _put_back_wide(source, target)
     added = {name: file for name, file in missing.items() if name in extra}
     if added:
         _add_shard(target, _tensors(added))
@@ -196,7 +207,7 @@ def carry(source: Path, target: Path, model: nn.Module, extra: Mapping[str, Path
     loaded = weight_files(source)
     indices = [source / f"{name}.index.json" for name in _SINGLE[: 1 if loaded[0].suffix == ".safetensors" else 2]]
     files, left = copy_files(source, target, [source / "config.json", *loaded, *indices])
-    return Carried(tuple(sorted(added)), files, left)
+    return Carried(tuple(sorted(added)), files, left, narrowed=narrowed)
 
 
 def contents(model: nn.Module) -> set[bytes]:
@@ -216,6 +227,55 @@ def _digest(value: Tensor) -> bytes:
     return hashlib.sha256(
         f"{value.dtype} {tuple(value.shape)} ".encode() + some.view(torch.uint8).numpy().tobytes()
     ).digest()
+
+
+def _put_back_wide(source: Path, target: Path) -> tuple[str, ...]:
+    """Write tensors that were narrowed on loading, and not changed since, as they are in the source.
+
+    Published checkpoints keep ``A_log``, ``dt_bias`` and the like in float32 beside weights in bfloat16. Transformers
+    loads all in one dtype, and would write them so.
+
+    Returns:
+        names of the tensors that were narrowed and changed.
+    """
+    sources, narrowed = weight_files(source), list[str]()
+    places, widths = tensors_of(sources), _widths(sources)
+    for file in weight_files(target):
+        wider = [name for name, width in _widths([file]).items() if 0 < width < widths.get(name, 0)]
+        if not wider:
+            continue
+        tensors = _tensors(dict.fromkeys(tensors_of([file]), file))
+        wide = _tensors({name: places[name] for name in wider})
+        same = {name: one for name, one in wide.items() if torch.equal(one.to(tensors[name].dtype), tensors[name])}
+        narrowed += sorted(set(wide) - set(same))
+        if same:
+            more = sum(one.nbytes - tensors[name].nbytes for name, one in same.items())
+            save_file({**tensors, **same}, file, metadata={"format": "pt"})
+            _add_to_index(target, {"total_size": more})
+    return tuple(narrowed)
+
+
+def _widths(files: Iterable[Path]) -> dict[str, int]:
+    """Bytes per number of the tensors in some files; 0 where they are no floating-point numbers."""
+    found: dict[str, int] = {}
+    for file in files:
+        if file.suffix == ".safetensors":
+            found |= {name: _BYTES.get(place.dtype, 0) for name, place in places_in(file).items()}
+        else:
+            each = _pickled(file).items()
+            found |= {name: value.dtype.itemsize if value.is_floating_point() else 0 for name, value in each}
+    return found
+
+
+def _add_to_index(folder: Path, sizes: Mapping[str, int]) -> None:
+    """Add to the sizes that the index of a folder's shards tells, if there is one that does."""
+    path = folder / "model.safetensors.index.json"
+    if not path.is_file():
+        return
+    index: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    metadata = index.get("metadata") or {}
+    metadata |= {key: metadata[key] + more for key, more in sizes.items() if key in metadata}
+    path.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _add_shard(folder: Path, tensors: dict[str, Tensor]) -> None:

@@ -106,7 +106,8 @@ def recover(
         lora_rank: train updates of this rank to the linear layers, by peft, and merge them; None trains all weights.
         lr: the largest learning rate; by default 2e-4 for all weights, and 1e-3 for LoRA.
         held_out: batches to measure the perplexity on. They must not be in ``data``.
-        folder: keep checkpoints here (safetensors and JSON), and go on from the last one if there is one.
+        folder: keep checkpoints here (safetensors and JSON), and go on from the last one if there is one. The model and
+            the teacher must then be those that the recovery began with.
         save_every: steps between two of them.
         seed: of the order of the batches, and of LoRA's first values.
         quiet: show no progress bar.
@@ -128,7 +129,7 @@ def recover(
     rate = lr if lr is not None else _RATES["all" if lora_rank is None else "lora"]
     settings = {
         "steps": steps, "lora_rank": lora_rank, "lr": rate, "seed": seed, "batches": len(batches),
-        "data": _digest(batches), "states": state_dims(model),
+        "data": _digest(batches), "states": state_dims(model), "start": _sizes(model) + _sizes(teacher),
     }  # fmt: skip
     measured = None if held_out is None else list(calls(model, held_out))
     before, cut = (None if measured is None else perplexity(one, measured) for one in (teacher, model))
@@ -240,12 +241,17 @@ class _Run:
         description, tensors = read_pair(self._folder, *_FILES)
         held: Any = description.get("settings")
         for name, value in self._settings.items():
-            if not isinstance(held, dict) or held.get(name) != value:
+            if not isinstance(held, dict) or (name != "start" and held.get(name) != value):
                 found: Any = held.get(name) if isinstance(held, dict) else held
                 raise CheckpointError(
                     f"{self._folder} holds a recovery with {name} = {found!r:.80}, not {value!r:.80}: go on with the "
                     "same settings, or delete it"
                 )
+        if not isinstance(held, dict) or not _alike(held.get("start"), self._settings["start"]):
+            raise CheckpointError(
+                f"{self._folder} holds a recovery that began with other weights, of another model or of another cut: "
+                "delete it, or go on with that model and that cut"
+            )
         try:
             for name, parameter in self._student.named_parameters():
                 parameter.copy_(tensors[f"model.{name}"])
@@ -337,6 +343,25 @@ def _share(step: int, steps: int) -> float:
 
 def _stored(value: Tensor) -> Tensor:
     return value.detach().cpu().contiguous().clone()
+
+
+_SAME = 1e-4  # relative difference of sizes: the same cut, computed again, may be rounded otherwise
+
+
+@torch.no_grad()
+def _sizes(model: nn.Module) -> list[float]:
+    """The norm of every parameter, of about 65,536 elements from all over it: enough to tell models and cuts apart."""
+    flat = (value.detach().flatten() for value in model.parameters())
+    return [float(one[:: max(1, len(one) >> 16)].float().norm()) for one in flat]
+
+
+def _alike(held: Any, sizes: list[float]) -> bool:
+    if not isinstance(held, list) or len(held) != len(sizes):
+        return False
+    return all(
+        isinstance(one, float | int) and math.isclose(one, size, rel_tol=_SAME)
+        for one, size in zip(held, sizes, strict=True)
+    )
 
 
 def _digest(batches: list[Call]) -> str:
