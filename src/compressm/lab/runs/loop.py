@@ -123,8 +123,8 @@ class _Run:
         self.optimizer = build_optimizer(config.optimizer, self.model)
         self.scheduler = build_scheduler(config, self.optimizer)
         self.compressor = build_compressor(
-            config, self.model, self.optimizer, self.scheduler,
-            lambda model: self.quality(model, data.validation).score, self._learn, better(self.learning.metric),
+            config, self.model, self.optimizer, self.scheduler, lambda one: self.quality(one, data.validation).score,
+            self._learn, better(self.learning.metric), data.task,
         )  # fmt: skip
         self.clock = StepClock(state_dims(self.model)) if self.compressor is None else self.compressor.clock
 
