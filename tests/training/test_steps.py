@@ -157,6 +157,29 @@ def test_an_optimizer_that_took_the_place_of_the_compressors_is_refused(steps_be
     assert compressor.state_dims["blocks.0.ssm"] == 16
 
 
+def test_a_compressor_that_is_called_once_an_epoch_says_so() -> None:
+    model, (u, y) = classifier(), examples(4)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
+    compressor = compressing(model, optimizer)
+
+    def train(steps: int) -> None:
+        F.cross_entropy(model(u), y).backward()
+        for _ in range(steps):
+            optimizer.step()
+        compressor.step()
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        train(5)  # steps before the first call, such as of a warm-up
+        train(1)
+    with pytest.warns(UserWarning, match=r"came for 7 steps of the optimizer, and counts them as one: call it after"):
+        train(7)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        train(7)
+    assert [event.step for event in compressor.history] == [3]
+
+
 @pytest.mark.parametrize("order", ["before", "after"])
 def test_a_second_optimizer_beside_the_compressors_is_refused(order: str) -> None:
     model, (u, y) = classifier(), examples(4)

@@ -54,6 +54,8 @@ class StepWatch:
         self._values, self._sampled = self._copies(), self._copy_of_sample()
         self._other, self._ours = "", {id(parameter) for parameter in self._parameters()}
         self._members = members_of(optimizer)
+        self._counts: dict[int, int] = {}  # steps of each optimizer since the last question
+        self._several = 0  # questions for which there were several, up to the warning
         self._idle = self._longest = 0  # calls since the last step, and the most that there were before one
         for member in self._members:
             if hasattr(member, "_optimizer_step_post_hooks"):  # absent where Optimizer.__init__ was not called
@@ -78,13 +80,15 @@ class StepWatch:
         ):
             self._other = type(optimizer).__name__
 
-    def stepped(self, skipped: bool) -> None:
+    def stepped(self, optimizer: Optimizer, skipped: bool) -> None:
         """``optimizer.step`` is over.
 
         Args:
+            optimizer: one of those that are watched.
             skipped: whether it left the weights alone.
         """
         self._called, self._values = True, {}
+        self._counts[id(optimizer)] = self._counts.get(id(optimizer), 0) + (not skipped)
         self._made = self._made or not skipped
 
     def loaded(self, layer: nn.Module) -> None:
@@ -110,6 +114,8 @@ class StepWatch:
             )
         self._other = ""
         made = self._made if self._called else self._changed()
+        if guarded:
+            self._warn_of_several(max(self._counts.values(), default=0))
         self._idle += not made
         if guarded and self._idle == _IDLE + 4 * self._longest:
             warn(
@@ -118,12 +124,23 @@ class StepWatch:
             )
         return made
 
+    def _warn_of_several(self, steps: int) -> None:
+        """Warn where one question comes for several steps, as after every epoch; once is no habit."""
+        self._several += steps > 1 and self._several < 2
+        if steps > 1 and self._several == 2:
+            self._several += 1
+            warn(
+                f"compressor.step() came for {steps} steps of the optimizer, and counts them as one: call it after "
+                "every optimizer.step(), or give total_steps as the number of its calls"
+            )
+
     def _changed(self) -> bool:
         now = self._copies()
         return now.keys() != self._values.keys() or not all(_same(now[key], self._values[key]) for key in now)
 
     def forget(self) -> None:
         """Count from here."""
+        self._counts.clear()
         self._made, self._idle, self._longest = False, 0, max(self._longest, self._idle)
         self._values, self._sampled = {} if self._called else self._copies(), self._copy_of_sample()
 
@@ -167,7 +184,7 @@ class _Hook:
     def __call__(self, optimizer: Optimizer, *_: Any) -> None:
         if (watch := self._watch()) is not None:
             found: Tensor | None = getattr(optimizer, "found_inf", None)
-            watch.stepped(skipped=found is not None and bool(found))
+            watch.stepped(optimizer, skipped=found is not None and bool(found))
 
 
 class _LoadedHook(OwnHook):
