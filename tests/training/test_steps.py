@@ -11,13 +11,14 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torch.optim.optimizer import _global_optimizer_post_hooks  # pyright: ignore[reportPrivateUsage]
+from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.data import DataLoader, TensorDataset
 
 from compressm import Compressor
 from compressm.errors import UnsupportedOptimizerError
 from compressm.layers import LRU, Mamba, SequenceClassifier
 from compressm.observing.moments import NotFiniteWarning
+from compressm.training.steps import _watches  # pyright: ignore[reportPrivateUsage]
 
 STEPS = 12
 
@@ -310,11 +311,26 @@ def test_a_compressor_that_is_gone_leaves_no_hook() -> None:
     layer = LRU(2, 16)
     optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
     gc.collect()
-    before = len(_global_optimizer_post_hooks)
+    before = len(_watches)
     compressing(layer, optimizer)
     gc.collect()
     assert not optimizer._optimizer_step_post_hooks  # pyright: ignore[reportPrivateUsage]
-    assert len(_global_optimizer_post_hooks) == before
+    assert len(_watches) == before
+
+
+def test_a_compressor_may_be_collected_while_an_optimizer_goes_through_its_hooks() -> None:
+    layer, other = LRU(2, 16), nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(other.parameters(), lr=0.1)
+    held = [compressing(layer, torch.optim.SGD(layer.parameters(), lr=0.1))]
+
+    def collect(*_: Any) -> None:
+        held.clear()
+        gc.collect()
+
+    handle = register_optimizer_step_post_hook(collect)
+    optimizer.step()
+    handle.remove()
+    assert not held
 
 
 def test_a_scaler_that_is_restored_or_updated_late_measures_no_step_at_another_scale() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import weakref
 from collections.abc import Callable, Iterable
@@ -61,8 +62,8 @@ class StepWatch:
             if hasattr(member, "_optimizer_step_post_hooks"):  # absent where Optimizer.__init__ was not called
                 handle = member.register_step_post_hook(_Hook(self))
                 weakref.finalize(self, handle.remove).atexit = False
-        handle = register_optimizer_step_post_hook(_OtherHook(self))
-        weakref.finalize(self, handle.remove).atexit = False
+        _listen()
+        _watches.add(self)
         for layer in layers:
             handle = layer.register_load_state_dict_post_hook(_LoadedHook(self))
             weakref.finalize(self, handle.remove).atexit = False
@@ -198,15 +199,19 @@ class _LoadedHook(OwnHook):
             watch.loaded(layer)
 
 
-class _OtherHook:
-    """The hook on ``step`` of all optimizers."""
+_watches: weakref.WeakSet[StepWatch] = weakref.WeakSet()
 
-    def __init__(self, watch: StepWatch) -> None:
-        self._watch = weakref.ref(watch)
 
-    def __call__(self, optimizer: Optimizer, *_: Any) -> None:
-        if (watch := self._watch()) is not None:
-            watch.other_stepped(optimizer)
+@functools.cache
+def _listen() -> None:
+    """Be told of the steps of all optimizers. This hook stays: one that is removed by the garbage collector may be
+    removed while torch goes through them."""
+    register_optimizer_step_post_hook(_tell_all)
+
+
+def _tell_all(optimizer: Optimizer, *_: Any) -> None:
+    for watch in [*_watches]:
+        watch.other_stepped(optimizer)
 
 
 def scale_of(scaler: object) -> float:
