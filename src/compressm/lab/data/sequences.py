@@ -81,7 +81,7 @@ class SequenceData:
             for part in (split.x, split.y, split.lengths):
                 digest.update(f"{None if part is None else (part.dtype, tuple(part.shape))}".encode())
                 if part is not None:
-                    digest.update(memoryview(part.cpu().contiguous().numpy()).cast("B") if part.numel() else b"")
+                    digest.update(part.cpu().contiguous().numpy().data if part.numel() else b"")
         return digest.hexdigest()
 
     @property
