@@ -404,3 +404,23 @@ def test_the_trainers_gradient_scaler_is_known(tmp_path: Path) -> None:
     plain = predicted(None)
     assert predicted(torch.amp.GradScaler("cpu", init_scale=2.0**10)) == pytest.approx(plain, rel=1e-3)
     assert plain[0] > 0
+
+
+def test_the_loss_of_a_language_model_is_taken_for_a_mean_over_tokens(tmp_path: Path) -> None:
+    def predicted(**given: Any) -> list[float]:
+        torch.manual_seed(0)
+        config = transformers.MambaConfig(
+            vocab_size=9, hidden_size=8, state_size=8, num_hidden_layers=1, use_cache=False
+        )
+        rows = torch.randint(9, (16, 12), generator=torch.Generator().manual_seed(0))
+        arguments = TrainingArguments(str(tmp_path), max_steps=4, report_to=[], use_cpu=True, save_strategy="no")
+        data: Any = [{"input_ids": row, "labels": row} for row in rows]
+        trainer = Trainer(transformers.MambaForCausalLM(config), arguments, train_dataset=data)
+        callback = compressing(trainer, gramians="loss", states=4, cuts=1, window=0.5, **given)
+        trainer.train()
+        assert callback.compressor is not None
+        return [layer["predicted_loss"] for event in callback.compressor.history for layer in event.layers]
+
+    tokens = predicted(loss_terms="tokens")
+    assert predicted() == tokens
+    assert 0 < predicted(loss_terms="sequences")[0] < tokens[0] / 2

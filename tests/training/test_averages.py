@@ -55,6 +55,29 @@ def test_a_copy_is_found_before_training_where_layers_are_left_out(choice: dict[
     assert compressor.state_dims == {"0": 8}
 
 
+def test_a_copy_of_a_part_of_the_model_is_found_by_its_values_and_after_a_cut_by_its_sizes() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Sequential(LRU(2, 8, r_min=0.9), nn.Linear(2, 2)), nn.Sequential(LRU(2, 8, r_min=0.9)))
+    average, optimizer = EMA(net[1]), torch.optim.Adam(net.parameters())
+    with pytest.raises(UnsupportedModelError, match=r"EMA averages the part '1' of this model, .* the whole model"):
+        compressm.Compressor(net, optimizer, 100, states=1)
+    with torch.no_grad():
+        average.module[0].C_re += 1.0  # as after some updates
+    compressm.Compressor(net, optimizer, 100, states=1)
+    compressm.compress(net, states=1)  # a state would be averaged into each of the copy's eight
+    guard_averages(net, ())
+    with pytest.raises(UnsupportedModelError, match=r"EMA has \[8\] states and the model that it averages \[1\]"):
+        average.update(net[1])
+
+
+def test_a_copy_of_a_part_without_layers_is_left_alone() -> None:
+    net = nn.Sequential(LRU(2, 8, r_min=0.9), nn.Linear(2, 2))
+    average = EMA(net[1])
+    check_averages(net, ())
+    guard_averages(net, ())
+    assert "update" not in vars(average)
+
+
 def test_a_copy_that_no_cut_reached_refuses_to_average_other_sizes_only() -> None:
     net = model()
     average, whole = EMA(net), copy.deepcopy(net)

@@ -6,6 +6,7 @@ import json
 import math
 import time
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -120,6 +121,43 @@ def test_operations_are_told_where_all_phases_were_counted() -> None:
         assert "spared" not in str(half)
 
 
+def test_the_time_of_observing_is_no_saving() -> None:
+    """A training without cuts observes nothing."""
+    big = Phase({"a": 8}, 30, [1.0] * 5, [0.5] * 5, observed=20, observed_wall=[2.0] * 20, observed_cpu=[1.5] * 20)
+    small = Phase({"a": 4}, 70, [0.8] * 70, [0.4] * 70)
+    saved = savings([big, small], 1.0)
+    assert saved is not None
+    assert (saved.seconds, saved.seconds_if_big) == (pytest.approx(10 * 1 + 20 * 2 + 70 * 0.8 + 1), 100)
+    assert (saved.step_speedup, saved.at_most) == (1.25, False)
+    assert "observed" not in str(saved)
+    by_cpu = savings([big, small], 1.0, cpu=True)
+    assert by_cpu is not None
+    assert (by_cpu.seconds, by_cpu.seconds_if_big) == (pytest.approx(10 * 0.5 + 20 * 1.5 + 70 * 0.4 + 1), 50)
+    nothing_else = savings([replace(big, steps=20, wall=[], cpu=[]), small], 1.0)
+    assert nothing_else is not None
+    assert (nothing_else.seconds_if_big, nothing_else.at_most) == (90 * 2, True)
+    assert str(nothing_else).endswith("so the time without cuts and what was saved are at most this")
+    assert "at most this." in nothing_else._repr_html_()
+
+
+@pytest.mark.parametrize(("gramians", "observed"), [("white", 0), ("loss", 51)])
+def test_the_compressor_says_which_steps_it_observed(gramians: Any, observed: int) -> None:
+    model = SequenceClassifier(1, 3, d_model=4, d_state=16)
+    optimizer = torch.optim.SGD(model.parameters(), 1e-4)
+    compressor = Compressor(model, optimizer, 1000, states=4, cuts=1, window=0.07, gramians=gramians)
+    for _ in range(80):
+        model(torch.randn(2, 4, 1)).square().mean().backward()
+        optimizer.step()
+        compressor.step()
+    first, second = compressor.clock.phases
+    assert (first.steps, first.observed) == (70, observed)  # the first step, and the last 50 before the cut
+    assert (len(first.wall), len(first.observed_wall)) == (
+        70 - max(observed, 1),
+        max(0, observed - 1),
+    )  # from the second
+    assert (second.steps, second.observed) == (10, 0)
+
+
 def test_a_phase_too_short_to_be_timed_saves_nothing() -> None:
     first, short, last = Phase({"a": 8}, 10, [2.0], [3.0]), Phase({"a": 6}, 5), Phase({"a": 4}, 20, [1.0], [0.5])
     saved = savings([first, short, last], 4.0)
@@ -153,5 +191,6 @@ def test_a_clock_is_restored_with_its_phases_and_without_the_step_that_ran() -> 
     assert row == {
         "state_dims": {"a": 8}, "steps": 2, "step_seconds": clock.phases[0].wall[0],
         "step_cpu_seconds": clock.phases[0].cpu[0], "flops": 7, "kept_bytes": 9,
+        "observed": 0, "observed_step_seconds": None, "observed_step_cpu_seconds": None,
     }  # fmt: skip
     assert clock.phases[1].to_dict()["step_seconds"] is None

@@ -11,12 +11,14 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.data import DataLoader, TensorDataset
 
 from compressm import Compressor
 from compressm.errors import UnsupportedOptimizerError
 from compressm.layers import LRU, Mamba, SequenceClassifier
 from compressm.observing.moments import NotFiniteWarning
+from compressm.training.steps import _watches  # pyright: ignore[reportPrivateUsage]
 
 STEPS = 12
 
@@ -151,10 +153,83 @@ def test_an_optimizer_that_took_the_place_of_the_compressors_is_refused(steps_be
 
     for _ in range(steps_before):
         train(first)
-    train(second)  # the weights have changed, but nothing says yet who did it
     with pytest.raises(UnsupportedOptimizerError, match=r"SGD trains parameters .* build a new Compressor with it"):
         train(second)
     assert compressor.state_dims["blocks.0.ssm"] == 16
+
+
+def test_a_compressor_that_is_called_once_an_epoch_says_so() -> None:
+    model, (u, y) = classifier(), examples(4)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
+    compressor = compressing(model, optimizer)
+
+    def train(steps: int) -> None:
+        F.cross_entropy(model(u), y).backward()
+        for _ in range(steps):
+            optimizer.step()
+        compressor.step()
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        train(5)  # steps before the first call, such as of a warm-up
+        train(1)
+    with pytest.warns(UserWarning, match=r"came for 7 steps of the optimizer, and counts them as one: call it after"):
+        train(7)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        train(7)
+    assert [event.step for event in compressor.history] == [3]
+
+
+@pytest.mark.parametrize("order", ["before", "after"])
+def test_a_second_optimizer_beside_the_compressors_is_refused(order: str) -> None:
+    model, (u, y) = classifier(), examples(4)
+    first, second = (torch.optim.AdamW(model.parameters(), lr=1e-2) for _ in range(2))
+    compressor = compressing(model, first)
+    F.cross_entropy(model(u), y).backward()
+    for optimizer in (first, second) if order == "after" else (second, first):
+        optimizer.step()
+    with pytest.raises(UnsupportedOptimizerError, match=r"AdamW trains parameters .* or with a list of all optimizers"):
+        compressor.step()
+    both = Compressor(model, [first, second], STEPS, states=4, window=0.5, cuts=2)
+    del compressor
+    for _ in range(3):
+        first.step()
+        second.step()
+        event = both.step()
+    assert event is not None
+    assert event.step == 3
+
+
+class Outer(torch.optim.Optimizer):
+    """Makes its steps by optimizers inside of it."""
+
+    def __init__(self, inner: list[torch.optim.Optimizer]) -> None:
+        super().__init__([parameter for one in inner for parameter in one.param_groups[0]["params"]], {})
+        self.inner = inner
+
+    def step(self, closure: Any = None) -> None:
+        del closure
+        for one in self.inner:
+            one.step()
+
+
+@pytest.mark.parametrize("passed", ["inner", "outer"])
+def test_optimizers_inside_each_other_and_of_other_parameters_are_no_strangers(passed: str) -> None:
+    model, (u, y) = classifier(), examples(4)
+    inner = torch.optim.SGD(model.parameters(), lr=1e-2)
+    outer, head = Outer([inner]), torch.optim.SGD(model.decoder.parameters(), lr=1e-2)
+    idle = torch.optim.SGD(model.parameters(), lr=1e-2)  # has the same parameters, and finds no gradients
+    compressor = compressing(model, inner if passed == "inner" else outer)
+    for _ in range(3):
+        F.cross_entropy(model(u), y).backward()
+        outer.step()
+        head.step()
+        model.zero_grad()
+        idle.step()
+        event = compressor.step()
+    assert event is not None
+    assert event.step == 3
 
 
 def test_a_compressor_of_a_model_that_is_not_trained_says_so() -> None:
@@ -235,9 +310,27 @@ def test_a_step_at_a_learning_rate_of_zero_counts() -> None:
 def test_a_compressor_that_is_gone_leaves_no_hook() -> None:
     layer = LRU(2, 16)
     optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+    gc.collect()
+    before = len(_watches)
     compressing(layer, optimizer)
     gc.collect()
     assert not optimizer._optimizer_step_post_hooks  # pyright: ignore[reportPrivateUsage]
+    assert len(_watches) == before
+
+
+def test_a_compressor_may_be_collected_while_an_optimizer_goes_through_its_hooks() -> None:
+    layer, other = LRU(2, 16), nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(other.parameters(), lr=0.1)
+    held = [compressing(layer, torch.optim.SGD(layer.parameters(), lr=0.1))]
+
+    def collect(*_: Any) -> None:
+        held.clear()
+        gc.collect()
+
+    handle = register_optimizer_step_post_hook(collect)
+    optimizer.step()
+    handle.remove()
+    assert not held
 
 
 def test_a_scaler_that_is_restored_or_updated_late_measures_no_step_at_another_scale() -> None:

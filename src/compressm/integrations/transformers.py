@@ -57,6 +57,9 @@ class CompressionCallback(TrainerCallback):
     ``loss`` or if ``mode="min"`` says so. A roll-back restores the weights. It does not reset the Trainer's count of
     steps, since the data of these steps have been read; see ``rewind`` in `Compressor`.
 
+    With ``gramians="loss"`` accumulated batches and the gradient scaler are known, and the loss of a ``ForCausalLM``
+    is taken for a mean over tokens unless ``loss_terms`` says otherwise.
+
     Args:
         trainer: the Trainer that the callback is added to.
         **arguments: arguments of `Compressor`, for example ``tolerance=0.02``.
@@ -94,6 +97,8 @@ class CompressionCallback(TrainerCallback):
         if arguments.get("gramians") == "loss":  # the Trainer divides the loss by the number of accumulated batches
             arguments.setdefault("loss_scale", 1 / args.gradient_accumulation_steps)
             arguments.setdefault("scaler", self.trainer.accelerator.scaler)  # of half precision; None without it
+            if "ForCausalLM" in type(self._model).__name__:  # also peft's; their loss is the mean over tokens
+                arguments.setdefault("loss_terms", "tokens")
         record = _records(state).get(_RECORD)
         with started_with(self._initial_dims(record)):
             self.compressor = Compressor(self._model, self.trainer.optimizer, state.max_steps, **arguments)

@@ -3,7 +3,7 @@
 After a cut such a copy has other shapes than the model. Averaging then fails, or broadcasts: a model cut to one state
 is averaged into every state of the copy. Nothing in the copy says of which model it is, so copies are found among all
 objects: at construction by their values, and after a cut by their layers. Layers that are left out of the cuts count
-too, since the copy has them.
+too, since the copy has them. A copy may also be one of a part of the model.
 """
 
 from __future__ import annotations
@@ -42,25 +42,39 @@ def check_averages(model: nn.Module, followers: Sequence[nn.Module]) -> None:
             del copies  # those of an earlier training may be garbage, which must not be kept by this list
             gc.collect()
             copies = _equal_copies(model, followers, ours)
-    for average in copies:
+    for average, part in copies.items():
+        name = next(name for name, one in model.named_modules() if one is part)
+        what = f"the part {name!r} of this model" if name else "this model"
+        remedy = "average the whole model, and pass that as followers=[...]" if name else "pass it as followers=[...]"
         raise UnsupportedModelError(
-            f"{type(average).__name__} averages this model, and cuts would not reach it: pass it as followers=[...]; "
+            f"{type(average).__name__} averages {what}, and cuts would not reach it: {remedy}; "
             "if it averages another model of the same weights, create it after the Compressor"
         )
 
 
 def _equal_copies(
     model: nn.Module, followers: Sequence[nn.Module], ours: Mapping[str, Mapping[str, nn.Parameter]]
-) -> list[nn.Module]:
-    """Copies whose layers have the values of the model's, which are given by the layers' names."""
+) -> dict[nn.Module, nn.Module]:
+    """Copies whose layers have the values of the model's, which are given by the layers' names; and of what part of the
+    model each is one."""
+    values = {id(model.get_submodule(name)): held for name, held in ours.items()}
 
-    def equal(average: nn.Module) -> bool:
-        layers = paired_layers(average, model)
-        theirs = {name: dict(layers[name].named_parameters()) for name in ours}
-        pairs = [(a, theirs[name].get(key)) for name, values in ours.items() for key, a in values.items()]
-        return all(b is not None and a.shape == b.shape and torch.equal(a, b.to(a)) for a, b in pairs)
+    def equal(average: nn.Module, part: nn.Module) -> bool:
+        theirs = paired_layers(average, part)
+        pairs = [
+            (a, dict(theirs[name].named_parameters()).get(key))
+            for name, (layer, _) in find_layers(part).items()
+            for key, a in values.get(id(layer), {}).items()
+        ]
+        same = all(b is not None and a.shape == b.shape and torch.equal(a, b.to(a)) for a, b in pairs)
+        return bool(pairs) and same
 
-    return [average for average in _strangers(model, followers) if equal(average)]
+    found: dict[nn.Module, nn.Module] = {}
+    for average in _strangers(model, followers):
+        part = next((one for one in _parts_like(average, model) if equal(average, one)), None)
+        if part is not None:
+            found[average] = part
+    return found
 
 
 @none_left_out()
@@ -72,7 +86,8 @@ def guard_averages(model: nn.Module, followers: Sequence[nn.Module]) -> None:
         followers: the copies that a cut has reached.
     """
     for average in _strangers(model, followers):
-        if list(state_dims(average).values()) != list(state_dims(model).values()):
+        sizes = [list(state_dims(part).values()) for part in _parts_like(average, model)]
+        if list(state_dims(average).values()) not in sizes:
             for name in _UPDATES:
                 update = getattr(average, name, None)
                 if callable(update) and not isinstance(update, functools.partial):
@@ -92,7 +107,8 @@ def _update(average: nn.Module, update: Callable[..., Any], *args: Any, **kwargs
 
 
 def _strangers(model: nn.Module, followers: Sequence[nn.Module]) -> list[nn.Module]:
-    """The averaged copies of such a model, among all objects, that are neither its followers nor parts of it."""
+    """The averaged copies of such a model, or of a part of it, among all objects, that are neither its followers nor
+    parts of it."""
     known = {id(part) for one in (model, *followers) for part in one.modules()}
     kinds: dict[type, bool] = {}
     found: list[nn.Module] = []
@@ -110,11 +126,19 @@ def _is_copy(average: nn.Module, model: nn.Module) -> bool:
         map(id, average.modules())
     ):
         return False
-    try:
-        paired_layers(average, model)
-    except UnsupportedModelError:
-        return False
-    return True
+    return bool(_parts_like(average, model))
+
+
+def _parts_like(average: nn.Module, model: nn.Module) -> list[nn.Module]:
+    """The model, and its parts, that have layers of the kinds of an averaged copy, in its order."""
+    found = list[nn.Module]()
+    for part in model.modules():
+        try:
+            paired_layers(average, part)
+        except UnsupportedModelError:  # other layers, or none
+            continue
+        found.append(part)
+    return found
 
 
 __all__ = ["check_averages", "guard_averages"]

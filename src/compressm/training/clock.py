@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import statistics
 import time
 from collections.abc import Mapping, Sequence
@@ -26,6 +27,9 @@ class Phase:
         cpu: CPU seconds of this process in the same steps, summed over all threads. Unlike ``wall`` they exclude the
             time taken by other programs.
         flops, kept_bytes: cost of one step; see `StepCost`. None where it was not measured.
+        observed: how many of the steps had layers or gradients observed, for a cut to come. These take up to twice as
+            long, which a training without cuts would not, so ``wall`` and ``cpu`` are of the other steps.
+        observed_wall, observed_cpu: seconds of the observed steps, likewise.
     """
 
     state_dims: dict[str, int]
@@ -34,27 +38,38 @@ class Phase:
     cpu: list[float] = field(default_factory=list)
     flops: int | None = None
     kept_bytes: int | None = None
+    observed: int = 0
+    observed_wall: list[float] = field(default_factory=list)
+    observed_cpu: list[float] = field(default_factory=list)
 
     @property
     def step_seconds(self) -> float | None:
-        """Median wall-clock time of a step; None before the second step."""
-        return statistics.median(self.wall) if self.wall else None
+        """Median wall-clock time of a step, of an observed one where there are no others; None before the second."""
+        return _median(self.wall or self.observed_wall)
 
     @property
     def step_cpu_seconds(self) -> float | None:
-        """Median CPU time of a step; None before the second step."""
-        return statistics.median(self.cpu) if self.cpu else None
+        """Median CPU time of a step, likewise."""
+        return _median(self.cpu or self.observed_cpu)
 
-    def add(self, wall: float, cpu: float) -> None:
+    def add(self, wall: float, cpu: float, observed: bool = False) -> None:
         """Record the times of one step. When the sample is full, every second time is dropped."""
+        count = self.observed if observed else self.steps - self.observed
+        walls, cpus = (self.observed_wall, self.observed_cpu) if observed else (self.wall, self.cpu)
         stride = 1
-        while self.steps > stride * _SAMPLE:
+        while count > stride * _SAMPLE:
             stride *= 2
-        if len(self.wall) >= _SAMPLE:
-            del self.wall[::2], self.cpu[::2]
-        if self.steps % stride == 0:
-            self.wall.append(wall)
-            self.cpu.append(cpu)
+        if len(walls) >= _SAMPLE:
+            del walls[::2], cpus[::2]
+        if count % stride == 0:
+            walls.append(wall)
+            cpus.append(cpu)
+
+    def total(self, typical: float, cpu: bool) -> float:
+        """Seconds of all steps, each taken as the median of its kind; as ``typical`` where none could be timed."""
+        usual = (self.step_cpu_seconds if cpu else self.step_seconds) or typical
+        watched = _median(self.observed_cpu if cpu else self.observed_wall) or usual
+        return (self.steps - self.observed) * usual + self.observed * watched
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON, with medians in place of the samples."""
@@ -65,7 +80,14 @@ class Phase:
             "step_cpu_seconds": self.step_cpu_seconds,
             "flops": self.flops,
             "kept_bytes": self.kept_bytes,
+            "observed": self.observed,
+            "observed_step_seconds": _median(self.observed_wall),
+            "observed_step_cpu_seconds": _median(self.observed_cpu),
         }
+
+
+def _median(seconds: Sequence[float]) -> float | None:
+    return statistics.median(seconds) if seconds else None
 
 
 class StepClock:
@@ -96,22 +118,33 @@ class StepClock:
         """Start timing the next step."""
         self._began = time.perf_counter(), time.process_time()
 
-    def end(self) -> None:
-        """Count a step, and record its times if `begin` was called."""
+    def end(self, observed: bool = False) -> None:
+        """Count a step, and record its times if `begin` was called.
+
+        Args:
+            observed: whether layers or gradients were observed in it.
+        """
         phase = self.phases[-1]
         phase.steps += 1
+        phase.observed += observed
         if self._began is not None:
-            phase.add(time.perf_counter() - self._began[0], time.process_time() - self._began[1])
+            phase.add(time.perf_counter() - self._began[0], time.process_time() - self._began[1], observed)
         self._began = None
 
     def state_dict(self) -> list[dict[str, Any]]:
         """The phases, for a checkpoint."""
-        return [{**vars(phase), "wall": list(phase.wall), "cpu": list(phase.cpu)} for phase in self.phases]
+        return copy.deepcopy([vars(phase) for phase in self.phases])
 
     def load_state_dict(self, state: Sequence[Mapping[str, Any]]) -> None:
         """Go on from `state_dict`. The time between saving and loading is not counted."""
         self.phases = [Phase(**phase) for phase in state]
         self._began = None
+
+
+_OBSERVED = (
+    "All steps before the first cut were observed, which takes longer, so the time without cuts and what was saved are "
+    "at most this"
+)
 
 
 @dataclass(frozen=True)
@@ -130,6 +163,8 @@ class Savings:
         flops: operations of all steps; None where they were not measured.
         flops_if_big: operations of the steps at the first phase's size.
         cpu: whether the medians are CPU times instead of wall-clock times.
+        at_most: whether all steps before the first cut were observed, which takes longer. The time without cuts, and
+            the speedups, are then at most these.
     """
 
     steps: int
@@ -140,6 +175,7 @@ class Savings:
     flops: int | None = None
     flops_if_big: int | None = None
     cpu: bool = False
+    at_most: bool = False
 
     @property
     def speedup(self) -> float:
@@ -152,7 +188,8 @@ class Savings:
             rows.append(["operations", float(self.flops), float(self.flops_if_big), self.flops_if_big / self.flops])
         title = f"{self.steps:,} steps and their cuts; the cost without cuts is an estimate"
         step = self._step()
-        return table(title, ["", "with cuts", "without", "times"], rows, [f"{step[0].upper()}{step[1:]}."])
+        notes = [f"{step[0].upper()}{step[1:]}.", *([f"{_OBSERVED}."] if self.at_most else [])]
+        return table(title, ["", "with cuts", "without", "times"], rows, notes)
 
     def _step(self) -> str:
         """What became of a step, in words."""
@@ -171,7 +208,7 @@ class Savings:
         return (
             f"{self.steps} steps and their cuts took {self.seconds:.0f} s; without cuts an estimated "
             f"{self.seconds_if_big:.0f} s ({self.speedup:.1f} times); {self._step()}"
-            f"{spared}"
+            f"{spared}{f'. {_OBSERVED}' if self.at_most else ''}"
         )
 
 
@@ -194,7 +231,7 @@ def savings(
     if phases[-1].state_dims == phases[0].state_dims:  # after cuts that were all undone only other work differs
         last = first
     # A phase too short to be timed is given the median of the first phase, so that it does not count as a saving.
-    seconds = sum(phase.steps * (median or first) for phase, median in zip(phases, medians, strict=True)) + cut_seconds
+    seconds = sum(phase.total(first, cpu) for phase in phases) + cut_seconds
     steps = sum(phase.steps for phase in phases)
     net = steps if net_steps is None else net_steps
     counts = [phase.flops for phase in phases]
@@ -203,7 +240,8 @@ def savings(
         known = [(phase.steps, count) for phase, count in zip(phases, counts, strict=True) if count is not None]
         if len(known) == len(phases):
             flops, flops_if_big = sum(number * count for number, count in known), net * counts[0]
-    return Savings(steps, seconds, net * first, cut_seconds, first / last, flops, flops_if_big, cpu)
+    at_most = not phases[0].wall
+    return Savings(steps, seconds, net * first, cut_seconds, first / last, flops, flops_if_big, cpu, at_most)
 
 
 __all__ = ["Phase", "Savings", "StepClock", "savings"]

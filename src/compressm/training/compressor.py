@@ -307,7 +307,7 @@ class Compressor:
             if scale_of(self._scaler) != self._scale:  # it has skipped a step, whose gradients could not be observed
                 self._observe()
             return None
-        self.clock.end()
+        self.clock.end(self._observed)
         self._cushion.follow(batch)
         self._steps += 1
         if self._steps == 1:
@@ -348,7 +348,7 @@ class Compressor:
         # The factor is asked for in the backward pass: until then a scaler may be restored, or updated.
         factor = partial(factor_of_loss, self._loss_scale, self._scaler)
         states, gradients = schedule.observes(steps, self._cutter.unseen), schedule.observes_gradients(steps)
-        self._cutter.observations.observe(states, gradients, steps + 1, factor)
+        self._observed = self._cutter.observations.observe(states, gradients, steps + 1, factor)
 
     def state_dict(self) -> dict[str, Any]:
         """All that `load_state_dict` needs to go on, in nested dicts and lists of tensors, numbers and strings."""

@@ -63,7 +63,7 @@ class Observations:
             ]
         return problems
 
-    def observe(self, states: bool, gradients: bool, step: int, loss_scale: Scale = 1.0) -> None:
+    def observe(self, states: bool, gradients: bool, step: int, loss_scale: Scale = 1.0) -> bool:
         """Switch observation on for the coming step, or off.
 
         Args:
@@ -71,6 +71,9 @@ class Observations:
             gradients: whether to observe the gradients of the loss.
             step: the number of that step, for messages.
             loss_scale: the factor by which the loss will be multiplied before ``backward``, see `Observer`.
+
+        Returns:
+            whether anything will be observed, which takes time.
         """
         if states:
             self.statistics.observe_next(when=f"step {step}")
@@ -81,6 +84,7 @@ class Observations:
                 self.observer.observe_next(loss_scale)
             else:
                 self.observer.close()
+        return (states and bool(self.statistics.layers)) or (gradients and self.observer is not None)
 
     def loss(self) -> LossEvidence | None:
         """The evidence from the gradients of the loss, over all processes; None under white noise.

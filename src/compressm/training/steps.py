@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import weakref
 from collections.abc import Callable, Iterable
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from compressm.cutting.optimizers import Together, members_of
 from compressm.errors import UnsupportedOptimizerError
@@ -31,8 +33,8 @@ class StepWatch:
     minimisation). As long as the hook has not run once, a step is therefore also a change of the watched parameters,
     unless weights were loaded into them.
 
-    Parameters that change without a step of these optimizers may have a new optimizer, which would not be counted and
-    whose state no cut would carry. Other optimizers of the watched parameters are then watched too, see `made`.
+    Steps of other optimizers that train the watched parameters are noticed too, by a hook on all of torch's optimizers:
+    whether such a one took the place of those that are watched or works beside them, no cut would carry its state.
 
     Args:
         optimizer: the optimizer, or several as one. Only hooks are added, which are removed with this object.
@@ -51,54 +53,43 @@ class StepWatch:
         trained = [parameter for parameter in parameters() if parameter.requires_grad]
         self._sample = min(trained, key=Tensor.numel, default=None)  # an optimizer changes all; one is quick to compare
         self._values, self._sampled = self._copies(), self._copy_of_sample()
-        self._known = {id(one) for one in members_of(optimizer)}
-        self._surprises, self._other = 0, ""
+        self._other, self._ours = "", {id(parameter) for parameter in self._parameters()}
+        self._members = members_of(optimizer)
+        self._counts: dict[int, int] = {}  # steps of each optimizer since the last question
+        self._several = 0  # questions for which there were several, up to the warning
         self._idle = self._longest = 0  # calls since the last step, and the most that there were before one
-        for member in members_of(optimizer):
-            self._known |= {id(part) for part in vars(member).values()}  # such as the optimizer inside another
-            self._hook(member, _Hook(self))
+        for member in self._members:
+            if hasattr(member, "_optimizer_step_post_hooks"):  # absent where Optimizer.__init__ was not called
+                handle = member.register_step_post_hook(_Hook(self))
+                weakref.finalize(self, handle.remove).atexit = False
+        _listen()
+        _watches.add(self)
         for layer in layers:
             handle = layer.register_load_state_dict_post_hook(_LoadedHook(self))
             weakref.finalize(self, handle.remove).atexit = False
 
-    def _hook(self, optimizer: Optimizer, hook: Callable[..., None]) -> None:
-        if hasattr(optimizer, "_optimizer_step_post_hooks"):  # absent where Optimizer.__init__ was not called
-            handle = optimizer.register_step_post_hook(hook)
-            weakref.finalize(self, handle.remove).atexit = False
+    def other_stepped(self, optimizer: Optimizer) -> None:
+        """An optimizer has made a step, and may be another one than those that are watched."""
+        if any(_same_training(optimizer, member) for member in self._members):
+            return
+        shared = [one for group in optimizer.param_groups for one in group["params"] if id(one) in self._ours]
+        if not shared:
+            return
+        # One that holds parameters without gradients leaves them alone; but some optimizers drop the gradients.
+        if any(one.grad is not None for one in shared) or not (
+            self._made or _same(self._sampled, self._copy_of_sample())
+        ):
+            self._other = type(optimizer).__name__
 
-    def _check_others(self) -> None:
-        """Refuse a step of an optimizer that is not watched."""
-        if not self._made and not _same(self._sampled, now := self._copy_of_sample()):
-            self._sampled = now
-            self._surprises += 1
-            if self._surprises & (self._surprises - 1) == 0:  # at 1, 2, 4, 8, ...: the search looks at all objects
-                self._watch_others()
-        if self._other:
-            raise UnsupportedOptimizerError(
-                f"{self._other} trains parameters that a cut changes, and is not the optimizer that the Compressor was "
-                "built with: build a new Compressor with it, or with a list of all optimizers"
-            )
-
-    def _watch_others(self) -> None:
-        ours = {id(parameter) for parameter in self._parameters()}
-        for other in gc.get_objects():
-            if not issubclass(type(other), Optimizer) or id(other) in self._known:
-                continue
-            if any(id(parameter) in ours for group in other.param_groups for parameter in group["params"]):
-                self._known.add(id(other))
-                self._hook(other, _OtherHook(self))
-
-    def other_stepped(self, name: str) -> None:
-        """Another optimizer has made a step."""
-        self._other = name
-
-    def stepped(self, skipped: bool) -> None:
+    def stepped(self, optimizer: Optimizer, skipped: bool) -> None:
         """``optimizer.step`` is over.
 
         Args:
+            optimizer: one of those that are watched.
             skipped: whether it left the weights alone.
         """
         self._called, self._values = True, {}
+        self._counts[id(optimizer)] = self._counts.get(id(optimizer), 0) + (not skipped)
         self._made = self._made or not skipped
 
     def loaded(self, layer: nn.Module) -> None:
@@ -115,11 +106,17 @@ class StepWatch:
             guarded: refuse other optimizers, as long as cuts are to come.
 
         Raises:
-            UnsupportedOptimizerError: an optimizer that is not watched has changed the parameters.
+            UnsupportedOptimizerError: an optimizer that is not watched has trained the parameters.
         """
-        if guarded:
-            self._check_others()
+        if guarded and self._other:
+            raise UnsupportedOptimizerError(
+                f"{self._other} trains parameters that a cut changes, and is not the optimizer that the Compressor was "
+                "built with: build a new Compressor with it, or with a list of all optimizers"
+            )
+        self._other = ""
         made = self._made if self._called else self._changed()
+        if guarded:
+            self._warn_of_several(max(self._counts.values(), default=0))
         self._idle += not made
         if guarded and self._idle == _IDLE + 4 * self._longest:
             warn(
@@ -128,12 +125,23 @@ class StepWatch:
             )
         return made
 
+    def _warn_of_several(self, steps: int) -> None:
+        """Warn where one question comes for several steps, as after every epoch; once is no habit."""
+        self._several += steps > 1 and self._several < 2
+        if steps > 1 and self._several == 2:
+            self._several += 1
+            warn(
+                f"compressor.step() came for {steps} steps of the optimizer, and counts them as one: call it after "
+                "every optimizer.step(), or give total_steps as the number of its calls"
+            )
+
     def _changed(self) -> bool:
         now = self._copies()
         return now.keys() != self._values.keys() or not all(_same(now[key], self._values[key]) for key in now)
 
     def forget(self) -> None:
         """Count from here."""
+        self._counts.clear()
         self._made, self._idle, self._longest = False, 0, max(self._longest, self._idle)
         self._values, self._sampled = {} if self._called else self._copies(), self._copy_of_sample()
 
@@ -142,6 +150,25 @@ class StepWatch:
 
     def _copies(self) -> dict[int, Tensor]:
         return {id(parameter): parameter.detach().clone() for parameter in self._parameters()}
+
+
+def _same_training(optimizer: Optimizer, member: Optimizer) -> bool:
+    """Whether an optimizer is a member of the training, is inside of it or around it, or shares its state."""
+    within = _held(member)
+    around = _held(optimizer)
+    one = optimizer is member or any(optimizer is held for held in within) or any(member is held for held in around)
+    return one or optimizer.param_groups is member.param_groups or optimizer.state is member.state
+
+
+def _held(optimizer: Optimizer) -> list[Optimizer]:
+    """The optimizers in an optimizer's attributes, and in lists and dicts among these."""
+    found = list[Any]()
+    for name, value in vars(optimizer).items():
+        if name not in ("state", "param_groups"):  # large, and no place for optimizers
+            found += (
+                value if isinstance(value, list | tuple) else value.values() if isinstance(value, dict) else [value]
+            )
+    return [one for one in found if isinstance(one, Optimizer)]
 
 
 def _same(a: Tensor, b: Tensor) -> bool:
@@ -158,7 +185,7 @@ class _Hook:
     def __call__(self, optimizer: Optimizer, *_: Any) -> None:
         if (watch := self._watch()) is not None:
             found: Tensor | None = getattr(optimizer, "found_inf", None)
-            watch.stepped(skipped=found is not None and bool(found))
+            watch.stepped(optimizer, skipped=found is not None and bool(found))
 
 
 class _LoadedHook(OwnHook):
@@ -172,15 +199,19 @@ class _LoadedHook(OwnHook):
             watch.loaded(layer)
 
 
-class _OtherHook:
-    """The hook on ``step`` of an optimizer that is not the training's."""
+_watches: weakref.WeakSet[StepWatch] = weakref.WeakSet()
 
-    def __init__(self, watch: StepWatch) -> None:
-        self._watch = weakref.ref(watch)
 
-    def __call__(self, optimizer: Optimizer, *_: Any) -> None:
-        if (watch := self._watch()) is not None:
-            watch.other_stepped(type(optimizer).__name__)
+@functools.cache
+def _listen() -> None:
+    """Be told of the steps of all optimizers. This hook stays: one that is removed by the garbage collector may be
+    removed while torch goes through them."""
+    register_optimizer_step_post_hook(_tell_all)
+
+
+def _tell_all(optimizer: Optimizer, *_: Any) -> None:
+    for watch in [*_watches]:
+        watch.other_stepped(optimizer)
 
 
 def scale_of(scaler: object) -> float:

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
+import numpy as np
 import pytest
 import torch
 
@@ -350,6 +351,26 @@ def test_a_finished_run_is_not_run_again(tmp_path: Path) -> None:
         path.write_bytes(b"")
     with pytest.raises(CheckpointError, match=r"SHA-256 differs.*SHA-256 differs"):
         train(config(), output=tmp_path, resume=True, quiet=True)
+
+
+@pytest.mark.parametrize("split", ["train", "val", "test"])
+def test_other_data_in_the_place_of_a_runs_are_refused(split: str, tmp_path: Path) -> None:
+    generator = np.random.default_rng(0)
+    arrays: dict[str, Any] = {}
+    for name in ("train", "val", "test"):
+        arrays |= {f"x_{name}": generator.normal(size=(40, 12, 1)), f"y_{name}": np.arange(40) % 2}
+    file, folder = tmp_path / "data.npz", tmp_path / "run"
+    np.savez(file, **arrays)
+    settings = config({"data": {"name": None, "source": str(file)}, "run": {"steps": 8, "eval_every": 4}})
+    result = train(settings, output=folder, quiet=True)
+    (folder / "result.json").unlink()
+    arrays[f"y_{split}"][7] ^= 1
+    np.savez(file, **arrays)
+    with pytest.raises(ConfigError, match=r"data.source = .*data.npz': these are not the data that the run in .*run"):
+        train(settings, output=folder, resume=True, quiet=True)
+    arrays[f"y_{split}"][7] ^= 1
+    np.savez(file, **arrays)
+    assert train(settings, output=folder, resume=True, quiet=True).test_loss == result.test_loss
 
 
 @pytest.mark.parametrize("rule", [{}, {"max_drop": 0.9, "check_after": 3}], ids=["sized", "judged"])

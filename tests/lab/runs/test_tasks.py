@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,12 +14,13 @@ from torch import Tensor, nn
 
 from compressm.cli import main
 from compressm.errors import ConfigError
-from compressm.lab.config import load_config
+from compressm.lab.config import load_config, parse_config
 from compressm.lab.data.datasets import load_data
 from compressm.lab.data.language import wikitext
 from compressm.lab.data.mackey_glass import generate
 from compressm.lab.data.own import own_data
 from compressm.lab.data.sequences import SequenceData, Split
+from compressm.lab.runs.loop import train
 from compressm.lab.runs.tasks import learning_of, scores_on, sums_on
 from compressm.saving.checkpoint import load
 
@@ -99,6 +101,31 @@ def test_a_language_model_of_bytes_is_trained_and_cut(tmp_path: Path, capsys: py
         logits = load(out / "model").eval()(tokens)
     loss = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
     assert result["test_loss"] == pytest.approx(float(loss), rel=1e-5)
+
+
+def test_the_loss_of_a_language_model_is_taken_for_a_mean_over_tokens(tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("The quick brown fox jumps over the lazy dog. " * 120, encoding="utf-8")
+
+    def predicted(where: str, **compression: Any) -> float:
+        tree = {
+            "data": {"source": str(text), "max_length": 16},
+            "model": {"layer": "mamba", "d_model": 4, "d_state": 8},
+            "compression": {"states": 4, "cuts": 1, "window": 0.5, "gramians": "loss", **compression},
+            "run": {
+                "steps": 4,
+                "batch_size": 8,
+                "eval_every": 0,
+                "log_every": 0,
+                "device": "cpu",
+                "tensorboard": False,
+            },
+        }
+        return train(parse_config(tree), output=tmp_path / where, quiet=True).history[0]["predicted_loss"]
+
+    assert predicted("plain") == predicted("said", loss_terms="tokens") > 0
+    with pytest.raises(ConfigError, match=r"loss_terms = 'sequences': the task is language, .* mean over its tokens"):
+        predicted("wrong", loss_terms="sequences")
 
 
 def test_text_is_divided_in_order_and_wikitext_by_its_files(tmp_path: Path) -> None:

@@ -6,8 +6,10 @@ largest set at 180 MB.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Literal
 
 import numpy as np
@@ -70,6 +72,17 @@ class SequenceData:
     def per_step(self) -> bool:
         """Whether numbers are to be predicted at every step."""
         return self.task == "regression" and self.train.y.ndim == 3
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 of the sequences, labels and lengths of all splits, by which other data are told from these."""
+        digest = hashlib.sha256()
+        for split in (self.train, self.validation, self.test):
+            for part in (split.x, split.y, split.lengths):
+                digest.update(f"{None if part is None else (part.dtype, tuple(part.shape))}".encode())
+                if part is not None:
+                    digest.update(part.cpu().contiguous().numpy().data if part.numel() else b"")
+        return digest.hexdigest()
 
     @property
     def channels(self) -> int:

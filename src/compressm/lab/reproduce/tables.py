@@ -122,7 +122,13 @@ def computing(run: RunResult) -> float | None:
     if _last_step(run) is None:
         return None
     typical = next(phase["step_cpu_seconds"] for phase in run.phases if phase["step_cpu_seconds"] is not None)
-    return cutting(run) + sum(phase["steps"] * (phase["step_cpu_seconds"] or typical) for phase in run.phases)
+    return cutting(run) + sum(_passed(phase, "step_cpu_seconds", typical) for phase in run.phases)
+
+
+def _passed(phase: Mapping[str, Any], kind: str, typical: float = 0.0) -> float:
+    """Seconds of the steps of a phase by the medians of one kind, those of observed steps by their own."""
+    usual, observed = phase[kind] or typical, phase.get("observed", 0)  # absent in results from before it was kept
+    return (phase["steps"] - observed) * usual + observed * (phase.get(f"observed_{kind}") or usual)
 
 
 def cutting(run: RunResult) -> float:
@@ -132,8 +138,8 @@ def cutting(run: RunResult) -> float:
     counted with the share of the processor that the run's steps had.
     """
     timed = [one for one in run.phases if one["step_cpu_seconds"] is not None and one.get("step_seconds")]
-    passed = sum(one["steps"] * one["step_seconds"] for one in timed)
-    share = min(1.0, sum(one["steps"] * one["step_cpu_seconds"] for one in timed) / passed) if passed else 1.0
+    passed = sum(_passed(one, "step_seconds") for one in timed)
+    share = min(1.0, sum(_passed(one, "step_cpu_seconds") for one in timed) / passed) if passed else 1.0
     return share * run.reduction_seconds
 
 

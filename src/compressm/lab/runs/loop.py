@@ -33,7 +33,7 @@ from compressm.lab.runs.objective import Objective
 from compressm.lab.runs.origin import checkpoint_to_begin_with
 from compressm.lab.runs.place import accelerator, device_name, memory_told
 from compressm.lab.runs.result import RunResult
-from compressm.lab.runs.same_settings import check_same
+from compressm.lab.runs.same_settings import check_same, check_same_data
 from compressm.lab.runs.spectra import SpectrumLog
 from compressm.lab.runs.tasks import Quality, learning_of, sums_on
 from compressm.lab.runs.timers import Timers
@@ -85,7 +85,7 @@ def train(
     if config.run.threads is not None:
         torch.set_num_threads(config.run.threads)
     try:
-        return _Run(config, folder, resume, origin).run(command, quiet)
+        return _Run(config, folder, resume, None if origin is None else Path(origin)).run(command, quiet)
     finally:
         torch.set_num_threads(threads)
 
@@ -93,7 +93,7 @@ def train(
 class _Run:
     """One run in one process: its state, which changes from step to step, and what a step does."""
 
-    def __init__(self, config: Config, folder: Path, resume: bool, origin: str | Path | None) -> None:
+    def __init__(self, config: Config, folder: Path, resume: bool, origin: Path | None) -> None:
         self.config, self.folder = config, folder
         self.accelerator = accelerator(config.run)
         self.world, self.rank = self.accelerator.num_processes, self.accelerator.process_index
@@ -123,19 +123,18 @@ class _Run:
         self.optimizer = build_optimizer(config.optimizer, self.model)
         self.scheduler = build_scheduler(config, self.optimizer)
         self.compressor = build_compressor(
-            config, self.model, self.optimizer, self.scheduler,
-            lambda model: self.quality(model, data.validation).score, self._learn, better(self.learning.metric),
+            config, self.model, self.optimizer, self.scheduler, lambda one: self.quality(one, data.validation).score,
+            self._learn, better(self.learning.metric), data.task,
         )  # fmt: skip
         self.clock = StepClock(state_dims(self.model)) if self.compressor is None else self.compressor.clock
 
-    def _begin(self, resume: bool, origin: str | Path | None) -> None:
+    def _begin(self, resume: bool, origin: Path | None) -> None:
         """Go on from the last checkpoint, or from that of another run; otherwise start at step 0."""
         if resume and self.checkpoints.steps():
             tree, self.damaged = self.checkpoints.read()
             check_same(tree["config"], self.config, self.folder)
             self._restore(tree, self.folder)
         elif origin is not None:
-            origin = Path(origin)
             self._restore(checkpoint_to_begin_with(origin, self.config, self.model, self.compressor), origin)
 
     def run(self, command: str | None, quiet: bool) -> RunResult:
@@ -307,6 +306,7 @@ class _Run:
             return
         tree = {
             "config": self.config.model_dump(mode="json"),
+            "data": self.data.fingerprint,
             "step": self.step,
             "loss": self.loss,
             "model": self.model.state_dict(),
@@ -325,6 +325,7 @@ class _Run:
             self.checkpoints.write(self.step, tree)
 
     def _restore(self, tree: Mapping[str, Any], folder: Path) -> None:
+        check_same_data(tree, self.config, self.data, folder)
         if len(tree["rng"]) != self.world:
             raise ConfigError(
                 f"--resume: the run in {folder} used {len(tree['rng'])} processes, not {self.world}; use as many"

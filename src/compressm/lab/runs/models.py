@@ -20,9 +20,17 @@ from compressm.lab.named import build_named, tried
 from compressm.layers import LanguageModel, SequenceClassifier, SequenceRegressor, parameter_groups
 from compressm.layers.blocks import GATED
 from compressm.observing.expected import described
+from compressm.observing.observer import Terms
 from compressm.saving.arguments import remember_arguments
 from compressm.training.compressor import Compressor
 from compressm.training.twin import TrainStep
+
+# Over what the losses of `Learning` are means, and what else they may be taken for: numbers may come at every step.
+_LOSS_TERMS: dict[Task, tuple[Terms, ...]] = {
+    "classification": ("sequences",),
+    "language": ("tokens",),
+    "regression": ("sequences", "tokens"),
+}
 
 
 def build_model(
@@ -169,15 +177,23 @@ def build_compressor(
     evaluate: Callable[[nn.Module], float],
     train_step: TrainStep,
     mode: Better = "max",
+    task: Task = "classification",
 ) -> Compressor | None:
     """The compressor, or None where compression is disabled. Arguments are those of `Compressor`.
 
     Raises:
-        ConfigError: arguments that it refuses.
+        ConfigError: arguments that it refuses, or ``loss_terms`` that are not those of the task's loss.
     """
     arguments = config.compression.model_dump()
     if not arguments.pop("enabled"):
         return None
+    if "loss_terms" not in config.compression.model_fields_set:
+        arguments["loss_terms"] = _LOSS_TERMS[task][0]
+    elif arguments["loss_terms"] not in _LOSS_TERMS[task] and arguments["gramians"] == "loss":
+        raise ConfigError(
+            f"compression.loss_terms = {arguments['loss_terms']!r}: the task is {task}, whose loss is the mean over "
+            f"its {_LOSS_TERMS[task][0]}; leave it out"
+        )
     try:
         return Compressor(
             model, optimizer, config.run.steps,

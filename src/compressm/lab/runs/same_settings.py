@@ -1,4 +1,4 @@
-"""Whether a run is made with the settings of another one: needed to resume it, and to go on from it."""
+"""Whether a run is made with the settings and data of another one: needed to resume it, and to go on from it."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 
 from compressm.errors import ConfigError
 from compressm.lab.config import Config, present_form
+from compressm.lab.data.sequences import SequenceData
 
 # These keys do not change a run's result, so they may differ between a checkpoint and the run that resumes it.
 FREE_KEYS = {"data.root"} | {
@@ -47,4 +48,26 @@ def check_same(saved: Mapping[str, Any], config: Config, folder: Path) -> None:
         )
 
 
-__all__ = ["FREE_KEYS", "check_same", "differences"]
+def check_same_data(tree: Mapping[str, Any], config: Config, data: SequenceData, folder: Path) -> None:
+    """Refuse to go on from a checkpoint with other data than it was made with: a file may have been replaced, and the
+    paths in the settings are the same then.
+
+    Args:
+        tree: the checkpoint. Those of earlier versions do not say what their data were.
+        config, data: of the run now.
+        folder: of the checkpoint's run.
+
+    Raises:
+        ConfigError: the data differ.
+    """
+    # Computed sequences may differ in their last digits on another machine, where a run may well be resumed.
+    if config.data.name == "mackey-glass" or tree.get("data") in (None, data.fingerprint):
+        return
+    key = next((key for key in ("source", "root") if getattr(config.data, key)), "name")
+    raise ConfigError(
+        f"data.{key} = {getattr(config.data, key)!r}: these are not the data that the run in {folder} was made with "
+        "(their SHA-256 differs): put those back, or start anew in another --output"
+    )
+
+
+__all__ = ["FREE_KEYS", "check_same", "check_same_data", "differences"]
