@@ -47,4 +47,4 @@ def test_a_cut_stays_within_the_threads_of_torch() -> None:
     assert result.returncode == 0, result.stderr
     own, others = map(int, result.stdout.split())
     assert own > 20, "nothing was computed"
-    assert others <= 3
+    assert others < own / 4  # they take part of a tenth to be made
