@@ -12,7 +12,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
 from typing import Any
 
 import scipy.linalg
@@ -50,7 +49,7 @@ def criteria(
     for selection in selections:
         yield selection, plan_reduction(model, rule, moments=moments, selection=selection).changes, None
     if moments:
-        diagonals = {name: diagonal(fisher) for name, fisher in evidence.fishers.items()}
+        diagonals = {name: fisher.diagonal() for name, fisher in evidence.fishers.items()}
         yield "saliency", by_fisher(model, moments, diagonals, states), None
         yield "rrqr", planned(model, lambda name: by_keys(moments[name], states)), None
     if any(not any(adapter.maps(layer)) for layer, adapter in selective(model)):
@@ -80,13 +79,6 @@ def by_fisher(
     """The states that the Fisher matrices of masks pick; by their diagonals, those with the largest mean square
     gradients."""
     return planned(model, lambda name: reduce_by_fisher(fishers[name], states, moments[name]))
-
-
-def diagonal(fisher: MaskFisher) -> MaskFisher:
-    """The same with zeros off the diagonal."""
-    groups, n = fisher.products.shape[:2]
-    eye = torch.eye(groups * n, dtype=torch.float64).view(groups, n, groups, n)
-    return replace(fisher, products=fisher.products * eye)
 
 
 def by_keys(moments: Moments, states: int) -> SelectiveReduction:

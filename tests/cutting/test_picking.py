@@ -85,6 +85,19 @@ def test_compress_takes_it_and_says_so() -> None:
     assert f"{nats:.3g} nats on the data of the cut" in str(report)
 
 
+def test_by_saliency_the_states_with_the_largest_mean_square_gradients_stay() -> None:
+    net, seen = model("mamba2", **OPTIONS["mamba2"]), batches()
+    plan, fishers = plans(net, seen, 3).others["saliency"], evidence_of(net, seen)
+    smaller = copy.deepcopy(net)
+    plan.apply(smaller)
+    for name, fisher in fishers.items():
+        old, new = net.get_submodule(name), smaller.get_submodule(name)
+        kept = fisher.F.flatten(2).flatten(0, 1).diagonal().topk(3).indices.sort().values
+        start = 2 * old.d_inner  # type: ignore[operator]
+        B, expected = new.in_proj.weight[start : start + 3], old.in_proj.weight[start : start + 8][kept]  # type: ignore[union-attr, index]
+        assert torch.equal(B, expected)
+
+
 def test_several_cuts_are_measured_as_each_alone() -> None:
     net, seen = model("mamba2", **OPTIONS["mamba2"]), batches()
     plan = plans(net, seen, 3)

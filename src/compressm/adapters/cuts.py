@@ -34,9 +34,9 @@ SECOND_ORDER = 0.05
 _SELECTIONS: dict[str, Selection] = {"moments": "hankel", "powers": "gramians"}
 
 
-# Criteria by which states can be picked where the layer takes no map of them: the Fisher matrix of a mask, second
-# moments of states and output vectors, or the product of their mean powers (GHOST, arXiv 2602.11408).
-Pick = Literal["fisher", "moments", "powers"]
+# Criteria by which states can be picked where the layer takes no map of them: the Fisher matrix of a mask, its diagonal
+# alone, second moments of states and output vectors, or the product of their mean powers (GHOST, arXiv 2602.11408).
+Pick = Literal["fisher", "saliency", "moments", "powers"]
 PICKS: tuple[Pick, ...] = get_args(Pick)
 
 
@@ -224,7 +224,9 @@ class SelectiveCuts(Cuts):
         """The cut by a criterion, whatever the Fisher matrix predicts."""
         if self._fisher is None:
             return None
-        return self._proposed(self._by_fisher(states) if by == "fisher" else self._by_moments(states, _SELECTIONS[by]))
+        if by in _SELECTIONS:
+            return self._proposed(self._by_moments(states, _SELECTIONS[by]))
+        return self._proposed(self._by_fisher(states, self._fisher if by == "fisher" else self._fisher.diagonal()))
 
     def _proposed(self, reduction: SelectiveReduction) -> Proposal:
         estimate = reduction.estimate
@@ -240,16 +242,15 @@ class SelectiveCuts(Cuts):
 
     def _reduced(self, states: int) -> SelectiveReduction:
         if self._fisher is not None:
-            made = self._by_fisher(states)
+            made = self._by_fisher(states, self._fisher)
             assert isinstance(made.estimate, MaskEstimate)
             if made.estimate.predicted_damage <= SECOND_ORDER:
                 return made
         return self._by_moments(states, self._selection)
 
-    def _by_fisher(self, states: int) -> SelectiveReduction:
-        assert self._fisher is not None
+    def _by_fisher(self, states: int, fisher: MaskFisher) -> SelectiveReduction:
         takes_over = "gains" if self._gated else "nobody"
-        return reduce_by_fisher(self._fisher, states, self._balanced.moments, takes_over)
+        return reduce_by_fisher(fisher, states, self._balanced.moments, takes_over)
 
     def _by_moments(self, states: int, selection: Selection) -> SelectiveReduction:
         into, out, rotates = self._maps

@@ -65,6 +65,12 @@ class MaskFisher(Sums):
         """``E_seq[g g^T]``, shape ``(groups, n, groups, n)``."""
         return self.products / self.sequences
 
+    def diagonal(self) -> MaskFisher:
+        """The same with zeros off the diagonal: states are then kept by the mean square of their mask's gradient."""
+        groups, n = self.products.shape[:2]
+        eye = torch.eye(groups * n, dtype=torch.float64).view(groups, n, groups, n)
+        return replace(self, products=self.products * eye)
+
     def shrinkage(self) -> float:
         """The share alpha by which to shrink the off-diagonal entries, in [0, 1].
 
