@@ -103,8 +103,8 @@ class Report:
         measured_loss: the same, measured on held-out data before the cut was written; see `compressm.cutting.rise`.
         measured_loss_error: standard error of ``measured_loss``.
         picks: how states were picked where layers leave a choice (``"fisher"``, ``"saliency"``, ``"moments"``,
-            ``"powers"`` or ``"mixed"``), each with the rise of the loss on the data of the cut; the first was taken, the
-            others were tried. See `compressm.cutting.picking`. Empty without such layers.
+            ``"powers"`` or ``"mixed"``), each with the rise of the loss on the data of the cut; the first was taken,
+            and the others were tried. See `compressm.cutting.picking`. Empty without such layers.
         hint: what else could be tried, in words; empty for nothing.
         metric_before, metric_after: what ``evaluate`` returned for the model before and after the cut, if the cut was
             searched for under ``max_drop``; else None.
