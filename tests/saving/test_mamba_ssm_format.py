@@ -90,3 +90,46 @@ def test_layers_that_transformers_has_not_are_refused(tmp_path: Path) -> None:
         path.write_text(json.dumps({**config, **change}))
         with pytest.raises(CheckpointError, match=message):
             load(tmp_path / "big")
+
+
+def with_layers(folder: Path, **arguments: Any) -> Path:
+    """The checkpoint with more arguments of its layers."""
+    config = json.loads((folder / "config.json").read_text())
+    config["ssm_cfg"] |= arguments
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def test_the_limit_of_the_step_sizes_is_kept(tmp_path: Path) -> None:
+    model, ids = checkpoint(tmp_path / "a", "Mamba2", "model.safetensors"), torch.arange(20)[None]
+    free = model(ids).logits
+    for layer in model.backbone.layers:
+        layer.mixer.time_step_limit = (0.0, 0.01)
+    limited = load(with_layers(tmp_path / "a", dt_limit=[0.0, 0.01]))(ids).logits
+    torch.testing.assert_close(limited, model(ids).logits)
+    assert not torch.allclose(limited, free)
+
+
+@pytest.mark.parametrize(
+    ("kind", "argument", "value"),
+    [
+        ("Mamba2", "D_has_hdim", True),
+        ("Mamba2", "norm_before_gate", True),
+        ("Mamba2", "rmsnorm", False),
+        ("Mamba2", "d_ssm", 8),
+        ("Mamba2", "new_argument", 1),
+        ("Mamba1", "dt_limit", [0.0, 0.01]),
+    ],
+)
+def test_arguments_that_change_what_a_layer_computes_are_refused(
+    kind: str, argument: str, value: Any, tmp_path: Path
+) -> None:
+    checkpoint(tmp_path / "a", kind, "model.safetensors")
+    with pytest.raises(CheckpointError, match=rf"ssm_cfg\.{argument} = "):
+        load(with_layers(tmp_path / "a", **{argument: value}))
+
+
+def test_arguments_of_a_new_layer_do_not_matter(tmp_path: Path) -> None:
+    model, ids = checkpoint(tmp_path / "a", "Mamba2", "model.safetensors"), torch.arange(20)[None]
+    folder = with_layers(tmp_path / "a", dt_min=0.001, A_init_range=[1, 16], D_has_hdim=False)
+    torch.testing.assert_close(load(folder)(ids).logits, model(ids).logits)

@@ -20,6 +20,13 @@ from compressm.errors import CheckpointError
 
 _THEIRS, _OURS = "backbone.embedding.weight", "backbone.embeddings.weight"
 _FILES = ("model.safetensors", "pytorch_model.bin")
+# Arguments of their layers that change what a trained layer computes, with the only value that transformers' have; and
+# those that only say how a new layer begins, or how it is run.
+_FIXED: dict[str, Any] = {"d_ssm": None, "D_has_hdim": False, "rmsnorm": True, "norm_before_gate": False}
+_NO_MATTER = {
+    "A_init_range", "conv_init", "dt_init", "dt_init_floor", "dt_max", "dt_min", "dt_scale", "use_fast_path",
+    "use_mem_eff_path",
+}  # fmt: skip
 
 
 def is_mamba_ssm(folder: Path) -> bool:
@@ -113,7 +120,9 @@ def _built(config: Mapping[str, Any], tensors: Mapping[str, Tensor], folder: Pat
     if not config.get("rms_norm", True):
         raise CheckpointError(f"{folder} has LayerNorm (rms_norm=false), which transformers' Mamba has not")
     width, dtype = config["d_model"], tensors[_OURS].dtype if _OURS in tensors else torch.float32
-    names = {"d_state": "state_size", "d_conv": "conv_kernel", "expand": "expand", "dt_rank": "time_step_rank"}
+    names = {
+        "d_state": "state_size", "d_conv": "conv_kernel", "expand": "expand", "dt_rank": "time_step_rank",
+    }  # fmt: skip
     common: dict[str, Any] = {
         "vocab_size": tensors[_OURS].shape[0] if _OURS in tensors else config.get("vocab_size", 0),
         "hidden_size": width,
@@ -129,13 +138,31 @@ def _built(config: Mapping[str, Any], tensors: Mapping[str, Tensor], folder: Pat
     if kind == "Mamba2":
         head = layers.get("headdim", 64)
         names |= {"headdim": "head_dim", "ngroups": "n_groups", "chunk_size": "chunk_size"}
+        names |= {"dt_limit": "time_step_limit"}
         names.pop("dt_rank")
         common |= {"head_dim": head, "num_heads": layers.get("expand", 2) * width // head, "n_groups": 1}
+    _check_layers(layers, {*names, "bias", "conv_bias"}, folder)
     given = {names[name]: value for name, value in layers.items() if name in names}
     name = "Mamba" if kind == "Mamba1" else "Mamba2"
     settings = getattr(transformers, f"{name}Config")(**{**common, **given})
     model = getattr(transformers, f"{name}ForCausalLM")(settings)
     return model.to(dtype)
+
+
+def _check_layers(layers: Mapping[str, Any], known: set[str], folder: Path) -> None:
+    """Refuse layers that compute what transformers' do not.
+
+    Raises:
+        CheckpointError: the argument and its value.
+    """
+    for name, value in layers.items():
+        if name in known or name in _NO_MATTER or (name in _FIXED and value == _FIXED[name]):
+            continue
+        expected = f"expected {_FIXED[name]}, as in transformers" if name in _FIXED else "an argument that is not known"
+        raise CheckpointError(
+            f"{folder} has ssm_cfg.{name} = {value!r}: {expected}; load it with mamba_ssm and cut it with "
+            "compressm.compress"
+        )
 
 
 __all__ = ["is_mamba_ssm", "load", "save", "weights_of"]
