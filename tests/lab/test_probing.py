@@ -86,3 +86,9 @@ def test_a_probe_trains_in_the_precision_of_the_configuration(autocast: str) -> 
     bench.train(model, Task(steps=2, seed=0, rate=1.0, states=4))
     assert seen == {torch.bfloat16 if autocast == "bfloat16" else torch.float32}
     assert all(parameter.dtype == torch.float32 for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("share", ["nan", "-1", "0", "2"])
+def test_shares_of_no_training_are_refused_in_one_line(share: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["probe", "forecast", "--share", share]) == 2
+    assert "share of run.steps in (0, 1]" in capsys.readouterr().err

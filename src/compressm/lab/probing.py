@@ -53,6 +53,8 @@ def probe_config(
         ConfigError: unfit data or arguments, a model of the user's that takes no size, or a folder with the probe of
             another configuration.
     """
+    if steps is None and not 0 < share <= 1:
+        raise ConfigError(f"share = {share:g}: a share of run.steps in (0, 1] was expected, for example 0.004")
     own = config.model.build
     if own is not None and not takes(own, "model.build =", "states"):
         raise ConfigError(

@@ -39,6 +39,8 @@ def scale(runs: Iterable[RunResult]) -> Scale:
     metric = metrics[0]
     if better(metric) == "min":
         return Scale(_NAMES[metric], "", lambda score: score, lambda score: -100 * math.log(score))
+    if metric == "fit":  # is measured in percent
+        return Scale(_NAMES[metric], " %", float, float)
     return Scale(_NAMES[metric], " %", lambda score: 100 * score, lambda score: 100 * score)
 
 
