@@ -107,6 +107,27 @@ def test_several_cuts_are_measured_as_each_alone() -> None:
     assert together[1].nats == 0
 
 
+@pytest.mark.parametrize(("layer", "tolerance", "left_out"), [("mamba2", 0.2, "saliency"), ("rg_lru", 0.3, "saliency")])
+def test_every_way_that_is_tried_keeps_the_energy_that_tolerance_promises(
+    layer: str, tolerance: float, left_out: str
+) -> None:
+    net, seen = model(layer, **{**OPTIONS[layer], "d_state": 16}), batches(6)
+    moments = joined(gather_halves(net, seen))
+    torch.manual_seed(0)
+    evidence = evidence_on(net, seen, "classification")
+
+    def planned(rule: RankRule) -> Plan:
+        return plan_reduction(net, rule, moments=moments, loss=evidence, others=True)
+
+    promised = planned(RankRule(tolerance=tolerance))
+    ways = {promised.pick: promised, **promised.others}
+    assert len(ways) > 1
+    assert left_out not in ways
+    for plan in ways.values():
+        for one in plan.report.layers:
+            assert one.energy_kept is None or one.energy_kept >= 1 - tolerance - 1e-9
+
+
 @pytest.mark.parametrize("layer", ["mamba", "delta_net", "lru"])
 def test_layers_that_take_maps_leave_no_choice(layer: str) -> None:
     report = compressm.compress(model(layer, d_state=8), states=4, data=batches(), loss="classification")

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
 
 from compressm.adapters import LayerAdapter, LayerChange
 from compressm.adapters.cuts import PICKS, Pick
@@ -17,7 +17,7 @@ from compressm.errors import UnsupportedModelError
 from compressm.theory.balancing import Reduction
 from compressm.theory.fisher import MaskEstimate
 from compressm.theory.rank_rule import RankRule
-from compressm.theory.ranks import passes_gate
+from compressm.theory.ranks import keeps_promise, passes_gate
 from compressm.theory.recurrence import SelectiveReduction
 
 Layers = Mapping[str, tuple[nn.Module, LayerAdapter]]
@@ -57,14 +57,24 @@ def decide(kept: LayerReport, cuts: MadeCuts, states: int, rule: RankRule, held:
     return Decision(report, proposal.change, proposal.reduction)
 
 
-def repicked(decided: Mapping[str, Decision], cuts: MadeCuts) -> tuple[str, dict[Pick, dict[str, Decision]]]:
+def repicked(
+    decided: Mapping[str, Decision], cuts: MadeCuts, energies: Mapping[str, Tensor], rule: RankRule
+) -> tuple[str, dict[Pick, dict[str, Decision]]]:
     """How the states of selective layers were picked, and the same sizes with states picked by every other criterion.
+
+    Args:
+        decided: by layer name.
+        cuts: of these layers.
+        energies: as for `choose_ranks`, by layer name.
+        rule: a criterion that breaks its promise in some layer is left out. The size was found for the first criterion,
+            and another one may discard more energy at it.
 
     Returns:
         a `Pick`, or ``"mixed"`` if layers differ; and decisions by criterion. Both are empty where no layer leaves a
         choice.
     """
     own: set[Pick] = set()
+    broken: set[Pick] = set()
     others: dict[Pick, dict[str, Decision]] = {by: dict(decided) for by in PICKS}
     for name, one in decided.items():
         for by in PICKS:
@@ -74,10 +84,14 @@ def repicked(decided: Mapping[str, Decision], cuts: MadeCuts) -> tuple[str, dict
             own.add("fisher" if isinstance(one.reduction.estimate, MaskEstimate) else "moments")
             report = replace(one.report, certificate=proposal.certificate, energy_kept=proposal.energy_kept)
             others[by][name] = Decision(report, proposal.change, proposal.reduction)
+            discarded = None if proposal.reduction is None else proposal.reduction.discarded
+            if rule.guarantees_error and discarded is not None and not keeps_promise(discarded, energies[name], rule):
+                broken.add(by)
     if not own:
         return "", {}
     (first, *more) = own
-    return "mixed" if more else first, {by: other for by, other in others.items() if own != {by}}
+    left = {by: other for by, other in others.items() if own != {by} and by not in broken}
+    return "mixed" if more else first, left
 
 
 def _why_kept(present: int, states: int, rule: RankRule) -> str:

@@ -268,7 +268,7 @@ def _planned(
     plan = _of(decided, layers, loss)
     if not others:
         return plan
-    pick, otherwise = repicked(decided, cuts)
+    pick, otherwise = repicked(decided, cuts, energies, rule)
     return replace(plan, pick=pick, others={by: _of(one, layers, loss, by) for by, one in otherwise.items()})
 
 
