@@ -52,6 +52,8 @@ from compressm.theory.selection import Selection
 
 # How often the allowance of a cut is halved if the prediction for the cut as made is above it.
 _HALVINGS = 6
+# What the report of a layer holds about its cut, where the cut is not made after all.
+_NOT_CUT: dict[str, Any] = {"poles_before": (), "poles_after": (), "predicted_loss": None, "matched": None}
 
 
 @dataclass(frozen=True)
@@ -122,9 +124,7 @@ class Plan:
     def withdrawn(self, reason: str) -> Plan:
         """A plan that cuts nothing, with the reason in the reports of the layers that this one would cut."""
         layers = tuple(
-            replace(refused(one, reason), outcome="kept", poles_before=(), poles_after=(), predicted_loss=None)
-            if one.outcome == "cut"
-            else one
+            replace(refused(one, reason), outcome="kept", **_NOT_CUT) if one.outcome == "cut" else one
             for one in self.report.layers
         )
         predicted = None if self.report.predicted_loss is None else 0.0

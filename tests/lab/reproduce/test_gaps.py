@@ -132,14 +132,16 @@ def test_the_overview_says_what_is_stored(tmp_path: Path) -> None:
     gaps = [one.share for one in shares if one.share is not None]
     assert f"In {len(gaps)} of {len(shares)} comparisons" in text
     assert f"{100 * np.median(gaps):.0f} % of that gap" in text
-    by_the_loss = [
-        one.share
-        for one in shares
-        if one.share is not None
-        and one.half_width is not None
-        and read_run(one)["config"]["compression"].get("gramians") == "loss"
-    ]
-    assert f"by the loss {100 * np.median(by_the_loss):.0f} % in the median" in text
+    groups: dict[tuple[Any, ...], dict[bool, list[float]]] = {}
+    for one in shares:
+        if one.share is not None and one.half_width is not None:
+            cut, arm = read_run(one)["config"]["compression"], EXPERIMENTS[one.experiment].arm(one.arm)
+            group = groups.setdefault((one.experiment, arm.small, cut["window"]), {True: [], False: []})
+            group[cut.get("gramians") == "loss"].append(one.share)
+    both = [group for group in groups.values() if all(group.values())]
+    for kind, words in ((True, "by the loss"), (False, "by white noise or second moments")):
+        each = [share for one in both for share in one[kind]]
+        assert f"{words} {100 * np.median(each):.0f} % in the median" in text
     for one in shares:
         assert one.share is not None or f"`{one.experiment}`" in text
     draw_overview(found, tmp_path / "o.svg")

@@ -50,12 +50,13 @@ def sentences(found: Found) -> list[str]:
     if certain:
         loss, without = "by the loss", "by white noise or second moments"
         kinds: dict[str, list[float]] = {loss: [], without: []}
-        for one in certain:
+        for one in _with_and_without(certain, found):
             kinds[loss if by_the_loss(one, found) else without].append(one.share or 0.0)
         each = ", ".join(f"{kind} {_spread(shares)}" for kind, shares in kinds.items() if shares)
+        told = f"where both were run at one size and time, cuts keep {each}; " if each else ""
         made.append(
-            f"Of that, with {FEWEST_SEEDS} seeds or more, cuts keep {each}; the figure has the 95 % intervals, and all "
-            "other comparisons rest on fewer seeds."
+            f"{len(certain)} of these rest on {FEWEST_SEEDS} seeds or more: {told}the figure has the 95 % intervals, "
+            "and all other comparisons rest on fewer seeds."
         )
     if little:
         each = ", ".join(f"{name} ({_percents(some)})" for name, some in _by_experiment(little).items())
@@ -89,6 +90,17 @@ def by_the_loss(share: Recovered, found: Found) -> bool:
     """Whether the loss decided what was cut."""
     experiment, _ = found[share.experiment]
     return experiment.arm(share.arm).changes.get("compression.gramians") == "loss"
+
+
+def _with_and_without(shares: Sequence[Recovered], found: Found) -> list[Recovered]:
+    """Those that differ in the loss alone: arms to one size, cut at one time, of which some are by the loss and some
+    are not. Otherwise early and late cuts without the loss would stand against the best with it."""
+    groups: dict[tuple[str, object, object], list[Recovered]] = {}
+    for one in shares:
+        arm = found[one.experiment][0].arm(one.arm)
+        groups.setdefault((one.experiment, arm.small, arm.changes.get("compression.window")), []).append(one)
+    both = (some for some in groups.values() if len({by_the_loss(one, found) for one in some}) == 2)
+    return [one for some in both for one in some]
 
 
 def _spread(shares: Sequence[float]) -> str:
