@@ -274,9 +274,9 @@ def recall_table(stored: dict[str, Any]) -> str:
         for index, size in enumerate(rows[0]["sizes"]):
             of_seeds = {one: [row["sizes"][index][one] for row in rows] for one in CRITERIA}
             found = {one: [mean(both[at] for both in pairs) for at in (0, 1)] for one, pairs in of_seeds.items()}
-            best = max(both[0] for both in found.values())
+            best = round(max(both[0] for both in found.values()))
             cells = (
-                f"**{at_once:.0f}** / {later:.0f}" if at_once > best - 0.5 else f"{at_once:.0f} / {later:.0f}"
+                f"**{at_once:.0f}** / {later:.0f}" if round(at_once) == best else f"{at_once:.0f} / {later:.0f}"
                 for at_once, later in found.values()
             )
             lines.append(f"| {name} | {size['states']} | {' | '.join(cells)} |")
