@@ -90,7 +90,9 @@ def repicked(
     if not own:
         return "", {}
     (first, *more) = own
-    left = {by: other for by, other in others.items() if own != {by} and by not in broken}
+    left: dict[Pick, dict[str, Decision]] = {
+        by: other for by, other in others.items() if own != {by} and by not in broken
+    }
     return "mixed" if more else first, left
 
 
