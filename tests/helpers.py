@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
@@ -109,6 +110,21 @@ def torchrun(processes: int, script: Path, *arguments: Any, cwd: Path | None = N
     )
     assert result.returncode == 0, result.stderr[-4000:]
     return result.stdout
+
+
+def spawned(processes: int, function: Callable[..., None], *arguments: Any) -> None:
+    """Call a module's function with its rank and arguments in several processes. Assert that none of them fails.
+
+    They leave without the interpreter's own end, see `leave_quickly`.
+    """
+    torch.multiprocessing.spawn(_call_and_leave, (function, *arguments), nprocs=processes)
+
+
+def _call_and_leave(rank: int, function: Callable[..., None], *arguments: Any) -> None:
+    function(rank, *arguments)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 def forkserver() -> ForkServerContext:

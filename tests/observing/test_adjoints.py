@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import pytest
 import torch
-from torch import Tensor, multiprocessing, nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from compressm.adapters import Adapter, find_layers
@@ -27,6 +27,7 @@ from compressm.theory.evidence import Covariances, white_scales
 from compressm.theory.fisher import MaskFisher
 from compressm.theory.gramians import real_gramians
 from compressm.theory.systems import DiagonalSystem
+from helpers import spawned
 
 FAMILIES = ("lru", "s5", "s5_both", "s4d")
 
@@ -418,7 +419,7 @@ def observe_share(rank: int, folder: str) -> None:
 
 @pytest.mark.slow
 def test_processes_sum_what_they_have_seen(tmp_path: Path) -> None:
-    multiprocessing.spawn(observe_share, (str(tmp_path),), nprocs=2)
+    spawned(2, observe_share, str(tmp_path))
     net, (x, y) = model("lru"), inputs(6)
     observer = Observer(net)
     observer.observe_next()

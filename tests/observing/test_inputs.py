@@ -19,6 +19,7 @@ from compressm.observing.inputs import calls
 from compressm.observing.moments import Statistics
 from compressm.observing.over_data import gather
 from compressm.theory.recurrence import Moments
+from helpers import spawned
 
 N, L, C, K, V = 6, 11, 2, 3, 13
 
@@ -275,6 +276,6 @@ def gather_unfit(rank: int, folder: str) -> None:
 
 @pytest.mark.slow
 def test_all_processes_hear_of_one_whose_data_are_unfit(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(gather_unfit, (str(tmp_path),), nprocs=2)
+    spawned(2, gather_unfit, str(tmp_path))
     for rank in range(2):
         assert "batch 1 of data has shape (6, 11, 1)" in (tmp_path / str(rank)).read_text(encoding="utf-8")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import multiprocessing, nn
+from torch import nn
 from torch.nn import functional as F
 
 import compressm
@@ -18,6 +18,7 @@ from compressm.observing.over_data import gather
 from compressm.saving.checkpoint import load_tree, save_tree
 from compressm.theory.recurrence import Signals, moments
 from compressm.training.compressor import Compressor
+from helpers import spawned
 
 
 def model(seed: int = 0, layer: str = "mamba", d_state: int = 16) -> SequenceClassifier:
@@ -200,7 +201,7 @@ def observe_share(rank: int, folder: str) -> None:
 
 @pytest.mark.slow
 def test_processes_sum_their_moments(tmp_path: Path) -> None:
-    multiprocessing.spawn(observe_share, (str(tmp_path),), nprocs=2)
+    spawned(2, observe_share, str(tmp_path))
     whole = gather(model(), batches(2))
     shares = [load_tree(tmp_path / str(rank)) for rank in range(2)]
     for name, value in whole.items():
