@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from criteria import criteria
+from recovery import mamba2, qwen3_next
 from stored import store, stored_rows
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -131,20 +132,12 @@ def rise(output: Any, batch: dict[str, Tensor]) -> Tensor:
 
 def build(title: str, vocabulary: int) -> Any:
     """Two layers of width 64 with 32 states; short convolutions are those of the classes."""
-    from transformers import Mamba2Config, Mamba2ForCausalLM, Qwen3NextConfig, Qwen3NextForCausalLM
-
-    words: dict[str, Any] = {"vocab_size": vocabulary, "pad_token_id": None, "bos_token_id": None, "eos_token_id": None}
     if title == "Mamba-2":
-        sizes: dict[str, Any] = {"hidden_size": 64, "num_heads": 8, "head_dim": 16, "n_groups": 1, "chunk_size": 32}
-        return Mamba2ForCausalLM(Mamba2Config(**words, **sizes, state_size=STATES, num_hidden_layers=2))
-    options: dict[str, Any] = {
-        "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "layer_types": ["linear_attention"] * 2,
-        "linear_key_head_dim": STATES, "linear_value_head_dim": 32, "linear_num_key_heads": 2,
-        "linear_num_value_heads": 4, "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 32,
-        "mlp_only_layers": [0, 1], "num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 8,
-        "shared_expert_intermediate_size": 8, "use_cache": False,  # the class keeps none without attention
-    }  # fmt: skip
-    model = Qwen3NextForCausalLM(Qwen3NextConfig(**words, **options))
+        return mamba2(states=STATES, vocab_size=vocabulary)
+    model = qwen3_next(
+        states=STATES, layers=2, vocab_size=vocabulary, layer_types=["linear_attention"] * 2,
+        use_cache=False,  # the class keeps none without attention
+    )  # fmt: skip
     for name, bias in model.named_parameters():
         if name.endswith("dt_bias"):  # ones in the class, so that all is forgotten at once; as Mamba-2 begins instead
             steps = torch.empty_like(bias).uniform_(math.log(1e-3), math.log(1e-1)).exp()

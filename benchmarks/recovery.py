@@ -78,7 +78,7 @@ def main() -> None:
 FILES = {"train": "wiki.train.shuffled-articles.tokens.xz", "valid": "wiki.valid.tokens.xz"}
 
 
-def mamba2(width: int = 64, states: int = 64, layers: int = 2) -> Any:
+def mamba2(width: int = 64, states: int = 64, layers: int = 2, **changes: Any) -> Any:
     """Eight heads per layer."""
     from transformers import Mamba2Config, Mamba2ForCausalLM
 
@@ -90,10 +90,10 @@ def mamba2(width: int = 64, states: int = 64, layers: int = 2) -> Any:
         "n_groups": 1,
         "chunk_size": 32,
     }
-    return Mamba2ForCausalLM(Mamba2Config(**_TOKENS, **options, num_hidden_layers=layers))
+    return Mamba2ForCausalLM(Mamba2Config(**{**_TOKENS, **options, "num_hidden_layers": layers, **changes}))
 
 
-def qwen3_next(width: int = 64, states: int = 32, layers: int = 3) -> Any:
+def qwen3_next(width: int = 64, states: int = 32, layers: int = 3, **changes: Any) -> Any:
     """Gated DeltaNet layers with one of attention between every two, and dense MLPs: two heads of keys, whose dimension
     is the number of states, four of values."""
     from transformers import Qwen3NextConfig, Qwen3NextForCausalLM
@@ -108,7 +108,7 @@ def qwen3_next(width: int = 64, states: int = 32, layers: int = 3) -> Any:
         "mlp_only_layers": list(range(layers)), "num_experts": 2,
         "num_experts_per_tok": 1, "moe_intermediate_size": 8, "shared_expert_intermediate_size": 8,
     }  # fmt: skip
-    return Qwen3NextForCausalLM(Qwen3NextConfig(**_TOKENS, **options))
+    return Qwen3NextForCausalLM(Qwen3NextConfig(**{**_TOKENS, **options, **changes}))
 
 
 def own(layer: str) -> LanguageModel:

@@ -191,7 +191,7 @@ def test_a_selective_cut_that_is_not_finite_is_refused() -> None:
     broken = replace(balanced, P=balanced.P * torch.inf)
     cuts = SelectiveCuts(layer_values(layer), broken, "gramians", (False, True, False), MambaAdapter().plan)
     made = reduce_selective(balanced, 3, selection="gramians")
-    cuts._made[3] = replace(made, estimate=replace(made.estimate, failures=("the maps are not finite", "more")))
+    cuts._made[3, None] = replace(made, estimate=replace(made.estimate, failures=("the maps are not finite", "more")))
     proposal = cuts.proposal(3, RankRule(states=3))
     assert proposal.change is None
     assert proposal.reason == "the maps are not finite; more"

@@ -272,6 +272,7 @@ class SelectiveAdapter(LayerAdapter):
         """Selections or maps of the states; see `SelectiveCuts`."""
         if not isinstance(balanced, SelectiveBalancing):
             raise InvalidSystemError(_balanced_otherwise(layer, balanced, "SelectiveBalancing"))
+        fisher = fisher if self.leaves_choice(layer) else None
         return SelectiveCuts(
             layer_values(layer), balanced, selection, self.maps(layer), self.planned(layer), fisher, self.gated
         )

@@ -188,8 +188,8 @@ class SelectiveCuts(Cuts):
         selection: see `compressm.theory.selection.reduce_selective`.
         maps: ``folds_into``, ``folds_out`` and ``rotates`` of the layer, see `SelectiveAdapter.maps`.
         plan: of the layer's `SelectiveAdapter`.
-        fisher: Fisher matrix of a mask on the states, per prediction. It picks the states if the layer takes none of
-            the maps, ``selection`` is ``"hankel"``, and the rise of the loss that it predicts is at most
+        fisher: Fisher matrix of a mask on the states, per prediction, of a layer that leaves a choice. It picks the
+            states if ``selection`` is ``"hankel"``, and the rise of the loss that it predicts is at most
             `SECOND_ORDER`. Where C can compensate for removed states, least squares do less damage (measured on S6).
         gated: whether the states are also what the gates of the recurrence read, as in Griffin's block. Second moments
             do not see that the gates lose the removed states, and the mask does. So its Fisher matrix picks the states
@@ -208,10 +208,10 @@ class SelectiveCuts(Cuts):
         gated: bool = False,
     ) -> None:
         self._values, self._balanced, self._maps, self._plan = values, balanced, maps, plan
-        self._fisher = fisher if selection == "hankel" and (gated or not any(maps)) else None
+        self._fisher = fisher if selection == "hankel" else None
         self._gated = gated
         self._selection: Selection = selection
-        self._made: dict[int, SelectiveReduction] = {}
+        self._made: dict[tuple[int, Pick | None], SelectiveReduction] = {}
         best_possible = maps[0] and selection in ("hankel", "least_squares")
         self.discards = None if best_possible else self._discarded
 
@@ -222,11 +222,7 @@ class SelectiveCuts(Cuts):
 
     def picked(self, states: int, by: Pick) -> Proposal | None:
         """The cut by a criterion, whatever the Fisher matrix predicts."""
-        if self._fisher is None:
-            return None
-        if by in _SELECTIONS:
-            return self._proposed(self._by_moments(states, _SELECTIONS[by]))
-        return self._proposed(self._by_fisher(states, self._fisher if by == "fisher" else self._fisher.diagonal()))
+        return None if self._fisher is None else self._proposed(self._reduction(states, by))
 
     def _proposed(self, reduction: SelectiveReduction) -> Proposal:
         estimate = reduction.estimate
@@ -235,20 +231,24 @@ class SelectiveCuts(Cuts):
         change = self._plan(self._values, reduction).in_files()
         return Proposal(reduction.states, change, estimate, energy_kept=estimate.energy_kept, reduction=reduction)
 
-    def _reduction(self, states: int) -> SelectiveReduction:
-        if states not in self._made:
-            self._made[states] = self._reduced(states)
-        return self._made[states]
+    def _reduction(self, states: int, by: Pick | None = None) -> SelectiveReduction:
+        """By a criterion, or by the one that fits this layer."""
+        if (states, by) not in self._made:
+            self._made[states, by] = self._fitting(states) if by is None else self._by(states, by)
+        return self._made[states, by]
 
-    def _reduced(self, states: int) -> SelectiveReduction:
-        if self._fisher is not None:
-            made = self._by_fisher(states, self._fisher)
-            assert isinstance(made.estimate, MaskEstimate)
-            if made.estimate.predicted_damage <= SECOND_ORDER:
-                return made
-        return self._by_moments(states, self._selection)
+    def _fitting(self, states: int) -> SelectiveReduction:
+        if self._fisher is None:
+            return self._by_moments(states, self._selection)
+        made = self._reduction(states, "fisher")
+        assert isinstance(made.estimate, MaskEstimate)
+        return made if made.estimate.predicted_damage <= SECOND_ORDER else self._reduction(states, "moments")
 
-    def _by_fisher(self, states: int, fisher: MaskFisher) -> SelectiveReduction:
+    def _by(self, states: int, by: Pick) -> SelectiveReduction:
+        if by in _SELECTIONS:
+            return self._by_moments(states, _SELECTIONS[by])
+        assert self._fisher is not None
+        fisher = self._fisher if by == "fisher" else self._fisher.diagonal()
         takes_over = "gains" if self._gated else "nobody"
         return reduce_by_fisher(fisher, states, self._balanced.moments, takes_over)
 

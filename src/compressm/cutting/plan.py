@@ -226,20 +226,24 @@ def plan_reduction(
     damages = None
     if loss is not None and (rule.max_loss is not None or rule.total_states is not None):
         damages = damage_curves(layers, balancings, cuts, loss)
-    planned = partial(_planned, model, layers, balancings, cuts, damages, loss, match_steps, others)
-    plan = planned(rule)
-    allowed, within = rule, rule.max_loss
+    decided_by = partial(_decided, model, layers, balancings, cuts, damages, loss, match_steps)
+    decided = decided_by(rule)
+    plan, allowed, within = _of(decided, layers, loss), rule, rule.max_loss
     for _ in range(_HALVINGS):
         if within is None or allowed.max_loss is None or (plan.report.predicted_loss or 0.0) <= within:
             break
         allowed = replace(allowed, max_loss=allowed.max_loss / 2)
-        plan = planned(allowed)
+        decided = decided_by(allowed)
+        plan = _of(decided, layers, loss)
     if within is not None and not (plan.report.predicted_loss or 0.0) <= within:
         plan = plan.withdrawn("the predicted rise of the loss was above max_loss for every cut that was tried")
+    elif others:
+        pick, otherwise = repicked(decided, cuts, {name: one.energy for name, one in balancings.items()}, rule)
+        plan = replace(plan, pick=pick, others={by: _of(one, layers, loss, by) for by, one in otherwise.items()})
     return replace(plan, report=replace(plan.report, seconds=time.perf_counter() - started))
 
 
-def _planned(
+def _decided(
     model: nn.Module,
     layers: Layers,
     balancings: Mapping[str, Balanced],
@@ -247,10 +251,9 @@ def _planned(
     damages: Mapping[str, Tensor] | None,
     loss: LossEvidence | None,
     match_steps: int,
-    others: bool,
     rule: RankRule,
-) -> Plan:
-    """The plan by one rule."""
+) -> dict[str, Decision]:
+    """What one rule decides about every layer."""
     alike = must_be_alike(layers, rule)
     energies = {name: balancing.energy for name, balancing in balancings.items()}
     legal = sizes_for(model, rule)
@@ -265,11 +268,7 @@ def _planned(
     decided = all_or_none(decided, alike)
     if loss is not None and match_steps:
         decided = {name: _matched(one, *layers[name], cuts, loss, match_steps) for name, one in decided.items()}
-    plan = _of(decided, layers, loss)
-    if not others:
-        return plan
-    pick, otherwise = repicked(decided, cuts, energies, rule)
-    return replace(plan, pick=pick, others={by: _of(one, layers, loss, by) for by, one in otherwise.items()})
+    return decided
 
 
 def _of(decided: Mapping[str, Decision], layers: Layers, loss: LossEvidence | None, pick: str = "") -> Plan:

@@ -120,9 +120,7 @@ def _built(config: Mapping[str, Any], tensors: Mapping[str, Tensor], folder: Pat
     if not config.get("rms_norm", True):
         raise CheckpointError(f"{folder} has LayerNorm (rms_norm=false), which transformers' Mamba has not")
     width, dtype = config["d_model"], tensors[_OURS].dtype if _OURS in tensors else torch.float32
-    names = {
-        "d_state": "state_size", "d_conv": "conv_kernel", "expand": "expand", "dt_rank": "time_step_rank",
-    }  # fmt: skip
+    names = {"d_state": "state_size", "d_conv": "conv_kernel", "expand": "expand", "dt_rank": "time_step_rank"}
     common: dict[str, Any] = {
         "vocab_size": tensors[_OURS].shape[0] if _OURS in tensors else config.get("vocab_size", 0),
         "hidden_size": width,
@@ -137,8 +135,12 @@ def _built(config: Mapping[str, Any], tensors: Mapping[str, Tensor], folder: Pat
     }
     if kind == "Mamba2":
         head = layers.get("headdim", 64)
-        names |= {"headdim": "head_dim", "ngroups": "n_groups", "chunk_size": "chunk_size"}
-        names |= {"dt_limit": "time_step_limit"}
+        names |= {
+            "headdim": "head_dim",
+            "ngroups": "n_groups",
+            "chunk_size": "chunk_size",
+            "dt_limit": "time_step_limit",
+        }
         names.pop("dt_rank")
         common |= {"head_dim": head, "num_heads": layers.get("expand", 2) * width // head, "n_groups": 1}
     _check_layers(layers, {*names, "bias", "conv_bias"}, folder)
