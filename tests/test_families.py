@@ -56,6 +56,7 @@ FAMILIES = {
     "hyena": Family("Hyena, distilled", {"d_state": 0, "max_length": 128}, f"{HANKEL}, then {EXACT}"),
     "mamba": Family("Mamba (S6)", {}, SELECTED),
     "mamba2": Family("Mamba-2 (SSD)", {"head_dim": 8}, "states selected"),
+    "mamba3": Family("Mamba-3", {"head_dim": 8}, "pairs of states selected, the same in all heads"),
     "linear-attention": Family("linear attention", {"n_heads": 2}, PER_HEAD),
     "retnet": Family("RetNet (fixed decay)", {"n_heads": 2}, PER_HEAD),
     "gated": Family("linear attention, gated decay", {"n_heads": 2}, PER_HEAD),

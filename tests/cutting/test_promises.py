@@ -16,15 +16,17 @@ from torch.nn import functional as F
 
 import compressm
 from compressm.adapters import SelectiveAdapter, find_layers
+from compressm.adapters.mamba3 import units_of
 from compressm.cutting import plan_reduction, state_dims
 from compressm.cutting.spectrum import balance_layers
-from compressm.layers import LanguageModel, Mamba, Mamba2
+from compressm.layers import LanguageModel, Mamba, Mamba2, Mamba3
 from compressm.observing.over_data import gather
 from compressm.theory.balancing import Balancing, truncate
 from compressm.theory.rank_rule import RankRule
 from compressm.theory.ranks import choose_ranks
 from compressm.theory.recurrence import balance_selective, moments
 from compressm.theory.selection import reduce_selective
+from compressm.theory.units import select_units
 from compressm.training.compressor import Compressor
 from helpers import random_signals
 from test_families import FAMILIES, WIDTH, build
@@ -68,6 +70,13 @@ def one_state_fewer(layer: nn.Module, adapter: Any, balancing: Any, states: int)
     if isinstance(balancing, Balancing):
         reduction = truncate(balancing, states - 1, exceed=True)
         return reduction.discarded / balancing.energy.sum(-1) if reduction.system.n < states else None
+    if isinstance(layer, Mamba3):
+        units = units_of(layer.sizes)
+        if states <= units.least:
+            return None
+        discarded = select_units(balancing, units, states - units.least).discarded
+        assert discarded is not None
+        return discarded / balancing.hsv.sum(-1)
     into, out, rotates = adapter.maps(layer)
     discarded = reduce_selective(balancing, states - 1, into, out, rotates=rotates).discarded
     assert discarded is not None
@@ -106,8 +115,9 @@ def hold_to_the_promise(model: nn.Module, data: list[Any], tolerance: float) -> 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_every_made_cut_keeps_what_was_promised_and_one_state_fewer_would_not(name: str, tolerance: float) -> None:
     layer, u = build(name, torch.float32)
+    tolerance *= 3 if name == "mamba3" else 1  # its states go by fours
     cut = hold_to_the_promise(layer, [u], tolerance)
-    assert cut == 1 or tolerance < 0.1
+    assert cut == 1 or tolerance < (0.3 if name == "mamba3" else 0.1)
 
 
 @pytest.mark.parametrize("family", ["Mamba", "Mamba2", "Jamba"])

@@ -78,6 +78,7 @@ def classifier(name: str) -> nn.Module:
         "s4": {"max_length": 128},
         "hyena": {"max_length": 128},  # with states: as it is after `distil`
         "mamba2": {"head_dim": 8},
+        "mamba3": {"head_dim": 8},
         "linear-attention": {"decay": "none", "n_heads": 2},
         "retnet": {"decay": "fixed", "n_heads": 2},
         "gated": {"decay": "gated", "n_heads": 2},

@@ -135,8 +135,8 @@ def test_compression_section_is_the_compressors_arguments() -> None:
             "model.head_dim: must divide expand * d_model = 18 into",
         ),
         (
-            ["model.layer=mamba3"],
-            "model.layer = 'mamba3': must be 'lru', 's5', 's4d', 'mamba', 'mamba2'",
+            ["model.layer=mamba9"],
+            "model.layer = 'mamba9': must be 'lru', 's5', 's4d', 'mamba', 'mamba2', 'mamba3'",
         ),
         (["model=5"], "model = 5: must be a section with the keys d_model, d_state"),
         (["compression.states=4"], "compression: needs exactly one of tolerance, states, fraction"),

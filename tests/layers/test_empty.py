@@ -16,6 +16,7 @@ from layer_cases import LAYERS, WIDTH
 SIZES = [(0, 5), (3, 0), (0, 0)]
 OPTIONS: dict[str, dict[str, Any]] = {
     "mamba2": {"head_dim": 3},
+    "mamba3": {"head_dim": 3},
     "linear_attention": {"n_heads": 2},
     "gated_linear_attention": {"n_heads": 2},
     "delta_net": {"n_heads": 2},

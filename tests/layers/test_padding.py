@@ -15,6 +15,7 @@ from compressm.layers.padding import ends, reverse
 LENGTHS = [9, 14, 1, 5]
 OPTIONS: dict[str, dict[str, Any]] = {
     "mamba2": {"head_dim": 4},
+    "mamba3": {"head_dim": 4},
     "linear_attention": {"n_heads": 2},
     "gated_linear_attention": {"n_heads": 2},
     "delta_net": {"n_heads": 2},

@@ -16,6 +16,7 @@ from compressm.adapters.linear_attention import DeltaNetAdapter, GatedLinearAtte
 from compressm.adapters.lru import LRUAdapter
 from compressm.adapters.mamba import MambaAdapter, projection_change
 from compressm.adapters.mamba2 import Mamba2Adapter
+from compressm.adapters.mamba3 import Mamba3Adapter, MambaSSM3Adapter
 from compressm.adapters.mamba_ssm import MambaSSM2Adapter, MambaSSMAdapter
 from compressm.adapters.registry import find_layers, layers_that_need_data, register
 from compressm.adapters.rg_lru import RecurrentBlockAdapter, RecurrentGemmaAdapter
@@ -27,6 +28,7 @@ register(S5Adapter())
 register(S4DAdapter())
 register(MambaAdapter())
 register(Mamba2Adapter())
+register(Mamba3Adapter())
 register(LinearAttentionAdapter())
 register(GatedLinearAttentionAdapter())
 register(DeltaNetAdapter())
@@ -65,6 +67,7 @@ register(
 )
 register(MambaSSMAdapter("mamba_ssm.modules.mamba_simple.Mamba"))
 register(MambaSSM2Adapter("mamba_ssm.modules.mamba2.Mamba2"))
+register(MambaSSM3Adapter("mamba_ssm.modules.mamba3.Mamba3"))
 
 __all__ = [
     "Adapter",
@@ -84,8 +87,10 @@ __all__ = [
     "LayerChange",
     "LinearAttentionAdapter",
     "Mamba2Adapter",
+    "Mamba3Adapter",
     "MambaAdapter",
     "MambaSSM2Adapter",
+    "MambaSSM3Adapter",
     "MambaSSMAdapter",
     "ParameterChange",
     "Proposal",

@@ -178,6 +178,7 @@ class SelectiveAdapter(LayerAdapter):
         keys_convolved: whether B and C (keys and queries) pass through the layer's convolutions, so that a cut removes
             channels of these. False if the convolutions stand before the projections.
         keeps_last: whether the window of the layer's convolution, as it is carried, includes the present input.
+        sorts: whether states can stand in any order in the layer, so that `sort_states` can sort them.
         state_axis: the axis of the state dimension in the state that a cache of transformers keeps.
         state_dtype: of the state that the layer carries; None for that of its activations.
     """
@@ -191,6 +192,7 @@ class SelectiveAdapter(LayerAdapter):
     entrance: str | None = None
     keys_convolved: bool = True
     keeps_last: bool = False
+    sorts: bool = True
     state_axis: int = -1
     state_dtype: torch.dtype | None = None
 

@@ -17,7 +17,7 @@ from compressm.layers.activations import causal_conv
 from compressm.theory.recurrence import SelectiveReduction, Signals, first_states
 
 
-class _SSMConfig:
+class SSMConfig:
     """Configs that hold the state dimension in a dict of options for the layers, ``ssm_cfg``."""
 
     def has_field(self, config: Any) -> bool:
@@ -30,7 +30,7 @@ class _SSMConfig:
         config.ssm_cfg["d_state"] = states
 
 
-class MambaSSMAdapter(_SSMConfig, HFMambaAdapter):
+class MambaSSMAdapter(SSMConfig, HFMambaAdapter):
     """``mamba_ssm.modules.mamba_simple.Mamba``."""
 
     def signals(self, layer: nn.Module, hidden: Tensor) -> Signals:
@@ -46,7 +46,7 @@ class MambaSSMAdapter(_SSMConfig, HFMambaAdapter):
         return _named(super().plan(values, reduction), reduction.states, "x_proj.")
 
 
-class MambaSSM2Adapter(_SSMConfig, HFMamba2Adapter):
+class MambaSSM2Adapter(SSMConfig, HFMamba2Adapter):
     """``mamba_ssm.modules.mamba2.Mamba2``, also where ``d_ssm`` leaves some channels to a gated MLP."""
 
     def signals(self, layer: nn.Module, hidden: Tensor) -> Signals:

@@ -256,6 +256,11 @@ def sort_states(model: nn.Module, data: Any, *, selection: Selection = "hankel")
             f"{linear[0]} ({type(every[linear[0]][0]).__name__}) is a linear layer, whose states need no sorting: "
             "compressm.compress cuts it to any size without data"
         )
+    if fixed := [name for name in layers if not layers[name][1].sorts]:
+        raise UnsupportedModelError(
+            f"{fixed[0]} ({type(layers[fixed[0]][0]).__name__}) has states in pairs at fixed places, which cannot be "
+            "sorted: compressm.compress cuts it"
+        )
     found = in_coordinates(model, data, partial(order_states, selection=selection))
     orders = {name: _ordered(*both, layers[name][1]) for name, both in found.items()}
     return StateOrder(selection, orders)

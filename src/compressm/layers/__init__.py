@@ -6,6 +6,7 @@ from compressm.layers.linear_attention import DeltaNet, GatedLinearAttention, Li
 from compressm.layers.lru import LRU
 from compressm.layers.mamba import Mamba
 from compressm.layers.mamba2 import Mamba2
+from compressm.layers.mamba3 import Mamba3
 from compressm.layers.models import (
     GLUBlock,
     LanguageModel,
@@ -35,6 +36,7 @@ __all__ = [
     "LongConvolution",
     "Mamba",
     "Mamba2",
+    "Mamba3",
     "RecurrentBlock",
     "ResidualBlock",
     "SequenceClassifier",

@@ -14,6 +14,7 @@ from compressm.layers.linear_attention import DeltaNet, GatedLinearAttention, Li
 from compressm.layers.lru import LRU
 from compressm.layers.mamba import Mamba
 from compressm.layers.mamba2 import Mamba2
+from compressm.layers.mamba3 import Mamba3
 from compressm.layers.narrow import batch_norm, gated_residual
 from compressm.layers.padding import ends
 from compressm.layers.rg_lru import RecurrentBlock
@@ -26,6 +27,7 @@ TIME_INVARIANT: dict[str, Callable[..., Any]] = {"lru": LRU, "s5": S5, "s4": S4,
 GATED: dict[str, Callable[..., Any]] = {
     "mamba": Mamba,
     "mamba2": Mamba2,
+    "mamba3": Mamba3,
     "linear_attention": LinearAttention,
     "gated_linear_attention": GatedLinearAttention,
     "delta_net": DeltaNet,

@@ -11,6 +11,7 @@ from compressm.layers.linear_attention import DeltaNet, GatedLinearAttention, Li
 from compressm.layers.lru import LRU
 from compressm.layers.mamba import Mamba
 from compressm.layers.mamba2 import Mamba2
+from compressm.layers.mamba3 import Mamba3
 from compressm.layers.rg_lru import RecurrentBlock
 from compressm.layers.s4 import S4
 from compressm.layers.s4d import S4D
@@ -26,6 +27,7 @@ FAMILIES: dict[str, Callable[..., Any]] = {
     "hyena": Hyena,
     "mamba": Mamba,
     "mamba2": Mamba2,
+    "mamba3": Mamba3,
     "linear-attention": partial(LinearAttention, decay="none"),
     "retnet": partial(LinearAttention, decay="fixed"),
     "gated": partial(LinearAttention, decay="gated"),

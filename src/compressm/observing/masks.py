@@ -9,13 +9,15 @@ layer's own code.
 
 M is inserted where a cut changes a layer: at the output vectors ``C_t`` of S6 and SSD and at the queries of linear
 attention; for the delta rule at keys and queries, which are then scaled to norm 1 again. The states of Griffin's block
-are the channels that reach its gates and its recurrence; there only the diagonal of M has a meaning.
+are the channels that reach its gates and its recurrence; there only the diagonal of M has a meaning. In Mamba-3 one M
+acts on the queries of all heads before they are rotated; of its diagonal the sums over pairs of states have a meaning.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -24,7 +26,7 @@ from torch.nn import functional as F
 
 from compressm.adapters import LayerAdapter
 from compressm.adapters.rebind import called_function, global_names, not_fused, rebound_forward
-from compressm.layers import DeltaNet, Mamba, Mamba2, RecurrentBlock
+from compressm.layers import DeltaNet, Mamba, Mamba2, Mamba3, RecurrentBlock
 from compressm.layers.linear_attention import MatrixStateLayer
 from compressm.layers.packing import starts_of
 
@@ -64,6 +66,8 @@ def masked_forward(layer: nn.Module, mask: Tensor) -> Forward | None:
     channels = M.diagonal(dim1=-2, dim2=-1).flatten(1)[:, None]
     if isinstance(layer, MatrixStateLayer):
         return lambda u, seq_idx=None: _masked_matrix_state(layer, M, u, seq_idx)
+    if isinstance(layer, Mamba3):
+        return lambda v, seq_idx=None: _masked_rotating(layer, M, v, seq_idx)
     if isinstance(layer, RecurrentBlock):
         return rebound_forward(layer, {"short_conv": _times(called_function(layer, "short_conv"), channels)})
     if hasattr(layer, "rg_lru"):  # RecurrentGemma's
@@ -82,6 +86,8 @@ def groups_of(layer: nn.Module) -> int:
         return int(module.rg_lru.input_gate_weight.shape[0])
     if isinstance(layer, MatrixStateLayer):
         return layer.n_heads
+    if isinstance(layer, Mamba3):
+        return 1  # all heads keep the same states
     if hasattr(module, "x_proj_weight"):  # Zamba's
         return int(module.n_mamba_heads)
     return int(getattr(module, "num_k_heads", getattr(module, "n_groups", 1)))
@@ -171,6 +177,13 @@ def _masked_matrix_state(layer: MatrixStateLayer, M: Tensor, u: Tensor, seq_idx:
     if isinstance(layer, DeltaNet):
         k, q = F.normalize(_mapped(k, M.mT), dim=-1), F.normalize(q, dim=-1)
     return layer.read_out(layer.scan(*terms, k, q, starts=starts), u)
+
+
+def _masked_rotating(layer: Mamba3, M: Tensor, v: Tensor, seq_idx: Tensor | None) -> Tensor:
+    """Mamba-3 with ``M^T q``, the same M in all heads, before queries are rotated."""
+    t = layer.terms(v)
+    queries = torch.einsum("blhri,bij->blhrj", t.queries, M[:, 0].to(t.queries.dtype))
+    return layer.run(replace(t, queries=queries), starts_of(seq_idx))
 
 
 def _times(function: Forward, factor: Tensor) -> Forward:

@@ -137,9 +137,7 @@ def select_by_fisher(fisher: MaskFisher, states: int, gains: bool = False) -> Ma
     if states < 1:
         raise InvalidRankRuleError(f"states must be at least 1; got {states}")
     F = fisher.shrunk()
-    gone = _exchanged(F, _removed(F, groups, n, min(states, n)), n)
-    stays = torch.ones(groups * n, dtype=torch.bool)
-    stays[gone] = False
+    stays = least_costly(F, groups, n, min(states, n))
     kept = stays.view(groups, n).nonzero()[:, 1].view(groups, -1)
     factors = _gains(F, stays) if gains else torch.ones(int(stays.sum()), dtype=torch.float64)
     change = -torch.ones(groups * n, dtype=torch.float64)
@@ -196,6 +194,14 @@ def reduce_by_fisher(
     return replace(reduction, estimate=MaskEstimate(**vars(reduction.estimate), **added))
 
 
+def least_costly(F: Tensor, groups: int, n: int, states: int) -> Tensor:
+    """Which of n states stay in each group, such that ``sum_ij F_ij`` over the removed ones is small: greedy removal,
+    then exchanges. Bool, shape ``(groups * n,)``, from a symmetric F, float64, of that size twice."""
+    stays = torch.ones(groups * n, dtype=torch.bool)
+    stays[_exchanged(F, _removed(F, groups, n, states), n)] = False
+    return stays
+
+
 def _removed(F: Tensor, groups: int, n: int, states: int) -> list[int]:
     """The removed states in their order: in every round each group loses the state whose removal costs least then."""
     gone, cost = list[int](), F.diagonal().clone()
@@ -241,4 +247,4 @@ def _gains(F: Tensor, stays: Tensor) -> Tensor:
     return 1 + torch.linalg.solve(inner + ridge * torch.eye(len(inner), dtype=F.dtype), pulled)
 
 
-__all__ = ["MaskEstimate", "MaskFisher", "MaskSelection", "reduce_by_fisher", "select_by_fisher"]
+__all__ = ["MaskEstimate", "MaskFisher", "MaskSelection", "least_costly", "reduce_by_fisher", "select_by_fisher"]

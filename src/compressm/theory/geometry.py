@@ -7,10 +7,10 @@ from typing import Literal
 
 import torch
 
-# Recurrences as kernels distinguish them: S6 (Mamba), SSD (Mamba-2, linear attention with one decay per head), the
-# delta rule, a decay per key (gated linear attention), the delta rule with a decay per key (KDA), channels that are
-# states (RG-LRU), and linear time-invariant systems.
-Kind = Literal["s6", "ssd", "delta", "gla", "kda", "channels", "lti"]
+# Recurrences as kernels distinguish them: S6 (Mamba), SSD (Mamba-2, linear attention with one decay per head), SSD with
+# rotations (Mamba-3), the delta rule, a decay per key (gated linear attention), the delta rule with a decay per key
+# (KDA), channels that are states (RG-LRU), and linear time-invariant systems.
+Kind = Literal["s6", "ssd", "rotated", "delta", "gla", "kda", "channels", "lti"]
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,8 @@ class Geometry:
         channels: numbers of the recurrence's state per state: the state holds ``channels * states`` numbers.
         groups: how many vectors B (key heads) there are per token.
         heads: how many heads (value heads) the recurrence has; ``channels`` where every channel decays by itself.
-        convolved: channels of the short convolutions before the recurrence.
+        convolved: channels of the short convolutions before the recurrence. Of Mamba-3, which has none: the numbers
+            that it keeps beside its state, one for every channel and the rest in proportion to the states.
         keys_convolved: whether B and C (keys and queries) are among these channels. False if the convolutions read the
             layer's input. In S6, whose convolution reads x alone, it has no meaning.
         window: inputs that these convolutions keep of every channel.
@@ -56,6 +57,8 @@ class Geometry:
         convolved = self.convolved
         if self.kind == "channels":
             convolved = convolved * states // self.states
+        elif self.kind == "rotated":
+            convolved = self.channels + (convolved - self.channels) * states // self.states
         elif convolved and self.keys_convolved and self.kind != "s6":
             convolved += 2 * self.groups * (states - self.states)
         return replace(self, states=states, convolved=convolved)

@@ -58,6 +58,10 @@ class Signals:
         state: the initial state, shape ``(batch, d, n)``; None for zero.
         removed: a cut removes states, and nothing compensates for them: C must be known at every time. `moments` then
             also sums the products of single states' contributions; see `removal_costs`.
+        substeps: how many steps of the recurrence stand for one token, where a token stores or reads several times.
+            All lengths are then those of the substeps. A substep that reads nothing has a C and a gain of zero.
+        squares: squares of the entries of B and C after division by their root mean square and before any weights, for
+            layers whose norm of them a cut changes, shape ``(batch, tokens, 2, n)``. None for others.
     """
 
     x: Tensor
@@ -69,6 +73,8 @@ class Signals:
     erase: Tensor | None = None
     state: Tensor | None = None
     removed: bool = False
+    substeps: int = 1
+    squares: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -85,6 +91,7 @@ class Moments(Sums):
         reads, erasures: sums of ``gain^2 (C * h)(C * h)^T`` and ``erase^2 (B * h)(B * h)^T``, with products entry by
             entry, over tokens and the channels of a group, shape ``(groups, n, n)``. None unless `Signals.removed`.
         stored: sum of ``(x - erase B . h)^2``, what the delta rule really stores, shape ``(groups,)``; likewise.
+        squares: sum of `Signals.squares` over tokens, shape ``(2, n)``; None without them.
 
     All are float64 on the CPU.
     """
@@ -99,6 +106,7 @@ class Moments(Sums):
     reads: Tensor | None = None
     erasures: Tensor | None = None
     stored: Tensor | None = None
+    squares: Tensor | None = None
 
 
 class _LongSum:
@@ -134,8 +142,10 @@ def moments(signals: Signals, present: Tensor | None = None, *, padding_enters: 
     x, step, B, C = (value.float() for value in (signals.x, signals.step, signals.B, signals.C))
     (batch, length, d), (groups, n) = x.shape, B.shape[2:]
     rates = signals.rates.float().expand(d, n).reshape(groups, -1, n)
-    present = torch.ones_like(x[..., 0]) if present is None else present.to(x)
+    present = x.new_ones(batch, length // signals.substeps) if present is None else present.to(x)
     tokens = float(present.sum())
+    squares = None if signals.squares is None else torch.einsum("bl,blvn->vn", present, signals.squares.float())
+    present = present.repeat_interleave(signals.substeps, 1)
     x = (x if padding_enters else x * present[..., None]).reshape(batch, length, groups, -1, 1)
     keys, B = B, B * present[..., None, None]
     C = C if C.ndim == 3 else C * present[..., None, None]
@@ -172,7 +182,8 @@ def moments(signals: Signals, present: Tensor | None = None, *, padding_enters: 
         W = W + V * (_trace(W) / _trace(V).clamp_min(1e-300))
     weight = tokens if signals.C.ndim == 3 else 1.0
     sums = (P.total(), weight * W, V, B.sum(0), weight * C.sum(0), tokens * rates.mean(1).to("cpu", torch.float64))
-    found = Moments(torch.tensor(tokens, dtype=torch.float64), *sums)
+    squares = None if squares is None else squares.to("cpu", torch.float64)
+    found = Moments(torch.tensor(tokens, dtype=torch.float64), *sums, squares=squares)
     if not signals.removed:
         return found
     return replace(found, reads=reads.total(), erasures=erasures.total(), stored=stored)

@@ -97,9 +97,14 @@ def is_score(selection: Selection) -> bool:
     return selection in _SCORES
 
 
+def scores(balancing: SelectiveBalancing, selection: Selection) -> Tensor:
+    """The scores of all states, shape ``(groups, n)``, for the selections that have one."""
+    return _SCORES[selection](balancing)
+
+
 def by_score(balancing: SelectiveBalancing, selection: Selection, group: int) -> Tensor:
     """The states of a group by a score, the best first, for the selections that have one."""
-    return torch.argsort(-_SCORES[selection](balancing)[group], stable=True)
+    return torch.argsort(-scores(balancing, selection)[group], stable=True)
 
 
 def removal_power(balancing: SelectiveBalancing, selection: Selection, group: int, costs: Tensor | None) -> Tensor:

@@ -73,6 +73,10 @@ def _ggml_delta(geometry: Geometry, states: int) -> bool:
     return states == geometry.head_dim and states in (16, 32, 64, 128)
 
 
+def _power_of_two(geometry: Geometry, states: int) -> bool:
+    return states in (16, 32, 64, 128, 256) and geometry.head_dim in (16, 32, 64, 128, 256)
+
+
 _DELTA: tuple[Kind, ...] = ("delta", "kda")
 _EVERY: tuple[Kind, ...] = ("s6", "ssd", "delta", "gla", "kda", "channels")
 _MAMBA = "state-spaces/mamba@e9594ce"
@@ -87,6 +91,11 @@ TABLE: tuple[Row, ...] = (
     Row(
         "mamba_ssm", ("ssd",), _eight_channels, "the fused path: (d_inner + 2·groups·N) % 8 = 0",
         f"{_MAMBA}: mamba_ssm/ops/triton/ssd_combined.py, ensure_stride", "2026-07-23",
+    ),
+    Row(
+        "mamba_ssm", ("rotated",), _power_of_two, "N and the head dimension powers of two from 16 to 256",
+        f"{_MAMBA}: mamba_ssm/ops/triton/mamba3/mamba3_siso_combined.py, tests/ops/tilelang/test_mamba3_mimo.py",
+        "2026-07-23",
     ),
     Row(
         "vllm", ("s6",), _at_most_256, "N ≤ 256",

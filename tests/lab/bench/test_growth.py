@@ -20,6 +20,8 @@ from compressm.scans import native
 STORED = json.loads(Path(__file__).with_name("counts.json").read_text(encoding="utf-8"))
 # S4 computes its kernel in stages, whose number grows with the logarithm of the length.
 LOOPING = {"s4"}
+# One head at the base width, two at the wider one: gradients of what heads share are then sums.
+SUMS = {"mamba3": 3}
 ROOM = 1.05  # for other machines, whose vectors, and what is padded to them, are shorter or longer
 
 
@@ -34,7 +36,9 @@ def test_counts_stay_at_or_below_the_stored_ones(family: str) -> None:
     base = found["base"]
     for size in ("longer", "more sequences", "wider"):
         assert found[size]["kernels"] == base["kernels"], size
-        assert found[size]["operations"] == base["operations"] or (family in LOOPING and size == "longer"), size
+        more = SUMS.get(family, 0) if size == "wider" else 0
+        equal = found[size]["operations"] == base["operations"] + more
+        assert equal or (family in LOOPING and size == "longer"), size
     # Four times the length keeps about four times the bytes, not sixteen: no matrix of length x length. Likewise for
     # four times the sequences, and twice the width.
     for size, times in (("longer", 4), ("more sequences", 4), ("wider", 2)):

@@ -14,6 +14,7 @@ Layer = Literal[
     "s4d",
     "mamba",
     "mamba2",
+    "mamba3",
     "linear_attention",
     "gated_linear_attention",
     "delta_net",
@@ -27,6 +28,7 @@ _LAYER_OPTIONS = {
     "s4d": ("dt_min", "dt_max", "init"),
     "mamba": ("expand", "d_conv", "dt_rank"),
     "mamba2": ("expand", "d_conv", "head_dim", "n_groups"),
+    "mamba3": ("expand", "head_dim", "n_groups", "rope_fraction", "mimo_rank"),
     "linear_attention": ("expand", "n_heads", "d_conv", "decay"),
     "gated_linear_attention": ("expand", "n_heads", "d_conv", "gate_rank"),
     "delta_net": ("expand", "n_heads", "d_conv", "gated"),
@@ -42,7 +44,8 @@ class ModelConfig(Section):
 
     ``r_min``, ``r_max`` and ``max_phase`` are options of ``layer: lru``; ``dt_min`` and ``dt_max`` of ``s5`` and
     ``s4d``, ``bidirectional`` of ``s5``, ``init`` of ``s4d``; ``expand`` and ``d_conv`` of ``mamba`` and ``mamba2``,
-    ``dt_rank`` of ``mamba``, ``head_dim`` and ``n_groups`` of ``mamba2``; ``n_heads``, ``expand`` and ``d_conv`` of the
+    ``dt_rank`` of ``mamba``, ``head_dim`` and ``n_groups`` of ``mamba2`` and ``mamba3``, ``expand``, ``rope_fraction``
+    and ``mimo_rank`` of ``mamba3``; ``n_heads``, ``expand`` and ``d_conv`` of the
     layers with a matrix-valued state, ``decay`` of ``linear_attention``, ``gate_rank`` of ``gated_linear_attention``,
     ``gated`` of ``delta_net``, ``n_blocks`` and ``d_conv`` of ``rg_lru``. ``d_conv`` is the number of taps of the short
     convolution: 4 by default, and in layers with a matrix-valued state 0, for none.
@@ -66,6 +69,8 @@ class ModelConfig(Section):
     dt_rank: int | None = Field(None, ge=1)
     head_dim: int | None = Field(None, ge=1)
     n_groups: int | None = Field(None, ge=1)
+    rope_fraction: float | None = Field(None, ge=0.5, le=1)
+    mimo_rank: int | None = Field(None, ge=1)
     n_heads: int | None = Field(None, ge=1)
     decay: Literal["none", "fixed", "gated"] | None = None
     gate_rank: int | None = Field(None, ge=1)
@@ -109,7 +114,15 @@ class ModelConfig(Section):
             raise ValueError(
                 f"model.d_conv|must be at least 1 tap in layer {self.layer}; leave it out for the default, 4"
             )
-        if self.layer == "mamba2":
+        if self.layer == "mamba3":
+            if self.rope_fraction not in (None, 0.5, 1.0):
+                raise ValueError(f"model.rope_fraction|must be 0.5 or 1; it is {self.rope_fraction}")
+            if odd := [n for n in dims if n % round(2 / (self.rope_fraction or 0.5))]:
+                raise ValueError(
+                    f"model.d_state|must be a multiple of {round(2 / (self.rope_fraction or 0.5))} in layer mamba3, "
+                    f"whose states turn in pairs; it is {odd[0]}"
+                )
+        if self.layer in ("mamba2", "mamba3"):
             d_inner, head_dim = (self.expand or 2) * self.d_model, self.head_dim or 64
             if d_inner % head_dim or (d_inner // head_dim) % (self.n_groups or 1):
                 raise ValueError(
