@@ -39,6 +39,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "s4d": {"d_state": 32},
     "mamba": {"d_state": 32},
     "mamba2": {"d_state": 32, "head_dim": 8},
+    "mamba3": {"d_state": 64, "head_dim": 8},
     "linear_attention": {"d_state": 32, "n_heads": 2},
     "gated_linear_attention": {"d_state": 32, "n_heads": 2},
     "delta_net": {"d_state": 32, "n_heads": 2, "gated": True},

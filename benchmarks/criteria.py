@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from compressm.adapters import LayerChange, SelectiveAdapter, find_layers
 from compressm.adapters.changes import layer_values
+from compressm.adapters.cuts import Pick
 from compressm.cutting import plan_reduction
 from compressm.cutting.picking import best_picked
 from compressm.observing.loss_evidence import Loss, LossEvidence
@@ -48,11 +49,15 @@ def criteria(
     selections: Any = SELECTIVE if moments else LINEAR
     for selection in selections:
         yield selection, plan_reduction(model, rule, moments=moments, selection=selection).changes, None
-    if moments:
+    in_pairs = any(not adapter.sorts for _, adapter in selective(model))  # no criterion of others' knows of pairs
+    if in_pairs:
+        yield "saliency", by_pick(model, moments, evidence.fishers, states, "saliency"), None
+        yield "fisher", by_pick(model, moments, evidence.fishers, states, "fisher"), None
+    elif moments:
         diagonals = {name: fisher.diagonal() for name, fisher in evidence.fishers.items()}
         yield "saliency", by_fisher(model, moments, diagonals, states), None
         yield "rrqr", planned(model, lambda name: by_keys(moments[name], states)), None
-    if any(not any(adapter.maps(layer)) for layer, adapter in selective(model)):
+    if not in_pairs and any(not any(adapter.maps(layer)) for layer, adapter in selective(model)):
         yield "fisher", by_fisher(model, moments, evidence.fishers, states), None
     plan = best_picked(model, plan_reduction(model, rule, moments=moments, loss=evidence, others=True), data, loss)
     yield "loss", plan.changes, plan.report.predicted_loss
@@ -79,6 +84,20 @@ def by_fisher(
     """The states that the Fisher matrices of masks pick; by their diagonals, those with the largest mean square
     gradients."""
     return planned(model, lambda name: reduce_by_fisher(fishers[name], states, moments[name]))
+
+
+def by_pick(
+    model: nn.Module, moments: Mapping[str, Moments], fishers: Mapping[str, MaskFisher], states: int, by: Pick
+) -> dict[str, LayerChange]:
+    """As `by_fisher`, for layers whose states stay or go in pairs."""
+    changes: dict[str, LayerChange] = {}
+    for name, (layer, adapter) in find_layers(model).items():
+        cuts = adapter.cuts(layer, adapter.balance(layer, moments[name]), fisher=fishers[name])
+        proposal = cuts.picked(states, by)
+        assert proposal is not None
+        assert proposal.change is not None
+        changes[name] = proposal.change
+    return changes
 
 
 def by_keys(moments: Moments, states: int) -> SelectiveReduction:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -20,10 +21,12 @@ from compressm.cutting.serving import Memory
 from compressm.errors import UnsupportedModelError
 from compressm.layers import LanguageModel, Mamba3
 from compressm.layers.mamba3 import rotated, trapezoidal_scan
+from compressm.observing.damage import selective_changes
+from compressm.observing.masks import mask_gradients, masked_forward
 from compressm.observing.over_data import gather
 from compressm.theory.fisher import MaskFisher
 from compressm.theory.rank_rule import RankRule
-from compressm.theory.recurrence import balance_selective, moments
+from compressm.theory.recurrence import balance_selective, first_states, moments
 from compressm.theory.units import Units, select_units, select_units_by_fisher
 
 ADAPTER = Mamba3Adapter()
@@ -185,9 +188,9 @@ def test_units_are_chosen_such_that_no_exchange_is_better(
 def test_the_masks_gradients_are_those_of_the_layer_without_pairs(case: str) -> None:
     """The derivative along a pair's mask, numerically, and the damage that the Fisher matrix predicts."""
     layer, u = build(CASES[case]), hidden(batch=2, length=12)
-    forward: Any = compressm_mask(layer)
+    forward: Any = masked_forward
     weights = torch.randn(2, 12, 6, dtype=torch.float64)
-    gradient = compressm.observing.masks.mask_gradients(layer, ADAPTER, (u,), {}, weights)
+    gradient = mask_gradients(layer, ADAPTER, (u,), {}, weights)
     assert gradient.shape == (2, 1, 12, 12)
     for pair in units_of(layer.sizes).members.flatten(0, 1).tolist():
         step = torch.zeros(2, 1, 12, dtype=torch.float64)
@@ -196,11 +199,6 @@ def test_the_masks_gradients_are_those_of_the_layer_without_pairs(case: str) -> 
         expected = ((up - down) * weights).sum((1, 2)) / 2e-6
         found = gradient.diagonal(dim1=-2, dim2=-1)[:, 0, pair].sum(1)
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-7)
-
-
-def compressm_mask(layer: nn.Module) -> Any:
-    del layer
-    return compressm.observing.masks.masked_forward
 
 
 def test_the_fisher_matrix_keeps_what_the_loss_needs() -> None:
@@ -217,6 +215,26 @@ def test_the_fisher_matrix_keeps_what_the_loss_needs() -> None:
     alike = float(gradients[:, 0, gone].square().sum(1).mean()) / 2  # where all entries off the diagonal are shrunk
     predicted = found.estimate.predicted_damage  # type: ignore[attr-defined]
     assert min(expected, alike) * 0.99 <= predicted <= max(expected, alike) * 1.01
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_predicted_change_of_the_loss_is_that_of_the_masks(case: str) -> None:
+    """To first order, also where a layer has several heads, which share one mask."""
+    layer, u = build(CASES[case]), hidden(batch=2, length=12)
+    weights = torch.randn(2, 12, 6, dtype=torch.float64)
+    gradients = mask_gradients(layer, ADAPTER, (u,), {}, weights).detach()
+    balancing = balance_selective(moments(ADAPTER.signals(layer, u)))
+    reduction = select_units(balancing, units_of(layer.sizes), 8)
+    mask = torch.zeros(2, 1, 12, dtype=torch.float64)
+    mask[..., reduction.kept[0]] = 1  # type: ignore[index]
+
+    def loss(share: float) -> Tensor:
+        forward = masked_forward(layer, 1 - share * (1 - mask))
+        assert forward is not None
+        return (forward(u) * weights).sum((1, 2))
+
+    expected = (loss(1e-6) - loss(-1e-6)) / 2e-6
+    torch.testing.assert_close(selective_changes(gradients, reduction), expected.detach(), rtol=1e-4, atol=1e-6)
 
 
 def test_a_cut_by_the_loss_tries_every_way_and_says_so() -> None:
@@ -245,6 +263,25 @@ def test_what_pairs_do_not_allow_is_refused() -> None:
         ADAPTER.resized(layer, 6)
     with pytest.raises(UnsupportedModelError, match="in pairs at fixed places"):
         compressm.sort_states(nn.Sequential(layer), [hidden()])
+
+
+@pytest.mark.parametrize("case", ["one input", "three inputs"])
+@pytest.mark.parametrize("wrong", ["half a pair", "other states in a head", "only pairs that rotate"])
+def test_a_plan_for_states_that_cannot_stay_is_refused(case: str, wrong: str) -> None:
+    layer = build(CASES[case])
+    members = units_of(layer.sizes).members
+    right = torch.cat([members[0, 1], members[1, 2]]).sort().values
+    made = first_states(12, 4, layer.n_heads)
+    kept = right.expand(layer.n_heads, -1).clone()
+    ADAPTER.plan(layer_values(layer), replace(made, kept=kept))
+    if wrong == "half a pair":
+        kept[:, 0] = members[0, 0, 0]
+    elif wrong == "other states in a head":
+        kept[-1] = torch.cat([members[0, 0], members[1, 2]]).sort().values
+    else:
+        kept[:] = torch.cat([members[0, 0], members[0, 1]]).sort().values
+    with pytest.raises(UnsupportedModelError, match="keeps whole pairs of states"):
+        ADAPTER.plan(layer_values(layer), replace(made, kept=kept))
 
 
 class Theirs(Mamba3):

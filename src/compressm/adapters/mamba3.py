@@ -91,6 +91,11 @@ class Mamba3Adapter(SelectiveAdapter):
     def plan(self, values: Mapping[str, Tensor], reduction: SelectiveReduction) -> LayerChange:
         assert reduction.kept is not None
         kept, layout = reduction.kept[0], _Layout.of(values)
+        if not bool((reduction.kept == kept).all()) or not layout.possible(kept):
+            raise UnsupportedModelError(
+                "Mamba-3 keeps whole pairs of states, the same ones in every head, and the same share of those that "
+                "rotate: choose them by the cuts of its adapter"
+            )
         factors = layout.factors(reduction, kept)
         changes = [
             selection_change("in_proj.weight", values["in_proj.weight"], 0, layout.rows(kept)),
@@ -169,6 +174,13 @@ class _Layout:
         rest = total - 2 * inner - 3 * heads  # 2 rank groups n + angles, and angles <= n / 2
         groups, angles = divmod(rest, 2 * rank * n)
         return cls(inner, heads, rank * groups, n, angles, "mimo_x" in values, total)
+
+    def possible(self, kept: Tensor) -> bool:
+        """Whether states, ascending, are whole pairs, and as large a share of those that rotate as of all."""
+        half = self.states // 2
+        partners = (kept + half) % self.states if self.halves else kept + 1 - 2 * (kept % 2)
+        whole = torch.equal(partners.sort().values, kept.sort().values)
+        return whole and len(self.angles(kept)) * self.states == self.angle_count * len(kept)
 
     def angles(self, kept: Tensor) -> Tensor:
         """The angles of kept states, ascending."""

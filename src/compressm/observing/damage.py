@@ -169,14 +169,15 @@ def selective_changes(gradients: Tensor, reduction: SelectiveReduction) -> Tenso
     For Griffin's block the prediction ignores the compensation by the output projection.
 
     Args:
-        gradients: of a map on the layer's states, see `masks`, shape ``(sequences, groups, n, n)``.
-        reduction: any reduction of this layer.
+        gradients: of a map on the layer's states, see `masks`, shape ``(sequences, groups, n, n)``. One group if all
+            groups share the map, as in Mamba-3.
+        reduction: any reduction of this layer; with such a map it is the same in all groups.
 
     Returns:
         float64, shape ``(sequences,)``.
     """
     change = reduction.out.mT @ reduction.into - torch.eye(gradients.shape[-1], dtype=torch.float64)
-    return (gradients.to(torch.float64) * change).flatten(1).sum(1)
+    return (gradients.to(torch.float64) * change[: gradients.shape[1]]).flatten(1).sum(1)
 
 
 def divergence(changes: Iterable[Tensor]) -> float:
