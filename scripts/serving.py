@@ -117,7 +117,7 @@ some, give it one thread (`OMP_NUM_THREADS=1`): two wait for each other. `python
 Every tensor and file of the source folder reaches the smaller one or is named in the output: tokenizer, licence,
 preprocessor, code, tensors that transformers does not load (`mtp.*`). The card is extended: its metadata stay, with
 two more tags, and a section says what was cut. A folder in `mamba_ssm`'s own format (a config with `d_model` and
-`ssm_cfg`) is read and written as such, for Mamba-1 and Mamba-2 layers.
+`ssm_cfg`) is read and written as such, for Mamba-1 and Mamba-2 layers, and for Mamba-3 with or without MLPs.
 """
 
 RECOVERY = """

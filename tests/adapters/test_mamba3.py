@@ -252,7 +252,9 @@ def test_memory_is_that_of_the_carried_state() -> None:
         model = nn.Sequential(layer)
         carried = sum(part.numel() * part.itemsize for part in layer.initial_state(1))
         assert Memory.of(model).checkpoint == carried
-        compressm.compress(model, states=8, data=[hidden().float()])
+        report = compressm.compress(model, states=8, data=[hidden().float()])
+        assert report.serving is not None
+        assert ", last token " in report.serving.lines()[1]
         carried = sum(part.numel() * part.itemsize for part in layer.initial_state(1))
         assert Memory.of(model).checkpoint == carried
 

@@ -83,7 +83,7 @@ def test_layers_that_transformers_has_not_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "big" / "config.json"
     config = json.loads(path.read_text())
     for change, message in (
-        ({"ssm_cfg": {"layer": "Mamba3"}}, "is a model of mamba_ssm with Mamba3"),
+        ({"ssm_cfg": {"layer": "Mamba4"}}, "is a model of mamba_ssm with Mamba4"),
         ({"rms_norm": False}, "LayerNorm"),
         ({"n_layer": 3}, "is not what its config promises"),
     ):

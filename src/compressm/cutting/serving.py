@@ -169,7 +169,8 @@ class Serving:
         if generates or after.windows:
             prefix = f"; a cached prefix keeps {human(after.checkpoint)}" if generates else ""
             parts = _change(before.states, after.states), _change(before.windows, after.windows)
-            lines.append(f"  recurrence {parts[0]}, convolution {parts[1]}{prefix}")
+            window = "last token" if any(one.kind == "rotated" for one in after.layers.values()) else "convolution"
+            lines.append(f"  recurrence {parts[0]}, {window} {parts[1]}{prefix}")
         lines += self._attention()
         alone, batched = (
             _change(*(one.moved(CONTEXTS[0], batch) // batch for one in (before, after))) for batch in (1, 64)

@@ -1,7 +1,8 @@
 """Checkpoints in the format of the package ``mamba_ssm``: read into transformers' classes, and written back alike.
 
 Their config has no ``model_type``; it holds the arguments of ``mamba_ssm``'s own ``MambaConfig``, with those of its
-layers in ``ssm_cfg``. The tensors are those of transformers' Mamba and Mamba-2 under the same names but one.
+layers in ``ssm_cfg``. The tensors are those of transformers' Mamba and Mamba-2 under the same names but one. Models
+with Mamba-3 layers, which transformers does not have, are read into `MixerLanguageModel`, with their own names.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from torch import Tensor, nn
 
 from compressm.cutting.sizes import state_dims
 from compressm.errors import CheckpointError
+from compressm.saving import mamba_ssm_model
+from compressm.saving.mamba_ssm_model import MixerLanguageModel
 
 _THEIRS, _OURS = "backbone.embedding.weight", "backbone.embeddings.weight"
 _FILES = ("model.safetensors", "pytorch_model.bin")
@@ -27,6 +30,9 @@ _NO_MATTER = {
     "A_init_range", "conv_init", "dt_init", "dt_init_floor", "dt_max", "dt_min", "dt_scale", "use_fast_path",
     "use_mem_eff_path",
 }  # fmt: skip
+
+
+_ELSEWHERE = "load it with mamba_ssm and cut it with compressm.compress"
 
 
 def is_mamba_ssm(folder: Path) -> bool:
@@ -51,17 +57,22 @@ def weights_of(folder: Path) -> Path:
 
 
 def load(folder: Path) -> nn.Module:
-    """Load a checkpoint into ``MambaForCausalLM`` or ``Mamba2ForCausalLM`` of transformers, in its own dtype.
+    """Load a checkpoint into ``MambaForCausalLM`` or ``Mamba2ForCausalLM`` of transformers, or `MixerLanguageModel`
+    for Mamba-3, in its own dtype.
 
     Raises:
-        CheckpointError: layers that transformers does not have, or tensors that are missing or left over.
+        CheckpointError: layers that none of them has, or tensors that are missing or left over.
     """
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    tensors = {(_OURS if name == _THEIRS else name): value for name, value in _read(weights_of(folder)).items()}
+    tensors, embedding = _read(weights_of(folder)), _THEIRS
     with torch.device("meta"):
-        model = _built(config, tensors, folder)
-    if model.config.tie_word_embeddings:
-        tensors.setdefault("lm_head.weight", tensors.get(_OURS, torch.empty(0)))
+        if (config.get("ssm_cfg") or {}).get("layer") == "Mamba3":
+            model = _with_mamba3(config, tensors, folder)
+        else:
+            tensors, embedding = {(_OURS if n == _THEIRS else n): value for n, value in tensors.items()}, _OURS
+            model = _built(config, tensors, folder)
+    if config.get("tie_embeddings", True):
+        tensors.setdefault("lm_head.weight", tensors.get(embedding, torch.empty(0)))
     wanted = set(model.state_dict())
     if wanted != set(tensors):
         wrong = sorted(wanted ^ set(tensors))
@@ -114,8 +125,8 @@ def _built(config: Mapping[str, Any], tensors: Mapping[str, Tensor], folder: Pat
     kind = layers.pop("layer", "Mamba1")
     if kind not in ("Mamba1", "Mamba2") or config.get("attn_layer_idx") or config.get("d_intermediate"):
         raise CheckpointError(
-            f"{folder} is a model of mamba_ssm with {kind}, attention or MLPs; expected Mamba1 or Mamba2 layers alone: "
-            "load it with mamba_ssm and cut it with compressm.compress"
+            f"{folder} is a model of mamba_ssm with {kind}, attention or MLPs; expected Mamba1 or Mamba2 layers alone, "
+            f"or Mamba3: {_ELSEWHERE}"
         )
     if not config.get("rms_norm", True):
         raise CheckpointError(f"{folder} has LayerNorm (rms_norm=false), which transformers' Mamba has not")
@@ -151,20 +162,33 @@ def _built(config: Mapping[str, Any], tensors: Mapping[str, Tensor], folder: Pat
     return model.to(dtype)
 
 
-def _check_layers(layers: Mapping[str, Any], known: set[str], folder: Path) -> None:
-    """Refuse layers that compute what transformers' do not.
+def _with_mamba3(config: Mapping[str, Any], tensors: Mapping[str, Tensor], folder: Path) -> MixerLanguageModel:
+    """The model that has the layers of a config with Mamba-3."""
+    layers: dict[str, Any] = {name: value for name, value in config["ssm_cfg"].items() if name != "layer"}
+    if config.get("attn_layer_idx"):
+        raise CheckpointError(f"{folder} has layers of attention (attn_layer_idx): {_ELSEWHERE}")
+    if layers.get("is_mimo") and layers.get("mimo_rank", 4) < 2:
+        raise CheckpointError(f"{folder} has ssm_cfg.mimo_rank = {layers['mimo_rank']!r} with is_mimo: {_ELSEWHERE}")
+    known = {*mamba_ssm_model.OPTIONS, *mamba_ssm_model.NO_MATTER, "is_mimo", "mimo_rank"}
+    _check_layers(layers, known, folder, mamba_ssm_model.FIXED)
+    vocabulary = tensors[_THEIRS].shape[0] if _THEIRS in tensors else config.get("vocab_size", 0)
+    try:
+        return MixerLanguageModel(config, vocabulary)
+    except ValueError as error:
+        raise CheckpointError(f"{folder}: ssm_cfg: {error}") from error
+
+
+def _check_layers(layers: Mapping[str, Any], known: set[str], folder: Path, fixed: Mapping[str, Any] = _FIXED) -> None:
+    """Refuse layers that compute what those that they are read into do not.
 
     Raises:
         CheckpointError: the argument and its value.
     """
     for name, value in layers.items():
-        if name in known or name in _NO_MATTER or (name in _FIXED and value == _FIXED[name]):
+        if name in known or name in _NO_MATTER or (name in fixed and value == fixed[name]):
             continue
-        expected = f"expected {_FIXED[name]}, as in transformers" if name in _FIXED else "an argument that is not known"
-        raise CheckpointError(
-            f"{folder} has ssm_cfg.{name} = {value!r}: {expected}; load it with mamba_ssm and cut it with "
-            "compressm.compress"
-        )
+        expected = f"expected {fixed[name]}" if name in fixed else "an argument that is not known"
+        raise CheckpointError(f"{folder} has ssm_cfg.{name} = {value!r}: {expected}; {_ELSEWHERE}")
 
 
 __all__ = ["is_mamba_ssm", "load", "save", "weights_of"]
