@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 import compressm
 from compressm import StateOrder, sort_states
@@ -18,6 +20,7 @@ from compressm.cutting import state_dims
 from compressm.cutting.ordering import ORDER_FILE
 from compressm.errors import CheckpointError, InvalidRankRuleError, UnsupportedModelError
 from compressm.layers import LanguageModel, SequenceClassifier
+from compressm.theory.fisher import MaskFisher, removal_rounds
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
 
@@ -93,6 +96,64 @@ def test_the_default_order_changes_nothing(where: str, name: str) -> None:
     for one in order.layers.values():
         assert one.expected[0] > 0.3
         assert one.expected[-1] == pytest.approx(0, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("where", "name"), [("own", "mamba2"), ("own", "rg_lru"), ("own", "mamba"), ("transformers", "mamba2")]
+)
+def test_by_the_loss_the_order_is_taken_whose_slices_cost_least(where: str, name: str) -> None:
+    model, data, x = model_of(where, name), [tokens(8, seed=s) for s in (0, 2)], tokens(seed=1)
+    before, whole = logits(model, x), copy.deepcopy(model)
+    order = sort_states(model, data, loss="classification")
+    tolerance: dict[str, Any] = {"rtol": 1e-9, "atol": 1e-9} if where == "own" else {"rtol": 2e-3, "atol": 2e-4}
+    torch.testing.assert_close(logits(model, x), before, **tolerance)
+    assert set(order.rises) == {"moments", "fisher", "saliency", "powers"}
+    assert order.selection == next(iter(order.rises))
+    logs = [sum(math.log(max(rise, 1e-9)) for rise in rises) for rises in order.rises.values()]
+    assert logs == sorted(logs)
+    n = next(iter(state_dims(whole).values()))
+    for share, told in zip((2, 4, 8), order.rises[order.selection], strict=True):
+        smaller = copy.deepcopy(model)
+        order.slice(smaller, states=n // share)
+        nats, count = 0.0, 0
+        for batch in data:
+            p, q = (F.log_softmax(logits(one, batch).double(), -1) for one in (whole, smaller))
+            nats += float((p.exp() * (p - q)).sum())
+            count += batch.numel()
+        assert told == pytest.approx(nats / count, rel=1e-3, abs=1e-9)
+    assert sort_states(whole, data).rises == {}
+
+
+def test_a_layer_whose_coordinates_are_free_has_one_best_order() -> None:
+    model, other = own("linear_attention"), own("linear_attention")
+    order = sort_states(model, [tokens()], loss="classification")
+    plain = sort_states(other, [tokens()])
+    assert list(order.rises) == ["moments"]
+    assert order.layers == plain.layers
+    with pytest.raises(InvalidRankRuleError, match="selection='gramians' beside a loss"):
+        sort_states(model, [tokens()], selection="gramians", loss="classification")
+
+
+def test_the_order_by_the_fisher_matrix_is_that_of_greedy_removal() -> None:
+    generator = torch.Generator().manual_seed(0)
+    gradients = torch.randn(40, 2, 5, dtype=torch.float64, generator=generator)
+    fisher = MaskFisher.of(gradients)
+    F_all, left = fisher.shrunk(), [set(range(5)), set(range(5))]
+    gone, removed = list[int](), [list[int](), list[int]()]
+    for _ in range(5):
+        waiting = {0, 1}
+        while waiting:
+            costs = {
+                (g, i): float(F_all[5 * g + i, 5 * g + i] + 2 * F_all[5 * g + i, gone].sum())
+                for g in waiting
+                for i in left[g]
+            }
+            g, i = min(costs, key=lambda one: costs[one])
+            gone.append(5 * g + i)
+            removed[g].append(i)
+            left[g].remove(i)
+            waiting.remove(g)
+    assert removal_rounds(fisher).tolist() == removed
 
 
 def test_prefixes_of_linear_attention_are_balanced_truncations() -> None:

@@ -13,7 +13,7 @@ import checkpoints
 import compressm
 from compressm.cli import main
 from compressm.cutting import state_dims
-from compressm.cutting.ordering import ORDER_FILE
+from compressm.cutting.ordering import ORDER_FILE, StateOrder
 from compressm.layers import LanguageModel
 
 
@@ -57,6 +57,20 @@ def test_sorted_then_sliced_to_several_sizes(tmp_path: Path, text: Path, capsys:
     cut = ["compress", str(whole), "--states", "8", "--data", str(text), "--sequences", "4", "--length", "32"]
     assert main([*cut, "--output", str(tmp_path / "cut")]) == 0
     assert not (tmp_path / "cut" / ORDER_FILE).exists()
+
+
+def test_sorted_by_the_loss_says_what_was_tried(tmp_path: Path, text: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    mamba2(tmp_path / "big")
+    base = ["compress", str(tmp_path / "big"), "--sorted", "--data", str(text), "--sequences", "4", "--length", "32"]
+    arguments = [*base, "--gramians", "loss", "--output", str(tmp_path / "sorted"), "--json", str(tmp_path / "it.json")]
+    assert main(arguments) == 0
+    printed, told = capsys.readouterr().out, json.loads((tmp_path / "it.json").read_text())
+    assert set(told["rises"]) == {"moments", "fisher", "saliency", "powers"}
+    assert told["selection"] == next(iter(told["rises"]))
+    assert ", taken" in printed
+    order = StateOrder.load(tmp_path / "sorted")
+    assert order.selection == told["selection"]
+    assert {way: list(rises) for way, rises in order.rises.items()} == told["rises"]
 
 
 def test_our_own_checkpoint_is_sorted_and_sliced(tmp_path: Path, text: Path) -> None:

@@ -1,7 +1,7 @@
 """``compressm compress``."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -80,7 +80,7 @@ def compress(
         raise ConfigError("--output: missing; name a new folder for the smaller checkpoint, or try with --dry-run")
     if sort:
         _refuse_cuts(context)
-        _sort(context, checkpoint, output, data, model, sequences, length, json)
+        _sort(context, checkpoint, output, data, model, gramians, sequences, length, json)
         return
     loss = compress_checkpoint(
         checkpoint, None if dry_run else output, data, build=model, states=states, tolerance=tolerance,
@@ -98,7 +98,7 @@ def compress(
 def _refuse_cuts(context: typer.Context) -> None:
     """Refuse options that ask for a cut beside ``--sorted``."""
     cuts = ("states", "tolerance", "fraction", "max_error", "total_states", "max_loss", "max_drop", "metric")
-    cuts += ("max_reduction", "target", "gramians", "memory", "dry_run", "speed", "recover", "state_bits")
+    cuts += ("max_reduction", "target", "memory", "dry_run", "speed", "recover", "state_bits")
     given = [name for name in cuts if context.params.get(name)] + ["multiple_of"] * (context.params["multiple_of"] != 1)
     if given:
         raise ConfigError(
@@ -109,12 +109,12 @@ def _refuse_cuts(context: typer.Context) -> None:
 
 def _sort(
     context: typer.Context, checkpoint: Path, output: Path | None, data: str | None, model: str | None,
-    sequences: int, length: int, json: Path | None,
+    gramians: Any, sequences: int, length: int, json: Path | None,
 ) -> None:  # fmt: skip
     from compressm.lab.slicing import sort_checkpoint
 
     assert output is not None
-    done = sort_checkpoint(checkpoint, output, data, build=model, sequences=sequences, length=length)
+    done = sort_checkpoint(checkpoint, output, data, build=model, gramians=gramians, sequences=sequences, length=length)
     if not printed(json):
         print(done)
     write_result(json, {"command": command_line(context), "output": str(output), **done.to_dict()})

@@ -11,7 +11,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,12 +26,15 @@ from compressm.adapters.plain import check_wrappers
 from compressm.adapters.registry import check_plain, layers_that_need_data
 from compressm.cutting.compression import check_model_sizes
 from compressm.cutting.decisions import must_be_alike, unshared
+from compressm.cutting.order_by_loss import best_orders
 from compressm.cutting.plan import Plan
 from compressm.cutting.report import LayerReport, Report
 from compressm.cutting.serving import Memory, Serving
 from compressm.cutting.sizes import sizes_for, state_dims
 from compressm.cutting.spectrum import balance_layers
-from compressm.errors import CheckpointError, InvalidSystemError, UnsupportedModelError
+from compressm.errors import CheckpointError, InvalidRankRuleError, InvalidSystemError, UnsupportedModelError
+from compressm.observing.held_out import twice_readable
+from compressm.observing.loss_evidence import Loss
 from compressm.observing.over_data import gather
 from compressm.runtime.files import finite, write_json
 from compressm.theory.ordering import order_states, prefix_errors
@@ -92,10 +95,13 @@ class StateOrder:
     Attributes:
         selection: what worth is.
         layers: by name.
+        rises: the ways that were tried, the taken one first, each with the rises of the loss by its cuts to a half, a
+            quarter and an eighth of the states; empty without a loss.
     """
 
     selection: str
     layers: Mapping[str, LayerOrder]
+    rises: Mapping[str, tuple[float, ...]] = field(default_factory=dict[str, tuple[float, ...]])
 
     def slice(
         self,
@@ -164,7 +170,8 @@ class StateOrder:
         """
         layers = {name: vars(one) for name, one in self.layers.items()}
         write_json(
-            Path(folder) / ORDER_FILE, finite({"format": _FORMAT, "selection": self.selection, "layers": layers})
+            Path(folder) / ORDER_FILE,
+            finite({"format": _FORMAT, "selection": self.selection, "layers": layers, "rises": dict(self.rises)}),
         )
 
     @classmethod
@@ -180,7 +187,8 @@ class StateOrder:
             if content["format"] != _FORMAT:
                 raise ValueError(f"format {content['format']!r}")
             layers = {str(name): _layer(entry) for name, entry in content["layers"].items()}
-            return cls(str(content["selection"]), layers)
+            rises = {str(way): tuple(map(float, one)) for way, one in content.get("rises", {}).items()}
+            return cls(str(content["selection"]), layers, rises)
         except FileNotFoundError:
             raise CheckpointError(
                 f"{folder} has no {ORDER_FILE}, so that its states are in no known order: sort them first, by "
@@ -222,7 +230,9 @@ def _layer(entry: Mapping[str, Any]) -> LayerOrder:
     return LayerOrder(expected, groups, order, seconds)
 
 
-def sort_states(model: nn.Module, data: Any, *, selection: Selection = "hankel") -> StateOrder:
+def sort_states(
+    model: nn.Module, data: Any, *, selection: Selection = "hankel", loss: Loss | None = None
+) -> StateOrder:
     """Sort the states of every layer by what they are worth, in place. The model computes the same function after it.
 
     Permutations leave the outputs as they are up to the order of sums. Where the family allows more, so do rotations
@@ -238,6 +248,9 @@ def sort_states(model: nn.Module, data: Any, *, selection: Selection = "hankel")
         model: with selective layers only. A linear layer needs no data to be cut, and nothing to be sorted.
         data: what the worth is measured on, as in `compress`.
         selection: what worth is, as in `compress`.
+        loss: as in `compress`. Layers whose states can only be permuted are then sorted by each of several criteria
+            (see `compressm.cutting.picking`), the model runs with their cuts to a half, a quarter and an eighth of the
+            states, and the order with the least geometric mean of the rises of the loss is taken.
 
     Returns:
         the order.
@@ -245,11 +258,14 @@ def sort_states(model: nn.Module, data: Any, *, selection: Selection = "hankel")
     Raises:
         UnsupportedModelError: a layer without data-dependent recurrence, or one that a cut could not write either.
         InvalidSystemError: parameters or data that are not finite.
+        InvalidRankRuleError: an unknown selection, or one beside a loss.
         ConfigError: data that the model cannot take.
 
     After an error the model is unchanged.
     """
     check_choice("selection", selection, Selection)
+    if loss is not None and selection != "hankel":
+        raise InvalidRankRuleError(f"selection={selection!r} beside a loss, which tries several: leave one of them out")
     every, layers = find_layers(model), layers_that_need_data(model)
     if linear := [name for name in every if name not in layers]:
         raise UnsupportedModelError(
@@ -261,9 +277,16 @@ def sort_states(model: nn.Module, data: Any, *, selection: Selection = "hankel")
             f"{fixed[0]} ({type(layers[fixed[0]][0]).__name__}) has states in pairs at fixed places, which cannot be "
             "sorted: compressm.compress cuts it"
         )
-    found = in_coordinates(model, data, partial(order_states, selection=selection))
-    orders = {name: _ordered(*both, layers[name][1]) for name, both in found.items()}
-    return StateOrder(selection, orders)
+    if loss is not None:
+        data = twice_readable(model, data)
+    balancings = _balanced(model, data)
+    orders = _orders(model, balancings, partial(order_states, selection=selection))
+    rises = dict[str, tuple[float, ...]]()
+    if loss is not None:
+        orders, rises = best_orders(model, balancings, orders, data, loss)
+    _write(model, orders)
+    found = {name: _ordered(balancings[name], one, layers[name][1]) for name, one in orders.items()}
+    return StateOrder(next(iter(rises), selection), found, rises)
 
 
 # The coordinates for a layer's states, from its moments, and whether it takes any map of them, or rotations; None to
@@ -271,9 +294,7 @@ def sort_states(model: nn.Module, data: Any, *, selection: Selection = "hankel")
 Coordinates = Callable[[SelectiveBalancing, bool, bool], SelectiveReduction | None]
 
 
-def in_coordinates(
-    model: nn.Module, data: Any, coordinates: Coordinates
-) -> dict[str, tuple[SelectiveBalancing, SelectiveReduction]]:
+def in_coordinates(model: nn.Module, data: Any, coordinates: Coordinates) -> dict[str, SelectiveReduction]:
     """Write the states of a model's selective layers in other coordinates, in place.
 
     Args:
@@ -282,25 +303,44 @@ def in_coordinates(
         coordinates: chooses them; a reduction to as many states as there are.
 
     Returns:
-        the moments and the coordinates of the layers that were changed, by name.
+        the coordinates of the layers that were changed, by name.
     """
+    found = _orders(model, _balanced(model, data), coordinates)
+    _write(model, found)
+    return found
+
+
+def _balanced(model: nn.Module, data: Any) -> dict[str, SelectiveBalancing]:
+    """The moments of the selective layers of a model whose states can be written in other coordinates."""
     layers = layers_that_need_data(model)
     check_wrappers(model, {name: layer for name, (layer, _) in layers.items()}, list(layers))
     check_plain({name: layer for name, (layer, _) in layers.items()})
-    balancings = balance_layers(model, moments=gather(model, data))
-    changes, done = dict[str, LayerChange](), dict[str, tuple[SelectiveBalancing, SelectiveReduction]]()
-    for name, (layer, adapter) in layers.items():
-        balancing, (into, _, rotates) = balancings[name], adapter.maps(layer)
-        assert isinstance(balancing, SelectiveBalancing)
-        found = coordinates(balancing, into, rotates)
-        if found is None:
+    found = balance_layers(model, moments=gather(model, data))
+    return {name: one for name, one in found.items() if isinstance(one, SelectiveBalancing)}
+
+
+def _orders(
+    model: nn.Module, balancings: Mapping[str, SelectiveBalancing], coordinates: Coordinates
+) -> dict[str, SelectiveReduction]:
+    found: dict[str, SelectiveReduction] = {}
+    for name, (layer, adapter) in layers_that_need_data(model).items():
+        into, _, rotates = adapter.maps(layer)
+        one = coordinates(balancings[name], into, rotates)
+        if one is None:
             continue
-        if not found.estimate.valid:
-            raise InvalidSystemError(f"{name}: {'; '.join(found.estimate.failures)}")
-        changes[name] = unshared(model, name, adapter.planned(layer)(layer_values(layer), found).in_files())
-        done[name] = balancing, found
+        if not one.estimate.valid:
+            raise InvalidSystemError(f"{name}: {'; '.join(one.estimate.failures)}")
+        found[name] = one
+    return found
+
+
+def _write(model: nn.Module, orders: Mapping[str, SelectiveReduction]) -> None:
+    layers = layers_that_need_data(model)
+    changes = dict[str, LayerChange]()
+    for name, one in orders.items():
+        layer, adapter = layers[name]
+        changes[name] = unshared(model, name, adapter.planned(layer)(layer_values(layer), one).in_files())
     Plan(Report((), 0.0), changes).apply(model)
-    return done
 
 
 def _ordered(balancing: SelectiveBalancing, found: SelectiveReduction, adapter: SelectiveAdapter) -> LayerOrder:

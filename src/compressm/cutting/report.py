@@ -76,7 +76,7 @@ def _number(value: float | None, width: int, digits: int) -> str:
     return f"{'' if value is None else f'{value:.{digits}e}':>{width}}"
 
 
-_PICKS = {
+PICK_NAMES = {
     "fisher": "the Fisher matrix",
     "saliency": "the Fisher matrix's diagonal",
     "moments": "second moments",
@@ -141,8 +141,8 @@ class Report:
         ]
         if self.picks:
             (taken, rise), *others = self.picks
-            tried = "".join(f", by {_PICKS[one]} {nats:.3g}" for one, nats in others)
-            lines.append(f"states picked by {_PICKS[taken]}: {rise:.3g} nats on the data of the cut{tried}")
+            tried = "".join(f", by {PICK_NAMES[one]} {nats:.3g}" for one, nats in others)
+            lines.append(f"states picked by {PICK_NAMES[taken]}: {rise:.3g} nats on the data of the cut{tried}")
         if self.predicted_loss is not None:
             lines.append(f"predicted rise of the loss: {self.predicted_loss:.3g} nats per prediction")
         if self.measured_loss is not None:

@@ -8,17 +8,21 @@ from pathlib import Path
 from typing import Any
 
 from compressm.cutting import Report
+from compressm.cutting.order_by_loss import SHARES
 from compressm.cutting.ordering import ORDER_FILE, StateOrder, sort_states
+from compressm.cutting.report import PICK_NAMES
 from compressm.cutting.serving import Serving
 from compressm.errors import ConfigError
 from compressm.lab.one_shot import Bill
 from compressm.lab.one_shot_inputs import BATCH, read_batches, read_checkpoint
 from compressm.lab.one_shot_outputs import check_output, saved
+from compressm.lab.quality import likelihood_of
+from compressm.observing.loss_evidence import Gramians
 from compressm.saving.card import extend_card
 from compressm.saving.source_folder import Carried, contents, new_folder, unloaded
 from compressm.theory.targets import Target
 
-_SHARES = (2, 4, 8)  # sizes at which a sorted checkpoint's errors are told: one in so many
+_PASSES = 3 + 4 * len(SHARES)  # over the data, to sort by the loss: moments, its gradients, and all slices
 
 
 @dataclass(frozen=True)
@@ -39,14 +43,22 @@ class Sorted:
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
         layers = {name: {"states": one.states, "expected": one.expected} for name, one in self.order.layers.items()}
-        return {"sequences": self.sequences, "length": self.length, "layers": layers, "carried": vars(self.carried)}
+        return {
+            "sequences": self.sequences, "length": self.length, "selection": self.order.selection,
+            "rises": dict(self.order.rises), "layers": layers, "carried": vars(self.carried),
+        }  # fmt: skip
 
     def __str__(self) -> str:
         width = max(map(len, self.order.layers))
         lines = [f"states in order of worth on {self.sequences} sequences of {self.length}; the function is the same"]
+        if self.order.rises:
+            lines.append("nats that slices to 1/2, 1/4 and 1/8 cost on these data, in the order of each criterion:")
+        for way, rises in self.order.rises.items():
+            taken = ", taken" if way == self.order.selection else ""
+            lines.append(f"  {PICK_NAMES[way]}: {', '.join(f'{rise:.3g}' for rise in rises)}{taken}")
         lines.append(f"{'layer':{width}}  states  error of the recurrence to expect from slices")
         for name, one in self.order.layers.items():
-            sizes = [max(1, one.states // share) for share in _SHARES]
+            sizes = [max(1, one.states // share) for share in SHARES]
             errors = ", ".join(f"{size}: {one.expected[size]:.1%}" for size in dict.fromkeys(sizes))
             lines.append(f"{name:{width}}  {one.states:6}  {errors}")
         return "\n".join([*lines, str(self.carried)]).rstrip()
@@ -87,6 +99,7 @@ def sort_checkpoint(
     data: str | os.PathLike[str] | None,
     *,
     build: str | None = None,
+    gramians: Gramians | None = None,
     sequences: int = 32,
     length: int = 512,
 ) -> Sorted:
@@ -96,6 +109,7 @@ def sort_checkpoint(
         checkpoint, build: as `compressm.lab.one_shot.compress_checkpoint`.
         output: folder to write, new or empty.
         data: what the worth is measured on.
+        gramians: ``"loss"``: several orders are tried, and the one whose slices raise the loss least is taken.
         sequences, length: how much of it.
 
     Raises:
@@ -110,8 +124,9 @@ def sort_checkpoint(
     batches = [inputs for inputs, _ in pairs]
     extra = unloaded(read.model, folder, read.unexpected) if read.format == "transformers" else {}
     contained = contents(read.model) if read.mapped is None else set[bytes]()
-    with read.at_work("reading the data", len(batches)):
-        order = sort_states(read.model, batches)
+    loss = likelihood_of(read.model, pairs) if gramians == "loss" else None
+    with read.at_work("reading the data", len(batches) * (1 if loss is None else _PASSES)):
+        order = sort_states(read.model, batches, loss=loss)
     with read.at_work(), new_folder(place) as new:
         carried = saved(read, folder, new, extra, contained)
         order.save(new)

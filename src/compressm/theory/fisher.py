@@ -202,6 +202,16 @@ def least_costly(F: Tensor, groups: int, n: int, states: int) -> Tensor:
     return stays
 
 
+def removal_rounds(fisher: MaskFisher) -> Tensor:
+    """The states of every group in the order in which greedy removal takes them, int64, shape ``(groups, n)``.
+
+    In every round each group loses the state whose removal costs least then.
+    """
+    groups, n = fisher.products.shape[:2]
+    gone = torch.tensor(_removed(fisher.shrunk(), groups, n, 0))
+    return torch.stack([gone[gone // n == group] % n for group in range(groups)])
+
+
 def _removed(F: Tensor, groups: int, n: int, states: int) -> list[int]:
     """The removed states in their order: in every round each group loses the state whose removal costs least then."""
     gone, cost = list[int](), F.diagonal().clone()
@@ -247,4 +257,12 @@ def _gains(F: Tensor, stays: Tensor) -> Tensor:
     return 1 + torch.linalg.solve(inner + ridge * torch.eye(len(inner), dtype=F.dtype), pulled)
 
 
-__all__ = ["MaskEstimate", "MaskFisher", "MaskSelection", "least_costly", "reduce_by_fisher", "select_by_fisher"]
+__all__ = [
+    "MaskEstimate",
+    "MaskFisher",
+    "MaskSelection",
+    "least_costly",
+    "reduce_by_fisher",
+    "removal_rounds",
+    "select_by_fisher",
+]

@@ -18,6 +18,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from compressm.theory.fisher import MaskFisher, removal_rounds
 from compressm.theory.recurrence import SelectiveBalancing, SelectiveReduction, removal_costs, root
 from compressm.theory.selection import (
     RIDGE,
@@ -57,6 +58,25 @@ def order_states(
     kept = torch.stack([_permutation(balancing, selection, group) for group in range(groups)])
     into = torch.eye(n, dtype=torch.float64)[kept]
     return reduction_by_maps(balancing, into, into, kept)
+
+
+def order_by_fisher(balancing: SelectiveBalancing, fisher: MaskFisher) -> SelectiveReduction:
+    """As `order_states`, by the Fisher matrix of a mask on the states: a permutation, the states that are removed last
+    come first.
+
+    Args:
+        balancing: the moments of the recurrence.
+        fisher: of the same layer.
+    """
+    kept = removal_rounds(fisher).flip(1)
+    into = torch.eye(balancing.P.shape[-1], dtype=torch.float64)[kept]
+    return reduction_by_maps(balancing, into, into, kept)
+
+
+def prefix(balancing: SelectiveBalancing, order: SelectiveReduction, states: int) -> SelectiveReduction:
+    """The cut to the first states of an order, made before the states are put in it."""
+    kept = None if order.kept is None else order.kept[:, :states]
+    return reduction_by_maps(balancing, order.into[:, :states], order.out[:, :states], kept)
 
 
 def _permutation(balancing: SelectiveBalancing, selection: Selection, group: int) -> Tensor:
@@ -130,4 +150,4 @@ def _regular(moment: Tensor) -> Tensor:
     return (moment + moment.mT) / 2 + level * torch.eye(n, dtype=moment.dtype)
 
 
-__all__ = ["balanced_coordinates", "nested_basis", "order_states", "prefix_errors"]
+__all__ = ["balanced_coordinates", "nested_basis", "order_by_fisher", "order_states", "prefix", "prefix_errors"]
