@@ -5,6 +5,7 @@ from compressm.cutting import Report, compress
 from compressm.cutting.distil import distil
 from compressm.cutting.optimizer_state import register_optimizer_state
 from compressm.cutting.ordering import StateOrder, sort_states
+from compressm.cutting.prefixes import random_prefixes
 from compressm.cutting.rounded_state import equalise_states, round_states
 from compressm.cutting.spectrum import Spectrum, analyze
 from compressm.cutting.system import ReducedSystem, reduce
@@ -39,6 +40,7 @@ __all__ = [
     "equalise_states",
     "load",
     "probe",
+    "random_prefixes",
     "recover",
     "reduce",
     "register_optimizer_state",

@@ -57,13 +57,14 @@ def masked_forward(layer: nn.Module, mask: Tensor) -> Forward | None:
 
     Args:
         layer: of ours, or of transformers.
-        mask: M, shape ``(batch, groups, n, n)``, or its diagonal, shape ``(batch, groups, n)``.
+        mask: M, shape ``(batch, groups, n, n)``, or its diagonal, shape ``(batch, groups, n)``; a batch of one is for
+            all sequences.
 
     Returns:
         a function of the forward's arguments; None for layers of an unsupported kind.
     """
-    M = mask if mask.ndim == 4 else mask.diag_embed()
-    channels = M.diagonal(dim1=-2, dim2=-1).flatten(1)[:, None]
+    M = mask
+    channels = (M if M.ndim == 3 else M.diagonal(dim1=-2, dim2=-1)).flatten(1)[:, None]
     if isinstance(layer, MatrixStateLayer):
         return lambda u, seq_idx=None: _masked_matrix_state(layer, M, u, seq_idx)
     if isinstance(layer, Mamba3):
@@ -142,7 +143,7 @@ def _masked_delta_rule(rule: Forward, M: Tensor) -> Forward:
     """A delta rule with ``M^T q`` in place of q, and ``M k`` in place of k; it scales both to norm 1 itself."""
 
     def masked(query: Tensor, key: Tensor, *args: Any, **kwargs: Any) -> Any:
-        return rule(_mapped(query, M), _mapped(key, M.mT), *args, **kwargs)
+        return rule(_mapped(query, M), _mapped(key, _transposed(M)), *args, **kwargs)
 
     return masked
 
@@ -154,10 +155,9 @@ def _masked_scan(scan: Forward, M: Tensor, place: int, time_last: bool) -> Forwa
         C: Tensor = args[place] if len(args) > place else kwargs["C"]
         if C.ndim == 4:
             C = _mapped(C, M)
-        elif time_last:
-            C = M[:, 0].mT.to(C.dtype) @ C
         else:
-            C = C @ M[:, 0].to(C.dtype)
+            C = _mapped((C.mT if time_last else C)[:, :, None], M)[:, :, 0]
+            C = C.mT if time_last else C
         if len(args) > place:
             return scan(*args[:place], C, *args[place + 1 :], **kwargs)
         return scan(*args, **{**kwargs, "C": C})
@@ -166,8 +166,14 @@ def _masked_scan(scan: Forward, M: Tensor, place: int, time_last: bool) -> Forwa
 
 
 def _mapped(C: Tensor, M: Tensor) -> Tensor:
-    """``M^T C_t``, for vectors of shape ``(batch, length, groups, n)``."""
+    """``M^T C_t``, for vectors of shape ``(batch, length, groups, n)``; M or its diagonal."""
+    if M.ndim == 3:
+        return C * M[:, None].to(C.dtype)
     return torch.einsum("blgi,bgij->blgj", C, M.to(C.dtype))
+
+
+def _transposed(M: Tensor) -> Tensor:
+    return M if M.ndim == 3 else M.mT
 
 
 def _masked_matrix_state(layer: MatrixStateLayer, M: Tensor, u: Tensor, seq_idx: Tensor | None) -> Tensor:
@@ -175,14 +181,14 @@ def _masked_matrix_state(layer: MatrixStateLayer, M: Tensor, u: Tensor, seq_idx:
     *terms, k, q = layer.recurrence(u, starts)
     q = _mapped(q, M)
     if isinstance(layer, DeltaNet):
-        k, q = F.normalize(_mapped(k, M.mT), dim=-1), F.normalize(q, dim=-1)
+        k, q = F.normalize(_mapped(k, _transposed(M)), dim=-1), F.normalize(q, dim=-1)
     return layer.read_out(layer.scan(*terms, k, q, starts=starts), u)
 
 
 def _masked_rotating(layer: Mamba3, M: Tensor, v: Tensor, seq_idx: Tensor | None) -> Tensor:
     """Mamba-3 with ``M^T q``, the same M in all heads, before queries are rotated."""
     t = layer.terms(v)
-    queries = torch.einsum("blhri,bij->blhrj", t.queries, M[:, 0].to(t.queries.dtype))
+    queries = _mapped(t.queries.flatten(2, 3), M).view_as(t.queries)
     return layer.run(replace(t, queries=queries), starts_of(seq_idx))
 
 
