@@ -20,6 +20,7 @@ PAGE = ROOT / "docs" / "serving.md"
 USUAL = ROOT / "results" / "checkpoint_memory_130m.json"
 RECOVERED = ROOT / "results" / "recovery.json"
 RECALLED = ROOT / "results" / "recall_after_the_cut.json"
+SLICED = ROOT / "results" / "recall_slices.json"
 BYTES, PEAKS = ROOT / "results" / "serving_bytes.json", ROOT / "results" / "checkpoint_memory.json"
 _SMALL: dict[str, Any] = {"vocab_size": 256, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 # Published widths; few layers and words, on which the bytes per layer do not depend.
@@ -144,7 +145,7 @@ From Python: `compressm.recover(model, teacher, batches, steps=300, held_out=oth
 ## One checkpoint, many sizes
 
 ```console
-$ compressm compress CHECKPOINT --sorted --data text.txt --output SORTED
+$ compressm compress CHECKPOINT --sorted --gramians loss --data text.txt --output SORTED
 $ compressm slice SORTED --states 64 --output SMALLER
 $ compressm slice SORTED --states 32 --target vllm --output SMALLEST
 ```
@@ -160,11 +161,24 @@ again. Which coordinates are possible depends on the family:
   a half is a direct cut without the compensation of the queries.
 - Linear attention and xLSTM: balanced coordinates. A slice is balanced truncation, to any size.
 
-A direct cut also exchanges states for each size by itself, and compensates where C takes maps. A slice does neither, so
-the error that is expected of a direct cut is at most that of the slice. Prefixes are not trained.
+With `--gramians loss` states that can only be permuted are sorted by each of four criteria, those of a
+[cut](loss.md#what-compress-tries), the model runs with slices to a half, a quarter and an eighth of the states, and the
+order is taken whose slices cost least, in the geometric mean of the three. Without it second moments alone decide,
+which is [not enough](#where-state-is-what-limits) where state is what limits a model.
 
-From Python: `order = compressm.sort_states(model, batches)`, `order.save(folder)`, and later
-`StateOrder.load(folder).slice(model, states=64)`.
+A direct cut also exchanges states for each size by itself, and compensates where C takes maps. A slice does neither, so
+the error that is expected of a direct cut is at most that of the slice.
+
+From Python: `order = compressm.sort_states(model, batches, loss="classification")`, `order.save(folder)`, and later
+`StateOrder.load(folder).slice(model, states=64)`. In between, some training can make every prefix good:
+
+```python
+with compressm.random_prefixes(model):  # each call in training uses the first states alone, a random number of them
+    train(model)
+```
+
+A quarter of the calls use all states, the others a share between an eighth and one. The sorted model loses
+little by it, and a slice gains much, at every size at once.
 
 ## States in 8 bits
 
@@ -213,6 +227,13 @@ arXiv 2312.04927). Copies are cut once, from 64 training sequences. Percent reca
 
 {recall_words}
 `python benchmarks/recall_after_the_cut.py`.
+
+Slices of the same models, after sorting by second moments and by the loss: at once, after {after} more steps of training
+as before, and after {after} steps with [random prefixes](#one-checkpoint-many-sizes). One model has all the sizes of a line.
+
+{slices}
+
+`python benchmarks/recall_after_the_cut.py --slices`.
 
 ### Slices and states in 8 bits
 
@@ -291,6 +312,22 @@ def recall_table(stored: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def slices_table(stored: dict[str, Any]) -> str:
+    """Recall of slices of sorted models, the mean over seeds: at once, after training as before, and on prefixes."""
+    orders = {"moments": "second moments", "loss": "the loss"}
+    ways = ("at once", "trained on", "on prefixes")
+    heads = [f"{order}, {way}" for order in orders.values() for way in ways]
+    lines = [f"| model | states | {' | '.join(heads)} |", "|---|" + "---:|" * (1 + len(heads))]
+    for title in dict.fromkeys(row["model"] for row in stored["rows"]):
+        rows = [row for row in stored["rows"] if row["model"] == title]
+        name = title
+        for index, size in enumerate(rows[0]["sizes"]):
+            found = [mean(row["sizes"][index][order][at] for row in rows) for order in orders for at in range(len(ways))]
+            lines.append(f"| {name} | {size['states']} | {' | '.join(f'{one:.0f}' for one in found)} |")
+            name = ""
+    return "\n".join(lines)
+
+
 def bits_table(models: dict[str, Any]) -> str:
     """The table of states in few bits."""
     lines = ["| model, steps | states | format | bytes per sequence | perplexity | divergence, nats |"]
@@ -316,6 +353,7 @@ def recovery() -> str:
     return RECOVERY + MEASURED.format(
         cuts=cuts_table(models), criteria=criteria_table(models), bits=bits_table(models),
         equal="yes" if equal else "NO", tokens=stored["batch"] * stored["length"], recall=recall_table(recalled),
+        slices=slices_table(json.loads(SLICED.read_text(encoding="utf-8"))),
         recall_states=recalled["rows"][0]["states"], pairs=recalled["pairs"], after=recalled["after"],
         seeds=f"{len({row['seed'] for row in recalled['rows']})} seeds", recall_words=RECALL, **settings,
     )  # fmt: skip

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 
+import torch
 from torch import Tensor
 
 from compressm.adapters.changes import LayerChange
@@ -55,9 +56,8 @@ class UnitCuts(SelectiveCuts):
 def first_units(reduction: SelectiveReduction, units: Units) -> SelectiveReduction:
     """A placeholder as `compressm.theory.recurrence.first_states` makes it, with whole units."""
     classes, count, _ = units.members.shape
-    wanted = reduction.states // units.least
-    numbers = (wanted * [0] if count == 0 else [min(number, count - 1) for number in range(wanted)],) * classes
-    kept = units.kept(units.members.new_tensor(numbers))
+    numbers = torch.arange(reduction.states // units.least).clamp_max(count - 1)
+    kept = units.kept(numbers.expand(classes, -1))
     return replace(reduction, kept=kept.expand(reduction.into.shape[0], -1))
 
 
