@@ -228,8 +228,8 @@ arXiv 2312.04927). Copies are cut once, from 64 training sequences. Percent reca
 {recall_words}
 `python benchmarks/recall_after_the_cut.py`.
 
-Slices of the same models, after sorting by second moments and by the loss: at once, after {after} more steps of training
-as before, and after {after} steps with [random prefixes](#one-checkpoint-many-sizes). One model has all the sizes of a line.
+Slices of the same models, after sorting by second moments and by the loss: at once, after {after} more steps of
+training as before, and after {after} steps with [random prefixes](#one-checkpoint-many-sizes).
 
 {slices}
 
@@ -322,7 +322,9 @@ def slices_table(stored: dict[str, Any]) -> str:
         rows = [row for row in stored["rows"] if row["model"] == title]
         name = title
         for index, size in enumerate(rows[0]["sizes"]):
-            found = [mean(row["sizes"][index][order][at] for row in rows) for order in orders for at in range(len(ways))]
+            found = [
+                mean(row["sizes"][index][order][at] for row in rows) for order in orders for at in range(len(ways))
+            ]
             lines.append(f"| {name} | {size['states']} | {' | '.join(f'{one:.0f}' for one in found)} |")
             name = ""
     return "\n".join(lines)

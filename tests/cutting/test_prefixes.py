@@ -156,4 +156,23 @@ def test_what_has_no_prefix_is_refused() -> None:
     linear = SequenceClassifier(1, 2, 4, 6)
     with pytest.raises(UnsupportedModelError, match="no layer with an order"), random_prefixes(linear):
         pass
+    compiled = torch.compile(model)
+    with pytest.raises(UnsupportedModelError, match="compiled anew"), random_prefixes(compiled):  # type: ignore[arg-type]
+        pass
+    assert all("forward" not in module.__dict__ for module in model.modules())
     assert compressm.random_prefixes is random_prefixes
+
+
+def test_gradients_are_those_of_the_drawn_prefix_under_checkpointing() -> None:
+    model = model_of("transformers", "mamba2").train()
+    plain = copy.deepcopy(model)
+    newer = getattr(model, "activation_checkpointing_enable", None)  # older versions call it by the other name
+    (newer or model.gradient_checkpointing_enable)({"use_reentrant": False})
+    x = tokens(seed=1)
+    for one in (model, plain):
+        with random_prefixes(one, least=0.2, whole=0.0, seed=5):
+            for _ in range(2):
+                logits(one, x).square().mean().backward()
+    for (name, mine), theirs in zip(model.named_parameters(), plain.parameters(), strict=True):
+        if theirs.grad is not None:
+            torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-3, atol=1e-5, msg=name)

@@ -59,7 +59,8 @@ def random_prefixes(
 
     A mask takes the other states out of what the outputs read, so the model computes what its slice to as many states
     computes (except for norms of B and C, as in Jamba, which a slice leaves fewer entries). In evaluation mode, and
-    after the block, the model is whole. The drawing of nested networks by width is from Yu et al., Slimmable Neural
+    after the block, the model is whole. Under gradient checkpointing the backward pass must come before the next call,
+    whose draw is another one. The drawing of nested networks by width is from Yu et al., Slimmable Neural
     Networks, ICLR 2019.
 
     Args:
@@ -70,10 +71,16 @@ def random_prefixes(
 
     Raises:
         ConfigError: a share out of range.
-        UnsupportedModelError: a layer on whose states no mask can be put, or whose states have no order.
+        UnsupportedModelError: a layer on whose states no mask can be put, or whose states have no order; or a compiled
+            model, which would be compiled anew for every size.
     """
     if not 0 < least <= 1 or not 0 <= whole <= 1:
         raise ConfigError(f"least must be in (0, 1] and whole in [0, 1]; got least={least!r} and whole={whole!r}")
+    if compiled := [name for name, module in model.named_modules() if hasattr(module, "_orig_mod")]:
+        raise UnsupportedModelError(
+            f"{compiled[0] or 'the model'} is compiled, and would be compiled anew for every size: train prefixes "
+            "without torch.compile"
+        )
     prefixes = Prefixes(model, least, whole, seed)
     layers = layers_that_need_data(model)
     if not layers:
