@@ -52,6 +52,11 @@ class LayerAdapter(ABC):
     def state_dim(self, layer: nn.Module) -> int:
         """Number of states of the layer; complex states count once."""
 
+    def unit(self, layer: nn.Module) -> int:
+        """Every state dimension of a layer must be a multiple of this number."""
+        del layer
+        return 1
+
     @abstractmethod
     def resized(self, layer: nn.Module, states: int) -> LayerChange:
         """A change to parameters of the shapes for a state dimension; load values afterwards. Nothing is written."""

@@ -116,6 +116,9 @@ class Mamba3Adapter(SelectiveAdapter):
     def state_dim(self, layer: nn.Module) -> int:
         return self.sizes(layer).states
 
+    def unit(self, layer: nn.Module) -> int:
+        return units_of(self.sizes(layer)).least
+
     def resized(self, layer: nn.Module, states: int) -> LayerChange:
         sizes = self.sizes(layer)
         units = units_of(sizes)

@@ -18,7 +18,7 @@ from compressm.theory.units import Units, select_units, select_units_by_fisher
 
 
 class UnitCuts(SelectiveCuts):
-    """Cuts to whole units. A limit is rounded down to the next possible size, a promise up.
+    """Cuts to whole units. Other numbers of states are rounded down to them, and what is less than one up.
 
     Args:
         values, balanced, selection, plan, fisher: as of `SelectiveCuts`; the mask is one on states that all groups
@@ -40,7 +40,7 @@ class UnitCuts(SelectiveCuts):
 
     def proposal(self, states: int, rule: RankRule) -> Proposal:
         """Reduce to whole units, and check the estimate."""
-        return super().proposal(self._units.rounded(states, rule.promises_quality), rule)
+        return super().proposal(self._units.rounded(states), rule)
 
     def _by(self, states: int, by: Pick) -> SelectiveReduction:
         if by in ("moments", "powers"):

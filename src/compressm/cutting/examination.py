@@ -161,7 +161,8 @@ def _check_numbers(one: Optimizer, parameters: Mapping[str, nn.Parameter], chang
 def _first_entries(layer: nn.Module, parameters: Mapping[str, nn.Parameter]) -> LayerChange:
     """The cut that keeps the first entries of every parameter."""
     adapter = find_layers(layer)[""][1]
-    smaller = resized(layer, adapter, max(1, adapter.state_dim(layer) // 2))
+    unit = adapter.unit(layer)
+    smaller = resized(layer, adapter, max(1, adapter.state_dim(layer) // (2 * unit)) * unit)
     values: dict[str, Tensor] = {name: parameter.detach() for name, parameter in parameters.items()}
     parts: list[ParameterChange] = []
     for part in smaller.parameters:

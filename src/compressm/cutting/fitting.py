@@ -113,12 +113,13 @@ def _fit_layer(layer: nn.Module, adapter: LayerAdapter, shapes: Mapping[str, tup
         return {n: tuple(v.shape) for n, v in {**values, **resized(layer, adapter, states).values()}.items()}
 
     # Every size is a linear function of the state dimension, so its values at two dimensions determine the wanted one.
-    one, two = shapes_at(1), shapes_at(2)
+    unit = adapter.unit(layer)
+    one, two = shapes_at(unit), shapes_at(2 * unit)
     name, shape = next(iter(differing.items()))
     for size, at_one, at_two in zip(shape, one[name], two[name], strict=False):
         if at_one != at_two:
-            states = 1 + (size - at_one) // (at_two - at_one)
-            if states >= 1 and all(shapes_at(states)[other] == asked for other, asked in wanted.items()):
+            states = unit * (1 + (size - at_one) // (at_two - at_one))
+            if states >= unit and all(shapes_at(states)[other] == asked for other, asked in wanted.items()):
                 change = resized(layer, adapter, states)
                 _check_whole(change, differing, wanted, states, prefix)
                 write(layer, change)

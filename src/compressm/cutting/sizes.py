@@ -41,30 +41,46 @@ def geometries(model: nn.Module, every: bool = False) -> dict[str, Geometry]:
 def checked_sizes(
     model: nn.Module, rule: RankRule, dims: Mapping[str, int] | None = None
 ) -> dict[str, tuple[int, ...]] | None:
-    """The sizes of each layer that the rule's target takes; None without a target.
+    """The sizes that layers can have: multiples of their units, which the rule's target takes, if it has one.
 
     Args:
         model: only read.
         rule: with a target, or without.
         dims: state dimensions before the first cut; by default the present ones.
 
+    Returns:
+        by layer name; None if every layer can have any size.
+
     Raises:
         InvalidRankRuleError: a layer has no smaller size that the target takes.
     """
     if rule.target is None:
-        return None
+        return _in_units(model, None, dims)
     found = geometries(model)
-    return check_target(
+    taken = check_target(
         rule.target, {name: one.resized((dims or {}).get(name, one.states)) for name, one in found.items()}
     )
+    return _in_units(model, taken, dims)
 
 
 def sizes_for(model: nn.Module, rule: RankRule) -> dict[str, tuple[int, ...]] | None:
     """As `checked_sizes`, for layers that may have been cut to their smallest size already."""
     if rule.target is None:
-        return None
+        return _in_units(model, None)
     target = rule.target
-    return {name: legal_sizes(target, geometry) for name, geometry in geometries(model).items()}
+    return _in_units(model, {name: legal_sizes(target, geometry) for name, geometry in geometries(model).items()})
+
+
+def _in_units(
+    model: nn.Module, taken: Mapping[str, tuple[int, ...]] | None, dims: Mapping[str, int] | None = None
+) -> dict[str, tuple[int, ...]] | None:
+    """The sizes that a target takes, as far as they are multiples of the layers' units; None if there is no limit."""
+    possible = dict[str, tuple[int, ...]]() if taken is None else dict(taken)
+    for name, (layer, adapter) in find_layers(model).items():
+        if (unit := adapter.unit(layer)) > 1:
+            top = (dims or {}).get(name, adapter.state_dim(layer))
+            possible[name] = tuple(size for size in possible.get(name, range(unit, top + 1)) if size % unit == 0)
+    return possible or None
 
 
 def resized_parameters(model: nn.Module) -> list[nn.Parameter]:

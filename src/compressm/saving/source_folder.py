@@ -164,10 +164,10 @@ def _sized_by_states(model: nn.Module) -> set[str]:
     """Names, relative to their layer, of parameters whose shapes depend on the state dimension."""
     sized: set[str] = set()
     for layer, adapter in {type(layer): (layer, adapter) for layer, adapter in find_layers(model).values()}.values():
-        states = adapter.state_dim(layer)
-        if states > 1:
+        states, unit = adapter.state_dim(layer), adapter.unit(layer)
+        if states > unit:
             now = dict(layer.named_parameters())
-            smaller = resized(layer, adapter, states - 1).values()
+            smaller = resized(layer, adapter, states - unit).values()
             sized |= {name for name, value in smaller.items() if name in now and now[name].shape != value.shape}
     return sized
 

@@ -41,24 +41,29 @@ def check_sizes(
 
 
 def _check_legal(rule: RankRule, present: Mapping[str, int], alike: Sequence[str], legal: Legal | None) -> None:
-    """Refuse a target whose sizes the rule does not reach, in any of the layers that share one size."""
+    """Refuse a target whose sizes the rule does not reach, in any of the layers that share one size, and a limit below
+    the sizes that layers can have."""
     if legal is None:
         return
+    no_size = f"target={rule.target!r} takes no size" if rule.target is not None else "there is no size"
     free = replace(rule, max_reduction=1.0)
     for group in groups_of_one_size(present, alike):
         dims = {name: present[name] for name in group}
         name, sizes = group[0], [size for size in sizes_in_common(dims, free, legal) if size < max(dims.values())]
+        if not sizes and rule.target is None:
+            continue  # such layers stay as they are
         if not sizes:
             raise InvalidRankRuleError(
-                f"target={rule.target!r} takes no size below the {present[name]} states of {name!r} that is a multiple "
+                f"{no_size} below the {present[name]} states of {name!r} that is a multiple "
                 f"of {rule.multiple_of} and suits all layers that share it: lower multiple_of, or leave target out"
             )
         limits = [limit for n in dims.values() if (limit := limit_of(rule, n)) is not None]
         if limits and sizes[0] > min(limits) < max(dims.values()):
             which = f"fraction={rule.fraction:g}" if rule.states is None else f"states={rule.states}"
             raise InvalidRankRuleError(
-                f"{which} is an upper limit, and target={rule.target!r} takes no size of {name!r} below {sizes[0]}: "
-                f"ask for {', '.join(map(str, sizes[:4]))}{' or more' if len(sizes) > 4 else ''}, or another target"
+                f"{which} is an upper limit, and {no_size} of {name!r} below {sizes[0]}: ask for "
+                f"{', '.join(map(str, sizes[:4]))}{' or more' if len(sizes) > 4 else ''}"
+                f"{', or another target' if rule.target is not None else ''}"
             )
 
 
@@ -93,6 +98,11 @@ def check_total(rule: RankRule, present: Mapping[str, int], alike: Sequence[str]
         raise InvalidRankRuleError(
             f"total_states={rule.total_states} is less than the {least} states that {len(present)} layers keep at "
             f"least with target={rule.target!r}: raise total_states, or choose another target"
+        )
+    if rule.multiple_of == 1 and legal is not None:
+        raise InvalidRankRuleError(
+            f"total_states={rule.total_states} is less than the {least} states that {len(present)} layers keep at "
+            "least, which can have some sizes only: raise total_states"
         )
     if rule.multiple_of == 1:
         raise InvalidRankRuleError(

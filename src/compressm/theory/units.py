@@ -39,10 +39,9 @@ class Units:
         """State dimension n."""
         return self.members.numel()
 
-    def rounded(self, states: int, up: bool = False) -> int:
-        """The nearest size that is possible: at most ``states``, or at least with ``up``; never below `least`."""
-        count = -(-states // self.least) if up else states // self.least
-        return min(max(count, 1) * self.least, self.states)
+    def rounded(self, states: int) -> int:
+        """The largest size that is possible and at most ``states``; never below `least`."""
+        return min(max(states // self.least, 1) * self.least, self.states)
 
     def kept(self, units: Tensor) -> Tensor:
         """The states of units, ascending, shape ``(r,)``, from their numbers in every class, shape ``(classes, r /
