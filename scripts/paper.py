@@ -70,7 +70,7 @@ def seeds() -> str:
     results = read_results(chosen, ROOT / "results")
     for arm in chosen.arms:
         accuracies = [100 * run.test_accuracy for (name, _), run in results.items() if name == arm.name]
-        if len(accuracies) < BEST:
+        if len(accuracies) < BEST or arm.paper is None:
             continue
         mean, spread = statistics.fmean(accuracies), statistics.stdev(accuracies)
         best = mean + spread * mean_of_best(BEST, OF)

@@ -238,6 +238,13 @@ def test_the_table_compares_with_the_first_arm_and_the_paper(folder: Path, tmp_p
     assert "Hankel" not in text
 
 
+def test_arms_are_drawn_before_the_big_one_is_there(folder: Path, tmp_path: Path) -> None:
+    results = {key: run for key, run in read_results(TINY, folder / "results").items() if key[0] == "shrunk"}
+    assert "| shrunk | 5 |" in render(TINY, results)
+    draw(TINY, results, tmp_path / "tiny.png")
+    assert (tmp_path / "tiny.png").stat().st_size > 10_000
+
+
 def test_settings_are_drawn_as_small_cut_and_big(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every setting is one column, with the mean of each of the three at its height, and the single seeds beside it."""
     from matplotlib.axes import Axes

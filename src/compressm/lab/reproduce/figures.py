@@ -93,7 +93,7 @@ def _scores(curve: Any, points: Any, experiment: Experiment, results: Results) -
         colour = shades(index % shades.N)
         at, values = _mean_curve(row.runs, of)
         curve.plot(at, values, color=colour, linewidth=1.5, alpha=0.8, label=f"{row.arm.name}: {row.score}{of.unit}")
-        times = _relative_times(row, by_name[experiment.big_of(row.arm).name])
+        times = _relative_times(row, by_name.get(experiment.big_of(row.arm).name))
         known = [(time, score) for time, score in zip(times, row.scores, strict=True) if time is not None]
         if known:
             points.scatter(*zip(*known, strict=True), color=colour, s=40, clip_on=False)
@@ -103,8 +103,11 @@ def _scores(curve: Any, points: Any, experiment: Experiment, results: Results) -
     )
 
 
-def _relative_times(row: Row, big: Row) -> list[float | None]:
-    """Computing time of every run over that of the big run of its seed, on the same processor; None unknown."""
+def _relative_times(row: Row, big: Row | None) -> list[float | None]:
+    """Computing time of every run over that of the big run of its seed, on the same processor; None unknown, as all are
+    before a big one is there."""
+    if big is None:
+        return [None for _ in row.runs]
     whole = {run.seed: seconds for run, seconds in zip(big.runs, big.seconds, strict=True)}
     pairs = [(seconds, whole.get(run.seed)) for run, seconds in zip(row.runs, row.seconds, strict=True)]
     return [own / other if own is not None and other else None for own, other in pairs]
