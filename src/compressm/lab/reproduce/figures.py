@@ -34,12 +34,14 @@ def draw(experiment: Experiment, results: Results, picture: Path) -> None:
         _save(figure, [axis], experiment, picture)
         return
     looked = next((run.spectra for run in results.values() if run.spectra), None)
-    panels = 3 if looked else 2
-    figure, axes = plt.subplots(panels, figsize=(6, 3.2 * panels + 0.5), layout="constrained")
-    _scores(axes[0], axes[1], experiment, results)
+    timed = _timed(experiment, results)
+    panels = 1 + bool(timed) + bool(looked)
+    figure, grid = plt.subplots(panels, squeeze=False, figsize=(6, 3.2 * panels + 0.5), layout="constrained")
+    axes = list(grid[:, 0])
+    _scores(axes[0], axes[1] if timed else None, experiment, results, timed)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False, fontsize=9)
     if looked:
-        _trajectories(axes[2], looked)
+        _trajectories(axes[-1], looked)
     _save(figure, axes, experiment, picture)
 
 
@@ -81,26 +83,49 @@ def _settings(axis: Any, experiment: Experiment, results: Results) -> None:
 _MARKS = (("0.45", "s"), ("tab:orange", "o"), ("black", "D"))  # of small, cut and big
 
 
-def _scores(curve: Any, points: Any, experiment: Experiment, results: Results) -> None:
+def _drawn(experiment: Experiment, results: Results) -> list[Row]:
+    """The rows that are drawn: of several learning rates, where they are compared, the best."""
+    best = {one.arm.name for one in tuned(experiment, results)}
+    return [row for row in rows(experiment, results) if not best or row.arm.name in best]
+
+
+def _timed(experiment: Experiment, results: Results) -> dict[str, list[tuple[float, float]]]:
+    """Relative computing times and scores of the runs of every arm that is drawn, as far as they are known."""
+    by_name = {row.arm.name: row for row in rows(experiment, results)}
+    found: dict[str, list[tuple[float, float]]] = {}
+    for row in _drawn(experiment, results):
+        times = _relative_times(row, by_name.get(experiment.big_of(row.arm).name))
+        known = [(time, score) for time, score in zip(times, row.scores, strict=True) if time is not None]
+        if known:
+            found[row.arm.name] = known
+    return found
+
+
+def _scores(
+    curve: Any,
+    points: Any,
+    experiment: Experiment,
+    results: Results,
+    timed: Mapping[str, Sequence[tuple[float, float]]],
+) -> None:
+    """Scores over the steps, and against computing time where any is known."""
     from matplotlib import pyplot as plt
 
-    by_name = {row.arm.name: row for row in rows(experiment, results)}
-    best = {one.arm.name for one in tuned(experiment, results)}  # of several learning rates, where they are compared
-    drawn = [row for row in by_name.values() if not best or row.arm.name in best]
-    of = scale(results.values())
+    drawn, of = _drawn(experiment, results), scale(results.values())
     shades = plt.get_cmap("tab10" if len(drawn) <= 10 else "tab20")
     for index, row in enumerate(drawn):
         colour = shades(index % shades.N)
         at, values = _mean_curve(row.runs, of)
         curve.plot(at, values, color=colour, linewidth=1.5, alpha=0.8, label=f"{row.arm.name}: {row.score}{of.unit}")
-        times = _relative_times(row, by_name.get(experiment.big_of(row.arm).name))
-        known = [(time, score) for time, score in zip(times, row.scores, strict=True) if time is not None]
-        if known:
+        if known := timed.get(row.arm.name):
             points.scatter(*zip(*known, strict=True), color=colour, s=40, clip_on=False)
     curve.set(title=f"Validation {of.heading}", xlabel="training step")
-    points.set(
-        title=f"Test {of.heading}, against computing time", xlabel="whole training; the big one's is 1", xlim=(0, None)
-    )
+    if timed:
+        points.set(
+            title=f"Test {of.heading}, against computing time",
+            xlabel="whole training; the big one's is 1",
+            xlim=(0, None),
+        )
 
 
 def _relative_times(row: Row, big: Row | None) -> list[float | None]:
