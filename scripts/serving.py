@@ -169,12 +169,26 @@ which is [not enough](#where-state-is-what-limits) where state is what limits a 
 A direct cut also exchanges states for each size by itself, and compensates where C takes maps. A slice does neither, so
 the error that is expected of a direct cut is at most that of the slice.
 
-From Python: `order = compressm.sort_states(model, batches, loss="classification")`, `order.save(folder)`, and later
-`StateOrder.load(folder).slice(model, states=64)`. In between, some training can make every prefix good:
+From Python, with some training in between that makes every prefix good:
 
 ```python
+import torch
+from torch.nn import functional as F
+
+import compressm
+from compressm.layers import LanguageModel
+
+model, text = LanguageModel(256, 32, 16, layer="mamba2", head_dim=16), torch.randint(256, (8, 65))
+optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
+order = compressm.sort_states(model, [text], loss="classification")
 with compressm.random_prefixes(model):  # each call in training uses the first states alone, a random number of them
-    train(model)
+    for _ in range(5):
+        optimizer.zero_grad()
+        F.cross_entropy(model(text[:, :-1]).mT, text[:, 1:]).backward()
+        optimizer.step()
+compressm.save(model, "sorted")
+order.save("sorted")  # and later StateOrder.load("sorted").slice(model, states=4)
+print(order.slice(model, states=4).state_dims)
 ```
 
 A quarter of the calls use all states, the others a share between an eighth and one. Every slice gains by it, from one
