@@ -1,5 +1,5 @@
 """Find what keeps a cut from reading or writing a layer's tensors: weights that are computed from others at every call,
-values that are not there or are packed, and wrappers around whole layers."""
+values that are not there, packed or sharded, and wrappers around whole layers."""
 
 from __future__ import annotations
 
@@ -15,6 +15,11 @@ from compressm.errors import UnsupportedModelError
 
 _PACKED_MODULES = ("torch.ao.nn.quantized", "torch.nn.quantized")  # whose weights are no parameters
 _TRAINED_COPY = "peft.utils.other.AuxiliaryTrainingWrapper"
+_FSDP1 = "torch.distributed.fsdp.fully_sharded_data_parallel.FullyShardedDataParallel"
+_INSTEAD_OF_SHARDS = (
+    "and cannot be resized in place: shard with fully_shard (FSDP2) and cut between two steps with "
+    "compressm.integrations.sharding.compress_sharded, or train with DistributedDataParallel"
+)
 
 
 def computed_tensors(layer: nn.Module) -> Iterator[tuple[str, tuple[str, str]]]:
@@ -59,7 +64,7 @@ def _adapter_kind(module: Any) -> str:
 
 
 def check_readable(layers: Mapping[str, nn.Module]) -> None:
-    """Refuse layers whose parameters have no values here, or packed ones.
+    """Refuse layers whose parameters have no values here, packed ones, or a process's share of them.
 
     Args:
         layers: by their names in the model.
@@ -71,6 +76,7 @@ def check_readable(layers: Mapping[str, nn.Module]) -> None:
         for path, module in layer.named_modules():
             for name, value in module.named_parameters(recurse=False):
                 full = _join(layer_name, _join(path, name))
+                _refuse_shards(full, value)
                 if value.is_meta:
                     _refuse_meta(full, module)
                 if _is_packed(value):
@@ -85,6 +91,16 @@ def check_readable(layers: Mapping[str, nn.Module]) -> None:
                     "values: cut the model first and quantise the smaller one, or leave this layer out of the cut "
                     "(exclude=)"
                 )
+
+
+def _refuse_shards(full: str, value: Tensor) -> None:
+    if any(kind.__name__ == "DTensor" for kind in type(value).__mro__):  # by name, since importing it takes time
+        raise UnsupportedModelError(
+            f"{full} is a DTensor, which several processes hold together (fully_shard, tensor parallelism), "
+            f"{_INSTEAD_OF_SHARDS}"
+        )
+    if getattr(value, "_fsdp_flattened", False):
+        raise UnsupportedModelError(f"{full} is held by FullyShardedDataParallel (FSDP1), {_INSTEAD_OF_SHARDS}")
 
 
 def _refuse_meta(full: str, module: nn.Module) -> None:
@@ -115,7 +131,8 @@ def check_wrappers(model: nn.Module, layers: Mapping[str, nn.Module], observed: 
         observed: the names of those that will be observed while the model runs; by default all.
 
     Raises:
-        UnsupportedModelError: `torch.nn.DataParallel`, or an adapter of peft around a whole layer.
+        UnsupportedModelError: `torch.nn.DataParallel`, FSDP of the first kind, or an adapter of peft around a whole
+            layer.
     """
     for name, module in model.named_modules():
         inside = [one for one in layers if name == "" or one == name or one.startswith(f"{name}.")]
@@ -125,6 +142,11 @@ def check_wrappers(model: nn.Module, layers: Mapping[str, nn.Module], observed: 
             raise UnsupportedModelError(
                 f"{name or 'the model'} is a torch.nn.DataParallel, which runs copies of the layers that cannot be "
                 "observed: pass its .module, and train with torch.nn.parallel.DistributedDataParallel"
+            )
+        if inside and is_kind(module, _FSDP1):
+            raise UnsupportedModelError(
+                f"{name or 'the model'} is a FullyShardedDataParallel (FSDP1), whose parameters are shards "
+                f"{_INSTEAD_OF_SHARDS}"
             )
         around = [one for one in inside if one != name] if name else []
         if around and (is_kind(module, TUNER) or is_kind(module, _TRAINED_COPY)):

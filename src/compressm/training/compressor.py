@@ -293,7 +293,8 @@ class Compressor:
             InvalidRankRuleError: ``control="twin"``, and no batch was passed, the optimizer made no step, or
                 ``train_step`` did not use its arguments.
             InvalidSystemError: at a cut, parameters or data that are not finite.
-            UnsupportedModelError: at a cut, a selective layer that no data have passed through.
+            UnsupportedModelError: at a cut, a selective layer that no data have passed through; at the first step, a
+                model that was sharded after the Compressor was built.
             UnsupportedOptimizerError: at a cut, state whose meaning is not known; or an optimizer that the Compressor
                 was not built with trains what cuts change.
             EvaluationError: ``evaluate`` raised, or returned no number.
@@ -307,11 +308,12 @@ class Compressor:
             if scale_of(self._scaler) != self._scale:  # it has skipped a step, whose gradients could not be observed
                 self._observe()
             return None
+        if self._steps == 0:
+            self._cutter.check_first_step()
         self.clock.end(self._observed)
         self._cushion.follow(batch)
         self._steps += 1
         if self._steps == 1:
-            self._cutter.warn_of_unseen_layers()
             warn_of_scaler(self._scaler, self._cutter.observations.observer is not None)
         if graphs := self._cutter.new_graphs():
             self._note(Recompiled(self._steps, graphs=graphs))

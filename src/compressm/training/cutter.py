@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from compressm.adapters import find_layers
 from compressm.adapters.left_out import Choice
-from compressm.adapters.plain import check_wrappers
+from compressm.adapters.plain import check_readable, check_wrappers
 from compressm.adapters.registry import check_plain, warn_of_parts
 from compressm.cutting import Plan, Report, plan_reduction, resize_states, state_dims
 from compressm.cutting.carry import (
@@ -155,8 +155,15 @@ class Cutter:
         """Whether a layer that needs data has not been observed since the last cut."""
         return self.observations.unseen
 
-    def warn_of_unseen_layers(self) -> None:
-        """Warn early of a layer that cannot be observed, since the error would otherwise come only at the first cut."""
+    @_of_chosen
+    def check_first_step(self) -> None:
+        """Tell early what would otherwise become known only at the first cut.
+
+        Raises:
+            UnsupportedModelError: the model was sharded after the `Compressor` was built. A layer that cannot be
+                observed is only warned of.
+        """
+        check_readable({name: layer for name, (layer, _) in find_layers(self.model).items()})
         if problems := self.observations.problems():
             warn(problems[0])
 
