@@ -5,6 +5,7 @@ torchrun --nproc-per-node 2 tests/distributed_script.py OUT [key=value ...]
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from pathlib import Path
@@ -30,15 +31,28 @@ def batch(step: int) -> tuple[Tensor, Tensor]:
     return u, (u.sum((1, 2)) > 0).long()
 
 
+class Lines(logging.Handler):
+    """Keeps what the library says."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.lines: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.append(record.getMessage())
+
+
 def main(out: Path, options: dict[str, str]) -> None:
+    said = Lines()
+    logging.getLogger("compressm").addHandler(said)
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     torch.set_num_threads(1)
     if world > 1:
         dist.init_process_group("gloo")
     torch.manual_seed(0)
-    model = SequenceClassifier(
-        1, 2, 4, 16, n_layers=2, dropout=float(options.get("dropout", 0)), norm="layer", r_min=0.9
-    )
+    layer, dropout = options.get("layer", "lru"), float(options.get("dropout", 0))
+    special = {"r_min": 0.9} if layer == "lru" else {}
+    model = SequenceClassifier(1, 2, 4, 16, n_layers=2, dropout=dropout, norm="layer", layer=layer, **special)
     torch.manual_seed(100 + rank)
     optimizer = torch.optim.AdamW(parameter_groups(model, 1e-2))
     network: nn.Module = model
@@ -57,6 +71,8 @@ def main(out: Path, options: dict[str, str]) -> None:
             "on_setback": "stop",
             "evaluate": lambda m: float(rank == 1 or set(state_dims(m).values()) == {16}),
         }
+    if "gramians" in options:
+        arguments["gramians"] = options["gramians"]
     compressor = Compressor(model if "inner" in options else network, optimizer, STEPS, **arguments)
     if "loads" in options:  # the compressor knows the wrapper, and the wrapped model is what weights are loaded into
         torch.manual_seed(1)
@@ -64,7 +80,7 @@ def main(out: Path, options: dict[str, str]) -> None:
     training = Training(model, optimizer)
     start = 0
     if "resume" in options:
-        saved = torch.load(options["resume"], weights_only=True)
+        saved = torch.load(options["resume"].format(rank=rank), weights_only=True)
         start = saved["step"]
         compressor.load_state_dict(saved["compressor"])
         training.restore(saved["training"])
@@ -91,8 +107,10 @@ def main(out: Path, options: dict[str, str]) -> None:
         losses.append(float(total) / world)
         if step == int(options.get("stop", 0)):
             snapshot = training.snapshot()
-            if rank == 0:
-                torch.save({"step": step, "compressor": compressor.state_dict(), "training": snapshot}, out / "ckpt.pt")
+            saved = {"step": step, "compressor": compressor.state_dict(), "training": snapshot}
+            torch.save(saved, out / f"ckpt{rank}.pt")
+            if rank == 0:  # as most programs do
+                torch.save(saved, out / "ckpt.pt")
             break
     torch.save(
         {
@@ -100,6 +118,7 @@ def main(out: Path, options: dict[str, str]) -> None:
             "optimizer": optimizer.state_dict()["state"],
             "losses": losses,
             "rng": rng,
+            "log": said.lines,
             "history": [(event.kind, event.step) for event in compressor.history],
         },
         out / f"rank{rank}.pt",

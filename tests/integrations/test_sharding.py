@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from compressm.errors import CheckpointError
+from compressm.errors import CheckpointError, UnsupportedModelError
 from compressm.layers import SequenceClassifier
 from helpers import torchrun
 
@@ -51,3 +51,31 @@ def test_what_is_no_checkpoint_of_the_model_is_refused(tmp_path: Path) -> None:
     dcp.save({"net": model.state_dict()}, checkpoint_id=tmp_path, no_dist=True)
     with pytest.raises(CheckpointError, match="holds nothing under 'model'"):
         fit_to_checkpoint(model, tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:FSDP is switching:UserWarning")  # FSDP1 is old, or alone
+@pytest.mark.parametrize("kind", ["FullyShardedDataParallel", "DistributedDataParallel"])
+def test_a_wrapper_in_place_of_fully_shard_is_refused_before_anything_is_gathered(kind: str, tmp_path: Path) -> None:
+    from torch.distributed.fsdp import FullyShardedDataParallel
+    from torch.nn.parallel import DistributedDataParallel
+
+    from compressm.integrations.sharding import compress_sharded
+
+    def wrap(model: torch.nn.Module) -> torch.nn.Module:
+        if kind == "DistributedDataParallel":
+            return DistributedDataParallel(model)
+        return FullyShardedDataParallel(model, use_orig_params=True, device_id=torch.device("cpu"))
+
+    def adam(model: torch.nn.Module) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(model.parameters())
+
+    dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
+    try:
+        model = wrap(SequenceClassifier(1, 2, 4, 16))
+        with pytest.raises(UnsupportedModelError, match=rf"^the model is a {kind}, .* fully_shard"):
+            compress_sharded(
+                model, adam(model), build=lambda: SequenceClassifier(1, 2, 4, 16), shard=wrap, build_optimizer=adam,
+                states=4,
+            )  # fmt: skip
+    finally:
+        dist.destroy_process_group()

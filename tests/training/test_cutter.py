@@ -29,6 +29,7 @@ def test_its_state_has_sizes_observations_and_the_last_sequence_of_each_layer() 
     assert one.unseen
     assert one.state_dict() == {
         "state_dims": dict.fromkeys(("blocks.0.ssm", "blocks.1.ssm"), 6),
+        "rank": 0,
         "moments": {},
         "samples": {},
     }

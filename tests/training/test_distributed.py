@@ -62,6 +62,27 @@ def test_killed_and_resumed_ddp_ends_as_if_unbroken(tmp_path: Path) -> None:
             assert same(resumed[rank][part], unbroken[rank][part]), part
 
 
+EVIDENCE = {"states": "layer=mamba", "gradients": "gramians=loss"}
+
+
+@pytest.mark.parametrize("of", EVIDENCE)
+def test_what_each_process_has_observed_is_its_own_and_resumes_exactly(of: str, tmp_path: Path) -> None:
+    unbroken = run(tmp_path / "unbroken", 2, EVIDENCE[of])
+    run(tmp_path / "killed", 2, EVIDENCE[of], "stop=10")  # between two cuts, the second of which counts what was seen
+    own = run(tmp_path / "own", 2, EVIDENCE[of], f"resume={tmp_path / 'killed' / 'ckpt{rank}.pt'}")
+    for rank in range(2):
+        for part in ("model", "optimizer", "history"):
+            assert same(own[rank][part], unbroken[rank][part]), part
+        assert own[rank]["log"] == []
+    # One state for all, as most hosts save it: the ranks agree, and it is said what is missing.
+    shared = run(tmp_path / "shared", 2, EVIDENCE[of], f"resume={tmp_path / 'killed' / 'ckpt.pt'}")
+    assert same(shared[0]["model"], shared[1]["model"])
+    assert shared[0]["log"] == []
+    (line,) = shared[1]["log"]
+    assert "those of process 0" in line
+    assert "in every process" in line
+
+
 def test_a_roll_back_is_decided_once_and_restores_every_ranks_random_state(tmp_path: Path) -> None:
     ranks = run(tmp_path, 2, "dropout=0.2", "harm=1")
     undone = [("cut", 12), ("rolled_back", 15), ("stopped", 15), ("fell_short", 15), ("ended", 24)]

@@ -107,6 +107,29 @@ def test_a_group_of_a_single_process_is_cut_too(alone: None, static: bool) -> No
 
 
 @needs_gloo
+def test_replicate_which_wraps_no_module_of_the_model_is_rebuilt_too(alone: None) -> None:
+    """It gives a list of the parameters to DDP, and the model keeps its hooks. The gradients are those without it."""
+    from torch.distributed._composable.replicate import replicate
+
+    torch.manual_seed(0)
+    models, weights = [LRU(2, 16), LRU(2, 16)], []
+    models[1].load_state_dict(models[0].state_dict())
+    replicate(models[1])
+    for model in models:
+        torch.manual_seed(1)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        compressor = Compressor(model, optimizer, 12, states=4, window=0.5, cuts=2)
+        for _ in range(12):
+            optimizer.zero_grad()
+            model(torch.randn(2, 8, 2)).square().mean().backward()
+            optimizer.step()
+            compressor.step()
+        assert list(compressor.state_dims.values()) == [4]
+        weights.append(model.state_dict())
+    assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
+
+
+@needs_gloo
 @pytest.mark.parametrize(
     ("hook", "message"),
     [(localised, "post_localSGD: weights then differ"), (unknown, r"of type dict, .* give that type a method reset")],

@@ -23,11 +23,17 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.optim import Optimizer
 
+from compressm.adapters.composed import is_kind
 from compressm.cutting import Report, compress, resize_states
 from compressm.cutting.carry import begin_anew
 from compressm.cutting.fitting import fit
-from compressm.errors import CheckpointError
+from compressm.errors import CheckpointError, UnsupportedModelError
 from compressm.runtime.processes import from_first_rank, rank
+
+_WRAPPERS = (
+    "torch.distributed.fsdp.fully_sharded_data_parallel.FullyShardedDataParallel",
+    "torch.nn.parallel.distributed.DistributedDataParallel",
+)
 
 
 def compress_sharded(
@@ -62,6 +68,7 @@ def compress_sharded(
     Raises:
         InvalidRankRuleError, UnsupportedModelError, UnsupportedOptimizerError, InvalidSystemError: on all ranks.
     """
+    _refuse_wrappers(model)
     on_first = StateDictOptions(full_state_dict=True, cpu_offload=True)
     weights, states = get_state_dict(model, optimizer, options=on_first)  # empty on the other ranks
 
@@ -89,6 +96,22 @@ def compress_sharded(
     if begun_anew:  # torch has given these parameters a state as if a step had been made
         begin_anew(optimizer, [one for name, one in smaller.named_parameters() if name in begun_anew])
     return smaller, optimizer, report
+
+
+def _refuse_wrappers(model: nn.Module) -> None:
+    """Refuse wrappers of other kinds.
+
+    Raises:
+        UnsupportedModelError: names the wrapper, and what to do.
+    """
+    for name, module in model.named_modules():
+        kind = next((kind for kind in _WRAPPERS if is_kind(module, kind)), "")
+        if kind:
+            raise UnsupportedModelError(
+                f"{name or 'the model'} is a {kind.rpartition('.')[2]}, and compress_sharded cuts models of "
+                "fully_shard (FSDP2) alone: shard with it; a model in DistributedDataParallel is cut by Compressor or "
+                "compress"
+            )
 
 
 def fit_to_checkpoint(model: nn.Module, folder: str | os.PathLike[str], key: str = "model") -> nn.Module:

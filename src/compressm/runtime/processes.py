@@ -157,15 +157,16 @@ def rebuild_replicas(model: nn.Module) -> int:
 
 def _wrappers_of(model: nn.Module) -> list[DistributedDataParallel]:
     """The wrappers around a model, found among all objects, since Trainer, Lightning and Accelerate do not expose
-    them. There is one in a group of a single process too."""
+    them. There is one in a group of a single process too. They are known by the parameters, since torch's ``replicate``
+    wraps a list of these instead of the model."""
     if _alone or not (dist.is_available() and dist.is_initialized()):
         return []
-    parts = {id(module) for module in model.modules()}
+    parts = {id(parameter) for parameter in model.parameters()}
     # type() and not isinstance(): asking some lazy objects for their __class__ has side effects.
     return [
         o
         for o in gc.get_objects()
-        if issubclass(type(o), DistributedDataParallel) and not parts.isdisjoint(id(part) for part in o.modules())
+        if issubclass(type(o), DistributedDataParallel) and not parts.isdisjoint(id(one) for one in o.parameters())
     ]
 
 

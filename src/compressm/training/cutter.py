@@ -34,7 +34,7 @@ from compressm.cutting.spectrum import balance_layers, check_cut_by_loss, check_
 from compressm.observing.loss_evidence import Gramians
 from compressm.observing.observer import Terms
 from compressm.runtime.compiled_graphs import allow_recompilation, graphs_compiled
-from compressm.runtime.processes import check_replicas, from_first_rank, rebuild_replicas
+from compressm.runtime.processes import check_replicas, from_first_rank, rank, rebuild_replicas
 from compressm.runtime.warned import warn
 from compressm.theory.balanced import Balanced
 from compressm.theory.balancing import Method
@@ -218,7 +218,7 @@ class Cutter:
 
     def state_dict(self) -> dict[str, Any]:
         """The state that `load_state_dict` needs."""
-        return {"state_dims": self.state_dims, **self.observations.state_dict()}
+        return {"state_dims": self.state_dims, "rank": rank(), **self.observations.state_dict()}
 
     @_of_chosen
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -234,6 +234,13 @@ class Cutter:
             rebuild_replicas(self.model)
             guard_averages(self.model, self.followers)
         self.observations.load_state_dict(state)
+        if state.get("rank", 0) != rank() and not self.observations.empty:
+            # A cut adds up what all processes have observed, so these observations are counted more than once.
+            log.warning(
+                "process %d goes on with observations that are those of process %d, and its own are lost; to resume "
+                "exactly, save compressor.state_dict() in every process, and load each process's own",
+                rank(), state.get("rank", 0),
+            )  # fmt: skip
 
 
 __all__ = ["Cutter"]

@@ -52,6 +52,12 @@ class Observations:
         """Whether a layer that needs data has not been observed since the last cut."""
         return bool(self.statistics.unseen)
 
+    @property
+    def empty(self) -> bool:
+        """Whether nothing has been observed since the last cut."""
+        kinds = (self.statistics,) if self.observer is None else (self.statistics, self.observer)
+        return all(len(one.unseen) == len(one.layers) for one in kinds)
+
     def problems(self) -> list[str]:
         """Why layers could not be observed yet, one sentence each."""
         problems = [] if self.statistics.dropped else self.statistics.problems()
