@@ -58,9 +58,10 @@ def random_prefixes(
         order.slice(model, states=16)
 
     A mask takes the other states out of what the outputs read, so the model computes what its slice to as many states
-    computes (except for norms of B and C, as in Jamba, which a slice leaves fewer entries). In evaluation mode, and
-    after the block, the model is whole. Under gradient checkpointing the backward pass must come before the next call,
-    whose draw is another one. The drawing of nested networks by width is from Yu et al., Slimmable Neural
+    computes. Two things differ: norms of B and C, as in Jamba, to which a slice leaves fewer entries; and the scale of
+    queries in transformers' delta rule, which the norm of the heads takes out but for its constant. In evaluation mode,
+    and after the block, the model is whole. Under gradient checkpointing the backward pass must come before the next
+    call, whose draw is another one. The drawing of nested networks by width is from Yu et al., Slimmable Neural
     Networks, ICLR 2019.
 
     Args:
